@@ -1,0 +1,163 @@
+"""What a person sees: results on stdout, everything else on stderr, and model text made inert."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# C0 and C1 controls but tab and newline, DEL, and the marks that reorder or hide text.
+_CONTROLS = frozenset(
+    [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029]
+)
+_VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
+
+
+def inert(text: str) -> str:
+    """Text that cannot move a cursor, recolour a terminal or reorder a line."""
+    return text.translate(_VISIBLE)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The one way out: `result` to stdout, `note` and progress to stderr."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def result(self, text: str, data: Mapping[str, Any]) -> None:
+        """What the command was for: the text, or with --json the data as one object."""
+        print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, flush=True)  # noqa: T201
+
+    def note(self, text: str) -> None:
+        """A line about what is going on."""
+        if not self.quiet:
+            print(inert(text), file=sys.stderr, flush=True)  # noqa: T201
+
+    def warn(self, text: str) -> None:
+        """A line that --quiet does not hide."""
+        print(inert(f"warning: {text}"), file=sys.stderr, flush=True)  # noqa: T201
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator["Progress"]:
+        """Progress with rate and time left: a bar on a terminal, now and then a line elsewhere."""
+        progress: Progress
+        if self.quiet:
+            progress = Progress(what, total)
+        elif sys.stderr.isatty():
+            progress = _Bar(what, total)
+        else:
+            progress = _Lines(what, total)
+        try:
+            yield progress
+        finally:
+            progress.close()
+
+
+class Progress:
+    """Counts towards a total; this one is silent."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.started = what, total, time.monotonic()
+
+    def show(self, done: int, figures: Mapping[str, str]) -> None:
+        """Say how far it is, with a few figures."""
+
+    def close(self) -> None:
+        """No more will follow."""
+
+    def seconds_left(self, done: int) -> float:
+        """At the rate so far."""
+        return (time.monotonic() - self.started) / max(done, 1) * (self.total - done)
+
+
+class _Lines(Progress):
+    """A plain line every few seconds, and the last."""
+
+    every = 5.0
+
+    def __init__(self, what: str, total: int) -> None:
+        super().__init__(what, total)
+        self.said = self.started - self.every
+
+    def show(self, done: int, figures: Mapping[str, str]) -> None:
+        now = time.monotonic()
+        if done < self.total and now - self.said < self.every:
+            return
+        self.said = now
+        parts = [f"{self.what}  {done}/{self.total}", *(f"{name} {value}" for name, value in figures.items())]
+        if done < self.total:
+            parts.append(f"{clock(self.seconds_left(done))} left")
+        print("  ".join(parts), file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _Bar(Progress):
+    """A bar that redraws itself."""
+
+    def __init__(self, what: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        super().__init__(what, total)
+        self.bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=Console(stderr=True, highlight=False),
+        )
+        self.bar.start()
+        self.task = self.bar.add_task(what, total=total, figures="")
+
+    def show(self, done: int, figures: Mapping[str, str]) -> None:
+        text = " ".join(f"{name} {value}" for name, value in figures.items())
+        self.bar.update(self.task, completed=done, figures=text)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """A duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A plain aligned table; numbers to the right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(row: list[str]) -> str:
+        cells = [c.rjust(w) if c[:1] in "+-.0123456789" and c else c.ljust(w) for c, w in zip(row, widths, strict=True)]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(columns), "  ".join("─" * w for w in widths), *(line(row) for row in rows)])
+
+
+@contextmanager
+def library_log(path: Path) -> Iterator[None]:
+    """Send what libraries log and warn to a file, so that the screen stays ours and nothing is lost."""
+    import logging
+
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level, before = root.level, list(root.handlers)
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        root.setLevel(level)
+        handler.close()

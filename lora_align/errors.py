@@ -1,0 +1,29 @@
+"""The two ways a command fails, each told in one line: what, where, what to do."""
+
+
+class UserError(Exception):
+    """Refused before work began (exit 2). A message may hold several faults, a line each."""
+
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """Failed after work began (exit 1)."""
+
+    exit_code = 1
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; 128 + its number is the exit code."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`, did you mean 'x'?` when a known word is close, else nothing."""
+    from difflib import get_close_matches
+
+    match = get_close_matches(word, known, n=1)
+    return f", did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,51 @@
+"""A preference is a named axis over answers: where its pairs come from, and which answer wins."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Len
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME")
+
+
+class Direction(StrEnum):
+    """Which way the labels point. `neg` switches them and changes nothing else."""
+
+    pos = "pos"
+    neg = "neg"
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """How a comparison's winner is found: by a label, by a rating, or by length."""
+
+    kind: str
+    column: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Ranker":
+        """Read `label`, `label:COLUMN`, `shorter`, `longer` or `rating:NAME`; ValueError otherwise."""
+        kind, _, column = text.partition(":")
+        takes_column = kind in ("label", "rating")
+        if (takes_column or (kind in ("shorter", "longer") and not column)) and (kind != "rating" or column):
+            return cls(kind, column)
+        raise ValueError(f"no ranker {text!r}; one of {', '.join(RANKERS)}")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One `[preferences.NAME]` table of a recipe."""
+
+    data: Annotated[str, Len(1)]
+    rank: str = "label"
+    split: str = "train"
+    revision: str = ""
+    about: str = ""
+
+    @property
+    def ranker(self) -> Ranker:
+        """The parsed `rank`."""
+        return Ranker.parse(self.rank)

@@ -1,0 +1,193 @@
+"""Finished stages on disk. A run is published whole or not at all, and readers believe only its manifest."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.preference import NAME
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is, where it comes from, and the size and sha256 of every file it consists of."""
+
+    stage: str
+    base: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    preference: str = ""
+    direction: str = ""
+    contains_start: bool = False
+    start: str = ""
+    initial_adapter: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    parents: tuple[Mapping[str, Any], ...] = ()
+    method: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    unconverged: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """The base it was made on."""
+        return str(self.manifest.base["fingerprint"])
+
+    def check_files(self) -> None:
+        """Refuse a run any file of which is not the one that was published."""
+        for name, known in self.manifest.files.items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else -1
+            if size != known["bytes"]:
+                found = "is missing" if size < 0 else f"has {size:,} bytes"
+                raise UserError(f"{file}: {found}, the manifest says {known['bytes']:,}; train or merge it again")
+            if sha256(file) != known["sha256"]:
+                raise UserError(
+                    f"{file}: its sha256 is not the manifest's: the file was changed; train or merge it again"
+                )
+
+
+def read(path: Path) -> Run:
+    """The run in a folder, or an error."""
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA:
+            raise UserError(f"{path}: manifest schema {data.get('schema')!r}; this version reads {SCHEMA}")
+        data["parents"], data["unconverged"] = tuple(data["parents"]), tuple(data["unconverged"])
+        manifest = Manifest(**data)
+        manifest.base["fingerprint"]  # every manifest names its base
+    except FileNotFoundError:
+        raise UserError(f"no run in {path}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as fault:
+        raise UserError(f"{path / MANIFEST}: damaged ({fault}); make the run again") from fault
+    return Run(path, manifest)
+
+
+def is_run(path: Path) -> bool:
+    """A folder is a run when its manifest stands in it."""
+    return (path / MANIFEST).is_file()
+
+
+def every(folder: Path) -> list[Run]:
+    """All runs below a folder, oldest first; what was moved aside or is unfinished is not among them."""
+    folders = [manifest.parent for manifest in folder.rglob(MANIFEST)]
+    found = [read(f) for f in folders if all(NAME.fullmatch(part) for part in f.relative_to(folder).parts)]
+    return sorted(found, key=lambda run: run.manifest.created)
+
+
+def check_base(folder: Path, base: Mapping[str, Any]) -> None:
+    """Refuse to put runs of two bases into one folder."""
+    for run in every(folder):
+        if run.fingerprint != base["fingerprint"]:
+            raise UserError(
+                f"{folder}/ holds runs of the base {run.manifest.base['model']} ({run.fingerprint[:12]}), "
+                f"this recipe's is {base['model']} ({base['fingerprint'][:12]}); choose another folder with --runs DIR"
+            )
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Refuse a target that exists, unless it may be moved aside; asked before anything slow begins."""
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; --name NEW keeps both, --force moves the old one aside")
+
+
+@contextmanager
+def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path]:
+    """Hold a target's lock and yield an empty staging folder beside it; `publish` turns it into the run."""
+    from filelock import FileLock, Timeout
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{target} is being written by {_holder(target)}; wait for it, or choose --name NEW") from None
+    except OSError as fault:
+        raise UserError(f"cannot write {target.parent}: {fault.strerror}; choose another folder") from fault
+    holder, staging = target.parent / f".{target.name}.holder", target.parent / f".{target.name}.staging"
+    try:
+        refuse_existing(target, force)
+        if holder.exists():
+            screen.note(f"took over {target} from {_holder(target)}, which ended without finishing")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
+    """Write the manifest last, everything to the disk, and give the folder its name in one step."""
+    files = {
+        file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(staging.rglob("*"))
+        if file.is_file() and file.name != LOG
+    }
+    created = datetime.now(UTC).isoformat(timespec="microseconds")
+    manifest = replace(manifest, files=files, versions=library_versions(), created=created)
+    (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
+    for name in files:
+        shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files only their owner can read
+    for path in (*staging.rglob("*"), staging):
+        _sync(path)
+    if target.exists():
+        aside = target.with_name(f"{target.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        target.rename(aside)
+    staging.rename(target)
+    _sync(target.parent)
+    return Run(target, manifest)
+
+
+def library_versions() -> dict[str, str]:
+    """The versions a result may depend on."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("lora-align", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def sha256(file: Path) -> str:
+    """Of a file's contents."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _holder(target: Path) -> str:
+    holder = target.parent / f".{target.name}.holder"
+    return holder.read_text() if holder.exists() else "another process"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
