@@ -1,0 +1,113 @@
+"""From the name of a preference, a run or a folder to the update it stands for."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import LoraDelta, total
+from lora_align.errors import UserError, nearest
+from lora_align.preference import NAME
+from lora_align.runs import Run
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An adapter folder and its sign in the sum; a run where it has a manifest."""
+
+    folder: Path
+    sign: float
+    run: Run | None
+
+    def load(self) -> LoraDelta:
+        """Its update, unsigned, after its files were found to be the published ones."""
+        if self.run:
+            self.run.check_files()
+        return peft_format.load(self.folder)
+
+    def lineage(self) -> dict[str, Any]:
+        """What a mix's manifest says of it."""
+        return {"folder": str(self.folder), "sign": self.sign, "sha256": runs.sha256(self.folder / peft_format.WEIGHTS)}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A named direction: pos minus neg of a preference, or one adapter as it is."""
+
+    name: str
+    parents: tuple[Parent, ...]
+
+    def load(self) -> LoraDelta:
+        """The update itself."""
+        return total([parent.load() * parent.sign for parent in self.parents])
+
+    def known_runs(self) -> list[Run]:
+        """The runs among its parents."""
+        return [parent.run for parent in self.parents if parent.run]
+
+    def doubts(self) -> list[str]:
+        """Why it may not do what its name says."""
+        found = [f"{run.path} is unconverged: {why}" for run in self.known_runs() for why in run.manifest.unconverged]
+        data = {run.manifest.data.get("fingerprint") for run in self.known_runs()}
+        seeds = {run.manifest.initial_adapter for run in self.known_runs()}
+        if len(data) > 1:
+            found.append(f"{self.name}: pos and neg were trained on different pairs")
+        if len(seeds) > 1:
+            found.append(f"{self.name}: pos and neg started from different values of A; their difference is noisy")
+        return found
+
+
+def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
+    """The vector of that name; `preferences` are the recipe's, to tell untrained from unknown."""
+    if "/" in name or name.startswith("."):
+        inside = runs_dir / name
+        folder = inside if (inside / peft_format.CONFIG).is_file() else Path(name).expanduser()
+        return Vector(name, (_parent(folder, 1.0),))
+    folder = runs_dir / "dpo" / name
+    trained = [d for d in ("pos", "neg") if NAME.fullmatch(name) and runs.is_run(folder / d)]
+    if len(trained) == 2:
+        return Vector(name, (_parent(folder / "pos", 1.0), _parent(folder / "neg", -1.0)))
+    if trained:
+        done = runs.read(folder / trained[0]).manifest
+        missing = "neg" if trained == ["pos"] else "pos"
+        raise UserError(
+            f"{name}: only {trained[0]} is trained; its twin comes from: "
+            f"lora-align dpo --pref {done.preference} --direction {missing}"
+            + (f" --name {name}" if done.preference != name else "")
+        )
+    if name in preferences:
+        raise UserError(f"{name} is not trained in {runs_dir}/; first: lora-align dpo --pref {name} --direction both")
+    known = sorted({*trained_names(runs_dir), *preferences})
+    raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
+
+
+def trained_names(runs_dir: Path) -> list[str]:
+    """The names both directions of which are trained."""
+    return sorted(p.name for p in (runs_dir / "dpo").glob("*") if all(runs.is_run(p / d) for d in ("pos", "neg")))
+
+
+def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
+    """The base and the start adapter that all vectors with a manifest stand on; an error where they differ."""
+    found = [run for vector in vectors for run in vector.known_runs()]
+    if not found:
+        return None, ""
+    first = found[0]
+    for run in found[1:]:
+        if run.fingerprint != first.fingerprint:
+            raise UserError(
+                f"{run.path} and {first.path} stand on different bases ({run.manifest.base['model']}, "
+                f"{first.manifest.base['model']}); adapters of different bases do not add"
+            )
+        if run.manifest.start != first.manifest.start:
+            raise UserError(
+                f"{run.path} and {first.path} stand on different start adapters; train both on the same one"
+            )
+    return dict(first.manifest.base), first.manifest.start
+
+
+def _parent(folder: Path, sign: float) -> Parent:
+    if not (folder / peft_format.CONFIG).is_file():
+        raise UserError(f"no adapter in {folder}: it has no {peft_format.CONFIG}")
+    return Parent(folder, sign, runs.read(folder) if runs.is_run(folder) else None)
