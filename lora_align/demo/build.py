@@ -1,0 +1,110 @@
+"""Train the built-in base from scratch: `python -m lora_align.demo.build` (about ten minutes on two cores)."""
+
+import argparse
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_align.demo import world
+
+BASE = Path(__file__).parent / "base"
+END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def texts(seed: int, count: int) -> list[str]:
+    """Conversations as the chat template renders them; a quarter of them two or three questions long."""
+    draw, rows = random.Random(seed), world.conversations(seed, 3 * count)
+    rendered = []
+    for _ in range(count):
+        turns = [next(rows) for _ in range(draw.choice((1, 1, 1, 1, 1, 1, 2, 3)))]
+        messages = [message for row in turns for message in row["messages"]]  # type: ignore[attr-defined]
+        rendered.append("".join(f"<|{m['role']}|>{m['content']}{END}" for m in messages))
+    return rendered
+
+
+def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the world's own words, so that any text at all can be written in it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=512)
+    fast.add_special_tokens({"additional_special_tokens": list(ROLES)})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model() -> LlamaForCausalLM:
+    """Every dimension is a multiple of 64, as bitsandbytes' CPU kernels want it."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+
+
+def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int, batch: int, peak: float) -> None:
+    """Plain next-token training with a cosine schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+    started = time.monotonic()
+    for step in range(steps):
+        picked = [torch.tensor(rows[int(i)]) for i in torch.randint(len(rows), (batch,))]
+        ids = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True)
+        loss = model(input_ids=ids, attention_mask=ids != 0, labels=ids.masked_fill(ids == 0, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Build the tokenizer and the model, and write them where the package finds them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=BASE)
+    parser.add_argument("--steps", type=int, default=2500)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    corpus = texts(seed=0, count=40_000)
+    tokenizer = build_tokenizer(corpus)
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in corpus]
+    model = build_model()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    train(model, rows, options.steps, batch=48, peak=3e-3)
+
+    shutil.rmtree(options.out, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()
