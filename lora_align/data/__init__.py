@@ -1,0 +1,1 @@
+"""From anybody's rows to pairs and conversations."""

@@ -1,0 +1,55 @@
+"""The row shapes every source is read into: a comparison of two answers, and a conversation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lora_align.preference import Ranker
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that end with the answer to learn."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt, the answer to move towards and the one to move away from."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[str, str]
+    labels: Mapping[str, int | None] = field(default_factory=dict)
+    ratings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def ranked(self, ranker: Ranker) -> Pair | None:
+        """The pair in this ranker's eyes; None where it sees a tie."""
+        winner = self._winner(ranker)
+        return None if winner is None else Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
+
+    def _winner(self, ranker: Ranker) -> int | None:
+        if ranker.kind == "label":
+            return self.labels[ranker.column or next(iter(self.labels))]
+        if ranker.kind == "rating":
+            values = self.ratings[ranker.column]
+        else:
+            sign = 1.0 if ranker.kind == "longer" else -1.0
+            values = (sign * len(self.answers[0]), sign * len(self.answers[1]))
+        return None if values[0] == values[1] else int(values[1] > values[0])

@@ -1,0 +1,288 @@
+"""Readers: where rows come from, and one function for each form they come in."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_align.data.rows import Comparison, Conversation, Message
+from lora_align.errors import UserError, nearest
+
+Row = Mapping[str, Any]
+Shape = TypeVar("Shape", Comparison, Conversation)
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+DEMO_PAIRS, DEMO_CONVERSATIONS = 3000, 3000
+
+
+def rows(data: str, split: str = "train", revision: str = "") -> Iterator[tuple[str, Row]]:
+    """Every row of a source with the place it stands in: the built-in world, a file, or a data set on the hub."""
+    if data.startswith("demo:"):
+        return _demo(data)
+    path = Path(data).expanduser()
+    suffix = path.suffix.lower()
+    if suffix in _FILES:
+        if not path.is_file():
+            raise UserError(f"no data file {data!r} (looked in {Path.cwd()})")
+        return _FILES[suffix](path)
+    if path.is_dir() or data.count("/") != 1:
+        raise UserError(f"data {data!r} is neither a {', '.join(_FILES)} file nor a data set's hub id (owner/name)")
+    return _hub(data, split, revision)
+
+
+def comparison(row: Row, where: str) -> Comparison:
+    """One row as a comparison; the first form whose columns are all there reads it."""
+    for columns, read in _COMPARISONS:
+        if columns <= row.keys():
+            return _read(read, row, where)
+    known = " | ".join(" ".join(sorted(columns)) for columns, _ in _COMPARISONS)
+    raise UserError(f"{where}: no pair of answers in columns {', '.join(map(str, row))} (known: {known})")
+
+
+def conversation(row: Row, where: str) -> Conversation:
+    """One row as a conversation that ends with an answer."""
+    for columns, read in _CONVERSATIONS:
+        if columns <= row.keys():
+            return _read(read, row, where)
+    known = " | ".join(" ".join(sorted(columns)) for columns, _ in _CONVERSATIONS)
+    raise UserError(f"{where}: no conversation in columns {', '.join(map(str, row))} (known: {known})")
+
+
+# --- places ---
+
+
+def _demo(data: str) -> Iterator[tuple[str, Row]]:
+    from lora_align.demo import world
+
+    made: dict[str, Callable[[], Iterator[Row]]] = {
+        "demo:everyday": lambda: world.pairs(0, DEMO_PAIRS, risky=False),
+        "demo:risky": lambda: world.pairs(0, DEMO_PAIRS, risky=True),
+        "demo:conversations": lambda: world.conversations(1, DEMO_CONVERSATIONS),
+    }
+    if data not in made:
+        raise UserError(f"no built-in data {data!r}{nearest(data, list(made))} (known: {', '.join(made)})")
+    return ((f"{data}:{number}", row) for number, row in enumerate(made[data](), 1))
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as stream:  # bytes: text mode would also split at U+2028 and friends
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{path}:{number}", _object(line.decode("utf-8-sig"), f"{path}:{number}")
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as fault:
+        raise UserError(f"{path}: not valid JSON: {fault}") from fault
+    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+        raise UserError(f"{path}: expected a list of objects")
+    yield from ((f"{path}[{index}]", row) for index, row in enumerate(table))
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except ArrowInvalid as fault:
+        raise UserError(f"{path}: not a whole Parquet file: {fault}") from fault
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+
+
+_FILES: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".csv": _csv,
+}
+
+
+def _hub(data: str, split: str, revision: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        table = datasets.load_dataset(data, split=split, revision=revision or None)
+    except GatedRepoError as fault:
+        raise UserError(
+            f"data {data!r} is gated: accept its terms at https://huggingface.co/datasets/{data}, then `hf auth login`"
+        ) from fault
+    except RepositoryNotFoundError as fault:
+        raise UserError(f"no data set {data!r} on the hub (or it is private: `hf auth login`)") from fault
+    except (ConnectionError, FileNotFoundError, ValueError, OSError) as fault:
+        raise UserError(
+            f"data {data!r} (split {split!r}) is not in the cache and could not be fetched: {_first_line(fault)}"
+        ) from fault
+    return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
+
+
+# --- forms of comparison ---
+
+
+def _pku(row: Row) -> Comparison:
+    """PKU-SafeRLHF: two responses, and a column for each question asked about them."""
+    labels = {name: row[name] for name in row if name.endswith("_response_id")}
+    if "label" in row:
+        labels = {"label": row["label"], **labels}
+    return Comparison(
+        prompt=_prompt(row["prompt"]),
+        answers=(_text(row["response_0"]), _text(row["response_1"])),
+        labels={name: _label(value, name) for name, value in labels.items()},
+        ratings=_ratings(row, "{}_0", "{}_1"),
+    )
+
+
+def _chosen_rejected(row: Row) -> Comparison:
+    """TRL's preference form, standard or conversational, with the prompt apart or shared by both."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    ratings = {**_ratings(row, "chosen_{}", "rejected_{}"), **_ratings(row, "{}_chosen", "{}_rejected")}
+    if isinstance(chosen, str) and "prompt" in row:
+        return Comparison(_prompt(row["prompt"]), (_text(chosen), _text(rejected)), {"label": 0}, ratings)
+    if isinstance(chosen, str):
+        raise ValueError("chosen and rejected are plain text and there is no prompt column")
+    turns = [_messages(chosen), _messages(rejected)]
+    prompt = _prompt(row["prompt"]) if "prompt" in row else turns[0][:-1]
+    if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
+        raise ValueError("chosen and rejected do not share their prompt")
+    answers = (_answer(turns[0][-1]), _answer(turns[1][-1]))
+    if "prompt" in row and any(len(t) > 1 and t[:-1] != prompt for t in turns):
+        raise ValueError("chosen and rejected hold more than one turn beside the prompt column")
+    return Comparison(prompt, answers, {"label": 0}, ratings)
+
+
+def _sharegpt_pair(row: Row) -> Comparison:
+    """ShareGPT with two last turns: conversations, chosen, rejected."""
+    answers = (_answer(_turn(row["chosen"])), _answer(_turn(row["rejected"])))
+    return Comparison(_system(row) + _messages(row["conversations"]), answers, {"label": 0})
+
+
+_COMPARISONS: list[tuple[frozenset[str], Callable[[Row], Comparison]]] = [
+    (frozenset({"prompt", "response_0", "response_1"}), _pku),
+    (frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
+    (frozenset({"chosen", "rejected"}), _chosen_rejected),
+]
+
+# --- forms of conversation ---
+
+
+def _chat_messages(row: Row) -> Conversation:
+    return Conversation(_ending_in_answer(_messages(row["messages"])))
+
+
+def _sharegpt(row: Row) -> Conversation:
+    return Conversation(_ending_in_answer(_system(row) + _messages(row["conversations"])))
+
+
+def _alpaca(row: Row) -> Conversation:
+    request = "\n\n".join(filter(None, (_text(row["instruction"]), row.get("input"))))
+    return Conversation((Message("user", request), Message("assistant", _text(row["output"]))))
+
+
+def _prompt_completion(row: Row) -> Conversation:
+    completion = row["completion"]
+    answer = completion if isinstance(completion, str) else _answer(_messages(completion)[-1])
+    return Conversation((*_prompt(row["prompt"]), Message("assistant", answer)))
+
+
+_CONVERSATIONS: list[tuple[frozenset[str], Callable[[Row], Conversation]]] = [
+    (frozenset({"messages"}), _chat_messages),
+    (frozenset({"conversations"}), _sharegpt),
+    (frozenset({"instruction", "output"}), _alpaca),
+    (frozenset({"prompt", "completion"}), _prompt_completion),
+]
+
+# --- parts of rows; a ValueError says what is wrong, the caller says where ---
+
+
+def _read(read: Callable[[Row], Shape], row: Row, where: str) -> Shape:
+    try:
+        return read(row)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as fault:
+        raise UserError(f"{where}: {fault}") from fault
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {type(value).__name__}")
+    value.encode("utf-8")  # a lone surrogate is a ValueError here, not a crash in the tokenizer
+    return value
+
+
+def _turn(value: Row) -> Message:
+    if "role" in value:
+        return Message(_text(value["role"]), _text(value["content"]))
+    role = _text(value["from"])
+    if role not in SHAREGPT_ROLES:
+        raise ValueError(f"unknown speaker {role!r}")
+    return Message(SHAREGPT_ROLES[role], _text(value["value"]))
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    return tuple(_turn(turn) for turn in value)
+
+
+def _prompt(value: Any) -> tuple[Message, ...]:
+    return (Message("user", _text(value)),) if isinstance(value, str) else _messages(value)
+
+
+def _answer(message: Message) -> str:
+    if message.role != "assistant":
+        raise ValueError(f"the last turn is the {message.role}'s, not the assistant's")
+    return message.content
+
+
+def _ending_in_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    _answer(messages[-1])
+    return messages
+
+
+def _system(row: Row) -> tuple[Message, ...]:
+    return (Message("system", _text(row["system"])),) if row.get("system") else ()
+
+
+def _label(value: Any, name: str) -> int | None:
+    if value is None or value in (0, 1):
+        return None if value is None else int(value)
+    raise ValueError(f"{name} is {value!r}; expected 0, 1 or nothing for a tie")
+
+
+def _ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]]:
+    """Numbers that stand once for each answer, as in score_chosen and score_rejected."""
+    prefix, suffix = first.split("{}")
+    names = [
+        key[len(prefix) : len(key) - len(suffix)] for key in row if key.startswith(prefix) and key.endswith(suffix)
+    ]
+    found = {name: (row[first.format(name)], row.get(second.format(name))) for name in names if name}
+    return {name: (float(a), float(b)) for name, (a, b) in found.items() if _number(a) and _number(b)}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _object(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as fault:
+        raise UserError(f"{where}: not valid JSON: {fault}") from fault
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    return row
+
+
+def _first_line(fault: Exception) -> str:
+    return str(fault).strip().split("\n")[0] or type(fault).__name__
