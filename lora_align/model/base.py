@@ -1,0 +1,228 @@
+"""The one way a base is found, named and loaded. Everything that trains, samples or scores comes through here."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from lora_align import recipe, runs
+from lora_align.errors import UserError
+from lora_align.model.chat_format import ChatFormat
+
+DEMO = Path(__file__).parent.parent / "demo" / "base"
+KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; smaller bases quantise faster than they load
+HASH_ONCE_FROM = 1 << 26  # bytes; smaller files are hashed every time
+
+transformers.utils.logging.disable_default_handler()
+transformers.utils.logging.enable_propagation()
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base found on disk, not loaded yet: its folder, its name, and how it talks."""
+
+    folder: Path
+    recipe: recipe.Base
+    fingerprint: str
+    chat: ChatFormat
+    max_length: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "model": self.recipe.model,
+            "revision": self.recipe.revision,
+            "fingerprint": self.fingerprint,
+            "quantization": self.recipe.quantization,
+            "double_quant": self.recipe.double_quant,
+            "chat_format": self.chat.fingerprint(),
+        }
+
+    def load(self, keep_from: int = KEEP_QUANTIZED_FROM) -> PreTrainedModel:
+        """The frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
+        weights = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        source = self.folder
+        if self.recipe.quantization == "nf4" and weights >= keep_from:
+            source = _quantized(self)
+        return _load(source, self.recipe)
+
+
+def find(base: recipe.Base) -> Base:
+    """Locate a base, name it by its weights, and make sure it has a chat template."""
+    folder = _folder(base)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickled ones are not opened)")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as fault:
+        raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
+    template = base.chat_template or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise UserError(
+            f"base.model {base.model!r} has no chat template; give one in the recipe: base.chat_template "
+            "(Jinja text, or the name of a .jinja file beside the recipe)"
+        )
+    digest = hashlib.sha256("".join(_weights_hash(file) for file in weights).encode())
+    return Base(
+        folder=folder,
+        recipe=base,
+        fingerprint=digest.hexdigest(),
+        chat=ChatFormat(tokenizer, template, base.chat_template_kwargs, _stops(folder, tokenizer.eos_token_id)),
+        max_length=getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20,
+    )
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(base: recipe.Base) -> torch.dtype:
+    """What activations are computed in: bfloat16 where the card has it, float32 on a CPU."""
+    if base.dtype != "auto":
+        return getattr(torch, base.dtype)  # type: ignore[no-any-return]
+    if device().type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def cache_folder() -> Path:
+    """Where quantised bases and hashes of large files are kept; `LORA_ALIGN_CACHE` moves it."""
+    return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))
+
+
+def _folder(base: recipe.Base) -> Path:
+    """The base's folder: built in, on this disk, or from the hub's cache, fetched if it has to be."""
+    if base.model == "demo":
+        return DEMO
+    path = Path(base.model).expanduser()
+    if path.is_dir():
+        return path
+    if base.model.count("/") != 1 or base.model.startswith((".", "/", "~")):
+        raise UserError(f"base.model {base.model!r} is neither a folder nor a model's hub id (owner/name)")
+    return _from_hub(base.model, base.revision or None)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except errors.GatedRepoError as fault:
+        raise UserError(
+            f"base {name!r} is gated and this account has no access: ask for it at https://huggingface.co/{name}, "
+            "then `hf auth login`"
+        ) from fault
+    except errors.RepositoryNotFoundError as fault:
+        raise UserError(f"no model {name!r} on the hub (or it is private: `hf auth login`)") from fault
+    except errors.RevisionNotFoundError as fault:
+        raise UserError(f"model {name!r} has no revision {revision!r}") from fault
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as fault:
+        raise UserError(
+            f"base {name!r} is not in the cache and the hub cannot be reached; with a network: `hf download {name}`, "
+            "or name a local folder in base.model"
+        ) from fault
+
+
+def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
+    quantization = None
+    if base.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=base.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype(base),
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            quantization_config=quantization,
+            dtype=compute_dtype(base),
+            device_map={"": device()},
+            attn_implementation=base.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, OSError, ImportError) as fault:
+        raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
+    keep_4bit_weights_plain(model)
+    return model.eval().requires_grad_(False)
+
+
+def keep_4bit_weights_plain(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU.
+
+    On processors with AVX512-BF16 a forward pass in eval mode repacks a weight in place for a faster kernel
+    that has no autograd; training through it afterwards yields wrong gradients without a word.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantized(base: Base) -> Path:
+    """The folder that keeps this base in 4-bit, filled on first use."""
+    settings = {
+        "fingerprint": base.fingerprint,
+        "double": base.recipe.double_quant,
+        "dtype": str(compute_dtype(base.recipe)),
+    }
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    folder = cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
+    if folder.is_dir():
+        return folder
+    if "quantization_config" in json.loads((base.folder / "config.json").read_text(encoding="utf-8")):
+        return base.folder  # it comes in 4-bit already
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    _load(base.folder, base.recipe).save_pretrained(staging)
+    try:
+        staging.rename(folder)
+    except OSError:  # another process was first with the same content
+        shutil.rmtree(staging)
+    return folder
+
+
+def _stops(folder: Path, eos: int | None) -> frozenset[int]:
+    """The end-of-text ids the tokenizer and the base's generation settings name."""
+    path = folder / "generation_config.json"
+    settings: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = settings.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(i for i in [*ids, eos] if isinstance(i, int))
+
+
+def _weights_hash(file: Path) -> str:
+    """A file's sha256; large files are hashed once and remembered by path, size and time."""
+    real = file.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:
+        return real.name  # the hub's cache names its blobs by their sha256
+    status = real.stat()
+    if status.st_size < HASH_ONCE_FROM:
+        return runs.sha256(real)
+    key = hashlib.sha256(f"{real}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
+    known = cache_folder() / "hashes" / key
+    if not known.is_file():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        fresh = known.with_name(f".{key}.{os.getpid()}")
+        fresh.write_text(runs.sha256(real))
+        fresh.replace(known)
+    return known.read_text()

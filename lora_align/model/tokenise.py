@@ -1,0 +1,82 @@
+"""Rows as token ids, cut to a length; what does not fit is counted by its reason."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_align.data.rows import Conversation, Pair
+from lora_align.model.chat_format import ChatFormat
+from lora_align.preference import Direction
+
+IGNORED = -100  # a label that no loss looks at
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A pair as the model sees it."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def swap(self) -> "TokenPair":
+        """The same pair with its labels switched."""
+        return TokenPair(self.prompt, self.rejected, self.chosen)
+
+    def facing(self, direction: Direction) -> "TokenPair":
+        """As this direction trains on it: `neg` is the swap, and nothing else."""
+        return self.swap() if direction is Direction.neg else self
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A conversation as the model sees it, and which tokens it is to learn."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def pair(row: Pair, chat: ChatFormat, max_length: int, counts: Counter[str]) -> TokenPair | None:
+    """Both answers behind their prompt, each cut at `max_length`; None where cutting leaves nothing to learn."""
+    prompt = chat.prompt_ids(row.prompt)
+    room = max_length - len(prompt)
+    answers = [chat.answer_ids(row.prompt, answer) for answer in (row.chosen, row.rejected)]
+    if room < 1:
+        counts["prompt too long"] += 1
+        return None
+    chosen, rejected = (ids[:room] for ids in answers)
+    if chosen == rejected:
+        counts["alike once cut"] += 1
+        return None
+    counts["answers cut"] += sum(len(ids) > room for ids in answers)
+    return TokenPair(prompt, chosen, rejected)
+
+
+def text(
+    row: Conversation, chat: ChatFormat, max_length: int, answers_only: bool, counts: Counter[str]
+) -> TokenText | None:
+    """A whole conversation; with `answers_only` the loss sees what the assistant says and nothing else."""
+    *before, last = row.messages
+    prompt = chat.prompt_ids(before)
+    if len(prompt) >= max_length:
+        counts["prompt too long"] += 1
+        return None
+    ids = prompt + chat.answer_ids(before, last.content)
+    labels = list(ids)
+    if answers_only:
+        labels[: len(prompt)] = _earlier_answers(row, chat, prompt)
+    counts["answers cut"] += len(ids) > max_length
+    return TokenText(ids[:max_length], labels[:max_length])
+
+
+def _earlier_answers(row: Conversation, chat: ChatFormat, prompt: Sequence[int]) -> list[int]:
+    """Labels for a prompt: the assistant's earlier answers, where the template shows them as they were said."""
+    labels = [IGNORED] * len(prompt)
+    for turn, message in enumerate(row.messages[:-1]):
+        if message.role == "assistant":
+            start = chat.prompt_ids(row.messages[:turn])
+            said = chat.answer_ids(row.messages[:turn], message.content)
+            end = len(start) + len(said)
+            if list(prompt[:end]) == start + said:
+                labels[len(start) : end] = said
+    return labels
