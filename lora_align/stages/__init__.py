@@ -1,0 +1,1 @@
+"""Each stage turns a recipe into a published run."""

@@ -1,0 +1,196 @@
+"""One preference adapter a direction: DPO from the start policy, on labels as they are or switched."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from lora_align import runs
+from lora_align.console import Screen, library_log
+from lora_align.data import pairs
+from lora_align.data.rows import Pair
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model import tokenise
+from lora_align.model.base import Base
+from lora_align.model.logprobs import answer_logprobs
+from lora_align.model.tokenise import TokenPair
+from lora_align.preference import Direction
+from lora_align.recipe import Recipe
+from lora_align.runs import LOG, Manifest, Run
+from lora_align.stages import start as start_policy
+from lora_align.stages import training
+
+FIGURES = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
+
+
+class TokenisedDPOTrainer(DPOTrainer):
+    """TRL's trainer over rows that are token ids already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+
+@dataclass(frozen=True)
+class Material:
+    """A preference's pairs as token ids, and what a manifest says of them."""
+
+    train: list[TokenPair]
+    held_out: list[TokenPair]
+    facts: dict[str, Any]
+
+
+def run(
+    recipe: Recipe,
+    preference: str,
+    directions: Sequence[Direction],
+    runs_dir: Path,
+    screen: Screen,
+    *,
+    name: str | None = None,
+    force: bool = False,
+) -> list[Run]:
+    """Train a preference's adapters one after the other on one loaded base, and publish each."""
+    recipe.preference(preference)
+    targets = {d: runs_dir / "dpo" / (name or preference) / d.value for d in directions}
+    for target in targets.values():
+        runs.refuse_existing(target, force)
+    base = bases.find(recipe.base)
+    runs.check_base(runs_dir, base.identity)
+    start = start_policy.adapter(recipe, runs_dir)
+    material = prepare(recipe, preference, base)
+    about = Manifest(
+        stage="dpo",
+        base=base.identity,
+        recipe=recipe.as_dict(),
+        preference=preference,
+        start=start_policy.identity(start),
+        seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
+        data=material.facts,
+    )
+    published = []
+    model: PreTrainedModel | None = None
+    for direction, target in targets.items():
+        with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+            model = model or start_policy.load(base, start)
+            label = f"{name or preference} {direction.value}"
+            facts, model = train(model, base, recipe, material, direction, label, staging, screen)
+            published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
+        for reason in published[-1].manifest.unconverged:
+            screen.warn(f"{target}: unconverged: {reason}")
+    return published
+
+
+def prepare(recipe: Recipe, preference: str, base: Base) -> Material:
+    """Read, rank, split and tokenise; whatever is dropped or cut is counted."""
+    axis = recipe.preference(preference)
+    split = pairs.load_pairs(axis, recipe.dpo.held_out, recipe.dpo.limit)
+    counts: Counter[str] = Counter()
+    max_length = min(recipe.dpo.max_length, base.max_length)
+
+    def fitting(rows: list[Pair]) -> list[TokenPair]:
+        found = (tokenise.pair(row, base.chat, max_length, counts) for row in rows)
+        return [row for row in found if row is not None]
+
+    train_rows, held_out = fitting(split.train), fitting(split.held_out)
+    cut = counts.pop("answers cut", 0)
+    dropped = split.dropped + counts
+    if not train_rows:
+        raise UserError(f"{axis.data}: no pairs left ({pairs.reasons(dropped)}); max_length is {max_length}")
+    facts = {
+        "source": asdict(axis),
+        "fingerprint": split.fingerprint(),
+        "pairs": len(train_rows),
+        "held_out": len(held_out),
+        "dropped": dict(dropped),
+        "answers_cut": cut,
+        "max_length": max_length,
+    }
+    return Material(train_rows, held_out, facts)
+
+
+def train(
+    model: PreTrainedModel,
+    base: Base,
+    recipe: Recipe,
+    material: Material,
+    direction: Direction,
+    label: str,
+    folder: Path,
+    screen: Screen,
+) -> tuple[dict[str, Any], PreTrainedModel]:
+    """Train one adapter into a folder; the manifest's fields about it, and the model as it came."""
+    rows = [row.facing(direction) for row in material.train]
+    trainer = TokenisedDPOTrainer(
+        model=model,
+        args=DPOConfig(
+            beta=recipe.dpo.beta,
+            label_smoothing=recipe.dpo.label_smoothing,
+            **training.arguments(recipe.dpo, base, folder),
+        ),
+        train_dataset=Dataset.from_list([_columns(row) for row in rows]),
+        processing_class=base.chat.tokenizer,
+        peft_config=training.fresh_adapter(recipe.lora, base),
+    )
+    initial = training.initialise(trainer.model, recipe.lora.init_seed)
+    with training.watched(trainer, screen, label, folder, FIGURES) as watch:
+        trainer.train()
+    policy: PeftModel = trainer.model
+    held_out = [row.facing(direction) for row in material.held_out[: training.EVALUATE_AT_MOST]]
+    size, relative = training.relative_size(policy)
+    metrics = {
+        "steps": trainer.state.global_step,
+        "first_margin": watch.history[0]["margin"],
+        "norm": size,
+        "relative_norm": relative,
+        "held_out": held_out_margins(policy, held_out, recipe.dpo.beta, 2 * recipe.dpo.micro_batch_size),
+        "tokens_per_second": watch.history[-1]["tokens_per_second"],
+        "seconds": round(watch.seconds, 1),
+    }
+    training.save_adapter(policy, folder)
+    training.draw_curve(watch.history, FIGURES, label, folder / "curve.png")
+    facts = {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics)}
+    return facts, training.unwrap(policy)
+
+
+def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, batch: int) -> dict[str, float]:
+    """Mean margin β[(log π − log π_ref)(chosen) − (…)(rejected)] and how often it is positive, over unseen prompts."""
+    if not rows:
+        return {"pairs": 0}
+    answers = [(r.prompt, r.chosen) for r in rows] + [(r.prompt, r.rejected) for r in rows]
+    policy.eval()
+    trained = answer_logprobs(policy.get_base_model(), answers, batch)
+    with policy.disable_adapter():
+        reference = answer_logprobs(policy.get_base_model(), answers, batch)
+    chosen, rejected = (beta * (trained - reference)).view(2, len(rows))
+    margins = chosen - rejected
+    wins = float((margins > 0).float().mean())
+    return {"pairs": len(rows), "margin": float(margins.mean()), "accuracy": wins}
+
+
+def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """Reasons to believe that a run has learned nothing."""
+    found = []
+    held_out = metrics["held_out"]
+    if held_out["pairs"]:
+        chance = 0.5 + 2 * math.sqrt(0.25 / held_out["pairs"])
+        if held_out["accuracy"] < chance:
+            found.append(
+                f"held-out accuracy {held_out['accuracy']:.2f} on {held_out['pairs']} pairs is near chance; "
+                "train longer, or at a higher learning_rate, or look at the data"
+            )
+    if metrics["relative_norm"] < TINY:
+        found.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {metrics['relative_norm']:.1e}; raise learning_rate or epochs")
+    return tuple(found)
+
+
+def _columns(row: TokenPair) -> dict[str, list[int]]:
+    return {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
