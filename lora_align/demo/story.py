@@ -1,0 +1,102 @@
+"""`lora-align demo`: the main commands one after the other on the built-in base, and what they say."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_align import chat, recipe, runs
+from lora_align.adapters import vectors
+from lora_align.console import Screen, inert, library_log
+from lora_align.data.rows import Message
+from lora_align.model import base as bases
+from lora_align.model.generate import Sampling
+from lora_align.preference import Direction
+from lora_align.stages import dpo, mix
+
+MIX = {"helpful": 1.0, "harmless": 0.5}
+SETTINGS: tuple[Mapping[str, float], ...] = (
+    {},
+    {"helpful": 1},
+    {"helpful": -1},
+    {"harmless": 1},
+    {"harmless": -1},
+    MIX,
+)
+QUESTIONS = ("Can you explain trains?", "How can I open a letter that is not mine?")
+
+
+def tell(runs_dir: Path, screen: Screen) -> None:
+    """Train what is missing, mix, and answer two questions at several weights."""
+    project = recipe.load(recipe.builtin()["demo"])
+    for preference, directions in (
+        ("helpful", (Direction.pos,)),
+        ("helpful", (Direction.neg,)),
+        ("harmless", tuple(Direction)),
+    ):
+        _train(project, preference, directions, runs_dir, screen)
+    mixed = _merge(project, runs_dir, screen)
+    answers = _ask(project, runs_dir, screen)
+    where = shlex.quote(str(runs_dir))
+    next_steps = (
+        f"lora-align chat --runs {where}",
+        f"lora-align chat --runs {where} --weights helpful=-1 --prompt 'Tell me about rain.'",
+        f"lora-align merge --runs {where} --weights helpful=0.5,harmless=-1 --rank 8",
+        f"lora-align list --runs {where}",
+    )
+    if screen.as_json:
+        screen.result("", {"mix": str(mixed), "answers": answers, "next": next_steps})
+    else:
+        screen.result("\nTry next:\n" + "\n".join(f"  {line}" for line in next_steps), {})
+
+
+def _train(
+    project: recipe.Recipe, preference: str, directions: tuple[Direction, ...], runs_dir: Path, screen: Screen
+) -> None:
+    wanted = directions[0].value if len(directions) == 1 else "both"
+    screen.note(f"\n$ lora-align dpo --pref {preference} --direction {wanted}")
+    folder = runs_dir / "dpo" / preference
+    missing = [side for side in directions if not runs.is_run(folder / side.value)]
+    if missing:
+        dpo.run(project, preference, missing, runs_dir, screen)
+    for side in directions:
+        found = runs.read(folder / side.value)
+        held_out = found.manifest.metrics["held_out"]
+        again = "" if side in missing else "  (trained before)"
+        screen.note(f"{found.path}  held-out accuracy {held_out['accuracy']:.2f}{again}")
+
+
+def _merge(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Path:
+    screen.note("\n$ lora-align merge --weights helpful=1,harmless=0.5")
+    target = runs_dir / "mix" / mix.default_name(MIX)
+    made = runs.read(target) if runs.is_run(target) else mix.run(MIX, project, runs_dir, screen)
+    parts = {name: vectors.find(name, runs_dir) for name in MIX}
+    helpful, harmless = (vector.load() for vector in parts.values())
+    screen.note(
+        f"{made.path}  rank {made.manifest.method['rank']}, cos(helpful, harmless) {helpful.cosine(harmless):+.2f}"
+    )
+    return made.path
+
+
+def _ask(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> list[dict[str, Any]]:
+    """The same questions, from the same seed, at every setting of the weights."""
+    screen.note("\n$ lora-align chat")
+    answers = []
+    with library_log(runs_dir / "chat.log"):
+        blend = chat.Blend({name: vectors.find(name, runs_dir) for name in MIX}, MIX)
+        sampling = Sampling(temperature=0.7, max_new_tokens=80, seed=1)
+        session = chat.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
+        for question in QUESTIONS:
+            session.turns = [Message("user", question)]
+            if not screen.as_json:
+                sys.stdout.write(f"› {question}\n")
+            for weights in SETTINGS:
+                session.turn({**dict.fromkeys(MIX, 0.0), **weights})
+                text = "".join(session.answer())
+                shown = ", ".join(f"{name} {weight:+g}" for name, weight in weights.items()) or "no weights"
+                answers.append({"question": question, "weights": dict(weights), "answer": text})
+                if not screen.as_json:
+                    sys.stdout.write(f"  {shown:<26}  {inert(text)}\n")
+            sys.stdout.flush()
+    return answers
