@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 from lora_align import __version__, runs
 from lora_align import recipe as recipes
 from lora_align.console import Screen, library_log, table
-from lora_align.errors import RunFailed, Stopped, UserError
+from lora_align.errors import RunFailedError, Stopped, UserError
 from lora_align.preference import NAME, Direction
 from lora_align.recipe import Recipe
 
@@ -300,7 +300,8 @@ def _dpo_line(run: runs.Run) -> str:
     held_out = run.manifest.metrics["held_out"]
     if not held_out["pairs"]:
         return f"{run.path}  no pairs held out, nothing measured"
-    return f"{run.path}  held-out margin {held_out['margin']:+.3f}, accuracy {held_out['accuracy']:.2f} ({held_out['pairs']} pairs)"
+    margin, accuracy, pairs = held_out["margin"], held_out["accuracy"], held_out["pairs"]
+    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {accuracy:.2f} ({pairs} pairs)"
 
 
 def _origin(run: runs.Run) -> str:
@@ -356,7 +357,9 @@ def main() -> None:
     except Exception as fault:
         if os.environ.get("LORA_ALIGN_DEBUG"):
             raise
-        _complain(f"{type(fault).__name__}: {fault} (a traceback: --debug before the command)", RunFailed.exit_code)
+        _complain(
+            f"{type(fault).__name__}: {fault} (a traceback: --debug before the command)", RunFailedError.exit_code
+        )
 
 
 def _complain(text: str, code: int) -> None:

@@ -7,7 +7,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class RunFailed(UserError):
+class RunFailedError(UserError):
     """Failed after work began (exit 1)."""
 
     exit_code = 1

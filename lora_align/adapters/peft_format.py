@@ -20,7 +20,12 @@ PREFIX = "base_model.model."
 
 # Keys that change nothing about ΔW = scaling · B A, whatever they hold.
 HARMLESS = frozenset(
-    ["peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "runtime_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying"]
+    """
+    peft_type task_type peft_version base_model_name_or_path revision inference_mode r lora_alpha lora_dropout
+    target_modules exclude_modules init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    use_rslora runtime_config megatron_core loftq_config eva_config corda_config lora_ga_config velora_config
+    qalora_group_size ensure_weight_tying
+    """.split()  # noqa: SIM905
 )
 # Keys that must hold nothing, and what is wrong where they do.
 REFUSED = {

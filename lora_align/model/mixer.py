@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.delta import Factors, LoraDelta, total
+from lora_align.console import inert
 from lora_align.errors import UserError
 
 
@@ -23,20 +24,7 @@ class Mixer:
         self.scales: dict[str, Tensor] = {}
         self.hooks = []
         for name, factors in stacked.items():
-            layer = layers.get(name)
-            if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != (
-                factors.B.shape[0],
-                factors.A.shape[1],
-            ):
-                found = (
-                    f"is {tuple((layer.out_features, layer.in_features))}"
-                    if isinstance(layer, nn.Linear)
-                    else "is missing"
-                )
-                raise UserError(
-                    f"the adapter was not made for this base: its {name} is "
-                    f"{(factors.B.shape[0], factors.A.shape[1])}, the base's {found}"
-                )
+            layer = _fitting(layers.get(name), name, factors)
             where = layer.weight.device
             A, B = factors.A.to(where, torch.float32), factors.B.to(where, torch.float32)
             self.scales[name] = torch.zeros(factors.rank, device=where)
@@ -58,6 +46,15 @@ class Mixer:
         """Leave the base as it was."""
         for hook in self.hooks:
             hook.remove()
+
+
+def _fitting(layer: nn.Module | None, name: str, factors: Factors) -> nn.Linear:
+    """The layer an update belongs on, or an error that says how the base differs."""
+    wanted = (factors.B.shape[0], factors.A.shape[1])
+    found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else "not there"
+    if not isinstance(layer, nn.Linear) or found != wanted:
+        raise UserError(f"the adapter was not made for this base: its {inert(name)} is {wanted}, the base's is {found}")
+    return layer
 
 
 def _branch(A: Tensor, B: Tensor, scale: Tensor):  # type: ignore[no-untyped-def]

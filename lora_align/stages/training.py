@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from lora_align.console import Progress, Screen
-from lora_align.errors import RunFailed
+from lora_align.errors import RunFailedError
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 
@@ -130,7 +130,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         """A gradient that is not finite would spoil every weight at once."""
         if self.finite and not all(p.grad.isfinite().all() for _, p in trainable(model) if p.grad is not None):
-            raise RunFailed(
+            raise RunFailedError(
                 f"step {state.global_step + 1}: a gradient is not finite, the run is stopped before it does harm; "
                 "try a lower learning_rate, or look for odd rows"
             )
@@ -140,7 +140,7 @@ class Watch(TrainerCallback):
         if "loss" not in logs:
             return
         if not math.isfinite(float(logs["loss"])):
-            raise RunFailed(f"step {state.global_step}: the loss is not finite; try a lower learning_rate")
+            raise RunFailedError(f"step {state.global_step}: the loss is not finite; try a lower learning_rate")
         tokens = float(logs.get("num_tokens", 0.0))
         rate = tokens / max(self.seconds, 1e-9)
         record = {"step": state.global_step, **{k: float(logs[v]) for k, v in self.figures.items() if v in logs}}
