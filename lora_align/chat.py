@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lora_align import runs
-from lora_align.adapters import merge, vectors
+from lora_align.adapters import vectors
 from lora_align.adapters.vectors import Parent, Vector
 from lora_align.console import Screen, inert
 from lora_align.data.rows import Message
@@ -17,6 +17,7 @@ from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.generate import Memory, Sampling, stream, text_pieces
 from lora_align.model.mixer import Mixer
+from lora_align.preference import parse_weights
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 from lora_align.stages import start as start_policy
@@ -236,7 +237,7 @@ def _speak(session: Session, screen: Screen) -> None:
 
 def _turn(session: Session, argument: str, screen: Screen) -> None:
     if argument:
-        session.turn(merge.parse_weights(argument))
+        session.turn(parse_weights(argument))
     screen.note(_shown(session.weights))
 
 
@@ -258,7 +259,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
     try:
         session.turns = turns[: asked[-1] + 1]
         for setting in settings:
-            weights = merge.parse_weights(setting)
+            weights = parse_weights(setting)
             session.turn({**dict.fromkeys(session.weights, 0.0), **weights})
             text = "".join(session.answer(replace(session.sampling, seed=session.sampling.seed or 0)))
             answers.append(Text(inert(f"{text}\n({session.tokens} tokens)")))

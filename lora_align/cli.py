@@ -16,7 +16,7 @@ from lora_align import __version__, runs
 from lora_align import recipe as recipes
 from lora_align.console import Screen, library_log, table
 from lora_align.errors import RunFailedError, Stopped, UserError
-from lora_align.preference import NAME, Direction
+from lora_align.preference import NAME, Direction, parse_weights
 from lora_align.recipe import Recipe
 
 app = typer.Typer(
@@ -159,8 +159,6 @@ def merge(
 ) -> None:
     """Add weighted preference vectors up to one ordinary adapter."""
     screen = Screen(as_json, quiet)
-    from lora_align.adapters.merge import parse_weights
-
     wanted = parse_weights(weights)
     project = _recipe(recipe, overrides, screen, runs_dir)
     from lora_align.stages import mix
@@ -200,8 +198,6 @@ def chat(
         if not prompt:
             raise UserError("chat: nothing came in on stdin; pipe a prompt in, or give --prompt")
     project = _recipe(recipe, overrides, screen, runs_dir)
-    from lora_align.adapters.merge import parse_weights
-
     wanted = parse_weights(weights) if weights is not None else None
     from lora_align import chat as conversation
     from lora_align.model import base as bases
@@ -342,15 +338,15 @@ def main() -> None:
     try:
         with _signals():
             code = run(standalone_mode=False)
+        if code == 130:  # Typer has made this of a KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as fault:
         if os.environ.get("LORA_ALIGN_DEBUG"):
             raise
         _complain(str(fault), fault.exit_code)
-    except (KeyboardInterrupt, Stopped) as stop:
-        _complain("stopped; nothing unfinished was published", getattr(stop, "exit_code", 130))
-    except typer.Abort:
-        _complain("stopped", 130)
+    except Stopped as stop:
+        _complain("stopped; nothing unfinished was published", stop.exit_code)
     except TyperException as fault:
         told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
         _complain(f"{told.rstrip('.')} (see lora-align --help, or --help behind a command)", 2)

@@ -1,11 +1,14 @@
 """A preference is a named axis over answers: where its pairs come from, and which answer wins."""
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
 from annotated_types import Len
+
+from lora_align.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME")
@@ -49,3 +52,22 @@ class Preference:
     def ranker(self) -> Ranker:
         """The parsed `rank`."""
         return Ranker.parse(self.rank)
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Read `helpful=1,harmless=-0.5`."""
+    weights: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, number = part.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not equals or not name.strip() or not math.isfinite(weight):
+            raise UserError(f"weights: {part!r}: expected NAME=NUMBER, as in helpful=1,harmless=0.5")
+        if name.strip() in weights:
+            raise UserError(f"weights: {name.strip()!r} is given twice")
+        weights[name.strip()] = weight
+    if not weights:
+        raise UserError("weights: none given; as in helpful=1,harmless=0.5")
+    return weights

@@ -40,7 +40,7 @@ class Factors:
             return self
         Q_out, R_out = torch.linalg.qr(self.B.double())
         Q_in, R_in = torch.linalg.qr(self.A.double().T)
-        U, S, Vt = torch.linalg.svd(R_out @ R_in.T)
+        U, S, Vt = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
         root = S[:rank].sqrt()
         B, A = (Q_out @ U[:, :rank]) * root, (Vt[:rank] @ Q_in.T) * root[:, None]
         return Factors(B.to(self.B.dtype), A.to(self.A.dtype))

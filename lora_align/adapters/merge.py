@@ -1,11 +1,9 @@
-"""From weights to a mix: name the vectors, add them up, and say what a smaller rank leaves out."""
+"""Ways to make one update of several vectors and their weights, and what a smaller rank leaves out."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_align.adapters.delta import LoraDelta, total
-from lora_align.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -14,25 +12,6 @@ class Merged:
 
     delta: LoraDelta
     left_out: float
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """Read `helpful=1,harmless=-0.5`."""
-    weights: dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, number = part.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not equals or not name.strip() or not math.isfinite(weight):
-            raise UserError(f"weights: {part!r}: expected NAME=NUMBER, as in helpful=1,harmless=0.5")
-        if name.strip() in weights:
-            raise UserError(f"weights: {name.strip()!r} is given twice")
-        weights[name.strip()] = weight
-    if not weights:
-        raise UserError("weights: none given; as in helpful=1,harmless=0.5")
-    return weights
 
 
 def exact(vectors: Mapping[str, LoraDelta], weights: Mapping[str, float], rank: int | None = None) -> Merged:

@@ -232,6 +232,8 @@ def _turn(value: Row) -> Message:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected text or a list of turns, found {type(value).__name__}")
     return tuple(_turn(turn) for turn in value)
 
 

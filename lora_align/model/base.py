@@ -141,23 +141,24 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
-    quantization = None
-    if base.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
+    chosen: dict[str, Any] = {}  # what is not said is left to the model's own configuration
+    if base.quantization == "nf4" and not _comes_quantized(source):
+        chosen["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=base.double_quant,
             bnb_4bit_compute_dtype=compute_dtype(base),
         )
+    if base.attention != "auto":
+        chosen["attn_implementation"] = base.attention
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
-            quantization_config=quantization,
             dtype=compute_dtype(base),
             device_map={"": device()},
-            attn_implementation=base.attention,
             use_safetensors=True,
             trust_remote_code=False,
+            **chosen,
         )
     except (ValueError, OSError, ImportError) as fault:
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
@@ -189,8 +190,8 @@ def _quantized(base: Base) -> Path:
     folder = cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
     if folder.is_dir():
         return folder
-    if "quantization_config" in json.loads((base.folder / "config.json").read_text(encoding="utf-8")):
-        return base.folder  # it comes in 4-bit already
+    if _comes_quantized(base.folder):
+        return base.folder
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     _load(base.folder, base.recipe).save_pretrained(staging)
@@ -199,6 +200,10 @@ def _quantized(base: Base) -> Path:
     except OSError:  # another process was first with the same content
         shutil.rmtree(staging)
     return folder
+
+
+def _comes_quantized(folder: Path) -> bool:
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _stops(folder: Path, eos: int | None) -> frozenset[int]:

@@ -29,6 +29,7 @@ from lora_align.stages import start as start_policy
 from lora_align.stages import training
 
 FIGURES = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+ENOUGH = 20  # held-out pairs below which an accuracy says nothing
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
 
 
@@ -180,7 +181,7 @@ def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """Reasons to believe that a run has learned nothing."""
     found = []
     held_out = metrics["held_out"]
-    if held_out["pairs"]:
+    if held_out["pairs"] >= ENOUGH:
         chance = 0.5 + 2 * math.sqrt(0.25 / held_out["pairs"])
         if held_out["accuracy"] < chance:
             found.append(

@@ -1,0 +1,95 @@
+"""The algebra against dense float64, for every way of building a sum."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_align.adapters.delta import Factors, LoraDelta, total
+
+SHAPES = {"q": (12, 8), "v": (4, 8), "down": (8, 20)}
+Dense = dict[str, torch.Tensor]
+
+
+def make(seed: int, rank: int, modules: tuple[str, ...] = tuple(SHAPES)) -> LoraDelta:
+    generator = torch.Generator().manual_seed(seed)
+    return LoraDelta(
+        {
+            name: Factors(
+                torch.randn(SHAPES[name][0], rank, generator=generator),
+                torch.randn(rank, SHAPES[name][1], generator=generator),
+            )
+            for name in modules
+        }
+    )
+
+
+def dense(delta: LoraDelta) -> Dense:
+    zero = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    return zero | {name: f.B.double() @ f.A.double() for name, f in delta.items()}
+
+
+def flat(matrices: Dense) -> torch.Tensor:
+    return torch.cat([matrices[name].flatten() for name in SHAPES])
+
+
+deltas = st.builds(
+    make,
+    seed=st.integers(0, 2**31),
+    rank=st.integers(1, 6),
+    modules=st.lists(st.sampled_from(list(SHAPES)), min_size=1, unique=True).map(tuple),
+)
+weights = st.floats(-3, 3, allow_nan=False, width=32)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(deltas, weights), min_size=1, max_size=5))
+def test_weighted_sums_are_exact(parts: list[tuple[LoraDelta, float]]) -> None:
+    whole = total([delta * weight for delta, weight in parts])
+    expected = sum(flat(dense(delta)) * weight for delta, weight in parts)
+    assert torch.allclose(flat(dense(whole)), torch.as_tensor(expected), atol=1e-4)
+
+
+@settings(deadline=None)
+@given(deltas, deltas)
+def test_subtraction_undoes_addition_and_negation_is_minus_one(a: LoraDelta, b: LoraDelta) -> None:
+    assert torch.allclose(flat(dense(a + b - b)), flat(dense(a)), atol=1e-4)
+    assert torch.equal(flat(dense(-a)), flat(dense(a * -1.0)))
+    assert (a - a).norm() <= 1e-5 * a.norm()
+
+
+@settings(deadline=None)
+@given(deltas, deltas)
+def test_norms_and_cosines_are_those_of_the_dense_matrices(a: LoraDelta, b: LoraDelta) -> None:
+    x, y = flat(dense(a)), flat(dense(b))
+    assert math.isclose(a.norm(), float(x.norm()), rel_tol=1e-9)
+    assert math.isclose(a.inner(b), float(x @ y), rel_tol=1e-9, abs_tol=1e-6)
+    assert math.isclose(a.cosine(b), float(x @ y / x.norm() / y.norm()), rel_tol=1e-9, abs_tol=1e-9)
+
+
+@settings(deadline=None)
+@given(deltas, deltas, st.integers(1, 12))
+def test_truncation_is_the_best_there_is_and_says_what_it_leaves_out(a: LoraDelta, b: LoraDelta, rank: int) -> None:
+    whole = a + b
+    cut = whole.truncated(rank)
+    lost = kept = 0.0
+    for matrix in dense(whole).values():
+        squares = torch.linalg.svdvals(matrix).square()
+        kept += float(squares.sum())
+        lost += float(squares[rank:].sum())
+    assert cut.rank <= max(rank, 1)
+    assert math.isclose(cut.left_out(whole), lost / kept, rel_tol=1e-3, abs_tol=1e-6)
+    error = (flat(dense(cut)) - flat(dense(whole))).square().sum()
+    assert math.isclose(float(error), lost, rel_tol=1e-3, abs_tol=1e-4)
+
+
+def test_a_value_does_not_change_under_its_readers() -> None:
+    a = make(0, 2)
+    before = flat(dense(a)).clone()
+    a * 3 + make(1, 2)
+    assert torch.equal(flat(dense(a)), before)
+    with pytest.raises(AttributeError):
+        a.modules = {}  # type: ignore[misc]
+    assert math.isnan((a * 0).cosine(a))

@@ -1,0 +1,170 @@
+"""Every form of pair people have, read from every kind of file."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_align.data import pairs, sources
+from lora_align.data.rows import Comparison, Message
+from lora_align.errors import UserError
+from lora_align.preference import Preference, Ranker
+from lora_align.recipe import Sft
+
+ASK = [{"role": "user", "content": "Hi?"}]
+GOOD, BAD = "A long good answer.", "Bad."
+FORMS: dict[str, Mapping[str, Any]] = {
+    "plain": {"prompt": "Hi?", "chosen": GOOD, "rejected": BAD},
+    "conversational": {
+        "prompt": ASK,
+        "chosen": [{"role": "assistant", "content": GOOD}],
+        "rejected": [{"role": "assistant", "content": BAD}],
+    },
+    "implicit prompt": {
+        "chosen": [*ASK, {"role": "assistant", "content": GOOD}],
+        "rejected": [*ASK, {"role": "assistant", "content": BAD}],
+    },
+    "prompt twice": {
+        "prompt": "Hi?",
+        "chosen": [*ASK, {"role": "assistant", "content": GOOD}],
+        "rejected": [*ASK, {"role": "assistant", "content": BAD}],
+    },
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hi?"}],
+        "chosen": {"from": "gpt", "value": GOOD},
+        "rejected": {"from": "gpt", "value": BAD},
+    },
+    "pku": {"prompt": "Hi?", "response_0": GOOD, "response_1": BAD, "better_response_id": 0, "safer_response_id": 1},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_reads_alike(form: str) -> None:
+    found = sources.comparison(FORMS[form], "here")
+    assert found.prompt == (Message("user", "Hi?"),)
+    assert found.answers == (GOOD, BAD)
+    assert found.ranked(Ranker.parse("label")).chosen == GOOD  # type: ignore[union-attr]
+
+
+def _write(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+AWKWARD = '2024-01-01 \u2028 \x00 é e\u0301 \r\n,"quotes"'
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+def test_every_kind_of_file_keeps_every_character(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"pairs{suffix}"
+    text = AWKWARD.replace("\x00", "") if suffix == ".csv" else AWKWARD
+    _write(file, [{"prompt": text, "chosen": GOOD, "rejected": BAD}, {"prompt": "2", "chosen": "3", "rejected": "4"}])
+    read = [sources.comparison(row, where) for where, row in sources.rows(str(file))]
+    assert [c.prompt[0].content for c in read] == [text, "2"]
+    assert read[1].answers == ("3", "4")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ', ":2: not valid JSON"),
+        ("[1]", ":1: expected an object"),
+        ('{"question": "a"}', ":1: no pair of answers in columns question"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "expected text or a list of turns, found int"),
+        ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogates"),
+        ('{"chosen": "b", "rejected": "c"}', "no prompt column"),
+        ('{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}', "better_response_id is 2"),
+        ("", "no rows left"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "1 equal answers"),
+        ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "1 empty answer"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(content: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=told):
+        pairs.load_pairs(Preference(str(file)), held_out=0.0)
+
+
+@pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
+def test_sources_that_are_not_there(data: str) -> None:
+    with pytest.raises(UserError):
+        list(sources.rows(data))
+
+
+def test_a_data_set_that_is_not_in_the_cache_says_so_without_a_network() -> None:
+    with pytest.raises(UserError, match="not in the cache and could not be fetched"):
+        list(sources.rows("nobody/nothing"))
+
+
+def test_rankers_give_three_axes_from_one_file(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"p{i}", "chosen": "x" * (i % 3 + 1), "rejected": "yy", "score_chosen": i % 2, "score_rejected": 0.5}
+        for i in range(60)
+    ]
+    _write(tmp_path / "pairs.jsonl", rows)
+    found = {
+        rank: pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl"), rank), held_out=0.2)
+        for rank in ("label", "shorter", "longer", "rating:score")
+    }
+    assert all(pair.chosen.startswith("x") for pair in found["label"].train)
+    assert found["shorter"].dropped == found["longer"].dropped == {"tie": 20}
+    for short, long in zip(found["shorter"].train, found["longer"].train, strict=True):
+        assert len(short.chosen) < len(short.rejected)
+        assert (short.chosen, short.rejected) == (long.rejected, long.chosen)
+    assert {pair.chosen[0] for pair in found["rating:score"].train} == {"x", "y"}
+    held = [{pair.prompt for pair in split.held_out} for split in (found["label"], found["rating:score"])]
+    assert held[0] == held[1] != set()
+    assert not held[0] & {pair.prompt for pair in found["label"].train}
+
+
+def test_a_ranker_that_the_rows_do_not_have_lists_what_they_do(tmp_path: Path) -> None:
+    _write(tmp_path / "pairs.jsonl", [FORMS["pku"]])
+    file = str(tmp_path / "pairs.jsonl")
+    with pytest.raises(UserError, match="better_response_id, safer_response_id"):
+        pairs.load_pairs(Preference(file, "label:kinder_response_id"), held_out=0.0)
+    with pytest.raises(UserError, match=r"no rating 'helpfulness'.*none"):
+        pairs.load_pairs(Preference(file, "rating:helpfulness"), held_out=0.0)
+
+
+def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
+    few = pairs.load_pairs(Preference("demo:everyday"), held_out=0.05, limit=10)
+    assert len(few.train) == 10
+    again = pairs.load_pairs(Preference("demo:everyday"), held_out=0.05, limit=10)
+    more = pairs.load_pairs(Preference("demo:everyday"), held_out=0.05, limit=11)
+    assert few.fingerprint() == again.fingerprint() != more.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*ASK, {"role": "assistant", "content": GOOD}]},
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": GOOD}]},
+        {"instruction": "Hi?", "input": "", "output": GOOD},
+        {"prompt": "Hi?", "completion": GOOD},
+    ],
+)
+def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:
+    assert sources.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
+    _write(tmp_path / "chats.jsonl", [row])
+    assert len(pairs.load_conversations(Sft(data=str(tmp_path / "chats.jsonl"), held_out=0.0)).train) == 1
+
+
+def test_unlabelled_ties_are_ties() -> None:
+    row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
+    found: Comparison = sources.comparison(row, "here")
+    assert found.ranked(Ranker.parse("label")) is None

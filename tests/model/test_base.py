@@ -1,0 +1,133 @@
+"""The base in real NF4: named by its weights, right in its gradients, kept once quantised."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_align import recipe
+from lora_align.data.rows import Message
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model.generate import Sampling, stream
+
+IDS = torch.arange(5, 45).view(2, 20)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def _twin(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The same model in float32, every 4-bit weight replaced by what it stands for."""
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = dict(twin.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            layers[name].weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    return twin.requires_grad_(False)
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def _with_adapter(model: PreTrainedModel) -> torch.nn.Module:
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for i, (name, parameter) in enumerate(sorted(wrapped.named_parameters())):
+        if "lora_" in name:
+            generator = torch.Generator().manual_seed(i)
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return wrapped
+
+
+@pytest.mark.parametrize("which", ["demo", "tiny"])
+def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(which: str, llama: Path) -> None:
+    base = bases.find(recipe.Base("demo" if which == "demo" else str(llama)))
+    model = base.load()
+    assert any(isinstance(m, Linear4bit) for m in model.modules())
+    twin = _with_adapter(_twin(model, base.folder))
+    policy = _with_adapter(model)
+    expected = _gradients(twin)
+    assert len(expected) == 2 * 7 * model.config.num_hidden_layers
+    before = _gradients(policy)
+
+    policy.eval()
+    with torch.no_grad():
+        policy(input_ids=IDS)
+    prompt = base.chat.prompt_ids([Message("user", "Tell me about cats.")])
+    assert list(stream(model, prompt, frozenset(), Sampling(max_new_tokens=4, seed=0)))
+    after = _gradients(policy)
+    for name, gradient in expected.items():
+        scale = gradient.norm()
+        assert (before[name] - gradient).norm() < 1e-4 * scale, name
+        assert (after[name] - gradient).norm() < 1e-4 * scale, name
+
+
+def test_a_base_is_named_by_its_weights(llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "elsewhere")
+    first, second = bases.find(recipe.Base(str(llama))), bases.find(recipe.Base(str(copy)))
+    assert first.fingerprint == second.fingerprint != bases.find(recipe.Base("demo")).fingerprint
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert bases.find(recipe.Base(str(copy))).fingerprint != first.fingerprint
+
+
+def test_a_large_base_is_quantised_once_and_kept(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path))
+    base = bases.find(recipe.Base(str(llama)))
+    direct = base.load()
+    first, second = base.load(keep_from=0), base.load(keep_from=0)
+    kept = list((tmp_path / "bases").iterdir())
+    assert len(kept) == 1
+    assert not kept[0].name.startswith(".")
+    with torch.no_grad():
+        logits = [model(input_ids=IDS).logits for model in (direct, first, second)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    assert json.loads((kept[0] / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_sixteen_bit_is_a_choice(llama: Path) -> None:
+    model = bases.find(recipe.Base(str(llama), quantization="none")).load()
+    assert not any(isinstance(m, Linear4bit) for m in model.modules())
+
+
+def test_a_base_without_a_template_needs_one_in_the_recipe(llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "raw")
+    (copy / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"has no chat template; give one in the recipe: base\.chat_template"):
+        bases.find(recipe.Base(str(copy)))
+    chat = bases.find(recipe.Base(str(copy), chat_template=PLAIN)).chat
+    assert chat.tokenizer.decode(chat.prompt_ids([Message("user", "hi")])).startswith("user: hi")
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("nobody/nothing", "not in the cache and the hub cannot be reached"),
+        ("./nowhere", "neither a folder nor"),
+        ("nowhere", "neither a folder nor"),
+    ],
+)
+def test_bases_that_are_not_there(model: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        bases.find(recipe.Base(model))
+
+
+def test_pickled_weights_and_empty_folders_are_refused(llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "pickled")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no \.safetensors weights"):
+        bases.find(recipe.Base(str(copy)))
+    with pytest.raises(UserError, match=r"no config\.json"):
+        bases.find(recipe.Base(str(tmp_path)))

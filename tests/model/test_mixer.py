@@ -1,0 +1,84 @@
+"""Turned weights equal the dense sum; nought is nought; nothing drifts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_align import recipe
+from lora_align.adapters.delta import Factors, LoraDelta
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model.mixer import Mixer
+
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits.clone()
+
+
+def _update(seed: int, rank: int, layers: dict[str, tuple[int, int]]) -> LoraDelta:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    return LoraDelta({name: Factors(draw(out, rank), draw(rank, inp)) for name, (out, inp) in layers.items()})
+
+
+@pytest.fixture
+def model(llama: Path) -> PreTrainedModel:
+    return bases.find(recipe.Base(str(llama))).load()
+
+
+UPDATES = {
+    "a": _update(1, 3, {"model.layers.0.self_attn.q_proj": (64, 64), "model.layers.1.mlp.down_proj": (64, 128)}),
+    "b": _update(2, 5, {"model.layers.1.mlp.down_proj": (64, 128), "model.layers.0.mlp.up_proj": (128, 64)}),
+}
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.3, "b": -1.5}, {"b": 2.0}, {}])
+def test_a_mixed_base_is_the_dense_sum(weights: dict[str, float], model: PreTrainedModel, llama: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    layers, quantised = dict(dense.named_modules()), dict(model.named_modules())
+    for name, module in quantised.items():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            layers[name].weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    for which, weight in weights.items():
+        for name, factors in UPDATES[which].items():
+            layers[name].weight.data += weight * (factors.B @ factors.A)
+    Mixer(model, UPDATES, weights)
+    assert (_logits(model) - _logits(dense)).abs().max() < 1e-4
+
+
+def test_turning_is_exactly_reversible(model: PreTrainedModel) -> None:
+    plain = _logits(model)
+    mixer = Mixer(model, UPDATES, {"a": 1.0, "b": 0.5})
+    mixed = _logits(model)
+    assert (mixed - plain).abs().max() > 1e-2
+    for value in (0.0, 1e-3, 7.0, -1.0):
+        mixer.set({"a": value, "b": value})
+    mixer.set({})
+    assert torch.equal(_logits(model), plain)
+    mixer.set({"a": 1.0, "b": 0.5})
+    assert torch.equal(_logits(model), mixed)
+    mixer.remove()
+    assert torch.equal(_logits(model), plain)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "told"),
+    [
+        ("model.layers.7.self_attn.q_proj", (64, 64), "not there"),
+        ("model.layers.0.self_attn.q_proj", (32, 64), r"\(64, 64\)"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(
+    layer: str, shape: tuple[int, int], told: str, model: PreTrainedModel
+) -> None:
+    with pytest.raises(UserError, match=told):
+        Mixer(model, {"a": _update(0, 2, {layer: shape})}, {"a": 1.0})

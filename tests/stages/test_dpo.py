@@ -1,0 +1,186 @@
+"""DPO from the start policy: exact at step one, one A for all, labels switched and nothing else."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lora_align import recipe, runs
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import LoraDelta
+from lora_align.console import Screen
+from lora_align.data.rows import Conversation, Message, Pair
+from lora_align.errors import RunFailedError, UserError
+from lora_align.model import base as bases
+from lora_align.model import tokenise
+from lora_align.model.tokenise import IGNORED, TokenPair
+from lora_align.preference import Direction
+from lora_align.recipe import Recipe
+from lora_align.stages import dpo, sft
+
+QUIET = Screen(quiet=True)
+
+
+def demo(*overrides: str) -> Recipe:
+    return recipe.load(recipe.builtin()["demo"], ["dpo.limit=48", "dpo.micro_batch_size=8", *overrides])
+
+
+def tensors(run: runs.Run) -> dict[str, torch.Tensor]:
+    return load_file(run.path / peft_format.WEIGHTS)
+
+
+def same(a: runs.Run, b: runs.Run) -> bool:
+    return all(torch.equal(tensor, tensors(b)[name]) for name, tensor in tensors(a).items())
+
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
+
+
+@given(ids, ids, ids)
+def test_neg_switches_the_labels_and_nothing_else(prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
+    pair = TokenPair(prompt, chosen, rejected)
+    assert pair.facing(Direction.pos) == pair
+    assert pair.facing(Direction.neg) == TokenPair(prompt, rejected, chosen)
+    assert pair.facing(Direction.neg).swap() == pair
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Run]:
+    folder = tmp_path_factory.mktemp("both")
+    made = dpo.run(demo(), "helpful", list(Direction), folder, QUIET)
+    made += dpo.run(demo(), "brief", [Direction.pos], folder, QUIET)
+    return {f"{run.manifest.preference} {run.manifest.direction}": run for run in made}
+
+
+def test_the_first_reward_is_exactly_nought(both: dict[str, runs.Run]) -> None:
+    for run in both.values():
+        first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["margin"] == 0.0
+        assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_every_preference_and_direction_starts_from_one_adapter_in_float32(both: dict[str, runs.Run]) -> None:
+    assert len({run.manifest.initial_adapter for run in both.values()}) == 1
+    assert all(tensor.dtype == torch.float32 for run in both.values() for tensor in tensors(run).values())
+    with_other_order = demo("dpo.seed=7")
+    other_seed = demo("lora.init_seed=1")
+    assert with_other_order.lora.init_seed == 0 != other_seed.lora.init_seed
+
+
+def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802
+    (reordered,) = dpo.run(demo("dpo.seed=7"), "helpful", [Direction.pos], tmp_path / "a", QUIET)
+    (redrawn,) = dpo.run(demo("lora.init_seed=1"), "helpful", [Direction.pos], tmp_path / "b", QUIET)
+    first = both["helpful pos"]
+    assert reordered.manifest.initial_adapter == first.manifest.initial_adapter
+    assert not same(reordered, first)
+    assert redrawn.manifest.initial_adapter != first.manifest.initial_adapter
+
+
+def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path, both: dict[str, runs.Run]) -> None:
+    (alone,) = dpo.run(demo(), "helpful", [Direction.neg], tmp_path, QUIET)
+    assert same(alone, both["helpful neg"])
+    assert not same(alone, both["helpful pos"])
+
+
+def test_the_two_directions_part(both: dict[str, runs.Run]) -> None:
+    pos, neg = (peft_format.load(both[f"helpful {side}"].path) for side in ("pos", "neg"))
+    assert pos.cosine(neg) < 0
+    assert (pos - neg).norm() > max(pos.norm(), neg.norm())
+
+
+def test_a_run_is_readable_by_a_person(both: dict[str, runs.Run]) -> None:
+    run = both["helpful pos"]
+    assert {file.name for file in run.path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "curve.png",
+        "log.txt",
+        "manifest.json",
+        "metrics.jsonl",
+    }
+    assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    data = run.manifest.data
+    assert data["pairs"] == 48
+    assert data["dropped"]["tie"] > 0
+    assert run.manifest.recipe["dpo"]["limit"] == 48
+    assert set(run.manifest.metrics["held_out"]) >= {"pairs"}
+
+
+def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
+    (run,) = dpo.run(demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), "helpful", [Direction.pos], tmp_path, QUIET)
+    told = " ".join(run.manifest.unconverged)
+    assert "tiny" in told
+    assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0})
+    assert not dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.7}, "relative_norm": 1.0})
+
+
+def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> None:
+    wild = demo("dpo.learning_rate=1e8", "dpo.max_grad_norm=1e8", "dpo.warmup=0", "dpo.batch_size=8")
+    with pytest.raises(RunFailedError, match="not finite"):
+        dpo.run(wild, "helpful", [Direction.pos], tmp_path, QUIET)
+    assert runs.every(tmp_path) == []
+
+
+def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
+    project = replace(demo(), sft=recipe.Sft(data="demo:conversations", limit=64, learning_rate=1e-3, max_length=128))
+    with pytest.raises(UserError, match="lora-align sft"):
+        dpo.run(project, "helpful", [Direction.pos], tmp_path, QUIET)
+    start = sft.run(project, tmp_path, QUIET)
+    held_out = start.manifest.metrics["held_out"]
+    assert start.manifest.contains_start
+    before = tensors(start)
+    (run,) = dpo.run(project, "helpful", [Direction.pos], tmp_path, QUIET)
+    first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["margin"] == 0.0
+    assert all(torch.equal(tensor, tensors(start)[name]) for name, tensor in before.items())
+    assert run.manifest.start == start.manifest.files[peft_format.WEIGHTS]["sha256"]
+    assert not run.manifest.contains_start
+    assert held_out["rows"] > 0
+    # the reference is base and SFT together: without the start adapter the same training ends elsewhere
+    (bare,) = dpo.run(demo(), "helpful", [Direction.pos], tmp_path / "bare", QUIET)
+    assert bare.manifest.initial_adapter == run.manifest.initial_adapter
+    assert not same(bare, run)
+    assert isinstance(peft_format.load(run.path), LoraDelta)
+
+
+def test_answers_are_cut_and_long_prompts_dropped_and_both_are_counted() -> None:
+    chat = bases.find(recipe.Base("demo")).chat
+    prompt = (Message("user", "Tell me about rain."),)
+    counts: Counter[str] = Counter()
+    pair = Pair(prompt, "Rain falls from clouds. It feeds the rivers.", "It depends.")
+    whole = tokenise.pair(pair, chat, 512, counts)
+    assert whole
+    assert not +counts
+    room = len(whole.prompt) + 5
+    cut = tokenise.pair(pair, chat, room, counts)
+    assert cut
+    assert cut.chosen == whole.chosen[:5]
+    assert cut.rejected == whole.rejected[:5]
+    assert counts == {"answers cut": 1 + (len(whole.rejected) > 5)}
+    assert tokenise.pair(pair, chat, len(whole.prompt), counts) is None
+    assert counts["prompt too long"] == 1
+
+
+def test_sft_learns_what_the_assistant_says_and_nothing_else() -> None:
+    chat = bases.find(recipe.Base("demo")).chat
+    talk = Conversation(
+        (
+            Message("user", "Tell me about rain."),
+            Message("assistant", "It depends."),
+            Message("user", "And snow?"),
+            Message("assistant", "Snow falls in winter."),
+        )
+    )
+    row = tokenise.text(talk, chat, 512, True, Counter())
+    assert row
+    learned = chat.tokenizer.decode([i for i in row.labels if i != IGNORED])
+    assert learned == "It depends.<|end|>Snow falls in winter.<|end|>"
+    everything = tokenise.text(talk, chat, 512, False, Counter())
+    assert everything
+    assert everything.labels == everything.ids == row.ids

@@ -1,0 +1,77 @@
+"""Imports point down only, and the light commands stay light."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_align import preference, recipe
+
+PACKAGE = Path(recipe.__file__).parent
+FLOORS = [
+    {"errors"},
+    {"console", "preference"},
+    {"recipe", "runs"},
+    {"adapters", "data"},
+    {"model"},
+    {"stages"},
+    {"chat"},
+    {"demo"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+SAME_FLOOR_BUT_ABOVE = {("data", "demo"), ("recipe", "preference")}  # the world is a data source, read when asked for
+
+
+def _imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lora_align":
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    place = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if place in ("__init__", "__main__"):
+        return
+    for other in _imports(file) - {place}:
+        assert (place, other) in SAME_FLOOR_BUT_ABOVE or LEVEL[other] < LEVEL[place] or place in ("cli",), (
+            f"{file.name} imports {other}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["recipes"], 0),
+        (["list"], 0),
+        (["dpo", "--pref", "helpful", "--set", "dpo.betta=1"], 2),
+        (["merge", "--weights", "helpful"], 2),
+    ],
+)
+def test_light_commands_import_neither_torch_nor_transformers(words: list[str], code: int, tmp_path: Path) -> None:
+    program = (
+        "import sys; from lora_align.cli import main\n"
+        f"sys.argv = ['lora-align', *{words!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print('code', end.code)\n"
+        "print('heavy', sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert f"code {code}" in done.stdout, done.stderr
+    assert "heavy []" in done.stdout
+
+
+def test_every_option_of_a_recipe_is_read_somewhere() -> None:
+    source = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
+    tables = [recipe.Base, recipe.Lora, recipe.Training, recipe.Sft, recipe.Dpo, preference.Preference]
+    for table in tables:
+        for field in dataclasses.fields(table):
+            assert f".{field.name}" in source, f"nothing reads {table.__name__}.{field.name}"

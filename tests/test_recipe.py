@@ -1,0 +1,106 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lora_align import recipe
+from lora_align.errors import UserError
+from lora_align.preference import Ranker
+
+
+@pytest.mark.parametrize("name", recipe.builtin())
+def test_built_in_recipes_load_and_survive_a_manifest(name: str) -> None:
+    loaded = recipe.load(recipe.builtin()[name])
+    assert loaded.preferences
+    assert recipe.from_dict(loaded.as_dict(), "manifest") == loaded
+
+
+def test_every_fault_is_told_at_once_with_its_key() -> None:
+    text = """
+        [base]
+        modle = "x"
+        dtype = "half"
+        [lora]
+        rank = "8"
+        alpha = -1
+        [preferences.Bad]
+        rank = "loudest"
+        [dpo]
+        epochs = true
+        beta = nan
+        [sft]
+        learning_rat = 1
+    """
+    with pytest.raises(UserError) as told:
+        recipe.from_dict(tomllib.loads(text), "mine.toml")
+    lines = str(told.value).splitlines()
+    for expected in (
+        "base.model: missing",
+        "unknown key 'base.modle', did you mean 'model'?",
+        "base.dtype",
+        "lora.rank",
+        "lora.alpha",
+        "preferences.Bad: a name",
+        "preferences.Bad.data: missing",
+        "preferences.Bad.rank: no ranker 'loudest'",
+        "dpo.epochs",
+        "dpo.beta",
+        "sft.data: missing",
+        "unknown key 'sft.learning_rat', did you mean 'learning_rate'?",
+    ):
+        assert any(expected in line for line in lines), expected
+    assert all(line.startswith("mine.toml: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("dpo.beta=0.05", 0.05), ("dpo.beta=1", 1.0), ("base.revision=main", "main"), ("base.model='a b'", "a b")],
+)
+def test_overrides_are_toml_or_text(override: str, value: object) -> None:
+    loaded = recipe.load(recipe.builtin()["demo"], [override])
+    table, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(loaded, table), key) == value
+
+
+@pytest.mark.parametrize("override", ["dpo.beta", "=3", "dpo.=3", "about.x=1", "dpo.betta=1"])
+def test_bad_overrides_are_refused(override: str) -> None:
+    with pytest.raises(UserError):
+        recipe.load(recipe.builtin()["demo"], [override])
+
+
+def test_a_new_preference_is_a_table_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    tables = "".join(
+        f'[preferences.{name}]\ndata = "pairs.jsonl"\nrank = "{rank}"\n'
+        for name, rank in (("good", "label"), ("brief", "shorter"), ("wordy", "longer"))
+    )
+    file.write_text(f'[base]\nmodel = "demo"\n{tables}')
+    loaded = recipe.load(file)
+    assert [p.ranker.kind for p in loaded.preferences.values()] == ["label", "shorter", "longer"]
+
+
+def test_a_template_may_stand_in_a_file_beside_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[base]\nmodel = "demo"\nchat_template = "chat.jinja"\n')
+    with pytest.raises(UserError, match=r"no file .*chat\.jinja"):
+        recipe.load(file)
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    assert recipe.load(file).base.chat_template == "{{ messages }}"
+
+
+def test_batches_are_whole_numbers_of_micro_batches() -> None:
+    with pytest.raises(UserError, match=r"dpo\.batch_size: 16 is no multiple of micro_batch_size 5"):
+        recipe.load(recipe.builtin()["demo"], ["dpo.micro_batch_size=5"])
+
+
+@pytest.mark.parametrize("text", ["rating:", "rating", "shorter:x", "", "louder"])
+def test_rankers_that_do_not_exist(text: str) -> None:
+    with pytest.raises(ValueError, match="no ranker"):
+        Ranker.parse(text)
+
+
+def test_unknown_recipes_and_files() -> None:
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        recipe.find("demmo")
+    with pytest.raises(UserError, match="no recipe file"):
+        recipe.find("nowhere.toml")

@@ -1,0 +1,177 @@
+"""A run is there whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_align import runs
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.runs import Manifest
+
+BASE = {"model": "demo", "fingerprint": "f" * 64}
+
+
+def _publish(target: Path, *, force: bool = False, text: str = "weights") -> runs.Run:
+    with runs.claim(target, Screen(quiet=True), force=force) as staging:
+        (staging / "adapter.bin").write_text(text)
+        return runs.publish(staging, target, Manifest(stage="dpo", base=BASE))
+
+
+def test_a_published_run_reads_back(tmp_path: Path) -> None:
+    made = _publish(tmp_path / "dpo" / "a" / "pos")
+    found = runs.read(tmp_path / "dpo" / "a" / "pos")
+    assert found.manifest == made.manifest
+    assert set(found.manifest.files) == {"adapter.bin"}
+    found.check_files()
+    assert [run.path for run in runs.every(tmp_path)] == [made.path]
+
+
+def test_every_truncation_and_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    run = _publish(tmp_path / "a", text="0123456789abcdef")
+    file = run.path / "adapter.bin"
+    whole = file.read_bytes()
+    damaged = [whole[:n] for n in range(len(whole))]
+    damaged += [
+        bytes(b ^ (1 << bit) if i == n else b for i, b in enumerate(whole)) for n in range(16) for bit in range(8)
+    ]
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"adapter\.bin"):
+            run.check_files()
+    file.write_bytes(whole)
+    run.check_files()
+    file.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        run.check_files()
+
+
+def test_an_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
+    _publish(tmp_path / "a", text="old")
+    with pytest.raises(UserError, match=r"--name NEW .* --force"):
+        _publish(tmp_path / "a")
+    _publish(tmp_path / "a", force=True, text="new")
+    contents = sorted(file.read_text() for file in tmp_path.glob("a*/adapter.bin"))
+    assert contents == ["new", "old"]
+    assert len(runs.every(tmp_path)) == 1
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with runs.claim(tmp_path / "a", Screen(quiet=True)) as staging:
+            (staging / "half").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert runs.every(tmp_path) == []
+    assert not (tmp_path / "a").exists()
+    assert not list(tmp_path.glob(".a.staging"))
+
+
+def _spawn(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
+    program = textwrap.dedent(
+        f"""
+        import sys, time
+        from pathlib import Path
+        from lora_align import runs
+        from lora_align.console import Screen
+        from lora_align.errors import UserError
+        target = Path({str(tmp_path / "a")!r})
+        """
+    ) + textwrap.dedent(body)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_leaves_no_run_and_the_next_one_takes_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    child = _spawn(
+        tmp_path,
+        """
+        with runs.claim(target, Screen()) as staging:
+            (staging / "adapter.bin").write_text("half")
+            print("ready", flush=True)
+            time.sleep(60)
+        """,
+    )
+    assert child.stdout
+    assert child.stdout.readline() == "ready\n"
+    with pytest.raises(UserError, match=f"process {child.pid} on"):
+        _publish(tmp_path / "a")
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert runs.every(tmp_path) == []
+    with runs.claim(tmp_path / "a", Screen()) as staging:
+        assert list(staging.iterdir()) == []
+    assert f"process {child.pid}" in capsys.readouterr().err
+
+
+def test_of_many_processes_racing_for_one_folder_one_wins(tmp_path: Path) -> None:
+    start = time.time() + 1.5
+    children = [
+        _spawn(
+            tmp_path,
+            f"""
+            time.sleep(max(0, {start} - time.time()))
+            try:
+                with runs.claim(target, Screen(quiet=True)) as staging:
+                    (staging / "adapter.bin").write_text("x")
+                    runs.publish(staging, target, runs.Manifest(stage="dpo", base={{"fingerprint": "f"}}))
+                print("won")
+            except UserError:
+                print("refused")
+            """,
+        )
+        for _ in range(12)
+    ]
+    outcomes = [child.communicate(timeout=60)[0].strip() for child in children]
+    assert outcomes.count("won") == 1
+    assert outcomes.count("refused") == 11
+
+
+def test_damaged_manifests_and_other_schemas_are_errors(tmp_path: Path) -> None:
+    run = _publish(tmp_path / "a")
+    manifest = run.path / runs.MANIFEST
+    whole = manifest.read_text()
+    for content in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        whole.replace('"schema": 1', '"schema": 99'),
+        whole.replace('"stage"', '"stagy"'),
+    ):
+        manifest.write_text(content)
+        with pytest.raises(UserError, match="a"):
+            runs.read(run.path)
+    manifest.write_text(whole)
+    assert runs.read(run.path) == run
+
+
+def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:
+    _publish(tmp_path / "a")
+    runs.check_base(tmp_path, BASE)
+    with pytest.raises(UserError, match="--runs DIR"):
+        runs.check_base(tmp_path, {"model": "other", "fingerprint": "0" * 64})
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        _publish(tmp_path / "file" / "a")
+
+
+def test_published_files_can_be_read_by_others(tmp_path: Path) -> None:
+    with runs.claim(tmp_path / "a", Screen(quiet=True)) as staging:
+        (staging / "secretive").write_text("x")
+        (staging / "secretive").chmod(0o600)
+        run = runs.publish(staging, tmp_path / "a", Manifest(stage="dpo", base=BASE))
+    modes = {file.stat().st_mode for file in run.path.iterdir()}
+    assert len(modes) == 1
+    assert json.loads((run.path / runs.MANIFEST).read_text())["versions"]["torch"]

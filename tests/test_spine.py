@@ -1,0 +1,288 @@
+"""The commands as a person types them, from an empty directory to a mix one can talk to."""
+
+import codecs
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_align.errors import UserError
+from tests.conftest import COMMAND, PAIRS, Cli, call, make_base, real_data
+
+
+def test_the_five_commands(trained: Path, tmp_path: Path) -> None:
+    """The first three have run in `trained`; the other two follow here."""
+    merged = call(trained, "merge", "--weights", "helpful=1,harmless=0.5")
+    assert merged.code == 0, merged.err
+    assert merged.out.startswith("runs/mix/helpful1_harmless0p5  rank 32")
+    answer = call(trained, "chat", "--prompt", "Tell me about rain.", "--seed", "1")
+    assert answer.code == 0, answer.err
+    assert answer.out.strip()
+    assert "mix: runs/mix/helpful1_harmless0p5" in answer.err
+    again = call(trained, "chat", "--seed", "1", "--json", stdin="Tell me about rain.\n")
+    told = json.loads(again.out)
+    assert told["answer"] == answer.out.removesuffix("\n")
+    assert told["weights"] == {"helpful": 1.0, "harmless": 0.5}
+    listed = json.loads(call(trained, "list", "--json").out)["runs"]
+    assert [run["stage"] for run in listed] == ["dpo"] * 4 + ["mix"]
+    assert [p["weight"] for p in listed[-1]["parents"]] == [1.0, 0.5]
+    table = call(trained, "list").out
+    assert "+1 helpful +0.5 harmless" in table
+
+
+def test_a_mix_apart_and_whole_says_the_same(workspace: Path) -> None:
+    assert call(workspace, "merge", "--weights", "helpful=1,harmless=-0.5", "--out", "mine").code == 0
+    words = ["--prompt", "Can you explain bees?", "--temperature", "0"]
+    apart = call(workspace, "chat", "--weights", "helpful=1,harmless=-0.5", *words)
+    whole = call(workspace, "chat", "--adapter", "mine", *words)
+    assert apart.code == whole.code == 0, apart.err + whole.err
+    assert apart.out == whole.out
+
+
+def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
+    done = call(workspace, "merge", "--weights", "helpful=1,harmless=1", "--rank", "4", "--name", "small", "--json")
+    facts = json.loads(done.out)
+    assert facts["path"] == "runs/mix/small"
+    assert 0 < facts["metrics"]["left_out"] < 1
+    told = call(workspace, "merge", "--weights", "helpful=1,harmless=1", "--rank", "4", "--name", "again")
+    assert "of its energy left out" in told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["dpo", "--pref", "helpfull"], "did you mean 'helpful'? (known: helpful, harmless, brief)"),
+        (["dpo"], "either --pref NAME or --all"),
+        (["dpo", "--pref", "helpful", "--direction", "up"], "pos, neg or both"),
+        (["dpo", "--pref", "helpful", "--direction", "pos"], "--name NEW keeps both, --force moves the old one aside"),
+        (["dpo", "--pref", "helpful", "--name", "../up"], "a-z 0-9"),
+        (["dpo", "--pref", "brief", "--set", "dpo.beta=-1", "--set", "dpo.x=1"], "dpo.beta"),
+        (["merge", "--weights", "brief=1"], "lora-align dpo --pref brief --direction both"),
+        (["merge", "--weights", "unheard=1"], "known: brief, harmless, helpful"),
+        (["merge", "--weights", "helpful=nan"], "expected NAME=NUMBER"),
+        (["merge", "--weights", "./nowhere=1"], "no adapter in nowhere"),
+        (["sft"], "no [sft] table"),
+        (["chat", "--weights", "helpful=1", "--adapter", "x"], "either --weights or --adapter"),
+        (
+            ["chat", "--prompt", "hi", "--set", "base.model=nobody/nothing"],
+            "not in the cache and the hub cannot be reached",
+        ),
+        (["frobnicate"], "No such command"),
+        (["init", "nothing"], "no recipe 'nothing'"),
+        (["recipes", "--frob"], "No such option"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_2(words: list[str], told: str, trained: Path) -> None:
+    done = call(trained, *words)
+    assert done.code == 2, done.err
+    assert told in done.err
+    assert "Traceback" not in done.err
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (2 if "dpo.x=1" in words else 1)
+
+
+def test_a_missing_twin_names_the_command_that_makes_it(cli: Cli, workspace: Path) -> None:
+    (workspace / "runs" / "dpo" / "helpful" / "neg").rename(workspace / "elsewhere")
+    done = cli("merge", "--weights", "helpful=1")
+    assert done.code == 2
+    assert "lora-align dpo --pref helpful --direction neg" in done.err
+
+
+def test_a_tampered_parent_is_refused(cli: Cli, workspace: Path) -> None:
+    file = workspace / "runs" / "dpo" / "helpful" / "pos" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    done = cli("merge", "--weights", "helpful=1")
+    assert done.code == 2
+    assert "sha256" in done.err
+
+
+def test_a_folder_of_another_base_is_refused(cli: Cli, workspace: Path, llama: Path) -> None:
+    done = cli("dpo", "--pref", "brief", "--set", f"base.model={llama}", *PAIRS)
+    assert done.code == 2
+    assert "--runs DIR" in done.err
+
+
+def test_init_makes_the_recipe_ones_own(cli: Cli, tmp_path: Path) -> None:
+    assert cli("init", "qwen3-8b").code == 0
+    assert (tmp_path / "lora-align.toml").is_file()
+    assert cli("init", "demo").code == 2
+    done = cli("dpo", "--pref", "helpful")
+    assert "recipe: ./lora-align.toml" in done.err
+    assert "'Qwen/Qwen3-8B' is not in the cache" in done.err
+    assert done.code == 2
+
+
+def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
+    done = cli("dpo", "--pref", "helpful", "--direction", "pos", *PAIRS, "--set", "dpo.limit=16")
+    assert done.code == 0
+    for line in done.err.splitlines():
+        assert line.startswith(("recipe: ", "helpful pos  ", "warning: runs/dpo/helpful/pos: unconverged")), line
+    quiet = cli("dpo", "--pref", "helpful", "--direction", "neg", "-q", "--json", "--set", "dpo.limit=160")
+    assert json.loads(quiet.out)["runs"][0]["direction"] == "neg"
+    assert quiet.err == ""
+
+
+def test_own_pairs_give_own_axes(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}?", "chosen": "Yes it is.", "rejected": "No."} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tables = "".join(
+        f'[preferences.{name}]\ndata = "pairs.jsonl"\nrank = "{rank}"\n'
+        for name, rank in (("yes", "label"), ("brief", "shorter"))
+    )
+    (tmp_path / "lora-align.toml").write_text(f'[base]\nmodel = "demo"\n[lora]\nrank = 4\n{tables}')
+    done = cli("dpo", "--all", "--direction", "pos", "--json")
+    assert done.code == 0, done.err
+    assert [run["path"] for run in json.loads(done.out)["runs"]] == ["runs/dpo/yes/pos", "runs/dpo/brief/pos"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_and_leaves_nothing_half_done(number: int, code: int, tmp_path: Path) -> None:
+    words = [str(COMMAND), "dpo", "--pref", "helpful", "--direction", "pos"]
+    child = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert child.stderr
+    for line in child.stderr:
+        if line.startswith("helpful pos"):
+            break
+    child.send_signal(number)
+    assert child.wait(timeout=60) == code
+    assert "nothing unfinished was published" in child.stderr.read()
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert not list(tmp_path.rglob(".pos.staging"))
+
+
+class Terminal:
+    """A person at a real terminal."""
+
+    def __init__(self, cwd: Path, *words: str) -> None:
+        self.screen, child = pty.openpty()
+        self.process = subprocess.Popen([str(COMMAND), *words], cwd=cwd, stdin=child, stdout=child, stderr=child)
+        os.close(child)
+        self.text = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def wait_for(self, what: str, seconds: float = 60) -> str:
+        end, start = time.monotonic() + seconds, len(self.text)
+        while what not in self.text[start:]:
+            assert time.monotonic() < end, f"{what!r} did not come:\n{self.text}"
+            if select.select([self.screen], [], [], 0.2)[0]:
+                self.text += self.decoder.decode(os.read(self.screen, 65536))
+        return self.text[start:]
+
+    def say(self, line: str) -> str:
+        os.write(self.screen, f"{line}\n".encode())
+        self.wait_for("\n")
+        return self.wait_for("› ")
+
+
+def test_a_conversation(workspace: Path) -> None:
+    terminal = Terminal(workspace, "chat", "--weights", "helpful=1", "--seed", "3")
+    assert "helpful=1" in terminal.wait_for("› ")
+    first = terminal.say("Tell me about rain.")
+    assert "Rain" in first or "." in first
+    assert "helpful=0.3" in terminal.say("/w helpful=0.3")
+    assert "helpful=0.3 harmless=-1" in terminal.say("/w harmless=-1")
+    compared = terminal.say("/compare helpful=1 | helpful=-1,harmless=1")
+    assert compared.count("tokens)") == 2
+    assert "helpful=0.3 harmless=-1" in terminal.say("/w")
+    assert "compare takes two" in terminal.say("/compare helpful=1")
+    assert "expected NAME=NUMBER" in terminal.say("/w helpful=lots")
+    assert "no preference or run" in terminal.say("/w unheard=1")
+    terminal.say("/retry")
+    terminal.say("/system You are terse.")
+    assert "saved 3 messages" in terminal.say("/save talk.json")
+    assert "0 turns left" in terminal.say("/undo")
+    assert "nothing to answer" in terminal.say("/retry")
+    assert "/compare" in terminal.say("/help")
+    assert "no command /frob" in terminal.say("/frob")
+    os.write(terminal.screen, b"/quit\n")
+    assert terminal.process.wait(timeout=20) == 0
+    saved = json.loads((workspace / "talk.json").read_text())
+    assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
+    assert saved["weights"] == {"helpful": 0.3, "harmless": -1.0}
+
+
+def test_ctrl_c_keeps_the_partial_answer_and_the_session(
+    workspace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = make_base(tmp_path_factory.mktemp("endless"))  # random weights: it hardly ever stops by itself
+    terminal = Terminal(workspace, "chat", "--runs", "none", "--set", f"base.model={base}", "--max-new-tokens", "240")
+    terminal.wait_for("› ")
+    os.write(terminal.screen, b"talk\n")
+    terminal.wait_for("\n")
+    terminal.wait_for("", 1)
+    time.sleep(0.3)
+    os.write(terminal.screen, b"\x03")
+    terminal.wait_for("› ")
+    assert "saved 2 messages" in terminal.say("/save partial.json")
+    os.write(terminal.screen, b"\x04")
+    assert terminal.process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gemma2"])
+def test_families_go_from_pairs_to_chat(family: str, cli: Cli, tmp_path: Path) -> None:
+    base = make_base(tmp_path / family, family)
+    words = ["--set", f"base.model={base}", "--set", "dpo.limit=32", "--set", "dpo.learning_rate=1e-3"]
+    done = cli("dpo", "--pref", "brief", "--json", *words)
+    assert done.code == 0, done.err
+    for run in json.loads(done.out)["runs"]:
+        assert run["metrics"]["first_margin"] == 0.0
+        assert run["metrics"]["relative_norm"] > 1e-4
+    merged = cli("merge", "--weights", "brief=1")
+    assert merged.code == 0, merged.err
+    spoken = cli("chat", "--prompt", "Tell me about rain.", "--max-new-tokens", "8", "--json")
+    assert spoken.code == 0, spoken.err
+    assert json.loads(spoken.out)["tokens"] >= 1
+
+
+def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> None:
+    pairs, base = real_data("llama-factory/dpo_en_demo.json"), real_data("stories260k")
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+    (tmp_path / "lora-align.toml").write_text(
+        f"[base]\nmodel = '{base}'\n[preferences.good]\ndata = '{pairs}'\n[preferences.brief]\ndata = '{pairs}'\n"
+        "rank = 'shorter'\n[dpo]\nlearning_rate = 1e-3\nbatch_size = 8\nmicro_batch_size = 8\nmax_length = 96\n"
+    )
+    done = cli("dpo", "--all")
+    assert done.code == 2
+    assert "has no chat template" in done.err
+    words = ["--set", f"base.chat_template={json.dumps(template)}"]
+    done = cli("dpo", "--all", "--json", *words)
+    assert done.code == 0, done.err
+    for run in json.loads(done.out)["runs"]:
+        data = json.loads((tmp_path / run["path"] / "manifest.json").read_text())["data"]
+        assert data["pairs"] + data["held_out"] + sum(data["dropped"].values()) == 300
+        assert data["dropped"]["prompt too long"] > 0
+        assert data["answers_cut"] > 0
+        assert run["metrics"]["first_margin"] == 0.0
+    assert cli("merge", "--weights", "good=0.5,brief=0.5").code == 0
+    spoken = cli("chat", "--prompt", "Once upon a time", "--max-new-tokens", "20", *words)
+    assert spoken.code == 0, spoken.err
+    assert len(spoken.out.split()) > 3
+
+
+def test_the_demo_ends_with_commands_that_work(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained / "runs" / "dpo", tmp_path / "lora-align-demo" / "dpo")  # trained before, on fewer pairs
+    done = cli("demo")
+    assert done.code == 0, done.err
+    lines = [line.strip() for line in done.out.split("Try next:")[1].splitlines() if line.strip()]
+    assert len(lines) == 4
+    import shlex
+
+    for line in lines[1:]:
+        words = shlex.split(line)
+        assert words[0] == "lora-align"
+        again = cli(*words[1:])
+        assert again.code == 0, again.err
+
+
+def test_user_errors_have_exit_codes() -> None:
+    assert UserError("x").exit_code == 2
