@@ -1,19 +1,21 @@
 """The commands as a person types them, from an empty directory to a mix one can talk to."""
 
 import codecs
+import fcntl
 import json
 import os
 import pty
 import select
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
 from lora_align.errors import UserError
-from tests.conftest import COMMAND, PAIRS, Cli, call, make_base, real_data
+from support import COMMAND, PAIRS, Cli, call, make_base, real_data
 
 
 def test_the_five_commands(trained: Path, tmp_path: Path) -> None:
@@ -163,7 +165,15 @@ class Terminal:
 
     def __init__(self, cwd: Path, *words: str) -> None:
         self.screen, child = pty.openpty()
-        self.process = subprocess.Popen([str(COMMAND), *words], cwd=cwd, stdin=child, stdout=child, stderr=child)
+        self.process = subprocess.Popen(
+            [str(COMMAND), *words],
+            cwd=cwd,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+        )
         os.close(child)
         self.text = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -212,16 +222,17 @@ def test_a_conversation(workspace: Path) -> None:
 def test_ctrl_c_keeps_the_partial_answer_and_the_session(
     workspace: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    base = make_base(tmp_path_factory.mktemp("endless"))  # random weights: it hardly ever stops by itself
-    terminal = Terminal(workspace, "chat", "--runs", "none", "--set", f"base.model={base}", "--max-new-tokens", "240")
+    base = make_base(tmp_path_factory.mktemp("endless"), positions=8192)  # greedy on random weights: it never stops
+    choice = ["--set", f"base.model={base}", "--temperature", "0", "--max-new-tokens", "8000"]
+    terminal = Terminal(workspace, "chat", "--runs", "none", *choice)
     terminal.wait_for("› ")
     os.write(terminal.screen, b"talk\n")
     terminal.wait_for("\n")
-    terminal.wait_for("", 1)
-    time.sleep(0.3)
+    time.sleep(1)
     os.write(terminal.screen, b"\x03")
-    terminal.wait_for("› ")
+    assert " …" in terminal.wait_for("› ")
     assert "saved 2 messages" in terminal.say("/save partial.json")
+    assert len(json.loads((workspace / "partial.json").read_text())["messages"][1]["content"]) > 20
     os.write(terminal.screen, b"\x04")
     assert terminal.process.wait(timeout=20) == 0
 

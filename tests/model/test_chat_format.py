@@ -9,7 +9,7 @@ from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model.base import DEMO
 from lora_align.model.chat_format import ChatFormat
-from tests.conftest import real_data
+from support import real_data
 
 THINKS = """{% for m in messages %}<|{{ m.role }}|>\
 {% if m.role == 'assistant' and loop.last and enable_thinking is not false %}<think></think>{% endif %}\

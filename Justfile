@@ -1,0 +1,35 @@
+# `just` alone does what CI does.
+default:
+    bash .ci/run
+
+# An editable install with everything for working on the code.
+setup:
+    python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[dev]'
+
+test *words:
+    .venv/bin/pytest {{words}}
+
+lint:
+    .venv/bin/ruff check && .venv/bin/ruff format --check
+
+types:
+    .venv/bin/mypy
+
+fmt:
+    .venv/bin/ruff check --fix && .venv/bin/ruff format
+
+demo:
+    .venv/bin/lora-align demo
+
+# Train the built-in base from scratch (about ten minutes on two cores).
+demo-base:
+    .venv/bin/python -m lora_align.demo.build
+
+# Measure, and keep the results in tests/benchmarks/results/.
+bench:
+    .venv/bin/python tests/benchmarks/startup.py
+    .venv/bin/python tests/benchmarks/packing.py
+
+# The spine on a CUDA card, compared with the CPU.
+gpu-check:
+    .venv/bin/python tests/benchmarks/gpu_check.py

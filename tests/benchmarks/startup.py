@@ -1,0 +1,47 @@
+"""How long a person waits: light commands (aim: under 0.3 s) and one answer from the shell (aim: under 6 s)."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from report import save
+
+COMMAND = str(Path(sys.executable).with_name("lora-align"))
+LIGHT = {
+    "--help": ["--help"],
+    "recipes": ["recipes"],
+    "list": ["list"],
+    "a recipe with a fault": ["dpo", "--pref", "helpful", "--set", "dpo.betta=1"],
+}
+RUNS = 15
+
+
+def seconds(words: list[str], cwd: Path, times: int) -> dict[str, float]:
+    """Median and worst wall time of a whole process, after one warm-up."""
+    taken = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        subprocess.run([COMMAND, *words], cwd=cwd, capture_output=True, check=False)
+        taken.append(time.perf_counter() - start)
+    return {"median": round(statistics.median(taken[1:]), 3), "worst": round(max(taken[1:]), 3)}
+
+
+def main() -> None:
+    """Measure in a folder that holds a small trained workspace."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        cwd = Path(folder)
+        train = [COMMAND, "dpo", "--pref", "helpful", "--limit", "32", "--quiet"]
+        subprocess.run(train, cwd=cwd, check=True, capture_output=True)
+        subprocess.run([COMMAND, "merge", "--weights", "helpful=1"], cwd=cwd, check=True, capture_output=True)
+        figures = {name: seconds(words, cwd, RUNS) for name, words in LIGHT.items()}
+        figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
+    save("startup", figures)
+
+
+if __name__ == "__main__":
+    main()
