@@ -99,15 +99,14 @@ class _Bar(Progress):
 
     def __init__(self, what: str, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         super().__init__(what, total)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            BarColumn(bar_width=8),
+            TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=Console(stderr=True, highlight=False),
         )

@@ -137,6 +137,9 @@ def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
+    except BaseException:
+        _keep_log(staging, target, screen)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         holder.unlink(missing_ok=True)
@@ -178,6 +181,15 @@ def sha256(file: Path) -> str:
     """Of a file's contents."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _keep_log(staging: Path, target: Path, screen: Screen) -> None:
+    """What libraries said before a failure outlives the unfinished run."""
+    log = staging / LOG
+    if log.is_file() and log.stat().st_size:
+        kept = target.with_name(f"{target.name}.failed-log.txt")
+        log.replace(kept)
+        screen.note(f"what the libraries had to say is in {kept}")
 
 
 def _holder(target: Path) -> str:

@@ -8,6 +8,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -45,6 +46,97 @@ def test_a_mix_apart_and_whole_says_the_same(workspace: Path) -> None:
     whole = call(workspace, "chat", "--adapter", "mine", *words)
     assert apart.code == whole.code == 0, apart.err + whole.err
     assert apart.out == whole.out
+
+
+STOCK = """
+import sys, torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+base, adapter, out = sys.argv[1:]
+settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
+for module in model.modules():
+    if isinstance(module, Linear4bit):
+        module.support_avx512bf16_for_cpu = False
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(20, 84).view(2, 32)).logits, out)
+assert "lora_align" not in sys.modules
+"""
+
+
+def test_a_mix_on_a_4_bit_base_in_stock_peft_equals_the_dense_sum(workspace: Path) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    from lora_align import recipe
+    from lora_align.adapters import vectors
+    from lora_align.model import base as bases
+
+    mixed = call(workspace, "merge", "--weights", "helpful=4,harmless=-3", "--name", "strong")
+    assert mixed.code == 0, mixed.err
+    words = [sys.executable, "-c", STOCK, str(bases.DEMO), "runs/mix/strong", "logits.pt"]
+    subprocess.run(words, cwd=workspace, check=True, timeout=120, capture_output=True)
+
+    quantised = dict(bases.find(recipe.Base("demo")).load().named_modules())
+    dense = AutoModelForCausalLM.from_pretrained(bases.DEMO, dtype=torch.float32)
+    added = 0.0
+    for name, layer in dense.named_modules():
+        if hasattr(getattr(quantised[name], "weight", None), "quant_state"):
+            layer.weight.data = dequantize_4bit(
+                quantised[name].weight.data, quantised[name].weight.quant_state
+            ).double()
+            for preference, weight in (("helpful", 4.0), ("harmless", -3.0)):
+                for sign, side in ((1, "pos"), (-1, "neg")):
+                    run = vectors.find(f"dpo/{preference}/{side}", workspace / "runs").load()
+                    update = weight * sign * run[name].B.double() @ run[name].A.double()
+                    layer.weight.data += update
+                    added += float(update.norm())
+            layer.weight.data = layer.weight.data.float()
+    with torch.no_grad():
+        expected = dense(torch.arange(20, 84).view(2, 32)).logits
+    assert added > 1
+    assert (torch.load(workspace / "logits.pt") - expected).abs().max() < 1e-4
+
+
+def test_weights_take_runs_and_folders_too(workspace: Path) -> None:
+    assert call(workspace, "merge", "--weights", "helpful=1", "--out", "mine").code == 0
+    by_run = call(workspace, "merge", "--weights", "dpo/helpful/pos=1,runs/dpo/helpful/neg=-1", "--name", "by-run")
+    assert by_run.code == 0, by_run.err
+    assert call(workspace, "merge", "--weights", "./mine=1", "--name", "by-folder").code == 0
+    words = ["--prompt", "Can you explain bees?", "--temperature", "0"]
+    answers = {call(workspace, "chat", "--adapter", f"runs/mix/{name}", *words).out for name in ("by-run", "by-folder")}
+    assert answers == {call(workspace, "chat", "--weights", "helpful=1", *words).out}
+
+
+def test_a_start_adapter_is_under_every_mix_and_in_it_once(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "lora-align.toml").write_text(
+        "[base]\nmodel = 'demo'\n[lora]\nrank = 4\n[preferences.brief]\ndata = 'demo:everyday'\nrank = 'shorter'\n"
+        "[sft]\ndata = 'demo:conversations'\nlimit = 64\nlearning_rate = 3e-3\nmax_length = 128\n"
+        "[dpo]\nlimit = 64\nlearning_rate = 1e-3\nmax_length = 128\n"
+    )
+    early = cli("dpo", "--pref", "brief")
+    assert early.code == 2
+    assert "lora-align sft" in early.err
+    for words in (["sft"], ["dpo", "--pref", "brief"]):
+        done = cli(*words)
+        assert done.code == 0, done.err
+    with_start = cli("merge", "--weights", "brief=1", "--name", "whole", "--json")
+    without = cli("merge", "--weights", "brief=1", "--name", "bare", "--without-start", "--json")
+    assert json.loads(with_start.out)["contains_start"] is True
+    assert json.loads(without.out)["contains_start"] is False
+    prompt = ["--prompt", "Can you explain bees?", "--temperature", "0"]
+    added = cli("chat", "--adapter", "runs/mix/bare", *prompt)
+    contained = cli("chat", "--adapter", "runs/mix/whole", *prompt)
+    vector = cli("chat", "--weights", "brief=1", *prompt)
+    assert "start adapter: runs/sft/start, added" in added.err
+    assert "start adapter: part of the mix" in contained.err
+    assert added.out == contained.out == vector.out
+    twice = cli("merge", "--weights", "mix/whole=1", "--name", "twice")
+    assert twice.code == 2
+    assert "already contains the start adapter" in twice.err
 
 
 def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
@@ -178,8 +270,9 @@ class Terminal:
         self.text = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def wait_for(self, what: str, seconds: float = 60) -> str:
-        end, start = time.monotonic() + seconds, len(self.text)
+    def wait_for(self, what: str, start: int | None = None) -> str:
+        """The screen from `start` (by default: from now) until something is on it."""
+        end, start = time.monotonic() + 60, len(self.text) if start is None else start
         while what not in self.text[start:]:
             assert time.monotonic() < end, f"{what!r} did not come:\n{self.text}"
             if select.select([self.screen], [], [], 0.2)[0]:
@@ -187,9 +280,11 @@ class Terminal:
         return self.text[start:]
 
     def say(self, line: str) -> str:
+        """Type a line; what the screen shows until the next prompt."""
+        start = len(self.text)
         os.write(self.screen, f"{line}\n".encode())
-        self.wait_for("\n")
-        return self.wait_for("› ")
+        echoed = start + len(self.wait_for("\n", start).split("\n")[0])
+        return self.wait_for("› ", echoed)
 
 
 def test_a_conversation(workspace: Path) -> None:

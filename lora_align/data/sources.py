@@ -113,17 +113,16 @@ _FILES: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 
 def _hub(data: str, split: str, revision: str) -> Iterator[tuple[str, Row]]:
     import datasets
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(data, split=split, revision=revision or None)
-    except GatedRepoError as fault:
-        raise UserError(
-            f"data {data!r} is gated: accept its terms at https://huggingface.co/datasets/{data}, then `hf auth login`"
-        ) from fault
-    except RepositoryNotFoundError as fault:
-        raise UserError(f"no data set {data!r} on the hub (or it is private: `hf auth login`)") from fault
-    except (ConnectionError, FileNotFoundError, ValueError, OSError) as fault:
+    except datasets.exceptions.DatasetNotFoundError as fault:
+        if "gated" in str(fault):  # datasets drops the cause
+            page = f"https://huggingface.co/datasets/{data}"
+            raise UserError(f"data {data!r} is gated: accept its terms at {page}, then `hf auth login`") from fault
+        raise UserError(f"data {data!r}: {_first_line(fault)} (a private one needs `hf auth login`)") from fault
+    except (ConnectionError, ValueError, OSError) as fault:
         raise UserError(
             f"data {data!r} (split {split!r}) is not in the cache and could not be fetched: {_first_line(fault)}"
         ) from fault

@@ -31,6 +31,8 @@ def run(
     target = out or runs_dir / "mix" / (name or default_name(weights))
     runs.refuse_existing(target, force)
     base, start_id = vectors.common(found.values())
+    if base and not out:
+        runs.check_base(runs_dir, base)
     for doubt in (doubt for vector in found.values() for doubt in vector.doubts()):
         screen.warn(doubt)
     _refuse_nested_start(found, with_start)

@@ -21,6 +21,7 @@ from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 
 METRICS = "metrics.jsonl"
+SHORT = {"accuracy": "acc"}  # a line of progress has to fit 80 columns
 EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
 
 
@@ -148,7 +149,7 @@ class Watch(TrainerCallback):
         self.history.append(record)
         with self.records.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-        shown = {name: f"{record[name]:.3f}" for name in self.figures if name in record}
+        shown = {SHORT.get(name, name): f"{record[name]:.3f}" for name in self.figures if name in record}
         self.progress.show(state.global_step, {**shown, "tok/s": f"{rate:,.0f}"})
 
 
