@@ -37,7 +37,6 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 NameOption = Annotated[str | None, typer.Option("--name", help="Publish under this name.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Move an existing run aside.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Train on the first N rows only.")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -81,7 +80,7 @@ def init(
 def sft(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    runs_dir: RunsOption = RUNS,
+    runs_dir: RunsOption = runs.DEFAULT,
     force: ForceOption = False,
     limit: LimitOption = None,
     as_json: JsonOption = False,
@@ -107,7 +106,7 @@ def dpo(
     every: Annotated[bool, typer.Option("--all", help="Every preference of the recipe.")] = False,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    runs_dir: RunsOption = RUNS,
+    runs_dir: RunsOption = runs.DEFAULT,
     name: NameOption = None,
     force: ForceOption = False,
     limit: LimitOption = None,
@@ -151,7 +150,7 @@ def merge(
     ] = True,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    runs_dir: RunsOption = RUNS,
+    runs_dir: RunsOption = runs.DEFAULT,
     name: NameOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -185,7 +184,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same answer every time.")] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    runs_dir: RunsOption = RUNS,
+    runs_dir: RunsOption = runs.DEFAULT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -215,7 +214,7 @@ def chat(
 
 
 @app.command("list")
-def list_runs(runs_dir: RunsOption = RUNS, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List runs, oldest first, and what each is made of."""
     screen = Screen(as_json, quiet)
     found = runs.every(runs_dir) if runs_dir.is_dir() else []

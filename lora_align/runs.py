@@ -17,6 +17,7 @@ from lora_align.errors import UserError
 from lora_align.preference import NAME
 
 SCHEMA = 1
+DEFAULT = Path("runs")
 MANIFEST = "manifest.json"
 LOG = "log.txt"
 

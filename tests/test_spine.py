@@ -385,7 +385,7 @@ def test_the_demo_ends_with_commands_that_work(cli: Cli, trained: Path, tmp_path
 
     for line in lines[1:]:
         words = shlex.split(line)
-        assert words[0] == "lora-align"
+        assert words[0].endswith("lora-align")
         again = cli(*words[1:])
         assert again.code == 0, again.err
 

@@ -1,5 +1,6 @@
 """From the name of a preference, a run or a folder to the update it stands for."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,12 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
     if trained:
         done = runs.read(folder / trained[0]).manifest
         missing = "neg" if trained == ["pos"] else "pos"
-        raise UserError(
-            f"{name}: only {trained[0]} is trained; its twin comes from: "
-            f"lora-align dpo --pref {done.preference} --direction {missing}"
-            + (f" --name {name}" if done.preference != name else "")
-        )
+        named = f" --name {name}" if done.preference != name else ""
+        command = f"lora-align dpo --pref {done.preference} --direction {missing}{named}{_elsewhere(runs_dir)}"
+        raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
     if name in preferences:
-        raise UserError(f"{name} is not trained in {runs_dir}/; first: lora-align dpo --pref {name} --direction both")
+        command = f"lora-align dpo --pref {name} --direction both{_elsewhere(runs_dir)}"
+        raise UserError(f"{name} is not trained in {runs_dir}/; first: {command}")
     known = sorted({*trained_names(runs_dir), *preferences})
     raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
 
@@ -105,6 +105,10 @@ def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
                 f"{run.path} and {first.path} stand on different start adapters; train both on the same one"
             )
     return dict(first.manifest.base), first.manifest.start
+
+
+def _elsewhere(runs_dir: Path) -> str:
+    return f" --runs {shlex.quote(str(runs_dir))}" if runs_dir != runs.DEFAULT else ""
 
 
 def _parent(folder: Path, sign: float) -> Parent:

@@ -1,6 +1,8 @@
 """`lora-align demo`: the main commands one after the other on the built-in base, and what they say."""
 
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,12 +40,13 @@ def tell(runs_dir: Path, screen: Screen) -> None:
         _train(project, preference, directions, runs_dir, screen)
     mixed = _merge(project, runs_dir, screen)
     answers = _ask(project, runs_dir, screen)
-    where = shlex.quote(str(runs_dir))
+    program = "lora-align" if shutil.which("lora-align") else shlex.quote(os.path.relpath(sys.argv[0]))
+    where = f"--runs {shlex.quote(str(runs_dir))}"
     next_steps = (
-        f"lora-align chat --runs {where}",
-        f"lora-align chat --runs {where} --weights helpful=-1 --prompt 'Tell me about rain.'",
-        f"lora-align merge --runs {where} --weights helpful=0.5,harmless=-1 --rank 8",
-        f"lora-align list --runs {where}",
+        f"{program} chat {where}",
+        f"{program} chat {where} --weights helpful=-1 --prompt 'Tell me about rain.'",
+        f"{program} merge {where} --weights helpful=0.5,harmless=-1 --rank 8",
+        f"{program} list {where}",
     )
     if screen.as_json:
         screen.result("", {"mix": str(mixed), "answers": answers, "next": next_steps})
