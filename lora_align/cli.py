@@ -21,7 +21,6 @@ from lora_align.recipe import Recipe
 
 app = typer.Typer(
     help="Turn preferences into LoRA adapters that add and subtract.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -193,9 +192,9 @@ def chat(
     if weights is not None and adapter is not None:
         raise UserError("chat: either --weights or --adapter")
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise UserError("chat: nothing came in on stdin; pipe a prompt in, or give --prompt")
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UserError("chat: the prompt is empty; pipe one in, or give --prompt TEXT")
     project = _recipe(recipe, overrides, screen, runs_dir)
     wanted = parse_weights(weights) if weights is not None else None
     from lora_align import chat as conversation
@@ -208,7 +207,7 @@ def chat(
         session = conversation.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
         session.system = system
         if prompt is not None:
-            conversation.once(session, prompt, screen)
+            conversation.once(session, prompt.strip(), screen)
         else:
             conversation.talk(session, screen)
 
@@ -239,14 +238,17 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Options of every command."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
     if debug:
         os.environ["LORA_ALIGN_DEBUG"] = "1"
 

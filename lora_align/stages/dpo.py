@@ -130,17 +130,18 @@ def train(
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """Train one adapter into a folder; the manifest's fields about it, and the model as it came."""
     rows = [row.facing(direction) for row in material.train]
-    trainer = TokenisedDPOTrainer(
-        model=model,
-        args=DPOConfig(
-            beta=recipe.dpo.beta,
-            label_smoothing=recipe.dpo.label_smoothing,
-            **training.arguments(recipe.dpo, base, folder),
-        ),
-        train_dataset=Dataset.from_list([_columns(row) for row in rows]),
-        processing_class=base.chat.tokenizer,
-        peft_config=training.fresh_adapter(recipe.lora, base),
-    )
+    with training.accepted_by_libraries():
+        trainer = TokenisedDPOTrainer(
+            model=model,
+            args=DPOConfig(
+                beta=recipe.dpo.beta,
+                label_smoothing=recipe.dpo.label_smoothing,
+                **training.arguments(recipe.dpo, base, folder),
+            ),
+            train_dataset=Dataset.from_list([_columns(row) for row in rows]),
+            processing_class=base.chat.tokenizer,
+            peft_config=training.fresh_adapter(recipe.lora, base),
+        )
     initial = training.initialise(trainer.model, recipe.lora.init_seed)
     with training.watched(trainer, screen, label, folder, FIGURES) as watch:
         trainer.train()

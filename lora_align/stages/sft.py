@@ -50,16 +50,18 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False) 
     if not train:
         raise UserError(f"{settings.data}: no rows left ({pairs.reasons(dropped)}); max_length is {max_length}")
     with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
-        trainer = SFTTrainer(
-            model=base.load(),
-            args=SFTConfig(
-                dataset_kwargs={"skip_prepare_dataset": True},
-                **training.arguments(settings, base, staging),
-            ),
-            train_dataset=Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in train]),
-            processing_class=base.chat.tokenizer,
-            peft_config=training.fresh_adapter(recipe.lora, base),
-        )
+        model = base.load()
+        with training.accepted_by_libraries():
+            trainer = SFTTrainer(
+                model=model,
+                args=SFTConfig(
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                    **training.arguments(settings, base, staging),
+                ),
+                train_dataset=Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in train]),
+                processing_class=base.chat.tokenizer,
+                peft_config=training.fresh_adapter(recipe.lora, base),
+            )
         initial = training.initialise(trainer.model, recipe.lora.init_seed)
         with training.watched(trainer, screen, "sft", staging, FIGURES) as watch:
             trainer.train()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from lora_align.console import Progress, Screen
-from lora_align.errors import RunFailedError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 
@@ -67,6 +67,19 @@ def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
         base_model_name_or_path=name,
         task_type="CAUSAL_LM",
     )
+
+
+@contextmanager
+def accepted_by_libraries() -> Iterator[None]:
+    """While a trainer is built: what TRL, PEFT or transformers refuse of a recipe is refused before work began."""
+    try:
+        yield
+    except (ValueError, ImportError, NotImplementedError) as fault:
+        raise UserError(f"the recipe cannot be trained: {str(fault).splitlines()[0]}") from fault
+    except RuntimeError as fault:
+        if "requires" not in str(fault):  # a tracker that is not installed, and nothing else
+            raise
+        raise UserError(f"the recipe cannot be trained: {fault}") from fault
 
 
 def initialise(model: nn.Module, seed: int) -> str:
