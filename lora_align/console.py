@@ -1,6 +1,7 @@
 """What a person sees: results on stdout, everything else on stderr, and model text made inert."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 # C0 and C1 controls but tab and newline, DEL, and the marks that reorder or hide text.
 _CONTROLS = frozenset(
-    [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029]
+    [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 )
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
 
@@ -141,12 +142,21 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(columns), "  ".join("─" * w for w in widths), *(line(row) for row in rows)])
 
 
+class _LogFile(logging.FileHandler):
+    """A file that is made when there is something to say. A log that cannot be written must not end the work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError as fault:
+            print(f"cannot write {self.baseFilename}: {fault.strerror}", file=sys.stderr)  # noqa: T201
+
+
 @contextmanager
 def library_log(path: Path) -> Iterator[None]:
     """Send what libraries log and warn to a file, so that the screen stays ours and nothing is lost."""
-    import logging
-
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level, before = root.level, list(root.handlers)

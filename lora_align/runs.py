@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lora_align import __version__
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.preference import NAME
@@ -93,27 +94,36 @@ def is_run(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def every(folder: Path) -> list[Run]:
-    """All runs below a folder, oldest first; what was moved aside or is unfinished is not among them."""
-    folders = [manifest.parent for manifest in folder.rglob(MANIFEST)]
-    found = [read(f) for f in folders if all(NAME.fullmatch(part) for part in f.relative_to(folder).parts)]
+def every(folder: Path, screen: Screen | None = None) -> list[Run]:
+    """All runs below a folder, oldest first; one with a damaged manifest is passed over, and `screen` told.
+
+    What was moved aside or is unfinished is not among them.
+    """
+    found = []
+    for manifest in folder.rglob(MANIFEST):
+        if all(NAME.fullmatch(part) for part in manifest.parent.relative_to(folder).parts):
+            try:
+                found.append(read(manifest.parent))
+            except UserError as fault:
+                if screen:
+                    screen.warn(f"passed over: {fault}")
     return sorted(found, key=lambda run: run.manifest.created)
 
 
 def check_base(folder: Path, base: Mapping[str, Any]) -> None:
-    """Refuse to put runs of two bases into one folder."""
+    """Refuse to put runs of two bases into one folder. A mix of adapters without a manifest has no known base."""
     for run in every(folder):
-        if run.fingerprint != base["fingerprint"]:
+        if run.fingerprint and run.fingerprint != base["fingerprint"]:
             raise UserError(
                 f"{folder}/ holds runs of the base {run.manifest.base['model']} ({run.fingerprint[:12]}), "
                 f"this recipe's is {base['model']} ({base['fingerprint'][:12]}); choose another folder with --runs DIR"
             )
 
 
-def refuse_existing(target: Path, force: bool) -> None:
+def refuse_existing(target: Path, force: bool, keep_both: str = "--name NEW keeps both") -> None:
     """Refuse a target that exists, unless it may be moved aside; asked before anything slow begins."""
     if target.exists() and not force:
-        raise UserError(f"{target} exists; --name NEW keeps both, --force moves the old one aside")
+        raise UserError(f"{target} exists; {keep_both}, --force moves the old one aside")
 
 
 @contextmanager
@@ -159,13 +169,12 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
     for name in files:
         shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files only their owner can read
-    for path in (*staging.rglob("*"), staging):
-        _sync(path)
+    sync(staging)
     if target.exists():
         aside = target.with_name(f"{target.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
         target.rename(aside)
     staging.rename(target)
-    _sync(target.parent)
+    sync(target.parent, contents=False)
     return Run(target, manifest)
 
 
@@ -174,8 +183,8 @@ def library_versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    names = ("lora-align", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+    return {"lora-align": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def sha256(file: Path) -> str:
@@ -198,9 +207,18 @@ def _holder(target: Path) -> str:
     return holder.read_text() if holder.exists() else "another process"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(folder: Path, *, contents: bool = True) -> None:
+    """Have the disk, not only the kernel, hold a folder and what is in it."""
+    for path in (*(folder.rglob("*") if contents else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where quantised bases, hashes of large files and libraries' chatter go; `LORA_ALIGN_CACHE` moves it."""
+    import platformdirs
+
+    return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))

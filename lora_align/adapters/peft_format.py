@@ -49,7 +49,7 @@ REFUSED = {
 
 
 def load(folder: Path) -> LoraDelta:
-    """The update an adapter folder describes, in the dtype it is stored in."""
+    """The update an adapter folder describes, in float32 whatever it is stored in."""
     config, tensors = read_config(folder), _read_tensors(folder)
     pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
     sides: dict[str, dict[str, torch.Tensor]] = {}
@@ -143,7 +143,7 @@ def _factors(folder: Path, config: Mapping[str, Any], name: str, pair: Mapping[s
     if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == rank:
         raise UserError(f"{folder}: {inert(name)} has tensors {tuple(B.shape)}, {tuple(A.shape)}; the rank is {rank}")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Factors(B * scaling, A)
+    return Factors(B.float() * scaling, A.float())  # in half precision the product would be rounded
 
 
 def _pattern(config: Mapping[str, Any], key: str, name: str, default: float) -> float:

@@ -34,7 +34,9 @@ class Split(Generic[T]):
     def require_rows(self, what: str) -> None:
         """Refuse to train on nothing."""
         if not self.train:
-            raise UserError(f"{what}: no rows left ({reasons(self.dropped) or 'the source is empty'})")
+            held_out = f"all {len(self.held_out)} held out; lower held_out" if self.held_out else ""
+            why = ", ".join(filter(None, (held_out, reasons(self.dropped)))) or "the source is empty"
+            raise UserError(f"{what}: no rows left ({why})")
 
 
 def load_pairs(preference: Preference, held_out: float, limit: int | None = None) -> Split[Pair]:
@@ -43,10 +45,10 @@ def load_pairs(preference: Preference, held_out: float, limit: int | None = None
     for where, row in sources.rows(preference.data, preference.split, preference.revision):
         comparison = sources.comparison(row, where)
         _check_ranker(comparison, preference.ranker, where)
-        pair = comparison.ranked(preference.ranker)
-        reason = "tie" if pair is None else _fault(pair)
-        if pair is None or reason:
-            split.dropped[reason] += 1
+        found = comparison.ranked(preference.ranker)
+        pair = found if isinstance(found, str) else _usable(found)
+        if isinstance(pair, str):
+            split.dropped[pair] += 1
         else:
             (split.held_out if is_held_out(pair.prompt, held_out) else split.train).append(pair)
         if limit and len(split.train) == limit:
@@ -91,7 +93,8 @@ def _check_ranker(comparison: Comparison, ranker: Ranker, where: str) -> None:
         )
 
 
-def _fault(pair: Pair) -> str:
+def _usable(pair: Pair) -> Pair | str:
+    """The pair, or why nothing can be learned from it."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty answer"
-    return "equal answers" if pair.chosen == pair.rejected else ""
+    return "equal answers" if pair.chosen == pair.rejected else pair

@@ -1,5 +1,6 @@
 """The row shapes every source is read into: a comparison of two answers, and a conversation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,17 +33,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got."""
+    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got (nan: nothing)."""
 
     prompt: tuple[Message, ...]
     answers: tuple[str, str]
     labels: Mapping[str, int | None] = field(default_factory=dict)
     ratings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def ranked(self, ranker: Ranker) -> Pair | None:
-        """The pair in this ranker's eyes; None where it sees a tie."""
+    def ranked(self, ranker: Ranker) -> Pair | str:
+        """The pair in this ranker's eyes, or why it sees none."""
+        if ranker.kind == "rating" and any(math.isnan(value) for value in self.ratings[ranker.column]):
+            return "no rating"
         winner = self._winner(ranker)
-        return None if winner is None else Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
+        return "tie" if winner is None else Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
 
     def _winner(self, ranker: Ranker) -> int | None:
         if ranker.kind == "label":

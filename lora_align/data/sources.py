@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +70,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open("rb") as stream:  # bytes: text mode would also split at U+2028 and friends
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield f"{path}:{number}", _object(line.decode("utf-8-sig"), f"{path}:{number}")
+                yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
@@ -98,9 +100,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
+        csv.field_size_limit(1 << 30)
         reader = csv.DictReader(stream)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as fault:
+            raise UserError(f"{path}:{reader.line_num + 1}: {fault}") from fault
 
 
 _FILES: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
@@ -122,10 +128,10 @@ def _hub(data: str, split: str, revision: str) -> Iterator[tuple[str, Row]]:
             page = f"https://huggingface.co/datasets/{data}"
             raise UserError(f"data {data!r} is gated: accept its terms at {page}, then `hf auth login`") from fault
         raise UserError(f"data {data!r}: {_first_line(fault)} (a private one needs `hf auth login`)") from fault
-    except (ConnectionError, ValueError, OSError) as fault:
-        raise UserError(
-            f"data {data!r} (split {split!r}) is not in the cache and could not be fetched: {_first_line(fault)}"
-        ) from fault
+    except ConnectionError as fault:
+        raise UserError(f"data {data!r} is not in the cache and could not be fetched: {_first_line(fault)}") from fault
+    except (ValueError, OSError) as fault:
+        raise UserError(f"data {data!r} (split {split!r}) could not be read: {_first_line(fault)}") from fault
     return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
 
 
@@ -256,28 +262,37 @@ def _system(row: Row) -> tuple[Message, ...]:
 
 
 def _label(value: Any, name: str) -> int | None:
-    if value is None or value in (0, 1):
-        return None if value is None else int(value)
+    if value is None or value == "":
+        return None
+    if value in (0, 1, "0", "1"):  # text, as CSV has it
+        return int(value)
     raise ValueError(f"{name} is {value!r}; expected 0, 1 or nothing for a tie")
 
 
 def _ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]]:
-    """Numbers that stand once for each answer, as in score_chosen and score_rejected."""
+    """Numbers that stand once for each answer, as in score_chosen and score_rejected; nan where one is missing."""
     prefix, suffix = first.split("{}")
     names = [
         key[len(prefix) : len(key) - len(suffix)] for key in row if key.startswith(prefix) and key.endswith(suffix)
     ]
-    found = {name: (row[first.format(name)], row.get(second.format(name))) for name in names if name}
-    return {name: (float(a), float(b)) for name, (a, b) in found.items() if _number(a) and _number(b)}
+    found = {name: (row[first.format(name)], row.get(second.format(name), "no such column")) for name in names if name}
+    return {name: (_number(a), _number(b)) for name, (a, b) in found.items() if _is_number(a) and _is_number(b)}
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    """A number, its text, or nothing at all."""
+    if isinstance(value, str):
+        return value == "" or re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan", value) is not None
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _object(line: str, where: str) -> Row:
+def _number(value: Any) -> float:
+    return math.nan if value is None or value == "" else float(value)
+
+
+def _object(line: bytes, where: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
     except ValueError as fault:
         raise UserError(f"{where}: not valid JSON: {fault}") from fault
     if not isinstance(row, dict):

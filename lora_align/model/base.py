@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 import transformers
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_align import recipe, runs
@@ -51,7 +51,7 @@ class Base:
 
     def load(self, keep_from: int = KEEP_QUANTIZED_FROM) -> PreTrainedModel:
         """The frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
-        weights = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        weights = sum(file.stat().st_size for file in _weights(self.folder))
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
             source = _quantized(self)
@@ -63,7 +63,7 @@ def find(base: recipe.Base) -> Base:
     folder = _folder(base)
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = _weights(folder)
     if not weights:
         raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickled ones are not opened)")
     try:
@@ -72,6 +72,8 @@ def find(base: recipe.Base) -> Base:
     except (ValueError, OSError, KeyError) as fault:
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
     template = base.chat_template or tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
     if not isinstance(template, str):
         raise UserError(
             f"base.model {base.model!r} has no chat template; give one in the recipe: base.chat_template "
@@ -101,11 +103,6 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def cache_folder() -> Path:
-    """Where quantised bases and hashes of large files are kept; `LORA_ALIGN_CACHE` moves it."""
-    return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))
-
-
 def _folder(base: recipe.Base) -> Path:
     """The base's folder: built in, on this disk, or from the hub's cache, fetched if it has to be."""
     if base.model == "demo":
@@ -123,7 +120,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
+        # consolidated: Mistral's repositories hold every weight a second time in a form of their own
+        unwanted = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except errors.GatedRepoError as fault:
         raise UserError(
             f"base {name!r} is gated and this account has no access: ask for it at https://huggingface.co/{name}, "
@@ -133,11 +132,15 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise UserError(f"no model {name!r} on the hub (or it is private: `hf auth login`)") from fault
     except errors.RevisionNotFoundError as fault:
         raise UserError(f"model {name!r} has no revision {revision!r}") from fault
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as fault:
+    except errors.HFValidationError as fault:
+        raise UserError(f"base.model {name!r} is no hub id: {fault}") from fault
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
         raise UserError(
             f"base {name!r} is not in the cache and the hub cannot be reached; with a network: `hf download {name}`, "
             "or name a local folder in base.model"
         ) from fault
+    except (errors.HfHubHTTPError, OSError) as fault:
+        raise UserError(f"base {name!r} could not be fetched: {str(fault).strip().splitlines()[0]}") from fault
 
 
 def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
@@ -163,6 +166,9 @@ def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
     except (ValueError, OSError, ImportError) as fault:
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
     keep_4bit_weights_plain(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a frozen base is never noisy; an adapter's own dropout is the recipe's business
     return model.eval().requires_grad_(False)
 
 
@@ -187,19 +193,26 @@ def _quantized(base: Base) -> Path:
         "dtype": str(compute_dtype(base.recipe)),
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    folder = cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
-    if folder.is_dir():
-        return folder
+    folder = runs.cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
     if _comes_quantized(base.folder):
         return base.folder
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    _load(base.folder, base.recipe).save_pretrained(staging)
-    try:
-        staging.rename(folder)
-    except OSError:  # another process was first with the same content
-        shutil.rmtree(staging)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process quantises, the others wait for it
+        if not folder.is_dir():
+            staging = folder.with_name(f".{folder.name}.staging")
+            shutil.rmtree(staging, ignore_errors=True)
+            _load(base.folder, base.recipe).save_pretrained(staging)
+            runs.sync(staging)
+            staging.rename(folder)
     return folder
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files a base's weights are in: those its index names, or else the one there is."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def _comes_quantized(folder: Path) -> bool:
@@ -224,7 +237,7 @@ def _weights_hash(file: Path) -> str:
     if status.st_size < HASH_ONCE_FROM:
         return runs.sha256(real)
     key = hashlib.sha256(f"{real}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
-    known = cache_folder() / "hashes" / key
+    known = runs.cache_folder() / "hashes" / key
     if not known.is_file():
         known.parent.mkdir(parents=True, exist_ok=True)
         fresh = known.with_name(f".{key}.{os.getpid()}")

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 
-PRIVATE_USE = 0xF0000  # code points that stand for control tokens spelled out in somebody's text
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand for control tokens in somebody's text
 PROBE = "\N{BALLOT BOX WITH CHECK}answer\N{BALLOT BOX WITH CHECK}"
+CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # some tokenizers also add runs of spaces, which are only text
+StandIns = Mapping[str, str]  # private character → the control token it stands for
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,19 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The conversation so far, up to where the assistant speaks."""
-        return self._encode(*self._render(messages, generation=True))
+        stand_ins = self._stand_ins(messages)
+        return self._encode(self._render(messages, stand_ins, generation=True), stand_ins)
 
     def answer_ids(self, prompt: Sequence[Message], answer: str) -> list[int]:
         """What the assistant then says, up to and including the token it stops with."""
+        said = [*prompt, Message("assistant", answer)]
+        stand_ins = self._stand_ins(said)
         before = self.prompt_ids(prompt)
-        whole = self._encode(*self._render([*prompt, Message("assistant", answer)], generation=False))
+        whole = self._encode(self._render(said, stand_ins, generation=False), stand_ins)
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
         else:  # the template shows a finished turn differently (as with thoughts): say what chat would hear
-            ids = self.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids = self._encode(_replaced(answer, stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 
@@ -53,51 +58,63 @@ class ChatFormat:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     @cached_property
+    def _controls(self) -> dict[str, int]:
+        """Special tokens, and added ones that look like them (as <think>): text is cut at these before it is split."""
+        added = {
+            token.content: i
+            for i, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special or CONTROL_LIKE.fullmatch(token.content)
+        }
+        named = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
+        return added | dict(named)
+
+    @cached_property
     def _stop(self) -> int:
         """The first control token the template puts behind an answer, else the tokenizer's end of text."""
-        text, _ = self._render([Message("user", "?"), Message("assistant", PROBE)], generation=False)
+        text = self._render([Message("user", "?"), Message("assistant", PROBE)], {}, generation=False)
         ids = self.tokenizer(text.partition(PROBE)[2], add_special_tokens=False)["input_ids"]
-        controls = [token for token in ids if token in self.tokenizer.all_special_ids]
+        controls = [token for token in ids if token in self._controls.values()]
         stop = controls[0] if controls else self.tokenizer.eos_token_id
         if stop is None:
             raise UserError("the base's tokenizer has no end-of-text token and its chat template ends no turn with one")
         return int(stop)
 
-    def _render(self, messages: Sequence[Message], *, generation: bool) -> tuple[str, dict[str, str]]:
-        """The template applied, and which private characters stand for which control tokens in user text."""
-        controls = [t for t in self.tokenizer.all_special_tokens if any(t in m.content for m in messages)]
-        stand_ins = {chr(PRIVATE_USE + i): token for i, token in enumerate(controls)}
-        turns = [{"role": m.role, "content": _replaced(m.content, stand_ins)} for m in messages]
+    def _stand_ins(self, messages: Sequence[Message]) -> StandIns:
+        """A private character, unused so far, for each control token somebody has spelled out; longest first."""
+        text = "".join(m.content for m in messages)
+        spelled = sorted((token for token in self._controls if token in text), key=len, reverse=True)
+        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
+        return dict(zip(unused, spelled, strict=False))
+
+    def _render(self, messages: Sequence[Message], stand_ins: StandIns, *, generation: bool) -> str:
+        """The template applied, with the control tokens of its own and nobody else's."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self.template_kwargs,
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": m.role, "content": _replaced(m.content, stand_ins)} for m in messages],
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **self.template_kwargs,
+                )
             )
         except (TemplateError, TypeError, ValueError, KeyError) as fault:
-            raise UserError(f"base.chat_template fails on a conversation of {_roles(messages)}: {fault}") from fault
-        return text, stand_ins
+            roles = ", ".join(m.role for m in messages)
+            raise UserError(f"base.chat_template fails on a conversation of {roles}: {fault}") from fault
 
-    def _encode(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
-        """Control tokens of the template become control ids; those in user text stay words."""
+    def _encode(self, text: str, stand_ins: StandIns) -> list[int]:
+        """Control tokens of the template become control ids; those in user text stay words, in two halves."""
         ids: list[int] = []
         for part in re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]:
             literal = stand_ins.get(part)
-            ids += self.tokenizer(
-                part if literal is None else literal,
-                add_special_tokens=False,
-                split_special_tokens=literal is not None,
-            )["input_ids"]
+            pieces = [part] if literal is None else [literal[:1], literal[1:]]
+            for piece in filter(None, pieces):
+                split = literal is not None
+                ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=split)["input_ids"]
         return ids
 
 
-def _replaced(text: str, stand_ins: Mapping[str, str]) -> str:
+def _replaced(text: str, stand_ins: StandIns) -> str:
     for character, token in stand_ins.items():
         text = text.replace(token, character)
     return text
-
-
-def _roles(messages: Sequence[Message]) -> str:
-    return ", ".join(m.role for m in messages)

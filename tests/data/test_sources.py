@@ -167,4 +167,4 @@ def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:
 def test_unlabelled_ties_are_ties() -> None:
     row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
     found: Comparison = sources.comparison(row, "here")
-    assert found.ranked(Ranker.parse("label")) is None
+    assert found.ranked(Ranker.parse("label")) == "tie"
