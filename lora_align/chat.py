@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lora_align import runs
 from lora_align.adapters import vectors
-from lora_align.adapters.vectors import Parent, Vector
+from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
@@ -56,33 +56,36 @@ def choose(
     if weights is not None:
         return Blend({name: vectors.find(name, runs_dir, recipe.preferences) for name in weights}, weights)
     if adapter is not None:
-        vector = vectors.find(f"{adapter}/", runs_dir)
-        run = runs.read(adapter) if runs.is_run(adapter) else None
-        return Blend({adapter.name: vector}, {adapter.name: 1.0}, bool(run and run.manifest.contains_start))
-    mixes = [run for run in runs.every(runs_dir) if run.manifest.stage == "mix"] if runs_dir.is_dir() else []
+        inside = runs_dir / adapter
+        return _whole(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
+    mixes = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "mix"]
     if not mixes:
         screen.note(f"no mix in {runs_dir}/ yet: this is the start policy; `lora-align merge --weights …` makes one")
         return Blend({}, {})
     screen.note(f"mix: {mixes[-1].path}")
-    return _taken_apart(mixes[-1], runs_dir)
+    return _taken_apart(mixes[-1], runs_dir, screen)
 
 
-def _taken_apart(mix: Run, runs_dir: Path) -> Blend:
+def _whole(vector: Vector) -> Blend:
+    """One adapter at weight 1, which may hold the start adapter too."""
+    contains_start = any(run.manifest.contains_start for run in vector.known_runs())
+    return Blend({vector.name: vector}, {vector.name: 1.0}, contains_start)
+
+
+def _taken_apart(mix: Run, runs_dir: Path, screen: Screen) -> Blend:
     """The mix as its vectors, so that each weight can be turned; whole where it was compressed or they are gone."""
-    whole = Blend(
-        {mix.path.name: Vector(mix.path.name, (Parent(mix.path, 1.0, mix),))},
-        {mix.path.name: 1.0},
-        mix.manifest.contains_start,
-    )
+    whole = _whole(vectors.at(mix.path, mix.path.name))
     if mix.manifest.metrics["left_out"]:
+        screen.note("it was compressed: /w turns it as a whole")
         return whole
     try:
         found = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}
+        same = all([p.lineage() for p in found[m["name"]].parents] == m["adapters"] for m in mix.manifest.parents)
     except UserError:
+        same = False
+    if not same:
+        screen.note("the adapters it was made from are gone or were trained anew: /w turns it as a whole")
         return whole
-    for parent in mix.manifest.parents:
-        if [p.lineage() for p in found[parent["name"]].parents] != parent["adapters"]:
-            return whole
     return Blend(found, {parent["name"]: parent["weight"] for parent in mix.manifest.parents})
 
 
@@ -95,6 +98,7 @@ class Session:
     runs_dir: Path
     recipe: Recipe
     sampling: Sampling
+    start: str = ""
     mixer: Mixer | None = None
     turns: list[Message] = field(default_factory=list)
     system: str = ""
@@ -106,19 +110,25 @@ class Session:
         """The weights in force."""
         return dict(self.mixer.weights) if self.mixer else {}
 
-    def turn(self, weights: Mapping[str, float]) -> None:
-        """Change weights from the next answer on; a vector not loaded yet joins the others."""
-        new = [name for name in weights if self.mixer is None or name not in self.mixer.updates]
+    def turn(self, weights: Mapping[str, float]) -> list[str]:
+        """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts about it."""
+        loaded = self.mixer.updates if self.mixer else {}
+        new = {
+            name: vectors.find(name, self.runs_dir, self.recipe.preferences) for name in weights if name not in loaded
+        }
+        merged = {**self.weights, **weights}
         if new:
-            updates = dict(self.mixer.updates) if self.mixer else {}
-            updates |= {name: vectors.find(name, self.runs_dir, self.recipe.preferences).load() for name in new}
-            merged = {**self.weights, **weights}
+            vectors.refuse_start_inside(new.values())
+            check_stands_on(self.base, self.start, new.values())
+            updates = {**loaded, **{name: vector.load() for name, vector in new.items()}}
+            mixer = Mixer(self.model, updates, merged)
             if self.mixer:
                 self.mixer.remove()
-            self.mixer = Mixer(self.model, updates, merged)
+            self.mixer = mixer
         elif self.mixer:
-            self.mixer.set({**self.weights, **weights})
+            self.mixer.set(merged)
         self.memory.forget()
+        return [doubt for vector in new.values() for doubt in vector.doubts()]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """The assistant's next words, piece by piece; `tokens` counts them."""
@@ -143,23 +153,45 @@ def open_session(
     base: Base, runs_dir: Path, recipe: Recipe, blend: Blend, sampling: Sampling, screen: Screen
 ) -> Session:
     """Load the start policy and lay the blend over it."""
-    found, start_id = vectors.common(blend.found.values())
-    if found and found["fingerprint"] != base.fingerprint:
-        raise UserError(
-            f"this mix was made on the base {found['model']} ({found['fingerprint'][:12]}), "
-            f"the recipe names {base.recipe.model} ({base.fingerprint[:12]}); choose its recipe with --recipe"
-        )
     start = None if blend.contains_start else start_policy.adapter(recipe, runs_dir)
-    if found and not blend.contains_start and start_policy.identity(start) != start_id:
-        raise UserError("the start adapter in the runs folder is not the one these vectors stand on")
+    if blend.contains_start:
+        _, start_id = vectors.common(blend.found.values())
+    else:
+        start_id = start_policy.identity(start)
+        vectors.refuse_start_inside(blend.found.values())
+    check_stands_on(base, start_id, blend.found.values())
     if recipe.sft is not None:
         screen.note("start adapter: " + ("part of the mix" if start is None else f"{start.path}, added"))
-    for doubt in blend.doubts():
+    for doubt in [*blend.doubts(), *_differences(base, blend.found.values())]:
         screen.warn(doubt)
-    session = Session(base, start_policy.load(base, start), runs_dir, recipe, sampling)
+    session = Session(base, start_policy.load(base, start), runs_dir, recipe, sampling, start_id)
     if blend.found:
         session.mixer = Mixer(session.model, {n: v.load() for n, v in blend.found.items()}, blend.weights)
     return session
+
+
+def check_stands_on(base: Base, start: str, found: Iterable[Vector]) -> None:
+    """Refuse vectors of another base, or of another start adapter than the one laid under them."""
+    theirs, start_id = vectors.common(found)
+    if theirs and theirs["fingerprint"] != base.fingerprint:
+        raise UserError(
+            f"this was made on the base {theirs['model']} ({theirs['fingerprint'][:12]}), "
+            f"the recipe names {base.recipe.model} ({base.fingerprint[:12]}); choose its recipe with --recipe"
+        )
+    if theirs and start != start_id:
+        raise UserError("the start adapter in the runs folder is not the one these vectors stand on")
+
+
+def _differences(base: Base, found: Iterable[Vector]) -> list[str]:
+    """What of the base's surroundings is not as it was in training."""
+    theirs, _ = vectors.common(found)
+    words = {"chat_format": "chat template or tokenizer", "quantization": "quantisation"}
+    ours = base.identity
+    return [
+        f"trained with another {name} than the recipe has now; answers may suffer"
+        for key, name in words.items()
+        if theirs and theirs.get(key) != ours[key]
+    ]
 
 
 def once(session: Session, prompt: str, screen: Screen) -> None:
@@ -195,29 +227,31 @@ def talk(session: Session, screen: Screen) -> None:
                 command, _, argument = line[1:].partition(" ")
                 _obey(session, command, argument.strip(), screen)
             elif line:
-                session.turns.append(Message("user", line))
-                _speak(session, screen)
+                _speak(session, [*session.turns, Message("user", line)])
         except UserError as fault:
-            screen.note(str(fault))
+            screen.say(str(fault))
+        except KeyboardInterrupt:
+            screen.say("(stopped)")
 
 
 def _obey(session: Session, command: str, argument: str, screen: Screen) -> None:
     commands: dict[str, Callable[[], None]] = {
         "w": lambda: _turn(session, argument, screen),
         "compare": lambda: _compare(session, argument, screen),
-        "retry": lambda: _retry(session, screen),
+        "retry": lambda: _retry(session),
         "undo": lambda: _undo(session, screen),
         "system": lambda: _system(session, argument, screen),
         "save": lambda: _save(session, argument, screen),
-        "help": lambda: screen.note(HELP),
+        "help": lambda: screen.say(HELP),
     }
     if command not in commands:
         raise UserError(f"no command /{command}; /help lists them")
     commands[command]()
 
 
-def _speak(session: Session, screen: Screen) -> None:
-    """Stream an answer; Ctrl-C keeps what was said so far."""
+def _speak(session: Session, turns: list[Message]) -> None:
+    """Stream an answer to these turns; Ctrl-C keeps what was said so far, an error leaves all as it was."""
+    before, session.turns = session.turns, turns
     said = []
     try:
         for piece in session.answer():
@@ -228,17 +262,17 @@ def _speak(session: Session, screen: Screen) -> None:
         sys.stdout.write(" …")
         session.memory.forget()
     except UserError:
-        session.turns.pop()
+        session.turns = before
         raise
     sys.stdout.write("\n")
     sys.stdout.flush()
-    session.turns.append(Message("assistant", "".join(said)))
+    session.turns = [*turns, Message("assistant", "".join(said))]
 
 
 def _turn(session: Session, argument: str, screen: Screen) -> None:
-    if argument:
-        session.turn(parse_weights(argument))
-    screen.note(_shown(session.weights))
+    for doubt in session.turn(parse_weights(argument)) if argument else ():
+        screen.warn(doubt)
+    screen.say(_shown(session.weights))
 
 
 def _compare(session: Session, argument: str, screen: Screen) -> None:
@@ -271,23 +305,22 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
     Console().print(table)
 
 
-def _retry(session: Session, screen: Screen) -> None:
-    if session.turns and session.turns[-1].role == "assistant":
-        session.turns.pop()
-    if not session.turns:
+def _retry(session: Session) -> None:
+    asked = [i for i, turn in enumerate(session.turns) if turn.role == "user"]
+    if not asked:
         raise UserError("nothing to answer again yet")
-    _speak(session, screen)
+    _speak(session, session.turns[: asked[-1] + 1])
 
 
 def _undo(session: Session, screen: Screen) -> None:
     while session.turns and session.turns.pop().role != "user":
         pass
-    screen.note(f"{len(session.turns)} turns left")
+    screen.say(f"{len(session.turns)} turns left")
 
 
 def _system(session: Session, argument: str, screen: Screen) -> None:
     session.system = argument
-    screen.note("system message set" if argument else "no system message")
+    screen.say("system message set" if argument else "no system message")
 
 
 def _save(session: Session, argument: str, screen: Screen) -> None:
@@ -300,7 +333,7 @@ def _save(session: Session, argument: str, screen: Screen) -> None:
         Path(argument).expanduser().write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
     except OSError as fault:
         raise UserError(f"cannot write {argument}: {fault.strerror}") from fault
-    screen.note(f"saved {len(messages)} messages to {argument}")
+    screen.say(f"saved {len(messages)} messages to {argument}")
 
 
 def _shown(weights: Mapping[str, float]) -> str:
@@ -317,9 +350,7 @@ def _line_editing() -> None:
         return
     import atexit
 
-    from lora_align.model.base import cache_folder
-
-    history = cache_folder() / "chat_history"
+    history = runs.cache_folder() / "chat_history"
     history.parent.mkdir(parents=True, exist_ok=True)
     if history.exists():
         readline.read_history_file(history)

@@ -1,8 +1,10 @@
 """The command line: parse, call, print. Anything heavy is imported by the command that needs it."""
 
+import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from typer.exceptions import TyperException
 
 from lora_align import __version__, runs
 from lora_align import recipe as recipes
-from lora_align.console import Screen, library_log, table
+from lora_align.console import Screen, inert, library_log, table
 from lora_align.errors import RunFailedError, Stopped, UserError
 from lora_align.preference import NAME, Direction, parse_weights
 from lora_align.recipe import Recipe
@@ -91,9 +93,7 @@ def sft(
     from lora_align.stages import sft as stage
 
     run = stage.run(project, runs_dir, screen, force=force)
-    held_out = run.manifest.metrics["held_out"]
-    told = f", held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f}" if held_out["rows"] else ""
-    screen.result(f"{run.path}{told}", _facts(run))
+    screen.result(stage.told(run), _facts(run))
 
 
 @app.command()
@@ -123,18 +123,12 @@ def dpo(
         raise UserError(f"--direction {direction!r}: pos, neg or both")
     names = list(project.preferences) if pref is None else [pref]
     directions = list(Direction) if direction == "both" else [Direction(direction)]
-    for preference in names:
+    for preference in names:  # before anything heavy is imported
         project.preference(preference)
-        for side in directions:
-            runs.refuse_existing(runs_dir / "dpo" / (_name(name) or preference) / side.value, force)
     from lora_align.stages import dpo as stage
 
-    done = [
-        run
-        for preference in names
-        for run in stage.run(project, preference, directions, runs_dir, screen, name=name, force=force)
-    ]
-    screen.result("\n".join(_dpo_line(run) for run in done), {"runs": [_facts(run) for run in done]})
+    done = stage.run(project, names, directions, runs_dir, screen, name=_name(name), force=force)
+    screen.result("\n".join(stage.told(run) for run in done), {"runs": [_facts(run) for run in done]})
 
 
 @app.command()
@@ -164,11 +158,7 @@ def merge(
     run = mix.run(
         wanted, project, runs_dir, screen, name=_name(name), out=out, rank=rank, with_start=with_start, force=force
     )
-    left_out = run.manifest.metrics["left_out"]
-    size = sum(file["bytes"] for file in run.manifest.files.values()) / 1e6
-    kept = f", {left_out:.2%} of its energy left out" if rank else ""
-    start = ", with the start adapter" if run.manifest.contains_start else ""
-    screen.result(f"{run.path}  rank {run.manifest.method['rank']}{kept}{start}, {size:.1f} MB", _facts(run))
+    screen.result(mix.told(run), _facts(run))
 
 
 @app.command()
@@ -192,7 +182,7 @@ def chat(
     if weights is not None and adapter is not None:
         raise UserError("chat: either --weights or --adapter")
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     if prompt is not None and not prompt.strip():
         raise UserError("chat: the prompt is empty; pipe one in, or give --prompt TEXT")
     project = _recipe(recipe, overrides, screen, runs_dir)
@@ -201,22 +191,21 @@ def chat(
     from lora_align.model import base as bases
     from lora_align.model.generate import Sampling
 
-    with library_log(bases.cache_folder() / "chat.log"):
-        blend = conversation.choose(runs_dir, project, screen, wanted, adapter)
-        sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-        session = conversation.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
-        session.system = system
-        if prompt is not None:
-            conversation.once(session, prompt.strip(), screen)
-        else:
-            conversation.talk(session, screen)
+    blend = conversation.choose(runs_dir, project, screen, wanted, adapter)
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    session = conversation.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
+    session.system = system
+    if prompt is not None:
+        conversation.once(session, prompt.strip(), screen)
+    else:
+        conversation.talk(session, screen)
 
 
 @app.command("list")
 def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List runs, oldest first, and what each is made of."""
     screen = Screen(as_json, quiet)
-    found = runs.every(runs_dir) if runs_dir.is_dir() else []
+    found = runs.every(runs_dir, screen)
     if not found and not as_json:
         screen.note(f"no runs in {runs_dir}/ yet")
     rows = [
@@ -228,7 +217,7 @@ def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, 
         ]
         for run in found
     ]
-    text = table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
+    text = inert(table(["run", "made (UTC)", "from", "measured"], rows)) if rows else ""
     screen.result(text, {"runs": [_facts(run) for run in found]})
 
 
@@ -255,11 +244,12 @@ def options(
 
 def _recipe(name: str | None, overrides: list[str] | None, screen: Screen, runs_dir: Path | None = None) -> Recipe:
     """The recipe meant; with none named, commands that work on runs go by the newest run's own."""
-    if name is None and runs_dir is not None and not recipes.LOCAL.exists() and runs_dir.is_dir():
+    if name is None and runs_dir is not None and not recipes.LOCAL.exists():
         made = [run for run in runs.every(runs_dir) if run.manifest.recipe]
-        if made and not overrides:
+        if made:
             screen.note(f"recipe: the one kept in {made[-1].path}")
-            return recipes.from_dict(made[-1].manifest.recipe, f"{made[-1].path}/{runs.MANIFEST}")
+            kept = json.loads(json.dumps(made[-1].manifest.recipe))
+            return recipes.from_dict(kept, f"{made[-1].path}/{runs.MANIFEST}", overrides or [])
     path, why = recipes.find(name)
     if why:
         screen.note(why)
@@ -291,14 +281,6 @@ def _facts(run: runs.Run) -> dict[str, Any]:
         "metrics": manifest.metrics,
         "unconverged": manifest.unconverged,
     }
-
-
-def _dpo_line(run: runs.Run) -> str:
-    held_out = run.manifest.metrics["held_out"]
-    if not held_out["pairs"]:
-        return f"{run.path}  no pairs held out, nothing measured"
-    margin, accuracy, pairs = held_out["margin"], held_out["accuracy"], held_out["pairs"]
-    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {accuracy:.2f} ({pairs} pairs)"
 
 
 def _origin(run: runs.Run) -> str:
@@ -337,28 +319,26 @@ def main() -> None:
     """Run a command; every failure is one line on stderr and a known exit code."""
     run: Callable[..., Any] = typer.main.get_command(app)
     try:
-        with _signals():
+        with _signals(), library_log(runs.cache_folder() / "log.txt"):
             code = run(standalone_mode=False)
         if code == 130:  # Typer has made this of a KeyboardInterrupt
             raise Stopped(signal.SIGINT)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as fault:
-        if os.environ.get("LORA_ALIGN_DEBUG"):
-            raise
         _complain(str(fault), fault.exit_code)
     except Stopped as stop:
         _complain("stopped; nothing unfinished was published", stop.exit_code)
     except TyperException as fault:
         told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
         _complain(f"{told.rstrip('.')} (see lora-align --help, or --help behind a command)", 2)
-    except Exception as fault:
-        if os.environ.get("LORA_ALIGN_DEBUG"):
-            raise
+    except Exception as fault:  # noqa: BLE001 - what nobody foresaw ends in one line too
         _complain(
             f"{type(fault).__name__}: {fault} (a traceback: --debug before the command)", RunFailedError.exit_code
         )
 
 
 def _complain(text: str, code: int) -> None:
-    Screen().note("\n".join(f"error: {line}" for line in text.split("\n")))
+    if os.environ.get("LORA_ALIGN_DEBUG"):
+        traceback.print_exc()
+    Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     sys.exit(code)

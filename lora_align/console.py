@@ -36,11 +36,15 @@ class Screen:
     def note(self, text: str) -> None:
         """A line about what is going on."""
         if not self.quiet:
-            print(inert(text), file=sys.stderr, flush=True)  # noqa: T201
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """What somebody asked for, on a terminal: not hidden by --quiet."""
+        print(inert(text), file=sys.stderr, flush=True)  # noqa: T201
 
     def warn(self, text: str) -> None:
         """A line that --quiet does not hide."""
-        print(inert(f"warning: {text}"), file=sys.stderr, flush=True)  # noqa: T201
+        self.say(f"warning: {text}")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator["Progress"]:

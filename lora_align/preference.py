@@ -46,7 +46,6 @@ class Preference:
     rank: str = "label"
     split: str = "train"
     revision: str = ""
-    about: str = ""
 
     @property
     def ranker(self) -> Ranker:

@@ -136,9 +136,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not valid TOML: {fault}") from fault
-    for override in overrides:
-        _override(table, override)
-    recipe = from_dict(table, str(path))
+    recipe = from_dict(table, str(path), overrides)
     template = path.parent / recipe.base.chat_template
     if recipe.base.chat_template.endswith(".jinja"):
         if not template.is_file():
@@ -148,10 +146,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def from_dict(table: Mapping[str, Any], source: str) -> Recipe:
-    """Check plain data against the dataclasses above; one error names every fault."""
+def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Apply overrides to plain data and check it against the dataclasses above; one error names every fault."""
     from pydantic import TypeAdapter, ValidationError
 
+    for override in overrides:
+        _override(table, override)
     faults: list[str] = []
     recipe: Recipe | None = None
     try:  # by way of JSON: strict about scalars, yet arrays become tuples and tables dataclasses

@@ -1,10 +1,14 @@
 import io
+import logging
+import warnings
 from contextlib import redirect_stderr
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.console import Screen, clock, inert, table
+from lora_align.console import Screen, clock, inert, library_log, table
 
 
 @given(st.text())
@@ -36,3 +40,17 @@ def test_progress_away_from_a_terminal_is_lines() -> None:
 def test_tables_and_clocks() -> None:
     assert table(["a", "n"], [["x", "-1"], ["long", "20"]]).splitlines()[2:] == ["x     -1", "long  20"]
     assert [clock(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_what_libraries_say_goes_to_a_file_made_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "not" / "there" / "log.txt"
+    with library_log(log):
+        logging.getLogger("somebody").warning("odd thing")
+        warnings.warn("odder thing", stacklevel=1)
+    assert "odd thing" in log.read_text()
+    assert "odder thing" in log.read_text()
+    assert capsys.readouterr().err == ""
+    (tmp_path / "file").write_text("")
+    with library_log(tmp_path / "file" / "log.txt"):
+        logging.getLogger("somebody").warning("odd thing")
+    assert "cannot write" in capsys.readouterr().err

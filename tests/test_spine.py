@@ -6,6 +6,8 @@ import json
 import os
 import pty
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,28 +16,29 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lora_align.errors import UserError
 from support import COMMAND, PAIRS, Cli, call, make_base, real_data
 
 
-def test_the_five_commands(trained: Path, tmp_path: Path) -> None:
-    """The first three have run in `trained`; the other two follow here."""
-    merged = call(trained, "merge", "--weights", "helpful=1,harmless=0.5")
+def test_the_five_commands(workspace: Path) -> None:
+    """The first three were run in what `workspace` is a copy of; the other two follow here."""
+    merged = call(workspace, "merge", "--weights", "helpful=1,harmless=0.5")
     assert merged.code == 0, merged.err
     assert merged.out.startswith("runs/mix/helpful1_harmless0p5  rank 32")
-    answer = call(trained, "chat", "--prompt", "Tell me about rain.", "--seed", "1")
+    answer = call(workspace, "chat", "--prompt", "Tell me about rain.", "--seed", "1")
     assert answer.code == 0, answer.err
     assert answer.out.strip()
     assert "mix: runs/mix/helpful1_harmless0p5" in answer.err
-    again = call(trained, "chat", "--seed", "1", "--json", stdin="Tell me about rain.\n")
+    again = call(workspace, "chat", "--seed", "1", "--json", stdin="Tell me about rain.\n")
     told = json.loads(again.out)
     assert told["answer"] == answer.out.removesuffix("\n")
     assert told["weights"] == {"helpful": 1.0, "harmless": 0.5}
-    listed = json.loads(call(trained, "list", "--json").out)["runs"]
+    listed = json.loads(call(workspace, "list", "--json").out)["runs"]
     assert [run["stage"] for run in listed] == ["dpo"] * 4 + ["mix"]
     assert [p["weight"] for p in listed[-1]["parents"]] == [1.0, 0.5]
-    table = call(trained, "list").out
+    table = call(workspace, "list").out
     assert "+1 helpful +0.5 harmless" in table
 
 
@@ -134,9 +137,20 @@ def test_a_start_adapter_is_under_every_mix_and_in_it_once(cli: Cli, tmp_path: P
     assert "start adapter: runs/sft/start, added" in added.err
     assert "start adapter: part of the mix" in contained.err
     assert added.out == contained.out == vector.out
-    twice = cli("merge", "--weights", "mix/whole=1", "--name", "twice")
-    assert twice.code == 2
-    assert "already contains the start adapter" in twice.err
+    by_run = cli("chat", "--adapter", "mix/whole", *prompt)
+    assert by_run.out == contained.out
+    compressed = cli("merge", "--weights", "brief=1", "--name", "small", "--rank", "6", "--json")
+    assert json.loads((tmp_path / "runs/mix/small/adapter_config.json").read_text())["r"] == 6
+    assert json.loads(compressed.out)["metrics"]["left_out"] > 0
+    for words in (
+        ["merge", "--weights", "mix/whole=1", "--name", "twice"],
+        ["merge", "--weights", "whole=1,brief=1", "--name", "twice"],
+        ["chat", "--weights", "mix/whole=1", *prompt],
+    ):
+        twice = cli(*words)
+        assert twice.code == 2, twice.out
+        assert "contains the start adapter" in twice.err
+    assert "is the start adapter" in cli("chat", "--weights", "sft/start=1", *prompt).err
 
 
 def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
@@ -183,6 +197,62 @@ def test_bad_input_gets_one_clear_line_and_exit_2(words: list[str], told: str, t
     assert "Traceback" not in done.err
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == (2 if "dpo.x=1" in words else 1)
+
+
+def test_what_learned_nothing_is_called_so_wherever_it_is_used(workspace: Path) -> None:
+    words = ["--pref", "helpful", "--name", "weak", "--limit", "32", "--set", "dpo.learning_rate=1e-9"]
+    trained = call(workspace, "dpo", *words)
+    assert trained.code == 0
+    assert trained.err.count("unconverged: the adapter is tiny") == 2
+    listed = json.loads(call(workspace, "list", "--json").out)["runs"]
+    assert [run["unconverged"] != [] for run in listed if "weak" in run["path"]] == [True, True]
+    for name, more in (("weak-mix", []), ("weak-small", ["--rank", "2"])):
+        assert "unconverged: the adapter is tiny" in call(workspace, "merge", "-w", "weak=1", "--name", name, *more).err
+        spoken = call(workspace, "chat", "--adapter", f"mix/{name}", "--prompt", "Hello.")
+        assert spoken.code == 0, spoken.err
+        assert "unconverged: the adapter is tiny" in spoken.err
+
+
+def test_a_mix_of_adapters_without_a_manifest_lives_beside_runs(workspace: Path) -> None:
+    for side in ("pos", "neg"):
+        shutil.copytree(workspace / "runs" / "dpo" / "helpful" / side, workspace / f"My {side}.v2")
+        (workspace / f"My {side}.v2" / "manifest.json").unlink()
+    merged = call(workspace, "merge", "--weights", "./My pos.v2=1,./My neg.v2=-1")
+    assert merged.code == 0, merged.err
+    assert merged.out.startswith("runs/mix/my-pos-v21_my-neg-v2m1  ")
+    assert "my-pos-v21_my-neg-v2m1" in call(workspace, "list").out
+    words = ["--prompt", "Can you explain bees?", "--temperature", "0"]
+    spoken = call(workspace, "chat", *words)
+    assert spoken.code == 0, spoken.err
+    assert spoken.out == call(workspace, "chat", "--weights", "helpful=1", *words).out
+    more = call(workspace, "dpo", "--pref", "brief", "--direction", "pos", "--limit", "16")
+    assert more.code == 0, more.err
+
+
+def test_a_damaged_manifest_is_passed_over_and_told(cli: Cli, workspace: Path) -> None:
+    (workspace / "runs" / "dpo" / "helpful" / "pos" / "manifest.json").write_text("{")
+    listed = cli("list")
+    assert listed.code == 0
+    assert "passed over" in listed.err
+    assert "dpo/harmless/neg" in listed.out
+    merged = cli("merge", "--weights", "helpful=1")
+    assert merged.code == 2
+    assert "damaged" in merged.err
+
+
+def test_overrides_apply_to_the_recipe_a_run_keeps(cli: Cli, workspace: Path) -> None:
+    done = cli("chat", "--weights", "helpful=1", "--prompt", "Hi.", "--set", "base.chat_template_kwargs.x=1")
+    assert done.code == 0, done.err
+    assert "recipe: the one kept in" in done.err
+    assert "another chat template or tokenizer" in done.err
+    assert cli("chat", "--prompt", "Hi.", "--set", "base.x=1").code == 2
+
+
+def test_debug_shows_where_and_keeps_the_exit_code(cli: Cli) -> None:
+    done = cli("--debug", "merge", "--weights", "helpful=lots")
+    assert done.code == 2
+    assert "Traceback" in done.err
+    assert done.err.splitlines()[-1].startswith("error: weights: 'helpful=lots'")
 
 
 def test_a_missing_twin_names_the_command_that_makes_it(cli: Cli, workspace: Path) -> None:
@@ -291,7 +361,21 @@ class Terminal:
         return self.wait_for("› ", echoed)
 
 
+def test_a_conversation_with_the_newest_mix(workspace: Path) -> None:
+    assert call(workspace, "merge", "--weights", "helpful=1,harmless=0.5").code == 0
+    terminal = Terminal(workspace, "chat")
+    assert "helpful=1 harmless=0.5" in terminal.wait_for("› ")
+    assert len(terminal.say("Tell me about rain.").split()) > 5
+    os.write(terminal.screen, b"\x04")
+    assert terminal.process.wait(timeout=20) == 0
+
+
 def test_a_conversation(workspace: Path) -> None:
+    alien = workspace / "alien"  # an adapter whose layers this base does not have
+    shutil.copytree(workspace / "runs" / "dpo" / "helpful" / "pos", alien)
+    (alien / "manifest.json").unlink()
+    tensors = load_file(alien / "adapter_model.safetensors")
+    save_file({k.replace("layers.3", "layers.9"): v for k, v in tensors.items()}, alien / "adapter_model.safetensors")
     terminal = Terminal(workspace, "chat", "--weights", "helpful=1", "--seed", "3")
     assert "helpful=1" in terminal.wait_for("› ")
     first = terminal.say("Tell me about rain.")
@@ -304,6 +388,8 @@ def test_a_conversation(workspace: Path) -> None:
     assert "compare takes two" in terminal.say("/compare helpful=1")
     assert "expected NAME=NUMBER" in terminal.say("/w helpful=lots")
     assert "no preference or run" in terminal.say("/w unheard=1")
+    assert "not made for this base" in terminal.say(f"/w {alien}=1")
+    assert "helpful=0.3 harmless=-1" in terminal.say("/w")
     terminal.say("/retry")
     terminal.say("/system You are terse.")
     assert "saved 3 messages" in terminal.say("/save talk.json")
@@ -367,7 +453,7 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
     assert done.code == 0, done.err
     for run in json.loads(done.out)["runs"]:
         data = json.loads((tmp_path / run["path"] / "manifest.json").read_text())["data"]
-        assert data["pairs"] + data["held_out"] + sum(data["dropped"].values()) == 300
+        assert data["rows"] + data["held_out"] + sum(data["dropped"].values()) == 300
         assert data["dropped"]["prompt too long"] > 0
         assert data["answers_cut"] > 0
         assert run["metrics"]["first_margin"] == 0.0
@@ -378,15 +464,11 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
 
 
 def test_the_demo_ends_with_commands_that_work(cli: Cli, trained: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(trained / "runs" / "dpo", tmp_path / "lora-align-demo" / "dpo")  # trained before, on fewer pairs
     done = cli("demo")
     assert done.code == 0, done.err
     lines = [line.strip() for line in done.out.split("Try next:")[1].splitlines() if line.strip()]
     assert len(lines) == 4
-    import shlex
-
     for line in lines[1:]:
         words = shlex.split(line)
         assert words[0].endswith("lora-align")

@@ -64,8 +64,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
     """The vector of that name; `preferences` are the recipe's, to tell untrained from unknown."""
     if "/" in name or name.startswith("."):
         inside = runs_dir / name
-        folder = inside if (inside / peft_format.CONFIG).is_file() else Path(name).expanduser()
-        return Vector(name, (_parent(folder, 1.0),))
+        return at(inside if (inside / peft_format.CONFIG).is_file() else Path(name).expanduser(), name)
     folder = runs_dir / "dpo" / name
     trained = [d for d in ("pos", "neg") if NAME.fullmatch(name) and runs.is_run(folder / d)]
     if len(trained) == 2:
@@ -76,21 +75,25 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
         named = f" --name {name}" if done.preference != name else ""
         command = f"lora-align dpo --pref {done.preference} --direction {missing}{named}{_elsewhere(runs_dir)}"
         raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
+    if NAME.fullmatch(name) and runs.is_run(runs_dir / "mix" / name):
+        return at(runs_dir / "mix" / name, name)
+    if (Path(name) / peft_format.CONFIG).is_file():
+        return at(Path(name), name)
     if name in preferences:
         command = f"lora-align dpo --pref {name} --direction both{_elsewhere(runs_dir)}"
         raise UserError(f"{name} is not trained in {runs_dir}/; first: {command}")
-    known = sorted({*trained_names(runs_dir), *preferences})
+    known = sorted({*_published_names(runs_dir), *preferences})
     raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
 
 
-def trained_names(runs_dir: Path) -> list[str]:
-    """The names both directions of which are trained."""
-    return sorted(p.name for p in (runs_dir / "dpo").glob("*") if all(runs.is_run(p / d) for d in ("pos", "neg")))
+def at(folder: Path, name: str) -> Vector:
+    """One adapter folder as it is."""
+    return Vector(name, (_parent(folder, 1.0),))
 
 
 def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
     """The base and the start adapter that all vectors with a manifest stand on; an error where they differ."""
-    found = [run for vector in vectors for run in vector.known_runs()]
+    found = [run for vector in vectors for run in vector.known_runs() if run.fingerprint]
     if not found:
         return None, ""
     first = found[0]
@@ -105,6 +108,24 @@ def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
                 f"{run.path} and {first.path} stand on different start adapters; train both on the same one"
             )
     return dict(first.manifest.base), first.manifest.start
+
+
+def refuse_start_inside(vectors: Iterable[Vector]) -> None:
+    """Refuse to weigh what contains the start adapter: that lies under every mix already, with weight 1."""
+    for vector in vectors:
+        for run in vector.known_runs():
+            if run.manifest.stage == "sft":
+                raise UserError(f"{run.path} is the start adapter; it lies under every mix, with weight 1")
+            if run.manifest.contains_start:
+                raise UserError(
+                    f"{run.path} contains the start adapter, and its weight would scale that too; "
+                    "name its preferences, or make it again --without-start"
+                )
+
+
+def _published_names(runs_dir: Path) -> list[str]:
+    pairs = [p.name for p in (runs_dir / "dpo").glob("*") if all(runs.is_run(p / d) for d in ("pos", "neg"))]
+    return pairs + [p.name for p in (runs_dir / "mix").glob("*") if NAME.fullmatch(p.name) and runs.is_run(p)]
 
 
 def _elsewhere(runs_dir: Path) -> str:

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lora_align.data import sources
 from lora_align.data.rows import Comparison, Conversation, Message, Pair
@@ -70,6 +70,25 @@ def load_conversations(sft: Sft) -> Split[Conversation]:
             break
     split.require_rows(sft.data)
     return split
+
+
+def facts(
+    source: Any, split: Split[Any], train: int, held_out: int, counts: Counter[str], max_length: int
+) -> dict[str, Any]:
+    """What a manifest says of the rows that were left after tokenising; an error where none were."""
+    cut = counts.pop("answers cut", 0)
+    dropped = split.dropped + counts
+    if not train:
+        raise UserError(f"{source}: no rows left ({reasons(dropped)}); max_length is {max_length}")
+    return {
+        "source": source,
+        "fingerprint": split.fingerprint(),
+        "rows": train,
+        "held_out": held_out,
+        "dropped": dict(dropped),
+        "answers_cut": cut,
+        "max_length": max_length,
+    }
 
 
 def is_held_out(prompt: tuple[Message, ...], share: float) -> bool:

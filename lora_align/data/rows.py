@@ -33,7 +33,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got (nan: nothing)."""
+    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got, or nan."""
 
     prompt: tuple[Message, ...]
     answers: tuple[str, str]

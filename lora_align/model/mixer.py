@@ -20,11 +20,12 @@ class Mixer:
     def __init__(self, model: nn.Module, updates: Mapping[str, LoraDelta], weights: Mapping[str, float]) -> None:
         self.updates = dict(updates)
         stacked = total(list(self.updates.values()))
-        layers = dict(model.named_modules())
+        modules = dict(model.named_modules())
+        layers = {name: _fitting(modules.get(name), name, factors) for name, factors in stacked.items()}
         self.scales: dict[str, Tensor] = {}
         self.hooks = []
         for name, factors in stacked.items():
-            layer = _fitting(layers.get(name), name, factors)
+            layer = layers[name]
             where = layer.weight.device
             A, B = factors.A.to(where, torch.float32), factors.B.to(where, torch.float32)
             self.scales[name] = torch.zeros(factors.rank, device=where)

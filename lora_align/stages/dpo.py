@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from lora_align import runs
 from lora_align.console import Screen, library_log
 from lora_align.data import pairs
 from lora_align.data.rows import Pair
-from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
@@ -28,7 +27,13 @@ from lora_align.runs import LOG, Manifest, Run
 from lora_align.stages import start as start_policy
 from lora_align.stages import training
 
-FIGURES = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+FIGURES = {
+    "loss": "loss",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+}
 ENOUGH = 20  # held-out pairs below which an accuracy says nothing
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
 
@@ -51,7 +56,7 @@ class Material:
 
 def run(
     recipe: Recipe,
-    preference: str,
+    preferences: Sequence[str],
     directions: Sequence[Direction],
     runs_dir: Path,
     screen: Screen,
@@ -59,35 +64,52 @@ def run(
     name: str | None = None,
     force: bool = False,
 ) -> list[Run]:
-    """Train a preference's adapters one after the other on one loaded base, and publish each."""
-    recipe.preference(preference)
-    targets = {d: runs_dir / "dpo" / (name or preference) / d.value for d in directions}
-    for target in targets.values():
-        runs.refuse_existing(target, force)
+    """Train preferences' adapters one after the other on one loaded base, and publish each.
+
+    Everything that can be refused is, for all of them, before the first one trains.
+    """
+    for preference in preferences:
+        recipe.preference(preference)
+        for direction in directions:
+            runs.refuse_existing(_target(runs_dir, name or preference, direction), force)
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
-    material = prepare(recipe, preference, base)
-    about = Manifest(
-        stage="dpo",
-        base=base.identity,
-        recipe=recipe.as_dict(),
-        preference=preference,
-        start=start_policy.identity(start),
-        seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
-        data=material.facts,
-    )
+    materials = {preference: prepare(recipe, preference, base) for preference in preferences}
     published = []
     model: PreTrainedModel | None = None
-    for direction, target in targets.items():
-        with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
-            model = model or start_policy.load(base, start)
-            label = f"{name or preference} {direction.value}"
-            facts, model = train(model, base, recipe, material, direction, label, staging, screen)
-            published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
-        for reason in published[-1].manifest.unconverged:
-            screen.warn(f"{target}: unconverged: {reason}")
+    for preference, material in materials.items():
+        about = Manifest(
+            stage="dpo",
+            base=base.identity,
+            recipe=recipe.as_dict(),
+            preference=preference,
+            start=start_policy.identity(start),
+            seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
+            data=material.facts,
+        )
+        for direction in directions:
+            target, label = _target(runs_dir, name or preference, direction), f"{name or preference} {direction.value}"
+            with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+                model = model or start_policy.load(base, start)
+                facts, model = train(model, base, recipe, material, direction, label, staging, screen)
+                published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
+            for reason in published[-1].manifest.unconverged:
+                screen.warn(f"{target}: unconverged: {reason}")
     return published
+
+
+def told(run: Run) -> str:
+    """A run in one line."""
+    held_out = run.manifest.metrics["held_out"]
+    if not held_out["pairs"]:
+        return f"{run.path}  no pairs held out, nothing measured"
+    margin, accuracy, pairs = held_out["margin"], held_out["accuracy"], held_out["pairs"]
+    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {accuracy:.2f} ({pairs} pairs)"
+
+
+def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
+    return runs_dir / "dpo" / name / direction.value
 
 
 def prepare(recipe: Recipe, preference: str, base: Base) -> Material:
@@ -102,19 +124,7 @@ def prepare(recipe: Recipe, preference: str, base: Base) -> Material:
         return [row for row in found if row is not None]
 
     train_rows, held_out = fitting(split.train), fitting(split.held_out)
-    cut = counts.pop("answers cut", 0)
-    dropped = split.dropped + counts
-    if not train_rows:
-        raise UserError(f"{axis.data}: no pairs left ({pairs.reasons(dropped)}); max_length is {max_length}")
-    facts = {
-        "source": asdict(axis),
-        "fingerprint": split.fingerprint(),
-        "pairs": len(train_rows),
-        "held_out": len(held_out),
-        "dropped": dict(dropped),
-        "answers_cut": cut,
-        "max_length": max_length,
-    }
+    facts = pairs.facts(axis.data, split, len(train_rows), len(held_out), counts, max_length)
     return Material(train_rows, held_out, facts)
 
 
@@ -136,6 +146,7 @@ def train(
             args=DPOConfig(
                 beta=recipe.dpo.beta,
                 label_smoothing=recipe.dpo.label_smoothing,
+                disable_dropout=False,  # TRL's True would silence lora.dropout; the base has none
                 **training.arguments(recipe.dpo, base, folder),
             ),
             train_dataset=Dataset.from_list([_columns(row) for row in rows]),
@@ -146,6 +157,7 @@ def train(
     with training.watched(trainer, screen, label, folder, FIGURES) as watch:
         trainer.train()
     policy: PeftModel = trainer.model
+    training.save_adapter(policy, folder)
     held_out = [row.facing(direction) for row in material.held_out[: training.EVALUATE_AT_MOST]]
     size, relative = training.relative_size(policy)
     metrics = {
@@ -157,8 +169,7 @@ def train(
         "tokens_per_second": watch.history[-1]["tokens_per_second"],
         "seconds": round(watch.seconds, 1),
     }
-    training.save_adapter(policy, folder)
-    training.draw_curve(watch.history, FIGURES, label, folder / "curve.png")
+    training.draw_curve(watch.history, label, folder / "curve.png")
     facts = {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics)}
     return facts, training.unwrap(policy)
 

@@ -1,5 +1,6 @@
 """A mix: the start adapter plus weighted vectors, published as one ordinary adapter. No base is loaded."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,32 +30,50 @@ def run(
     """Add up, compress if asked, and publish."""
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
     target = out or runs_dir / "mix" / (name or default_name(weights))
-    runs.refuse_existing(target, force)
+    keep_both = "another --out keeps both" if out else "--name NEW keeps both"
+    runs.refuse_existing(target, force, keep_both)
+    vectors.refuse_start_inside(found.values())
     base, start_id = vectors.common(found.values())
     if base and not out:
         runs.check_base(runs_dir, base)
-    for doubt in (doubt for vector in found.values() for doubt in vector.doubts()):
+    doubts = [doubt for vector in found.values() for doubt in vector.doubts()]
+    for doubt in doubts:
         screen.warn(doubt)
-    _refuse_nested_start(found, with_start)
 
-    merged = merge.exact({key: vector.load() for key, vector in found.items()}, weights, rank)
-    start = _start(runs_dir, start_id) if start_id and with_start else None
-    delta = merged.delta + peft_format.load(start.path) if start else merged.delta
+    parts = {key: vector.load() for key, vector in found.items()}
     folders = [parent.folder for vector in found.values() for parent in vector.parents]
+    factors = dict(weights)
+    if start_id and with_start:
+        start = _start(runs_dir, start_id)
+        parts[str(start.path)], factors[str(start.path)] = peft_format.load(start.path), 1.0
+        folders.append(start.path)
+    merged = merge.exact(parts, factors, rank)
     with runs.claim(target, screen, force=force) as staging:
-        named = peft_format.read_config(folders[0]).get("base_model_name_or_path") or ""
-        peft_format.save(delta, staging, base=named, targets=peft_format.common_endings(folders))
+        config = peft_format.read_config(folders[0])
+        named, revision = config.get("base_model_name_or_path") or "", config.get("revision") or ""
+        endings = peft_format.common_endings(folders)
+        peft_format.save(merged.delta, staging, base=named, revision=revision, targets=endings)
         manifest = Manifest(
             stage="mix",
             base=base or {"model": named, "fingerprint": "", "note": "no parent has a manifest"},
             recipe=recipe.as_dict(),
-            contains_start=start is not None,
+            contains_start=bool(start_id and with_start),
             start=start_id,
             parents=tuple(_lineage(vector, weights[key]) for key, vector in found.items()),
-            method={"name": "exact", "weights": dict(weights), "rank": delta.rank, "asked_rank": rank},
+            method={"name": "exact", "weights": dict(weights), "rank": merged.delta.rank, "asked_rank": rank},
             metrics={"norm": merged.delta.norm(), "left_out": merged.left_out},
+            unconverged=tuple(doubts),
         )
         return runs.publish(staging, target, manifest)
+
+
+def told(run: Run) -> str:
+    """A mix in one line."""
+    left_out = run.manifest.metrics["left_out"]
+    size = sum(file["bytes"] for file in run.manifest.files.values()) / 1e6
+    kept = f", {left_out:.2%} of its energy left out" if run.manifest.method["asked_rank"] else ""
+    start = ", with the start adapter" if run.manifest.contains_start else ""
+    return f"{run.path}  rank {run.manifest.method['rank']}{kept}{start}, {size:.1f} MB"
 
 
 def default_name(weights: Mapping[str, float]) -> str:
@@ -62,32 +81,19 @@ def default_name(weights: Mapping[str, float]) -> str:
     parts = []
     for key, weight in weights.items():
         number = f"{weight:g}".replace("-", "m").replace(".", "p").replace("+", "")
-        parts.append(Path(key).name + number)
-    return "_".join(parts)[:64].lower()
+        parts.append(re.sub(r"[^a-z0-9_-]+", "-", Path(key).name.lower()) + number)
+    return re.sub(r"^[^a-z0-9]+", "", "_".join(parts))[:64] or "mix"
 
 
 def _start(runs_dir: Path, identity: str) -> Run:
     folder = start_policy.folder(runs_dir)
     run = runs.read(folder) if runs.is_run(folder) else None
-    if start_policy.identity(run) != identity:
+    if run is None or start_policy.identity(run) != identity:
         raise UserError(
             f"the vectors stand on a start adapter that is not in {folder}; bring it back, or --without-start"
         )
-    assert run is not None
     run.check_files()
     return run
-
-
-def _refuse_nested_start(found: Mapping[str, Vector], with_start: bool) -> None:
-    for vector in found.values():
-        for parent in vector.known_runs():
-            if parent.manifest.stage != "sft" and parent.manifest.contains_start:
-                raise UserError(
-                    f"{parent.path} already contains the start adapter, and its weight would scale that too; "
-                    "merge from preferences, or make it again --without-start"
-                )
-            if parent.manifest.stage == "sft" and with_start:
-                raise UserError(f"{parent.path} is the start adapter; it is added to every mix, with weight 1")
 
 
 def _lineage(vector: Vector, weight: float) -> dict[str, Any]:

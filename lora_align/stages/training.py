@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 
 METRICS = "metrics.jsonl"
-SHORT = {"accuracy": "acc"}  # a line of progress has to fit 80 columns
+SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc"}  # a line of progress has to fit 80 columns
 EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
 
 
@@ -128,7 +128,7 @@ def _dense(layer: nn.Module) -> Tensor:
 
 
 class Watch(TrainerCallback):
-    """Shows and records every step, and stops a run before a step that is not finite."""
+    """Records every step and shows some of it, and stops a run before a step that is not finite."""
 
     def __init__(self, progress: Progress, folder: Path, figures: Mapping[str, str], finite: bool) -> None:
         self.progress, self.figures, self.finite = progress, figures, finite
@@ -162,7 +162,7 @@ class Watch(TrainerCallback):
         self.history.append(record)
         with self.records.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-        shown = {SHORT.get(name, name): f"{record[name]:.3f}" for name in self.figures if name in record}
+        shown = {short: f"{record[name]:.3f}" for name, short in SHOWN.items() if name in record}
         self.progress.show(state.global_step, {**shown, "tok/s": f"{rate:,.0f}"})
 
 
@@ -186,17 +186,20 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def unwrap(model: PeftModel) -> PreTrainedModel:
-    """The base as it was before the trainer: adapter gone, TRL's patched forward gone."""
+    """The base as it was before the trainer: adapter, checkpointing and TRL's patched forward gone."""
     base = model.unload()
     base.__dict__.pop("forward", None)
+    if base.is_gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
     return base  # type: ignore[no-any-return]
 
 
-def draw_curve(history: list[dict[str, float]], names: Iterable[str], title: str, file: Path) -> None:
+def draw_curve(history: list[dict[str, float]], title: str, file: Path) -> None:
     """The run's figures over its steps, one panel each, as a PNG."""
     from matplotlib.figure import Figure
 
-    panels = [name for name in names if history and name in history[0]]
+    panels = [name for name in SHOWN if name in history[0]]
     picture = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
     for axis, name in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         steps, values = [r["step"] for r in history], [r[name] for r in history]

@@ -97,6 +97,16 @@ def test_a_mix_of_unlike_adapters_in_stock_peft_equals_the_dense_sum(
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-4
 
 
+def test_half_precision_adapters_are_scaled_in_full(llama: Path, tmp_path: Path) -> None:
+    peft_adapter(llama, tmp_path, 0, **{**KINDS["plain"], "lora_alpha": 7})
+    file = tmp_path / peft_format.WEIGHTS
+    stored = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+    save_file(stored, file)
+    for name, factors in peft_format.load(tmp_path).items():
+        B, A = (stored[f"{peft_format.PREFIX}{name}.lora_{side}.weight"].double() for side in "BA")
+        assert torch.allclose(factors.B.double() @ factors.A.double(), B @ A * 7 / 4, atol=1e-6)
+
+
 def test_written_and_read_again_is_the_same(llama: Path, tmp_path: Path) -> None:
     peft_adapter(llama, tmp_path / "a", 0, **KINDS["patterns"])
     delta = peft_format.load(tmp_path / "a")

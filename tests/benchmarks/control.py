@@ -82,7 +82,7 @@ def main() -> None:
     project = recipe.load(recipe.builtin()["demo"])
     with tempfile.TemporaryDirectory() as folder:
         for preference in ("helpful", "harmless"):
-            dpo.run(project, preference, list(Direction), Path(folder), Screen())
+            dpo.run(project, [preference], list(Direction), Path(folder), Screen())
         vectors = {name: find(name, Path(folder)).load() for name in ("helpful", "harmless")}
     base = bases.find(project.base)
     model = base.load()

@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = Path(folder)
         for preference in WEIGHTS:
-            dpo.run(project, preference, list(Direction), runs_dir, Screen(quiet=True))
+            dpo.run(project, [preference], list(Direction), runs_dir, Screen(quiet=True))
         made = mix.run(WEIGHTS, project, runs_dir, Screen(quiet=True))
         expected = dense(runs_dir)
         plain = stock()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,17 @@ def test_a_data_set_that_is_not_in_the_cache_says_so_without_a_network() -> None
         list(sources.rows("nobody/nothing"))
 
 
-def test_rankers_give_three_axes_from_one_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rankers_give_three_axes_from_one_file(suffix: str, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"p{i}", "chosen": "x" * (i % 3 + 1), "rejected": "yy", "score_chosen": i % 2, "score_rejected": 0.5}
         for i in range(60)
     ]
-    _write(tmp_path / "pairs.jsonl", rows)
+    rows[7]["score_chosen"] = None
+    rows[8]["score_rejected"] = float("nan")
+    _write(tmp_path / f"pairs{suffix}", rows)
     found = {
-        rank: pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl"), rank), held_out=0.2)
+        rank: pairs.load_pairs(Preference(str(tmp_path / f"pairs{suffix}"), rank), held_out=0.2)
         for rank in ("label", "shorter", "longer", "rating:score")
     }
     assert all(pair.chosen.startswith("x") for pair in found["label"].train)
@@ -126,10 +130,32 @@ def test_rankers_give_three_axes_from_one_file(tmp_path: Path) -> None:
     for short, long in zip(found["shorter"].train, found["longer"].train, strict=True):
         assert len(short.chosen) < len(short.rejected)
         assert (short.chosen, short.rejected) == (long.rejected, long.chosen)
+    assert found["rating:score"].dropped == {"no rating": 2}
     assert {pair.chosen[0] for pair in found["rating:score"].train} == {"x", "y"}
     held = [{pair.prompt for pair in split.held_out} for split in (found["label"], found["rating:score"])]
-    assert held[0] == held[1] != set()
+    assert held[0] >= held[1] != set()
     assert not held[0] & {pair.prompt for pair in found["label"].train}
+
+
+def test_labels_in_csv_are_labels(tmp_path: Path) -> None:
+    _write(tmp_path / "pairs.csv", [{**FORMS["pku"], "safer_response_id": ""}, FORMS["pku"]])
+    found = pairs.load_pairs(Preference(str(tmp_path / "pairs.csv"), "label:safer_response_id"), held_out=0.0)
+    assert [pair.chosen for pair in found.train] == [BAD]
+    assert found.dropped == {"tie": 1}
+
+
+def test_files_that_are_not_text_are_named(tmp_path: Path) -> None:
+    for suffix, content in ((".jsonl", b'{"prompt": "\xff"}'), (".csv", b"prompt,chosen,rejected\n\xff,b,c\n")):
+        file = tmp_path / f"pairs{suffix}"
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"pairs{re.escape(suffix)}:\d"):
+            list(sources.rows(str(file)))
+
+
+def test_everything_held_out_is_said(tmp_path: Path) -> None:
+    _write(tmp_path / "pairs.jsonl", [FORMS["plain"]])
+    with pytest.raises(UserError, match="all 1 held out"):
+        pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl")), held_out=0.999999)
 
 
 def test_a_ranker_that_the_rows_do_not_have_lists_what_they_do(tmp_path: Path) -> None:

@@ -87,9 +87,8 @@ def test_a_large_base_is_quantised_once_and_kept(llama: Path, monkeypatch: pytes
     base = bases.find(recipe.Base(str(llama)))
     direct = base.load()
     first, second = base.load(keep_from=0), base.load(keep_from=0)
-    kept = list((tmp_path / "bases").iterdir())
+    kept = [path for path in (tmp_path / "bases").iterdir() if path.is_dir()]
     assert len(kept) == 1
-    assert not kept[0].name.startswith(".")
     with torch.no_grad():
         logits = [model(input_ids=IDS).logits for model in (direct, first, second)]
     assert torch.equal(logits[0], logits[1])

@@ -16,6 +16,7 @@ from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.console import Screen
 from lora_align.data.rows import Conversation, Message, Pair
+from lora_align.demo import world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
@@ -23,6 +24,7 @@ from lora_align.model.tokenise import IGNORED, TokenPair
 from lora_align.preference import Direction
 from lora_align.recipe import Recipe
 from lora_align.stages import dpo, sft
+from lora_align.stages import start as start_policy
 
 QUIET = Screen(quiet=True)
 
@@ -53,29 +55,25 @@ def test_neg_switches_the_labels_and_nothing_else(prompt: list[int], chosen: lis
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Run]:
     folder = tmp_path_factory.mktemp("both")
-    made = dpo.run(demo(), "helpful", list(Direction), folder, QUIET)
-    made += dpo.run(demo(), "brief", [Direction.pos], folder, QUIET)
+    made = dpo.run(demo(), ["helpful", "brief"], list(Direction), folder, QUIET)
     return {f"{run.manifest.preference} {run.manifest.direction}": run for run in made}
 
 
 def test_the_first_reward_is_exactly_nought(both: dict[str, runs.Run]) -> None:
     for run in both.values():
         first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
-        assert first["margin"] == 0.0
+        assert first["chosen_reward"] == first["rejected_reward"] == first["margin"] == 0.0
         assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
 def test_every_preference_and_direction_starts_from_one_adapter_in_float32(both: dict[str, runs.Run]) -> None:
     assert len({run.manifest.initial_adapter for run in both.values()}) == 1
     assert all(tensor.dtype == torch.float32 for run in both.values() for tensor in tensors(run).values())
-    with_other_order = demo("dpo.seed=7")
-    other_seed = demo("lora.init_seed=1")
-    assert with_other_order.lora.init_seed == 0 != other_seed.lora.init_seed
 
 
 def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802
-    (reordered,) = dpo.run(demo("dpo.seed=7"), "helpful", [Direction.pos], tmp_path / "a", QUIET)
-    (redrawn,) = dpo.run(demo("lora.init_seed=1"), "helpful", [Direction.pos], tmp_path / "b", QUIET)
+    (reordered,) = dpo.run(demo("dpo.seed=7"), ["helpful"], [Direction.pos], tmp_path / "a", QUIET)
+    (redrawn,) = dpo.run(demo("lora.init_seed=1"), ["helpful"], [Direction.pos], tmp_path / "b", QUIET)
     first = both["helpful pos"]
     assert reordered.manifest.initial_adapter == first.manifest.initial_adapter
     assert not same(reordered, first)
@@ -83,9 +81,38 @@ def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both:
 
 
 def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path, both: dict[str, runs.Run]) -> None:
-    (alone,) = dpo.run(demo(), "helpful", [Direction.neg], tmp_path, QUIET)
+    (alone,) = dpo.run(demo(), ["helpful"], [Direction.neg], tmp_path, QUIET)
     assert same(alone, both["helpful neg"])
     assert not same(alone, both["helpful pos"])
+
+
+def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None:
+    rows = list(world.pairs(0, 60, risky=False))
+    switched = [
+        {**row, "better_response_id": None if (b := row["better_response_id"]) is None else 1 - b} for row in rows
+    ]
+    made = []
+    for name, direction, content in (("as-is", Direction.neg, rows), ("switched", Direction.pos, switched)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, content)))
+        project = demo(f"preferences.helpful.data='{file}'")
+        made += dpo.run(project, ["helpful"], [direction], tmp_path / name, QUIET)
+    assert same(*made)
+
+
+def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, both: dict[str, runs.Run]) -> None:
+    project = demo("dpo.gradient_checkpointing=true")
+    pos, neg = dpo.run(project, ["helpful"], list(Direction), tmp_path, QUIET)
+    for run in (pos, neg):
+        assert run.manifest.metrics["first_margin"] == 0.0
+        plain = tensors(both[f"helpful {run.manifest.direction}"])
+        assert all(torch.allclose(tensor, plain[name], atol=1e-6) for name, tensor in tensors(run).items())
+
+
+def test_dropout_is_the_adapters_and_is_real(tmp_path: Path, both: dict[str, runs.Run]) -> None:
+    (run,) = dpo.run(demo("lora.dropout=0.5"), ["helpful"], [Direction.pos], tmp_path, QUIET)
+    assert run.manifest.metrics["first_margin"] == 0.0
+    assert not same(run, both["helpful pos"])
 
 
 def test_the_two_directions_part(both: dict[str, runs.Run]) -> None:
@@ -105,14 +132,14 @@ def test_a_run_is_readable_by_a_person(both: dict[str, runs.Run]) -> None:
     }
     assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
     data = run.manifest.data
-    assert data["pairs"] == 48
+    assert data["rows"] == 48
     assert data["dropped"]["tie"] > 0
     assert run.manifest.recipe["dpo"]["limit"] == 48
     assert set(run.manifest.metrics["held_out"]) >= {"pairs"}
 
 
 def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
-    (run,) = dpo.run(demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), "helpful", [Direction.pos], tmp_path, QUIET)
+    (run,) = dpo.run(demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     told = " ".join(run.manifest.unconverged)
     assert "tiny" in told
     assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0})
@@ -122,27 +149,35 @@ def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> None:
     wild = demo("dpo.learning_rate=1e8", "dpo.max_grad_norm=1e8", "dpo.warmup=0", "dpo.batch_size=8")
     with pytest.raises(RunFailedError, match="not finite"):
-        dpo.run(wild, "helpful", [Direction.pos], tmp_path, QUIET)
+        dpo.run(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert runs.every(tmp_path) == []
 
 
 def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     project = replace(demo(), sft=recipe.Sft(data="demo:conversations", limit=64, learning_rate=1e-3, max_length=128))
     with pytest.raises(UserError, match="lora-align sft"):
-        dpo.run(project, "helpful", [Direction.pos], tmp_path, QUIET)
+        dpo.run(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
     start = sft.run(project, tmp_path, QUIET)
     held_out = start.manifest.metrics["held_out"]
     assert start.manifest.contains_start
-    before = tensors(start)
-    (run,) = dpo.run(project, "helpful", [Direction.pos], tmp_path, QUIET)
+    base = bases.find(project.base)
+    model = start_policy.load(base, start)
+    probe = torch.arange(20, 60).view(1, 40)
+    with torch.no_grad():
+        before = model(probe).logits.clone()
+    material = dpo.prepare(project, "helpful", base)
+    facts, model = dpo.train(model, base, project, material, Direction.pos, "helpful", tmp_path, QUIET)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(probe).logits, before)  # the start policy has not moved
+    assert facts["metrics"]["relative_norm"] > 1e-4
+    (run,) = dpo.run(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
     first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["margin"] == 0.0
-    assert all(torch.equal(tensor, tensors(start)[name]) for name, tensor in before.items())
+    assert first["chosen_reward"] == first["rejected_reward"] == 0.0
     assert run.manifest.start == start.manifest.files[peft_format.WEIGHTS]["sha256"]
     assert not run.manifest.contains_start
     assert held_out["rows"] > 0
     # the reference is base and SFT together: without the start adapter the same training ends elsewhere
-    (bare,) = dpo.run(demo(), "helpful", [Direction.pos], tmp_path / "bare", QUIET)
+    (bare,) = dpo.run(demo(), ["helpful"], [Direction.pos], tmp_path / "bare", QUIET)
     assert bare.manifest.initial_adapter == run.manifest.initial_adapter
     assert not same(bare, run)
     assert isinstance(peft_format.load(run.path), LoraDelta)
