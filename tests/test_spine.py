@@ -365,7 +365,7 @@ def test_a_conversation_with_the_newest_mix(workspace: Path) -> None:
     assert call(workspace, "merge", "--weights", "helpful=1,harmless=0.5").code == 0
     terminal = Terminal(workspace, "chat")
     assert "helpful=1 harmless=0.5" in terminal.wait_for("› ")
-    assert len(terminal.say("Tell me about rain.").split()) > 5
+    assert "." in terminal.say("Tell me about rain.")
     os.write(terminal.screen, b"\x04")
     assert terminal.process.wait(timeout=20) == 0
 

@@ -1,6 +1,7 @@
 """How long a person waits: light commands (aim: under 0.3 s) and one answer from the shell (aim: under 6 s)."""
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,10 @@ def main() -> None:
         subprocess.run([COMMAND, "merge", "--weights", "helpful=1"], cwd=cwd, check=True, capture_output=True)
         figures = {name: seconds(words, cwd, RUNS) for name, words in LIGHT.items()}
         figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
+        start = time.perf_counter()
+        subprocess.run([COMMAND, "demo"], cwd=cwd, check=True, capture_output=True)
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kilobytes on Linux
+        figures["demo, once"] = {"seconds": round(time.perf_counter() - start), "peak GB": round(largest, 2)}
     save("startup", figures)
 
 
