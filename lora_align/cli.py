@@ -187,18 +187,19 @@ def chat(
         raise UserError("chat: the prompt is empty; pipe one in, or give --prompt TEXT")
     project = _recipe(recipe, overrides, screen, runs_dir)
     wanted = parse_weights(weights) if weights is not None else None
-    from lora_align import chat as conversation
+    from lora_align.chat import session as sessions
+    from lora_align.chat import terminal
     from lora_align.model import base as bases
     from lora_align.model.generate import Sampling
 
-    blend = conversation.choose(runs_dir, project, screen, wanted, adapter)
+    blend = sessions.choose(runs_dir, project, screen, wanted, adapter)
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    session = conversation.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
+    session = sessions.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
     session.system = system
     if prompt is not None:
-        conversation.once(session, prompt.strip(), screen)
+        terminal.once(session, prompt.strip(), screen)
     else:
-        conversation.talk(session, screen)
+        terminal.talk(session, screen)
 
 
 @app.command("list")
@@ -287,9 +288,8 @@ def _origin(run: runs.Run) -> str:
     if run.manifest.stage == "mix":
         parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
         return " ".join((["start"] if run.manifest.contains_start else []) + parts)
-    source = run.manifest.data.get("source", "")
-    source = source["data"] if isinstance(source, dict) else source
-    return f"{source} ({run.manifest.base.get('model')}{' + start' if run.manifest.start else ''})"
+    base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
+    return f"{run.manifest.data.get('source', '')} ({base})"
 
 
 def _worth(run: runs.Run) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_align import chat, recipe, runs
+from lora_align import recipe, runs
 from lora_align.adapters import vectors
+from lora_align.chat.session import Blend, open_session
 from lora_align.console import Screen, inert
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
@@ -66,9 +67,9 @@ def _train(project: recipe.Recipe, preference: str, sides: list[Direction], runs
 def _ask(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> list[dict[str, Any]]:
     """The same questions, from the same seed, at every setting of the weights."""
     answers = []
-    blend = chat.Blend({name: vectors.find(name, runs_dir) for name in MIX}, MIX)
+    blend = Blend({name: vectors.find(name, runs_dir) for name in MIX}, MIX)
     sampling = Sampling(temperature=0.7, max_new_tokens=80, seed=1)
-    session = chat.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
+    session = open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
     for question in QUESTIONS:
         session.turns = [Message("user", question)]
         if not screen.as_json:

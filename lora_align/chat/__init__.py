@@ -1,0 +1,1 @@
+"""Talk to a mix, and turn its weights while it talks."""
