@@ -152,6 +152,8 @@ def merge(
     """Add weighted preference vectors up to one ordinary adapter."""
     screen = Screen(as_json, quiet)
     wanted = parse_weights(weights)
+    if out is not None and (name is not None or not out.name):
+        raise UserError("merge: --out takes the path of a new folder, and goes without --name")
     project = _recipe(recipe, overrides, screen, runs_dir)
     from lora_align.stages import mix
 

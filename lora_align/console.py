@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,11 +167,13 @@ def library_log(path: Path) -> Iterator[None]:
     level, before = root.level, list(root.handlers)
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    shown_before = warnings.showwarning
     logging.captureWarnings(True)
     try:
         yield
     finally:
-        logging.captureWarnings(False)
+        if warnings.showwarning is not shown_before:  # an outer log goes on capturing
+            logging.captureWarnings(False)
         root.handlers[:] = before
         root.setLevel(level)
         handler.close()

@@ -21,6 +21,11 @@ class Stopped(BaseException):
         self.exit_code = 128 + signal_number
 
 
+def first_line(fault: BaseException) -> str:
+    """What a library has to say, in one line; its kind where it says nothing."""
+    return next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__).strip()
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`, did you mean 'x'?` when a known word is close, else nothing."""
     from difflib import get_close_matches

@@ -50,6 +50,14 @@ def test_what_libraries_say_goes_to_a_file_made_for_it(tmp_path: Path, capsys: p
     assert "odd thing" in log.read_text()
     assert "odder thing" in log.read_text()
     assert capsys.readouterr().err == ""
+    outer, inner = tmp_path / "outer.txt", tmp_path / "inner.txt"
+    with library_log(outer):
+        with library_log(inner):
+            warnings.warn("inside", stacklevel=1)
+        warnings.warn("after it", stacklevel=1)
+    assert "inside" in inner.read_text()
+    assert "after it" in outer.read_text()
+    assert capsys.readouterr().err == ""
     (tmp_path / "file").write_text("")
     with library_log(tmp_path / "file" / "log.txt"):
         logging.getLogger("somebody").warning("odd thing")

@@ -150,6 +150,12 @@ def test_a_start_adapter_is_under_every_mix_and_in_it_once(cli: Cli, tmp_path: P
         twice = cli(*words)
         assert twice.code == 2, twice.out
         assert "contains the start adapter" in twice.err
+    turned = cli("chat", "--adapter", "mix/small", *prompt)
+    assert turned.code == 0, turned.err
+    (tmp_path / "runs" / "sft").rename(tmp_path / "sft-elsewhere")
+    alone = cli("chat", "--adapter", "mix/whole", *prompt)
+    assert alone.out == contained.out
+    (tmp_path / "sft-elsewhere").rename(tmp_path / "runs" / "sft")
     assert "is the start adapter" in cli("chat", "--weights", "sft/start=1", *prompt).err
 
 

@@ -11,6 +11,7 @@ from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME
+from lora_align.recipe import LOCAL
 from lora_align.runs import Run
 
 
@@ -44,18 +45,28 @@ class Vector:
         """The update itself."""
         return total([parent.load() * parent.sign for parent in self.parents])
 
+    def without(self, run: Run) -> "Vector":
+        """This minus a run's adapter, which it contains."""
+        return Vector(self.name, (*self.parents, Parent(run.path, -1.0, run)))
+
     def known_runs(self) -> list[Run]:
         """The runs among its parents."""
         return [parent.run for parent in self.parents if parent.run]
 
+    def unconverged(self) -> list[str]:
+        """Which of its runs learned nothing, and how that shows; a mix hands on what its parents said."""
+        return [
+            why if run.manifest.stage == "mix" else f"{run.path} is unconverged: {why}"
+            for run in self.known_runs()
+            for why in run.manifest.unconverged
+        ]
+
     def doubts(self) -> list[str]:
         """Why it may not do what its name says."""
-        found = [f"{run.path} is unconverged: {why}" for run in self.known_runs() for why in run.manifest.unconverged]
-        data = {run.manifest.data.get("fingerprint") for run in self.known_runs()}
-        seeds = {run.manifest.initial_adapter for run in self.known_runs()}
-        if len(data) > 1:
+        found = self.unconverged()
+        if len({run.manifest.data.get("fingerprint") for run in self.known_runs()}) > 1:
             found.append(f"{self.name}: pos and neg were trained on different pairs")
-        if len(seeds) > 1:
+        if len({run.manifest.initial_adapter for run in self.known_runs()}) > 1:
             found.append(f"{self.name}: pos and neg started from different values of A; their difference is noisy")
         return found
 
@@ -74,6 +85,8 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
         missing = "neg" if trained == ["pos"] else "pos"
         named = f" --name {name}" if done.preference != name else ""
         command = f"lora-align dpo --pref {done.preference} --direction {missing}{named}{_elsewhere(runs_dir)}"
+        if done.base["model"] != "demo" and not LOCAL.exists():
+            command += " --recipe (the one it was trained with)"
         raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
     if NAME.fullmatch(name) and runs.is_run(runs_dir / "mix" / name):
         return at(runs_dir / "mix" / name, name)
@@ -110,13 +123,14 @@ def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
     return dict(first.manifest.base), first.manifest.start
 
 
-def refuse_start_inside(vectors: Iterable[Vector]) -> None:
-    """Refuse to weigh what contains the start adapter: that lies under every mix already, with weight 1."""
+def refuse_start_inside(vectors: Iterable[Vector], with_start: bool = True) -> None:
+    """Refuse to weigh what contains the start adapter where that is added anyway, with weight 1."""
     for vector in vectors:
         for run in vector.known_runs():
             if run.manifest.stage == "sft":
-                raise UserError(f"{run.path} is the start adapter; it lies under every mix, with weight 1")
-            if run.manifest.contains_start:
+                if with_start:
+                    raise UserError(f"{run.path} is the start adapter; it lies under every mix, with weight 1")
+            elif run.manifest.contains_start:
                 raise UserError(
                     f"{run.path} contains the start adapter, and its weight would scale that too; "
                     "name its preferences, or make it again --without-start"

@@ -94,6 +94,7 @@ class Session:
     recipe: Recipe
     sampling: Sampling
     start: str = ""
+    fixed: bool = False
     mixer: Mixer | None = None
     turns: list[Message] = field(default_factory=list)
     system: str = ""
@@ -107,6 +108,8 @@ class Session:
 
     def turn(self, weights: Mapping[str, float]) -> list[str]:
         """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts about it."""
+        if self.fixed:
+            raise UserError("this mix holds a start adapter that is not in the runs folder: it cannot be turned apart")
         loaded = self.mixer.updates if self.mixer else {}
         new = {
             name: vectors.find(name, self.runs_dir, self.recipe.preferences) for name in weights if name not in loaded
@@ -148,20 +151,27 @@ def open_session(
     base: Base, runs_dir: Path, recipe: Recipe, blend: Blend, sampling: Sampling, screen: Screen
 ) -> Session:
     """Load the start policy and lay the blend over it."""
-    start = None if blend.contains_start else start_policy.adapter(recipe, runs_dir)
+    found, fixed = dict(blend.found), False
     if blend.contains_start:
-        _, start_id = vectors.common(blend.found.values())
+        _, start_id = vectors.common(found.values())
+        start = start_policy.published(runs_dir, start_id)
+        fixed = start is None
+        if start is not None:  # so that turning the mix leaves the start policy alone
+            found = {name: vector.without(start) for name, vector in found.items()}
     else:
+        vectors.refuse_start_inside(found.values())
+        start = start_policy.adapter(recipe, runs_dir)
         start_id = start_policy.identity(start)
-        vectors.refuse_start_inside(blend.found.values())
     check_stands_on(base, start_id, blend.found.values())
     if recipe.sft is not None:
-        screen.note("start adapter: " + ("part of the mix" if start is None else f"{start.path}, added"))
+        screen.note(
+            "start adapter: " + ("part of the mix" if blend.contains_start or not start else f"{start.path}, added")
+        )
     for doubt in [*blend.doubts(), *_differences(base, blend.found.values())]:
         screen.warn(doubt)
-    session = Session(base, start_policy.load(base, start), runs_dir, recipe, sampling, start_id)
-    if blend.found:
-        session.mixer = Mixer(session.model, {n: v.load() for n, v in blend.found.items()}, blend.weights)
+    session = Session(base, start_policy.load(base, start), runs_dir, recipe, sampling, start_id, fixed)
+    if found:
+        session.mixer = Mixer(session.model, {n: v.load() for n, v in found.items()}, blend.weights)
     return session
 
 

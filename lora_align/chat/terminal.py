@@ -123,7 +123,8 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
         session.turns = turns[: asked[-1] + 1]
         for setting in settings:
             weights = parse_weights(setting)
-            session.turn({**dict.fromkeys(session.weights, 0.0), **weights})
+            for doubt in session.turn({**dict.fromkeys(session.weights, 0.0), **weights}):
+                screen.warn(doubt)
             text = "".join(session.answer(replace(session.sampling, seed=session.sampling.seed or 0)))
             answers.append(Text(inert(f"{text}\n({session.tokens} tokens)")))
             table.add_column(Text(setting), ratio=1)

@@ -3,13 +3,12 @@
 import csv
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_align.data.rows import Comparison, Conversation, Message
-from lora_align.errors import UserError, nearest
+from lora_align.errors import UserError, first_line, nearest
 
 Row = Mapping[str, Any]
 Shape = TypeVar("Shape", Comparison, Conversation)
@@ -104,7 +103,10 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
         reader = csv.DictReader(stream)
         try:
             for row in reader:
-                yield f"{path}:{reader.line_num}", row
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: not as many fields as the header has; quote text that holds commas")
+                yield where, row
         except (csv.Error, UnicodeDecodeError) as fault:
             raise UserError(f"{path}:{reader.line_num + 1}: {fault}") from fault
 
@@ -127,11 +129,11 @@ def _hub(data: str, split: str, revision: str) -> Iterator[tuple[str, Row]]:
         if "gated" in str(fault):  # datasets drops the cause
             page = f"https://huggingface.co/datasets/{data}"
             raise UserError(f"data {data!r} is gated: accept its terms at {page}, then `hf auth login`") from fault
-        raise UserError(f"data {data!r}: {_first_line(fault)} (a private one needs `hf auth login`)") from fault
+        raise UserError(f"data {data!r}: {first_line(fault)} (a private one needs `hf auth login`)") from fault
     except ConnectionError as fault:
-        raise UserError(f"data {data!r} is not in the cache and could not be fetched: {_first_line(fault)}") from fault
+        raise UserError(f"data {data!r} is not in the cache and could not be fetched: {first_line(fault)}") from fault
     except (ValueError, OSError) as fault:
-        raise UserError(f"data {data!r} (split {split!r}) could not be read: {_first_line(fault)}") from fault
+        raise UserError(f"data {data!r} (split {split!r}) could not be read: {first_line(fault)}") from fault
     return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
 
 
@@ -262,9 +264,11 @@ def _system(row: Row) -> tuple[Message, ...]:
 
 
 def _label(value: Any, name: str) -> int | None:
-    if value is None or value == "":
+    if isinstance(value, str):  # as CSV has it
+        value = _number(value) if _is_number(value) else value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if value in (0, 1, "0", "1"):  # text, as CSV has it
+    if value in (0, 1):
         return int(value)
     raise ValueError(f"{name} is {value!r}; expected 0, 1 or nothing for a tie")
 
@@ -282,12 +286,18 @@ def _ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]
 def _is_number(value: Any) -> bool:
     """A number, its text, or nothing at all."""
     if isinstance(value, str):
-        return value == "" or re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan", value) is not None
+        try:
+            float(value.strip() or "nan")
+        except ValueError:
+            return False
+        return True
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _number(value: Any) -> float:
-    return math.nan if value is None or value == "" else float(value)
+    if isinstance(value, str):
+        value = value.strip() or "nan"
+    return math.nan if value is None else float(value)
 
 
 def _object(line: bytes, where: str) -> Row:
@@ -298,7 +308,3 @@ def _object(line: bytes, where: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
     return row
-
-
-def _first_line(fault: Exception) -> str:
-    return str(fault).strip().split("\n")[0] or type(fault).__name__

@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_align import recipe, runs
-from lora_align.errors import UserError
+from lora_align.errors import UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 
 DEMO = Path(__file__).parent.parent / "demo" / "base"
@@ -140,7 +140,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
             "or name a local folder in base.model"
         ) from fault
     except (errors.HfHubHTTPError, OSError) as fault:
-        raise UserError(f"base {name!r} could not be fetched: {str(fault).strip().splitlines()[0]}") from fault
+        raise UserError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault
 
 
 def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
@@ -208,11 +208,19 @@ def _quantized(base: Base) -> Path:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files a base's weights are in: those its index names, or else the one there is."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    return sorted(folder.glob("model*.safetensors"))
+    """The files a base's weights are in, all of them there: the one, or those its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        raise UserError(f"{index}: damaged ({first_line(fault)}); fetch the base again") from fault
+    shards = sorted({folder / name for name in named})
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{folder}: {', '.join(missing)} missing; fetch the base again")
+    return shards
 
 
 def _comes_quantized(folder: Path) -> bool:

@@ -43,7 +43,7 @@ class ChatFormat:
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
         else:  # the template shows a finished turn differently (as with thoughts): say what chat would hear
-            ids = self._encode(_replaced(answer, stand_ins), stand_ins)
+            ids = self._encode(self._hidden(said[-1], stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 
@@ -79,6 +79,12 @@ class ChatFormat:
             raise UserError("the base's tokenizer has no end-of-text token and its chat template ends no turn with one")
         return int(stop)
 
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        """The control tokens nobody may write. The others an assistant may: templates look for its </think>."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return frozenset({t.content for t in added if t.special} | set(self.tokenizer.all_special_tokens))
+
     def _stand_ins(self, messages: Sequence[Message]) -> StandIns:
         """A private character, unused so far, for each control token somebody has spelled out; longest first."""
         text = "".join(m.content for m in messages)
@@ -91,7 +97,7 @@ class ChatFormat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": m.role, "content": _replaced(m.content, stand_ins)} for m in messages],
+                    [{"role": m.role, "content": self._hidden(m, stand_ins)} for m in messages],
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=generation,
@@ -101,6 +107,14 @@ class ChatFormat:
         except (TemplateError, TypeError, ValueError, KeyError) as fault:
             roles = ", ".join(m.role for m in messages)
             raise UserError(f"base.chat_template fails on a conversation of {roles}: {fault}") from fault
+
+    def _hidden(self, message: Message, stand_ins: StandIns) -> str:
+        """A message's text with its control tokens replaced by their stand-ins."""
+        text = message.content
+        for character, token in stand_ins.items():
+            if token in self._special or message.role != "assistant":
+                text = text.replace(token, character)
+        return text
 
     def _encode(self, text: str, stand_ins: StandIns) -> list[int]:
         """Control tokens of the template become control ids; those in user text stay words, in two halves."""
@@ -112,9 +126,3 @@ class ChatFormat:
                 split = literal is not None
                 ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=split)["input_ids"]
         return ids
-
-
-def _replaced(text: str, stand_ins: StandIns) -> str:
-    for character, token in stand_ins.items():
-        text = text.replace(token, character)
-    return text

@@ -32,13 +32,13 @@ def run(
     target = out or runs_dir / "mix" / (name or default_name(weights))
     keep_both = "another --out keeps both" if out else "--name NEW keeps both"
     runs.refuse_existing(target, force, keep_both)
-    vectors.refuse_start_inside(found.values())
+    vectors.refuse_start_inside(found.values(), with_start)
     base, start_id = vectors.common(found.values())
     if base and not out:
         runs.check_base(runs_dir, base)
-    doubts = [doubt for vector in found.values() for doubt in vector.doubts()]
-    for doubt in doubts:
-        screen.warn(doubt)
+    for vector in found.values():
+        for doubt in vector.doubts():
+            screen.warn(doubt)
 
     parts = {key: vector.load() for key, vector in found.items()}
     folders = [parent.folder for vector in found.values() for parent in vector.parents]
@@ -62,7 +62,7 @@ def run(
             parents=tuple(_lineage(vector, weights[key]) for key, vector in found.items()),
             method={"name": "exact", "weights": dict(weights), "rank": merged.delta.rank, "asked_rank": rank},
             metrics={"norm": merged.delta.norm(), "left_out": merged.left_out},
-            unconverged=tuple(doubts),
+            unconverged=tuple(why for vector in found.values() for why in vector.unconverged()),
         )
         return runs.publish(staging, target, manifest)
 
@@ -86,9 +86,9 @@ def default_name(weights: Mapping[str, float]) -> str:
 
 
 def _start(runs_dir: Path, identity: str) -> Run:
-    folder = start_policy.folder(runs_dir)
-    run = runs.read(folder) if runs.is_run(folder) else None
-    if run is None or start_policy.identity(run) != identity:
+    run = start_policy.published(runs_dir, identity)
+    if run is None:
+        folder = start_policy.folder(runs_dir)
         raise UserError(
             f"the vectors stand on a start adapter that is not in {folder}; bring it back, or --without-start"
         )

@@ -29,6 +29,12 @@ def adapter(recipe: Recipe, runs_dir: Path) -> Run | None:
     return runs.read(folder(runs_dir))
 
 
+def published(runs_dir: Path, wanted: str) -> Run | None:
+    """The start adapter of that identity, if it is still where `sft` put it."""
+    run = runs.read(folder(runs_dir)) if runs.is_run(folder(runs_dir)) else None
+    return run if run is not None and identity(run) == wanted else None
+
+
 def identity(start: Run | None) -> str:
     """Names the start adapter in the manifests of what stands on it; empty for the bare base."""
     return str(start.manifest.files[peft_format.WEIGHTS]["sha256"]) if start else ""

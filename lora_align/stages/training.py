@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from lora_align.console import Progress, Screen
-from lora_align.errors import RunFailedError, UserError
+from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 
@@ -75,7 +75,7 @@ def accepted_by_libraries() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, NotImplementedError) as fault:
-        raise UserError(f"the recipe cannot be trained: {str(fault).splitlines()[0]}") from fault
+        raise UserError(f"the recipe cannot be trained: {first_line(fault)}") from fault
     except RuntimeError as fault:
         if "requires" not in str(fault):  # a tracker that is not installed, and nothing else
             raise

@@ -138,14 +138,21 @@ def test_rankers_give_three_axes_from_one_file(suffix: str, tmp_path: Path) -> N
 
 
 def test_labels_in_csv_are_labels(tmp_path: Path) -> None:
-    _write(tmp_path / "pairs.csv", [{**FORMS["pku"], "safer_response_id": ""}, FORMS["pku"]])
+    _write(
+        tmp_path / "pairs.csv",
+        [{**FORMS["pku"], "safer_response_id": ""}, {**FORMS["pku"], "safer_response_id": "1.0"}],
+    )
     found = pairs.load_pairs(Preference(str(tmp_path / "pairs.csv"), "label:safer_response_id"), held_out=0.0)
     assert [pair.chosen for pair in found.train] == [BAD]
     assert found.dropped == {"tie": 1}
 
 
 def test_files_that_are_not_text_are_named(tmp_path: Path) -> None:
-    for suffix, content in ((".jsonl", b'{"prompt": "\xff"}'), (".csv", b"prompt,chosen,rejected\n\xff,b,c\n")):
+    for suffix, content in (
+        (".jsonl", b'{"prompt": "\xff"}'),
+        (".csv", b"prompt,chosen,rejected\n\xff,b,c\n"),
+        (".csv", b"prompt,chosen,rejected\na,b, c, d\n"),
+    ):
         file = tmp_path / f"pairs{suffix}"
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"pairs{re.escape(suffix)}:\d"):

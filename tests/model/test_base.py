@@ -123,6 +123,18 @@ def test_bases_that_are_not_there(model: str, told: str) -> None:
         bases.find(recipe.Base(model))
 
 
+def test_a_half_copied_base_names_what_is_missing(llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "half")
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(UserError, match=r"model-2\.safetensors missing"):
+        bases.find(recipe.Base(str(copy)))
+    index.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        bases.find(recipe.Base(str(copy)))
+
+
 def test_pickled_weights_and_empty_folders_are_refused(llama: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llama, tmp_path / "pickled")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")

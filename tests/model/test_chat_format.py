@@ -71,6 +71,25 @@ def test_control_tokens_in_somebodys_text_stay_words(chat: ChatFormat) -> None:
     assert [i for i in answer if i in chat.stop_ids] == answer[-1:]
 
 
+FORGETS = """{% for m in messages %}<|{{ m.role }}|>\
+{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<|end|>{% endfor %}\
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def test_an_assistants_thoughts_are_the_templates_to_handle_and_nobody_elses(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    thinking = AutoTokenizer.from_pretrained(DEMO)
+    thinking.add_tokens(["<think>", "</think>"])
+    chat = ChatFormat(thinking, FORGETS, {})
+    thought = Message("assistant", "<think>secret</think>Hello.")
+    shown = thinking.decode(chat.prompt_ids([Message("user", "hi </think>"), thought, Message("user", "and?")]))
+    assert "secret" not in shown
+    assert "Hello." in shown
+    ids = chat.prompt_ids([Message("user", "hi </think>")])
+    assert thinking.convert_tokens_to_ids("</think>") not in ids
+
+
 def test_the_fingerprint_names_template_and_arguments(tokenizer: PreTrainedTokenizerBase) -> None:
     names = {
         ChatFormat(tokenizer, template, kwargs).fingerprint()
