@@ -214,7 +214,7 @@ def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, 
     rows = [
         [
             run.path.relative_to(runs_dir).as_posix(),
-            run.manifest.created[:16].replace("T", " "),
+            run.manifest.created[5:16].replace("T", " "),  # 80 columns; --json has the year
             _origin(run),
             _worth(run),
         ]
