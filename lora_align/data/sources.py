@@ -12,6 +12,7 @@ from lora_align.errors import UserError, first_line, nearest
 
 Row = Mapping[str, Any]
 Shape = TypeVar("Shape", Comparison, Conversation)
+Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DEMO_PAIRS, DEMO_CONVERSATIONS = 3000, 3000
 
@@ -32,21 +33,25 @@ def rows(data: str, split: str = "train", revision: str = "") -> Iterator[tuple[
 
 
 def comparison(row: Row, where: str) -> Comparison:
-    """One row as a comparison; the first form whose columns are all there reads it."""
-    for columns, read in _COMPARISONS:
-        if columns <= row.keys():
-            return _read(read, row, where)
-    known = " | ".join(" ".join(sorted(columns)) for columns, _ in _COMPARISONS)
-    raise UserError(f"{where}: no pair of answers in columns {', '.join(map(str, row))} (known: {known})")
+    """One row as a comparison."""
+    return _first_form(_COMPARISONS, row, where, "pair of answers")
 
 
 def conversation(row: Row, where: str) -> Conversation:
     """One row as a conversation that ends with an answer."""
-    for columns, read in _CONVERSATIONS:
+    return _first_form(_CONVERSATIONS, row, where, "conversation")
+
+
+def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
+    """Read by the first form whose columns are all there; a fault of the row is told with its place."""
+    for columns, read in forms:
         if columns <= row.keys():
-            return _read(read, row, where)
-    known = " | ".join(" ".join(sorted(columns)) for columns, _ in _CONVERSATIONS)
-    raise UserError(f"{where}: no conversation in columns {', '.join(map(str, row))} (known: {known})")
+            try:
+                return read(row)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as fault:
+                raise UserError(f"{where}: {fault}") from fault
+    known = " | ".join(" ".join(sorted(columns)) for columns, _ in forms)
+    raise UserError(f"{where}: no {what} in columns {', '.join(map(str, row))} (known: {known})")
 
 
 # --- places ---
@@ -177,7 +182,7 @@ def _sharegpt_pair(row: Row) -> Comparison:
     return Comparison(_system(row) + _messages(row["conversations"]), answers, {"label": 0})
 
 
-_COMPARISONS: list[tuple[frozenset[str], Callable[[Row], Comparison]]] = [
+_COMPARISONS: Forms[Comparison] = [
     (frozenset({"prompt", "response_0", "response_1"}), _pku),
     (frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
     (frozenset({"chosen", "rejected"}), _chosen_rejected),
@@ -205,7 +210,7 @@ def _prompt_completion(row: Row) -> Conversation:
     return Conversation((*_prompt(row["prompt"]), Message("assistant", answer)))
 
 
-_CONVERSATIONS: list[tuple[frozenset[str], Callable[[Row], Conversation]]] = [
+_CONVERSATIONS: Forms[Conversation] = [
     (frozenset({"messages"}), _chat_messages),
     (frozenset({"conversations"}), _sharegpt),
     (frozenset({"instruction", "output"}), _alpaca),
@@ -213,13 +218,6 @@ _CONVERSATIONS: list[tuple[frozenset[str], Callable[[Row], Conversation]]] = [
 ]
 
 # --- parts of rows; a ValueError says what is wrong, the caller says where ---
-
-
-def _read(read: Callable[[Row], Shape], row: Row, where: str) -> Shape:
-    try:
-        return read(row)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as fault:
-        raise UserError(f"{where}: {fault}") from fault
 
 
 def _text(value: Any) -> str:
