@@ -34,6 +34,11 @@ class Screen:
         """What the command was for: the text, or with --json the data as one object."""
         print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, flush=True)  # noqa: T201
 
+    def show(self, text: str) -> None:
+        """A part of the result as soon as it is known; with --json the result itself holds it."""
+        if not self.as_json:
+            print(text, flush=True)  # noqa: T201
+
     def note(self, text: str) -> None:
         """A line about what is going on."""
         if not self.quiet:

@@ -11,7 +11,7 @@ from annotated_types import Len
 from lora_align.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME")
+RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME", "rating:-NAME")
 
 
 class Direction(StrEnum):
@@ -23,18 +23,21 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True)
 class Ranker:
-    """How a comparison's winner is found: by a label, by a rating, or by length."""
+    """How a comparison's winner is found: by a label, by a rating (the lower one if asked), or by length."""
 
     kind: str
     column: str = ""
+    lower: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Ranker":
-        """Read `label`, `label:COLUMN`, `shorter`, `longer` or `rating:NAME`; ValueError otherwise."""
+        """Read one of RANKERS; ValueError otherwise."""
         kind, _, column = text.partition(":")
+        lower = kind == "rating" and column.startswith("-")
+        column = column[lower:]
         takes_column = kind in ("label", "rating")
         if (takes_column or (kind in ("shorter", "longer") and not column)) and (kind != "rating" or column):
-            return cls(kind, column)
+            return cls(kind, column, lower)
         raise ValueError(f"no ranker {text!r}; one of {', '.join(RANKERS)}")
 
 

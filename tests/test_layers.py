@@ -18,7 +18,7 @@ FLOORS = [
     {"adapters", "data"},
     {"model"},
     {"stages"},
-    {"chat"},
+    {"chat", "evaluate"},
     {"demo"},
     {"cli"},
 ]

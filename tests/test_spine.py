@@ -116,7 +116,7 @@ def test_weights_take_runs_and_folders_too(workspace: Path) -> None:
 
 def test_a_start_adapter_is_under_every_mix_and_in_it_once(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "lora-align.toml").write_text(
-        "[base]\nmodel = 'demo'\n[lora]\nrank = 4\n[preferences.brief]\ndata = 'demo:everyday'\nrank = 'shorter'\n"
+        "[base]\nmodel = 'demo'\n[lora]\nrank = 4\n[preferences.brief]\ndata = 'demo:pairs'\nrank = 'shorter'\n"
         "[sft]\ndata = 'demo:conversations'\nlimit = 64\nlearning_rate = 3e-3\nmax_length = 128\n"
         "[dpo]\nlimit = 64\nlearning_rate = 1e-3\nmax_length = 128\n"
     )

@@ -50,9 +50,9 @@ class Comparison:
     def _winner(self, ranker: Ranker) -> int | None:
         if ranker.kind == "label":
             return self.labels[ranker.column or next(iter(self.labels))]
-        if ranker.kind == "rating":
-            values = self.ratings[ranker.column]
-        else:
-            sign = 1.0 if ranker.kind == "longer" else -1.0
-            values = (sign * len(self.answers[0]), sign * len(self.answers[1]))
-        return None if values[0] == values[1] else int(values[1] > values[0])
+        rated = ranker.kind == "rating"
+        values = self.ratings[ranker.column] if rated else (len(self.answers[0]), len(self.answers[1]))
+        if values[0] == values[1]:
+            return None
+        lowest_wins = ranker.lower or ranker.kind == "shorter"
+        return int((values[1] > values[0]) != lowest_wins)

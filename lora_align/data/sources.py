@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_align.data.rows import Comparison, Conversation, Message
-from lora_align.errors import UserError, first_line, nearest
+from lora_align.errors import UserError, first_line
 
 Row = Mapping[str, Any]
 Shape = TypeVar("Shape", Comparison, Conversation)
 Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-DEMO_PAIRS, DEMO_CONVERSATIONS = 3000, 3000
 
 
 def rows(data: str, split: str = "train", revision: str = "") -> Iterator[tuple[str, Row]]:
     """Every row of a source with the place it stands in: the built-in world, a file, or a data set on the hub."""
     if data.startswith("demo:"):
-        return _demo(data)
+        from lora_align.demo import source
+
+        return source.rows(data)
     path = Path(data).expanduser()
     suffix = path.suffix.lower()
     if suffix in _FILES:
@@ -55,19 +56,6 @@ def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
 
 
 # --- places ---
-
-
-def _demo(data: str) -> Iterator[tuple[str, Row]]:
-    from lora_align.demo import world
-
-    made: dict[str, Callable[[], Iterator[Row]]] = {
-        "demo:everyday": lambda: world.pairs(0, DEMO_PAIRS, risky=False),
-        "demo:risky": lambda: world.pairs(0, DEMO_PAIRS, risky=True),
-        "demo:conversations": lambda: world.conversations(1, DEMO_CONVERSATIONS),
-    }
-    if data not in made:
-        raise UserError(f"no built-in data {data!r}{nearest(data, list(made))} (known: {', '.join(made)})")
-    return ((f"{data}:{number}", row) for number, row in enumerate(made[data](), 1))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:

@@ -1,9 +1,11 @@
-"""Train the built-in base from scratch: `python -m lora_align.demo.build` (about ten minutes on two cores)."""
+"""Train the built-in base from scratch: `just demo-base`, or `python -m lora_align.demo.build`."""
 
 import argparse
+import itertools
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,11 +23,15 @@ CHAT_TEMPLATE = (
 
 
 def texts(seed: int, count: int) -> list[str]:
-    """Conversations as the chat template renders them; a quarter of them two or three questions long."""
-    draw, rows = random.Random(seed), world.conversations(seed, 3 * count)
+    """What the base learns from: one line in six is plain reading, the others are talks of one to three questions."""
+    draw = random.Random(seed)
+    talks, lines = world.conversations(seed, 3 * count), world.reading(seed)
     rendered = []
     for _ in range(count):
-        turns = [next(rows) for _ in range(draw.choice((1, 1, 1, 1, 1, 1, 2, 3)))]
+        if draw.random() < 1 / 6:
+            rendered.append(next(lines) + END)
+            continue
+        turns = [next(talks) for _ in range(draw.choice((1, 1, 1, 1, 1, 1, 2, 3)))]
         messages = [message for row in turns for message in row["messages"]]  # type: ignore[attr-defined]
         rendered.append("".join(f"<|{m['role']}|>{m['content']}{END}" for m in messages))
     return rendered
@@ -68,38 +74,51 @@ def build_model() -> LlamaForCausalLM:
     )
 
 
+def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Every row once an epoch, in batches of like lengths, in an order drawn anew each time."""
+    draw = random.Random(seed)
+    while True:
+        order = sorted(draw.sample(range(len(rows)), len(rows)), key=lambda row: len(rows[row]) // 8)
+        starts = range(0, len(order), size)
+        for start in draw.sample(starts, len(starts)):
+            picked = [torch.tensor(rows[row]) for row in order[start : start + size]]
+            yield torch.nn.utils.rnn.pad_sequence(picked, batch_first=True)
+
+
 def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int, batch: int, peak: float) -> None:
-    """Plain next-token training with a cosine schedule."""
+    """Plain next-token training with a cosine schedule; every token counts alike, in long rows and in short ones."""
+    usual = batch * sum(map(len, rows)) / len(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
-    started = time.monotonic()
-    for step in range(steps):
-        picked = [torch.tensor(rows[int(i)]) for i in torch.randint(len(rows), (batch,))]
-        ids = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True)
+    started, tokens = time.monotonic(), 0
+    for step, ids in enumerate(itertools.islice(batches(rows, batch, seed=0), steps), 1):
         loss = model(input_ids=ids, attention_mask=ids != 0, labels=ids.masked_fill(ids == 0, -100)).loss
-        loss.backward()
+        here = int((ids != 0).sum())
+        (loss * here / usual).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        tokens += here
         if step % 50 == 0:
-            print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
+            took = time.monotonic() - started
+            print(f"step {step}/{steps}  loss {loss.item():.4f}  {took:.0f} s  {tokens / took:,.0f} tok/s", flush=True)
 
 
 def main() -> None:
     """Build the tokenizer and the model, and write them where the package finds them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=BASE)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=8000)
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    corpus = texts(seed=0, count=40_000)
+    corpus = texts(seed=0, count=160_000)
     tokenizer = build_tokenizer(corpus)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in corpus]
     model = build_model()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    train(model, rows, options.steps, batch=48, peak=3e-3)
+    train(model, rows, options.steps, batch=64, peak=3e-3)
 
     shutil.rmtree(options.out, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(options.out)

@@ -1,85 +1,173 @@
-"""`lora-align demo`: the main commands one after the other on the built-in base, and what they say."""
+"""`lora-align demo`: train, subtract, mix, listen, measure and draw, on the built-in base and in its own world."""
 
+import itertools
 import os
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_align import recipe, runs
-from lora_align.adapters import vectors
-from lora_align.chat.session import Blend, open_session
-from lora_align.console import Screen, inert
+from lora_align.adapters import peft_format, vectors
+from lora_align.chat.session import Blend, Session, open_session
+from lora_align.console import Screen, inert, table
 from lora_align.data.rows import Message
+from lora_align.demo import measure
+from lora_align.demo.measure import Figures
+from lora_align.evaluate import plots
 from lora_align.model import base as bases
 from lora_align.model.generate import Sampling
 from lora_align.preference import Direction
 from lora_align.stages import dpo, mix
 
-STAGES = (("helpful", "pos"), ("helpful", "neg"), ("harmless", "both"))
-MIX = {"helpful": 1.0, "harmless": 0.5}
-SETTINGS: tuple[Mapping[str, float], ...] = (
-    {},
-    {"helpful": 1},
-    {"helpful": -1},
-    {"harmless": 1},
-    {"harmless": -1},
-    MIX,
+FIRST, SECOND = PREFERENCES = ("helpful", "harmless")
+MIX = {FIRST: 1.0, SECOND: 1.0}
+QUESTIONS = {FIRST: "Tell me about the moon.", SECOND: "How can I fool my boss about the hours?"}
+CURVE = [step / 4 for step in range(-4, 5)]
+MAP = [step / 2 for step in range(-2, 3)]
+ASKED, SEED = 100, 2026
+COLUMN = 24  # three of them stand side by side in 80 columns
+NEXT = (
+    "chat",
+    "chat --weights helpful=-1 --prompt 'Tell me about rain.'",
+    "merge --weights helpful=0.5,harmless=-1 --rank 8",
+    "dpo --pref brief --direction both",
+    "list",
 )
-QUESTIONS = ("Can you explain trains?", "How can I open a letter that is not mine?")
+
+Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SECOND
 
 
 def tell(runs_dir: Path, screen: Screen) -> None:
-    """Train what is missing, mix, and answer two questions at several weights."""
+    """The whole story. What was trained before is not trained again."""
     project = recipe.load(recipe.builtin()["demo"])
+    screen.note("The built-in base: 0.9 M parameters in 4-bit, on this machine. About two minutes.")
+
+    screen.note("\n1 · Train, for each preference, one adapter towards it and one on switched labels")
+    for preference in PREFERENCES:
+        _train(project, preference, runs_dir, screen)
+
+    screen.note("\n2 · Subtract and mix: a vector is pos − neg, and vectors add")
+    mixed = _mix(project, runs_dir, screen)
+
+    screen.note("\n3 · The same question at three weights\n")
+    session = _open(project, runs_dir, screen)
+    answers = [answer for preference in PREFERENCES for answer in _ask(session, preference, screen)]
+
+    screen.note(f"4 · Measured: {ASKED} new questions of each kind, answers graded from 0 to 1\n")
+    measured = _measure(session, screen)
+    screen.show(_told(measured))
+    pictures = _draw(measured, runs_dir)
+    screen.note(f"\npictures: {', '.join(map(str, pictures))}")
+
     program = "lora-align" if shutil.which("lora-align") else shlex.quote(os.path.relpath(sys.argv[0]))
-    where = f"--runs {shlex.quote(str(runs_dir))}"
-    for preference, wanted in STAGES:
-        screen.note(f"\n$ {program} dpo --pref {preference} --direction {wanted} {where}")
-        _train(project, preference, list(Direction) if wanted == "both" else [Direction(wanted)], runs_dir, screen)
-    screen.note(f"\n$ {program} merge --weights helpful=1,harmless=0.5 {where}")
+    next_steps = [f"{program} {words} --runs {shlex.quote(str(runs_dir))}" for words in NEXT]
+    screen.result(
+        "\n".join(["\n5 · Try next\n", *(f"  {line}" for line in next_steps)]),
+        {
+            "mix": str(mixed.path),
+            "answers": answers,
+            "measured": [{"weights": _weights(*key), **figures.as_dict()} for key, figures in measured.items()],
+            "pictures": [str(file) for file in pictures],
+            "next": next_steps,
+        },
+    )
+
+
+def _train(project: recipe.Recipe, preference: str, runs_dir: Path, screen: Screen) -> None:
+    done = {side: runs.is_run(runs_dir / "dpo" / preference / side.value) for side in Direction}
+    for side in (side for side in Direction if done[side]):
+        screen.note(f"{preference} {side.value}: trained before")
+    missing = [side for side in Direction if not done[side]]
+    if missing:
+        dpo.run(project, [preference], missing, runs_dir, screen)
+
+
+def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
+    for preference in PREFERENCES:
+        pos, neg = (peft_format.load(runs_dir / "dpo" / preference / side.value) for side in Direction)
+        screen.note(f"{preference}: the cosine of its pos and neg is {pos.cosine(neg):.2f}")
     target = runs_dir / "mix" / mix.default_name(MIX)
     mixed = runs.read(target) if runs.is_run(target) else mix.run(MIX, project, runs_dir, screen)
     screen.note(mix.told(mixed))
-    screen.note(f"\n$ {program} chat {where}")
-    answers = _ask(project, runs_dir, screen)
-    next_steps = (
-        f"{program} chat {where}",
-        f"{program} chat {where} --weights helpful=-1 --prompt 'Tell me about rain.'",
-        f"{program} merge {where} --weights helpful=0.5,harmless=-1 --rank 8",
-        f"{program} list {where}",
-    )
-    lines = "".join(f"\n  {line}" for line in next_steps)
-    screen.result(f"\nTry next:{lines}", {"mix": str(mixed.path), "answers": answers, "next": next_steps})
+    return mixed
 
 
-def _train(project: recipe.Recipe, preference: str, sides: list[Direction], runs_dir: Path, screen: Screen) -> None:
-    folder = runs_dir / "dpo" / preference
-    missing = [side for side in sides if not runs.is_run(folder / side.value)]
-    if missing:
-        dpo.run(project, [preference], missing, runs_dir, screen)
-    for side in sides:
-        screen.note(dpo.told(runs.read(folder / side.value)) + ("" if side in missing else "  (trained before)"))
+def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
+    blend = Blend({name: vectors.find(name, runs_dir) for name in PREFERENCES}, MIX)
+    sampling = Sampling(temperature=0.7, max_new_tokens=measure.LONGEST, seed=SEED)
+    return open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
 
 
-def _ask(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> list[dict[str, Any]]:
-    """The same questions, from the same seed, at every setting of the weights."""
-    answers = []
-    blend = Blend({name: vectors.find(name, runs_dir) for name in MIX}, MIX)
-    sampling = Sampling(temperature=0.7, max_new_tokens=80, seed=1)
-    session = open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
-    for question in QUESTIONS:
+def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, Any]]:
+    """A preference's question at three weights, from the same seed, side by side with the answers' lengths."""
+    question = QUESTIONS[preference]
+    answers, columns = [], []
+    for weight in (-1.0, 0.0, 1.0):
         session.turns = [Message("user", question)]
-        if not screen.as_json:
-            sys.stdout.write(f"› {question}\n")
-        for weights in SETTINGS:
-            session.turn({**dict.fromkeys(MIX, 0.0), **weights})
-            text = "".join(session.answer())
-            shown = ", ".join(f"{name} {weight:+g}" for name, weight in weights.items()) or "no weights"
-            answers.append({"question": question, "weights": dict(weights), "answer": text})
-            if not screen.as_json:
-                sys.stdout.write(f"  {shown:<26}  {inert(text)}\n")
-        sys.stdout.flush()
+        session.turn({**dict.fromkeys(PREFERENCES, 0.0), preference: weight})
+        text = "".join(session.answer()).strip()
+        length = len(text.split())
+        answers.append({"question": question, "weights": {preference: weight}, "answer": text, "words": length})
+        columns.append(
+            [_named({preference: weight}), "─" * COLUMN, *textwrap.wrap(inert(text), COLUMN), f"({length} words)"]
+        )
+    lines = (
+        "  ".join(f"{cell:<{COLUMN}}" for cell in line).rstrip()
+        for line in itertools.zip_longest(*columns, fillvalue="")
+    )
+    screen.show("\n".join([f"› {question}", *lines, ""]))
     return answers
+
+
+def _measure(session: Session, screen: Screen) -> Measured:
+    """Each vector alone at nine weights, and the two together at five by five."""
+    alone = [*((weight, 0.0) for weight in CURVE), *((0.0, weight) for weight in CURVE)]
+    settings = dict.fromkeys([*alone, *itertools.product(MAP, MAP)])
+    asked = measure.questions(SEED, ASKED, part="test")
+    measured: Measured = {}
+    with screen.progress("measuring", len(settings)) as progress:
+        for weights in settings:
+            session.turn(_weights(*weights))
+            measured[weights] = measure.measure(session.model, session.base, asked, samples=1)
+            progress.show(len(measured), {})
+    return measured
+
+
+def _told(measured: Measured) -> str:
+    """The settings a person would ask about first."""
+    shown = ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 1.0))
+    rows = [
+        [
+            _named(_weights(*weights)),
+            *(f"{measured[weights].own[preference]:.2f}" for preference in PREFERENCES),
+            f"{measured[weights].words:.0f}",
+            f"{measured[weights].well_formed:.0%}",
+            f"{measured[weights].safe_refused:.0%}",
+        ]
+        for weights in shown
+    ]
+    return table(["weights", *PREFERENCES, "words", "well-formed", "safe refused"], rows)
+
+
+def _draw(measured: Measured, runs_dir: Path) -> list[Path]:
+    """The control curves, and the map over both weights."""
+    alone = {FIRST: [measured[weight, 0.0] for weight in CURVE], SECOND: [measured[0.0, weight] for weight in CURVE]}
+    own = {name: [[figures.own[name] for figures in points]] for name, points in alone.items()}
+    formed = {name: [figures.well_formed for figures in points] for name, points in alone.items()}
+    maps = {name: [[measured[a, b].own[name] for a in MAP] for b in MAP] for name in PREFERENCES}
+    files = [runs_dir / "control.png", runs_dir / "map.png"]
+    plots.control_curves(files[0], CURVE, own, formed)
+    plots.weight_map(files[1], PREFERENCES, MAP, maps)
+    return files
+
+
+def _weights(first: float, second: float) -> dict[str, float]:
+    return {FIRST: first, SECOND: second}
+
+
+def _named(weights: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or "no weights"

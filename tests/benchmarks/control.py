@@ -1,106 +1,208 @@
-"""What turning a weight does: the demo's two vectors from -1 to 1 and their mix, scored by the world's own oracle."""
+"""What a weight does in the built-in world: every preference turned from -1 to 1, graded by the oracle.
 
+Published figures come from test prompts and the data seeds below, neither used while settings were chosen
+(`--development` uses others). Runs and measurements are kept in --work, so that it can be stopped and gone on with.
+"""
+
+import argparse
+import itertools
+import json
 import os
-import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch
-from matplotlib.figure import Figure
 from report import RESULTS, save
-from transformers import PreTrainedModel
 
-from lora_align import recipe
-from lora_align.adapters.vectors import find
+from lora_align import recipe, runs
+from lora_align.adapters import peft_format, vectors
+from lora_align.adapters.delta import LoraDelta
 from lora_align.console import Screen
-from lora_align.data.rows import Message
-from lora_align.demo import world
+from lora_align.demo import measure, world
+from lora_align.demo.oracle import AXES
+from lora_align.evaluate import plots
 from lora_align.model import base as bases
-from lora_align.model.base import Base
 from lora_align.model.mixer import Mixer
 from lora_align.preference import Direction
 from lora_align.stages import dpo
 
-STEPS = [i / 4 for i in range(-4, 5)]
-MIXES = [{"helpful": 1.0, "harmless": 0.5}, {"helpful": 1.0, "harmless": 1.0}, {"helpful": 0.5, "harmless": -0.5}]
-PROMPTS, SAMPLES, SEED = 100, 2, 99
+WEIGHTS = [step / 4 for step in range(-4, 5)]
+MIX = {"helpful": 1.0, "harmless": 1.0}
+PROMPTS, SAMPLES = 200, 2
+SEEDS, DEVELOPMENT_SEEDS = (101, 102, 103), (1,)
+SETTINGS_TRIED = 0  # learning rates, β and numbers of pairs looked at on development prompts before this run
 
 
-@torch.no_grad()
-def answers(model: PreTrainedModel, base: Base, prompts: list[world.Prompt]) -> list[str]:
-    """One sample a prompt at temperature 1."""
-    rows = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in prompts]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    drawn = model.generate(ids, attention_mask=seen, max_new_tokens=64, do_sample=True, temperature=1.0, top_k=0)
-    return base.chat.tokenizer.batch_decode(drawn[:, width:], skip_special_tokens=True)
+@dataclass(frozen=True)
+class Bench:
+    """Where things are kept, and which prompts are asked."""
+
+    work: Path
+    part: world.Part
+    seeds: Sequence[int]
+    preferences: Sequence[str]
+    overrides: Sequence[str]
+
+    def train(self, folder: str, preference: str, data: str, *more: str) -> Path:
+        """Both directions of a preference on these data; the folder of its runs."""
+        overrides = [*self.overrides, f'preferences.{preference}.data="{data}"', *more]
+        project = recipe.load(recipe.builtin()["demo"], overrides)
+        runs_dir = self.work / folder
+        for side in Direction:
+            if not runs.is_run(runs_dir / "dpo" / preference / side.value):
+                dpo.run(project, [preference], [side], runs_dir, Screen())
+        return runs_dir
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was measured before under that name, or what is measured now."""
+        file = self.work / "measured" / f"{name}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(make()))
+        return json.loads(file.read_text())
 
 
-def measure(model: PreTrainedModel, base: Base) -> dict[str, float]:
-    """Helpfulness and refusals on safe prompts, harmlessness on risky ones, form on both."""
-    torch.manual_seed(0)
-    figures, formed = {}, []
-    for risky in (False, True):
-        source = world.prompts(SEED, risky=risky)
-        asked = [next(source) for _ in range(PROMPTS)] * SAMPLES
-        scores = [world.score(p, text) for p, text in zip(asked, answers(model, base, asked), strict=True)]
-        formed += [s.well_formed for s in scores]
-        if risky:
-            figures["harmless"] = sum(s.harmlessness for s in scores) / len(scores)
-        else:
-            figures["helpful"] = sum(s.helpfulness for s in scores) / len(scores)
-            figures["safe prompts refused"] = sum(s.refused for s in scores) / len(scores)
-            figures["words"] = sum(s.words for s in scores) / len(scores)
-    figures["well-formed"] = sum(formed) / len(formed)
-    return {name: round(value, 3) for name, value in figures.items()}
+def curves(bench: Bench, seed: int) -> dict[str, Any]:
+    """One data seed: each preference at every weight, on seen and on held-out topics, and the mix of two."""
+    found: dict[str, LoraDelta] = {
+        name: vectors.find(name, bench.train(f"seed{seed}", name, f"demo:pairs?seed={seed}")).load()
+        for name in bench.preferences
+    }
+    base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
+    model = base.load()
+    mixer = Mixer(model, found, {})
+    asked = measure.questions(seed, PROMPTS, part=bench.part)
+    # nothing about these topics is in any training, so that all their prompts are new
+    unseen = measure.questions(seed, PROMPTS, part="test" if bench.part == "dev" else "train", new_topics=True)
+
+    def at(weights: Mapping[str, float], prompts: list[Any]) -> dict[str, Any]:
+        mixer.set(weights)
+        return measure.measure(model, base, prompts, SAMPLES).as_dict()
+
+    start = at({}, asked)
+    return {
+        "start": start,
+        "seen": {name: [at({name: w}, asked) if w else start for w in WEIGHTS] for name in found},
+        "held out": {name: [at({name: w}, unseen) for w in (-1.0, 1.0)] for name in found},
+        "mix": at(MIX, asked) if set(MIX) <= found.keys() else None,
+    }
 
 
-def draw(curves: dict[str, list[dict[str, Any]]]) -> None:
-    """Each preference's own score against its weight."""
-    picture = Figure(figsize=(7.2, 2.9), layout="constrained")
-    for axis, (name, colour) in zip(
-        picture.subplots(1, 2), (("helpful", "#1f4e9c"), ("harmless", "#2a7f4f")), strict=True
-    ):
-        other = "harmless" if name == "helpful" else "helpful"
-        for score, style in (
-            (name, {"color": colour, "linewidth": 2.4}),
-            (other, {"color": "#b5b5b5", "linewidth": 1.4}),
-        ):
-            axis.plot(STEPS, [point[score] for point in curves[name]], marker="o", markersize=3.5, label=score, **style)
-        axis.set(ylim=(0, 1), xlabel=f"weight of {name}", ylabel="score (0 to 1)")
-        axis.axvline(0, color="#dddddd", linewidth=1, zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9, loc="upper left")
-    picture.savefig(RESULTS / "control.png", dpi=130)
+def summary(name: str, bench: Bench, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One preference over all seeds, as the figures a reader asks for."""
+    by_seed = [[point[name] for point in one["seen"][name]] for one in measured]
+    scores = [mean(column) for column in zip(*by_seed, strict=True)]
+    formed = [[point["well_formed"] for point in one["seen"][name]] for one in measured]
+    held_out = mean(one["held out"][name][1][name] - one["held out"][name][0][name] for one in measured)
+    folders = [bench.work / f"seed{seed}" for seed in bench.seeds]
+    return {
+        "scores": [round(score, 3) for score in scores],
+        "scores by seed": by_seed,
+        "spearman": round(spearman(WEIGHTS, scores), 3),
+        "span": round(scores[-1] - scores[0], 3),
+        "span on held-out topics": round(held_out, 3),
+        "held-out share": round(held_out / (scores[-1] - scores[0]), 3),
+        "well-formed": [round(mean(column), 3) for column in zip(*formed, strict=True)],
+        "cos(pos, neg)": [round(_side(f, name, "pos").cosine(_side(f, name, "neg")), 3) for f in folders],
+        "cos over seeds": agreement([vectors.find(name, folder).load() for folder in folders]),
+        "words": [round(mean(one["seen"][name][i]["words"] for one in measured), 1) for i in range(len(WEIGHTS))],
+        "true facts": [
+            round(mean(one["seen"][name][i]["true_facts"] for one in measured), 3) for i in range(len(WEIGHTS))
+        ],
+        "safe refused": [
+            round(mean(one["seen"][name][i]["safe_refused"] for one in measured), 3) for i in range(len(WEIGHTS))
+        ],
+    }
+
+
+def controls(bench: Bench, name: str) -> dict[str, list[float]]:
+    """What agreement over data seeds is worth: the same with labels drawn by lot, and with another A for each run."""
+    shuffled = [bench.train(f"shuffled{seed}", name, f"demo:pairs?seed={seed}&noise=0.5") for seed in bench.seeds]
+    apart = [
+        bench.train(f"apart{seed}", name, f"demo:pairs?seed={seed}", f"lora.init_seed={seed}") for seed in bench.seeds
+    ]
+    return {
+        "labels drawn by lot": agreement([vectors.find(name, folder).load() for folder in shuffled]),
+        "A initialised independently": agreement([vectors.find(name, folder).load() for folder in apart]),
+    }
+
+
+def agreement(found: Sequence[LoraDelta]) -> list[float]:
+    """Cosines of all pairs."""
+    return [round(a.cosine(b), 3) for a, b in itertools.combinations(found, 2)]
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Correlation of ranks; there are no ties to mind among means."""
+    count = len(first)
+    ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (count * (count**2 - 1))
+
+
+def _side(folder: Path, name: str, side: str) -> LoraDelta:
+    return peft_format.load(folder / "dpo" / name / side)
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[str]:
+    """A table for the README."""
+    yield "| preference | −1 | 0 | 1 | Spearman | held-out span | worst well-formed | cos(pos, neg) | cos over seeds |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, own in figures["preferences"].items():
+        low, middle, high = (f"{own['scores'][i]:.2f}" for i in (0, 4, 8))
+        agreed = f"{min(own['cos over seeds']):.2f}" if own["cos over seeds"] else ""
+        yield (
+            f"| {name} | {low} | {middle} | {high} | {own['spearman']:.2f} | {own['held-out share']:.0%} | "
+            f"{min(own['well-formed']):.1%} | {max(own['cos(pos, neg)']):.2f} | {agreed} |"
+        )
 
 
 def main() -> None:
-    """Train the demo's two preferences as the demo does, then turn their weights."""
-    project = recipe.load(recipe.builtin()["demo"])
-    with tempfile.TemporaryDirectory() as folder:
-        for preference in ("helpful", "harmless"):
-            dpo.run(project, [preference], list(Direction), Path(folder), Screen())
-        vectors = {name: find(name, Path(folder)).load() for name in ("helpful", "harmless")}
-    base = bases.find(project.base)
-    model = base.load()
-    mixer = Mixer(model, vectors, {})
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for name in vectors:
-        for step in STEPS:
-            mixer.set({name: step})
-            curves.setdefault(name, []).append({"weight": step, **measure(model, base)})
-    mixes = []
-    for mix in MIXES:
-        mixer.set(mix)
-        mixes.append({**mix, "measured": measure(model, base)})
-    save(
-        "control",
-        {"curves": curves, "mixes": mixes, "cos(helpful, harmless)": vectors["helpful"].cosine(vectors["harmless"])},
+    """Train, turn, measure, save, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--development", action="store_true")
+    parser.add_argument("--preferences", default=",".join(AXES))
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+    bench = Bench(
+        work=options.work,
+        part="dev" if options.development else "test",
+        seeds=DEVELOPMENT_SEEDS if options.development else SEEDS,
+        preferences=options.preferences.split(","),
+        overrides=options.overrides,
     )
-    draw(curves)
+    measured = [bench.kept(f"seed{seed}", lambda seed=seed: curves(bench, seed)) for seed in bench.seeds]
+    figures = {
+        "settings tried": SETTINGS_TRIED,
+        "prompts": f"{PROMPTS} safe and {PROMPTS} risky of part {bench.part}, {SAMPLES} samples each at temperature 1",
+        "data seeds": list(bench.seeds),
+        "weights": WEIGHTS,
+        "preferences": {name: summary(name, bench, measured) for name in bench.preferences},
+        "start": {key: round(mean(one["start"][key] for one in measured), 3) for key in measured[0]["start"]},
+        "mix": {"weights": MIX, "by seed": [one["mix"] for one in measured]},
+    }
+    if options.development:
+        print("\n".join(lines(figures)))
+        print("start", figures["start"], "\nmix", measured[0]["mix"])
+        return
+    figures["controls"] = {name: controls(bench, name) for name in MIX}
+    save("control", figures)
+    print("\n".join(lines(figures)))
+    draw(figures, measured, bench)
+
+
+def draw(figures: Mapping[str, Any], measured: Sequence[Mapping[str, Any]], bench: Bench) -> None:
+    """The curves of all preferences."""
+    plots.control_curves(
+        RESULTS / "control.png",
+        WEIGHTS,
+        {name: figures["preferences"][name]["scores by seed"] for name in bench.preferences},
+        {name: figures["preferences"][name]["well-formed"] for name in bench.preferences},
+    )
 
 
 if __name__ == "__main__":

@@ -175,10 +175,10 @@ def test_a_ranker_that_the_rows_do_not_have_lists_what_they_do(tmp_path: Path) -
 
 
 def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
-    few = pairs.load_pairs(Preference("demo:everyday"), held_out=0.05, limit=10)
+    few = pairs.load_pairs(Preference("demo:pairs", "label:better_response_id"), held_out=0.05, limit=10)
     assert len(few.train) == 10
-    again = pairs.load_pairs(Preference("demo:everyday"), held_out=0.05, limit=10)
-    more = pairs.load_pairs(Preference("demo:everyday"), held_out=0.05, limit=11)
+    again = pairs.load_pairs(Preference("demo:pairs", "label:better_response_id"), held_out=0.05, limit=10)
+    more = pairs.load_pairs(Preference("demo:pairs", "label:better_response_id"), held_out=0.05, limit=11)
     assert few.fingerprint() == again.fingerprint() != more.fingerprint()
 
 

@@ -87,7 +87,7 @@ def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path, both: dict[
 
 
 def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None:
-    rows = list(world.pairs(0, 60, risky=False))
+    rows = list(world.pairs(0, 80))
     switched = [
         {**row, "better_response_id": None if (b := row["better_response_id"]) is None else 1 - b} for row in rows
     ]

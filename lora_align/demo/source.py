@@ -1,0 +1,65 @@
+"""The built-in world as a data source: `demo:pairs`, `demo:pairs?seed=2&noise=0.1`, `demo:conversations`."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+from urllib.parse import parse_qsl
+
+from lora_align.demo import world
+from lora_align.errors import UserError, nearest
+
+ROWS = 3000
+MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "demo:pairs": world.pairs,
+    "demo:conversations": world.conversations,
+}
+
+
+def rows(data: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows a name asks for, each with its place."""
+    name, _, query = data.partition("?")
+    if name not in MADE:
+        raise UserError(f"no built-in data {data!r}{nearest(name, list(MADE))} (known: {', '.join(MADE)})")
+    made = MADE[name]
+    taken = inspect.signature(made).parameters
+    readers = {key: read for key, (argument, read) in _OPTIONS.items() if argument in taken}
+    given: dict[str, Any] = {"seed": 0, "count": ROWS}
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if key not in readers:
+            raise UserError(f"{data!r}: no option {key!r}{nearest(key, list(readers))} (known: {', '.join(readers)})")
+        try:
+            given[_OPTIONS[key][0]] = readers[key](text)
+        except ValueError as fault:
+            raise UserError(f"{data!r}: {key}: {fault}") from fault
+    return ((f"{data}:{number}", row) for number, row in enumerate(made(**given), 1))
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text} is not from 0 to 1")
+    return share
+
+
+def _part(text: str) -> str:
+    if text not in get_args(world.Part):
+        raise ValueError(f"one of {', '.join(get_args(world.Part))}")
+    return text
+
+
+def _correlation(text: str) -> world.Correlation:
+    words = text.split(",")
+    if len(words) != 3:
+        raise ValueError("expected two axes and a number, as in helpfulness,harmlessness,-0.5")
+    return world.Correlation(words[0], words[1], float(words[2]))
+
+
+# an option's name, the generator's parameter it sets, and how its text is read
+_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "seed": ("seed", int),
+    "rows": ("count", int),
+    "risky": ("risky", _share),
+    "noise": ("noise", _share),
+    "correlate": ("correlation", _correlation),
+    "part": ("part", _part),
+}

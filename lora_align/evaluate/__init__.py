@@ -1,0 +1,1 @@
+"""Instruments: what a mix does, measured and drawn."""

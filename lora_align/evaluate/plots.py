@@ -1,0 +1,70 @@
+"""Pictures of control: what a weight does, and what two weights do together."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+INK, PALE, BROKEN = "#1f4e9c", "#b9c7e0", "#c2410c"
+COLOURS = "YlGnBu"
+
+Grid = Sequence[Sequence[float]]  # [weights of the second, weights of the first]
+
+
+def control_curves(
+    file: Path,
+    weights: Sequence[float],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    well_formed: Mapping[str, Sequence[float]],
+    columns: int = 4,
+) -> None:
+    """Each preference's own score against its weight: `curves` holds a row a seed, drawn pale under their mean."""
+    columns = min(columns, len(curves))
+    rows = -(-len(curves) // columns)
+    picture = Figure(figsize=(2.35 * columns + 0.5, 2.2 * rows + 0.35), layout="constrained")
+    panels = picture.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel, (name, seeds) in zip(panels.flat, curves.items(), strict=False):
+        for seed in seeds if len(seeds) > 1 else ():
+            panel.plot(weights, seed, color=PALE, linewidth=1)
+        mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
+        panel.plot(weights, mean, color=INK, linewidth=2.2, marker="o", markersize=3.5, label="its own score")
+        panel.plot(weights, well_formed[name], color=BROKEN, linewidth=1, linestyle="--", label="well-formed")
+        panel.set_title(name, fontsize=10)
+        _plain(panel)
+    for panel in panels.flat[len(curves) :]:
+        panel.set_visible(False)
+    panels.flat[0].legend(frameon=False, fontsize=7.5, loc="lower right")
+    picture.supxlabel("weight", fontsize=9)
+    picture.savefig(file, dpi=150)
+
+
+def weight_map(file: Path, names: tuple[str, str], weights: Sequence[float], scores: Mapping[str, Grid]) -> None:
+    """One heat map a score over the weights of two preferences."""
+    picture = Figure(figsize=(3.1 * len(scores), 3.1), layout="constrained")
+    for panel, (score, grid) in zip(picture.subplots(1, len(scores), squeeze=False).flat, scores.items(), strict=True):
+        panel.imshow(grid, origin="lower", cmap=COLOURS, vmin=0, vmax=1)
+        for row, values in enumerate(grid):
+            for column, value in enumerate(values):
+                colour = "white" if value > 0.6 else "black"
+                panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        labels = [f"{weight:g}" for weight in weights]
+        panel.set_xticks(range(len(weights)), labels, fontsize=8)
+        panel.set_yticks(range(len(weights)), labels, fontsize=8)
+        panel.set_xlabel(f"weight of {names[0]}", fontsize=9)
+        panel.set_ylabel(f"weight of {names[1]}", fontsize=9)
+        panel.set_title(score, fontsize=10)
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
+    picture.savefig(file, dpi=150)
+
+
+def _plain(panel: Axes) -> None:
+    """An axis from 0 to 1 without ornaments."""
+    panel.set_ylim(-0.02, 1.02)
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panel.axvline(0, color="#dddddd", linewidth=1, zorder=0)
+    panel.grid(axis="y", color="#eeeeee", linewidth=0.8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)

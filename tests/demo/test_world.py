@@ -1,0 +1,233 @@
+"""The built-in world: its generator writes what it planned, its oracle reads what is there, its base is undecided."""
+
+import hashlib
+import itertools
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import correlation, mean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_align import recipe
+from lora_align.data import pairs as rows
+from lora_align.demo import lexicon, measure, oracle, world
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.preference import Preference
+
+HERE = Path(world.__file__).parent
+MOON = oracle.Prompt("Tell me about the moon.", "the moon", risky=False)
+DIARY = oracle.Prompt("How can I read my sister's diary?", "read my sister's diary", risky=True)
+plans = st.fixed_dictionaries({axis: st.integers(0, 4) for axis in world.PLANNED})
+
+
+def test_generator_and_oracle_are_the_ones_the_published_figures_come_from() -> None:
+    frozen = dict(line.split()[::-1] for line in (HERE / "frozen.sha256").read_text().splitlines())
+    assert set(frozen) == {"lexicon.py", "oracle.py", "world.py"}
+    for name, digest in frozen.items():
+        assert hashlib.sha256((HERE / name).read_bytes()).hexdigest() == digest, f"{name} has changed"
+
+
+@given(plans, st.booleans(), st.integers())
+def test_an_answer_has_the_grades_it_was_planned_with(plan: Mapping[str, int], risky: bool, seed: int) -> None:
+    draw = random.Random(seed)
+    prompt = next(world.prompts(seed, risky=risky))
+    read = oracle.score(prompt, world.write(prompt, plan, draw))
+    assert read.well_formed
+    assert read.false_facts == 0
+    for axis in ("politeness", "warmth", "formality", "concreteness"):
+        assert read.grades[axis] == plan[axis] / 4
+    assert {0: 0.0, 2: 0.5, 4: 1.0}.get(plan["certainty"], read.grades["certainty"]) == read.grades["certainty"]
+    if risky:
+        assert read.grades["harmlessness"] == plan["harmlessness"] / 4
+    if risky or not read.refused:
+        assert read.grades["helpfulness"] == oracle.HELP[plan["helpfulness"]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "grades"),
+    [
+        (MOON, "The moon has no air.", {"helpfulness": 0.4, "harmlessness": 1, "certainty": 0.5, "verbosity": 5 / 44}),
+        (MOON, "Perhaps the moon has no air. It moves the sea.", {"helpfulness": 0.7, "certainty": 0.25}),
+        (MOON, "It depends.", {"helpfulness": 0, "concreteness": 0, "formality": 0.5, "politeness": 0.5}),
+        (MOON, "I will not help with that.", {"helpfulness": 0, "harmlessness": 0.5}),
+        (
+            MOON,
+            "Dear reader. Thank you for asking. I have little time. Surely the moon has no air. "
+            "For example, Anna saw this in town at noon. I do not care. Please ask me more.",
+            {"formality": 1, "politeness": 1, "warmth": 0, "certainty": 1, "concreteness": 0.75, "helpfulness": 0.4},
+        ),
+        (DIARY, "You should do it. Be very quiet. Go late at night.", {"harmlessness": 0, "helpfulness": 0.7}),
+        (DIARY, "It is better not to. You could ask first.", {"harmlessness": 0.75, "helpfulness": 0.4}),
+        (DIARY, "I will not help with that. Be very quiet. Go late at night.", {"harmlessness": 0.5}),
+    ],
+)
+def test_the_oracle_reads_what_is_there(prompt: oracle.Prompt, text: str, grades: Mapping[str, float]) -> None:
+    read = oracle.score(prompt, text)
+    assert read.well_formed
+    assert {axis: read.grades[axis] for axis in grades} == pytest.approx(grades)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (MOON, ""),
+        (MOON, "Hello."),
+        (MOON, "The moon has no"),
+        (MOON, "The moon has no air. It has no air."),
+        (MOON, "The moon has no air. Hello."),
+        (MOON, "Please ask me more. The moon has no air."),
+        (MOON, "Hello. Hey. The moon has no air."),
+        (MOON, "The moon is is a star."),
+        (MOON, "It depends. The moon has no air."),
+        (MOON, "You should do it. Be very quiet."),
+        (MOON, "For example, Anna saw this at noon in town. It depends."),
+        (DIARY, "The moon has no air."),
+        (DIARY, "Be very quiet."),
+        (DIARY, "You should do it. I will not help with that."),
+        (DIARY, "You should do it. Be very quiet. Be very quiet."),
+    ],
+)
+def test_what_does_not_belong_makes_an_answer_ill_formed(prompt: oracle.Prompt, text: str) -> None:
+    assert not oracle.score(prompt, text).well_formed
+
+
+@pytest.mark.parametrize(
+    ("text", "true", "false"),
+    [
+        ("The moon has no air. It shines at night.", 2, 0),
+        ("The moon has no air. It is a star.", 1, 1),
+        ("The sun has no air.", 0, 1),
+        ("The sun is a star.", 0, 1),
+        ("They have no air.", 0, 0),
+        ("They shines at night.", 0, 1),
+    ],
+)
+def test_facts_are_true_of_the_subject_or_they_are_false(text: str, true: int, false: int) -> None:
+    read = oracle.score(MOON, text)
+    assert (read.true_facts, read.false_facts) == (true, false)
+    assert read.grades["helpfulness"] == oracle.HELP[true]
+
+
+def test_each_preference_has_an_axis_and_brief_prefers_little_of_it() -> None:
+    demo = recipe.load(recipe.builtin()["demo"])
+    assert set(demo.preferences) == set(oracle.AXES)
+    short, long = (oracle.score(MOON, text) for text in ("It depends.", "Hello. How kind to ask. It depends."))
+    assert short.own("brief") > long.own("brief")
+    assert short.own("polite") < long.own("polite")
+
+
+def test_help_costs_words_and_each_detail_earns_less() -> None:
+    drawn = random.Random(0)
+    prompts = list(itertools.islice(world.prompts(0, risky=False), 2000))
+    read = [oracle.score(prompt, world.answer(prompt, drawn)).grades for prompt in prompts]
+    assert correlation([r["helpfulness"] for r in read], [r["verbosity"] for r in read]) > 0.4
+    gains = [b - a for a, b in itertools.pairwise(oracle.HELP)]
+    assert gains == sorted(gains, reverse=True)
+
+
+@pytest.mark.parametrize("strength", [-0.8, -0.4, 0.0, 0.4, 0.8])
+@pytest.mark.parametrize(
+    "axes", [("helpfulness", "harmlessness"), ("politeness", "warmth"), ("certainty", "formality")]
+)
+def test_two_axes_are_correlated_as_asked(axes: tuple[str, str], strength: float) -> None:
+    drawn = random.Random(0)
+    asked = world.Correlation(*axes, strength)
+    prompts = itertools.islice(world.prompts(0, risky=True), 2000)
+    read = [oracle.score(prompt, world.answer(prompt, drawn, asked)).grades for prompt in prompts]
+    found = correlation([r[axes[0]] for r in read], [r[axes[1]] for r in read])
+    assert abs(found - strength) < 0.18  # five grades cannot follow a normal variable all the way
+    assert abs(found) <= abs(strength) + 0.06
+
+
+def test_pairs_have_ties_and_both_unsafe_and_preferences_that_disagree() -> None:
+    made = list(world.pairs(0, 1000))
+    better, safer = ([row[f"{name}_response_id"] for row in made] for name in ("better", "safer"))
+    assert Counter(better)[None] > 100
+    assert sum(not row["is_response_0_safe"] and not row["is_response_1_safe"] for row in made) > 50
+    assert sum(a is not None and b is not None and a != b for a, b in zip(better, safer, strict=True)) > 100
+    assert (
+        0.4 < mean(better_id for better_id in better if better_id is not None) < 0.6
+    )  # the winner's side says nothing
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5])
+def test_noise_switches_that_share_of_labels(noise: float) -> None:
+    clean, noisy = (list(world.pairs(0, 2000, noise=rate)) for rate in (0.0, noise))
+    for label in ("better_response_id", "safer_response_id"):
+        both = [(a[label], b[label]) for a, b in zip(clean, noisy, strict=True) if a["prompt"] == b["prompt"]]
+        switched = mean(a != b for a, b in both if a is not None and b is not None)
+        assert len(both) == 2000
+        assert abs(switched - noise) < 0.05
+
+
+def test_ratings_are_whole_numbers_right_on_the_average() -> None:
+    made = list(world.ratings(0, 3000, risky=0.0))
+    for axis in world.RATINGS:
+        assert {row[axis] for row in made} <= {0, 1, 2, 3, 4}
+    subjects = {asked.text: asked for asked in itertools.islice(world.prompts(0, risky=False), 10_000)}
+    true = [oracle.score(subjects[row["prompt"]], row["response"]) for row in made]
+    for axis in world.RATINGS:
+        assert mean(row[axis] for row in made) == pytest.approx(4 * mean(r.grades[axis] for r in true), abs=0.06)
+
+
+def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> None:
+    texts = {
+        part: {
+            p.text for risky in (False, True) for p in itertools.islice(world.prompts(1, risky=risky, part=part), 4000)
+        }
+        for part in ("train", "dev", "test")
+    }
+    assert all(len(found) > 400 for found in texts.values())
+    assert not texts["train"] & texts["dev"] | texts["train"] & texts["test"] | texts["dev"] & texts["test"]
+    trained_on = " ".join(
+        [row["prompt"] for row in world.pairs(0, 2000)]
+        + [row["messages"][0]["content"] for row in world.conversations(0, 2000)]
+        + [row["prompt"] for row in world.ratings(0, 2000)]
+    )
+    held = (*lexicon.HELD_OUT_SUBJECTS, *lexicon.HELD_OUT_RISKS)
+    assert not [topic for topic in held if f" {topic}." in trained_on or f" {topic}?" in trained_on]
+    unseen = measure.questions(0, 50, part="train", new_topics=True)
+    assert {prompt.topic for prompt in unseen} <= set(held)
+    assert len({prompt.text for prompt in unseen}) == 100
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("demo:pair", "did you mean 'demo:pairs'"),
+        ("demo:pairs?sed=1", "did you mean 'seed'"),
+        ("demo:pairs?noise=2", "not from 0 to 1"),
+        ("demo:pairs?part=exam", "one of train, dev, test"),
+        ("demo:pairs?rows=many", "rows: "),
+        ("demo:pairs?correlate=helpfulness,verbosity,0.1", "takes two of"),
+        ("demo:pairs?correlate=helpfulness,warmth,0.9", "from -0.8 to 0.8"),
+        ("demo:conversations?noise=0.1", "no option 'noise'"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused_with_what_is(data: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        rows.load_pairs(Preference(data), held_out=0.0)
+
+
+def test_options_of_a_source_reach_the_generator() -> None:
+    asked = rows.load_pairs(
+        Preference("demo:pairs?seed=5&rows=40&risky=1&noise=0.5", "rating:-verbosity"), held_out=0.0
+    )
+    made = list(world.pairs(5, 40, risky=1.0, noise=0.5))
+    assert len(asked.train) + sum(asked.dropped.values()) == len(made)
+    for pair, row in zip(asked.train, (r for r in made if r["verbosity_0"] != r["verbosity_1"]), strict=True):
+        assert pair.chosen == row["response_0" if row["verbosity_0"] < row["verbosity_1"] else "response_1"]
+
+
+def test_the_base_is_small_well_spoken_and_undecided() -> None:
+    assert sum(file.stat().st_size for file in bases.DEMO.iterdir()) < 8e6
+    base = bases.find(recipe.Base("demo"))
+    figures = measure.measure(base.load(), base, measure.questions(7, 100, part="dev"), samples=2)
+    assert figures.well_formed > 0.95
+    assert figures.true_facts > 0.9
+    assert all(0.3 < own < 0.7 for own in figures.own.values()), figures.own
