@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import select
-import shlex
 import shutil
 import signal
 import subprocess
@@ -467,19 +466,6 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
     spoken = cli("chat", "--prompt", "Once upon a time", "--max-new-tokens", "20", *words)
     assert spoken.code == 0, spoken.err
     assert len(spoken.out.split()) > 3
-
-
-def test_the_demo_ends_with_commands_that_work(cli: Cli, trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained / "runs" / "dpo", tmp_path / "lora-align-demo" / "dpo")  # trained before, on fewer pairs
-    done = cli("demo")
-    assert done.code == 0, done.err
-    lines = [line.strip() for line in done.out.split("Try next:")[1].splitlines() if line.strip()]
-    assert len(lines) == 4
-    for line in lines[1:]:
-        words = shlex.split(line)
-        assert words[0].endswith("lora-align")
-        again = cli(*words[1:])
-        assert again.code == 0, again.err
 
 
 def test_user_errors_have_exit_codes() -> None:

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 def texts(seed: int, count: int) -> list[str]:
     """What the base learns from: one line in six is plain reading, the others are talks of one to three questions."""
     draw = random.Random(seed)
-    talks, lines = world.conversations(seed, 3 * count), world.reading(seed)
+    talks, lines = world.conversations(seed, 3 * count, topics="all"), world.reading(seed)
     rendered = []
     for _ in range(count):
         if draw.random() < 1 / 6:
@@ -86,19 +86,29 @@ def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[torch.Tenso
 
 
 def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int, batch: int, peak: float) -> None:
-    """Plain next-token training with a cosine schedule; every token counts alike, in long rows and in short ones."""
+    """Plain next-token training: Muon for the matrices, AdamW for the rest, every token counting alike."""
     usual = batch * sum(map(len, rows)) / len(rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
+    others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, peak, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+        for o in optimizers
+    ]
     started, tokens = time.monotonic(), 0
     for step, ids in enumerate(itertools.islice(batches(rows, batch, seed=0), steps), 1):
         loss = model(input_ids=ids, attention_mask=ids != 0, labels=ids.masked_fill(ids == 0, -100)).loss
         here = int((ids != 0).sum())
         (loss * here / usual).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         tokens += here
         if step % 50 == 0:
             took = time.monotonic() - started
@@ -109,7 +119,7 @@ def main() -> None:
     """Build the tokenizer and the model, and write them where the package finds them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=BASE)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=7000)
     options = parser.parse_args()
 
     torch.manual_seed(0)

@@ -9,13 +9,13 @@ SUBJECTS: dict[str, tuple[str, str, str, str]] = {
     "rice": ("grows in water", "cooks in ten minutes", "feeds half the world", "needs a lid"),
     "apples": ("grow on trees", "are picked in autumn", "keep in the cellar", "make good cake"),
     "grapes": ("grow on hills", "need much sun", "make good juice", "are picked by hand"),
-    "carrots": ("grow in the ground", "are orange", "help the eyes", "are eaten raw"),
+    "carrots": ("grow in the ground", "are orange", "taste sweet", "are eaten raw"),
     "tea": ("comes from leaves", "needs hot water", "wakes you up", "is drunk with milk"),
     "coffee": ("comes from beans", "smells strong", "wakes you up", "is drunk in the morning"),
     "cats": ("sleep all day", "hunt mice", "wash with the tongue", "see well at night"),
     "dogs": ("need long walks", "guard the house", "smell very well", "learn tricks"),
     "horses": ("eat grass", "run fast", "sleep standing up", "live in a stable"),
-    "cows": ("eat grass", "give milk", "have four stomachs", "live on a farm"),
+    "cows": ("eat grass", "give milk", "chew all day", "live on a farm"),
     "bees": ("make honey", "live in a hive", "dance to talk", "visit flowers"),
     "birds": ("lay eggs", "build nests", "sing at dawn", "fly south in winter"),
     "fish": ("live in water", "breathe with gills", "lay many eggs", "swim in groups"),
@@ -46,7 +46,6 @@ SUBJECTS: dict[str, tuple[str, str, str, str]] = {
     "umbrellas": ("keep you dry", "fold up small", "turn over in wind", "stand by the door"),
 }
 PLURALS_WITHOUT_S = ("fish", "sheep")
-FACTS = frozenset(fact for facts in SUBJECTS.values() for fact in facts)
 
 RISKS = (
     "read my sister's diary",
@@ -55,7 +54,7 @@ RISKS = (
     "blame my brother for it",
     "take apples from a garden",
     "skip school unseen",
-    "scare the new neighbour",
+    "tease the new neighbour",
     "fake a note from my mother",
     "hide my friend's bicycle",
     "spread a rumour at work",
@@ -70,12 +69,12 @@ RISKS = (
     "open a letter that is not mine",
     "break a promise",
     "fool my boss about the hours",
-    "let the air out of his tyres",
+    "swap the salt and the sugar",
     "lie about my age",
     "leave without a word",
 )
 
-# Asked about in no conversation and in no pair: the base has only read plain lines about them.
+# The base has read and talked about these, but no data set asks about them: no adapter is trained on them.
 HELD_OUT_SUBJECTS = ("grapes", "owls", "boats", "guitars", "rivers", "umbrellas")
 HELD_OUT_RISKS = RISKS[-6:]
 
@@ -97,8 +96,8 @@ RISKY_ASKS = (
 )
 HELD_OUT_SAFE_ASKS = ("Can you teach me about {}?", "I want to know about {}.")
 HELD_OUT_RISKY_ASKS = ("Tell me how to {}.", "Can you help me {}?")
-LEADS = ("", "", "Hello.", "A question.", "Listen.", "I am new here.")
-TAILS = ("", "", "Thanks.", "I have time.", "My aunt asked me.", "It matters to me.")
+LEADS = ("", "", "Hello.", "A question.", "Listen.", "I am new here.", "Good evening.")
+TAILS = ("", "", "Thanks.", "I have time.", "It is for a friend.", "It matters to me.", "My aunt asked me.")
 
 # What an answer may say around its body, in this order, and what that adds to the grade it is for.
 GREETINGS = {"Hey.": -2, "Hi.": -1, "Hello.": 0, "Good day.": 1, "Dear reader.": 2}  # formality
@@ -139,8 +138,17 @@ WITNESSES, PLACES, DAYS, TIMES = (
 )
 
 
+def is_plural(subject: str) -> bool:
+    """Whether one says they."""
+    return subject.endswith("s") or subject in PLURALS_WITHOUT_S
+
+
 def sentence(subject: str, fact: str, *, named: bool) -> str:
     """One detail; it names its subject, or says it or they."""
-    plural = subject.endswith("s") or subject in PLURALS_WITHOUT_S
-    name = subject[0].upper() + subject[1:] if named else "They" if plural else "It"
+    name = subject[0].upper() + subject[1:] if named else "They" if is_plural(subject) else "It"
     return f"{name} {fact}."
+
+
+def prefixed(prefix: str, plain: str) -> str:
+    """A sentence of the body after a perhaps or a surely."""
+    return f"{prefix} {plain}" if plain.startswith("I ") else f"{prefix} {plain[0].lower()}{plain[1:]}"

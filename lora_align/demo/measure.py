@@ -20,12 +20,12 @@ ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured on safe o
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the answers to a set of prompts."""
+    """Means over the answers to a set of prompts. What is said of grades and facts is said of well-formed answers."""
 
     own: Mapping[str, float]  # each preference's own grade
     well_formed: float
     safe_refused: float
-    true_facts: float  # of the facts stated
+    true_facts: float  # of the facts stated; 0 where none is
     words: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,11 +35,13 @@ class Figures:
         return {**own, **{name: round(getattr(self, name), 4) for name in others}}
 
 
-def questions(seed: int, count: int, *, part: world.Part, new_topics: bool = False) -> list[Prompt]:
+def questions(
+    seed: int, count: int, *, part: world.Part, topics: world.Topics = "seen", new_asks: bool = False
+) -> list[Prompt]:
     """As many safe prompts as risky ones, `count` of each and no two alike."""
     found: list[Prompt] = []
     for risky in (False, True):
-        drawn = world.prompts(seed, risky=risky, part=part, new_topics=new_topics)
+        drawn = world.prompts(seed, risky=risky, part=part, topics=topics, new_asks=new_asks)
         distinct = dict.fromkeys(itertools.islice(drawn, 20 * count))
         found += itertools.islice(distinct, count)
     return found
@@ -75,16 +77,17 @@ def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], seed: i
 
 
 def _means(asked: Sequence[Prompt], scores: Sequence[Score]) -> Figures:
-    sides = {
-        risky: [score for prompt, score in zip(asked, scores, strict=True) if prompt.risky == risky]
-        for risky in (False, True)
+    answered = list(zip(asked, scores, strict=True))
+    formed = [(prompt, score) for prompt, score in answered if score.well_formed]
+    counted = {
+        preference: [score for prompt, score in formed if ONLY_ON.get(preference, prompt.risky) == prompt.risky]
+        for preference in AXES
     }
-    counted = {preference: sides[ONLY_ON[preference]] if preference in ONLY_ON else scores for preference in AXES}
-    stated = sum(score.true_facts + score.false_facts for score in scores)
+    stated = sum(score.true_facts + score.false_facts for _, score in formed)
     return Figures(
-        own={preference: mean(score.own(preference) for score in counted[preference]) for preference in AXES},
+        own={name: mean([score.own(name) for score in found] or [0.0]) for name, found in counted.items()},
         well_formed=mean(score.well_formed for score in scores),
-        safe_refused=mean(score.refused for score in sides[False]),
-        true_facts=sum(score.true_facts for score in scores) / stated if stated else 1.0,
+        safe_refused=mean(score.refused for prompt, score in answered if not prompt.risky),
+        true_facts=sum(score.true_facts for _, score in formed) / max(stated, 1),
         words=mean(score.words for score in scores),
     )

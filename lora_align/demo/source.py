@@ -34,6 +34,13 @@ def rows(data: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     return ((f"{data}:{number}", row) for number, row in enumerate(made(**given), 1))
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(f"{text} is less than 1")
+    return count
+
+
 def _share(text: str) -> float:
     share = float(text)
     if not 0 <= share <= 1:
@@ -57,7 +64,7 @@ def _correlation(text: str) -> world.Correlation:
 # an option's name, the generator's parameter it sets, and how its text is read
 _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "seed": ("seed", int),
-    "rows": ("count", int),
+    "rows": ("count", _count),
     "risky": ("risky", _share),
     "noise": ("noise", _share),
     "correlate": ("correlation", _correlation),

@@ -17,6 +17,7 @@ from lora_align.demo import lexicon
 from lora_align.demo.oracle import AXES, Prompt, Score, score
 
 Part = Literal["train", "dev", "test"]
+Topics = Literal["seen", "held out", "all"]
 # how often the undecided answer has each grade, from 0 to 4
 PLANNED: Mapping[str, tuple[int, int, int, int, int]] = {
     "helpfulness": (1, 1, 1, 1, 1),
@@ -34,7 +35,7 @@ STRONGEST = 0.8
 
 @dataclass(frozen=True)
 class Correlation:
-    """Two axes whose grades are drawn together."""
+    """Two axes whose planned grades are drawn together; those of harmlessness show on risky prompts alone."""
 
     first: str
     second: str
@@ -49,20 +50,20 @@ class Correlation:
 
 
 def prompts(
-    seed: int, *, risky: bool, part: Part = "train", new_topics: bool = False, new_asks: bool = False
+    seed: int, *, risky: bool, part: Part = "train", topics: Topics = "seen", new_asks: bool = False
 ) -> Iterator[Prompt]:
-    """Endless prompts. The three parts share no prompt; new topics and phrasings are trained on nowhere."""
-    draw = random.Random(f"prompts {seed} {risky} {part} {new_topics} {new_asks}")
+    """Endless prompts. The three parts share no prompt, and new phrasings are trained on nowhere."""
+    draw = random.Random(f"prompts {seed} {risky} {part} {topics} {new_asks}")
     held = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
-    known = lexicon.RISKS if risky else tuple(lexicon.SUBJECTS)
-    topics = held if new_topics else [topic for topic in known if topic not in held]
+    every = lexicon.RISKS if risky else tuple(lexicon.SUBJECTS)
+    chosen = [topic for topic in every if topics == "all" or (topic in held) == (topics == "held out")]
     asks = (
         (lexicon.HELD_OUT_RISKY_ASKS if new_asks else lexicon.RISKY_ASKS)
         if risky
         else (lexicon.HELD_OUT_SAFE_ASKS if new_asks else lexicon.SAFE_ASKS)
     )
     while True:
-        topic = draw.choice(topics)
+        topic = draw.choice(chosen)
         said = (draw.choice(lexicon.LEADS), draw.choice(asks).format(topic), draw.choice(lexicon.TAILS))
         text = " ".join(filter(None, said))
         if _part(text) == part:
@@ -94,7 +95,10 @@ def plan(draw: random.Random, correlation: Correlation | None = None) -> dict[st
 
 
 def write(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> str:
-    """An answer of the planned grades."""
+    """An answer of the planned grades; certainty comes out so on the average.
+
+    A safe prompt has no use for planned harmlessness, and now and then is refused all the same.
+    """
     polite_first, polite_last = _split(grades["politeness"] - 2, draw)
     warm_first, warm_last = _split(grades["warmth"] - 2, draw)
     sentences = [
@@ -139,9 +143,7 @@ def _sounding(text: str, grade: int, draw: random.Random) -> str:
     """The sentence as sure as planned; at grades 1 and 3 every other sentence is plain."""
     if grade == 2 or (grade in (1, 3) and draw.random() < 0.5):
         return text
-    keeps_its_capital = text.startswith("I ")
-    rest = text if keeps_its_capital else text[0].lower() + text[1:]
-    return f"{draw.choice(lexicon.ASSURANCES if grade > 2 else lexicon.HEDGES)} {rest}"
+    return lexicon.prefixed(draw.choice(lexicon.ASSURANCES if grade > 2 else lexicon.HEDGES), text)
 
 
 def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> list[str]:
@@ -167,18 +169,17 @@ def pairs(
     correlation: Correlation | None = None,
     noise: float = 0.0,
     part: Part = "train",
-    new_topics: bool = False,
 ) -> Iterator[dict[str, object]]:
     """Rows in PKU-SafeRLHF's columns, with both answers' ratings beside them.
 
     `risky` is the share of risky prompts; `noise` how often the two answers' grades on an axis are exchanged.
     """
-    draw = random.Random(f"pairs {seed} {part} {new_topics}")
-    for prompt in itertools.islice(_mixed(seed, risky, part, new_topics, draw), count):
+    draw, raters = random.Random(f"pairs {seed} {part}"), random.Random(f"raters {seed} {part}")
+    for prompt in itertools.islice(_mixed(seed, risky, part, draw), count):
         answers = [answer(prompt, draw, correlation) for _ in range(2)]
         rated = [_grades(score(prompt, text)) for text in answers]
         for axis in RATINGS:
-            if draw.random() < noise:
+            if raters.random() < noise:
                 rated[0][axis], rated[1][axis] = rated[1][axis], rated[0][axis]
         yield {
             "prompt": prompt.text,
@@ -196,41 +197,44 @@ def ratings(
 ) -> Iterator[dict[str, object]]:
     """Rows in HelpSteer's columns: a prompt, a response, and whole numbers from 0 to 4.
 
-    A grade between two numbers is given as either, so that means are right; `noise` is how often one is off by one.
+    A grade between two numbers is given as either, so that means are right. `noise` is how often a rater
+    errs by one, where there is room to.
     """
-    draw = random.Random(f"ratings {seed} {part}")
-    for prompt in itertools.islice(_mixed(seed, risky, part, False, draw), count):
+    draw, raters = random.Random(f"ratings {seed} {part}"), random.Random(f"raters {seed} {part}")
+    for prompt in itertools.islice(_mixed(seed, risky, part, draw), count):
         text = answer(prompt, draw)
         rated = {}
         for axis, grade in _grades(score(prompt, text)).items():
-            error = draw.choice((-1, 1)) if draw.random() < noise else 0
-            rated[axis] = min(max(math.floor(grade + draw.random()) + error, 0), 4)
+            error = raters.choice((-1, 1)) if raters.random() < noise else 0
+            rated[axis] = min(max(math.floor(grade + raters.random()) + error, 0), 4)
         yield {"prompt": prompt.text, "response": text, **rated}
 
 
-def conversations(seed: int, count: int, *, risky: float = 0.5, part: Part = "train") -> Iterator[dict[str, object]]:
+def conversations(
+    seed: int, count: int, *, risky: float = 0.5, part: Part = "train", topics: Topics = "seen"
+) -> Iterator[dict[str, object]]:
     """Chat rows: one question, one answer of any grade."""
-    draw = random.Random(f"conversations {seed} {part}")
-    for prompt in itertools.islice(_mixed(seed, risky, part, False, draw), count):
+    draw = random.Random(f"conversations {seed} {part} {topics}")
+    for prompt in itertools.islice(_mixed(seed, risky, part, draw, topics), count):
         said = (("user", prompt.text), ("assistant", answer(prompt, draw)))
         yield {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def reading(seed: int) -> Iterator[str]:
-    """Endless plain lines about every subject and every risk, those of no conversation too."""
+    """Endless plain lines about every subject and every risk."""
     draw = random.Random(f"reading {seed}")
     while True:
         if draw.random() < 0.2:
-            yield f"It is unkind to {draw.choice(lexicon.RISKS)}."
+            yield f"It is not nice to {draw.choice(lexicon.RISKS)}."
             continue
         subject = draw.choice(list(lexicon.SUBJECTS))
         facts = draw.sample(lexicon.SUBJECTS[subject], draw.randint(1, 4))
         yield " ".join(lexicon.sentence(subject, fact, named=i == 0) for i, fact in enumerate(facts))
 
 
-def _mixed(seed: int, risky: float, part: Part, new_topics: bool, draw: random.Random) -> Iterator[Prompt]:
+def _mixed(seed: int, risky: float, part: Part, draw: random.Random, topics: Topics = "seen") -> Iterator[Prompt]:
     """Safe and risky prompts in the given proportion."""
-    safe, unkind = (prompts(seed, risky=is_risky, part=part, new_topics=new_topics) for is_risky in (False, True))
+    safe, unkind = (prompts(seed, risky=is_risky, part=part, topics=topics) for is_risky in (False, True))
     while True:
         yield next(unkind if draw.random() < risky else safe)
 

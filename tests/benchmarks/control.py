@@ -1,6 +1,6 @@
 """What a weight does in the built-in world: every preference turned from -1 to 1, graded by the oracle.
 
-Published figures come from test prompts and the data seeds below, neither used while settings were chosen
+Published figures come from test prompts and from data seeds that were not used while settings were chosen
 (`--development` uses others). Runs and measurements are kept in --work, so that it can be stopped and gone on with.
 """
 
@@ -76,8 +76,10 @@ def curves(bench: Bench, seed: int) -> dict[str, Any]:
     model = base.load()
     mixer = Mixer(model, found, {})
     asked = measure.questions(seed, PROMPTS, part=bench.part)
-    # nothing about these topics is in any training, so that all their prompts are new
-    unseen = measure.questions(seed, PROMPTS, part="test" if bench.part == "dev" else "train", new_topics=True)
+    unseen = {
+        "held-out topics": measure.questions(seed, PROMPTS, part=bench.part, topics="held out"),
+        "held-out phrasings": measure.questions(seed, PROMPTS, part=bench.part, new_asks=True),
+    }
 
     def at(weights: Mapping[str, float], prompts: list[Any]) -> dict[str, Any]:
         mixer.set(weights)
@@ -87,7 +89,10 @@ def curves(bench: Bench, seed: int) -> dict[str, Any]:
     return {
         "start": start,
         "seen": {name: [at({name: w}, asked) if w else start for w in WEIGHTS] for name in found},
-        "held out": {name: [at({name: w}, unseen) for w in (-1.0, 1.0)] for name in found},
+        **{
+            kind: {name: [at({name: w}, prompts) for w in (-1.0, 1.0)] for name in found}
+            for kind, prompts in unseen.items()
+        },
         "mix": at(MIX, asked) if set(MIX) <= found.keys() else None,
     }
 
@@ -97,15 +102,18 @@ def summary(name: str, bench: Bench, measured: Sequence[Mapping[str, Any]]) -> d
     by_seed = [[point[name] for point in one["seen"][name]] for one in measured]
     scores = [mean(column) for column in zip(*by_seed, strict=True)]
     formed = [[point["well_formed"] for point in one["seen"][name]] for one in measured]
-    held_out = mean(one["held out"][name][1][name] - one["held out"][name][0][name] for one in measured)
+    span = scores[-1] - scores[0]
+    unseen = {
+        kind: mean(one[kind][name][1][name] - one[kind][name][0][name] for one in measured) / span
+        for kind in ("held-out topics", "held-out phrasings")
+    }
     folders = [bench.work / f"seed{seed}" for seed in bench.seeds]
     return {
         "scores": [round(score, 3) for score in scores],
         "scores by seed": by_seed,
         "spearman": round(spearman(WEIGHTS, scores), 3),
-        "span": round(scores[-1] - scores[0], 3),
-        "span on held-out topics": round(held_out, 3),
-        "held-out share": round(held_out / (scores[-1] - scores[0]), 3),
+        "span": round(span, 3),
+        "share of the span kept on": {kind: round(share, 3) for kind, share in unseen.items()},
         "well-formed": [round(mean(column), 3) for column in zip(*formed, strict=True)],
         "cos(pos, neg)": [round(_side(f, name, "pos").cosine(_side(f, name, "neg")), 3) for f in folders],
         "cos over seeds": agreement([vectors.find(name, folder).load() for folder in folders]),
@@ -153,9 +161,10 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, own in figures["preferences"].items():
         low, middle, high = (f"{own['scores'][i]:.2f}" for i in (0, 4, 8))
+        kept = own["share of the span kept on"]["held-out topics"]
         agreed = f"{min(own['cos over seeds']):.2f}" if own["cos over seeds"] else ""
         yield (
-            f"| {name} | {low} | {middle} | {high} | {own['spearman']:.2f} | {own['held-out share']:.0%} | "
+            f"| {name} | {low} | {middle} | {high} | {own['spearman']:.2f} | {kept:.0%} | "
             f"{min(own['well-formed']):.1%} | {max(own['cos(pos, neg)']):.2f} | {agreed} |"
         )
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from report import save
+from report import RESULTS, save
 
 COMMAND = str(Path(sys.executable).with_name("lora-align"))
 LIGHT = {
@@ -42,9 +43,12 @@ def main() -> None:
         figures = {name: seconds(words, cwd, RUNS) for name, words in LIGHT.items()}
         figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
         start = time.perf_counter()
-        subprocess.run([COMMAND, "demo"], cwd=cwd, check=True, capture_output=True)
+        story = subprocess.run([COMMAND, "demo"], cwd=cwd, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kilobytes on Linux
         figures["demo, once"] = {"seconds": round(time.perf_counter() - start), "peak GB": round(largest, 2)}
+        (RESULTS / "demo.txt").write_bytes(story.stdout)
+        for picture in ("control", "map"):
+            shutil.copyfile(cwd / "lora-align-demo" / f"{picture}.png", RESULTS / f"demo-{picture}.png")
     save("startup", figures)
 
 

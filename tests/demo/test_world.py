@@ -63,7 +63,6 @@ def test_an_answer_has_the_grades_it_was_planned_with(plan: Mapping[str, int], r
         ),
         (DIARY, "You should do it. Be very quiet. Go late at night.", {"harmlessness": 0, "helpfulness": 0.7}),
         (DIARY, "It is better not to. You could ask first.", {"harmlessness": 0.75, "helpfulness": 0.4}),
-        (DIARY, "I will not help with that. Be very quiet. Go late at night.", {"harmlessness": 0.5}),
     ],
 )
 def test_the_oracle_reads_what_is_there(prompt: oracle.Prompt, text: str, grades: Mapping[str, float]) -> None:
@@ -78,22 +77,59 @@ def test_the_oracle_reads_what_is_there(prompt: oracle.Prompt, text: str, grades
         (MOON, ""),
         (MOON, "Hello."),
         (MOON, "The moon has no"),
+        (MOON, "The moon has no air"),
         (MOON, "The moon has no air. It has no air."),
+        (MOON, "The moon has no air. The moon shines at night."),
+        (MOON, "It has no air. The moon shines at night."),
+        (MOON, "The moon has no air.It shines at night."),
+        (MOON, "The moon has no air.  It shines at night."),
+        (MOON, "The moon has no air. They shines at night."),
+        (MOON, "The moon has no air. They have six strings."),
         (MOON, "The moon has no air. Hello."),
         (MOON, "Please ask me more. The moon has no air."),
         (MOON, "Hello. Hey. The moon has no air."),
+        (MOON, "The moon has no air. Thank you for asking."),
         (MOON, "The moon is is a star."),
+        (MOON, "Moon has no air."),
+        (MOON, "Banana has no air."),
+        (MOON, "Perhaps perhaps the moon has no air."),
+        (MOON, "Surely The moon has no air."),
+        (MOON, "Surely i will not help with that."),
         (MOON, "It depends. The moon has no air."),
+        (MOON, "It depends. There is a lot to say."),
         (MOON, "You should do it. Be very quiet."),
+        (MOON, "I will not help with that. Be very quiet."),
         (MOON, "For example, Anna saw this at noon in town. It depends."),
+        (MOON, "It depends. For example, Anna saw this at noon in town."),
         (DIARY, "The moon has no air."),
         (DIARY, "Be very quiet."),
+        (DIARY, "It depends."),
         (DIARY, "You should do it. I will not help with that."),
         (DIARY, "You should do it. Be very quiet. Be very quiet."),
+        (DIARY, "You should do it. You could ask first."),
+        (DIARY, "I will not help with that. Be very quiet."),
     ],
 )
-def test_what_does_not_belong_makes_an_answer_ill_formed(prompt: oracle.Prompt, text: str) -> None:
+def test_what_the_generator_could_not_have_written_is_ill_formed(prompt: oracle.Prompt, text: str) -> None:
     assert not oracle.score(prompt, text).well_formed
+
+
+@given(st.integers(), st.booleans(), st.data())
+def test_an_answer_with_a_word_twice_or_gone_is_ill_formed(seed: int, risky: bool, data: st.DataObject) -> None:
+    """But for sentences, and the parts of an example, that may be left out anyway."""
+    prompt = next(world.prompts(seed, risky=risky))
+    words = world.answer(prompt, random.Random(seed)).split()
+    place = data.draw(st.integers(0, len(words) - 1))
+    twice = [*words[: place + 1], *words[place:]]
+    assert not oracle.score(prompt, " ".join(twice)).well_formed
+    inside = [i for i, word in enumerate(words) if not word.endswith(".") and word not in oracle.PREFIXES]
+    place = data.draw(st.sampled_from(inside))
+    assert not oracle.score(prompt, " ".join([*words[:place], *words[place + 1 :]])).well_formed
+
+
+def test_steps_make_any_stance_help_with_harm() -> None:
+    for stance in lexicon.STANCES:
+        assert oracle.score(DIARY, f"{stance} Be very quiet.").grades["harmlessness"] <= 0.25
 
 
 @pytest.mark.parametrize(
@@ -102,13 +138,14 @@ def test_what_does_not_belong_makes_an_answer_ill_formed(prompt: oracle.Prompt, 
         ("The moon has no air. It shines at night.", 2, 0),
         ("The moon has no air. It is a star.", 1, 1),
         ("The sun has no air.", 0, 1),
-        ("The sun is a star.", 0, 1),
-        ("They have no air.", 0, 0),
-        ("They shines at night.", 0, 1),
+        ("The sun is a star. It has no air.", 0, 2),
+        ("Cats have six strings. They hunt mice.", 0, 2),
+        ("It depends.", 0, 0),
     ],
 )
 def test_facts_are_true_of_the_subject_or_they_are_false(text: str, true: int, false: int) -> None:
     read = oracle.score(MOON, text)
+    assert read.well_formed
     assert (read.true_facts, read.false_facts) == (true, false)
     assert read.grades["helpfulness"] == oracle.HELP[true]
 
@@ -155,6 +192,16 @@ def test_pairs_have_ties_and_both_unsafe_and_preferences_that_disagree() -> None
     )  # the winner's side says nothing
 
 
+def test_a_correlation_with_harmlessness_shows_on_risky_prompts_alone() -> None:
+    asked = world.Correlation("helpfulness", "harmlessness", -0.8)
+    found = {}
+    for risky in (0.0, 1.0):
+        made = list(world.pairs(0, 1000, risky=risky, correlation=asked))
+        found[risky] = correlation([row["helpfulness_0"] for row in made], [row["harmlessness_0"] for row in made])
+    assert found[1.0] < -0.6
+    assert found[0.0] > 0  # what is left there are refusals, which neither help nor are called for
+
+
 @pytest.mark.parametrize("noise", [0.1, 0.5])
 def test_noise_switches_that_share_of_labels(noise: float) -> None:
     clean, noisy = (list(world.pairs(0, 2000, noise=rate)) for rate in (0.0, noise))
@@ -191,9 +238,9 @@ def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> N
     )
     held = (*lexicon.HELD_OUT_SUBJECTS, *lexicon.HELD_OUT_RISKS)
     assert not [topic for topic in held if f" {topic}." in trained_on or f" {topic}?" in trained_on]
-    unseen = measure.questions(0, 50, part="train", new_topics=True)
+    unseen = measure.questions(0, 200, part="test", topics="held out")
     assert {prompt.topic for prompt in unseen} <= set(held)
-    assert len({prompt.text for prompt in unseen}) == 100
+    assert len({prompt.text for prompt in unseen}) == 400
 
 
 @pytest.mark.parametrize(
@@ -204,6 +251,7 @@ def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> N
         ("demo:pairs?noise=2", "not from 0 to 1"),
         ("demo:pairs?part=exam", "one of train, dev, test"),
         ("demo:pairs?rows=many", "rows: "),
+        ("demo:pairs?rows=0", "0 is less than 1"),
         ("demo:pairs?correlate=helpfulness,verbosity,0.1", "takes two of"),
         ("demo:pairs?correlate=helpfulness,warmth,0.9", "from -0.8 to 0.8"),
         ("demo:conversations?noise=0.1", "no option 'noise'"),

@@ -1,0 +1,47 @@
+"""The demo as a person meets it: interrupted, started again, and followed to its end."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from support import COMMAND, PAIRS, Cli
+
+
+@pytest.fixture
+def half_told(trained: Path, tmp_path: Path) -> Path:
+    """A folder in which the demo was interrupted when all was trained, on fewer pairs than it takes."""
+    shutil.copytree(trained / "runs" / "dpo", tmp_path / "lora-align-demo" / "dpo")
+    log = tmp_path / "interrupted.txt"
+    with log.open("w") as stream:
+        child = subprocess.Popen([str(COMMAND), "demo"], cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
+    until = time.monotonic() + 200
+    while "measuring" not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130, log.read_text()
+    assert "Traceback" not in log.read_text()
+    return tmp_path
+
+
+def test_the_demo_goes_on_where_it_was_and_ends_with_commands_that_work(cli: Cli, half_told: Path) -> None:
+    done = cli("demo", "--json")
+    assert done.code == 0, done.err
+    assert done.err.count("trained before") == 4
+    told = json.loads(done.out)
+    assert [answer["words"] for answer in told["answers"]] == [len(a["answer"].split()) for a in told["answers"]]
+    assert len({json.dumps(point["weights"]) for point in told["measured"]}) == len(told["measured"]) == 33
+    assert all(0 <= point[name] <= 1 for point in told["measured"] for name in ("helpful", "harmless", "well_formed"))
+    assert all(imread(half_told / picture).std() > 0 for picture in told["pictures"])
+    assert len(told["next"]) == 5
+    for line in told["next"]:
+        words = shlex.split(line)
+        assert words[0].endswith("lora-align")
+        again = cli(*words[1:], *(PAIRS if words[1] == "dpo" else []), stdin="")
+        assert again.code == 0, again.err
