@@ -1,7 +1,8 @@
 import pytest
 
+from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
-from lora_align.preference import parse_weights
+from lora_align.preference import Ranker, parse_weights
 
 
 def test_weights_are_read_in_order() -> None:
@@ -14,3 +15,11 @@ def test_weights_are_read_in_order() -> None:
 def test_weights_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="weights:"):
         parse_weights(text)
+
+
+def test_a_rating_can_be_better_the_lower_it_is() -> None:
+    two = Comparison((), ("long", "short"), ratings={"verbosity": (4.0, 1.0)})
+    assert two.ranked(Ranker.parse("rating:verbosity")) == Pair((), "long", "short")
+    assert two.ranked(Ranker.parse("rating:-verbosity")) == Pair((), "short", "long")
+    with pytest.raises(ValueError, match="no ranker"):
+        Ranker.parse("rating:-")

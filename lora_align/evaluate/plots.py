@@ -5,7 +5,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 INK, PALE, BROKEN = "#1f4e9c", "#b9c7e0", "#c2410c"
 COLOURS = "YlGnBu"
@@ -30,7 +29,7 @@ def control_curves(
             panel.plot(weights, seed, color=PALE, linewidth=1)
         mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
         panel.plot(weights, mean, color=INK, linewidth=2.2, marker="o", markersize=3.5, label="its own score")
-        panel.plot(weights, well_formed[name], color=BROKEN, linewidth=1, linestyle="--", label="well-formed")
+        panel.plot(weights, well_formed[name], color=BROKEN, linewidth=1, linestyle="--", label="share well-formed")
         panel.set_title(name, fontsize=10)
         _plain(panel)
     for panel in panels.flat[len(curves) :]:
@@ -54,7 +53,7 @@ def weight_map(file: Path, names: tuple[str, str], weights: Sequence[float], sco
         panel.set_yticks(range(len(weights)), labels, fontsize=8)
         panel.set_xlabel(f"weight of {names[0]}", fontsize=9)
         panel.set_ylabel(f"weight of {names[1]}", fontsize=9)
-        panel.set_title(score, fontsize=10)
+        panel.set_title(score, fontsize=10, pad=8)
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
     picture.savefig(file, dpi=150)
@@ -63,7 +62,6 @@ def weight_map(file: Path, names: tuple[str, str], weights: Sequence[float], sco
 def _plain(panel: Axes) -> None:
     """An axis from 0 to 1 without ornaments."""
     panel.set_ylim(-0.02, 1.02)
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.axvline(0, color="#dddddd", linewidth=1, zorder=0)
     panel.grid(axis="y", color="#eeeeee", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)

@@ -99,32 +99,38 @@ def curves(bench: Bench, seed: int) -> dict[str, Any]:
 
 def summary(name: str, bench: Bench, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One preference over all seeds, as the figures a reader asks for."""
-    by_seed = [[point[name] for point in one["seen"][name]] for one in measured]
-    scores = [mean(column) for column in zip(*by_seed, strict=True)]
-    formed = [[point["well_formed"] for point in one["seen"][name]] for one in measured]
-    span = scores[-1] - scores[0]
-    unseen = {
+
+    def curve(figure: str) -> list[float]:
+        """The mean of the seeds at every weight."""
+        return [mean(points) for points in zip(*_by_seed(measured, name, figure), strict=True)]
+
+    own = curve(name)
+    span = own[-1] - own[0]
+    kept = {
         kind: mean(one[kind][name][1][name] - one[kind][name][0][name] for one in measured) / span
         for kind in ("held-out topics", "held-out phrasings")
     }
     folders = [bench.work / f"seed{seed}" for seed in bench.seeds]
+    others = {other: (series := curve(other))[-1] - series[0] for other in AXES if other != name}
     return {
-        "scores": [round(score, 3) for score in scores],
-        "scores by seed": by_seed,
-        "spearman": round(spearman(WEIGHTS, scores), 3),
+        "scores": _rounded(own),
+        "scores by seed": _by_seed(measured, name, name),
+        "spearman": round(spearman(WEIGHTS, own), 3),
         "span": round(span, 3),
-        "share of the span kept on": {kind: round(share, 3) for kind, share in unseen.items()},
-        "well-formed": [round(mean(column), 3) for column in zip(*formed, strict=True)],
+        "share of the span kept on": {kind: round(share, 3) for kind, share in kept.items()},
+        "span of the others": {other: round(moved, 3) for other, moved in others.items()},
+        **{figure: _rounded(curve(figure)) for figure in ("well_formed", "safe_refused", "true_facts", "words")},
         "cos(pos, neg)": [round(_side(f, name, "pos").cosine(_side(f, name, "neg")), 3) for f in folders],
         "cos over seeds": agreement([vectors.find(name, folder).load() for folder in folders]),
-        "words": [round(mean(one["seen"][name][i]["words"] for one in measured), 1) for i in range(len(WEIGHTS))],
-        "true facts": [
-            round(mean(one["seen"][name][i]["true_facts"] for one in measured), 3) for i in range(len(WEIGHTS))
-        ],
-        "safe refused": [
-            round(mean(one["seen"][name][i]["safe_refused"] for one in measured), 3) for i in range(len(WEIGHTS))
-        ],
     }
+
+
+def _by_seed(measured: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[list[float]]:
+    return [[point[figure] for point in one["seen"][name]] for one in measured]
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def controls(bench: Bench, name: str) -> dict[str, list[float]]:
@@ -165,7 +171,7 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
         agreed = f"{min(own['cos over seeds']):.2f}" if own["cos over seeds"] else ""
         yield (
             f"| {name} | {low} | {middle} | {high} | {own['spearman']:.2f} | {kept:.0%} | "
-            f"{min(own['well-formed']):.1%} | {max(own['cos(pos, neg)']):.2f} | {agreed} |"
+            f"{min(own['well_formed']):.1%} | {max(own['cos(pos, neg)']):.2f} | {agreed} |"
         )
 
 
@@ -210,7 +216,7 @@ def draw(figures: Mapping[str, Any], measured: Sequence[Mapping[str, Any]], benc
         RESULTS / "control.png",
         WEIGHTS,
         {name: figures["preferences"][name]["scores by seed"] for name in bench.preferences},
-        {name: figures["preferences"][name]["well-formed"] for name in bench.preferences},
+        {name: figures["preferences"][name]["well_formed"] for name in bench.preferences},
     )
 
 
