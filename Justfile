@@ -21,7 +21,7 @@ fmt:
 demo:
     .venv/bin/lora-align demo
 
-# Train the built-in base from scratch (about ten minutes on two cores).
+# Train the built-in base from scratch (about half an hour on two cores).
 demo-base:
     .venv/bin/python -m lora_align.demo.build
 
@@ -29,7 +29,7 @@ demo-base:
 bench:
     .venv/bin/python tests/benchmarks/startup.py
     .venv/bin/python tests/benchmarks/packing.py
-    .venv/bin/python tests/benchmarks/control.py
+    .venv/bin/python tests/benchmarks/control.py --work .bench
 
 # The spine on a CUDA card, compared with the CPU.
 gpu-check:

@@ -57,7 +57,7 @@ def tell(runs_dir: Path, screen: Screen) -> None:
     session = _open(project, runs_dir, screen)
     answers = [answer for preference in PREFERENCES for answer in _ask(session, preference, screen)]
 
-    screen.note(f"4 · Measured: {ASKED} new questions of each kind, answers graded from 0 to 1\n")
+    screen.note(f"4 · Measured: {ASKED} prompts of each kind, all new to it; grades go from 0 to 1\n")
     measured = _measure(session, screen)
     screen.show(_told(measured))
     pictures = _draw(measured, runs_dir)
