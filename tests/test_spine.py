@@ -170,14 +170,14 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["dpo", "--pref", "helpfull"], "did you mean 'helpful'? (known: helpful, harmless, brief)"),
+        (["dpo", "--pref", "helpfull"], "did you mean 'helpful'? (known: helpful, harmless, brief, polite"),
         (["dpo"], "either --pref NAME or --all"),
         (["dpo", "--pref", "helpful", "--direction", "up"], "pos, neg or both"),
         (["dpo", "--pref", "helpful", "--direction", "pos"], "--name NEW keeps both, --force moves the old one aside"),
         (["dpo", "--pref", "helpful", "--name", "../up"], "a-z 0-9"),
         (["dpo", "--pref", "brief", "--set", "dpo.beta=-1", "--set", "dpo.x=1"], "dpo.beta"),
         (["merge", "--weights", "brief=1"], "lora-align dpo --pref brief --direction both"),
-        (["merge", "--weights", "unheard=1"], "known: brief, harmless, helpful"),
+        (["merge", "--weights", "unheard=1"], "known: brief, certain, concrete, formal, harmless"),
         (["merge", "--weights", "helpful=nan"], "expected NAME=NUMBER"),
         (["merge", "--weights", "./nowhere=1"], "no adapter in nowhere"),
         (["dpo", "--pref", "brief", "--set", "lora.targets=['nothing']", *PAIRS], "cannot be trained: Target modules"),
