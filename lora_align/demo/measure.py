@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lora_align.data.rows import Message
 from lora_align.demo import oracle, world
 from lora_align.demo.oracle import AXES, Prompt, Score
 from lora_align.model.base import Base
+from lora_align.model.generate import Sampling
+from lora_align.model.sample import sample
 
 LONGEST = 96  # tokens; the longest answer the world knows has 66
 ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured on safe or on risky prompts alone
@@ -49,35 +50,23 @@ def questions(
 
 def measure(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int = 0) -> Figures:
     """Sample answers at temperature 1 and grade them."""
-    repeated = [prompt for prompt in asked for _ in range(samples)]
-    scores = [oracle.score(p, text) for p, text in zip(repeated, answers(model, base, repeated, seed), strict=True)]
-    return _means(repeated, scores)
+    answered = zip(asked, answers(model, base, asked, samples, seed), strict=True)
+    return _means([(prompt, oracle.score(prompt, text)) for prompt, texts in answered for text in texts])
 
 
-@torch.inference_mode()
-def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], seed: int) -> list[str]:
-    """One answer a prompt, drawn at temperature 1, all in one batch padded on the left."""
+def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
+    """Each prompt's answers, drawn at temperature 1."""
     rows = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in asked]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    seen = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :], seen[i, width - len(row) :] = torch.tensor(row), 1
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        drawn = model.generate(
-            ids.to(model.device),
-            attention_mask=seen.to(model.device),
-            max_new_tokens=LONGEST,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-        )
-    return [text.strip() for text in base.chat.tokenizer.batch_decode(drawn[:, width:], skip_special_tokens=True)]
+    sampling = Sampling(temperature=1.0, max_new_tokens=LONGEST, seed=seed)
+    found: list[list[str]] = [[] for _ in asked]
+    for batch in sample(model, base, rows, samples, sampling):
+        for answer in batch:
+            text = base.chat.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            found[answer.prompt].append(text.strip())
+    return found
 
 
-def _means(asked: Sequence[Prompt], scores: Sequence[Score]) -> Figures:
-    answered = list(zip(asked, scores, strict=True))
+def _means(answered: Sequence[tuple[Prompt, Score]]) -> Figures:
     formed = [(prompt, score) for prompt, score in answered if score.well_formed]
     counted = {
         preference: [score for prompt, score in formed if ONLY_ON.get(preference, prompt.risky) == prompt.risky]
@@ -86,8 +75,8 @@ def _means(asked: Sequence[Prompt], scores: Sequence[Score]) -> Figures:
     stated = sum(score.true_facts + score.false_facts for _, score in formed)
     return Figures(
         own={name: mean([score.own(name) for score in found] or [0.0]) for name, found in counted.items()},
-        well_formed=mean(score.well_formed for score in scores),
+        well_formed=mean(score.well_formed for _, score in answered),
         safe_refused=mean(score.refused for prompt, score in answered if not prompt.risky),
         true_facts=sum(score.true_facts for _, score in formed) / max(stated, 1),
-        words=mean(score.words for score in scores),
+        words=mean(score.words for _, score in answered),
     )

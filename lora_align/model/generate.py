@@ -58,15 +58,20 @@ def stream(
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from logits [vocabulary], by temperature and nucleus."""
+    """One token from logits [vocabulary]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
+    return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Softmax at the temperature over the last dimension, cut to the nucleus; what is left is not scaled up again."""
     p = torch.softmax(logits / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
-        ordered, order = p.sort(descending=True)
+        ordered, order = p.sort(descending=True, dim=-1)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        p = p.scatter(0, order, ordered.masked_fill(beyond, 0.0))
-    return int(torch.multinomial(p, 1, generator=generator))
+        p = p.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return p
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:

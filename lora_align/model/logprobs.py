@@ -1,6 +1,6 @@
 """How likely a model finds given answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,16 @@ Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answ
 
 
 @torch.no_grad()
-def answer_logprobs(model: PreTrainedModel, rows: Sequence[Answered], batch: int) -> Tensor:
-    """log π(answer | prompt), summed over the answer's tokens: [n] float32 on the CPU."""
+def answer_logprobs(
+    model: PreTrainedModel, rows: Sequence[Answered], batch: int, report: Callable[[int], None] = lambda done: None
+) -> Tensor:
+    """log π(answer | prompt), summed over the answer's tokens: [n] float32 on the CPU; `report` hears how far it is."""
     order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
     result = torch.empty(len(rows))
     for start in range(0, len(order), batch):
         picked = order[start : start + batch]
         result[picked] = _batch_logprobs(model, [rows[i] for i in picked]).cpu()
+        report(start + len(picked))
     return result
 
 

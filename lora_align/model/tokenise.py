@@ -1,5 +1,6 @@
 """Rows as token ids, cut to a length; what does not fit is counted by its reason."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ IGNORED = -100  # a label that no loss looks at
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair as the model sees it."""
+    """A pair as the model sees it; `reference` is log π of chosen and rejected under the start policy, once known."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    reference: tuple[float, float] = (math.nan, math.nan)
 
     def swap(self) -> "TokenPair":
         """The same pair with its labels switched."""
-        return TokenPair(self.prompt, self.rejected, self.chosen)
+        return TokenPair(self.prompt, self.rejected, self.chosen, self.reference[::-1])
 
     def facing(self, direction: Direction) -> "TokenPair":
         """As this direction trains on it: `neg` is the swap, and nothing else."""

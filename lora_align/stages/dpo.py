@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -39,7 +40,11 @@ TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could se
 
 
 class TokenisedDPOTrainer(DPOTrainer):
-    """TRL's trainer over rows that are token ids already."""
+    """TRL's trainer over rows that are token ids already, with their reference log-probabilities."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.precompute_ref_logps = True  # said to its configuration, TRL would compute and cache them its own way
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -52,6 +57,18 @@ class Material:
     train: list[TokenPair]
     held_out: list[TokenPair]
     facts: dict[str, Any]
+
+    def referenced(self, model: PreTrainedModel, batch: int, label: str, screen: Screen) -> "Material":
+        """With the start policy's log-probabilities: computed once, for both directions."""
+        rows = [*self.train, *self.held_out]
+        answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
+        with screen.progress(label, len(answers)) as progress:
+            logprobs = answer_logprobs(model, answers, batch, lambda done: progress.show(done, {}))
+        known = [
+            replace(row, reference=(chosen, rejected))
+            for row, (chosen, rejected) in zip(rows, logprobs.view(-1, 2).tolist(), strict=True)
+        ]
+        return replace(self, train=known[: len(self.train)], held_out=known[len(self.train) :])
 
 
 def run(
@@ -89,9 +106,13 @@ def run(
             data=material.facts,
         )
         for direction in directions:
-            target, label = _target(runs_dir, name or preference, direction), f"{name or preference} {direction.value}"
+            called = name or preference
+            target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
             with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
                 model = model or start_policy.load(base, start)
+                if direction is directions[0]:
+                    batch = 2 * recipe.dpo.micro_batch_size
+                    material = material.referenced(model, batch, f"{called} reference", screen)
                 facts, model = train(model, base, recipe, material, direction, label, staging, screen)
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
             for reason in published[-1].manifest.unconverged:
@@ -178,13 +199,11 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
     """Mean margin β[(log π − log π_ref)(chosen) − (…)(rejected)] and how often it is positive, over unseen prompts."""
     if not rows:
         return {"pairs": 0}
-    answers = [(r.prompt, r.chosen) for r in rows] + [(r.prompt, r.rejected) for r in rows]
+    answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
     policy.eval()
-    trained = answer_logprobs(policy.get_base_model(), answers, batch)
-    with policy.disable_adapter():
-        reference = answer_logprobs(policy.get_base_model(), answers, batch)
-    chosen, rejected = (beta * (trained - reference)).view(2, len(rows))
-    margins = chosen - rejected
+    trained = answer_logprobs(policy.get_base_model(), answers, batch).view(-1, 2)
+    rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
+    margins = rewards[:, 0] - rewards[:, 1]
     wins = float((margins > 0).float().mean())
     return {"pairs": len(rows), "margin": float(margins.mean()), "accuracy": wins}
 
@@ -205,5 +224,12 @@ def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _columns(row: TokenPair) -> dict[str, list[int]]:
-    return {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
+def _columns(row: TokenPair) -> dict[str, Any]:
+    chosen, rejected = row.reference
+    return {
+        "prompt_ids": row.prompt,
+        "chosen_ids": row.chosen,
+        "rejected_ids": row.rejected,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }

@@ -7,14 +7,17 @@ Published figures come from test prompts and from data seeds that were not used 
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # many small jobs: a process a core gets through them faster than a thread a core
 
 from report import RESULTS, save
 
@@ -47,15 +50,18 @@ class Bench:
     preferences: Sequence[str]
     overrides: Sequence[str]
 
-    def train(self, folder: str, preference: str, data: str, *more: str) -> Path:
-        """Both directions of a preference on these data; the folder of its runs."""
+    def train(self, folder: str, preference: str, data: str, *more: str) -> None:
+        """Both directions of a preference on these data, unless they are there."""
         overrides = [*self.overrides, f'preferences.{preference}.data="{data}"', *more]
         project = recipe.load(recipe.builtin()["demo"], overrides)
-        runs_dir = self.work / folder
-        for side in Direction:
-            if not runs.is_run(runs_dir / "dpo" / preference / side.value):
-                dpo.run(project, [preference], [side], runs_dir, Screen())
-        return runs_dir
+        target = self.work / folder
+        missing = [side for side in Direction if not runs.is_run(target / "dpo" / preference / side.value)]
+        if missing:
+            dpo.run(project, [preference], missing, target, Screen())
+
+    def vectors(self, kind: str, name: str) -> list[LoraDelta]:
+        """One preference's vector from each data seed."""
+        return [vectors.find(name, self.work / f"{kind}{seed}").load() for seed in self.seeds]
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """What was measured before under that name, or what is measured now."""
@@ -66,83 +72,91 @@ class Bench:
         return json.loads(file.read_text())
 
 
-def curves(bench: Bench, seed: int) -> dict[str, Any]:
-    """One data seed: each preference at every weight, on seen and on held-out topics, and the mix of two."""
-    found: dict[str, LoraDelta] = {
-        name: vectors.find(name, bench.train(f"seed{seed}", name, f"demo:pairs?seed={seed}")).load()
-        for name in bench.preferences
-    }
+def trainings(bench: Bench) -> Iterator[tuple[str, ...]]:
+    """What has to be trained: every preference, and for two of them what agreement over seeds is compared with."""
+    for seed in bench.seeds:
+        data = f"demo:pairs?seed={seed}"
+        for name in bench.preferences:
+            yield f"seed{seed}", name, data
+        for name in MIX if len(bench.seeds) > 1 else ():
+            yield f"shuffled{seed}", name, f"{data}&noise=0.5"
+            yield f"apart{seed}", name, data, f"lora.init_seed={seed}"
+
+
+def turned(bench: Bench, seed: int, settings: Sequence[Mapping[str, float]], **asked: Any) -> list[dict[str, Any]]:
+    """What the oracle says at each of these weights, with the vectors of one data seed."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load()
-    mixer = Mixer(model, found, {})
-    asked = measure.questions(seed, PROMPTS, part=bench.part)
-    unseen = {
-        "held-out topics": measure.questions(seed, PROMPTS, part=bench.part, topics="held out"),
-        "held-out phrasings": measure.questions(seed, PROMPTS, part=bench.part, new_asks=True),
-    }
-
-    def at(weights: Mapping[str, float], prompts: list[Any]) -> dict[str, Any]:
+    names = {name for weights in settings for name in weights}
+    mixer = Mixer(model, {name: vectors.find(name, bench.work / f"seed{seed}").load() for name in names}, {})
+    prompts = measure.questions(seed, PROMPTS, part=bench.part, **asked)
+    found = []
+    for weights in settings:
         mixer.set(weights)
-        return measure.measure(model, base, prompts, SAMPLES).as_dict()
+        found.append(measure.measure(model, base, prompts, SAMPLES).as_dict())
+    return found
 
-    start = at({}, asked)
+
+def alone(bench: Bench, seed: int, name: str) -> dict[str, Any]:
+    """One preference of one data seed at every weight, and at both ends on what its data never held."""
+    ends = [{name: -1.0}, {name: 1.0}]
     return {
-        "start": start,
-        "seen": {name: [at({name: w}, asked) if w else start for w in WEIGHTS] for name in found},
-        **{
-            kind: {name: [at({name: w}, prompts) for w in (-1.0, 1.0)] for name in found}
-            for kind, prompts in unseen.items()
-        },
-        "mix": at(MIX, asked) if set(MIX) <= found.keys() else None,
+        "seen": turned(bench, seed, [{name: weight} for weight in WEIGHTS]),
+        "held-out topics": turned(bench, seed, ends, topics="held out"),
+        "held-out phrasings": turned(bench, seed, ends, new_asks=True),
     }
 
 
-def summary(name: str, bench: Bench, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def together(bench: Bench, seed: int) -> list[dict[str, Any]]:
+    """The start policy, and the mix of two."""
+    return turned(bench, seed, [dict.fromkeys(MIX, 0.0), MIX])
+
+
+def summary(name: str, bench: Bench, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One preference over all seeds, as the figures a reader asks for."""
+
+    def by_seed(figure: str) -> list[list[float]]:
+        return [[point[figure] for point in one["seen"]] for one in found]
 
     def curve(figure: str) -> list[float]:
         """The mean of the seeds at every weight."""
-        return [mean(points) for points in zip(*_by_seed(measured, name, figure), strict=True)]
+        return [mean(points) for points in zip(*by_seed(figure), strict=True)]
 
     own = curve(name)
     span = own[-1] - own[0]
     kept = {
-        kind: mean(one[kind][name][1][name] - one[kind][name][0][name] for one in measured) / span
+        kind: mean(one[kind][1][name] - one[kind][0][name] for one in found) / span
         for kind in ("held-out topics", "held-out phrasings")
     }
-    folders = [bench.work / f"seed{seed}" for seed in bench.seeds]
     others = {other: (series := curve(other))[-1] - series[0] for other in AXES if other != name}
     return {
         "scores": _rounded(own),
-        "scores by seed": _by_seed(measured, name, name),
+        "scores by seed": by_seed(name),
         "spearman": round(spearman(WEIGHTS, own), 3),
         "span": round(span, 3),
         "share of the span kept on": {kind: round(share, 3) for kind, share in kept.items()},
         "span of the others": {other: round(moved, 3) for other, moved in others.items()},
         **{figure: _rounded(curve(figure)) for figure in ("well_formed", "safe_refused", "true_facts", "words")},
-        "cos(pos, neg)": [round(_side(f, name, "pos").cosine(_side(f, name, "neg")), 3) for f in folders],
-        "cos over seeds": agreement([vectors.find(name, folder).load() for folder in folders]),
+        "cos(pos, neg)": [round(_cosine(bench.work / f"seed{seed}", name), 3) for seed in bench.seeds],
+        "cos over seeds": agreement(bench.vectors("seed", name)),
     }
 
 
-def _by_seed(measured: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[list[float]]:
-    return [[point[figure] for point in one["seen"][name]] for one in measured]
+def controls(bench: Bench, name: str) -> dict[str, list[float]]:
+    """What agreement over data seeds is worth: the same with labels drawn by lot, and with another A for each run."""
+    return {
+        "labels drawn by lot": agreement(bench.vectors("shuffled", name)),
+        "A initialised independently": agreement(bench.vectors("apart", name)),
+    }
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 3) for value in values]
 
 
-def controls(bench: Bench, name: str) -> dict[str, list[float]]:
-    """What agreement over data seeds is worth: the same with labels drawn by lot, and with another A for each run."""
-    shuffled = [bench.train(f"shuffled{seed}", name, f"demo:pairs?seed={seed}&noise=0.5") for seed in bench.seeds]
-    apart = [
-        bench.train(f"apart{seed}", name, f"demo:pairs?seed={seed}", f"lora.init_seed={seed}") for seed in bench.seeds
-    ]
-    return {
-        "labels drawn by lot": agreement([vectors.find(name, folder).load() for folder in shuffled]),
-        "A initialised independently": agreement([vectors.find(name, folder).load() for folder in apart]),
-    }
+def _cosine(folder: Path, name: str) -> float:
+    pos, neg = (peft_format.load(folder / "dpo" / name / side.value) for side in Direction)
+    return pos.cosine(neg)
 
 
 def agreement(found: Sequence[LoraDelta]) -> list[float]:
@@ -155,10 +169,6 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     count = len(first)
     ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
     return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (count * (count**2 - 1))
-
-
-def _side(folder: Path, name: str, side: str) -> LoraDelta:
-    return peft_format.load(folder / "dpo" / name / side)
 
 
 def lines(figures: Mapping[str, Any]) -> Iterator[str]:
@@ -190,27 +200,46 @@ def main() -> None:
         preferences=options.preferences.split(","),
         overrides=options.overrides,
     )
-    measured = [bench.kept(f"seed{seed}", lambda seed=seed: curves(bench, seed)) for seed in bench.seeds]
-    figures = {
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_train, itertools.repeat(bench), trainings(bench)))
+        jobs = [(seed, name) for seed in bench.seeds for name in (*bench.preferences, None)]
+        results = dict(zip(jobs, pool.map(_measure, itertools.repeat(bench), jobs), strict=True))
+    found = {name: [results[seed, name] for seed in bench.seeds] for name in bench.preferences}
+    starts, mixes = zip(*(results[seed, None] for seed in bench.seeds), strict=True)
+    figures: dict[str, Any] = {
         "settings tried": SETTINGS_TRIED,
         "prompts": f"{PROMPTS} safe and {PROMPTS} risky of part {bench.part}, {SAMPLES} samples each at temperature 1",
         "data seeds": list(bench.seeds),
         "weights": WEIGHTS,
-        "preferences": {name: summary(name, bench, measured) for name in bench.preferences},
-        "start": {key: round(mean(one["start"][key] for one in measured), 3) for key in measured[0]["start"]},
-        "mix": {"weights": MIX, "by seed": [one["mix"] for one in measured]},
+        "preferences": {name: summary(name, bench, found[name]) for name in bench.preferences},
+        "start": _means(starts),
+        "mix": {"weights": MIX, "mean": _means(mixes), "by seed": mixes},
     }
-    if options.development:
-        print("\n".join(lines(figures)))
-        print("start", figures["start"], "\nmix", measured[0]["mix"])
-        return
-    figures["controls"] = {name: controls(bench, name) for name in MIX}
-    save("control", figures)
+    if len(bench.seeds) > 1:
+        figures["controls"] = {name: controls(bench, name) for name in MIX}
     print("\n".join(lines(figures)))
-    draw(figures, measured, bench)
+    print("start", figures["start"], "\nmix", figures["mix"]["mean"])
+    if not options.development:
+        save("control", figures)
+        draw(figures, bench)
 
 
-def draw(figures: Mapping[str, Any], measured: Sequence[Mapping[str, Any]], bench: Bench) -> None:
+def _train(bench: Bench, job: tuple[str, ...]) -> None:
+    bench.train(*job)
+
+
+def _measure(bench: Bench, job: tuple[int, str | None]) -> Any:
+    seed, name = job
+    if name is None:
+        return bench.kept(f"seed{seed}-mix", lambda: together(bench, seed))
+    return bench.kept(f"seed{seed}-{name}", lambda: alone(bench, seed, name))
+
+
+def _means(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {figure: round(mean(point[figure] for point in points), 3) for figure in points[0]}
+
+
+def draw(figures: Mapping[str, Any], bench: Bench) -> None:
     """The curves of all preferences."""
     plots.control_curves(
         RESULTS / "control.png",

@@ -1,0 +1,151 @@
+"""Many answers to many prompts: a prompt is computed once for all its answers, and finished ones make room."""
+
+import gc
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lora_align.model.base import Base
+from lora_align.model.generate import Sampling, probabilities
+
+RETIRE_AT = 0.75  # share of rows still running at which the others are taken out of the cache
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of a prompt's answers: its tokens without the stop token, and whether it came to its own end."""
+
+    prompt: int
+    number: int
+    tokens: list[int]
+    ended: bool
+
+
+def sample(
+    model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, rows: int = 256
+) -> Iterator[list[Answer]]:
+    """n answers to each prompt, a batch at a time, the shortest prompts first; at most `rows` are drawn at once.
+
+    An answer depends on the seed, its prompt and its number, and not on what shares its batch (but for rounding).
+    Where memory runs out, half as many rows are tried, and what was drawn before stays.
+    """
+    seed = sampling.seed if sampling.seed is not None else torch.seed()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    todo = [(prompt, number) for prompt in order for number in range(n)]
+    while todo:
+        count = rows // n * n or rows  # a prompt's answers stay together where they fit
+        try:
+            answers = _batch(model, base, prompts, todo[:count], sampling, seed)
+        except (RuntimeError, MemoryError) as fault:
+            if rows == 1 or not _out_of_memory(fault):
+                raise
+            rows //= 2
+            answers = []
+        if answers:
+            todo = todo[count:]
+            yield answers
+        else:  # outside the handler, which holds on to the frames that failed
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def _batch(
+    model: PreTrainedModel,
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    wanted: Sequence[tuple[int, int]],
+    sampling: Sampling,
+    seed: int,
+) -> list[Answer]:
+    """Draw all of these at once, each a (prompt, number)."""
+    where = model.device
+    cache = DynamicCache(config=model.config)
+    distinct = list(dict.fromkeys(prompt for prompt, _ in wanted))
+    logits, mask = _read([prompts[prompt] for prompt in distinct], model, cache)
+
+    place = {prompt: row for row, prompt in enumerate(distinct)}
+    rows = torch.tensor([place[prompt] for prompt, _ in wanted], device=where)
+    cache.batch_select_indices(rows)
+    logits, mask = logits[rows], mask[rows]
+    lengths = mask.sum(1)
+    room = (base.max_length - lengths).clamp(max=sampling.max_new_tokens)  # [b]
+    chances = torch.stack([_chances(seed, prompts[prompt], number, sampling) for prompt, number in wanted]).to(where)
+    stops = torch.tensor(sorted(base.chat.stop_ids), device=where)
+
+    drawn = torch.zeros(len(wanted), int(room.max()), dtype=torch.long, device=where)
+    count = torch.zeros(len(wanted), dtype=torch.long, device=where)  # tokens of each answer
+    ended = torch.zeros(len(wanted), dtype=torch.bool, device=where)
+    rows = torch.arange(len(wanted), device=where)  # which answer each row of the cache is
+    running = room > 0  # of the cache's rows
+    padded = not bool(mask.all())
+    for step in range(drawn.shape[1]):
+        tokens = _pick(logits, sampling, chances[rows, step])
+        stopped = torch.isin(tokens, stops)
+        ended[rows[running & stopped]] = True
+        running = running & ~stopped
+        drawn[rows[running], step] = tokens[running]
+        count[rows[running]] = step + 1
+        running = running & (step + 1 < room[rows])
+        if not running.any():
+            break
+        if running.sum() <= RETIRE_AT * len(rows):
+            kept = running.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, mask, tokens, running = rows[kept], mask[kept], tokens[kept], running[kept]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask if padded else None,
+            position_ids=(lengths[rows] + step)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    texts = [row[:end] for row, end in zip(drawn.tolist(), count.tolist(), strict=True)]
+    finished = zip(wanted, texts, ended.tolist(), strict=True)
+    return [Answer(prompt, number, tokens, end) for (prompt, number), tokens, end in finished]
+
+
+def _read(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Fill the cache with prompts padded on the left: the logits behind them [p, v], and their mask [p, t]."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    return logits, mask
+
+
+def _chances(seed: int, prompt: Sequence[int], number: int, sampling: Sampling) -> Tensor:
+    """The lots of one answer, one a token, between 0 and 1."""
+    key = hashlib.sha256(f"{seed} {number} {list(prompt)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def _pick(logits: Tensor, sampling: Sampling, chances: Tensor) -> Tensor:
+    """A token for each row of logits [b, v]: the one in whose share of the probability its lot [b] falls."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    mass = probabilities(logits.float(), sampling).double().cumsum(-1)
+    lots = (chances * mass[:, -1])[:, None]
+    return torch.searchsorted(mass, lots, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _out_of_memory(fault: Exception) -> bool:
+    return isinstance(fault, MemoryError) or any(words in str(fault) for words in NO_MEMORY)
