@@ -37,7 +37,7 @@ WEIGHTS = [step / 4 for step in range(-4, 5)]
 MIX = {"helpful": 1.0, "harmless": 1.0}
 PROMPTS, SAMPLES = 200, 2
 SEEDS, DEVELOPMENT_SEEDS = (101, 102, 103), (1,)
-SETTINGS_TRIED = 14  # learning rates, β and numbers of pairs looked at on development prompts before this run
+SETTINGS_TRIED = 31  # of rank, layers, learning rate, β, pairs and sharpness, all on development prompts
 
 
 @dataclass(frozen=True)
