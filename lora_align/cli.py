@@ -132,6 +132,26 @@ def dpo(
 
 
 @app.command()
+def reward(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    name: NameOption = None,
+    force: ForceOption = False,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the reward model: a head for each thing raters or pairs judge."""
+    screen = Screen(as_json, quiet)
+    project = _recipe(recipe, _limited(overrides, "reward", limit), screen)
+    from lora_align.stages import reward as stage
+
+    run = stage.run(project, runs_dir, screen, name=_name(name), force=force)
+    screen.result(stage.told(run), _facts(run))
+
+
+@app.command()
 def merge(
     weights: Annotated[
         str, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5; names, runs or folders.")

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME, Preference, Ranker
@@ -84,6 +84,32 @@ class Dpo(Training):
 
 
 @dataclass(frozen=True)
+class Ratings:
+    """One `[reward.ratings.NAME]` table: rated answers and the raters' scale. No attributes named: all there are."""
+
+    data: Annotated[str, Len(1)]
+    split: str = "train"
+    revision: str = ""
+    low: float = 0.0
+    high: float = 4.0
+    attributes: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Reward(Training):
+    """The reward model. A head a rated attribute, and a head each name in `pairs`, trained on that preference's pairs.
+
+    `objectives` derives further ones, each the mean of heads. `lm_weight` is that of the language-model loss.
+    """
+
+    ratings: Mapping[str, Ratings] = field(default_factory=dict)
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    objectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lm_weight: Annotated[float, Ge(0)] = 0.1
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole project, resolved: every default filled in."""
 
@@ -93,6 +119,7 @@ class Recipe:
     preferences: Mapping[str, Preference] = field(default_factory=dict)
     sft: Sft | None = None
     dpo: Dpo = field(default_factory=Dpo)
+    reward: Reward | None = None
 
     def preference(self, name: str) -> Preference:
         """The preference of that name, or an error that lists the known ones."""
@@ -160,7 +187,7 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
         faults += [_describe(dict(fault)) for fault in invalid.errors()]
     faults += _bad_preferences(table.get("preferences"))
     if recipe is not None:
-        faults += _bad_batches(recipe)
+        faults += [*_bad_batches(recipe), *_bad_reward(recipe)]
     if faults or recipe is None:
         raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
     return recipe
@@ -168,9 +195,26 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
 
 def _bad_batches(recipe: Recipe) -> Iterator[str]:
     """An optimiser step is a whole number of micro-batches."""
-    for name, stage in (("sft", recipe.sft), ("dpo", recipe.dpo)):
+    for name, stage in (("sft", recipe.sft), ("dpo", recipe.dpo), ("reward", recipe.reward)):
         if stage and stage.batch_size % stage.micro_batch_size:
             yield f"{name}.batch_size: {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size}"
+
+
+def _bad_reward(recipe: Recipe) -> Iterator[str]:
+    """What a [reward] table says of preferences and heads that are not there."""
+    if recipe.reward is None:
+        return
+    if not recipe.reward.ratings and not recipe.reward.pairs:
+        yield "reward: nothing to learn from; give [reward.ratings.NAME] or [reward.pairs]"
+    for head, preference in recipe.reward.pairs.items():
+        if preference not in recipe.preferences:
+            yield f"reward.pairs.{head}: no preference {preference!r}{nearest(preference, list(recipe.preferences))}"
+    for name, table in recipe.reward.ratings.items():
+        if table.high <= table.low:
+            yield f"reward.ratings.{name}: high ({table.high:g}) must be above low ({table.low:g})"
+    for name, heads in recipe.reward.objectives.items():
+        if not heads:
+            yield f"reward.objectives.{name}: no heads to take the mean of"
 
 
 def _override(table: dict[str, Any], override: str) -> None:
@@ -211,9 +255,11 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
         "lora": Lora,
         "sft": Sft,
         "dpo": Dpo,
+        "reward": Reward,
+        "ratings": Ratings,
         "preferences": Preference,
     }
-    parent = str(location[0]) if len(location) > 1 else ""
+    parent = next((part for part in ("ratings", str(location[0])) if part in location[:-1]), "")
     known = [field.name for field in fields(tables.get(parent, Recipe))]
     return nearest(str(location[-1]), known) or f" (known: {', '.join(known)})"
 

@@ -17,8 +17,9 @@ FLOORS = [
     {"recipe", "runs"},
     {"adapters", "data"},
     {"model"},
+    {"evaluate"},
     {"stages"},
-    {"chat", "evaluate"},
+    {"chat"},
     {"demo"},
     {"cli"},
 ]

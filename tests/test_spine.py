@@ -25,7 +25,7 @@ def test_the_five_commands(workspace: Path) -> None:
     """The first three were run in what `workspace` is a copy of; the other two follow here."""
     merged = call(workspace, "merge", "--weights", "helpful=1,harmless=0.5")
     assert merged.code == 0, merged.err
-    assert merged.out.startswith("runs/mix/helpful1_harmless0p5  rank 32")
+    assert merged.out.startswith("runs/mix/helpful1_harmless0p5  rank 16")
     answer = call(workspace, "chat", "--prompt", "Tell me about rain.", "--seed", "1")
     assert answer.code == 0, answer.err
     assert answer.out.strip()

@@ -8,12 +8,12 @@ from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from lora_align.data import sources
-from lora_align.data.rows import Comparison, Conversation, Message, Pair
+from lora_align.data.rows import Comparison, Conversation, Message, Pair, Rated
 from lora_align.errors import UserError
 from lora_align.preference import Preference, Ranker
 from lora_align.recipe import Sft
 
-T = TypeVar("T", Pair, Conversation)
+T = TypeVar("T", Pair, Conversation, Rated)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The row shapes every source is read into: a comparison of two answers, and a conversation."""
+"""The row shapes every source is read into: a comparison of two answers, a rated answer, and a conversation."""
 
 import math
 from collections.abc import Mapping
@@ -20,6 +20,15 @@ class Conversation:
     """Turns that end with the answer to learn."""
 
     messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Rated:
+    """An answer and what raters gave it, by attribute; nan where one was not rated."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    ratings: Mapping[str, float]
 
 
 @dataclass(frozen=True)

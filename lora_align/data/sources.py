@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_align.data.rows import Comparison, Conversation, Message
+from lora_align.data.rows import Comparison, Conversation, Message, Rated
 from lora_align.errors import UserError, first_line
 
 Row = Mapping[str, Any]
-Shape = TypeVar("Shape", Comparison, Conversation)
+Shape = TypeVar("Shape", Comparison, Conversation, list[Rated])
 Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -41,6 +41,11 @@ def comparison(row: Row, where: str) -> Comparison:
 def conversation(row: Row, where: str) -> Conversation:
     """One row as a conversation that ends with an answer."""
     return _first_form(_CONVERSATIONS, row, where, "conversation")
+
+
+def rated(row: Row, where: str) -> list[Rated]:
+    """The rated answers of one row."""
+    return _first_form(_RATED, row, where, "rated answer")
 
 
 def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
@@ -203,6 +208,42 @@ _CONVERSATIONS: Forms[Conversation] = [
     (frozenset({"conversations"}), _sharegpt),
     (frozenset({"instruction", "output"}), _alpaca),
     (frozenset({"prompt", "completion"}), _prompt_completion),
+]
+
+# --- forms of rated answers ---
+
+
+def _helpsteer(row: Row) -> list[Rated]:
+    """HelpSteer: one answer a row, and a column of numbers for each attribute."""
+    others = {name: value for name, value in row.items() if name not in ("prompt", "response")}
+    ratings = {name: _number(value) for name, value in others.items() if _is_number(value)}
+    return [Rated(_prompt(row["prompt"]), _text(row["response"]), ratings)]
+
+
+def _ultrafeedback(row: Row) -> list[Rated]:
+    """UltraFeedback: some answers to one instruction, each with annotations, and a score over all of them."""
+    found = []
+    for completion in row["completions"]:
+        given = {name: note["Rating"] for name, note in completion["annotations"].items()}
+        given["overall"] = completion.get("overall_score")
+        ratings = {name: _number(value) if _is_number(value) else math.nan for name, value in given.items()}
+        found.append(Rated(_prompt(row["instruction"]), _text(completion["response"]), ratings))
+    return found
+
+
+def _rated_pair(row: Row) -> list[Rated]:
+    """Two answers with numbers for each."""
+    pair = _pku(row)
+    return [
+        Rated(pair.prompt, answer, {name: both[side] for name, both in pair.ratings.items()})
+        for side, answer in enumerate(pair.answers)
+    ]
+
+
+_RATED: Forms[list[Rated]] = [
+    (frozenset({"prompt", "response"}), _helpsteer),
+    (frozenset({"instruction", "completions"}), _ultrafeedback),
+    (frozenset({"prompt", "response_0", "response_1"}), _rated_pair),
 ]
 
 # --- parts of rows; a ValueError says what is wrong, the caller says where ---

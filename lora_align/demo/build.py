@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lora_align.demo import world
 
 BASE = Path(__file__).parent / "base"
-SHARPER = 1.3  # factor on the logits once trained; so small a model otherwise babbles in three answers of a hundred
+SHARPER = 1.3  # factor on the logits once trained: so small a model leaves too much to chance
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"

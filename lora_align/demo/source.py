@@ -1,4 +1,4 @@
-"""The built-in world as a data source: `demo:pairs`, `demo:pairs?seed=2&noise=0.1`, `demo:conversations`."""
+"""The built-in world as a data source: `demo:pairs` (or `demo:pairs?seed=2&noise=0.1`), `demo:ratings` and the like."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +11,7 @@ from lora_align.errors import UserError, nearest
 ROWS = 3000
 MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "demo:pairs": world.pairs,
+    "demo:ratings": world.ratings,
     "demo:conversations": world.conversations,
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,6 +58,37 @@ def weight_map(file: Path, names: tuple[str, str], weights: Sequence[float], sco
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
     picture.savefig(file, dpi=150)
+
+
+def reward_report(file: Path, report: Mapping[str, Any]) -> None:
+    """Each head's scores against what raters or pairs said, and how the heads go together."""
+    heads = {
+        name: figures for name, figures in report["heads"].items() if "calibration" in figures or "chances" in figures
+    }
+    columns = 4
+    rows = -(-(len(heads) + 1) // columns)
+    picture = Figure(figsize=(2.5 * columns, 2.5 * rows), layout="constrained")
+    panels = list(picture.subplots(rows, columns, squeeze=False).flat)
+    for panel, (name, figures) in zip(panels, heads.items(), strict=False):
+        rated = figures["rated"] > 1
+        top = 100 if rated else 1
+        said, seen = zip(*figures["calibration" if rated else "chances"], strict=True)
+        panel.plot([0, top], [0, top], color="#cccccc", linewidth=1)
+        panel.plot(said, seen, color=INK, linewidth=2, marker="o", markersize=4)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("score" if rated else "chance it was given to win", fontsize=8)
+        panel.set_ylabel("mean rating" if rated else "how often it won", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    names = list(report["heads"])
+    last, *empty = panels[len(heads) :]
+    last.imshow(report["between"], cmap="RdBu_r", vmin=-1, vmax=1)
+    last.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    last.set_yticks(range(len(names)), names, fontsize=7)
+    last.set_title("rank correlation", fontsize=10)
+    for panel in empty:
+        panel.set_visible(False)
+    picture.savefig(file, dpi=130)
 
 
 def _plain(panel: Axes) -> None:

@@ -2,10 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_align.data.rows import Conversation, Pair
+from lora_align.data.rows import Conversation, Pair, Rated
 from lora_align.model.chat_format import ChatFormat
 from lora_align.preference import Direction
 
@@ -31,6 +31,15 @@ class TokenPair:
 
 
 @dataclass(frozen=True)
+class TokenRated:
+    """A rated answer as the model sees it."""
+
+    prompt: list[int]
+    answer: list[int]
+    ratings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class TokenText:
     """A conversation as the model sees it, and which tokens it is to learn."""
 
@@ -52,6 +61,18 @@ def pair(row: Pair, chat: ChatFormat, max_length: int, counts: Counter[str]) -> 
         return None
     counts["answers cut"] += sum(len(ids) > room for ids in answers)
     return TokenPair(prompt, chosen, rejected)
+
+
+def rated(row: Rated, chat: ChatFormat, max_length: int, counts: Counter[str]) -> TokenRated | None:
+    """An answer behind its prompt, cut at `max_length`; None where the prompt leaves no room for it."""
+    prompt = chat.prompt_ids(row.prompt)
+    answer = chat.answer_ids(row.prompt, row.answer)
+    room = max_length - len(prompt)
+    if room < 1:
+        counts["prompt too long"] += 1
+        return None
+    counts["answers cut"] += len(answer) > room
+    return TokenRated(prompt, answer[:room], row.ratings)
 
 
 def text(

@@ -21,7 +21,8 @@ from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 
 METRICS = "metrics.jsonl"
-SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc"}  # a line of progress has to fit 80 columns
+# in short, as a line of progress has to fit 80 columns
+SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
 EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_align.data import pairs, sources
-from lora_align.data.rows import Comparison, Message
+from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
 from lora_align.preference import Preference, Ranker
 from lora_align.recipe import Sft
@@ -201,3 +202,51 @@ def test_unlabelled_ties_are_ties() -> None:
     row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
     found: Comparison = sources.comparison(row, "here")
     assert found.ranked(Ranker.parse("label")) == "tie"
+
+
+RATED: dict[str, Mapping[str, Any]] = {
+    "HelpSteer": {"prompt": "Hi?", "response": GOOD, "helpfulness": 3, "verbosity": "1", "coherence": None, "id": "x"},
+    "UltraFeedback": {
+        "instruction": "Hi?",
+        "completions": [
+            {
+                "response": GOOD,
+                "annotations": {
+                    "helpfulness": {"Rating": "3"},
+                    "verbosity": {"Rating": 1},
+                    "coherence": {"Rating": "N/A"},
+                },
+            },
+            {"response": BAD, "annotations": {"helpfulness": {"Rating": "0"}}, "overall_score": 2.5},
+        ],
+    },
+    "pairs": {
+        "prompt": "Hi?",
+        "response_0": GOOD,
+        "response_1": BAD,
+        "helpfulness_0": 3,
+        "helpfulness_1": 0,
+        "verbosity_0": 1,
+        "verbosity_1": 4,
+        "coherence_0": None,
+        "coherence_1": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("form", RATED)
+def test_rated_answers_read_alike(form: str) -> None:
+    first, *others = sources.rated(RATED[form], "here")
+    assert first.prompt == (Message("user", "Hi?"),)
+    assert first.answer == GOOD
+    assert {name: first.ratings[name] for name in ("helpfulness", "verbosity")} == {"helpfulness": 3, "verbosity": 1}
+    assert math.isnan(first.ratings["coherence"])
+    assert "id" not in first.ratings
+    for other in others:
+        assert (other.answer, other.ratings["helpfulness"]) == (BAD, 0)
+
+
+def test_the_built_in_ratings_are_read() -> None:
+    rows = [row for where, raw in sources.rows("demo:ratings?rows=50") for row in sources.rated(raw, where)]
+    assert len(rows) == 50
+    assert all(isinstance(row, Rated) and 0 <= row.ratings["politeness"] <= 4 for row in rows)

@@ -1,0 +1,45 @@
+"""From a table of ratings to rated answers, every attribute on one scale from 0 to 100."""
+
+import math
+from collections import Counter
+
+from lora_align.data import sources
+from lora_align.data.pairs import Split, is_held_out
+from lora_align.data.rows import Rated
+from lora_align.errors import UserError
+from lora_align.recipe import Ratings
+
+POINTS = 100.0
+
+
+def load_ratings(table: Ratings, held_out: float, limit: int | None = None) -> Split[Rated]:
+    """Read rated answers; at most `limit` to train on. What raters did not say is nan."""
+    split: Split[Rated] = Split([], [], Counter())
+    for where, raw in sources.rows(table.data, table.split, table.revision):
+        for row in sources.rated(raw, where):
+            found = Rated(row.prompt, row.answer, _scaled(row, table, where))
+            if not row.answer.strip():
+                split.dropped["empty answer"] += 1
+            elif all(map(math.isnan, found.ratings.values())):
+                split.dropped["no rating"] += 1
+            else:
+                (split.held_out if is_held_out(row.prompt, held_out) else split.train).append(found)
+        if limit and len(split.train) >= limit:
+            break
+    split.require_rows(table.data)
+    return split
+
+
+def _scaled(row: Rated, table: Ratings, where: str) -> dict[str, float]:
+    """The attributes asked for, from the raters' scale to points; an error where one is not there or off the scale."""
+    wanted = table.attributes or tuple(row.ratings)
+    missing = [name for name in wanted if name not in row.ratings]
+    if missing:
+        raise UserError(f"{where}: no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})")
+    scaled = {}
+    for name in wanted:
+        value = row.ratings[name]
+        if not math.isnan(value) and not table.low <= value <= table.high:
+            raise UserError(f"{where}: {name} is {value:g}; the recipe's scale is {table.low:g} to {table.high:g}")
+        scaled[table.prefix + name] = POINTS * (value - table.low) / (table.high - table.low)
+    return scaled
