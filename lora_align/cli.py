@@ -152,6 +152,28 @@ def reward(
 
 
 @app.command()
+def score(
+    data: Annotated[str, typer.Option("--data", help="Answers or pairs: a file, or a data set's hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="A new .jsonl or .parquet file: the rows and their scores.")],
+    by: Annotated[
+        str, typer.Option("--by", help="A reward model's name, or pair:PREFERENCE for its two adapters.")
+    ] = "reward",
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score answers, or both answers of pairs; goes on where it was stopped."""
+    screen = Screen(as_json, quiet)
+    project = _recipe(recipe, overrides, screen, runs_dir)
+    from lora_align.stages import score as stage
+
+    result = stage.run(project, runs_dir, data, out, by, screen)
+    screen.result(stage.told(result), result)
+
+
+@app.command()
 def merge(
     weights: Annotated[
         str, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5; names, runs or folders.")

@@ -11,7 +11,8 @@ from annotated_types import Len
 from lora_align.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME", "rating:-NAME")
+RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME", "rating:-NAME", "score:NAME", "score:-NAME")
+SCORE = "score_"  # how columns that `score` has written begin
 
 
 class Direction(StrEnum):
@@ -33,8 +34,10 @@ class Ranker:
     def parse(cls, text: str) -> "Ranker":
         """Read one of RANKERS; ValueError otherwise."""
         kind, _, column = text.partition(":")
-        lower = kind == "rating" and column.startswith("-")
+        lower = kind in ("rating", "score") and column.startswith("-")
         column = column[lower:]
+        if kind == "score" and column:
+            return cls("rating", SCORE + column, lower)
         takes_column = kind in ("label", "rating")
         if (takes_column or (kind in ("shorter", "longer") and not column)) and (kind != "rating" or column):
             return cls(kind, column, lower)

@@ -1,0 +1,221 @@
+"""Score answers, with a reward model or with a preference's two adapters, into a file that is data like any other."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_align import runs
+from lora_align.adapters import peft_format, vectors
+from lora_align.console import Screen
+from lora_align.data import shards, sources
+from lora_align.data.rows import Comparison, Rated
+from lora_align.data.shards import KEY
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model.base import Base
+from lora_align.model.logprobs import Answered, answer_logprobs
+from lora_align.model.mixer import Mixer
+from lora_align.preference import SCORE, Direction
+from lora_align.recipe import Recipe
+from lora_align.runs import Run
+from lora_align.stages import reward
+from lora_align.stages import start as start_policy
+
+PAIR = "pair:"
+AT_ONCE = 256  # rows between two files: what a kill may cost
+SIDES = (("_0", "_1"), ("_chosen", "_rejected"))
+SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What scores: its name for each score, and scores [n, k] for prompts with answers."""
+
+    objectives: list[str]
+    score: Callable[[Sequence[Answered], int], Tensor]
+    identity: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row to score, as it came, with its answers."""
+
+    key: str
+    row: Mapping[str, Any]
+    shape: Comparison | Rated
+
+    def answers(self) -> tuple[str, ...]:
+        """One, or both of a pair."""
+        return self.shape.answers if isinstance(self.shape, Comparison) else (self.shape.answer,)
+
+    def suffixes(self) -> tuple[str, ...]:
+        """What the columns of each answer's scores end in, as the row's own columns do."""
+        if isinstance(self.shape, Rated):
+            return ("",)
+        return SIDES["response_0" not in self.row]
+
+
+def run(
+    recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen, *, batch: int = 16
+) -> dict[str, Any]:
+    """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: a {' or '.join(SUFFIXES)} file")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    work = list(_work(data))
+    if not work:
+        raise UserError(f"{data}: no rows to score")
+    base = bases.find(recipe.base)
+    judge = _pair(base, recipe, runs_dir, by.removeprefix(PAIR)) if by.startswith(PAIR) else _reward(base, runs_dir, by)
+    parts = out.with_name(f".{out.name}.parts")
+    with shards.opened(parts) as store:
+        _same_work(parts, {"data": data, "judge": judge.identity})
+        done = store.keys()
+        left = [item for item in work if item.key not in done]
+        if done:
+            screen.note(f"{len(done)} rows were scored before")
+        with screen.progress("score", len(left)) as progress:
+            for start in range(0, len(left), AT_ONCE):
+                items = left[start : start + AT_ONCE]
+                store.append(_scored(items, judge, base, batch))
+                progress.show(start + len(items), {})
+        scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
+        rows = [{**item.row, **scores[item.key]} for item in work]
+        _write(rows, out)
+    shutil.rmtree(parts)
+    return {"out": str(out), "rows": len(rows), "objectives": _summary(work, rows, judge)}
+
+
+def told(result: Mapping[str, Any]) -> str:
+    """A line for the file and one for each objective."""
+    lines = [f"{result['out']}  {result['rows']} rows"]
+    for name, figures in result["objectives"].items():
+        agreed = (f"agrees with {label} {share:.0%}" for label, share in figures["agreement"].items())
+        lines.append("  ".join([f"  {name}", f"mean {figures['mean']:.1f}", f"±{figures['deviation']:.1f}", *agreed]))
+    return "\n".join(lines)
+
+
+# --- judges ---
+
+
+def _reward(base: Base, runs_dir: Path, name: str) -> Judge:
+    """The reward model of that name, or in that folder."""
+    folder = Path(name) if runs.is_run(Path(name)) else runs_dir / "reward" / name
+    if not runs.is_run(folder):
+        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `lora-align reward`")
+    run = runs.read(folder)
+    model = reward.load(base, run)
+    return Judge(model.objectives, lambda rows, batch: model.score(rows, batch), _identity(run))
+
+
+def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
+    """β(log π₊ − log π₋) of a preference's two adapters: how much more the one likes an answer than the other."""
+    found = vectors.find(preference, runs_dir, recipe.preferences)
+    sides = {run.manifest.direction: run for run in found.known_runs()}
+    if set(sides) != {side.value for side in Direction}:
+        raise UserError(f"--by {PAIR}{preference}: both runs of the preference are needed")
+    for run in sides.values():
+        run.check_files()
+        if run.fingerprint != base.fingerprint:
+            raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
+    model = start_policy.load(base, start_policy.adapter(recipe, runs_dir))
+    mixer = Mixer(model, {side: peft_format.load(run.path) for side, run in sides.items()}, {})
+    beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
+
+    def score(rows: Sequence[Answered], batch: int) -> Tensor:
+        likes = []
+        for side in Direction:
+            mixer.set({side.value: 1.0})
+            likes.append(answer_logprobs(model, rows, batch))
+        return (beta * (likes[0] - likes[1]))[:, None]
+
+    return Judge([preference], score, " ".join(_identity(run) for run in sides.values()))
+
+
+def _identity(run: Run) -> str:
+    """Names the very files that score."""
+    return hashlib.sha256(json.dumps(run.manifest.files, sort_keys=True).encode()).hexdigest()
+
+
+# --- rows ---
+
+
+def _work(data: str) -> Iterator[Work]:
+    """A source's rows in order; a row that stands in it twice is two pieces of work."""
+    for number, (where, row) in enumerate(sources.rows(data)):
+        shape = sources.rated(row, where)[0] if "response" in row else sources.comparison(row, where)
+        content = json.dumps(row, sort_keys=True, default=str)
+        yield Work(f"{number} {hashlib.sha256(content.encode()).hexdigest()}", row, shape)
+
+
+def _scored(items: Sequence[Work], judge: Judge, base: Base, batch: int) -> list[dict[str, Any]]:
+    """Each row's key, and its scores by column."""
+    rows = []
+    for item in items:
+        prompt = base.chat.prompt_ids(item.shape.prompt)
+        room = base.max_length - len(prompt)
+        if room < 1:
+            raise UserError(f"a prompt of {len(prompt)} tokens fills the base's {base.max_length}: {item.row}")
+        rows += [(prompt, base.chat.answer_ids(item.shape.prompt, answer)[:room]) for answer in item.answers()]
+    scores = iter(judge.score(rows, batch).tolist())
+    found = []
+    for item in items:
+        columns = {
+            SCORE + name + suffix: value
+            for suffix in item.suffixes()
+            for name, value in zip(judge.objectives, next(scores), strict=True)
+        }
+        found.append({KEY: item.key, "scores": json.dumps(columns)})
+    return found
+
+
+def _same_work(parts: Path, settings: Mapping[str, str]) -> None:
+    """Refuse to go on with what another judge or other data began."""
+    file = parts / "settings.json"
+    if not file.exists():
+        file.write_text(json.dumps(settings))
+    elif json.loads(file.read_text()) != settings:
+        raise UserError(f"{parts} was begun with other data or another judge; delete it, or choose another --out")
+
+
+def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """The whole file, or none."""
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    if out.suffix == ".parquet":
+        import pyarrow
+        from pyarrow.parquet import write_table
+
+        write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), unfinished)
+    else:
+        with unfinished.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    unfinished.replace(out)
+
+
+def _summary(work: Sequence[Work], rows: Sequence[Mapping[str, Any]], judge: Judge) -> dict[str, Any]:
+    """Mean and deviation of each score, and how often a pair's higher score goes with each of its labels."""
+    found = {}
+    for name in judge.objectives:
+        columns = [
+            [row[SCORE + name + suffix] for suffix in item.suffixes()] for item, row in zip(work, rows, strict=True)
+        ]
+        values = torch.tensor([value for scores in columns for value in scores])
+        agreed: dict[str, list[float]] = {}
+        for item, scores in zip(work, columns, strict=True):
+            for label, winner in item.shape.labels.items() if isinstance(item.shape, Comparison) else ():
+                if winner is not None and scores[0] != scores[1]:
+                    agreed.setdefault(label, []).append(float((scores[1] > scores[0]) == bool(winner)))
+        found[name] = {
+            "mean": float(values.mean()),
+            "deviation": float(values.std(correction=0)),
+            "agreement": {label: sum(hits) / len(hits) for label, hits in agreed.items()},
+        }
+    return found

@@ -1,0 +1,64 @@
+"""Batches that are there whole or not at all, whenever the process that writes them is killed."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_align.data import shards
+from lora_align.errors import UserError
+
+ROWS, BATCH = 400, 10
+WRITER = """
+import sys, time
+from pathlib import Path
+from lora_align.data import shards
+with shards.opened(Path(sys.argv[1])) as store:
+    done = store.keys()
+    todo = [i for i in range(400) if str(i) not in done]
+    for start in range(0, len(todo), 10):
+        store.append([{"key": str(i), "text": "word " * i, "score": float(i)} for i in todo[start:start + 10]])
+        print(start, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_killed_writer_loses_a_batch_at_most_and_repeats_nothing(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    kills = 0
+    while True:
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        batches = draw.randint(1, 15)
+        said = [line for line, _ in zip(child.stdout, range(batches), strict=False)]
+        time.sleep(draw.random() * 0.01)
+        child.kill()
+        child.communicate()
+        found = list(shards.Shards(tmp_path).rows())
+        assert len(found) >= BATCH * len(said)
+        assert len({row["key"] for row in found}) == len(found)
+        assert all(row["text"] == "word " * int(row["score"]) for row in found)
+        if len(found) == ROWS:
+            break
+        kills += 1
+    assert kills > 1
+    assert {row["key"] for row in found} == set(map(str, range(ROWS)))
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with shards.opened(tmp_path), pytest.raises(UserError, match="another process"), shards.opened(tmp_path):
+        pass
+
+
+def test_what_was_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
+    with shards.opened(tmp_path) as store:
+        store.append([{"key": "a"}])
+    (tmp_path / "part-000001.unfinished").write_bytes(b"half a fi")
+    with shards.opened(tmp_path) as store:
+        assert store.keys() == {"a"}
+        store.append([{"key": "b"}])
+    assert [row["key"] for row in shards.Shards(tmp_path).rows()] == ["a", "b"]
+    assert not list(tmp_path.glob("*.unfinished"))
