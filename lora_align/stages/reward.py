@@ -59,7 +59,9 @@ class Material:
 def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None = None, force: bool = False) -> Run:
     """Train and publish the reward model."""
     if recipe.reward is None:
-        raise UserError("the recipe has no [reward] table; the demo recipe shows one (`lora-align init demo`)")
+        raise UserError(
+            "the recipe has no [reward] table: name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]"
+        )
     target = runs_dir / "reward" / (name or NAME)
     runs.refuse_existing(target, force)
     base = bases.find(recipe.base)
