@@ -44,7 +44,7 @@ Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SEC
 def tell(runs_dir: Path, screen: Screen) -> None:
     """The whole story. What was trained before is not trained again."""
     project = recipe.load(recipe.builtin()["demo"])
-    screen.note("The built-in base: 0.9 M parameters in 4-bit, on this machine. About two minutes.")
+    screen.note("The built-in base: 0.9 M parameters in 4-bit, on this machine. About three minutes.")
 
     screen.note("\n1 · Train, for each preference, one adapter towards it and one on switched labels")
     for preference in PREFERENCES:
