@@ -93,9 +93,10 @@ def test_a_mix_on_a_4_bit_base_in_stock_peft_equals_the_dense_sum(workspace: Pat
             for preference, weight in (("helpful", 4.0), ("harmless", -3.0)):
                 for sign, side in ((1, "pos"), (-1, "neg")):
                     run = vectors.find(f"dpo/{preference}/{side}", workspace / "runs").load()
-                    update = weight * sign * run[name].B.double() @ run[name].A.double()
-                    layer.weight.data += update
-                    added += float(update.norm())
+                    if name in run:
+                        update = weight * sign * run[name].B.double() @ run[name].A.double()
+                        layer.weight.data += update
+                        added += float(update.norm())
             layer.weight.data = layer.weight.data.float()
     with torch.no_grad():
         expected = dense(torch.arange(20, 84).view(2, 32)).logits
@@ -297,7 +298,8 @@ def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
     done = cli("dpo", "--pref", "helpful", "--direction", "pos", *PAIRS, "--set", "dpo.limit=16")
     assert done.code == 0
     for line in done.err.splitlines():
-        assert line.startswith(("recipe: ", "helpful pos  ", "warning: runs/dpo/helpful/pos: unconverged")), line
+        ours = ("recipe: ", "helpful reference  ", "helpful pos  ", "warning: runs/dpo/helpful/pos: unconverged")
+        assert line.startswith(ours), line
     quiet = cli("dpo", "--pref", "helpful", "--direction", "neg", "-q", "--json", "--set", "dpo.limit=160")
     assert json.loads(quiet.out)["runs"][0]["direction"] == "neg"
     assert quiet.err == ""
@@ -434,7 +436,7 @@ def test_families_go_from_pairs_to_chat(family: str, cli: Cli, tmp_path: Path) -
     done = cli("dpo", "--pref", "brief", "--json", *words)
     assert done.code == 0, done.err
     for run in json.loads(done.out)["runs"]:
-        assert run["metrics"]["first_margin"] == pytest.approx(0, abs=1e-5)
+        assert run["metrics"]["first_margin"] == pytest.approx(0, abs=1e-4)
         assert run["metrics"]["relative_norm"] > 1e-4
     merged = cli("merge", "--weights", "brief=1")
     assert merged.code == 0, merged.err
@@ -461,7 +463,7 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
         assert data["rows"] + data["held_out"] + sum(data["dropped"].values()) == 300
         assert data["dropped"]["prompt too long"] > 0
         assert data["answers_cut"] > 0
-        assert run["metrics"]["first_margin"] == pytest.approx(0, abs=1e-5)
+        assert run["metrics"]["first_margin"] == pytest.approx(0, abs=1e-4)
     assert cli("merge", "--weights", "good=0.5,brief=0.5").code == 0
     spoken = cli("chat", "--prompt", "Once upon a time", "--max-new-tokens", "20", *words)
     assert spoken.code == 0, spoken.err
