@@ -60,7 +60,7 @@ class Material:
 
     def referenced(self, model: PreTrainedModel, batch: int, label: str, screen: Screen) -> "Material":
         """With the start policy's log-probabilities: computed once, for both directions."""
-        rows = [*self.train, *self.held_out]
+        rows = [*self.train, *self.held_out[: training.EVALUATE_AT_MOST]]
         answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
         with screen.progress(label, len(answers)) as progress:
             logprobs = answer_logprobs(model, answers, batch, lambda done: progress.show(done, {}))
