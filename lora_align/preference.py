@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Len
+from annotated_types import Ge, Len
 
 from lora_align.errors import UserError
 
@@ -46,10 +46,11 @@ class Ranker:
 
 @dataclass(frozen=True)
 class Preference:
-    """One `[preferences.NAME]` table of a recipe."""
+    """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be."""
 
     data: Annotated[str, Len(1)]
     rank: str = "label"
+    margin: Annotated[float, Ge(0)] = 0.0
     split: str = "train"
     revision: str = ""
 

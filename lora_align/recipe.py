@@ -265,13 +265,16 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
 
 
 def _bad_preferences(tables: Any) -> Iterator[str]:
-    """Faults that types cannot tell: names that cannot be folders, rankers that do not exist."""
+    """Faults that types cannot tell: names that cannot be folders, rankers that do not exist, margins of labels."""
     for name, table in tables.items() if isinstance(tables, Mapping) else ():
         if not NAME.fullmatch(str(name)):
             yield f"preferences.{name}: a name is 1 to 64 of a-z 0-9 _ - and starts with a letter or digit"
         rank = table.get("rank", "label") if isinstance(table, Mapping) else "label"
         if isinstance(rank, str):
             try:
-                Ranker.parse(rank)
+                kind = Ranker.parse(rank).kind
             except ValueError as fault:
                 yield f"preferences.{name}.rank: {fault}"
+                continue
+            if kind == "label" and isinstance(table, Mapping) and table.get("margin"):
+                yield f"preferences.{name}.margin: a label says who won, not by how much; rank by rating: or score:"

@@ -23,3 +23,11 @@ def test_a_rating_can_be_better_the_lower_it_is() -> None:
     assert two.ranked(Ranker.parse("rating:-verbosity")) == Pair((), "short", "long")
     with pytest.raises(ValueError, match="no ranker"):
         Ranker.parse("rating:-")
+
+
+def test_a_margin_leaves_out_what_is_nearly_equal() -> None:
+    two = Comparison((), ("long one", "short"), ratings={"verbosity": (4.0, 2.5), "help": (1.0, float("nan"))})
+    for ranker, apart in (("rating:verbosity", 1.5), ("shorter", 3)):
+        assert two.ranked(Ranker.parse(ranker), margin=apart + 0.01) == "too close"
+        assert two.ranked(Ranker.parse(ranker), margin=apart) == two.ranked(Ranker.parse(ranker))
+    assert two.ranked(Ranker.parse("rating:help"), margin=1) == "no rating"

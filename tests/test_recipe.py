@@ -25,6 +25,9 @@ def test_every_fault_is_told_at_once_with_its_key() -> None:
         alpha = -1
         [preferences.Bad]
         rank = "loudest"
+        [preferences.good]
+        data = "pairs.jsonl"
+        margin = 2
         [dpo]
         epochs = true
         beta = nan
@@ -43,6 +46,7 @@ def test_every_fault_is_told_at_once_with_its_key() -> None:
         "preferences.Bad: a name",
         "preferences.Bad.data: missing",
         "preferences.Bad.rank: no ranker 'loudest'",
+        "preferences.good.margin: a label says who won",
         "dpo.epochs",
         "dpo.beta",
         "sft.data: missing",

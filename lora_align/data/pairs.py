@@ -45,7 +45,7 @@ def load_pairs(preference: Preference, held_out: float, limit: int | None = None
     for where, row in sources.rows(preference.data, preference.split, preference.revision):
         comparison = sources.comparison(row, where)
         _check_ranker(comparison, preference.ranker, where)
-        found = comparison.ranked(preference.ranker)
+        found = comparison.ranked(preference.ranker, preference.margin)
         pair = found if isinstance(found, str) else _usable(found)
         if isinstance(pair, str):
             split.dropped[pair] += 1

@@ -49,19 +49,21 @@ class Comparison:
     labels: Mapping[str, int | None] = field(default_factory=dict)
     ratings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def ranked(self, ranker: Ranker) -> Pair | str:
-        """The pair in this ranker's eyes, or why it sees none."""
-        if ranker.kind == "rating" and any(math.isnan(value) for value in self.ratings[ranker.column]):
-            return "no rating"
-        winner = self._winner(ranker)
-        return "tie" if winner is None else Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
-
-    def _winner(self, ranker: Ranker) -> int | None:
+    def ranked(self, ranker: Ranker, margin: float = 0.0) -> Pair | str:
+        """The pair in this ranker's eyes, or why it sees none: with a margin, nearly equal ratings are none."""
         if ranker.kind == "label":
-            return self.labels[ranker.column or next(iter(self.labels))]
+            winner = self.labels[ranker.column or next(iter(self.labels))]
+            return "tie" if winner is None else self._won_by(winner)
         rated = ranker.kind == "rating"
-        values = self.ratings[ranker.column] if rated else (len(self.answers[0]), len(self.answers[1]))
-        if values[0] == values[1]:
-            return None
+        first, second = self.ratings[ranker.column] if rated else map(len, self.answers)
+        if math.isnan(first) or math.isnan(second):
+            return "no rating"
+        if first == second:
+            return "tie"
+        if abs(first - second) < margin:
+            return "too close"
         lowest_wins = ranker.lower or ranker.kind == "shorter"
-        return int((values[1] > values[0]) != lowest_wins)
+        return self._won_by(int((second > first) != lowest_wins))
+
+    def _won_by(self, winner: int) -> Pair:
+        return Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
