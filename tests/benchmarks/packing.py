@@ -52,7 +52,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def main() -> None:
     """Train two small vectors, mix them, and compare three ways of running the mix."""
-    project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=256", "dpo.learning_rate=1e-3"])
+    project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=256"])
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = Path(folder)
         for preference in WEIGHTS:

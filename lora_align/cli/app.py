@@ -1,0 +1,103 @@
+"""The program: its commands, its signals, and how it ends."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from lora_align import __version__, runs
+from lora_align.cli import look, train, use
+from lora_align.console import Screen, library_log
+from lora_align.errors import RunFailedError, Stopped, UserError
+
+app = typer.Typer(
+    help="Turn preferences into LoRA adapters that add and subtract.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": look.demo,
+    "recipes": look.list_recipes,
+    "init": look.init,
+    "sft": train.sft,
+    "dpo": train.dpo,
+    "reward": train.reward,
+    "score": use.score,
+    "merge": use.merge,
+    "chat": use.chat,
+    "list": look.list_runs,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"lora-align {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    if debug:
+        os.environ["LORA_ALIGN_DEBUG"] = "1"
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, by unwinding it."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Run a command; every failure is one line on stderr and a known exit code."""
+    run: Callable[..., Any] = typer.main.get_command(app)
+    try:
+        with _signals(), library_log(runs.cache_folder() / "log.txt"):
+            code = run(standalone_mode=False)
+        if code == 130:  # Typer has made this of a KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as fault:
+        _complain(str(fault), fault.exit_code)
+    except Stopped as stop:
+        _complain("stopped; nothing unfinished was published", stop.exit_code)
+    except TyperException as fault:
+        told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
+        _complain(f"{told.rstrip('.')} (see lora-align --help, or --help behind a command)", 2)
+    except Exception as fault:  # noqa: BLE001 - what nobody foresaw ends in one line too
+        _complain(
+            f"{type(fault).__name__}: {fault} (a traceback: --debug before the command)", RunFailedError.exit_code
+        )
+
+
+def _complain(text: str, code: int) -> None:
+    if os.environ.get("LORA_ALIGN_DEBUG"):
+        traceback.print_exc()
+    Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
+    sys.exit(code)

@@ -1,0 +1,99 @@
+"""Commands that show what there is: the demo, recipes, runs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_align import recipe as recipes
+from lora_align import runs
+from lora_align.cli.options import JsonOption, QuietOption, RunsOption
+from lora_align.console import Screen, inert, table
+from lora_align.errors import UserError
+
+
+def demo(
+    runs_dir: RunsOption = Path("lora-align-demo"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole story on the built-in base: train, subtract, mix, talk. On a CPU, with no network."""
+    from lora_align.demo import story
+
+    story.tell(runs_dir, Screen(as_json, quiet))
+
+
+def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """List the built-in recipes."""
+    found = {name: recipes.load(path) for name, path in recipes.builtin().items()}
+    rows = [[name, recipe.base.model, recipe.about] for name, recipe in found.items()]
+    data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in found.items()}
+    Screen(as_json, quiet).result(table(["recipe", "base", "about"], rows), data)
+
+
+def init(
+    name: Annotated[str, typer.Argument(help="The built-in recipe to start from.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Copy a built-in recipe to ./lora-align.toml, to be made your own."""
+    path, _ = recipes.find(name)
+    if recipes.LOCAL.exists() and not force:
+        raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
+    recipes.LOCAL.write_bytes(path.read_bytes())
+    text = f"wrote ./{recipes.LOCAL} from {name}; every command here now uses it"
+    Screen(as_json, quiet).result(text, {"wrote": str(recipes.LOCAL), "from": name})
+
+
+def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """List runs, oldest first, and what each is made of."""
+    screen = Screen(as_json, quiet)
+    found = runs.every(runs_dir, screen)
+    if not found and not as_json:
+        screen.note(f"no runs in {runs_dir}/ yet")
+    rows = [
+        [
+            run.path.relative_to(runs_dir).as_posix(),
+            run.manifest.created[5:16].replace("T", " "),  # 80 columns; --json has the year
+            _origin(run),
+            _worth(run),
+        ]
+        for run in found
+    ]
+    text = inert(table(["run", "made (UTC)", "from", "measured"], rows)) if rows else ""
+    screen.result(text, {"runs": [facts(run) for run in found]})
+
+
+def facts(run: runs.Run) -> dict[str, Any]:
+    """A run for JSON."""
+    manifest = run.manifest
+    return {
+        "path": str(run.path),
+        "stage": manifest.stage,
+        "preference": manifest.preference,
+        "direction": manifest.direction,
+        "created": manifest.created,
+        "base": manifest.base.get("model"),
+        "contains_start": manifest.contains_start,
+        "parents": manifest.parents,
+        "metrics": manifest.metrics,
+        "unconverged": manifest.unconverged,
+    }
+
+
+def _origin(run: runs.Run) -> str:
+    if run.manifest.stage == "mix":
+        parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
+        return " ".join((["start"] if run.manifest.contains_start else []) + parts)
+    base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
+    return f"{run.manifest.data.get('source', '')} ({base})"
+
+
+def _worth(run: runs.Run) -> str:
+    held_out = run.manifest.metrics.get("held_out", {})
+    if run.manifest.unconverged:
+        return "unconverged"
+    if "accuracy" in held_out:
+        return f"accuracy {held_out['accuracy']:.2f}"
+    return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

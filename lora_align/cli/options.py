@@ -1,0 +1,51 @@
+"""Options that several commands take, and what they come to."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_align import recipe as recipes
+from lora_align import runs
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.preference import NAME
+from lora_align.recipe import Recipe
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", envvar="LORA_ALIGN_RECIPE", help="A built-in recipe's name, or a .toml file.")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe value.")]
+RunsOption = Annotated[Path, typer.Option("--runs", envvar="LORA_ALIGN_RUNS", help="Where runs are kept.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Publish under this name.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Move an existing run aside.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Train on the first N rows only.")]
+
+
+def project_of(name: str | None, overrides: list[str] | None, screen: Screen, runs_dir: Path | None = None) -> Recipe:
+    """The recipe meant; with none named, commands that work on runs go by the newest run's own."""
+    if name is None and runs_dir is not None and not recipes.LOCAL.exists():
+        made = [run for run in runs.every(runs_dir) if run.manifest.recipe]
+        if made:
+            screen.note(f"recipe: the one kept in {made[-1].path}")
+            kept = json.loads(json.dumps(made[-1].manifest.recipe))
+            return recipes.from_dict(kept, f"{made[-1].path}/{runs.MANIFEST}", overrides or [])
+    path, why = recipes.find(name)
+    if why:
+        screen.note(why)
+    return recipes.load(path, overrides or [])
+
+
+def limited(overrides: list[str] | None, stage: str, limit: int | None) -> list[str]:
+    """`--limit N` is short for `--set STAGE.limit=N`."""
+    return [*(overrides or []), *([f"{stage}.limit={limit}"] if limit else [])]
+
+
+def checked(name: str | None) -> str | None:
+    """A run's name, if it can be one."""
+    if name is not None and not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: 1 to 64 of a-z 0-9 _ - , starting with a letter or digit")
+    return name

@@ -1,0 +1,95 @@
+"""Commands that train."""
+
+from typing import Annotated
+
+import typer
+
+from lora_align import runs
+from lora_align.cli.look import facts
+from lora_align.cli.options import (
+    ForceOption,
+    JsonOption,
+    LimitOption,
+    NameOption,
+    QuietOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    checked,
+    limited,
+    project_of,
+)
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.preference import Direction
+
+
+def sft(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    force: ForceOption = False,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the start policy's adapter, where the recipe has an [sft] table."""
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, limited(overrides, "sft", limit), screen)
+    from lora_align.stages import sft as stage
+
+    run = stage.run(project, runs_dir, screen, force=force)
+    screen.result(stage.told(run), facts(run))
+
+
+def dpo(
+    pref: Annotated[str | None, typer.Option("--pref", help="A preference of the recipe.")] = None,
+    direction: Annotated[
+        str, typer.Option("--direction", help="pos: towards it; neg: away from it, labels switched; both.")
+    ] = "both",
+    every: Annotated[bool, typer.Option("--all", help="Every preference of the recipe.")] = False,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    name: NameOption = None,
+    force: ForceOption = False,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a preference's adapters: pos towards it, neg away from it."""
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, limited(overrides, "dpo", limit), screen)
+    if every == (pref is not None):
+        raise UserError(f"dpo: either --pref NAME or --all (the recipe knows: {', '.join(project.preferences)})")
+    if every and name:
+        raise UserError("dpo: --name goes with one --pref")
+    if direction not in ("pos", "neg", "both"):
+        raise UserError(f"--direction {direction!r}: pos, neg or both")
+    names = list(project.preferences) if pref is None else [pref]
+    directions = list(Direction) if direction == "both" else [Direction(direction)]
+    for preference in names:  # before anything heavy is imported
+        project.preference(preference)
+    from lora_align.stages import dpo as stage
+
+    done = stage.run(project, names, directions, runs_dir, screen, name=checked(name), force=force)
+    screen.result("\n".join(stage.told(run) for run in done), {"runs": [facts(run) for run in done]})
+
+
+def reward(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    name: NameOption = None,
+    force: ForceOption = False,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the reward model: a head for each thing raters or pairs judge."""
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, limited(overrides, "reward", limit), screen)
+    from lora_align.stages import reward as stage
+
+    run = stage.run(project, runs_dir, screen, name=checked(name), force=force)
+    screen.result(stage.told(run), facts(run))
