@@ -99,7 +99,8 @@ def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None
     for name, direction, content in (("as-is", Direction.neg, rows), ("switched", Direction.pos, switched)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, content)))
-        project = demo(f"preferences.helpful.data='{file}'")
+        labels = ("preferences.helpful.rank=label:better_response_id", "preferences.helpful.margin=0")
+        project = demo(f"preferences.helpful.data='{file}'", *labels)
         made += dpo.run(project, ["helpful"], [direction], tmp_path / name, QUIET)
     assert same(*made)
 
