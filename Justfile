@@ -29,6 +29,7 @@ demo-base:
 bench:
     .venv/bin/python tests/benchmarks/startup.py
     .venv/bin/python tests/benchmarks/packing.py
+    .venv/bin/python tests/benchmarks/sampling.py
     .venv/bin/python tests/benchmarks/control.py --work .bench
 
 # The spine on a CUDA card, compared with the CPU.
