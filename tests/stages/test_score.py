@@ -26,6 +26,8 @@ def _rows(file: Path) -> list[dict[str, object]]:
 
 def test_a_pair_of_adapters_judges_as_stock_peft_says(workspace: Path) -> None:
     """β(log π₊ − log π₋), one answer at a time, with none of our code but the template."""
+    trained = call(workspace, "dpo", "--pref", "helpful", "--force", *PAIRS, "--set", "dpo.learning_rate=1")
+    assert trained.code == 0, trained.err
     done = call(workspace, "score", "--data", "demo:pairs?rows=12", "--by", "pair:helpful", "--out", "scored.jsonl")
     assert done.code == 0, done.err
     rows = _rows(workspace / "scored.jsonl")
@@ -49,7 +51,7 @@ def test_a_pair_of_adapters_judges_as_stock_peft_says(workspace: Path) -> None:
     expected = [beta * (pos - neg) for pos, neg in zip(likes["pos"], likes["neg"], strict=True)]
     found = [row[f"score_helpful_{side}"] for row in rows for side in (0, 1)]
     assert found == pytest.approx(expected, abs=1e-4)
-    assert max(map(abs, expected)) > 0.01
+    assert max(map(abs, expected)) > 0.05
 
 
 def test_what_was_scored_is_data_with_a_ranker(workspace: Path) -> None:
