@@ -32,8 +32,8 @@ ASKED, SEED = 100, 2026
 COLUMN = 24  # three of them stand side by side in 80 columns
 NEXT = (
     "chat",
-    "chat --weights helpful=-1 --prompt 'Tell me about rain.'",
-    "merge --weights helpful=0.5,harmless=-1 --rank 8",
+    "chat -w helpful=-1 -p 'Tell me about rain.'",
+    "merge -w helpful=0.5,harmless=-1 --rank 8",
     "dpo --pref brief --direction both",
     "list",
 )
@@ -44,9 +44,9 @@ Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SEC
 def tell(runs_dir: Path, screen: Screen) -> None:
     """The whole story. What was trained before is not trained again."""
     project = recipe.load(recipe.builtin()["demo"])
-    screen.note("The built-in base: 0.9 M parameters in 4-bit, on this machine. About three minutes.")
+    screen.note("The built-in base, 0.9 M parameters in 4-bit, on this machine: three minutes.")
 
-    screen.note("\n1 · Train, for each preference, one adapter towards it and one on switched labels")
+    screen.note("\n1 · Train an adapter towards each preference, and one on switched labels")
     for preference in PREFERENCES:
         _train(project, preference, runs_dir, screen)
 

@@ -43,5 +43,6 @@ def test_the_demo_goes_on_where_it_was_and_ends_with_commands_that_work(cli: Cli
     for line in told["next"]:
         words = shlex.split(line)
         assert words[0].endswith("lora-align")
+        assert len("  lora-align " + shlex.join(words[1:])) <= 80, "a line to copy does not wrap"
         again = cli(*words[1:], *(PAIRS if words[1] == "dpo" else []), stdin="Tell me about bees.")
         assert again.code == 0, again.err
