@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME, Preference, Ranker
+from lora_align.want import SCORES, WANT, Numbers
 
 LOCAL = Path("lora-align.toml")
 Positive = Annotated[float, Gt(0), Lt(1e9)]
@@ -46,7 +47,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Training:
-    """What `sft` and `dpo` have in common. Batches count rows; `limit` stops reading after that many to train on."""
+    """What all training has in common. Batches count rows; `limit` stops reading after that many to train on."""
 
     epochs: Positive = 1.0
     learning_rate: Positive = 5e-5
@@ -73,6 +74,8 @@ class Sft(Training):
     split: str = "train"
     revision: str = ""
     answers_only: bool = True
+    packing: bool = False
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,39 @@ class Reward(Training):
     pairs: Mapping[str, str] = field(default_factory=dict)
     objectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lm_weight: Annotated[float, Ge(0)] = 0.1
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rsf(Training):
+    """Rejection sampling: one policy that is asked for a direction over the reward model's objectives.
+
+    `directions` bounds each objective's weight. A prompt gets `per_prompt` directions and `samples` answers for each;
+    the first policy learns from `bootstrap` answers a prompt of one that is asked for scores. `ask` and `steer` are the
+    system messages that ask for either. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
+    """
+
+    data: Annotated[str, Len(1)]
+    directions: Mapping[str, tuple[float, float]]
+    split: str = "train"
+    revision: str = ""
+    reward: str = "reward"
+    iterations: Annotated[int, Ge(0)] = 4
+    per_prompt: Count = 5
+    samples: Count = 16
+    bootstrap: Count = 80
+    replay: Share = 0.15
+    temperature: Positive = 1.0
+    max_new_tokens: Count = 512
+    ask: str = "Your response should maximize weighted rating = {want}"
+    numbers: Numbers = "decimals"
+    steer: str = "Your response should be rated {scores}"
+    watch: str = "harmlessness"
+    learn: Literal["sft", "dpo"] = "sft"
+    loss_on: Literal["answers", "all"] = "answers"
+    beta: Positive = 0.1
+    packing: bool = True
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +156,7 @@ class Recipe:
     sft: Sft | None = None
     dpo: Dpo = field(default_factory=Dpo)
     reward: Reward | None = None
+    rsf: Rsf | None = None
 
     def preference(self, name: str) -> Preference:
         """The preference of that name, or an error that lists the known ones."""
@@ -187,7 +224,7 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
         faults += [_describe(dict(fault)) for fault in invalid.errors()]
     faults += _bad_preferences(table.get("preferences"))
     if recipe is not None:
-        faults += [*_bad_batches(recipe), *_bad_reward(recipe)]
+        faults += [*_bad_batches(recipe), *_bad_reward(recipe), *_bad_rsf(recipe)]
     if faults or recipe is None:
         raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
     return recipe
@@ -195,7 +232,7 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
 
 def _bad_batches(recipe: Recipe) -> Iterator[str]:
     """An optimiser step is a whole number of micro-batches."""
-    for name, stage in (("sft", recipe.sft), ("dpo", recipe.dpo), ("reward", recipe.reward)):
+    for name, stage in (("sft", recipe.sft), ("dpo", recipe.dpo), ("reward", recipe.reward), ("rsf", recipe.rsf)):
         if stage and stage.batch_size % stage.micro_batch_size:
             yield f"{name}.batch_size: {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size}"
 
@@ -215,6 +252,20 @@ def _bad_reward(recipe: Recipe) -> Iterator[str]:
     for name, heads in recipe.reward.objectives.items():
         if not heads:
             yield f"reward.objectives.{name}: no heads to take the mean of"
+
+
+def _bad_rsf(recipe: Recipe) -> Iterator[str]:
+    """Directions that are none, and messages that would ask for nothing."""
+    if recipe.rsf is None:
+        return
+    if len(recipe.rsf.directions) < 2:
+        yield "rsf.directions: two objectives or more, each with its bounds, as in verbosity = [-0.7, 0.0]"
+    for name, (low, high) in recipe.rsf.directions.items():
+        if not -1 <= low <= high <= 1:
+            yield f"rsf.directions.{name}: bounds from -1 to 1, the lower first, not [{low:g}, {high:g}]"
+    for key, text, wanted in (("ask", recipe.rsf.ask, WANT), ("steer", recipe.rsf.steer, SCORES)):
+        if wanted not in text:
+            yield f"rsf.{key}: it must hold {wanted}, which stands for what is asked"
 
 
 def _override(table: dict[str, Any], override: str) -> None:
@@ -257,6 +308,7 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
         "dpo": Dpo,
         "reward": Reward,
         "ratings": Ratings,
+        "rsf": Rsf,
         "preferences": Preference,
     }
     parent = next((part for part in ("ratings", str(location[0])) if part in location[:-1]), "")

@@ -14,6 +14,7 @@ PACKAGE = Path(recipe.__file__).parent
 FLOORS = [
     {"errors"},
     {"console", "preference"},
+    {"want"},
     {"recipe", "runs"},
     {"adapters", "data"},
     {"model"},
@@ -74,7 +75,22 @@ def test_every_option_of_a_recipe_is_read_somewhere() -> None:
     nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     read = {(ast.unparse(node.value).split(".")[-1], node.attr) for node in nodes if isinstance(node, ast.Attribute)}
     tables = [recipe.Base, recipe.Lora, recipe.Training, recipe.Sft, recipe.Dpo, preference.Preference]
-    holders = {"base", "recipe", "lora", "settings", "sft", "dpo", "axis", "preference", "self", "stage", "project"}
+    tables += [recipe.Ratings, recipe.Reward, recipe.Rsf]
+    holders = {
+        "base",
+        "recipe",
+        "lora",
+        "settings",
+        "sft",
+        "dpo",
+        "axis",
+        "preference",
+        "self",
+        "stage",
+        "project",
+        "table",
+        "rsf",
+    }
     for table in tables:
         for field in dataclasses.fields(table):
             assert any((holder, field.name) in read for holder in holders), (

@@ -11,7 +11,7 @@ from lora_align.preference import Ranker
 @pytest.mark.parametrize("name", recipe.builtin())
 def test_built_in_recipes_load_and_survive_a_manifest(name: str) -> None:
     loaded = recipe.load(recipe.builtin()[name])
-    assert loaded.preferences
+    assert loaded.preferences or loaded.rsf
     assert recipe.from_dict(loaded.as_dict(), "manifest") == loaded
 
 

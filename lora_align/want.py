@@ -1,0 +1,74 @@
+"""What a person wants of a conditioned policy: a direction over objectives, drawn or given, and how it is asked for."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_align.errors import UserError, nearest
+from lora_align.preference import parse_weights
+
+Numbers = Literal["decimals", "integers"]
+WANT, SCORES = "{want}", "{scores}"  # where a template takes them
+TRIES = 10_000  # draws from the sphere until a region counts as empty
+
+
+@dataclass(frozen=True)
+class Want:
+    """A unit vector over named objectives."""
+
+    weights: Mapping[str, float]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> "Want":
+        """Any weights, brought to length 1."""
+        length = math.hypot(*weights.values())
+        if not 0 < length < math.inf:
+            raise UserError("a direction needs at least one weight that is not 0")
+        return cls({name: weight / length for name, weight in weights.items()})
+
+    @classmethod
+    def parse(cls, text: str, objectives: Sequence[str]) -> "Want":
+        """`helpfulness=0.8,verbosity=-0.6`; an objective that is not named gets 0."""
+        given = parse_weights(text)
+        for name in given:
+            if name not in objectives:
+                known = ", ".join(objectives)
+                raise UserError(
+                    f"the policy knows no objective {name!r}{nearest(name, list(objectives))} (it knows: {known})"
+                )
+        return cls.of({name: given.get(name, 0.0) for name in objectives})
+
+    def value(self, rewards: Mapping[str, float]) -> float:
+        """vᵀr: what an answer with these rewards is worth to whoever wants this."""
+        return sum(weight * rewards[name] for name, weight in self.weights.items())
+
+    def asked(self, template: str, numbers: Numbers) -> str:
+        """The words that ask for it: `helpfulness*0.8 - verbosity*0.6`, or `helpfulness*80 + verbosity*-60`."""
+        if numbers == "integers":
+            said = " + ".join(f"{name}*{100 * weight:.0f}" for name, weight in self.weights.items())
+        else:
+            said = ""
+            for name, weight in self.weights.items():
+                sign = ("- " if weight < 0 else "+ ") if said else ("-" if weight < 0 else "")
+                said += f"{' ' if said else ''}{sign}{name}*{abs(weight):.2g}"
+        return template.replace(WANT, said)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={weight:.2f}" for name, weight in self.weights.items())
+
+
+def drawn(region: Mapping[str, Sequence[float]], draw: random.Random) -> Want:
+    """Uniform over the part of the unit sphere in which every weight lies between its two bounds."""
+    for _ in range(TRIES):
+        want = Want.of({name: draw.gauss() for name in region})
+        if all(low <= want.weights[name] <= high for name, (low, high) in region.items()):
+            return want
+    bounds = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in region.items())
+    raise UserError(f"rsf.directions: next to no unit vector has {bounds}; give them more room")
+
+
+def scores_asked(scores: Mapping[str, float], template: str) -> str:
+    """The words that ask for scores, as SteerLM does: `helpfulness: 80, verbosity: 25`."""
+    return template.replace(SCORES, ", ".join(f"{name}: {points:.0f}" for name, points in scores.items()))

@@ -1,0 +1,77 @@
+"""Directions: brought to length 1, drawn evenly, put into words, and refused by name."""
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_align import want
+from lora_align.errors import UserError
+from lora_align.want import Want
+
+KNOWN = ("helpfulness", "verbosity", "honesty")
+WEIGHTS = st.dictionaries(st.sampled_from(KNOWN), st.floats(-10, 10).map(lambda w: round(w, 3)), min_size=1)
+
+
+@given(WEIGHTS)
+def test_any_weights_keep_their_proportions_and_come_to_length_1(weights: dict[str, float]) -> None:
+    if not any(weights.values()):
+        with pytest.raises(UserError, match="not 0"):
+            Want.of(weights)
+        return
+    unit = Want.of(weights).weights
+    assert math.hypot(*unit.values()) == pytest.approx(1)
+    size = math.hypot(*weights.values())
+    assert all(unit[name] * size == pytest.approx(weights[name]) for name in weights)
+
+
+def test_what_is_not_named_weighs_nothing_and_what_is_not_known_is_refused() -> None:
+    assert Want.parse("verbosity=-2", KNOWN).weights == {"helpfulness": 0, "verbosity": -1, "honesty": 0}
+    with pytest.raises(UserError, match="no objective 'verbose', did you mean 'verbosity'"):
+        Want.parse("verbose=1", KNOWN)
+    with pytest.raises(UserError, match="expected NAME=NUMBER"):
+        Want.parse("verbosity=nan", KNOWN)
+
+
+def test_value_is_the_inner_product() -> None:
+    assert Want({"a": 0.8, "b": -0.6}).value({"a": 50.0, "b": 10.0, "c": 99.0}) == pytest.approx(34)
+
+
+@pytest.mark.parametrize(
+    ("weights", "numbers", "words"),
+    [
+        ({"helpfulness": 0.8, "verbosity": -0.6}, "decimals", "helpfulness*0.8 - verbosity*0.6"),
+        ({"helpfulness": -0.8, "verbosity": 0.6}, "decimals", "-helpfulness*0.8 + verbosity*0.6"),
+        ({"helpfulness": 0.8, "verbosity": -0.6}, "integers", "helpfulness*80 + verbosity*-60"),
+    ],
+)
+def test_the_words_of_the_paper_and_of_the_released_model(
+    weights: dict[str, float], numbers: want.Numbers, words: str
+) -> None:
+    assert Want(weights).asked("rating = {want}", numbers) == f"rating = {words}"
+
+
+def test_scores_are_asked_for_in_points() -> None:
+    assert (
+        want.scores_asked({"helpfulness": 79.6, "verbosity": 25.0}, "[{scores}]") == "[helpfulness: 80, verbosity: 25]"
+    )
+
+
+def test_drawn_directions_fill_their_region_evenly() -> None:
+    draw = random.Random(0)
+    region = {"helpfulness": (math.cos(1.2), 1.0), "verbosity": (-1.0, 0.0)}
+    angles = sorted(
+        math.atan2(-w["verbosity"], w["helpfulness"]) for w in (want.drawn(region, draw).weights for _ in range(2000))
+    )
+    assert 0 <= angles[0] <= angles[-1] <= 1.2
+    edges = [sum(angle < 0.12 * step for angle in angles) for step in range(11)]
+    counts = [after - before for before, after in pairwise(edges)]
+    assert sum((count - 200) ** 2 / 200 for count in counts) < 27.9  # chi-square of 9 degrees, one in a thousand
+
+
+def test_an_empty_region_is_refused() -> None:
+    with pytest.raises(UserError, match="next to no unit vector has a"):
+        want.drawn({"a": (0.9, 1.0), "b": (0.9, 1.0)}, random.Random(0))
