@@ -21,7 +21,7 @@ fmt:
 demo:
     .venv/bin/lora-align demo
 
-# Train the built-in base from scratch (about half an hour on two cores).
+# Train the built-in base from scratch (two cores: half an hour with AVX-512, an hour and a half without).
 demo-base:
     .venv/bin/python -m lora_align.demo.build
 
@@ -30,6 +30,7 @@ bench:
     .venv/bin/python tests/benchmarks/startup.py
     .venv/bin/python tests/benchmarks/packing.py
     .venv/bin/python tests/benchmarks/sampling.py
+    .venv/bin/python tests/benchmarks/kills.py
     .venv/bin/python tests/benchmarks/control.py --work .bench
 
 # The spine on a CUDA card, compared with the CPU.

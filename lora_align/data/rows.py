@@ -1,5 +1,7 @@
 """The row shapes every source is read into: a comparison of two answers, a rated answer, and a conversation."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,9 @@ class Message:
 
     role: str
     content: str
+
+
+Prompt = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,18 @@ class Comparison:
 
     def _won_by(self, winner: int) -> Pair:
         return Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Names a prompt by what it says: work is divided, resumed and merged by it."""
+    text = json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def under_system(text: str, prompt: Prompt) -> Prompt:
+    """The prompt under a system message, put before the one it may have."""
+    if not text:
+        return prompt
+    if prompt and prompt[0].role == "system":
+        return (Message("system", f"{text}\n\n{prompt[0].content}"), *prompt[1:])
+    return (Message("system", text), *prompt)

@@ -1,6 +1,8 @@
 """Rows that must outlive a crash: each batch becomes a Parquet file of its own, whole or not there at all."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from lora_align.errors import UserError
 
 KEY = "key"  # the column that says which piece of work a row is the answer to
 UNFINISHED = ".unfinished"
+SUFFIXES = (".jsonl", ".parquet")  # of the files that are made of shards
 
 
 class Shards:
@@ -67,3 +70,58 @@ def opened(folder: Path) -> Iterator[Shards]:
         yield Shards(folder)
     finally:
         lock.release()
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file that cannot be made; asked before anything slow begins."""
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: a {' or '.join(SUFFIXES)} file")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+
+
+@contextmanager
+def towards(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
+    """The shards a file is to be made of, in a hidden folder beside it; `finish` makes it of them.
+
+    What was begun with other settings is refused.
+    """
+    with opened(_parts(out)) as store:
+        same_work(_parts(out), settings)
+        yield store
+
+
+def finish(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Write the file, and clear the shards away."""
+    write(rows, out)
+    shutil.rmtree(_parts(out))
+
+
+def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """The whole file, or none."""
+    unfinished = out.with_name(f".{out.name}{UNFINISHED}")
+    if out.suffix == ".parquet":
+        import pyarrow
+        from pyarrow.parquet import write_table
+
+        write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), unfinished)
+    else:
+        with unfinished.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    unfinished.replace(out)
+
+
+def same_work(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with shards that were begun with other settings."""
+    file, text = folder / "settings.json", json.dumps(settings, sort_keys=True)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
+    if before and changed:
+        raise UserError(f"{folder} was begun with another {', '.join(changed)}; delete it, or choose another name")
+    unfinished = file.with_suffix(UNFINISHED)
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
+def _parts(out: Path) -> Path:
+    return out.with_name(f".{out.name}.parts")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_align.data.rows import Comparison, Conversation, Message, Rated
+from lora_align.data.rows import Comparison, Conversation, Message, Prompt, Rated
 from lora_align.errors import UserError, first_line
 
 Row = Mapping[str, Any]
-Shape = TypeVar("Shape", Comparison, Conversation, list[Rated])
+Shape = TypeVar("Shape", Comparison, Conversation, list[Rated], Prompt)
 Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -46,6 +46,18 @@ def conversation(row: Row, where: str) -> Conversation:
 def rated(row: Row, where: str) -> list[Rated]:
     """The rated answers of one row."""
     return _first_form(_RATED, row, where, "rated answer")
+
+
+def prompt(row: Row, where: str) -> Prompt:
+    """What one row asks: its turns up to the answer, if it has one."""
+    return _first_form(_PROMPTS, row, where, "prompt")
+
+
+def answered(row: Row, where: str) -> list[Conversation]:
+    """Every answer in one row behind its prompt, rated or not."""
+    if any(columns <= row.keys() for columns, _ in _RATED):
+        return [Conversation((*found.prompt, Message("assistant", found.answer))) for found in rated(row, where)]
+    return [conversation(row, where)]
 
 
 def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
@@ -109,11 +121,22 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{path}:{reader.line_num + 1}: {fault}") from fault
 
 
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Plain text: a prompt a line."""
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", {"prompt": line.decode("utf-8-sig").strip()}
+            except UnicodeDecodeError as fault:
+                raise UserError(f"{path}:{number}: {fault}") from fault
+
+
 _FILES: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
     ".csv": _csv,
+    ".txt": _lines,
 }
 
 
@@ -246,6 +269,32 @@ _RATED: Forms[list[Rated]] = [
     (frozenset({"prompt", "response_0", "response_1"}), _rated_pair),
 ]
 
+# --- forms of prompts ---
+
+
+def _asked(row: Row) -> Prompt:
+    return _prompt(row["prompt"])
+
+
+def _alpaca_asked(row: Row) -> Prompt:
+    return _alpaca({**row, "output": ""}).messages[:-1]
+
+
+def _chat_asked(row: Row) -> Prompt:
+    return _up_to_answer(_messages(row["messages"]))
+
+
+def _sharegpt_asked(row: Row) -> Prompt:
+    return _up_to_answer(_system(row) + _messages(row["conversations"]))
+
+
+_PROMPTS: Forms[Prompt] = [
+    (frozenset({"prompt"}), _asked),
+    (frozenset({"messages"}), _chat_asked),
+    (frozenset({"conversations"}), _sharegpt_asked),
+    (frozenset({"instruction"}), _alpaca_asked),
+]
+
 # --- parts of rows; a ValueError says what is wrong, the caller says where ---
 
 
@@ -279,6 +328,10 @@ def _answer(message: Message) -> str:
     if message.role != "assistant":
         raise ValueError(f"the last turn is the {message.role}'s, not the assistant's")
     return message.content
+
+
+def _up_to_answer(messages: Prompt) -> Prompt:
+    return messages[:-1] if messages[-1].role == "assistant" else messages
 
 
 def _ending_in_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:

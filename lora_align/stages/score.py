@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ from lora_align.stages import start as start_policy
 PAIR = "pair:"
 AT_ONCE = 256  # rows between two files: what a kill may cost
 SIDES = (("_0", "_1"), ("_chosen", "_rejected"))
-SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,13 @@ def run(
     recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen, *, batch: int = 16
 ) -> dict[str, Any]:
     """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"--out {out}: a {' or '.join(SUFFIXES)} file")
-    if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
+    shards.check_out(out)
     work = list(_work(data))
     if not work:
         raise UserError(f"{data}: no rows to score")
     base = bases.find(recipe.base)
     judge = _pair(base, recipe, runs_dir, by.removeprefix(PAIR)) if by.startswith(PAIR) else _reward(base, runs_dir, by)
-    parts = out.with_name(f".{out.name}.parts")
-    with shards.opened(parts) as store:
-        _same_work(parts, {"data": data, "judge": judge.identity})
+    with shards.towards(out, {"data": data, "judge": judge.identity}) as store:
         done = store.keys()
         left = [item for item in work if item.key not in done]
         if done:
@@ -89,8 +82,7 @@ def run(
                 progress.show(start + len(items), {})
         scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
-        _write(rows, out)
-    shutil.rmtree(parts)
+        shards.finish(rows, out)
     return {"out": str(out), "rows": len(rows), "objectives": _summary(work, rows, judge)}
 
 
@@ -175,29 +167,6 @@ def _scored(items: Sequence[Work], judge: Judge, base: Base, batch: int) -> list
         }
         found.append({KEY: item.key, "scores": json.dumps(columns)})
     return found
-
-
-def _same_work(parts: Path, settings: Mapping[str, str]) -> None:
-    """Refuse to go on with what another judge or other data began."""
-    file = parts / "settings.json"
-    if not file.exists():
-        file.write_text(json.dumps(settings))
-    elif json.loads(file.read_text()) != settings:
-        raise UserError(f"{parts} was begun with other data or another judge; delete it, or choose another --out")
-
-
-def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """The whole file, or none."""
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    if out.suffix == ".parquet":
-        import pyarrow
-        from pyarrow.parquet import write_table
-
-        write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), unfinished)
-    else:
-        with unfinished.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    unfinished.replace(out)
 
 
 def _summary(work: Sequence[Work], rows: Sequence[Mapping[str, Any]], judge: Judge) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
     assert 1 <= kept < 640 / 256
     other = call(workspace, "score", "--data", "demo:ratings?rows=3", "--out", "killed.jsonl")
     assert other.code == 2
-    assert "was begun with other data" in other.err
+    assert "was begun with another data; delete it" in other.err
 
     resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
