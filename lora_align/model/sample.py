@@ -27,7 +27,7 @@ class Answer:
 
 
 def sample(
-    model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, rows: int = 256
+    model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, rows: int = 512
 ) -> Iterator[list[Answer]]:
     """n answers to each prompt, a batch at a time, the shortest prompts first; at most `rows` are drawn at once.
 

@@ -1,5 +1,6 @@
 """Rows as token ids, cut to a length; what does not fit is counted by its reason."""
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,22 @@ def text(
         labels[: len(prompt)] = _earlier_answers(row, chat, prompt)
     counts["answers cut"] += len(ids) > max_length
     return TokenText(ids[:max_length], labels[:max_length])
+
+
+def pack(rows: Sequence[TokenText], length: int) -> list[list[TokenText]]:
+    """Rows side by side in as few packs of at most this many tokens as best fit finds, the longest first."""
+    packs: list[list[TokenText]] = []
+    room: list[tuple[int, int]] = []  # what is left in each pack, and which it is, least first
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        at = bisect.bisect_left(room, (len(row.ids), -1))
+        if at < len(room):
+            left, number = room.pop(at)
+            packs[number].append(row)
+        else:
+            left, number = max(length, len(row.ids)), len(packs)
+            packs.append([row])
+        bisect.insort(room, (left - len(row.ids), number))
+    return packs
 
 
 def _earlier_answers(row: Conversation, chat: ChatFormat, prompt: Sequence[int]) -> list[int]:

@@ -1,0 +1,52 @@
+"""What draws answers to conversations: the base loaded here, or a server elsewhere (`endpoint`)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from lora_align.data.rows import Prompt
+from lora_align.model.base import Base
+from lora_align.model.generate import Sampling
+from lora_align.model.sample import sample
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One answer to the prompt of that index, as text, and whether it came to its own end."""
+
+    prompt: int
+    number: int
+    text: str
+    ended: bool
+
+
+class Sampler(Protocol):
+    """Draws n answers to each prompt, some at a time and in any order."""
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether the context leaves room for an answer, as far as can be told from here."""
+
+    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
+        """Every answer once."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model in this process, with whatever lies over it."""
+
+    model: PreTrainedModel
+    base: Base
+
+    def fits(self, prompt: Prompt) -> bool:
+        """The base knows its own length."""
+        return len(self.base.chat.prompt_ids(prompt)) < self.base.max_length
+
+    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
+        """Batch by batch; see `sample`."""
+        rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
+        decode = self.base.chat.tokenizer.decode
+        for batch in sample(self.model, self.base, rows, n, sampling):
+            texts = (decode(answer.tokens, skip_special_tokens=True).strip() for answer in batch)
+            yield [Drawn(a.prompt, a.number, text, a.ended) for a, text in zip(batch, texts, strict=True)]

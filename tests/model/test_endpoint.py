@@ -1,0 +1,140 @@
+"""Answers from a server nobody here wrote: `transformers serve` on the built-in base."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from lora_align import recipe
+from lora_align.data.rows import Message
+from lora_align.demo import oracle, world
+from lora_align.errors import RunFailedError, UserError
+from lora_align.model.base import DEMO
+from lora_align.model.endpoint import Endpoint, serve_line
+from lora_align.model.generate import Sampling
+from support import Cli
+
+TOKENS = Sampling(temperature=1.0, max_new_tokens=90, seed=5)
+RAIN = (Message("user", "Tell me about rain."),)
+MOON = (Message("user", "Tell me about the moon."),)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The built-in base, told to sample: where a model's own settings do not say so, this server never does."""
+    folder = tmp_path_factory.mktemp("served") / "base"
+    shutil.copytree(DEMO, folder)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 1, "pad_token_id": 0}')
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server(served: str) -> Iterator[str]:
+    port, log = _free_port(), Path(served).with_name("log.txt")
+    words = [str(Path(sys.executable).with_name("transformers")), "serve", served, "--device", "cpu"]
+    with log.open("w") as stream:
+        child = subprocess.Popen([*words, "--port", str(port)], stdout=stream, stderr=subprocess.STDOUT)
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while time.monotonic() < until:
+        try:
+            if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
+                break
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    else:
+        pytest.fail(log.read_text())
+    yield url
+    child.terminate()
+    child.wait(30)
+
+
+def test_as_many_answers_as_were_asked_for_though_the_server_ignores_n(server: str, served: str) -> None:
+    endpoint = Endpoint.at(f"{server}/v1", served)
+    answers = [answer for some in endpoint.draw([RAIN, MOON], 3, TOKENS) for answer in some]
+    assert sorted((answer.prompt, answer.number) for answer in answers) == [(p, n) for p in (0, 1) for n in range(3)]
+    assert len({answer.text for answer in answers}) == 6
+    asked = (oracle.Prompt("Tell me about rain.", "rain", risky=False), oracle.Prompt("", "the moon", risky=False))
+    scores = [oracle.score(asked[answer.prompt], answer.text) for answer in answers if answer.ended]
+    assert len(scores) >= 4
+    assert sum(score.well_formed for score in scores) >= 0.75 * len(scores)
+    cut = [answer for some in endpoint.draw([RAIN], 1, Sampling(max_new_tokens=3)) for answer in some]
+    assert not cut[0].ended
+
+
+def test_generate_draws_on_it_and_goes_on_where_it_was(server: str, served: str, cli: Cli, tmp_path: Path) -> None:
+    asked = [next(world.prompts(seed, risky=False)).text for seed in range(6)]
+    (tmp_path / "prompts.txt").write_text("\n".join(asked))
+    words = ["generate", "--prompts", "prompts.txt", "-n", "2", "--endpoint", server, "--max-new-tokens", "40"]
+    done = cli(*words, "--model", served, "--out", "answers.jsonl")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["number"]) for row in rows] == [(text, n) for text in asked for n in (0, 1)]
+    assert all(row["response"] for row in rows)
+
+    nobody = cli(*words, "--model", "nobody", "--out", "other.jsonl")
+    assert nobody.code == 1
+    assert f"{server}: 400" in nobody.err
+    with_adapter = cli(*words, "--model", served, "--adapter", ".", "--out", "other.jsonl")
+    assert with_adapter.code == 2
+    assert "cannot load adapters while it runs (404" in with_adapter.err
+    assert serve_line(recipe.load(recipe.builtin()["demo"])) in with_adapter.err
+    assert "--max-lora-rank" in cli("generate", "--show-server").out
+
+
+class _BusyAtFirst(BaseHTTPRequestHandler):
+    """Hands everything on to the server, but turns the first two away."""
+
+    behind = ""
+    turned_away = 0
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if type(self).turned_away < 2:
+            type(self).turned_away += 1
+            self.send_error(503)
+            return
+        answer = httpx.post(self.behind + self.path, content=body, headers={"content-type": "application/json"})
+        self.send_response(answer.status_code)
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_a_busy_server_is_asked_again(server: str, served: str) -> None:
+    _BusyAtFirst.behind = server
+    proxy = HTTPServer(("127.0.0.1", 0), _BusyAtFirst)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        endpoint = Endpoint(f"http://127.0.0.1:{proxy.server_port}", served)
+        answers = [answer for some in endpoint.draw([RAIN], 1, TOKENS) for answer in some]
+    finally:
+        proxy.shutdown()
+    assert _BusyAtFirst.turned_away == 2
+    assert answers[0].text
+
+
+def test_no_server_and_no_patience() -> None:
+    nobody = f"http://127.0.0.1:{_free_port()}"
+    with pytest.raises(UserError, match="no server at"):
+        Endpoint.at(nobody)
+    with pytest.raises(RunFailedError, match=r"gave up after 1\.5 s"):
+        list(Endpoint(nobody, "model", deadline=1.5).draw([RAIN], 1, TOKENS))
+    with pytest.raises(UserError, match="expected http://HOST:PORT"):
+        Endpoint.at("localhost:8000")
