@@ -71,7 +71,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None = No
         stage="reward",
         base=base.identity,
         recipe=recipe.as_dict(),
-        seeds={"init": recipe.lora.init_seed, "data": recipe.reward.seed},
+        seeds={"init": (recipe.reward.lora or recipe.lora).init_seed, "data": recipe.reward.seed},
         data=material.facts,
         method={"objectives": recipe.reward.objectives},
     )
@@ -247,9 +247,10 @@ def train(
     """Train adapter and heads into a folder; the manifest's fields about them."""
     arguments = training.arguments(settings, base, folder)
     del arguments["max_length"]  # TRL's; rows were cut already
+    lora = settings.lora or recipe.lora
     with training.accepted_by_libraries():
-        policy = get_peft_model(base.load(), training.fresh_adapter(recipe.lora, base))
-        initial = training.initialise(policy, recipe.lora.init_seed)
+        policy = get_peft_model(base.load(), training.fresh_adapter(lora, base))
+        initial = training.initialise(policy, lora.init_seed)
         means, deviations = ({name: pair[i] for name, pair in material.heads.items()} for i in (0, 1))
         # a part of the model, so that it is moved, clipped and optimised with the rest
         policy.heads = Heads(policy.config.hidden_size, means, deviations).to(bases.device())

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from lora_align import runs
@@ -20,7 +23,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.logprobs import answer_logprobs
 from lora_align.model.tokenise import IGNORED, TokenText
-from lora_align.recipe import Recipe, Sft
+from lora_align.recipe import Lora, Recipe, Rsf, Sft
 from lora_align.runs import LOG, Manifest, Run
 from lora_align.stages import start as start_policy
 from lora_align.stages import training
@@ -51,11 +54,12 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False) 
         base=base.identity,
         recipe=recipe.as_dict(),
         contains_start=True,
-        seeds={"init": recipe.lora.init_seed, "data": recipe.sft.seed},
+        seeds={"init": (recipe.sft.lora or recipe.lora).init_seed, "data": recipe.sft.seed},
         data=material.facts,
     )
     with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
-        facts = train(base, recipe, recipe.sft, material, staging, screen)
+        lora = recipe.sft.lora or recipe.lora
+        facts = train(base.load(), base, lora, recipe.sft, material, "sft", staging, screen)
         published = runs.publish(staging, target, replace(about, **facts))
     for reason in published.manifest.unconverged:
         screen.warn(f"{target}: unconverged: {reason}")
@@ -86,20 +90,31 @@ def prepare(settings: Sft, base: Base) -> Material:
 
 
 def train(
-    base: Base, recipe: Recipe, settings: Sft, material: Material, folder: Path, screen: Screen
+    model: PreTrainedModel,
+    base: Base,
+    lora: Lora,
+    settings: Sft | Rsf,
+    material: Material,
+    label: str,
+    folder: Path,
+    screen: Screen,
 ) -> dict[str, Any]:
-    """Train the adapter into a folder; the manifest's fields about it."""
-    model = base.load()
+    """Train an adapter on a start policy into a folder; the manifest's fields about it."""
+    rows = [{"input_ids": row.ids, "labels": row.labels} for row in material.train]
+    if settings.packing:
+        packs = tokenise.pack(material.train, min(settings.max_length, base.max_length))
+        rows = [_columns(pack) for pack in packs]
     with training.accepted_by_libraries():
-        trainer = SFTTrainer(
+        trainer = PackedSFTTrainer(
             model=model,
             args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **training.arguments(settings, base, folder)),
-            train_dataset=Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in material.train]),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=collate if settings.packing else None,
             processing_class=base.chat.tokenizer,
-            peft_config=training.fresh_adapter(recipe.lora, base),
+            peft_config=training.fresh_adapter(lora, base),
         )
-    initial = training.initialise(trainer.model, recipe.lora.init_seed)
-    with training.watched(trainer, screen, "sft", folder, FIGURES) as watch:
+    initial = training.initialise(trainer.model, lora.init_seed)
+    with training.watched(trainer, screen, label, folder, FIGURES) as watch:
         trainer.train()
     training.save_adapter(trainer.model, folder)
     held_out = material.held_out[: training.EVALUATE_AT_MOST]
@@ -108,8 +123,47 @@ def train(
         "held_out": held_out_loss(trainer.model, held_out, 2 * settings.micro_batch_size),
         "seconds": round(watch.seconds, 1),
     }
-    training.draw_curve(watch.history, "sft", folder / "curve.png")
+    training.draw_curve(watch.history, label, folder / "curve.png")
     return {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics["held_out"])}
+
+
+class PackedSFTTrainer(SFTTrainer):
+    """TRL's trainer; of packed rows it would count the tokens of a batch's first pack alone."""
+
+    packed_tokens = 0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **settings: Any) -> Any:
+        """TRL's, with its count put right."""
+        loss = super().compute_loss(model, inputs, *args, **settings)
+        if "position_ids" in inputs:
+            self.packed_tokens += inputs["position_ids"].numel()
+            self._metrics["train"]["num_tokens"] = [self.packed_tokens]
+        return loss
+
+
+def _columns(pack: Sequence[TokenText]) -> dict[str, list[int]]:
+    """Rows one behind the other; no row is to predict the next one's first token."""
+    return {
+        "input_ids": [token for row in pack for token in row.ids],
+        "labels": [label for row in pack for label in (IGNORED, *row.labels[1:])],
+        "seq_lengths": [len(row.ids) for row in pack],
+    }
+
+
+def collate(packs: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    """A batch of packs. Positions start anew with every row, and by that attention keeps to its row; so there must be
+    no mask. Padding goes on with the last row, which as a causal model never looks ahead does not see it.
+    """
+    width = max(len(pack["input_ids"]) for pack in packs)
+    batch = {"input_ids": torch.zeros(len(packs), width, dtype=torch.long)}
+    batch |= {"labels": torch.full_like(batch["input_ids"], IGNORED), "position_ids": batch["input_ids"].clone()}
+    for row, pack in enumerate(packs):
+        lengths, used = list(pack["seq_lengths"]), len(pack["input_ids"])
+        lengths[-1] += width - used
+        batch["input_ids"][row, :used] = torch.tensor(pack["input_ids"])
+        batch["labels"][row, :used] = torch.tensor(pack["labels"])
+        batch["position_ids"][row] = torch.cat([torch.arange(length) for length in lengths])
+    return batch
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], batch: int) -> dict[str, float]:

@@ -1,0 +1,108 @@
+"""The best and the worst of several answers in the eyes of somebody who wants a direction."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from lora_align.data.rows import Prompt
+from lora_align.errors import RunFailedError
+from lora_align.want import Want
+
+TOO_MANY = 0.5  # share of requests without a usable answer from which on nothing is to be learned
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer, whether it came to its own end, and what the reward model gives it."""
+
+    text: str
+    ended: bool
+    rewards: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt, what is wanted of it, and the best and the worst answer found."""
+
+    prompt: Prompt
+    want: Want
+    best: Candidate
+    worst: Candidate
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choices of an iteration, and figures about what they were chosen from."""
+
+    choices: list[Choice]
+    figures: dict[str, Any]
+
+
+def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str) -> Chosen:
+    """For everyone who wants something, the extremes of the candidates; who finds none is passed over and counted."""
+    choices = []
+    dropped: Counter[str] = Counter()
+    drawn, values = [], []
+    for prompt, want, candidates in asked:
+        good = usable(candidates, dropped)
+        if not good:
+            dropped["requests without a usable answer"] += 1
+            continue
+        best, worst = extremes(good, want)
+        choices.append(Choice(prompt, want, best, worst))
+        drawn += good
+        values += [want.value(candidate.rewards) for candidate in good]
+    if not choices or 1 - len(choices) / len(asked) > TOO_MANY:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise RunFailedError(f"{len(asked) - len(choices)} of {len(asked)} requests have no usable answer ({reasons})")
+    wanted = list(choices[0].want.weights)
+    kept = [choice.best for choice in choices]
+    shown = [*wanted, *([watch] if watch in kept[0].rewards and watch not in wanted else [])]
+    figures = {
+        "answers": sum(len(candidates) for *_, candidates in asked),
+        "kept": len(kept),
+        "dropped": dict(dropped),
+        "drawn_value": fmean(values),
+        "kept_value": fmean(choice.want.value(choice.best.rewards) for choice in choices),
+        "drawn_mean": {name: fmean(candidate.rewards[name] for candidate in drawn) for name in shown},
+        "kept_mean": {name: fmean(candidate.rewards[name] for candidate in kept) for name in shown},
+    }
+    if watch in shown and len(kept) > 1:
+        figures["watched"] = spread([candidate.rewards[watch] for candidate in kept])
+    return Chosen(choices, figures)
+
+
+def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candidate]:
+    """Those one may learn from, in their order, each text once; the others are counted by reason."""
+    kept: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if not candidate.text.strip():
+            dropped["empty"] += 1
+        elif not candidate.ended:
+            dropped["cut off"] += 1
+        elif not all(map(math.isfinite, candidate.rewards.values())):
+            dropped["reward not finite"] += 1
+        elif candidate.text in kept:
+            dropped["said twice"] += 1
+        else:
+            kept[candidate.text] = candidate
+    return list(kept.values())
+
+
+def extremes(candidates: Sequence[Candidate], want: Want) -> tuple[Candidate, Candidate]:
+    """The best and the worst by vᵀr; of equal ones the first."""
+    values = [want.value(candidate.rewards) for candidate in candidates]
+    return candidates[values.index(max(values))], candidates[values.index(min(values))]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """A mean and its standard error."""
+    return {"mean": fmean(values), "error": stdev(values) / math.sqrt(len(values))}
+
+
+def fell(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether a mean is lower than another beyond chance."""
+    return before["mean"] - now["mean"] > 2 * math.hypot(before["error"], now["error"])

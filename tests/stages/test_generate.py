@@ -1,0 +1,85 @@
+"""Many answers to a file of prompts: every one of them once, whatever ended the work in between."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow.parquet import read_table
+
+from lora_align.data import sources
+from support import COMMAND, call
+
+
+def _rows(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_killed_in_the_middle_it_goes_on_and_says_the_same(workspace: Path) -> None:
+    words = ["generate", "--prompts", "demo:conversations?rows=150&part=dev", "-n", "4", "-w", "helpful=1"]
+    child = subprocess.Popen([str(COMMAND), *words, "--out", "killed.jsonl", "--quiet"], cwd=workspace)
+    parts, until = workspace / ".killed.jsonl.parts", time.monotonic() + 120
+    while not list(parts.glob("part-*.parquet")) and time.monotonic() < until:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = len(list(parts.glob("part-*.parquet")))
+    assert 1 <= kept < 150 / 64
+    other = call(workspace, *words[:-2], "-w", "helpful=0.5", "--out", "killed.jsonl")
+    assert other.code == 2
+    assert "was begun with another model" in other.err
+
+    resumed = call(workspace, *words, "--out", "killed.jsonl")
+    assert resumed.code == 0, resumed.err
+    assert f"{kept * 64} prompts were answered before" in resumed.err
+    assert not parts.exists()
+    whole = call(workspace, *words, "--out", "whole.jsonl")
+    assert whole.code == 0, whole.err
+    assert _rows(workspace / "killed.jsonl") == _rows(workspace / "whole.jsonl")
+    assert len(_rows(workspace / "whole.jsonl")) == 600
+
+
+def test_shares_divide_the_work_and_merge_by_reading_all_files(workspace: Path) -> None:
+    words = ["generate", "--prompts", "demo:pairs?rows=40", "--adapter", "dpo/helpful/pos", "--max-new-tokens", "60"]
+    for share in ("1/2", "2/2"):
+        done = call(workspace, *words, "--share", share, "--out", f"{share[0]}.parquet")
+        assert done.code == 0, done.err
+    whole = call(workspace, *words, "--out", "whole.parquet", "--json")
+    told = json.loads(whole.out)
+    assert (told["prompts"], told["answers"], told["too_long"]) == (40, 40, 0)
+    shares = [read_table(workspace / f"{name}.parquet").to_pylist() for name in ("1", "2")]
+    assert all(shares)
+    merged = read_table(workspace / "whole.parquet").to_pylist()
+    both = {(row["prompt"], row["response_0"]): row["response"] for rows in shares for row in rows}
+    assert both == {(row["prompt"], row["response_0"]): row["response"] for row in merged}
+    again = [sources.prompt(row, where)[0].content for where, row in sources.rows(str(workspace / "whole.parquet"))]
+    assert again == [row["prompt"] for row in merged]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--share", "3/2"], "--share '3/2': expected which of how many parts"),
+        (["--out", "a.txt"], "--out a.txt: a .jsonl or .parquet file"),
+        (["--endpoint", "http://localhost:1", "--weights", "helpful=1"], "`merge` makes an adapter of weights"),
+        (["--adapter", "x", "--want", "a=1"], "--adapter goes without --weights and --want"),
+        (["--want", "helpfulness=1"], "`lora-align rsf` trains one"),
+        (["--prompts", "nowhere.txt"], "no data file 'nowhere.txt'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(words: list[str], told: str, workspace: Path) -> None:
+    given = {"--prompts": "demo:pairs?rows=3", "--out": "a.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
+    done = call(workspace, "generate", *[word for item in given.items() for word in item])
+    assert done.code == 2
+    assert told in done.err
+    assert not list(workspace.glob("a.*"))
+
+
+def test_a_prompt_that_fills_the_context_is_left_out_and_counted(workspace: Path) -> None:
+    (workspace / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 200)
+    done = call(workspace, "generate", "--prompts", "prompts.txt", "--adapter", "dpo/helpful/pos", "--out", "a.jsonl")
+    assert done.code == 0, done.err
+    assert "1 prompts fill the context and were left out" in done.out
+    assert len(_rows(workspace / "a.jsonl")) == 1

@@ -1,0 +1,169 @@
+"""Two iterations of rejection sampling by the installed command: what is published, kept, gone on from and asked."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from pyarrow.parquet import read_table
+
+from lora_align import recipe, runs
+from lora_align.data.rows import Message, prompt_key
+from lora_align.model import base as bases
+from lora_align.want import Want
+from support import COMMAND, Done, call
+
+SMALL = {
+    "reward.ratings.demo.data": '"demo:ratings?rows=160"',
+    "rsf.data": '"demo:conversations?rows=60"',
+    "rsf.per_prompt": "2",
+    "rsf.samples": "3",
+    "rsf.bootstrap": "6",
+    "rsf.epochs": "1",
+}
+
+
+def rsf(folder: Path, *words: str, **changed: str) -> Done:
+    settings = {**SMALL, **{f"rsf.{key}": value for key, value in changed.items()}}
+    return call(folder, "rsf", *words, *(word for pair in settings.items() for word in ("--set", "=".join(pair))))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model, and what `rsf --iterations 1` makes with it."""
+    folder = tmp_path_factory.mktemp("rsf")
+    judge = call(folder, "reward", "--set", f"reward.ratings.demo.data={SMALL['reward.ratings.demo.data']}")
+    assert judge.code == 0, judge.err
+    done = rsf(folder, "--iterations", "1")
+    assert done.code == 0, done.err
+    (folder / "said.txt").write_text(done.out + done.err)
+    return folder
+
+
+def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
+    found = {run.path.name: run for run in runs.every(made / "runs" / "rsf")}
+    assert list(found) == ["steerlm", "t0", "t1"]
+    start_policy_alone = bases.find(recipe.Base("demo")).load()
+    PeftModel.from_pretrained(start_policy_alone, found["t1"].path)  # an ordinary adapter
+    assert len({run.manifest.initial_adapter for run in found.values()}) == 1, "all start from the start policy anew"
+    for label, per_request in (("t0", 3), ("t1", 3)):
+        found[label].check_files()
+        rows = read_table(found[label].path / "samples.parquet").to_pylist()
+        figures = found[label].manifest.metrics["collected"]
+        requests = {row["key"] for row in rows}
+        assert len({(row["key"], row["number"]) for row in rows}) == len(rows) == per_request * len(requests)
+        assert {len(row["asked"]) > 0 for row in rows} == {True}
+        assert figures["kept_value"] > figures["drawn_value"]
+        assert figures["kept"] <= len(requests)
+        assert not list(found[label].path.parent.glob(f".{label}.samples"))
+    said = (made / "said.txt").read_text()
+    assert "value kept" in said
+    assert "t1 draws" in said
+
+
+def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
+    prompts = {}
+    for label in ("t0", "t1"):
+        rows = read_table(made / "runs" / "rsf" / "policy" / label / "samples.parquet").to_pylist()
+        prompts[label] = {prompt_key(tuple(Message(**turn) for turn in row["prompt"])) for row in rows}
+    assert prompts["t0"]
+    assert prompts["t1"]
+    assert not prompts["t0"] & prompts["t1"]
+
+
+def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    changed = rsf(tmp_path, "--iterations", "2", samples="4")
+    assert changed.code == 2
+    assert "was made with another rsf.samples" in changed.err
+    before = (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes()
+    more = rsf(tmp_path, "--iterations", "2")
+    assert more.code == 0, more.err
+    assert more.err.count("was made before") == 3
+    assert (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes() == before
+    assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t2")
+
+
+def test_killed_while_it_learns_it_does_not_draw_again(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    policy = tmp_path / "runs" / "rsf" / "policy"
+    shutil.rmtree(policy / "t1")
+    words = [word for pair in SMALL.items() for word in ("--set", "=".join(pair))]
+    until = time.monotonic() + 120
+    child = subprocess.Popen([str(COMMAND), "rsf", "--iterations", "1", "--quiet", *words], cwd=tmp_path)
+    while not list((policy / ".t1.samples").glob("part-*.parquet")) and time.monotonic() < until:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not runs.is_run(policy / "t1")
+    again = rsf(tmp_path, "--iterations", "1")
+    assert again.code == 0, again.err
+    assert "requests were answered before" in again.err
+    samples = [
+        {(row["key"], row["number"]): row["response"] for row in read_table(folder / "samples.parquet").to_pylist()}
+        for folder in (made / "runs" / "rsf" / "policy" / "t1", policy / "t1")
+    ]
+    assert samples[0] == samples[1]
+
+
+def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "0", "--name", "preferred", learn='"dpo"', learning_rate="1e-3")
+    assert done.code == 0, done.err
+    metrics = runs.read(tmp_path / "runs" / "rsf" / "preferred" / "t0").manifest.metrics
+    assert abs(metrics["first_margin"]) < 1e-3
+    assert "t0 reference" in done.err
+
+
+def test_chat_asks_for_a_direction_beside_weights(made: Path, trained: Path) -> None:
+    shutil.copytree(trained / "runs" / "dpo", made / "runs" / "dpo", dirs_exist_ok=True)
+    words = ["chat", "--want", "helpfulness=8,verbosity=-6", "--prompt", "Tell me about rain.", "--seed", "3"]
+    done = call(made, *words, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
+    assert told["weights"] == {"rsf/policy/t1": 1.0}
+    assert "asked for helpfulness=0.80 verbosity=-0.60 (brought to length 1)" in done.err
+    both = json.loads(call(made, *words, "--weights", "helpful=0.5", "--json").out)
+    assert both["weights"] == {"rsf/policy/t1": 1.0, "helpful": 0.5}
+    live = call(
+        made, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
+    )
+    assert live.code == 0, live.err
+    assert "it was trained on helpfulness from 0.17" in live.err
+    unknown = call(made, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
+    assert unknown.code == 2
+    assert "it knows: helpfulness, verbosity" in unknown.err
+
+
+def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
+    """The words chat puts before a conversation are those the samples were drawn and learned under."""
+    rows = read_table(made / "runs" / "rsf" / "policy" / "t1" / "samples.parquet").to_pylist()
+    numbers = {tuple(int(part.partition("*")[2]) for part in row["asked"].split(" + ")) for row in rows}
+    assert all(17 <= helpfulness <= 100 and -99 <= verbosity <= 0 for helpfulness, verbosity in numbers)
+    a, b = next(iter(numbers))
+    assert Want.of({"helpfulness": a, "verbosity": b}).asked("{want}", "integers") in {row["asked"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "told"),
+    [
+        ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
+        ([], {"reward": '"other"'}, "no reward model 'other'"),
+        ([], {"ask": '"be nice"'}, "rsf.ask: it must hold {want}"),
+        ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
+        (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_it_begins(
+    words: list[str], changed: dict[str, str], told: str, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
+    done = rsf(tmp_path, *words, **changed)
+    assert done.code == 2
+    assert told in done.err
+    assert not (tmp_path / "runs" / "rsf").exists()
