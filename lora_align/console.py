@@ -146,7 +146,9 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
     def line(row: list[str]) -> str:
-        cells = [c.rjust(w) if c[:1] in "+-.0123456789" and c else c.ljust(w) for c, w in zip(row, widths, strict=True)]
+        cells = [
+            c.rjust(w) if c and not any(map(str.isalpha, c)) else c.ljust(w) for c, w in zip(row, widths, strict=True)
+        ]
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(columns), "  ".join("─" * w for w in widths), *(line(row) for row in rows)])

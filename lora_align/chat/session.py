@@ -11,7 +11,7 @@ from lora_align import runs
 from lora_align.adapters import vectors
 from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen
-from lora_align.data.rows import Message
+from lora_align.data.rows import Message, under_system
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.generate import Memory, Sampling, stream, text_pieces
@@ -19,6 +19,7 @@ from lora_align.model.mixer import Mixer
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 from lora_align.stages import start as start_policy
+from lora_align.want import Want
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,45 @@ class Blend:
     found: Mapping[str, Vector]
     weights: Mapping[str, float]
     contains_start: bool = False
+    policy: "Policy | None" = None
 
     def doubts(self) -> list[str]:
         """Why it may not do what its names say."""
         return [doubt for vector in self.found.values() for doubt in vector.doubts()]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that can be asked for a direction, and what it is asked for."""
+
+    run: Run
+    want: Want
+
+    @classmethod
+    def newest(cls, runs_dir: Path, asked: str, screen: Screen) -> "Policy":
+        """The last one `rsf` has published, asked for `helpfulness=0.8,verbosity=-0.6`."""
+        made = [
+            run
+            for run in runs.every(runs_dir, screen)
+            if run.manifest.stage == "rsf" and not run.manifest.method["steer"]
+        ]
+        if not made:
+            raise UserError(f"--want: no policy in {runs_dir}/rsf that can be asked; `lora-align rsf` trains one")
+        return cls.of(made[-1], asked, screen)
+
+    @classmethod
+    def of(cls, run: Run, asked: str, screen: Screen) -> "Policy":
+        """Say what becomes of the weights, and whether the policy has ever been asked for the like."""
+        want = Want.parse(asked, run.manifest.method["objectives"])
+        screen.note(f"{run.path} asked for {want} (brought to length 1)")
+        for name, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
+            if not low - 0.01 <= want.weights[name] <= high + 0.01:
+                screen.warn(f"it was trained on {name} from {low:g} to {high:g} only")
+        return cls(run, want)
+
+    def system(self) -> str:
+        """The message that asks for it."""
+        return self.want.asked(self.run.manifest.method["ask"], self.run.manifest.method["numbers"])
 
 
 def choose(
@@ -40,8 +76,18 @@ def choose(
     screen: Screen,
     weights: Mapping[str, float] | None = None,
     adapter: Path | None = None,
+    want: str | None = None,
 ) -> Blend:
-    """The vectors behind `--weights`, the adapter behind `--adapter`, or the newest mix taken apart again."""
+    """The vectors behind `--weights`, the adapter behind `--adapter`, or the newest mix taken apart again.
+
+    With a want, the newest conditioned policy, and the vectors beside it.
+    """
+    if want is not None:
+        policy = Policy.newest(runs_dir, want, screen)
+        name = policy.run.path.relative_to(runs_dir).as_posix()
+        found = {name: vectors.at(policy.run.path, name)}
+        found |= {name: vectors.find(name, runs_dir, recipe.preferences) for name in weights or ()}
+        return Blend(found, {name: 1.0, **(weights or {})}, policy=policy)
     if weights is not None:
         return Blend({name: vectors.find(name, runs_dir, recipe.preferences) for name in weights}, weights)
     if adapter is not None:
@@ -98,6 +144,7 @@ class Session:
     mixer: Mixer | None = None
     turns: list[Message] = field(default_factory=list)
     system: str = ""
+    policy: Policy | None = None
     memory: Memory = field(default_factory=Memory)
     tokens: int = 0
 
@@ -130,8 +177,9 @@ class Session:
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """The assistant's next words, piece by piece; `tokens` counts them."""
-        system = [Message("system", self.system)] if self.system else []
-        prompt = self.base.chat.prompt_ids([*system, *self.turns])
+        asked = self.policy.system() if self.policy else ""
+        turns = under_system(asked, under_system(self.system, tuple(self.turns)))
+        prompt = self.base.chat.prompt_ids(turns)
         room = self.base.max_length - len(prompt)
         if room < 1:
             raise UserError(f"the conversation fills the base's {self.base.max_length} tokens; /undo, or start anew")
@@ -169,7 +217,8 @@ def open_session(
         )
     for doubt in [*blend.doubts(), *_differences(base, blend.found.values())]:
         screen.warn(doubt)
-    session = Session(base, start_policy.load(base, start), runs_dir, recipe, sampling, start_id, fixed)
+    model = start_policy.load(base, start)
+    session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, policy=blend.policy)
     if found:
         session.mixer = Mixer(session.model, {n: v.load() for n, v in found.items()}, blend.weights)
     return session

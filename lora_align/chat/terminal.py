@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_align import runs
-from lora_align.chat.session import Session
+from lora_align.chat.session import Policy, Session
 from lora_align.console import Screen, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
@@ -16,6 +16,7 @@ from lora_align.preference import parse_weights
 HELP = """\
 /w helpful=0.3          turn a weight, at once; names that are not given keep theirs
 /w                      show the weights
+/want a=0.8,b=-0.6      ask a conditioned policy for another direction
 /compare a=1 | a=-1     answer the last question at several weights side by side
 /retry   /undo          answer again; take the last exchange back
 /system TEXT            set the system message, or with no text remove it
@@ -28,7 +29,8 @@ def once(session: Session, prompt: str, screen: Screen) -> None:
     session.turns.append(Message("user", prompt))
     if screen.as_json:
         text = "".join(session.answer())
-        screen.result(text, {"answer": text, "tokens": session.tokens, "weights": session.weights})
+        want = dict(session.policy.want.weights) if session.policy else None
+        screen.result(text, {"answer": text, "tokens": session.tokens, "weights": session.weights, "want": want})
         return
     for piece in session.answer():
         sys.stdout.write(inert(piece))
@@ -66,6 +68,7 @@ def talk(session: Session, screen: Screen) -> None:
 def _obey(session: Session, command: str, argument: str, screen: Screen) -> None:
     commands: dict[str, Callable[[], None]] = {
         "w": lambda: _turn(session, argument, screen),
+        "want": lambda: _want(session, argument, screen),
         "compare": lambda: _compare(session, argument, screen),
         "retry": lambda: _retry(session),
         "undo": lambda: _undo(session, screen),
@@ -102,6 +105,14 @@ def _turn(session: Session, argument: str, screen: Screen) -> None:
     for doubt in session.turn(parse_weights(argument)) if argument else ():
         screen.warn(doubt)
     screen.say(_shown(session.weights))
+
+
+def _want(session: Session, argument: str, screen: Screen) -> None:
+    if session.policy is None:
+        raise UserError("nothing here can be asked for a direction; start with chat --want")
+    if argument:
+        session.policy = Policy.of(session.policy.run, argument, screen)
+    screen.say(str(session.policy.want))
 
 
 def _compare(session: Session, argument: str, screen: Screen) -> None:

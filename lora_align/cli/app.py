@@ -31,8 +31,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "dpo": train.dpo,
     "reward": train.reward,
     "score": use.score,
+    "rsf": train.rsf,
     "merge": use.merge,
     "chat": use.chat,
+    "generate": use.generate,
     "list": look.list_runs,
 }
 for _name, _command in COMMANDS.items():

@@ -93,3 +93,28 @@ def reward(
 
     run = stage.run(project, runs_dir, screen, name=checked(name), force=force)
     screen.result(stage.told(run), facts(run))
+
+
+def rsf(
+    iterations: Annotated[int | None, typer.Option("--iterations", min=0, help="After the first policy.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="Draw on this OpenAI-compatible server, which can load adapters.")
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    name: NameOption = None,
+    force: ForceOption = False,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train one policy that is asked for a direction, by rejection sampling; goes on where it was stopped."""
+    screen = Screen(as_json, quiet)
+    settings = limited(overrides, "rsf", limit)
+    settings += [f"rsf.iterations={iterations}"] if iterations is not None else []
+    project = project_of(recipe, settings, screen)
+    from lora_align.stages import rsf as stage
+
+    made = stage.run(project, runs_dir, screen, name=checked(name), force=force, endpoint=endpoint)
+    screen.result(stage.told(made), {"runs": [facts(run) for run in made]})

@@ -1,8 +1,9 @@
 """Commands that use what was trained."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,14 @@ from lora_align.cli.options import (
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
+from lora_align.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lora_align.model.sampler import Sampler
+
+WantOption = Annotated[
+    str | None, typer.Option("--want", help="Ask what `rsf` trained: as in helpfulness=0.8,verbosity=-0.6.")
+]
 
 
 def score(
@@ -79,6 +88,7 @@ def merge(
 def chat(
     weights: Annotated[str | None, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5.")] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="Any PEFT LoRA folder.")] = None,
+    want: WantOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and exit.")] = None,
     system: Annotated[str, typer.Option("--system", help="A system message.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
@@ -91,10 +101,10 @@ def chat(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Talk to the newest mix, or to --weights, or to --adapter; turn weights while you talk."""
+    """Talk to the newest mix, or to --weights, --adapter or --want; turn weights while you talk."""
     screen = Screen(as_json, quiet)
-    if weights is not None and adapter is not None:
-        raise UserError("chat: either --weights or --adapter")
+    if adapter is not None and (weights is not None or want is not None):
+        raise UserError("chat: --adapter goes without --weights and --want")
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     if prompt is not None and not prompt.strip():
@@ -106,7 +116,7 @@ def chat(
     from lora_align.model import base as bases
     from lora_align.model.generate import Sampling
 
-    blend = sessions.choose(runs_dir, project, screen, wanted, adapter)
+    blend = sessions.choose(runs_dir, project, screen, wanted, adapter, want)
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     session = sessions.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
     session.system = system
@@ -114,3 +124,102 @@ def chat(
         terminal.once(session, prompt.strip(), screen)
     else:
         terminal.talk(session, screen)
+
+
+def generate(
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="A file of prompts (.txt: one a line), or a data set's hub id.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A new .jsonl or .parquet file.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Answers to each prompt.")] = 1,
+    weights: Annotated[str | None, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Any PEFT LoRA folder.")] = None,
+    want: WantOption = None,
+    system: Annotated[str, typer.Option("--system", help="A system message.")] = "",
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="Draw on this OpenAI-compatible server instead.")
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="The model's name on that server.")] = "",
+    show_server: Annotated[
+        bool, typer.Option("--show-server", help="Print how to serve the recipe's base, and exit.")
+    ] = False,
+    share: Annotated[str, typer.Option("--share", help="Only this part of the prompts, as in 2/4.")] = "1/1",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Another one gives other answers.")] = 0,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Answer a file of prompts, n times each; goes on where it was stopped."""
+    screen = Screen(as_json, quiet)
+    if endpoint and (weights is not None or want is not None):
+        raise UserError("generate: a server draws with --model or --adapter; `merge` makes an adapter of weights")
+    if adapter is not None and (weights is not None or want is not None):
+        raise UserError("generate: --adapter goes without --weights and --want")
+    project = project_of(recipe, overrides, screen, runs_dir)
+    if show_server:
+        from lora_align.model.endpoint import serve_line
+
+        screen.result(serve_line(project), {"serve": serve_line(project)})
+        return
+    if prompts is None or out is None:
+        raise UserError("generate: --prompts FILE and --out FILE are needed")
+    part = _part(share)
+    wanted = parse_weights(weights) if weights is not None else None
+    from lora_align.data import shards
+    from lora_align.model.generate import Sampling
+    from lora_align.stages import generate as stage
+
+    shards.check_out(out)
+    if endpoint:
+        sampler, who = _served(endpoint, model, adapter, project)
+    else:
+        sampler, who, asked = _loaded(project, runs_dir, wanted, adapter, want, screen)
+        system = f"{asked}\n\n{system}" if asked and system else asked or system
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    result = stage.run(prompts, out, sampler, who, screen, n=n, sampling=sampling, system=system, share=part)
+    screen.result(stage.told(result), result)
+
+
+def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:
+    """A server as a sampler, and what names it."""
+    from lora_align.model.endpoint import Endpoint
+
+    server = Endpoint.at(address, model)
+    if adapter is not None:
+        server = server.load_adapter(adapter, adapter.name, project)
+    return server, {"server": server.url, "model": server.model}
+
+
+def _loaded(
+    project: Recipe,
+    runs_dir: Path,
+    weights: Mapping[str, float] | None,
+    adapter: Path | None,
+    want: str | None,
+    screen: Screen,
+) -> tuple["Sampler", dict[str, Any], str]:
+    """The base with what was asked for over it, what names it, and the system message that asks."""
+    from lora_align.chat import session as sessions
+    from lora_align.model import base as bases
+    from lora_align.model.generate import Sampling
+    from lora_align.model.sampler import Embedded
+
+    base = bases.find(project.base)
+    blend = sessions.choose(runs_dir, project, screen, weights, adapter, want)
+    session = sessions.open_session(base, runs_dir, project, blend, Sampling(), screen)
+    parts = [parent.lineage() for vector in blend.found.values() for parent in vector.parents]
+    who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(blend.weights)}
+    return Embedded(session.model, base), who, blend.policy.system() if blend.policy else ""
+
+
+def _part(share: str) -> tuple[int, int]:
+    """`2/4`: the second of four."""
+    number, _, parts = share.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise UserError(f"--share {share!r}: expected which of how many parts, as in 2/4")
+    return int(number), int(parts)
