@@ -186,7 +186,7 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
         (["dpo", "--pref", "brief", "--set", "dpo.report_to=['wandb']", *PAIRS], "requires wandb"),
         (["chat", "--prompt", " "], "the prompt is empty"),
         (["sft"], "no [sft] table"),
-        (["chat", "--weights", "helpful=1", "--adapter", "x"], "either --weights or --adapter"),
+        (["chat", "--weights", "helpful=1", "--adapter", "x"], "--adapter goes without --weights"),
         (
             ["chat", "--prompt", "hi", "--set", "base.model=nobody/nothing"],
             "not in the cache and the hub cannot be reached",
