@@ -79,12 +79,14 @@ def run(
     want.drawn(recipe.rsf.directions, random.Random(0))  # a region without directions is refused
     folder = runs_dir / "rsf" / (name or NAME)
     labels = [STEERLM, *(f"t{t}" for t in range(recipe.rsf.iterations + 1))]
-    done = {} if force else {at: _made_alike(folder / at, recipe) for at in labels if runs.is_run(folder / at)}
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
     reward = _reward_run(recipe.rsf, base, runs_dir)
-    server = Endpoint.at(endpoint) if endpoint else None
+    done = {} if force else {at: _made_alike(folder / at, recipe, reward) for at in labels if runs.is_run(folder / at)}
+    server = Endpoint.at(endpoint, NAME) if endpoint else None  # each policy is loaded under its own name
+    if server:  # one that cannot load adapters is refused before anything is trained
+        server.load_adapter(reward.path, reward.path.name, recipe)
     halves, dropped = _halves(recipe.rsf, base)
     plan = Plan(recipe, recipe.rsf, base, start, reward, halves, dropped, folder, force, server)
     for label in labels:
@@ -119,16 +121,17 @@ def _example(run: Run) -> str:
 # --- what is needed ---
 
 
-def _made_alike(folder: Path, recipe: Recipe) -> Run:
+def _made_alike(folder: Path, recipe: Recipe, reward: Run) -> Run:
     """A published policy of this series, if it was made with the same settings; more iterations may follow it."""
     run = runs.read(folder)
     before, now = (
         {**r["rsf"], "iterations": 0} for r in (run.manifest.recipe, json.loads(json.dumps(recipe.as_dict())))
     )
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [f"rsf.{key}" for key in now if before.get(key) != now[key]]
+    changed += ["reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
     if changed:
         raise UserError(
-            f"{folder} was made with another rsf.{changed[0]}; --name NEW keeps both, --force moves the old one aside"
+            f"{folder} was made with another {changed[0]}; --name NEW keeps both, --force moves the old one aside"
         )
     return run
 

@@ -96,6 +96,15 @@ def test_generate_draws_on_it_and_goes_on_where_it_was(server: str, served: str,
     assert "--max-lora-rank" in cli("generate", "--show-server").out
 
 
+def test_rsf_refuses_a_server_that_cannot_load_adapters_before_it_trains(server: str, cli: Cli, tmp_path: Path) -> None:
+    judge = cli("reward", "--limit", "40", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"')
+    assert judge.code == 0, judge.err
+    done = cli("rsf", "--endpoint", server, "--set", 'rsf.data="demo:conversations?rows=30"')
+    assert done.code == 2
+    assert "cannot load adapters while it runs (404" in done.err
+    assert not (tmp_path / "runs" / "rsf").exists()
+
+
 class _BusyAtFirst(BaseHTTPRequestHandler):
     """Hands everything on to the server, but turns the first two away."""
 

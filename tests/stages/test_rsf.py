@@ -80,6 +80,15 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     changed = rsf(tmp_path, "--iterations", "2", samples="4")
     assert changed.code == 2
     assert "was made with another rsf.samples" in changed.err
+    judged = call(
+        tmp_path, "reward", "--force", "--limit", "40", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"'
+    )
+    assert judged.code == 0, judged.err
+    other = rsf(tmp_path, "--iterations", "2")
+    assert other.code == 2
+    assert "was made with another reward model" in other.err
+    shutil.rmtree(tmp_path / "runs" / "reward")
+    shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
     before = (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes()
     more = rsf(tmp_path, "--iterations", "2")
     assert more.code == 0, more.err
