@@ -12,7 +12,6 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME, Preference, Ranker
-from lora_align.want import SCORES, WANT, Numbers
 
 LOCAL = Path("lora-align.toml")
 Positive = Annotated[float, Gt(0), Lt(1e9)]
@@ -119,7 +118,9 @@ class Rsf(Training):
 
     `directions` bounds each objective's weight. A prompt gets `per_prompt` directions and `samples` answers for each;
     the first policy learns from `bootstrap` answers a prompt of one that is asked for scores. `ask` and `steer` are the
-    system messages that ask for either. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
+    system messages that ask for either, as Jinja templates: `ask` may name `want` (a weight for each objective),
+    `decimals` and `integers` (both spelt out), `steer` may name `scores` and `listed`. `watch` is the objective whose
+    fall is named. `beta` is for `learn = "dpo"`.
     """
 
     data: Annotated[str, Len(1)]
@@ -134,9 +135,8 @@ class Rsf(Training):
     replay: Share = 0.15
     temperature: Positive = 1.0
     max_new_tokens: Count = 512
-    ask: str = "Your response should maximize weighted rating = {want}"
-    numbers: Numbers = "decimals"
-    steer: str = "Your response should be rated {scores}"
+    ask: str = "Your response should maximize weighted rating = {{ decimals }}"
+    steer: str = "Your response should be rated {{ listed }}"
     watch: str = "harmlessness"
     learn: Literal["sft", "dpo"] = "sft"
     loss_on: Literal["answers", "all"] = "answers"
@@ -255,7 +255,7 @@ def _bad_reward(recipe: Recipe) -> Iterator[str]:
 
 
 def _bad_rsf(recipe: Recipe) -> Iterator[str]:
-    """Directions that are none, and messages that would ask for nothing."""
+    """Directions that are none."""
     if recipe.rsf is None:
         return
     if len(recipe.rsf.directions) < 2:
@@ -263,9 +263,6 @@ def _bad_rsf(recipe: Recipe) -> Iterator[str]:
     for name, (low, high) in recipe.rsf.directions.items():
         if not -1 <= low <= high <= 1:
             yield f"rsf.directions.{name}: bounds from -1 to 1, the lower first, not [{low:g}, {high:g}]"
-    for key, text, wanted in (("ask", recipe.rsf.ask, WANT), ("steer", recipe.rsf.steer, SCORES)):
-        if wanted not in text:
-            yield f"rsf.{key}: it must hold {wanted}, which stands for what is asked"
 
 
 def _override(table: dict[str, Any], override: str) -> None:

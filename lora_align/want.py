@@ -4,13 +4,11 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from lora_align.errors import UserError, nearest
 from lora_align.preference import parse_weights
 
-Numbers = Literal["decimals", "integers"]
-WANT, SCORES = "{want}", "{scores}"  # where a template takes them
 TRIES = 10_000  # draws from the sphere until a region counts as empty
 
 
@@ -44,16 +42,21 @@ class Want:
         """vᵀr: what an answer with these rewards is worth to whoever wants this."""
         return sum(weight * rewards[name] for name, weight in self.weights.items())
 
-    def asked(self, template: str, numbers: Numbers) -> str:
-        """The words that ask for it: `helpfulness*0.8 - verbosity*0.6`, or `helpfulness*80 + verbosity*-60`."""
-        if numbers == "integers":
-            said = " + ".join(f"{name}*{100 * weight:.0f}" for name, weight in self.weights.items())
-        else:
-            said = ""
-            for name, weight in self.weights.items():
-                sign = ("- " if weight < 0 else "+ ") if said else ("-" if weight < 0 else "")
-                said += f"{' ' if said else ''}{sign}{name}*{abs(weight):.2g}"
-        return template.replace(WANT, said)
+    def asked(self, template: str) -> str:
+        """The words that ask for it. A template has the weights as `want`, and both usual spellings of them."""
+        return _filled("ask", template, want=self.weights, decimals=self._decimals(), integers=self._integers())
+
+    def _decimals(self) -> str:
+        """As in the paper: `helpfulness*0.8 - verbosity*0.6`."""
+        said = ""
+        for name, weight in self.weights.items():
+            sign = ("- " if weight < 0 else "+ ") if said else ("-" if weight < 0 else "")
+            said += f"{' ' if said else ''}{sign}{name}*{abs(weight):.2g}"
+        return said
+
+    def _integers(self) -> str:
+        """As the released model was asked: `helpfulness*80 + verbosity*-60`."""
+        return " + ".join(f"{name}*{100 * weight:.0f}" for name, weight in self.weights.items())
 
     def __str__(self) -> str:
         return " ".join(f"{name}={weight:.2f}" for name, weight in self.weights.items())
@@ -70,5 +73,17 @@ def drawn(region: Mapping[str, Sequence[float]], draw: random.Random) -> Want:
 
 
 def scores_asked(scores: Mapping[str, float], template: str) -> str:
-    """The words that ask for scores, as SteerLM does: `helpfulness: 80, verbosity: 25`."""
-    return template.replace(SCORES, ", ".join(f"{name}: {points:.0f}" for name, points in scores.items()))
+    """The words that ask for scores. A template has `scores`, and `listed`: `helpfulness: 80, verbosity: 25`."""
+    listed = ", ".join(f"{name}: {points:.0f}" for name, points in scores.items())
+    return _filled("steer", template, scores=scores, listed=listed)
+
+
+def _filled(key: str, template: str, **values: Any) -> str:
+    """A recipe's Jinja template with what it may name."""
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(template).render(values).strip()
+    except (TemplateError, TypeError, ValueError) as fault:
+        raise UserError(f"rsf.{key}: {fault} (it may name {', '.join(values)})") from fault

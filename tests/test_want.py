@@ -41,23 +41,30 @@ def test_value_is_the_inner_product() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "numbers", "words"),
+    ("helpfulness", "verbosity", "template", "words"),
     [
-        ({"helpfulness": 0.8, "verbosity": -0.6}, "decimals", "helpfulness*0.8 - verbosity*0.6"),
-        ({"helpfulness": -0.8, "verbosity": 0.6}, "decimals", "-helpfulness*0.8 + verbosity*0.6"),
-        ({"helpfulness": 0.8, "verbosity": -0.6}, "integers", "helpfulness*80 + verbosity*-60"),
+        (0.8, -0.6, "rating = {{ decimals }}", "rating = helpfulness*0.8 - verbosity*0.6"),
+        (-0.8, 0.6, "rating = {{ decimals }}", "rating = -helpfulness*0.8 + verbosity*0.6"),
+        (0.8, -0.6, "{{ integers }}.", "helpfulness*80 + verbosity*-60."),
+        (0.8, -0.6, "{{ 'short ' * (-5 * want.verbosity)|round|int }}", "short short short"),
     ],
 )
-def test_the_words_of_the_paper_and_of_the_released_model(
-    weights: dict[str, float], numbers: want.Numbers, words: str
+def test_the_words_of_the_paper_of_the_released_model_and_of_ones_own(
+    helpfulness: float, verbosity: float, template: str, words: str
 ) -> None:
-    assert Want(weights).asked("rating = {want}", numbers) == f"rating = {words}"
+    assert Want({"helpfulness": helpfulness, "verbosity": verbosity}).asked(template) == words
+
+
+@pytest.mark.parametrize("template", ["{{ honesty }}", "{{ want.honesty }}", "{{ decimals", "{{ want * 2 }}"])
+def test_a_template_that_cannot_be_filled_is_refused(template: str) -> None:
+    with pytest.raises(UserError, match=r"rsf\.ask: .*\(it may name want, decimals, integers\)"):
+        Want({"helpfulness": 1.0}).asked(template)
 
 
 def test_scores_are_asked_for_in_points() -> None:
-    assert (
-        want.scores_asked({"helpfulness": 79.6, "verbosity": 25.0}, "[{scores}]") == "[helpfulness: 80, verbosity: 25]"
-    )
+    scores = {"helpfulness": 79.6, "verbosity": 25.0}
+    assert want.scores_asked(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
+    assert want.scores_asked(scores, "{{ scores.verbosity|int }} words") == "25 words"
 
 
 def test_drawn_directions_fill_their_region_evenly() -> None:

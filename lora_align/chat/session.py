@@ -67,7 +67,7 @@ class Policy:
 
     def system(self) -> str:
         """The message that asks for it."""
-        return self.want.asked(self.run.manifest.method["ask"], self.run.manifest.method["numbers"])
+        return self.want.asked(self.run.manifest.method["ask"])
 
 
 def choose(

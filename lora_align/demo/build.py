@@ -13,13 +13,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_align.demo import world
+from lora_align.demo.muon import Muon
 
 BASE = Path(__file__).parent / "base"
 SHARPER = 1.3  # factor on the logits once trained: so small a model leaves too much to chance
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
+# A system message is said behind every question: the base has learned to look at what stands last.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% set asked = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join(' ') %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{{ ' ' + asked if asked and message['role'] == 'user' }}"
+    "{{ '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
@@ -93,7 +99,7 @@ def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int, batch: int
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
     optimizers = [
-        torch.optim.Muon(matrices, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=peak),
         torch.optim.AdamW(others, lr=peak, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
     schedules = [

@@ -76,7 +76,7 @@ def run(
     """Train and publish what is not there yet of the SteerLM-style policy and the iterations."""
     if recipe.rsf is None:
         raise UserError("the recipe has no [rsf] table: it names prompts, and bounds in [rsf.directions]")
-    want.drawn(recipe.rsf.directions, random.Random(0))  # a region without directions is refused
+    _check_asking(recipe.rsf)
     folder = runs_dir / "rsf" / (name or NAME)
     labels = [STEERLM, *(f"t{t}" for t in range(recipe.rsf.iterations + 1))]
     base = bases.find(recipe.base)
@@ -121,6 +121,18 @@ def _example(run: Run) -> str:
 # --- what is needed ---
 
 
+def _check_asking(settings: Rsf) -> None:
+    """A region without directions is refused, and templates that do not tell one wish from another."""
+    draw = random.Random(0)
+    wants = [want.drawn(settings.directions, draw) for _ in range(20)]
+    scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in wants]
+    asked = {wanted.asked(settings.ask) for wanted in wants}
+    steered = {want.scores_asked(score, settings.steer) for score in scores}
+    for key, texts in (("ask", asked), ("steer", steered)):
+        if len(texts) == 1:
+            raise UserError(f"rsf.{key}: says {texts.pop()!r} whatever is wanted")
+
+
 def _made_alike(folder: Path, recipe: Recipe, reward: Run) -> Run:
     """A published policy of this series, if it was made with the same settings; more iterations may follow it."""
     run = runs.read(folder)
@@ -157,7 +169,7 @@ def _halves(settings: Rsf, base: Base) -> tuple[tuple[list[Conversation], list[C
     dropped: Counter[str] = Counter()
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
-    any_want = Want.of(dict.fromkeys(settings.directions, -1.0)).asked(settings.ask, settings.numbers)
+    any_want = Want.of(dict.fromkeys(settings.directions, -1.0)).asked(settings.ask)
     for where, row in sources.rows(settings.data, settings.split, settings.revision):
         for found in sources.answered(row, where):
             prompt, answer = found.messages[:-1], found.messages[-1].content
@@ -253,7 +265,6 @@ def _about(plan: Plan, data: Mapping[str, Any], steer: str) -> Manifest:
         method={
             "objectives": list(settings.directions),
             "ask": settings.ask,
-            "numbers": settings.numbers,
             "steer": steer,
             "reward": dict(plan.reward.manifest.files),
         },
@@ -277,7 +288,7 @@ def _steered(settings: Rsf, prompts: Sequence[Prompt], teacher: Run) -> list[Req
 def _wanted(settings: Rsf, prompts: Sequence[Prompt], t: int) -> list[Request]:
     """Directions to ask for."""
     return [
-        Request(prompt, wanted.asked(settings.ask, settings.numbers), number, wanted)
+        Request(prompt, wanted.asked(settings.ask), number, wanted)
         for prompt in prompts
         for number, wanted in enumerate(_wants(settings, prompt, t))
     ]
@@ -334,7 +345,7 @@ def _whole(plan: Plan, policy: Run, folder: Path) -> Path:
 
 
 def _as_asked(settings: Rsf, choice: Choice) -> Prompt:
-    return under_system(choice.want.asked(settings.ask, settings.numbers), choice.prompt)
+    return under_system(choice.want.asked(settings.ask), choice.prompt)
 
 
 def _best(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:

@@ -152,10 +152,13 @@ def test_chat_asks_for_a_direction_beside_weights(made: Path, trained: Path) -> 
 def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
     """The words chat puts before a conversation are those the samples were drawn and learned under."""
     rows = read_table(made / "runs" / "rsf" / "policy" / "t1" / "samples.parquet").to_pylist()
-    numbers = {tuple(int(part.partition("*")[2]) for part in row["asked"].split(" + ")) for row in rows}
-    assert all(17 <= helpfulness <= 100 and -99 <= verbosity <= 0 for helpfulness, verbosity in numbers)
-    a, b = next(iter(numbers))
-    assert Want.of({"helpfulness": a, "verbosity": b}).asked("{want}", "integers") in {row["asked"] for row in rows}
+    tallies = {(row["asked"].count("help"), row["asked"].count("short")) for row in rows}
+    assert all(2 <= more <= 10 and less <= 10 for more, less in tallies)
+    assert len(tallies) > 3
+    more, less = tallies.pop()
+    policy = runs.read(made / "runs" / "rsf" / "policy" / "t1")
+    asked = Want.of({"helpfulness": more, "verbosity": -less}).asked(policy.manifest.method["ask"])
+    assert asked in {row["asked"] for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
     [
         ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
         ([], {"reward": '"other"'}, "no reward model 'other'"),
-        ([], {"ask": '"be nice"'}, "rsf.ask: it must hold {want}"),
+        ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
         ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
     ],

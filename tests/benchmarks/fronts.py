@@ -1,0 +1,411 @@
+"""Helpfulness against verbosity in the built-in world: policies that are asked for a direction, and what they rival.
+
+For each data seed: a reward model, a SteerLM-style policy and four iterations of `rsf` (timed, as one person would
+wait for them), DPO on helpfulness, and preference vectors mixed. All answer prompts nobody trained on; the oracle and
+the reward model grade the answers. Runs and measurements are kept in --work, so that it can be stopped and gone on
+with. Published figures come from test prompts and unused data seeds (`--development` uses others).
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from report import RESULTS, save
+
+from lora_align import recipe, runs, want
+from lora_align.console import Screen
+from lora_align.data.rows import Message, Prompt, under_system
+from lora_align.demo import measure, oracle, world
+from lora_align.evaluate import metrics
+from lora_align.model import base as bases
+from lora_align.model.generate import Sampling
+from lora_align.preference import Direction
+from lora_align.runs import Run
+from lora_align.stages import dpo, mix, reward, rsf
+from lora_align.stages.collect import Panel
+from lora_align.want import Want
+
+SEEDS, DEVELOPMENT_SEEDS = (201, 202, 203), (1,)
+PROMPTS, SAMPLES, DIRECTIONS, TARGETS = 200, 2, 10, 5
+OBJECTIVES = ("helpfulness", "verbosity")
+INFEASIBLE = {"helpfulness": 100.0, "verbosity": 0.0}
+ITERATIONS = [f"t{t}" for t in range(5)]
+RESAMPLED = 2000  # times the prompts are drawn anew, for intervals
+Answers = NDArray[np.float64]  # [things asked for, prompts, samples, FIELDS]
+FIELDS = ("helpfulness", "verbosity", "well-formed", "judged helpfulness", "judged verbosity")
+Front = NDArray[np.float64]  # [points, (helpfulness, verbosity)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things are kept, and which prompts are asked."""
+
+    work: Path
+    part: world.Part
+    seeds: Sequence[int]
+    overrides: Sequence[str]
+
+    def project(self, seed: int) -> recipe.Recipe:
+        """The demo's recipe on data of its own."""
+        data = {
+            "reward.ratings.demo.data": f"demo:ratings?rows=6000&seed={seed}",
+            "preferences.helpful.data": f"demo:pairs?rows=8000&seed={seed}",
+            "preferences.brief.data": f"demo:pairs?rows=8000&seed={seed}",
+        }
+        demo = recipe.load(recipe.builtin()["demo"], self.overrides)
+        assert demo.rsf is not None
+        data["rsf.data"] = f"{demo.rsf.data}&seed={seed}"
+        return recipe.load(
+            recipe.builtin()["demo"], [*self.overrides, *(f'{key}="{text}"' for key, text in data.items())]
+        )
+
+    def runs(self, seed: int) -> Path:
+        """The workspace of one data seed."""
+        return self.work / f"seed{seed}"
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was measured before under that name, or what is measured now."""
+        file = self.work / "measured" / f"{name}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(make()))
+        return json.loads(file.read_text())
+
+
+def directions(project: recipe.Recipe) -> list[Want]:
+    """Evenly spaced angles over the region the recipe trains on, from help alone towards brevity."""
+    assert project.rsf is not None
+    low, high = project.rsf.directions["helpfulness"], project.rsf.directions["verbosity"]
+    first, last = (math.degrees(math.asin(-bound)) for bound in (high[1], high[0]))
+    last = min(last, math.degrees(math.acos(low[0])))
+    return [at(first + (last - first) * step / (DIRECTIONS - 1)) for step in range(DIRECTIONS)]
+
+
+def at(angle: float) -> Want:
+    """The direction so many degrees from help alone towards brevity."""
+    return Want({"helpfulness": math.cos(math.radians(angle)), "verbosity": -math.sin(math.radians(angle))})
+
+
+def targets(steerlm: Run) -> list[dict[str, float]]:
+    """Five verbosities over what SteerLM has seen, each with the highest helpfulness seen near it."""
+    seen = np.array([[row[name] for name in OBJECTIVES] for row in json.loads((steerlm.path / rsf.SCORES).read_text())])
+    wanted = np.quantile(seen[:, 1], np.linspace(0.1, 0.9, TARGETS))
+    best = [float(seen[abs(seen[:, 1] - verbosity) < 5, 0].max()) for verbosity in wanted]
+    return [dict(zip(OBJECTIVES, pair, strict=True)) for pair in zip(best, map(float, wanted), strict=True)]
+
+
+# --- what is trained ---
+
+
+def miniature(bench: Bench, seed: int) -> dict[str, float]:
+    """The second road from nothing: seconds for the reward model, and for the bootstrap and four iterations."""
+    project, folder, began = bench.project(seed), bench.runs(seed), time.perf_counter()
+    reward.run(project, folder, Screen(), force=True)
+    judged = time.perf_counter()
+    rsf.run(project, folder, Screen(), force=True)
+    return {"reward": judged - began, "rsf": time.perf_counter() - judged}
+
+
+def rivals(bench: Bench, seed: int) -> list[Run]:
+    """DPO on helpfulness alone, then helpful and brief mixed at every direction's weights."""
+    project, folder = bench.project(seed), bench.runs(seed)
+    for name in ("helpful", "brief"):
+        missing = [side for side in Direction if not runs.is_run(folder / "dpo" / name / side.value)]
+        if missing:
+            dpo.run(project, [name], missing, folder, Screen())
+    found = [runs.read(folder / "dpo" / "helpful" / "pos")]
+    for number, wanted in enumerate(directions(project)):
+        name = f"direction{number}"
+        if not runs.is_run(folder / "mix" / name):
+            weights = {"helpful": wanted.weights["helpfulness"], "brief": -wanted.weights["verbosity"]}
+            mix.run(weights, project, folder, Screen(quiet=True), name=name)
+        found.append(runs.read(folder / "mix" / name))
+    return found
+
+
+# --- what is measured ---
+
+
+def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str]) -> list[Any]:
+    """What a policy answers under each system message, graded: the oracle's 0 to 1, the reward model's 0 to 100."""
+    project = bench.project(seed)
+    base = bases.find(project.base)
+    panel = Panel(base, runs.read(bench.runs(seed) / "reward" / reward.NAME), None, policy)
+    asked = [prompt for prompt in measure.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
+    graded = [graded_answers(panel, asked, system, seed) for system in systems]
+    del panel
+    gc.collect()
+    return graded
+
+
+def graded_answers(panel: Panel, asked: Sequence[oracle.Prompt], system: str, seed: int) -> list[list[list[float]]]:
+    """[prompts, samples, FIELDS] for one system message."""
+    prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in asked]
+    sampling = Sampling(1.0, 1.0, measure.LONGEST, seed)
+    drawn = panel.draw([under_system(system, prompt) for prompt in prompts], SAMPLES, sampling)
+    found = sorted((answer.prompt, answer.number, answer.text) for batch in drawn for answer in batch)
+    judged = panel.score([(prompts[prompt], text) for prompt, _, text in found]).tolist()
+    columns = [list(panel.judge.objectives).index(name) for name in OBJECTIVES]
+    graded: list[list[list[float]]] = [[] for _ in asked]
+    for (prompt, _, text), points in zip(found, judged, strict=True):
+        score = oracle.score(asked[prompt], text)
+        grades = [score.grades[name] for name in OBJECTIVES]
+        graded[prompt].append([*grades, float(score.well_formed), *(points[column] for column in columns)])
+    return graded
+
+
+def heads(bench: Bench, seed: int) -> dict[str, float]:
+    """Each head's Spearman with the oracle on the base's fresh answers: helpful on safe prompts, harmless on risky."""
+    base = bases.find(bench.project(seed).base)
+    panel = Panel(base, runs.read(bench.runs(seed) / "reward" / reward.NAME))
+    asked = measure.questions(seed, PROMPTS, part=bench.part)
+    texts = measure.answers(panel.judge.model, base, asked, SAMPLES, seed)
+    said = [(prompt, text) for prompt, some in zip(asked, texts, strict=True) for text in some]
+    points = panel.score([((Message("user", prompt.text),), text) for prompt, text in said])
+    scored = [(prompt, oracle.score(prompt, text)) for prompt, text in said]
+    found = {}
+    for preference, axis in oracle.AXES.items():
+        name = axis.removeprefix("-")
+        only = measure.ONLY_ON.get(preference)
+        rows = [i for i, (prompt, score) in enumerate(scored) if score.well_formed and only in (None, prompt.risky)]
+        truth = torch.tensor([scored[i][1].grades[name] for i in rows], dtype=torch.float64)
+        head = points[rows, list(panel.judge.objectives).index(name)].double()
+        found[name] = float(metrics.rank_correlations(torch.stack([head, truth], 1))[0, 1])
+    return found
+
+
+def measured(bench: Bench, seed: int) -> dict[str, Answers]:
+    """Every policy's answers to all it can be asked for."""
+    project = bench.project(seed)
+    assert project.rsf is not None
+    ask, steer = project.rsf.ask, project.rsf.steer
+    wants = [wanted.asked(ask) for wanted in directions(project)]
+    folder = bench.runs(seed) / "rsf" / rsf.NAME
+    steerlm = runs.read(folder / rsf.STEERLM)
+    scores = [want.scores_asked(score, steer) for score in (*targets(steerlm), INFEASIBLE)]
+    helpful, *mixes = rivals(bench, seed)
+    jobs: dict[str, list[tuple[Run | None, list[str]]]] = {
+        "SFT": [(None, [""])],
+        "DPO": [(helpful, [""])],
+        "vectors": [(made, [""]) for made in mixes],
+        "SteerLM": [(steerlm, scores)],
+        **{label: [(runs.read(folder / label), wants)] for label in ITERATIONS},
+    }
+    return {
+        label: np.array(
+            bench.kept(
+                f"seed{seed}-{label}",
+                lambda parts=parts: [row for policy, systems in parts for row in answers(bench, seed, policy, systems)],
+            )
+        )
+        for label, parts in jobs.items()
+    }
+
+
+# --- what is made of it ---
+
+
+def points(found: Answers, weights: NDArray[np.float64] | None = None) -> Front:
+    """Mean grades of the well-formed answers to each thing asked for, its prompts weighted."""
+    formed = found[..., 2] * (1.0 if weights is None else weights[:, None])
+    return np.stack([(found[..., field] * formed).sum((1, 2)) / formed.sum((1, 2)) for field in (0, 1)], 1)
+
+
+def volume(front: Front) -> float:
+    """The area of (helpfulness, verbosity) that some point dominates, of 1."""
+    area = best = 0.0
+    ordered = front[front[:, 1].argsort()]
+    edges = [*ordered[1:, 1], 1.0]
+    for (helpfulness, verbosity), edge in zip(ordered, edges, strict=True):
+        best = max(best, float(helpfulness))
+        area += best * float(edge - verbosity)
+    return area
+
+
+def above(front: Front, others: Front) -> float:
+    """How much more helpfulness a front has at the others' verbosities, on the average."""
+    ordered = front[front[:, 1].argsort()]
+    reached = np.interp(others[:, 1], ordered[:, 1], np.maximum.accumulate(ordered[:, 0]))
+    return float((reached - others[:, 0]).mean())
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """The middle 95 %."""
+    return [round(float(edge), 4) for edge in np.quantile(values, (0.025, 0.975))]
+
+
+def resampled(found: Sequence[Mapping[str, Answers]]) -> Iterator[list[dict[str, Front]]]:
+    """Every policy's points, seed by seed, with the prompts drawn anew; the same ones for all policies of a seed."""
+    draw = np.random.default_rng(0)
+    for _ in range(RESAMPLED):
+        drawn = [draw.multinomial(PROMPTS, np.full(PROMPTS, 1 / PROMPTS)).astype(float) for _ in found]
+        yield [
+            {label: points(one, weights) for label, one in seed.items()}
+            for seed, weights in zip(found, drawn, strict=True)
+        ]
+
+
+def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
+    """Volumes and gains, means over the seeds, with intervals over prompts."""
+    figures: dict[str, Callable[[Mapping[str, Front]], float]] = {}
+    for label in ("SFT", "DPO", "vectors", "SteerLM", *ITERATIONS):
+        figures[f"volume {label}"] = lambda of, label=label: volume(of[label])
+    for before, label in itertools.pairwise(ITERATIONS):
+        figures[f"volume {label} - {before}"] = lambda of, a=label, b=before: volume(of[a]) - volume(of[b])
+    for label in ITERATIONS[1:]:
+        for rival in ("SFT", "DPO", "SteerLM", "vectors"):
+            figures[f"{label} above {rival}"] = lambda of, a=label, b=rival: above(of[a], of[b])
+    fronts = [{label: points(one) for label, one in seed.items()} for seed in found]
+    samples: dict[str, list[float]] = {name: [] for name in figures}
+    for drawn in resampled(found):
+        for name, figure in figures.items():
+            samples[name].append(float(np.mean([figure(seed) for seed in drawn])))
+    return {
+        name: {
+            "mean": round(float(np.mean([figure(seed) for seed in fronts])), 4),
+            "interval": interval(samples[name]),
+            "by seed": [round(figure(seed), 4) for seed in fronts],
+        }
+        for name, figure in figures.items()
+    }
+
+
+def obeyed(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
+    """Whether more brevity asked for is less of both: Spearman of the angle with the oracle's grades, sign reversed."""
+    by_seed = [points(seed[label]) for seed in found]
+    mean = np.mean(by_seed, 0)
+
+    def told(front: Front) -> dict[str, float]:
+        angles = np.arange(len(front))
+        table = torch.tensor(np.stack([-angles, front[:, 0], front[:, 1]], 1))
+        correlations = metrics.rank_correlations(table)
+        return {name: round(float(correlations[0, 1 + i]), 3) for i, name in enumerate(OBJECTIVES)}
+
+    return {"mean of the seeds": told(mean), "by seed": [told(front) for front in by_seed]}
+
+
+def judged(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want]) -> dict[str, Any]:
+    """vᵀr by the reward model and by the oracle, both in points, the mean over directions, prompts and seeds."""
+    series: dict[str, Any] = {}
+    weights = np.array([[wanted.weights[name] for name in OBJECTIVES] for wanted in wants])[:, None, None, :]
+    for label in ITERATIONS:
+        pairs = [(seed[label][..., 3:5], 100 * seed[label][..., 0:2], seed[label][..., 2]) for seed in found]
+        model = [float(((said * weights).sum(-1) * formed).sum() / formed.sum()) for said, _, formed in pairs]
+        truth = [float(((real * weights).sum(-1) * formed).sum() / formed.sum()) for _, real, formed in pairs]
+        series[label] = {"reward model": model, "oracle": truth}
+    means = {label: {key: float(np.mean(values)) for key, values in of.items()} for label, of in series.items()}
+    steps = itertools.pairwise(ITERATIONS)
+    over = [
+        now
+        for before, now in steps
+        if means[now]["reward model"] > means[before]["reward model"] and means[now]["oracle"] < means[before]["oracle"]
+    ]
+    rounded = {
+        label: {key: [round(v, 2) for v in values] for key, values in of.items()} for label, of in series.items()
+    }
+    return {"by seed": rounded, "over-optimised": over}
+
+
+def infeasible(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
+    """SteerLM asked for all help in no words, beside the targets it was given and the last policy's directions."""
+    asked = [points(seed["SteerLM"])[-1] for seed in found]
+    directed = np.mean([points(seed[label]) for seed in found], 0)
+    formed = {name: round(float(np.mean([seed[name][..., 2].mean() for seed in found])), 4) for name in found[0]}
+    answered = [round(float(value), 3) for value in np.mean(asked, 0)]
+    reached = above(directed, np.mean(asked, 0)[None])
+    return {"SteerLM answers": dict(zip(OBJECTIVES, answered, strict=True)), f"{label} above it": round(reached, 4)} | {
+        "well-formed": formed
+    }
+
+
+def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Mapping[str, Any]) -> None:
+    """Fronts, what an angle does, and reward model against oracle."""
+    picture = Figure(figsize=(10.5, 3.6), layout="constrained")
+    fronts_of, angles_of, rewards_of = picture.subplots(1, 3)
+    mean = {label: np.mean([points(seed[label]) for seed in found], 0) for label in found[0]}
+    shades = ["#c6d4ea", "#98b3d9", "#6a91c8", "#3f6cb0", "#1f4e9c"]
+    for label, shade in zip(ITERATIONS, shades, strict=True):
+        fronts_of.plot(mean[label][:, 1], mean[label][:, 0], "o-", color=shade, markersize=3.5, label=label)
+    steered = mean["SteerLM"][:TARGETS]
+    fronts_of.plot(steered[:, 1], steered[:, 0], "s--", color="#c2410c", markersize=4, linewidth=1, label="SteerLM")
+    fronts_of.plot(*mean["SteerLM"][-1][::-1], "x", color="#c2410c", label="SteerLM, asked for 100 and 0")
+    fronts_of.plot(*mean["vectors"].T[::-1], "d--", color="#4d7c0f", markersize=4, linewidth=1, label="vectors mixed")
+    fronts_of.plot(*mean["SFT"][0][::-1], "*", color="black", markersize=9, label="SFT")
+    fronts_of.plot(*mean["DPO"][0][::-1], "P", color="#7c3aed", markersize=7, label="DPO, helpful")
+    fronts_of.set_xlabel("verbosity")
+    fronts_of.set_ylabel("helpfulness")
+    fronts_of.legend(frameon=False, fontsize=7)
+    degrees = [math.degrees(math.atan2(-w.weights["verbosity"], w.weights["helpfulness"])) for w in wants]
+    for column, (name, colour) in enumerate(zip(OBJECTIVES, ("#1f4e9c", "#c2410c"), strict=True)):
+        for seed in found:
+            angles_of.plot(degrees, points(seed[ITERATIONS[-1]])[:, column], color=colour, alpha=0.25, linewidth=1)
+        angles_of.plot(degrees, mean[ITERATIONS[-1]][:, column], "o-", color=colour, markersize=3.5, label=name)
+    angles_of.set_xlabel(f"angle asked of {ITERATIONS[-1]}, degrees")
+    angles_of.set_ylabel("oracle's grade")
+    angles_of.legend(frameon=False, fontsize=8)
+    for number in range(len(found)):
+        line = [[told["by seed"][label][key][number] for label in ITERATIONS] for key in ("reward model", "oracle")]
+        rewards_of.plot(*line, "o-", color="#1f4e9c", alpha=0.6, markersize=3.5)
+        for label, x, y in zip(ITERATIONS, *line, strict=True):
+            rewards_of.annotate(label, (x, y), fontsize=7, xytext=(3, -8), textcoords="offset points")
+    rewards_of.set_xlabel("value by the reward model, points")
+    rewards_of.set_ylabel("value by the oracle, points")
+    for panel in (fronts_of, angles_of, rewards_of):
+        panel.spines[["top", "right"]].set_visible(False)
+    picture.savefig(RESULTS / "fronts.png", dpi=150)
+
+
+def main() -> None:
+    """Train, ask, grade, compare, save, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--development", action="store_true")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+    bench = Bench(
+        work=options.work,
+        part="dev" if options.development else "test",
+        seeds=DEVELOPMENT_SEEDS if options.development else SEEDS,
+        overrides=options.overrides,
+    )
+    wants = directions(bench.project(bench.seeds[0]))
+    took = [bench.kept(f"seed{seed}-seconds", lambda seed=seed: miniature(bench, seed)) for seed in bench.seeds]
+    reward_heads = [bench.kept(f"seed{seed}-heads", lambda seed=seed: heads(bench, seed)) for seed in bench.seeds]
+    found = [measured(bench, seed) for seed in bench.seeds]
+    told = judged(found, wants)
+    steered = [{**seed, "SteerLM": seed["SteerLM"][:TARGETS]} for seed in found]
+    figures = {
+        "prompts": f"{PROMPTS} safe prompts of part {bench.part}, {SAMPLES} answers each at temperature 1",
+        "data seeds": list(bench.seeds),
+        "angles": [math.degrees(math.acos(wanted.weights["helpfulness"])) for wanted in wants],
+        "seconds": [{stage: round(seconds) for stage, seconds in one.items()} for one in took],
+        "reward heads": {name: [round(one[name], 3) for one in reward_heads] for name in reward_heads[0]},
+        "compared": compared(steered),
+        "obeyed": {label: obeyed(found, label) for label in ITERATIONS},
+        "infeasible": infeasible(found, ITERATIONS[-1]),
+        "rewards": told,
+        "points": {label: [np.round(points(seed[label]), 3).tolist() for seed in found] for label in found[0]},
+    }
+    if options.development:
+        print(json.dumps({key: value for key, value in figures.items() if key != "points"}, indent=1))
+    else:
+        save("fronts", figures)
+    draw(found, wants, told)
+
+
+if __name__ == "__main__":
+    main()
