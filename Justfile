@@ -32,6 +32,7 @@ bench:
     .venv/bin/python tests/benchmarks/sampling.py
     .venv/bin/python tests/benchmarks/kills.py
     .venv/bin/python tests/benchmarks/control.py --work .bench
+    .venv/bin/python tests/benchmarks/fronts.py --work .bench/fronts
 
 # The spine on a CUDA card, compared with the CPU.
 gpu-check:

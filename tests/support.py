@@ -1,8 +1,14 @@
 """What tests share: the installed command, tiny random bases of several families, real material."""
 
+import codecs
+import fcntl
 import os
+import pty
+import select
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +34,41 @@ def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:
     assert COMMAND.exists(), "install the project first: pip install -e '.[test]'"
     done = subprocess.run([str(COMMAND), *words], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+class Terminal:
+    """A person at a real terminal."""
+
+    def __init__(self, cwd: Path, *words: str) -> None:
+        self.screen, child = pty.openpty()
+        self.process = subprocess.Popen(
+            [str(COMMAND), *words],
+            cwd=cwd,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+        )
+        os.close(child)
+        self.text = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def wait_for(self, what: str, start: int | None = None) -> str:
+        """The screen from `start` (by default: from now) until something is on it."""
+        end, start = time.monotonic() + 60, len(self.text) if start is None else start
+        while what not in self.text[start:]:
+            assert time.monotonic() < end, f"{what!r} did not come:\n{self.text}"
+            if select.select([self.screen], [], [], 0.2)[0]:
+                self.text += self.decoder.decode(os.read(self.screen, 65536))
+        return self.text[start:]
+
+    def say(self, line: str) -> str:
+        """Type a line; what the screen shows until the next prompt."""
+        start = len(self.text)
+        os.write(self.screen, f"{line}\n".encode())
+        echoed = start + len(self.wait_for("\n", start).split("\n")[0])
+        return self.wait_for("› ", echoed)
 
 
 def make_base(folder: Path, family: str = "llama", positions: int = 256) -> Path:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import lora_align
 from lora_align import preference, recipe
 
-PACKAGE = Path(recipe.__file__).parent
+PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
     {"errors"},
     {"console", "preference"},

@@ -1,16 +1,11 @@
 """The commands as a person types them, from an empty directory to a mix one can talk to."""
 
-import codecs
-import fcntl
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -18,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lora_align.errors import UserError
-from support import COMMAND, PAIRS, Cli, call, make_base, real_data
+from support import COMMAND, PAIRS, Cli, Terminal, call, make_base, real_data
 
 
 def test_the_five_commands(workspace: Path) -> None:
@@ -331,41 +326,6 @@ def test_a_signal_ends_a_run_and_leaves_nothing_half_done(number: int, code: int
     assert "nothing unfinished was published" in child.stderr.read()
     assert not list(tmp_path.rglob("manifest.json"))
     assert not list(tmp_path.rglob(".pos.staging"))
-
-
-class Terminal:
-    """A person at a real terminal."""
-
-    def __init__(self, cwd: Path, *words: str) -> None:
-        self.screen, child = pty.openpty()
-        self.process = subprocess.Popen(
-            [str(COMMAND), *words],
-            cwd=cwd,
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-        )
-        os.close(child)
-        self.text = ""
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def wait_for(self, what: str, start: int | None = None) -> str:
-        """The screen from `start` (by default: from now) until something is on it."""
-        end, start = time.monotonic() + 60, len(self.text) if start is None else start
-        while what not in self.text[start:]:
-            assert time.monotonic() < end, f"{what!r} did not come:\n{self.text}"
-            if select.select([self.screen], [], [], 0.2)[0]:
-                self.text += self.decoder.decode(os.read(self.screen, 65536))
-        return self.text[start:]
-
-    def say(self, line: str) -> str:
-        """Type a line; what the screen shows until the next prompt."""
-        start = len(self.text)
-        os.write(self.screen, f"{line}\n".encode())
-        echoed = start + len(self.wait_for("\n", start).split("\n")[0])
-        return self.wait_for("› ", echoed)
 
 
 def test_a_conversation_with_the_newest_mix(workspace: Path) -> None:

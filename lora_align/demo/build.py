@@ -18,14 +18,9 @@ from lora_align.demo.muon import Muon
 BASE = Path(__file__).parent / "base"
 SHARPER = 1.3  # factor on the logits once trained: so small a model leaves too much to chance
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
-# A system message is said behind every question: the base has learned to look at what stands last.
 CHAT_TEMPLATE = (
-    "{% set asked = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join(' ') %}"
-    "{% for message in messages if message['role'] != 'system' %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{{ ' ' + asked if asked and message['role'] == 'user' }}"
-    "{{ '<|end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 

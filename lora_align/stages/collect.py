@@ -126,7 +126,7 @@ def _judged(batch: Sequence[Request], found: Sequence[Drawn], panel: Panel) -> l
 
 
 def _figures(batch: Sequence[Request], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, str]:
-    """Of the batch just drawn: its last direction, what its answers are worth to those who asked, and the best ones."""
+    """Of the batch just drawn: its last direction, what all answers and the kept ones are worth, how many are kept."""
     wants = {request.key: request.want for request in batch}
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -141,5 +141,6 @@ def _figures(batch: Sequence[Request], rows: Sequence[dict[str, Any]], objective
     return {
         "at": ",".join(f"{weight:.2f}" for weight in last.weights.values()) if last else "",
         "drawn": f"{sum(drawn) / len(drawn):.1f}",
-        "best": f"{sum(best) / len(best):.1f}",
+        "kept": f"{sum(best) / len(best):.1f}",
+        "share": f"{len(best) / len(rows):.0%}",
     }

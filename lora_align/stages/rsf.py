@@ -20,7 +20,7 @@ from lora_align.adapters import merge, peft_format
 from lora_align.console import Screen, library_log, table
 from lora_align.data import shards, sources
 from lora_align.data.pairs import is_held_out
-from lora_align.data.rows import Conversation, Message, Pair, Prompt, prompt_key, under_system
+from lora_align.data.rows import Conversation, Pair, Prompt, prompt_key, under_system
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
@@ -32,10 +32,10 @@ from lora_align.model.sampler import Sampler
 from lora_align.preference import Direction
 from lora_align.recipe import Dpo, Lora, Recipe, Rsf, Training
 from lora_align.runs import LOG, Manifest, Run
-from lora_align.stages import dpo, sft
+from lora_align.stages import asking, dpo, sft
 from lora_align.stages import start as start_policy
 from lora_align.stages.collect import Panel, Request, collect, read
-from lora_align.stages.select import Candidate, Choice, choose, fell, spread
+from lora_align.stages.select import Choice, choose, fell, spread
 from lora_align.want import Want
 
 NAME, STEERLM = "policy", "steerlm"
@@ -76,7 +76,7 @@ def run(
     """Train and publish what is not there yet of the SteerLM-style policy and the iterations."""
     if recipe.rsf is None:
         raise UserError("the recipe has no [rsf] table: it names prompts, and bounds in [rsf.directions]")
-    _check_asking(recipe.rsf)
+    asking.check(recipe.rsf)
     folder = runs_dir / "rsf" / (name or NAME)
     labels = [STEERLM, *(f"t{t}" for t in range(recipe.rsf.iterations + 1))]
     base = bases.find(recipe.base)
@@ -119,18 +119,6 @@ def _example(run: Run) -> str:
 
 
 # --- what is needed ---
-
-
-def _check_asking(settings: Rsf) -> None:
-    """A region without directions is refused, and templates that do not tell one wish from another."""
-    draw = random.Random(0)
-    wants = [want.drawn(settings.directions, draw) for _ in range(20)]
-    scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in wants]
-    asked = {wanted.asked(settings.ask) for wanted in wants}
-    steered = {want.scores_asked(score, settings.steer) for score in scores}
-    for key, texts in (("ask", asked), ("steer", steered)):
-        if len(texts) == 1:
-            raise UserError(f"rsf.{key}: says {texts.pop()!r} whatever is wanted")
 
 
 def _made_alike(folder: Path, recipe: Recipe, reward: Run) -> Run:
@@ -180,7 +168,7 @@ def _halves(settings: Rsf, base: Base) -> tuple[tuple[list[Conversation], list[C
             else:
                 key = prompt_key(prompt)
                 prompts.add(key)
-                halves[int(key[0], 16) % 2].append(found)
+                halves[int(key[-1], 16) % 2].append(found)  # the first digits say what is held out
         if settings.limit and len(prompts) >= settings.limit:
             break
     if not all(halves):
@@ -220,8 +208,11 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
     settings, label, teacher = plan.settings, f"t{t}", done[STEERLM if t == 0 else f"t{t - 1}"]
     target, parts = plan.folder / label, plan.folder / f".{label}.samples"
     half = plan.halves[t % 2]
-    prompts = list(dict.fromkeys(row.messages[:-1] for row in half))
-    requests = _steered(settings, prompts, teacher) if t == 0 else _wanted(settings, prompts, t)
+    prompts = asking.prompts(settings, half, t)
+    if t == 0:
+        requests = asking.for_scores(settings, prompts, json.loads((teacher.path / SCORES).read_text()))
+    else:
+        requests = asking.for_directions(settings, prompts, t)
     with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
         with shards.opened(parts) as store:
             shards.same_work(parts, {"teacher": teacher.manifest.files, "rsf": asdict(settings)})
@@ -229,7 +220,7 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
             candidates = read(store)
             shards.write(list(store.rows()), staging / SAMPLES)
         if t == 0:  # whatever was asked for, an answer may be just what somebody else wants
-            asked = _for_everyone(settings, prompts, requests, candidates)
+            asked = asking.pooled(settings, requests, candidates)
         else:
             asked = [(of.prompt, of.want, candidates[of.key]) for of in requests if of.want]
         chosen = choose(asked, settings.watch)
@@ -237,9 +228,8 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
         if settings.learn == "dpo":
             facts = _prefer(plan, chosen.choices, label, staging, screen)
         else:
-            facts = _learn(
-                plan, [*(_best(settings, choice) for choice in chosen.choices), *replayed], label, staging, screen
-            )
+            learned = [asking.best(settings, choice) for choice in chosen.choices]
+            facts = _learn(plan, [*learned, *replayed], label, staging, screen)
         facts["metrics"] |= {"collected": chosen.figures, "watched": chosen.figures.pop("watched", None)}
         about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "")
         published = runs.publish(staging, target, replace(about, **facts))
@@ -272,42 +262,6 @@ def _about(plan: Plan, data: Mapping[str, Any], steer: str) -> Manifest:
 
 
 # --- drawing ---
-
-
-def _steered(settings: Rsf, prompts: Sequence[Prompt], teacher: Run) -> list[Request]:
-    """Scores to ask for, each some answer's own: none is out of reach."""
-    known = json.loads((teacher.path / SCORES).read_text())
-    requests: list[Request] = []
-    for prompt in prompts:
-        draw = random.Random(f"{settings.seed} targets {prompt_key(prompt)}")
-        asked = (want.scores_asked(draw.choice(known), settings.steer) for _ in range(settings.per_prompt))
-        requests += (Request(prompt, system, number) for number, system in enumerate(asked))
-    return requests
-
-
-def _wanted(settings: Rsf, prompts: Sequence[Prompt], t: int) -> list[Request]:
-    """Directions to ask for."""
-    return [
-        Request(prompt, wanted.asked(settings.ask), number, wanted)
-        for prompt in prompts
-        for number, wanted in enumerate(_wants(settings, prompt, t))
-    ]
-
-
-def _wants(settings: Rsf, prompt: Prompt, t: int) -> list[Want]:
-    """A prompt's directions in an iteration."""
-    draw = random.Random(f"{settings.seed} {t} {prompt_key(prompt)}")
-    return [want.drawn(settings.directions, draw) for _ in range(settings.per_prompt)]
-
-
-def _for_everyone(
-    settings: Rsf, prompts: Sequence[Prompt], requests: Sequence[Request], candidates: Mapping[str, Sequence[Candidate]]
-) -> list[tuple[Prompt, Want, Sequence[Candidate]]]:
-    """All of a prompt's answers, for each of the directions drawn for it."""
-    pools: dict[Prompt, list[Candidate]] = {}
-    for request in requests:
-        pools.setdefault(request.prompt, []).extend(candidates[request.key])
-    return [(prompt, wanted, pools[prompt]) for prompt in prompts for wanted in _wants(settings, prompt, 0)]
 
 
 def _draw(
@@ -344,15 +298,6 @@ def _whole(plan: Plan, policy: Run, folder: Path) -> Path:
 # --- learning ---
 
 
-def _as_asked(settings: Rsf, choice: Choice) -> Prompt:
-    return under_system(choice.want.asked(settings.ask), choice.prompt)
-
-
-def _best(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
-    """The best answer, behind what was asked."""
-    return choice.prompt, Conversation((*_as_asked(settings, choice), Message("assistant", choice.best.text)))
-
-
 def _replayed(settings: Rsf, half: Sequence[Conversation], beside: int, t: int) -> Learned:
     """Answers as they came, under no direction, so that they make up the recipe's share of the whole."""
     count = min(len(half), round(beside * settings.replay / (1 - settings.replay)))
@@ -382,7 +327,7 @@ def _prefer(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, sc
     longest = min(settings.max_length, plan.base.max_length)
     sides: tuple[list[tokenise.TokenPair], list[tokenise.TokenPair]] = ([], [])
     for choice in choices:
-        pair = Pair(_as_asked(settings, choice), choice.best.text, choice.worst.text)
+        pair = Pair(asking.as_asked(settings, choice), choice.best.text, choice.worst.text)
         row = None if pair.chosen == pair.rejected else tokenise.pair(pair, plan.base.chat, longest, counts)
         if row is not None:
             sides[is_held_out(choice.prompt, settings.held_out)].append(row)

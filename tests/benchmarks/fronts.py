@@ -41,6 +41,7 @@ from lora_align.want import Want
 
 SEEDS, DEVELOPMENT_SEEDS = (201, 202, 203), (1,)
 PROMPTS, SAMPLES, DIRECTIONS, TARGETS = 200, 2, 10, 5
+LONG = 12  # epochs of the SteerLM that rivals
 OBJECTIVES = ("helpfulness", "verbosity")
 INFEASIBLE = {"helpfulness": 100.0, "verbosity": 0.0}
 ITERATIONS = [f"t{t}" for t in range(5)]
@@ -59,19 +60,18 @@ class Bench:
     seeds: Sequence[int]
     overrides: Sequence[str]
 
-    def project(self, seed: int) -> recipe.Recipe:
+    def project(self, seed: int, *more: str) -> recipe.Recipe:
         """The demo's recipe on data of its own."""
+        overrides = [*self.overrides, *more]
         data = {
             "reward.ratings.demo.data": f"demo:ratings?rows=6000&seed={seed}",
             "preferences.helpful.data": f"demo:pairs?rows=8000&seed={seed}",
             "preferences.brief.data": f"demo:pairs?rows=8000&seed={seed}",
         }
-        demo = recipe.load(recipe.builtin()["demo"], self.overrides)
+        demo = recipe.load(recipe.builtin()["demo"], overrides)
         assert demo.rsf is not None
         data["rsf.data"] = f"{demo.rsf.data}&seed={seed}"
-        return recipe.load(
-            recipe.builtin()["demo"], [*self.overrides, *(f'{key}="{text}"' for key, text in data.items())]
-        )
+        return recipe.load(recipe.builtin()["demo"], [*overrides, *(f'{key}="{text}"' for key, text in data.items())])
 
     def runs(self, seed: int) -> Path:
         """The workspace of one data seed."""
@@ -118,6 +118,15 @@ def miniature(bench: Bench, seed: int) -> dict[str, float]:
     judged = time.perf_counter()
     rsf.run(project, folder, Screen(), force=True)
     return {"reward": judged - began, "rsf": time.perf_counter() - judged}
+
+
+def steerlm(bench: Bench, seed: int) -> Run:
+    """SteerLM on the bootstrap's data, but for so many epochs that it gains no more: a rival, not a first step."""
+    longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=0"]  # what comes after it is as short as can be
+    folder = bench.runs(seed) / "rsf" / "rival"
+    if not runs.is_run(folder / rsf.STEERLM):
+        rsf.run(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
+    return runs.read(folder / rsf.STEERLM)
 
 
 def rivals(bench: Bench, seed: int) -> list[Run]:
@@ -195,14 +204,14 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     ask, steer = project.rsf.ask, project.rsf.steer
     wants = [wanted.asked(ask) for wanted in directions(project)]
     folder = bench.runs(seed) / "rsf" / rsf.NAME
-    steerlm = runs.read(folder / rsf.STEERLM)
-    scores = [want.scores_asked(score, steer) for score in (*targets(steerlm), INFEASIBLE)]
+    steered = steerlm(bench, seed)
+    scores = [want.scores_asked(score, steer) for score in (*targets(steered), INFEASIBLE)]
     helpful, *mixes = rivals(bench, seed)
     jobs: dict[str, list[tuple[Run | None, list[str]]]] = {
         "SFT": [(None, [""])],
         "DPO": [(helpful, [""])],
         "vectors": [(made, [""]) for made in mixes],
-        "SteerLM": [(steerlm, scores)],
+        "SteerLM": [(steered, scores)],
         **{label: [(runs.read(folder / label), wants)] for label in ITERATIONS},
     }
     return {

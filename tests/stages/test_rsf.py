@@ -1,6 +1,7 @@
 """Two iterations of rejection sampling by the installed command: what is published, kept, gone on from and asked."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from lora_align import recipe, runs
 from lora_align.data.rows import Message, prompt_key
 from lora_align.model import base as bases
 from lora_align.want import Want
-from support import COMMAND, Done, call
+from support import COMMAND, Done, Terminal, call
 
 SMALL = {
     "reward.ratings.demo.data": '"demo:ratings?rows=160"',
@@ -24,6 +25,7 @@ SMALL = {
     "rsf.samples": "3",
     "rsf.bootstrap": "6",
     "rsf.epochs": "1",
+    "rsf.held_out": "0.2",
 }
 
 
@@ -119,6 +121,36 @@ def test_killed_while_it_learns_it_does_not_draw_again(made: Path, tmp_path: Pat
     assert samples[0] == samples[1]
 
 
+def test_both_halves_hold_prompts_out(made: Path) -> None:
+    """What is held out must not go by what parts the halves."""
+    for label in ("steerlm", "t0", "t1"):
+        assert runs.read(made / "runs" / "rsf" / "policy" / label).manifest.metrics["held_out"]["rows"] > 0
+
+
+def test_an_iteration_asks_as_many_prompts_as_the_recipe_says(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "2", "--name", "few", prompts="5", held_out="0.0")
+    assert done.code == 0, done.err
+    asked = [
+        {json.dumps(row["prompt"]) for row in read_table(tmp_path / f"runs/rsf/few/t{t}/samples.parquet").to_pylist()}
+        for t in range(3)
+    ]
+    assert [len(prompts) for prompts in asked] == [5, 5, 5]
+    assert asked[0] != asked[2], "the same half, but other prompts"
+
+
+def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
+    """The same texts, but what was asked counts too: before training, the base is surprised by it."""
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "0", "--name", "whole", loss_on='"all"')
+    assert done.code == 0, done.err
+    answers, everything = (
+        runs.read(tmp_path / "runs" / "rsf" / name / "t0").manifest.metrics["held_out"] for name in ("policy", "whole")
+    )
+    assert everything["loss_before"] > answers["loss_before"] + 0.5
+    assert everything["loss"] < everything["loss_before"]
+
+
 def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "0", "--name", "preferred", learn='"dpo"', learning_rate="1e-3")
@@ -147,6 +179,19 @@ def test_chat_asks_for_a_direction_beside_weights(made: Path, trained: Path) -> 
     unknown = call(made, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
     assert unknown.code == 2
     assert "it knows: helpfulness, verbosity" in unknown.err
+
+
+def test_another_direction_while_one_talks(made: Path) -> None:
+    terminal = Terminal(made, "chat", "--want", "helpfulness=0.8,verbosity=-0.6")
+    assert "helpfulness=0.80 verbosity=-0.60" in terminal.wait_for("› ")
+    assert "." in terminal.say("Tell me about rain.")
+    assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want helpfulness=3,verbosity=-4")
+    assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want")
+    assert "it knows: helpfulness, verbosity" in terminal.say("/want honesty=1")
+    assert "it was trained on verbosity from" in terminal.say("/want helpfulness=1")
+    terminal.say("/retry")
+    os.write(terminal.screen, b"/quit\n")
+    assert terminal.process.wait(timeout=20) == 0
 
 
 def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:

@@ -1,0 +1,97 @@
+"""One TOML file describes a project. Read it, override it, and tell every fault of it at once."""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lora_align.errors import UserError, nearest
+from lora_align.preference import Preference
+from lora_align.recipe import faults
+from lora_align.recipe.tables import Base, Dpo, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
+
+__all__ = [
+    "LOCAL", "Base", "Dpo", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft", "Training",
+    "builtin", "find", "from_dict", "load",
+]  # fmt: skip
+
+LOCAL = Path("lora-align.toml")
+
+
+def builtin() -> dict[str, Path]:
+    """The recipes that travel with the package, by name."""
+    packaged = Path(str(files("lora_align") / "recipes"))
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find(name: str | None) -> tuple[Path, str]:
+    """The recipe file meant, and one line that says why it was chosen (empty when it was named)."""
+    if name is None:
+        if LOCAL.exists():
+            return LOCAL, f"recipe: ./{LOCAL}"
+        return builtin()["demo"], f"recipe: the built-in demo (no --recipe and no ./{LOCAL})"
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if path.is_file():
+            return path, ""
+        raise UserError(f"no recipe file {name!r}")
+    if name not in builtin():
+        known = list(builtin())
+        raise UserError(f"no recipe {name!r}{nearest(name, known)} (built in: {', '.join(known)}; or a .toml file)")
+    return builtin()[name], ""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `table.key=value` overrides."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path}: not valid TOML: {fault}") from fault
+    recipe = from_dict(table, str(path), overrides)
+    template = path.parent / recipe.base.chat_template
+    if recipe.base.chat_template.endswith(".jinja"):
+        if not template.is_file():
+            raise UserError(f"{path}: base.chat_template: no file {template}")
+        table["base"]["chat_template"] = template.read_text(encoding="utf-8")
+        recipe = from_dict(table, str(path))
+    return recipe
+
+
+def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Apply overrides to plain data and check it against the dataclasses above; one error names every fault."""
+    from pydantic import TypeAdapter, ValidationError
+
+    for override in overrides:
+        _override(table, override)
+    found: list[str] = []
+    recipe: Recipe | None = None
+    try:  # by way of JSON: strict about scalars, yet arrays become tuples and tables dataclasses
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
+    except ValidationError as invalid:
+        found += [faults.described(dict(fault)) for fault in invalid.errors()]
+    found += faults.of_preferences(table.get("preferences"))
+    if recipe is not None:
+        found += faults.of_recipe(recipe)
+    if found or recipe is None:
+        raise UserError("\n".join(f"{source}: {fault}" for fault in found))
+    return recipe
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Set one `table.key=value`; the value is TOML, or else taken as text."""
+    path, equals, raw = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override!r}: expected table.key=value, as in --set dpo.beta=0.05")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override!r}: {key!r} is a value, not a table")
+    table[keys[-1]] = value

@@ -1,0 +1,98 @@
+"""What can be wrong with a recipe, in the words of a recipe."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from lora_align.errors import nearest
+from lora_align.preference import NAME, Preference, Ranker
+from lora_align.recipe.tables import Base, Dpo, Lora, Ratings, Recipe, Reward, Rsf, Sft
+
+
+def described(fault: Mapping[str, Any]) -> str:
+    """One validation fault in the words of a recipe."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {where!r}{_suggestion(fault['loc'])}"
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{where}: missing"
+    if fault["type"] in ("dataclass_type", "dataclass_exact_type", "mapping_type"):
+        return f"{where}: must be a table, as in [{where}]"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{where}: {message}, not {fault['input']!r}"
+
+
+def of_recipe(recipe: Recipe) -> Iterator[str]:
+    """Faults of tables that are each well-formed."""
+    yield from _of_batches(recipe)
+    yield from _of_reward(recipe)
+    yield from _of_rsf(recipe)
+
+
+def of_preferences(tables: Any) -> Iterator[str]:
+    """Faults that types cannot tell: names that cannot be folders, rankers that do not exist, margins of labels."""
+    for name, table in tables.items() if isinstance(tables, Mapping) else ():
+        if not NAME.fullmatch(str(name)):
+            yield f"preferences.{name}: a name is 1 to 64 of a-z 0-9 _ - and starts with a letter or digit"
+        rank = table.get("rank", "label") if isinstance(table, Mapping) else "label"
+        if isinstance(rank, str):
+            try:
+                kind = Ranker.parse(rank).kind
+            except ValueError as fault:
+                yield f"preferences.{name}.rank: {fault}"
+                continue
+            if kind == "label" and isinstance(table, Mapping) and table.get("margin"):
+                yield f"preferences.{name}.margin: a label says who won, not by how much; rank by rating: or score:"
+
+
+def _of_batches(recipe: Recipe) -> Iterator[str]:
+    """An optimiser step is a whole number of micro-batches."""
+    for name, stage in (("sft", recipe.sft), ("dpo", recipe.dpo), ("reward", recipe.reward), ("rsf", recipe.rsf)):
+        if stage and stage.batch_size % stage.micro_batch_size:
+            yield f"{name}.batch_size: {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size}"
+
+
+def _of_reward(recipe: Recipe) -> Iterator[str]:
+    """What a [reward] table says of preferences and heads that are not there."""
+    if recipe.reward is None:
+        return
+    if not recipe.reward.ratings and not recipe.reward.pairs:
+        yield "reward: nothing to learn from; give [reward.ratings.NAME] or [reward.pairs]"
+    for head, preference in recipe.reward.pairs.items():
+        if preference not in recipe.preferences:
+            yield f"reward.pairs.{head}: no preference {preference!r}{nearest(preference, list(recipe.preferences))}"
+    for name, table in recipe.reward.ratings.items():
+        if table.high <= table.low:
+            yield f"reward.ratings.{name}: high ({table.high:g}) must be above low ({table.low:g})"
+    for name, heads in recipe.reward.objectives.items():
+        if not heads:
+            yield f"reward.objectives.{name}: no heads to take the mean of"
+
+
+def _of_rsf(recipe: Recipe) -> Iterator[str]:
+    """Directions that are none."""
+    if recipe.rsf is None:
+        return
+    if len(recipe.rsf.directions) < 2:
+        yield "rsf.directions: two objectives or more, each with its bounds, as in verbosity = [-0.7, 0.0]"
+    for name, (low, high) in recipe.rsf.directions.items():
+        if not -1 <= low <= high <= 1:
+            yield f"rsf.directions.{name}: bounds from -1 to 1, the lower first, not [{low:g}, {high:g}]"
+
+
+def _suggestion(location: tuple[str | int, ...]) -> str:
+    """The known key nearest to an unknown one, in the table it stands in."""
+    tables: dict[str, Any] = {
+        "": Recipe,
+        "base": Base,
+        "lora": Lora,
+        "sft": Sft,
+        "dpo": Dpo,
+        "reward": Reward,
+        "ratings": Ratings,
+        "rsf": Rsf,
+        "preferences": Preference,
+    }
+    parent = next((part for part in ("ratings", str(location[0])) if part in location[:-1]), "")
+    known = [field.name for field in fields(tables.get(parent, Recipe))]
+    return nearest(str(location[-1]), known) or f" (known: {', '.join(known)})"

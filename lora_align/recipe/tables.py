@@ -1,0 +1,166 @@
+"""The tables of a recipe, with their defaults."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+
+from lora_align.errors import UserError, nearest
+from lora_align.preference import Preference
+
+Positive = Annotated[float, Gt(0), Lt(1e9)]
+Share = Annotated[float, Ge(0), Lt(1)]
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model everything stands on. Empty text means the model's own."""
+
+    model: str
+    revision: str = ""
+    quantization: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    chat_template: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of every adapter. `init_seed` fixes A for all preferences and both directions."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Share = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    init_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all training has in common. Batches count rows; `limit` stops reading after that many to train on."""
+
+    epochs: Positive = 1.0
+    learning_rate: Positive = 5e-5
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup: Share = 0.03
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    batch_size: Count = 16
+    micro_batch_size: Count = 4
+    max_length: Annotated[int, Ge(8)] = 1024
+    optimizer: str = "adamw_torch"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    held_out: Share = 0.05
+    limit: Count | None = None
+    report_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    """The start policy's adapter, trained on conversations."""
+
+    data: str
+    split: str = "train"
+    revision: str = ""
+    answers_only: bool = True
+    packing: bool = False
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True)
+class Dpo(Training):
+    """Preference adapters. `beta` is DPO's; `seed` orders the data and never touches A."""
+
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """One `[reward.ratings.NAME]` table: rated answers and the raters' scale. No attributes named: all there are."""
+
+    data: Annotated[str, Len(1)]
+    split: str = "train"
+    revision: str = ""
+    low: float = 0.0
+    high: float = 4.0
+    attributes: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Reward(Training):
+    """The reward model. A head a rated attribute, and a head each name in `pairs`, trained on that preference's pairs.
+
+    `objectives` derives further ones, each the mean of heads. `lm_weight` is that of the language-model loss.
+    """
+
+    ratings: Mapping[str, Ratings] = field(default_factory=dict)
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    objectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lm_weight: Annotated[float, Ge(0)] = 0.1
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rsf(Training):
+    """Rejection sampling: one policy that is asked for a direction over the reward model's objectives.
+
+    `directions` bounds each objective's weight. An iteration asks `prompts` of its half (or all). A prompt gets
+    `per_prompt` directions and `samples` answers for each; the first policy learns from `bootstrap` answers a prompt of
+    one that is asked for scores. `ask` and `steer` are the system messages that ask for either, as Jinja templates:
+    `ask` may name `want` (a weight for each objective), `decimals` and `integers` (both spelt out), `steer` may name
+    `scores` and `listed`. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
+    """
+
+    data: Annotated[str, Len(1)]
+    directions: Mapping[str, tuple[float, float]]
+    split: str = "train"
+    revision: str = ""
+    reward: str = "reward"
+    iterations: Annotated[int, Ge(0)] = 4
+    prompts: Count | None = None
+    per_prompt: Count = 5
+    samples: Count = 16
+    bootstrap: Count = 80
+    replay: Share = 0.15
+    temperature: Positive = 1.0
+    max_new_tokens: Count = 512
+    ask: str = "Your response should maximize weighted rating = {{ decimals }}"
+    steer: str = "Your response should be rated {{ listed }}"
+    watch: str = "harmlessness"
+    learn: Literal["sft", "dpo"] = "sft"
+    loss_on: Literal["answers", "all"] = "answers"
+    beta: Positive = 0.1
+    packing: bool = True
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole project, resolved: every default filled in."""
+
+    base: Base
+    about: str = ""
+    lora: Lora = field(default_factory=Lora)
+    preferences: Mapping[str, Preference] = field(default_factory=dict)
+    sft: Sft | None = None
+    dpo: Dpo = field(default_factory=Dpo)
+    reward: Reward | None = None
+    rsf: Rsf | None = None
+
+    def preference(self, name: str) -> Preference:
+        """The preference of that name, or an error that lists the known ones."""
+        if name not in self.preferences:
+            known = list(self.preferences)
+            raise UserError(f"no preference {name!r} in the recipe{nearest(name, known)} (known: {', '.join(known)})")
+        return self.preferences[name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as kept in a run's manifest; `from_dict` reads it back."""
+        return {key: value for key, value in asdict(self).items() if value is not None}

@@ -1,0 +1,79 @@
+"""What an iteration of rejection sampling asks of whom, and how what was answered is asked for when it is learned."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from lora_align import want
+from lora_align.data.rows import Conversation, Message, Prompt, prompt_key, under_system
+from lora_align.errors import UserError
+from lora_align.recipe import Rsf
+from lora_align.stages.collect import Request
+from lora_align.stages.select import Candidate, Choice
+from lora_align.want import Want
+
+Scores = Mapping[str, float]
+
+
+def check(settings: Rsf) -> None:
+    """A region without directions is refused, and templates that do not tell one wish from another."""
+    draw = random.Random(0)
+    wants = [want.drawn(settings.directions, draw) for _ in range(20)]
+    scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in wants]
+    asks = {of.asked(settings.ask) for of in wants}
+    steers = {want.scores_asked(of, settings.steer) for of in scores}
+    for key, texts in (("ask", asks), ("steer", steers)):
+        if len(texts) == 1:
+            raise UserError(f"rsf.{key}: says {texts.pop()!r} whatever is wanted")
+
+
+def prompts(settings: Rsf, half: Sequence[Conversation], t: int) -> list[Prompt]:
+    """As many of a half's prompts as the recipe wants answered, each time others, in the order of the data."""
+    found = list(dict.fromkeys(row.messages[:-1] for row in half))
+    draw = random.Random(f"{settings.seed} prompts {t}")
+    kept = sorted(draw.sample(range(len(found)), min(settings.prompts or len(found), len(found))))
+    return [found[index] for index in kept]
+
+
+def for_scores(settings: Rsf, asked: Sequence[Prompt], seen: Sequence[Scores]) -> list[Request]:
+    """What the SteerLM-style policy is asked for: scores, each some answer's own, so that none is out of reach."""
+    requests: list[Request] = []
+    for prompt in asked:
+        draw = random.Random(f"{settings.seed} targets {prompt_key(prompt)}")
+        texts = (want.scores_asked(draw.choice(seen), settings.steer) for _ in range(settings.per_prompt))
+        requests += (Request(prompt, system, number) for number, system in enumerate(texts))
+    return requests
+
+
+def for_directions(settings: Rsf, asked: Sequence[Prompt], t: int) -> list[Request]:
+    """What a conditioned policy is asked for."""
+    return [
+        Request(prompt, of.asked(settings.ask), number, of)
+        for prompt in asked
+        for number, of in enumerate(_wants(settings, prompt, t))
+    ]
+
+
+def pooled(
+    settings: Rsf, requests: Sequence[Request], candidates: Mapping[str, Sequence[Candidate]]
+) -> list[tuple[Prompt, Want, Sequence[Candidate]]]:
+    """All of a prompt's answers, whatever they were asked for, for each of the directions drawn for it."""
+    pools: dict[Prompt, list[Candidate]] = {}
+    for request in requests:
+        pools.setdefault(request.prompt, []).extend(candidates[request.key])
+    return [(prompt, of, pool) for prompt, pool in pools.items() for of in _wants(settings, prompt, 0)]
+
+
+def as_asked(settings: Rsf, choice: Choice) -> Prompt:
+    """The prompt under the message that asks for what was wanted."""
+    return under_system(choice.want.asked(settings.ask), choice.prompt)
+
+
+def best(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
+    """The best answer, behind what was asked."""
+    return choice.prompt, Conversation((*as_asked(settings, choice), Message("assistant", choice.best.text)))
+
+
+def _wants(settings: Rsf, prompt: Prompt, t: int) -> list[Want]:
+    """A prompt's directions in an iteration."""
+    draw = random.Random(f"{settings.seed} {t} {prompt_key(prompt)}")
+    return [want.drawn(settings.directions, draw) for _ in range(settings.per_prompt)]
