@@ -21,7 +21,7 @@ fmt:
 demo:
     .venv/bin/lora-align demo
 
-# Train the built-in base from scratch (two cores: half an hour with AVX-512, an hour and a half without).
+# Train the built-in base from scratch (two cores: about forty minutes, reckoned from its first hundred steps).
 demo-base:
     .venv/bin/python -m lora_align.demo.build
 
