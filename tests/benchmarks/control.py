@@ -6,10 +6,9 @@ Published figures come from test prompts and from data seeds that were not used 
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # many small jobs: a process a core gets through them faster than a thread a core
 
-from report import RESULTS, save
+from report import RESULTS, once, save
 
 from lora_align import recipe, runs
 from lora_align.adapters import peft_format, vectors
@@ -62,14 +61,6 @@ class Bench:
     def vectors(self, kind: str, name: str) -> list[LoraDelta]:
         """One preference's vector from each data seed."""
         return [vectors.find(name, self.work / f"{kind}{seed}").load() for seed in self.seeds]
-
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """What was measured before under that name, or what is measured now."""
-        file = self.work / "measured" / f"{name}.json"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(make()))
-        return json.loads(file.read_text())
 
 
 def trainings(bench: Bench) -> Iterator[tuple[str, ...]]:
@@ -231,8 +222,8 @@ def _train(bench: Bench, job: tuple[str, ...]) -> None:
 def _measure(bench: Bench, job: tuple[int, str | None]) -> Any:
     seed, name = job
     if name is None:
-        return bench.kept(f"seed{seed}-mix", lambda: together(bench, seed))
-    return bench.kept(f"seed{seed}-{name}", lambda: alone(bench, seed, name))
+        return once(bench.work, f"seed{seed}-mix", lambda: together(bench, seed))
+    return once(bench.work, f"seed{seed}-{name}", lambda: alone(bench, seed, name))
 
 
 def _means(points: Sequence[Mapping[str, float]]) -> dict[str, float]:

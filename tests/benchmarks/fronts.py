@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from report import RESULTS, save
+from report import RESULTS, once, save
 
 from lora_align import recipe, runs, want
 from lora_align.console import Screen
@@ -76,14 +76,6 @@ class Bench:
     def runs(self, seed: int) -> Path:
         """The workspace of one data seed."""
         return self.work / f"seed{seed}"
-
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """What was measured before under that name, or what is measured now."""
-        file = self.work / "measured" / f"{name}.json"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(make()))
-        return json.loads(file.read_text())
 
 
 def directions(project: recipe.Recipe) -> list[Want]:
@@ -216,7 +208,8 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     }
     return {
         label: np.array(
-            bench.kept(
+            once(
+                bench.work,
                 f"seed{seed}-{label}",
                 lambda parts=parts: [row for policy, systems in parts for row in answers(bench, seed, policy, systems)],
             )
@@ -392,8 +385,8 @@ def main() -> None:
         overrides=options.overrides,
     )
     wants = directions(bench.project(bench.seeds[0]))
-    took = [bench.kept(f"seed{seed}-seconds", lambda seed=seed: miniature(bench, seed)) for seed in bench.seeds]
-    reward_heads = [bench.kept(f"seed{seed}-heads", lambda seed=seed: heads(bench, seed)) for seed in bench.seeds]
+    took = [once(bench.work, f"seed{seed}-seconds", lambda seed=seed: miniature(bench, seed)) for seed in bench.seeds]
+    reward_heads = [once(bench.work, f"seed{seed}-heads", lambda seed=seed: heads(bench, seed)) for seed in bench.seeds]
     found = [measured(bench, seed) for seed in bench.seeds]
     told = judged(found, wants)
     steered = [{**seed, "SteerLM": seed["SteerLM"][:TARGETS]} for seed in found]
