@@ -4,10 +4,14 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from lora_align.errors import UserError, nearest
 from lora_align.preference import parse_weights
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TRIES = 10_000  # draws from the sphere until a region counts as empty
 
@@ -80,10 +84,18 @@ def scores_asked(scores: Mapping[str, float], template: str) -> str:
 
 def _filled(key: str, template: str, **values: Any) -> str:
     """A recipe's Jinja template with what it may name."""
-    from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import TemplateError
 
     try:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(template).render(values).strip()
+        return _compiled(template).render(values).strip()
     except (TemplateError, TypeError, ValueError) as fault:
         raise UserError(f"rsf.{key}: {fault} (it may name {', '.join(values)})") from fault
+
+
+@lru_cache
+def _compiled(template: str) -> "Template":
+    """Once for thousands of prompts; in a sandbox, because recipes are passed on."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(template)
