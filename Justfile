@@ -21,7 +21,7 @@ fmt:
 demo:
     .venv/bin/lora-align demo
 
-# Train the built-in base from scratch (two cores: about forty minutes, reckoned from its first hundred steps).
+# Train the built-in base from scratch; it says how fast it goes.
 demo-base:
     .venv/bin/python -m lora_align.demo.build
 

@@ -1,6 +1,6 @@
 """Muon (kellerjordan.github.io/posts/muon) for processors that do not multiply bfloat16 numbers themselves.
 
-`torch.optim.Muon` orthogonalises in bfloat16. Where that is emulated, it takes half of the built-in base's training.
+`torch.optim.Muon` orthogonalises in bfloat16. Where that is emulated, it is slow.
 Here the products are made in float32 and then rounded to bfloat16, which is the same but for the order of the sums.
 """
 
