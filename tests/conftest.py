@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several test proc
 
 import pytest
 
-from support import PAIRS, Cli, call, make_base
+from support import PAIRS, Cli, call, made_once, make_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,11 +25,13 @@ def cli(tmp_path: Path) -> Cli:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which two preferences were trained on a few pairs, by the commands a person types."""
-    folder = tmp_path_factory.mktemp("trained")
-    for words in (["helpful", "pos"], ["helpful", "neg"], ["harmless", "both"]):
-        done = call(folder, "dpo", "--pref", words[0], "--direction", words[1], *PAIRS)
-        assert done.code == 0, done.err
-    return folder
+
+    def make(folder: Path) -> None:
+        for words in (["helpful", "pos"], ["helpful", "neg"], ["harmless", "both"]):
+            done = call(folder, "dpo", "--pref", words[0], "--direction", words[1], *PAIRS)
+            assert done.code == 0, done.err
+
+    return made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture

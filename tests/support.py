@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 COMMAND = Path(sys.executable).with_name("lora-align")
 PAIRS = ["--set", "dpo.limit=64"]
@@ -34,6 +35,20 @@ def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:
     assert COMMAND.exists(), "install the project first: pip install -e '.[test]'"
     done = subprocess.run([str(COMMAND), *words], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one test process fills and all of them read."""
+    shared = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 class Terminal:

@@ -11,19 +11,24 @@ from lora_align.stages.collect import Request
 from lora_align.stages.select import Candidate, Choice
 from lora_align.want import Want
 
+EXAMPLES = 20  # wishes put into words to see what a template does
 Scores = Mapping[str, float]
 
 
 def check(settings: Rsf) -> None:
     """A region without directions is refused, and templates that do not tell one wish from another."""
     draw = random.Random(0)
-    wants = [want.drawn(settings.directions, draw) for _ in range(20)]
-    scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in wants]
-    asks = {of.asked(settings.ask) for of in wants}
+    scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
     steers = {want.scores_asked(of, settings.steer) for of in scores}
-    for key, texts in (("ask", asks), ("steer", steers)):
+    for key, texts in (("ask", examples(settings)), ("steer", steers)):
         if len(texts) == 1:
             raise UserError(f"rsf.{key}: says {texts.pop()!r} whatever is wanted")
+
+
+def examples(settings: Rsf) -> set[str]:
+    """What asks for some directions of the region."""
+    draw = random.Random(0)
+    return {want.drawn(settings.directions, draw).asked(settings.ask) for _ in range(EXAMPLES)}
 
 
 def prompts(settings: Rsf, half: Sequence[Conversation], t: int) -> list[Prompt]:

@@ -20,6 +20,7 @@ from lora_align.runs import Run
 from lora_align.stages.select import Candidate
 from lora_align.want import Want
 
+WANT = "want_"  # before an objective's name: its weight in the direction that was asked for
 AT_ONCE = 512  # answers between two files: what a kill may cost
 JUDGED_AT_ONCE = 64
 
@@ -120,8 +121,9 @@ def _judged(batch: Sequence[Request], found: Sequence[Drawn], panel: Panel) -> l
             "response": answer.text,
             "ended": answer.ended,
         }
+        wanted = {WANT + name: weight for name, weight in (request.want.weights.items() if request.want else ())}
         scored = {SCORE + name: value for name, value in zip(panel.judge.objectives, values, strict=True)}
-        rows.append(row | scored)
+        rows.append(row | wanted | scored)
     return rows
 
 

@@ -36,7 +36,6 @@ from lora_align.stages import asking, dpo, sft
 from lora_align.stages import start as start_policy
 from lora_align.stages.collect import Panel, Request, collect, read
 from lora_align.stages.select import Choice, choose, fell, spread
-from lora_align.want import Want
 
 NAME, STEERLM = "policy", "steerlm"
 SAMPLES, SCORES = "samples.parquet", "scores.json"
@@ -157,13 +156,13 @@ def _halves(settings: Rsf, base: Base) -> tuple[tuple[list[Conversation], list[C
     dropped: Counter[str] = Counter()
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
-    any_want = Want.of(dict.fromkeys(settings.directions, -1.0)).asked(settings.ask)
+    longest_ask = max(sorted(asking.examples(settings)), key=len)
     for where, row in sources.rows(settings.data, settings.split, settings.revision):
         for found in sources.answered(row, where):
             prompt, answer = found.messages[:-1], found.messages[-1].content
             if not answer.strip():
                 dropped["empty answer"] += 1
-            elif len(base.chat.prompt_ids(under_system(any_want, prompt))) >= longest:
+            elif len(base.chat.prompt_ids(under_system(longest_ask, prompt))) >= longest:
                 dropped["prompt too long"] += 1
             else:
                 key = prompt_key(prompt)

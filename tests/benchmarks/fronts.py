@@ -63,14 +63,16 @@ class Bench:
     def project(self, seed: int, *more: str) -> recipe.Recipe:
         """The demo's recipe on data of its own."""
         overrides = [*self.overrides, *more]
-        data = {
-            "reward.ratings.demo.data": f"demo:ratings?rows=6000&seed={seed}",
-            "preferences.helpful.data": f"demo:pairs?rows=8000&seed={seed}",
-            "preferences.brief.data": f"demo:pairs?rows=8000&seed={seed}",
-        }
         demo = recipe.load(recipe.builtin()["demo"], overrides)
         assert demo.rsf is not None
-        data["rsf.data"] = f"{demo.rsf.data}&seed={seed}"
+        assert demo.reward is not None
+        sources = {
+            "reward.ratings.demo.data": demo.reward.ratings["demo"].data,
+            "preferences.helpful.data": demo.preferences["helpful"].data,
+            "preferences.brief.data": demo.preferences["brief"].data,
+            "rsf.data": demo.rsf.data,
+        }
+        data = {key: f"{source}&seed={seed}" for key, source in sources.items()}
         return recipe.load(recipe.builtin()["demo"], [*overrides, *(f'{key}="{text}"' for key, text in data.items())])
 
     def runs(self, seed: int) -> Path:
@@ -81,9 +83,10 @@ class Bench:
 def directions(project: recipe.Recipe) -> list[Want]:
     """Evenly spaced angles over the region the recipe trains on, from help alone towards brevity."""
     assert project.rsf is not None
-    low, high = project.rsf.directions["helpfulness"], project.rsf.directions["verbosity"]
-    first, last = (math.degrees(math.asin(-bound)) for bound in (high[1], high[0]))
-    last = min(last, math.degrees(math.acos(low[0])))
+    helpfulness, verbosity = (project.rsf.directions[name] for name in OBJECTIVES)
+    by_help = [math.degrees(math.acos(bound)) for bound in reversed(helpfulness)]
+    by_brevity = [math.degrees(math.asin(-bound)) for bound in reversed(verbosity)]
+    first, last = max(by_help[0], by_brevity[0]), min(by_help[1], by_brevity[1])
     return [at(first + (last - first) * step / (DIRECTIONS - 1)) for step in range(DIRECTIONS)]
 
 
@@ -334,10 +337,10 @@ def infeasible(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, 
     }
 
 
-def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Mapping[str, Any]) -> None:
+def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Mapping[str, Any], file: Path) -> None:
     """Fronts, what an angle does, and reward model against oracle."""
-    picture = Figure(figsize=(10.5, 3.6), layout="constrained")
-    fronts_of, angles_of, rewards_of = picture.subplots(1, 3)
+    picture = Figure(figsize=(11, 3.8), layout="constrained")
+    fronts_of, angles_of, rewards_of = picture.subplots(1, 3, width_ratios=(1.4, 1, 1))
     mean = {label: np.mean([points(seed[label]) for seed in found], 0) for label in found[0]}
     shades = ["#c6d4ea", "#98b3d9", "#6a91c8", "#3f6cb0", "#1f4e9c"]
     for label, shade in zip(ITERATIONS, shades, strict=True):
@@ -350,7 +353,7 @@ def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Ma
     fronts_of.plot(*mean["DPO"][0][::-1], "P", color="#7c3aed", markersize=7, label="DPO, helpful")
     fronts_of.set_xlabel("verbosity")
     fronts_of.set_ylabel("helpfulness")
-    fronts_of.legend(frameon=False, fontsize=7)
+    fronts_of.legend(frameon=False, fontsize=7, loc="lower right")
     degrees = [math.degrees(math.atan2(-w.weights["verbosity"], w.weights["helpfulness"])) for w in wants]
     for column, (name, colour) in enumerate(zip(OBJECTIVES, ("#1f4e9c", "#c2410c"), strict=True)):
         for seed in found:
@@ -368,7 +371,7 @@ def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Ma
     rewards_of.set_ylabel("value by the oracle, points")
     for panel in (fronts_of, angles_of, rewards_of):
         panel.spines[["top", "right"]].set_visible(False)
-    picture.savefig(RESULTS / "fronts.png", dpi=150)
+    picture.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -376,18 +379,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--development", action="store_true")
+    parser.add_argument("--only", type=int, metavar="SEED", help="measure this data seed and save nothing but --work")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
+    seeds = DEVELOPMENT_SEEDS if options.development else SEEDS
     bench = Bench(
         work=options.work,
         part="dev" if options.development else "test",
-        seeds=DEVELOPMENT_SEEDS if options.development else SEEDS,
+        seeds=(options.only,) if options.only else seeds,
         overrides=options.overrides,
     )
     wants = directions(bench.project(bench.seeds[0]))
     took = [once(bench.work, f"seed{seed}-seconds", lambda seed=seed: miniature(bench, seed)) for seed in bench.seeds]
     reward_heads = [once(bench.work, f"seed{seed}-heads", lambda seed=seed: heads(bench, seed)) for seed in bench.seeds]
     found = [measured(bench, seed) for seed in bench.seeds]
+    if options.only:
+        return
     told = judged(found, wants)
     steered = [{**seed, "SteerLM": seed["SteerLM"][:TARGETS]} for seed in found]
     figures = {
@@ -406,7 +413,7 @@ def main() -> None:
         print(json.dumps({key: value for key, value in figures.items() if key != "points"}, indent=1))
     else:
         save("fronts", figures)
-    draw(found, wants, told)
+    draw(found, wants, told, (bench.work if options.development else RESULTS) / "fronts.png")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lora_align.preference import Direction
 from lora_align.recipe import Recipe
 from lora_align.stages import dpo, sft
 from lora_align.stages import start as start_policy
+from support import made_once
 
 QUIET = Screen(quiet=True)
 
@@ -58,9 +59,11 @@ NOUGHT = pytest.approx((0, 0, 0), abs=ROUNDING)
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Run]:
-    folder = tmp_path_factory.mktemp("both")
-    made = dpo.run(demo(), ["helpful", "brief"], list(Direction), folder, QUIET)
-    return {f"{run.manifest.preference} {run.manifest.direction}": run for run in made}
+    both_directions = list(Direction)
+    made = made_once(
+        tmp_path_factory, "both", lambda folder: dpo.run(demo(), ["helpful", "brief"], both_directions, folder, QUIET)
+    )
+    return {f"{run.manifest.preference} {run.manifest.direction}": run for run in runs.every(made)}
 
 
 def test_the_first_reward_is_nought(both: dict[str, runs.Run]) -> None:

@@ -20,6 +20,7 @@ from lora_align.model.base import Base
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.recipe import Recipe
 from lora_align.stages import reward
+from support import made_once
 
 QUIET = Screen(quiet=True)
 SETTINGS = [
@@ -46,7 +47,8 @@ def base() -> Base:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
-    return reward.run(demo(), tmp_path_factory.mktemp("reward"), QUIET)
+    made = made_once(tmp_path_factory, "reward", lambda folder: reward.run(demo(), folder, QUIET))
+    return runs.read(made / "reward" / "reward")
 
 
 @pytest.fixture(scope="module")

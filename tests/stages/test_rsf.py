@@ -1,6 +1,7 @@
 """Two iterations of rejection sampling by the installed command: what is published, kept, gone on from and asked."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from lora_align import recipe, runs
 from lora_align.data.rows import Message, prompt_key
 from lora_align.model import base as bases
 from lora_align.want import Want
-from support import COMMAND, Done, Terminal, call
+from support import COMMAND, Done, Terminal, call, made_once
 
 SMALL = {
     "reward.ratings.demo.data": '"demo:ratings?rows=160"',
@@ -37,13 +38,15 @@ def rsf(folder: Path, *words: str, **changed: str) -> Done:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model, and what `rsf --iterations 1` makes with it."""
-    folder = tmp_path_factory.mktemp("rsf")
-    judge = call(folder, "reward", "--set", f"reward.ratings.demo.data={SMALL['reward.ratings.demo.data']}")
-    assert judge.code == 0, judge.err
-    done = rsf(folder, "--iterations", "1")
-    assert done.code == 0, done.err
-    (folder / "said.txt").write_text(done.out + done.err)
-    return folder
+
+    def make(folder: Path) -> None:
+        judge = call(folder, "reward", "--set", f"reward.ratings.demo.data={SMALL['reward.ratings.demo.data']}")
+        assert judge.code == 0, judge.err
+        done = rsf(folder, "--iterations", "1")
+        assert done.code == 0, done.err
+        (folder / "said.txt").write_text(done.out + done.err)
+
+    return made_once(tmp_path_factory, "rsf", make)
 
 
 def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
@@ -160,23 +163,23 @@ def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
     assert "t0 reference" in done.err
 
 
-def test_chat_asks_for_a_direction_beside_weights(made: Path, trained: Path) -> None:
-    shutil.copytree(trained / "runs" / "dpo", made / "runs" / "dpo", dirs_exist_ok=True)
+def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -> None:
+    shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
     words = ["chat", "--want", "helpfulness=8,verbosity=-6", "--prompt", "Tell me about rain.", "--seed", "3"]
-    done = call(made, *words, "--json")
+    done = call(workspace, *words, "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
     assert told["weights"] == {"rsf/policy/t1": 1.0}
     assert "asked for helpfulness=0.80 verbosity=-0.60 (brought to length 1)" in done.err
-    both = json.loads(call(made, *words, "--weights", "helpful=0.5", "--json").out)
+    both = json.loads(call(workspace, *words, "--weights", "helpful=0.5", "--json").out)
     assert both["weights"] == {"rsf/policy/t1": 1.0, "helpful": 0.5}
     live = call(
-        made, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
+        workspace, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
     )
     assert live.code == 0, live.err
     assert "it was trained on helpfulness from 0.17" in live.err
-    unknown = call(made, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
+    unknown = call(workspace, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
     assert unknown.code == 2
     assert "it knows: helpfulness, verbosity" in unknown.err
 
@@ -196,14 +199,15 @@ def test_another_direction_while_one_talks(made: Path) -> None:
 
 def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
     """The words chat puts before a conversation are those the samples were drawn and learned under."""
-    rows = read_table(made / "runs" / "rsf" / "policy" / "t1" / "samples.parquet").to_pylist()
-    tallies = {(row["asked"].count("help"), row["asked"].count("short")) for row in rows}
-    assert all(2 <= more <= 10 and less <= 10 for more, less in tallies)
-    assert len(tallies) > 3
-    more, less = tallies.pop()
     policy = runs.read(made / "runs" / "rsf" / "policy" / "t1")
-    asked = Want.of({"helpfulness": more, "verbosity": -less}).asked(policy.manifest.method["ask"])
-    assert asked in {row["asked"] for row in rows}
+    ask, region = policy.manifest.method["ask"], recipe.load(recipe.builtin()["demo"], []).rsf.directions
+    rows = read_table(policy.path / "samples.parquet").to_pylist()
+    for row in rows:
+        wanted = Want({name: row[f"want_{name}"] for name in region})
+        assert math.hypot(*wanted.weights.values()) == pytest.approx(1)
+        assert all(low <= wanted.weights[name] <= high for name, (low, high) in region.items())
+        assert row["asked"] == wanted.asked(ask)
+    assert len({row["asked"] for row in rows}) > 3
 
 
 @pytest.mark.parametrize(
