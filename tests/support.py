@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import termios
@@ -45,6 +46,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     folder, done = shared / name, shared / f"{name}.done"
     with FileLock(shared / f"{name}.lock"):
         if not done.exists():
+            if folder.exists():  # another process failed to fill it; its reader shall see why, too
+                shutil.rmtree(folder)
             folder.mkdir()
             make(folder)
             done.touch()
