@@ -112,9 +112,10 @@ def told(made: Sequence[Run]) -> str:
 
 
 def _example(run: Run) -> str:
-    return ",".join(
-        f"{name}={weight}" for name, weight in zip(run.manifest.method["objectives"], (0.8, -0.6), strict=False)
-    )
+    """The middle of the region it was trained on, as a person would type it."""
+    region = run.manifest.recipe["rsf"]["directions"]
+    middle = want.Want.of({name: (low + high) / 2 for name, (low, high) in region.items()})
+    return ",".join(f"{name}={weight:.1f}" for name, weight in middle.weights.items())
 
 
 # --- what is needed ---

@@ -68,6 +68,7 @@ def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
     said = (made / "said.txt").read_text()
     assert "value kept" in said
     assert "t1 draws" in said
+    assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
 
 
 def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
