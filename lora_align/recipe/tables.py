@@ -52,7 +52,7 @@ class Training:
     batch_size: Count = 16
     micro_batch_size: Count = 4
     max_length: Annotated[int, Ge(8)] = 1024
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     seed: int = 0
     held_out: Share = 0.05
