@@ -392,7 +392,8 @@ def test_ctrl_c_keeps_the_partial_answer_and_the_session(
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gemma2"])
 def test_families_go_from_pairs_to_chat(family: str, cli: Cli, tmp_path: Path) -> None:
     base = make_base(tmp_path / family, family)
-    real = ("dpo.beta=0.1", "dpo.optimizer=adamw_torch_fused", "dpo.learning_rate=1e-3")  # as recipes for real bases have it
+    # as recipes for real bases have it
+    real = ("dpo.beta=0.1", "dpo.optimizer=adamw_torch_fused", "dpo.learning_rate=1e-3")
     words = [word for value in (f"base.model={base}", "dpo.limit=32", *real) for word in ("--set", value)]
     done = cli("dpo", "--pref", "brief", "--json", *words)
     assert done.code == 0, done.err
