@@ -21,7 +21,7 @@ fmt:
 demo:
     .venv/bin/lora-align demo
 
-# Train the built-in base from scratch; it says how fast it goes.
+# Train the built-in base from scratch: some fifty minutes on two cores; it says how fast it goes.
 demo-base:
     .venv/bin/python -m lora_align.demo.build
 
