@@ -113,9 +113,10 @@ class Rsf(Training):
 
     `directions` bounds each objective's weight. An iteration asks `prompts` of its half (or all). A prompt gets
     `per_prompt` directions and `samples` answers for each; the first policy learns from `bootstrap` answers a prompt of
-    one that is asked for scores. `ask` and `steer` are the system messages that ask for either, as Jinja templates:
-    `ask` may name `want` (a weight for each objective), `decimals` and `integers` (both spelt out), `steer` may name
-    `scores` and `listed`. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
+    one that is asked for scores. The first `pooled` policies choose among all of a prompt's answers, whatever was asked
+    for; later ones among those to the direction at hand. `ask` and `steer` are the system messages that ask for either,
+    as Jinja templates: `ask` may name `want` (a weight for each objective), `decimals` and `integers` (both spelt out),
+    `steer` may name `scores` and `listed`. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
     """
 
     data: Annotated[str, Len(1)]
@@ -128,6 +129,7 @@ class Rsf(Training):
     per_prompt: Count = 5
     samples: Count = 16
     bootstrap: Count = 80
+    pooled: Count = 1
     replay: Share = 0.15
     temperature: Positive = 1.0
     max_new_tokens: Count = 512

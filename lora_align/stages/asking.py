@@ -59,13 +59,13 @@ def for_directions(settings: Rsf, asked: Sequence[Prompt], t: int) -> list[Reque
 
 
 def pooled(
-    settings: Rsf, requests: Sequence[Request], candidates: Mapping[str, Sequence[Candidate]]
+    settings: Rsf, requests: Sequence[Request], candidates: Mapping[str, Sequence[Candidate]], t: int
 ) -> list[tuple[Prompt, Want, Sequence[Candidate]]]:
     """All of a prompt's answers, whatever they were asked for, for each of the directions drawn for it."""
     pools: dict[Prompt, list[Candidate]] = {}
     for request in requests:
         pools.setdefault(request.prompt, []).extend(candidates[request.key])
-    return [(prompt, of, pool) for prompt, pool in pools.items() for of in _wants(settings, prompt, 0)]
+    return [(prompt, of, pool) for prompt, pool in pools.items() for of in _wants(settings, prompt, t)]
 
 
 def as_asked(settings: Rsf, choice: Choice) -> Prompt:

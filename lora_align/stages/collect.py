@@ -64,12 +64,13 @@ class Panel:
 
     def score(self, said: Sequence[tuple[Prompt, str]]) -> Tensor:
         """Points [n, objectives] for answers to prompts."""
+        places = {row: place for place, row in enumerate(dict.fromkeys(said))}  # a sure policy repeats itself
         rows = []
-        for prompt, answer in said:
+        for prompt, answer in places:
             ids = self.base.chat.prompt_ids(prompt)
             rows.append((ids, self.base.chat.answer_ids(prompt, answer)[: max(1, self.base.max_length - len(ids))]))
         self.mixer.set({"reward": 1.0})
-        return self.judge.score(rows, JUDGED_AT_ONCE)
+        return self.judge.score(rows, JUDGED_AT_ONCE)[[places[row] for row in said]]
 
 
 def collect(

@@ -219,8 +219,8 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
             candidates = read(store)
             shards.write(list(store.rows()), staging / SAMPLES)
-        if t == 0:  # whatever was asked for, an answer may be just what somebody else wants
-            asked = asking.pooled(settings, requests, candidates)
+        if t < settings.pooled:  # who does not obey yet may have said just what somebody else wants
+            asked = asking.pooled(settings, requests, candidates, t)
         else:
             asked = [(of.prompt, of.want, candidates[of.key]) for of in requests if of.want]
         chosen = choose(asked, settings.watch)

@@ -42,12 +42,17 @@ class Chosen:
 
 
 def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str) -> Chosen:
-    """For everyone who wants something, the extremes of the candidates; who finds none is passed over and counted."""
+    """For everyone who wants something, the extremes of the candidates; who finds none is passed over and counted.
+
+    Several may choose from the very same candidates; those are counted once.
+    """
     choices = []
     dropped: Counter[str] = Counter()
     drawn, values = [], []
+    pools = {id(candidates): candidates for *_, candidates in asked}
+    good_of = {key: usable(pool, dropped) for key, pool in pools.items()}
     for prompt, want, candidates in asked:
-        good = usable(candidates, dropped)
+        good = good_of[id(candidates)]
         if not good:
             dropped["requests without a usable answer"] += 1
             continue
@@ -62,7 +67,7 @@ def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str
     kept = [choice.best for choice in choices]
     shown = [*wanted, *([watch] if watch in kept[0].rewards and watch not in wanted else [])]
     figures = {
-        "answers": sum(len(candidates) for *_, candidates in asked),
+        "answers": sum(map(len, pools.values())),
         "kept": len(kept),
         "dropped": dict(dropped),
         "drawn_value": fmean(values),

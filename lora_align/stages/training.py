@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from lora_align.console import Progress, Screen
@@ -136,6 +137,7 @@ class Watch(TrainerCallback):
         self.records = folder / METRICS
         self.tokens, self.started = 0.0, time.monotonic()
         self.history: list[dict[str, float]] = []
+        self.trained: list[nn.Parameter] = []
 
     @property
     def seconds(self) -> float:
@@ -144,7 +146,9 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         """A gradient that is not finite would spoil every weight at once."""
-        if self.finite and not all(p.grad.isfinite().all() for _, p in trainable(model) if p.grad is not None):
+        self.trained = self.trained or [parameter for _, parameter in trainable(model)]
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        if self.finite and not get_total_norm(gradients).isfinite():
             raise RunFailedError(
                 f"step {state.global_step + 1}: a gradient is not finite, the run is stopped before it does harm; "
                 "try a lower learning_rate, or look for odd rows"

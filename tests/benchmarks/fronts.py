@@ -39,7 +39,7 @@ from lora_align.stages import dpo, mix, reward, rsf
 from lora_align.stages.collect import Panel
 from lora_align.want import Want
 
-SEEDS, DEVELOPMENT_SEEDS = (204, 205, 206), (1,)
+SEEDS, DEVELOPMENT_SEEDS = (207, 208, 209), (1,)
 PROMPTS, SAMPLES, DIRECTIONS, TARGETS = 200, 2, 10, 5
 LONG = 6  # epochs of the SteerLM that rivals
 OBJECTIVES = ("helpfulness", "verbosity")

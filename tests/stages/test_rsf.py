@@ -103,6 +103,30 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t2")
 
 
+def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, tmp_path: Path) -> None:
+    """t1 of the demo's recipe does; with `pooled = 1` it keeps to the answers that were given to its own direction."""
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "rsf" / "policy" / "t1")
+    figures = {"pooled": runs.read(made / "runs" / "rsf" / "policy" / "t1").manifest.metrics["collected"]}
+    shutil.move(tmp_path / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
+    for label in ("steerlm", "t0"):  # as if they had been made so: their own answers were pooled either way
+        file = tmp_path / "runs" / "rsf" / "apart" / label / "manifest.json"
+        said = json.loads(file.read_text())
+        said["recipe"]["rsf"]["pooled"] = 1
+        file.write_text(json.dumps(said))
+    done = rsf(tmp_path, "--iterations", "1", "--name", "apart", pooled="1")
+    assert done.code == 0, done.err
+    figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t1").manifest.metrics["collected"]
+    samples = [
+        read_table(folder / "t1" / "samples.parquet").to_pylist()
+        for folder in (made / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
+    ]
+    assert samples[0] == samples[1], "the same answers"
+    assert figures["pooled"]["answers"] == figures["apart"]["answers"] == len(samples[0])
+    assert figures["pooled"]["kept"] == figures["apart"]["kept"]
+    assert figures["pooled"]["kept_value"] > figures["apart"]["kept_value"]
+
+
 def test_killed_while_it_learns_it_does_not_draw_again(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     policy = tmp_path / "runs" / "rsf" / "policy"
