@@ -13,7 +13,7 @@ from lora_align.preference import parse_weights
 if TYPE_CHECKING:
     from jinja2 import Template
 
-TRIES = 10_000  # draws from the sphere until a region counts as empty
+TRIES = 1_000_000  # draws from the sphere until a region counts as empty
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> 
     """A server as a sampler, and what names it."""
     from lora_align.model.endpoint import Endpoint
 
-    server = Endpoint.at(address, model)
+    server = Endpoint.at(address, model, template=project.base.chat_template_kwargs)
     if adapter is not None:
         server = server.load_adapter(adapter, adapter.name, project)
     return server, {"server": server.url, "model": server.model}

@@ -6,12 +6,15 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from lora_align import runs
 from lora_align.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 KEY = "key"  # the column that says which piece of work a row is the answer to
 UNFINISHED = ".unfinished"
@@ -40,14 +43,13 @@ class Shards:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a batch: a file with another name, brought to the disk, then renamed in one step."""
-        import pyarrow
         from pyarrow.parquet import write_table
 
         number = int(self.files[-1].stem.removeprefix("part-")) + 1 if self.files else 0
         file = self.folder / f"part-{number:06d}.parquet"
         unfinished = file.with_suffix(UNFINISHED)
         with unfinished.open("wb") as stream:
-            write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), stream)
+            write_table(_table(rows), stream)
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.rename(file)
@@ -101,10 +103,9 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """The whole file, or none."""
     unfinished = out.with_name(f".{out.name}{UNFINISHED}")
     if out.suffix == ".parquet":
-        import pyarrow
         from pyarrow.parquet import write_table
 
-        write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), unfinished)
+        write_table(_table(rows), unfinished)
     else:
         with unfinished.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
@@ -121,6 +122,14 @@ def same_work(folder: Path, settings: Mapping[str, Any]) -> None:
     unfinished = file.with_suffix(UNFINISHED)
     unfinished.write_text(text)
     unfinished.replace(file)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> "Table":
+    """With every column that some row has; pyarrow by itself takes those of the first."""
+    import pyarrow
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
 
 
 def _parts(out: Path) -> Path:

@@ -4,9 +4,9 @@ import os
 import random
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,25 @@ class Endpoint:
     url: str
     model: str
     deadline: float = DEADLINE
+    template: Mapping[str, Any] = field(default_factory=dict)  # the chat template's arguments
 
     @classmethod
-    def at(cls, address: str, model: str = "", deadline: float = DEADLINE) -> "Endpoint":
+    def at(
+        cls, address: str, model: str = "", deadline: float = DEADLINE, template: Mapping[str, Any] | None = None
+    ) -> "Endpoint":
         """The server at an address, with or without /v1 at its end; unnamed, the model is the only one it has."""
         url = address.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--endpoint {address!r}: expected http://HOST:PORT or https://…")
+        answer = _reached(url, "/v1/models", min(deadline, PATIENCE))  # nobody waits for a server that is not there
         if not model:
-            served = [str(entry["id"]) for entry in cls(url, "", deadline)._get("/v1/models")["data"]]
+            if answer.status_code != httpx.codes.OK:
+                raise UserError(f"{answer.url}: {answer.status_code} {_told(answer)}; name the model with --model NAME")
+            served = [str(entry["id"]) for entry in _json(answer)["data"]]
             if len(served) != 1:
                 raise UserError(f"{url} serves {', '.join(served) or 'no model'}: choose one with --model NAME")
             model = served[0]
-        return cls(url, model, deadline)
+        return cls(url, model, deadline, template or {})
 
     def fits(self, prompt: Prompt) -> bool:
         """The server will tell."""
@@ -73,14 +79,14 @@ class Endpoint:
                 f"{self.url} cannot load adapters while it runs ({answer.status_code} {_told(answer)}); "
                 f"serve the base with: {serve_line(recipe)}"
             )
-        return Endpoint(self.url, name, self.deadline)
+        return replace(self, model=name)
 
     def _answers(self, client: httpx.Client, index: int, prompt: Prompt, n: int, sampling: Sampling) -> list[Drawn]:
         """All n; a server that knows nothing of `n` is asked again for those it left out."""
         until = time.monotonic() + self.deadline
         found: list[Drawn] = []
         while len(found) < n:
-            body = {
+            body: dict[str, Any] = {
                 "model": self.model,
                 "messages": [{"role": m.role, "content": m.content} for m in prompt],
                 "n": n - len(found),
@@ -88,6 +94,8 @@ class Endpoint:
                 "top_p": sampling.top_p,
                 "max_tokens": sampling.max_new_tokens,
             }
+            if self.template:
+                body["chat_template_kwargs"] = dict(self.template)
             if sampling.seed is not None:
                 body["seed"] = (sampling.seed + 1_000_003 * index + len(found)) % 2**31
             answer = self._send(client, "/v1/chat/completions", body, until)
@@ -119,20 +127,20 @@ class Endpoint:
             time.sleep(wait)
             pause = min(2 * pause, PATIENCE)
 
-    def _get(self, path: str) -> dict[str, Any]:
-        try:
-            answer = httpx.get(self.url + path, timeout=min(self.deadline, PATIENCE), headers=_headers())
-        except httpx.HTTPError as fault:
-            raise UserError(f"no server at {self.url} ({first_line(fault)})") from fault
-        if answer.status_code != httpx.codes.OK:
-            raise UserError(f"{self.url}{path}: {answer.status_code} {_told(answer)}; name the model with --model NAME")
-        return _json(answer)
+
+def _reached(url: str, path: str, patience: float) -> httpx.Response:
+    """What a server answers to a question that any of them can; an error where there is none."""
+    try:
+        return httpx.get(url + path, timeout=patience, headers=_headers())
+    except httpx.HTTPError as fault:
+        raise UserError(f"no server at {url} ({first_line(fault)})") from fault
 
 
 def serve_line(recipe: Recipe) -> str:
     """How to serve a recipe's base with vLLM so that adapters can be loaded while it runs."""
     base, own = recipe.base, (recipe.rsf and recipe.rsf.lora) or recipe.lora
     rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # the start adapter goes with it
+    rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # it is loaded to see if one can
     ranks = [size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank]
     model = str(DEMO) if base.model == "demo" else base.model
     words = ["vllm", "serve", model, *(["--revision", base.revision] if base.revision else [])]

@@ -15,6 +15,7 @@ from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered
 from lora_align.model.mixer import Mixer
+from lora_align.model.room import Room
 
 HEADS = "heads.safetensors"
 ADAPTER = "reward"
@@ -80,15 +81,21 @@ class RewardModel:
         return [*self.heads.names, *self.derived]
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Answered], batch: int, report: Callable[[int], None] = lambda done: None) -> Tensor:
+    def score(self, rows: Sequence[Answered], room: Room, report: Callable[[int], None] = lambda done: None) -> Tensor:
         """Points for answers to prompts, both as token ids: [n, objectives] float32 on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         points = torch.empty(len(rows), len(self.heads.names))
-        for start in range(0, len(order), batch):
-            picked = order[start : start + batch]
+        todo = order
+
+        def batch(count: int) -> int:
+            picked = todo[:count]
             hidden, last = hidden_states(self.model, [[*rows[i][0], *rows[i][1]] for i in picked])
             points[picked] = self.heads.points(self.heads(hidden[range(len(picked)), last])).cpu()
-            report(start + len(picked))
+            return len(picked)
+
+        while todo:
+            todo = todo[room.attempt(batch) or 0 :]
+            report(len(order) - len(todo))
         means = [points[:, [self.heads.names.index(head) for head in heads]].mean(1) for heads in self.derived.values()]
         return torch.cat([points, *(mean[:, None] for mean in means)], dim=1)
 

@@ -1,6 +1,5 @@
 """Many answers to many prompts: a prompt is computed once for all its answers, and finished ones make room."""
 
-import gc
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lora_align.model.base import Base
 from lora_align.model.generate import Sampling, probabilities
+from lora_align.model.room import Room
 
 RETIRE_AT = 0.75  # share of rows still running at which the others are taken out of the cache
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+ROWS = 512  # drawn at once where memory allows it
 
 
 @dataclass(frozen=True)
@@ -27,32 +27,32 @@ class Answer:
 
 
 def sample(
-    model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, rows: int = 512
+    model: PreTrainedModel,
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    sampling: Sampling,
+    room: Room | None = None,
 ) -> Iterator[list[Answer]]:
-    """n answers to each prompt, a batch at a time, the shortest prompts first; at most `rows` are drawn at once.
+    """n answers to each prompt, a batch at a time, the shortest prompts first; at most `room.rows` are drawn at once.
 
     An answer depends on the seed, its prompt and its number, and not on what shares its batch (but for rounding).
-    Where memory runs out, half as many rows are tried, and what was drawn before stays.
+    Where memory runs out, half as many rows are tried, and the batches before stay.
     """
     seed = sampling.seed if sampling.seed is not None else torch.seed()
+    room = room or Room(ROWS)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     todo = [(prompt, number) for prompt in order for number in range(n)]
+
+    def batch(rows: int) -> list[Answer]:
+        """A prompt's answers stay together where they fit."""
+        return _batch(model, base, prompts, todo[: rows // n * n or rows], sampling, seed)
+
     while todo:
-        count = rows // n * n or rows  # a prompt's answers stay together where they fit
-        try:
-            answers = _batch(model, base, prompts, todo[:count], sampling, seed)
-        except (RuntimeError, MemoryError) as fault:
-            if rows == 1 or not _out_of_memory(fault):
-                raise
-            rows //= 2
-            answers = []
+        answers = room.attempt(batch)
         if answers:
-            todo = todo[count:]
+            todo = todo[len(answers) :]
             yield answers
-        else:  # outside the handler, which holds on to the frames that failed
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -145,7 +145,3 @@ def _pick(logits: Tensor, sampling: Sampling, chances: Tensor) -> Tensor:
     mass = probabilities(logits.float(), sampling).double().cumsum(-1)
     lots = (chances * mass[:, -1])[:, None]
     return torch.searchsorted(mass, lots, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _out_of_memory(fault: Exception) -> bool:
-    return isinstance(fault, MemoryError) or any(words in str(fault) for words in NO_MEMORY)

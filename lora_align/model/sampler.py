@@ -1,7 +1,7 @@
 """What draws answers to conversations: the base loaded here, or a server elsewhere (`endpoint`)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from lora_align.data.rows import Prompt
 from lora_align.model.base import Base
 from lora_align.model.generate import Sampling
-from lora_align.model.sample import sample
+from lora_align.model.room import Room
+from lora_align.model.sample import ROWS, sample
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Embedded:
 
     model: PreTrainedModel
     base: Base
+    room: Room = field(default_factory=lambda: Room(ROWS))
 
     def fits(self, prompt: Prompt) -> bool:
         """The base knows its own length."""
@@ -47,6 +49,6 @@ class Embedded:
         """Batch by batch; see `sample`."""
         rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
         decode = self.base.chat.tokenizer.decode
-        for batch in sample(self.model, self.base, rows, n, sampling):
+        for batch in sample(self.model, self.base, rows, n, sampling, self.room):
             texts = (decode(answer.tokens, skip_special_tokens=True).strip() for answer in batch)
             yield [Drawn(a.prompt, a.number, text, a.ended) for a, text in zip(batch, texts, strict=True)]

@@ -16,7 +16,9 @@ Scores = Mapping[str, float]
 
 
 def check(settings: Rsf) -> None:
-    """A region without directions is refused, and templates that do not tell one wish from another."""
+    """Refuse a region without directions, templates that do not tell one wish from another, and pairs of one answer."""
+    if settings.learn == "dpo" and settings.samples < 2:
+        raise UserError('rsf.samples: rsf.learn = "dpo" sets one answer against another, and needs 2 or more')
     draw = random.Random(0)
     scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
     steers = {want.scores_asked(of, settings.steer) for of in scores}

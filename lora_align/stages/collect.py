@@ -1,6 +1,6 @@
 """What a policy answers when asked for something, and what the reward model says of that: batch by batch, on disk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora_align.model.base import Base
 from lora_align.model.generate import Sampling
 from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
+from lora_align.model.room import Room
 from lora_align.model.sampler import Drawn, Embedded, Sampler
 from lora_align.preference import SCORE
 from lora_align.runs import Run
@@ -22,7 +23,7 @@ from lora_align.want import Want
 
 WANT = "want_"  # before an objective's name: its weight in the direction that was asked for
 AT_ONCE = 512  # answers between two files: what a kill may cost
-JUDGED_AT_ONCE = 64
+JUDGED_AT_ONCE = 64  # where memory allows it
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Panel:
         self.mixer = Mixer(model, {name: peft_format.load(run.path) for name, run in adapters.items() if run}, {})
         heads = Heads.load(reward.path).to(model.device)
         self.judge = RewardModel(base, model, heads, reward.manifest.method["objectives"])
-        self.base, self.embedded = base, Embedded(model, base)
+        self.base, self.embedded, self.room = base, Embedded(model, base), Room(JUDGED_AT_ONCE)
 
     def fits(self, prompt: Prompt) -> bool:
         """As a sampler."""
@@ -62,15 +63,15 @@ class Panel:
         self.mixer.set({"start": 1.0, "policy": 1.0})
         yield from self.embedded.draw(prompts, n, sampling)
 
-    def score(self, said: Sequence[tuple[Prompt, str]]) -> Tensor:
-        """Points [n, objectives] for answers to prompts."""
+    def score(self, said: Sequence[tuple[Prompt, str]], report: Callable[[int], None] = lambda done: None) -> Tensor:
+        """Points [n, objectives] for answers to prompts; `report` hears how many different ones were judged."""
         places = {row: place for place, row in enumerate(dict.fromkeys(said))}  # a sure policy repeats itself
         rows = []
         for prompt, answer in places:
             ids = self.base.chat.prompt_ids(prompt)
             rows.append((ids, self.base.chat.answer_ids(prompt, answer)[: max(1, self.base.max_length - len(ids))]))
         self.mixer.set({"reward": 1.0})
-        return self.judge.score(rows, JUDGED_AT_ONCE)[[places[row] for row in said]]
+        return self.judge.score(rows, self.room, report)[[places[row] for row in said]]
 
 
 def collect(

@@ -62,10 +62,10 @@ def run(
         answers: dict[str, list[dict[str, Any]]] = {}
         for row in store.rows():
             answers.setdefault(row.pop(KEY), []).append(row)
-        rows = [{**item.row, **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
+        rows = [{**_without_answer(item), **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
         shards.finish(rows, out)
     if n > 1 and sampling.temperature and all(len({a["response"] for a in each}) == 1 for each in answers.values()):
-        screen.warn("every prompt's answers are alike: the server does not seem to sample")
+        screen.warn("every prompt's answers are alike: either the model is sure, or its server does not sample")
     words = sum(len(row["response"].split()) for row in rows) / len(rows)
     ended = sum(row["ended"] for row in rows) / len(rows)
     left_out = len(work) - len(fitting)
@@ -94,6 +94,15 @@ def _work(data: str, system: str) -> Iterator[Work]:
     for number, (where, row) in enumerate(sources.rows(data)):
         prompt = under_system(system, sources.prompt(row, where))
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
+
+
+def _without_answer(item: Work) -> dict[str, Any]:
+    """A row's columns but for an answer that it holds already, and for what raters gave to that one."""
+    if {"messages", "conversations"} & item.row.keys():
+        return {"prompt": [{"role": turn.role, "content": turn.content} for turn in item.prompt]}
+    if "response" in item.row:
+        return {name: held for name, held in item.row.items() if not isinstance(held, int | float)}
+    return dict(item.row)
 
 
 def _bucket(prompt: Prompt, parts: int) -> int:

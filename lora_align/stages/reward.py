@@ -1,6 +1,7 @@
 """The reward model: k heads on one frozen 4-bit backbone with LoRA, from ratings, from pairs, or from both."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered
 from lora_align.model.reward_model import Heads, RewardModel, hidden_states
+from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenRated
 from lora_align.recipe import Recipe, Reward
 from lora_align.runs import LOG, Manifest, Run
@@ -269,7 +271,7 @@ def train(
     training.save_adapter(policy, folder)
     policy.heads.save(folder)
     model = RewardModel(base, policy.get_base_model().eval(), policy.heads, settings.objectives)
-    report = measure(model, material.held_out[:MEASURE_AT_MOST], 2 * settings.micro_batch_size)
+    report = measure(model, _measured(material.held_out), Room(2 * settings.micro_batch_size))
     training.draw_curve(watch.history, NAME, folder / "curve.png")
     if material.held_out:
         plots.reward_report(folder / "held_out.png", report)
@@ -280,14 +282,19 @@ def train(
 # --- what it is worth ---
 
 
-def measure(model: RewardModel, examples: Sequence[Example], batch: int) -> dict[str, Any]:
+def _measured(held_out: Sequence[Example]) -> Sequence[Example]:
+    """As many as are measured, of every source as large a share."""
+    return random.Random(0).sample(held_out, min(len(held_out), MEASURE_AT_MOST))
+
+
+def measure(model: RewardModel, examples: Sequence[Example], room: Room) -> dict[str, Any]:
     """On held-out prompts: order, error and calibration of each head; what it goes along with, other heads included."""
     names = model.heads.names
     if not examples:
         return {"heads": {name: {"rated": 0, "pairs": 0} for name in names}, "between": []}
     batch_of_all = collate(examples)
     rows = batch_of_all["texts"]
-    scores = model.score(rows, batch)[:, : len(names)].double()
+    scores = model.score(rows, room)[:, : len(names)].double()
     lengths = torch.tensor([[float(len(answer))] for _, answer in rows]).double()
     together = metrics.rank_correlations(torch.cat([scores, lengths], dim=1))
     heads = {}

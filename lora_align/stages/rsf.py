@@ -7,60 +7,35 @@ each policy answers the half the next one learns from. Every policy is trained a
 
 import gc
 import json
+import math
 import random
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lora_align import runs, want
 from lora_align.adapters import merge, peft_format
 from lora_align.console import Screen, library_log, table
-from lora_align.data import shards, sources
-from lora_align.data.pairs import is_held_out
-from lora_align.data.rows import Conversation, Pair, Prompt, prompt_key, under_system
+from lora_align.data import shards
+from lora_align.data.rows import Conversation, under_system
 from lora_align.errors import UserError
 from lora_align.model import base as bases
-from lora_align.model import tokenise
-from lora_align.model.base import Base
 from lora_align.model.endpoint import Endpoint
 from lora_align.model.generate import Sampling
-from lora_align.model.reward_model import Heads
 from lora_align.model.sampler import Sampler
-from lora_align.preference import Direction
-from lora_align.recipe import Dpo, Lora, Recipe, Rsf, Training
+from lora_align.recipe import Recipe
 from lora_align.runs import LOG, Manifest, Run
-from lora_align.stages import asking, dpo, sft
+from lora_align.stages import asking, learn, series
 from lora_align.stages import start as start_policy
 from lora_align.stages.collect import Panel, Request, collect, read
-from lora_align.stages.select import Choice, choose, fell, spread
+from lora_align.stages.learn import Learned
+from lora_align.stages.select import choose, fell, spread
+from lora_align.stages.series import STEERLM, Plan
 
-NAME, STEERLM = "policy", "steerlm"
+NAME = "policy"
 SAMPLES, SCORES = "samples.parquet", "scores.json"
-Learned = list[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to learn from
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What every policy of a series has in common."""
-
-    recipe: Recipe
-    settings: Rsf
-    base: Base
-    start: Run | None
-    reward: Run
-    halves: tuple[list[Conversation], list[Conversation]]
-    dropped: Mapping[str, int]
-    folder: Path
-    force: bool
-    server: Endpoint | None
-
-    @property
-    def lora(self) -> Lora:
-        """The shape of the policies' adapters."""
-        return self.settings.lora or self.recipe.lora
 
 
 def run(
@@ -81,12 +56,16 @@ def run(
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
-    reward = _reward_run(recipe.rsf, base, runs_dir)
-    done = {} if force else {at: _made_alike(folder / at, recipe, reward) for at in labels if runs.is_run(folder / at)}
-    server = Endpoint.at(endpoint, NAME) if endpoint else None  # each policy is loaded under its own name
+    reward = series.reward_run(recipe.rsf, base, runs_dir)
+    done: dict[str, Run] = {}
+    for label in labels if not force else ():
+        if runs.is_run(folder / label):
+            done[label] = series.made_alike(folder / label, recipe, start, reward, done.get(series.teacher(label)))
+    # each policy is loaded under its own name
+    server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # one that cannot load adapters is refused before anything is trained
         server.load_adapter(reward.path, reward.path.name, recipe)
-    halves, dropped = _halves(recipe.rsf, base)
+    halves, dropped = series.halves(recipe.rsf, base)
     plan = Plan(recipe, recipe.rsf, base, start, reward, halves, dropped, folder, force, server)
     for label in labels:
         if label in done:
@@ -114,66 +93,9 @@ def told(made: Sequence[Run]) -> str:
 def _example(run: Run) -> str:
     """The middle of the region it was trained on, as a person would type it."""
     region = run.manifest.recipe["rsf"]["directions"]
-    middle = want.Want.of({name: (low + high) / 2 for name, (low, high) in region.items()})
-    return ",".join(f"{name}={weight:.1f}" for name, weight in middle.weights.items())
-
-
-# --- what is needed ---
-
-
-def _made_alike(folder: Path, recipe: Recipe, reward: Run) -> Run:
-    """A published policy of this series, if it was made with the same settings; more iterations may follow it."""
-    run = runs.read(folder)
-    before, now = (
-        {**r["rsf"], "iterations": 0} for r in (run.manifest.recipe, json.loads(json.dumps(recipe.as_dict())))
-    )
-    changed = [f"rsf.{key}" for key in now if before.get(key) != now[key]]
-    changed += ["reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
-    if changed:
-        raise UserError(
-            f"{folder} was made with another {changed[0]}; --name NEW keeps both, --force moves the old one aside"
-        )
-    return run
-
-
-def _reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
-    """The reward model, if it judges what directions are made of."""
-    folder = runs_dir / "reward" / settings.reward
-    if not runs.is_run(folder):
-        raise UserError(f"no reward model {settings.reward!r} in {runs_dir}/reward: run `lora-align reward`")
-    run = runs.read(folder)
-    if run.fingerprint != base.fingerprint:
-        raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
-    known = [*Heads.load(run.path).names, *run.manifest.method["objectives"]]
-    for name in settings.directions:
-        if name not in known:
-            raise UserError(f"rsf.directions.{name}: {run.path} has no such objective (it has: {', '.join(known)})")
-    return run
-
-
-def _halves(settings: Rsf, base: Base) -> tuple[tuple[list[Conversation], list[Conversation]], dict[str, int]]:
-    """Conversations in two halves that share no prompt, as its text decides; and what was dropped, by reason."""
-    halves: tuple[list[Conversation], list[Conversation]] = ([], [])
-    dropped: Counter[str] = Counter()
-    prompts: set[str] = set()
-    longest = min(settings.max_length, base.max_length)
-    longest_ask = max(sorted(asking.examples(settings)), key=len)
-    for where, row in sources.rows(settings.data, settings.split, settings.revision):
-        for found in sources.answered(row, where):
-            prompt, answer = found.messages[:-1], found.messages[-1].content
-            if not answer.strip():
-                dropped["empty answer"] += 1
-            elif len(base.chat.prompt_ids(under_system(longest_ask, prompt))) >= longest:
-                dropped["prompt too long"] += 1
-            else:
-                key = prompt_key(prompt)
-                prompts.add(key)
-                halves[int(key[-1], 16) % 2].append(found)  # the first digits say what is held out
-        if settings.limit and len(prompts) >= settings.limit:
-            break
-    if not all(halves):
-        raise UserError(f"{settings.data}: too few prompts for two halves ({len(prompts)}; dropped: {dict(dropped)})")
-    return halves, dict(dropped)
+    middle = {name: (low + high) / 2 for name, (low, high) in region.items()}
+    shown = want.Want.of(middle) if any(middle.values()) else want.drawn(region, random.Random(0))
+    return ",".join(f"{name}={weight:.1f}" for name, weight in shown.weights.items())
 
 
 # --- the policies ---
@@ -186,26 +108,31 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
         rows = plan.halves[1]
         said = [(row.messages[:-1], row.messages[-1].content) for row in rows]
         judge = Panel(plan.base, plan.reward)
-        points = judge.score(said).tolist()
-        rewards = [dict(zip(judge.judge.objectives, row, strict=True)) for row in points]
+        with screen.progress(f"{STEERLM} scores", len(said)) as progress:
+            points = judge.score(said, lambda count: progress.show(count, {})).tolist()
+        scored = [dict(zip(judge.judge.objectives, row, strict=True)) for row in points]
         del judge
+        gc.collect()  # the next thing loaded is the base again, to train
+        sound = [i for i, reward in enumerate(scored) if all(map(math.isfinite, reward.values()))]
+        rows, rewards = [rows[i] for i in sound], [scored[i] for i in sound]
         scores = [{name: reward[name] for name in settings.directions} for reward in rewards]
         learned: Learned = []
         for row, score in zip(rows, scores, strict=True):
             prompt = row.messages[:-1]
             asked = under_system(want.scores_asked(score, settings.steer), prompt)
             learned.append((prompt, Conversation((*asked, row.messages[-1]))))
-        facts = _learn(plan, learned, STEERLM, staging, screen)
-        if settings.watch in rewards[0]:
+        facts = learn.supervised(plan, learned, STEERLM, staging, screen)
+        if len(rewards) > 1 and settings.watch in rewards[0]:
             facts["metrics"]["watched"] = spread([reward[settings.watch] for reward in rewards])
         (staging / SCORES).write_text(json.dumps(scores))
-        about = _about(plan, {"rows": len(rows)}, settings.steer)
-        return runs.publish(staging, target, replace(about, **facts))
+        about = _about(plan, {"rows": len(rows), "score not finite": len(points) - len(rows)}, settings.steer, None)
+        return _told_of(runs.publish(staging, target, replace(about, **facts)), screen)
 
 
 def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> Run:
     """Draw answers of the policy before, judge them, choose, and learn anew from the start policy."""
-    settings, label, teacher = plan.settings, f"t{t}", done[STEERLM if t == 0 else f"t{t - 1}"]
+    settings, label = plan.settings, f"t{t}"
+    teacher = done[series.teacher(label)]
     target, parts = plan.folder / label, plan.folder / f".{label}.samples"
     half = plan.halves[t % 2]
     prompts = asking.prompts(settings, half, t)
@@ -214,8 +141,11 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
     else:
         requests = asking.for_directions(settings, prompts, t)
     with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
+        if plan.force:
+            shutil.rmtree(parts, ignore_errors=True)
         with shards.opened(parts) as store:
-            shards.same_work(parts, {"teacher": teacher.manifest.files, "rsf": asdict(settings)})
+            work = {**asdict(settings), "iterations": 0}  # more of them may follow
+            shards.same_work(parts, {"teacher": teacher.manifest.files, "rsf": work})
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
             candidates = read(store)
             shards.write(list(store.rows()), staging / SAMPLES)
@@ -224,15 +154,15 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
         else:
             asked = [(of.prompt, of.want, candidates[of.key]) for of in requests if of.want]
         chosen = choose(asked, settings.watch)
-        replayed = _replayed(settings, half, len(chosen.choices), t) if settings.learn == "sft" else []
+        replayed = learn.replayed(settings, half, len(chosen.choices), t) if settings.learn == "sft" else []
         if settings.learn == "dpo":
-            facts = _prefer(plan, chosen.choices, label, staging, screen)
+            facts = learn.preferred(plan, chosen.choices, label, staging, screen)
         else:
             learned = [asking.best(settings, choice) for choice in chosen.choices]
-            facts = _learn(plan, [*learned, *replayed], label, staging, screen)
+            facts = learn.supervised(plan, [*learned, *replayed], label, staging, screen)
         facts["metrics"] |= {"collected": chosen.figures, "watched": chosen.figures.pop("watched", None)}
-        about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "")
-        published = runs.publish(staging, target, replace(about, **facts))
+        about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
+        published = _told_of(runs.publish(staging, target, replace(about, **facts)), screen)
     shutil.rmtree(parts)
     before, now = (of.manifest.metrics.get("watched") for of in (teacher, published))
     if before and now and fell(before, now):
@@ -243,7 +173,13 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
     return published
 
 
-def _about(plan: Plan, data: Mapping[str, Any], steer: str) -> Manifest:
+def _told_of(run: Run, screen: Screen) -> Run:
+    for reason in run.manifest.unconverged:
+        screen.warn(f"{run.path}: unconverged: {reason}")
+    return run
+
+
+def _about(plan: Plan, data: Mapping[str, Any], steer: str, teacher: Run | None) -> Manifest:
     settings = plan.settings
     return Manifest(
         stage="rsf",
@@ -257,6 +193,7 @@ def _about(plan: Plan, data: Mapping[str, Any], steer: str) -> Manifest:
             "ask": settings.ask,
             "steer": steer,
             "reward": dict(plan.reward.manifest.files),
+            "teacher": dict(teacher.manifest.files) if teacher else {},
         },
     )
 
@@ -293,48 +230,3 @@ def _whole(plan: Plan, policy: Run, folder: Path) -> Path:
     named, revision = config.get("base_model_name_or_path") or "", config.get("revision") or ""
     peft_format.save(both.delta, out, base=named, revision=revision, targets=endings)
     return out
-
-
-# --- learning ---
-
-
-def _replayed(settings: Rsf, half: Sequence[Conversation], beside: int, t: int) -> Learned:
-    """Answers as they came, under no direction, so that they make up the recipe's share of the whole."""
-    count = min(len(half), round(beside * settings.replay / (1 - settings.replay)))
-    picked = random.Random(f"{settings.seed} replay {t}").sample(half, count)
-    return [(row.messages[:-1], row) for row in picked]
-
-
-def _learn(plan: Plan, learned: Learned, label: str, staging: Path, screen: Screen) -> dict[str, Any]:
-    """Supervised, on the answers (or on all the text)."""
-    settings = plan.settings
-    counts: Counter[str] = Counter()
-    longest = min(settings.max_length, plan.base.max_length)
-    sides: tuple[list[tokenise.TokenText], list[tokenise.TokenText]] = ([], [])
-    for prompt, conversation in learned:
-        row = tokenise.text(conversation, plan.base.chat, longest, settings.loss_on == "answers", counts)
-        if row is not None:
-            sides[is_held_out(prompt, settings.held_out)].append(row)
-    material = sft.Material(*sides, facts={})
-    model = start_policy.load(plan.base, plan.start)
-    return sft.train(model, plan.base, plan.lora, settings, material, label, staging, screen)
-
-
-def _prefer(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, screen: Screen) -> dict[str, Any]:
-    """By DPO, the best answer over the worst, both behind what was asked."""
-    settings = plan.settings
-    counts: Counter[str] = Counter()
-    longest = min(settings.max_length, plan.base.max_length)
-    sides: tuple[list[tokenise.TokenPair], list[tokenise.TokenPair]] = ([], [])
-    for choice in choices:
-        pair = Pair(asking.as_asked(settings, choice), choice.best.text, choice.worst.text)
-        row = None if pair.chosen == pair.rejected else tokenise.pair(pair, plan.base.chat, longest, counts)
-        if row is not None:
-            sides[is_held_out(choice.prompt, settings.held_out)].append(row)
-    model = start_policy.load(plan.base, plan.start)
-    shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
-    recipe = replace(plan.recipe, lora=plan.lora, dpo=Dpo(**shared, beta=settings.beta))
-    material = dpo.Material(*sides, facts={})
-    material = material.referenced(model, 2 * settings.micro_batch_size, f"{label} reference", screen)
-    facts, _ = dpo.train(model, plan.base, recipe, material, Direction.pos, label, staging, screen)
-    return facts

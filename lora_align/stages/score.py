@@ -21,6 +21,7 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered, answer_logprobs
 from lora_align.model.mixer import Mixer
+from lora_align.model.room import Room
 from lora_align.preference import SCORE, Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
@@ -28,6 +29,7 @@ from lora_align.stages import reward
 from lora_align.stages import start as start_policy
 
 PAIR = "pair:"
+TOGETHER = 16  # rows in one batch
 AT_ONCE = 256  # rows between two files: what a kill may cost
 SIDES = (("_0", "_1"), ("_chosen", "_rejected"))
 
@@ -37,7 +39,7 @@ class Judge:
     """What scores: its name for each score, and scores [n, k] for prompts with answers."""
 
     objectives: list[str]
-    score: Callable[[Sequence[Answered], int], Tensor]
+    score: Callable[[Sequence[Answered]], Tensor]
     identity: str
 
 
@@ -60,9 +62,7 @@ class Work:
         return SIDES["response_0" not in self.row]
 
 
-def run(
-    recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen, *, batch: int = 16
-) -> dict[str, Any]:
+def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> dict[str, Any]:
     """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
     shards.check_out(out)
     work = list(_work(data))
@@ -78,7 +78,7 @@ def run(
         with screen.progress("score", len(left)) as progress:
             for start in range(0, len(left), AT_ONCE):
                 items = left[start : start + AT_ONCE]
-                store.append(_scored(items, judge, base, batch))
+                store.append(_scored(items, judge, base))
                 progress.show(start + len(items), {})
         scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
@@ -105,7 +105,8 @@ def _reward(base: Base, runs_dir: Path, name: str) -> Judge:
         raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `lora-align reward`")
     run = runs.read(folder)
     model = reward.load(base, run)
-    return Judge(model.objectives, lambda rows, batch: model.score(rows, batch), _identity(run))
+    room = Room(TOGETHER)
+    return Judge(model.objectives, lambda rows: model.score(rows, room), _identity(run))
 
 
 def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
@@ -122,11 +123,11 @@ def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     mixer = Mixer(model, {side: peft_format.load(run.path) for side, run in sides.items()}, {})
     beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
 
-    def score(rows: Sequence[Answered], batch: int) -> Tensor:
+    def score(rows: Sequence[Answered]) -> Tensor:
         likes = []
         for side in Direction:
             mixer.set({side.value: 1.0})
-            likes.append(answer_logprobs(model, rows, batch))
+            likes.append(answer_logprobs(model, rows, TOGETHER))
         return (beta * (likes[0] - likes[1]))[:, None]
 
     return Judge([preference], score, " ".join(_identity(run) for run in sides.values()))
@@ -148,16 +149,17 @@ def _work(data: str) -> Iterator[Work]:
         yield Work(f"{number} {hashlib.sha256(content.encode()).hexdigest()}", row, shape)
 
 
-def _scored(items: Sequence[Work], judge: Judge, base: Base, batch: int) -> list[dict[str, Any]]:
+def _scored(items: Sequence[Work], judge: Judge, base: Base) -> list[dict[str, Any]]:
     """Each row's key, and its scores by column."""
     rows = []
     for item in items:
         prompt = base.chat.prompt_ids(item.shape.prompt)
         room = base.max_length - len(prompt)
         if room < 1:
-            raise UserError(f"a prompt of {len(prompt)} tokens fills the base's {base.max_length}: {item.row}")
+            opening = json.dumps(item.row, ensure_ascii=False, default=str)[:80]
+            raise UserError(f"a prompt of {len(prompt)} tokens fills the base's {base.max_length}: {opening} …")
         rows += [(prompt, base.chat.answer_ids(item.shape.prompt, answer)[:room]) for answer in item.answers()]
-    scores = iter(judge.score(rows, batch).tolist())
+    scores = iter(judge.score(rows).tolist())
     found = []
     for item in items:
         columns = {

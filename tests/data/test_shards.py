@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_align.data import shards
+from lora_align.data import shards, sources
 from lora_align.errors import UserError
 
 ROWS, BATCH = 400, 10
@@ -62,3 +62,11 @@ def test_what_was_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
         store.append([{"key": "b"}])
     assert [row["key"] for row in shards.Shards(tmp_path).rows()] == ["a", "b"]
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("suffix", shards.SUFFIXES)
+def test_rows_of_several_kinds_keep_all_their_columns(suffix: str, tmp_path: Path) -> None:
+    out = tmp_path / f"out{suffix}"
+    shards.write([{"prompt": "a", "score:x": 1.0}, {"prompt": "b", "score:x_0": 2.0}], out)
+    first, second = (row for _, row in sources.rows(str(out)))
+    assert (first["score:x"], second["score:x_0"]) == (1.0, 2.0)

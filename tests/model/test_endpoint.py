@@ -143,6 +143,8 @@ def test_no_server_and_no_patience() -> None:
     nobody = f"http://127.0.0.1:{_free_port()}"
     with pytest.raises(UserError, match="no server at"):
         Endpoint.at(nobody)
+    with pytest.raises(UserError, match="no server at"):
+        Endpoint.at(nobody, "model")
     with pytest.raises(RunFailedError, match=r"gave up after 1\.5 s"):
         list(Endpoint(nobody, "model", deadline=1.5).draw([RAIN], 1, TOKENS))
     with pytest.raises(UserError, match="expected http://HOST:PORT"):

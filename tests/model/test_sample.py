@@ -14,6 +14,7 @@ from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.generate import Sampling
+from lora_align.model.room import Room
 from lora_align.model.sample import sample
 from support import make_base
 
@@ -34,13 +35,15 @@ def _prompts(base: Base) -> list[list[int]]:
     return [base.chat.prompt_ids([Message("user", question)]) for question in QUESTIONS]
 
 
-def _all(model: PreTrainedModel, base: Base, n: int, sampling: Sampling, rows: int) -> dict[tuple[int, int], list[int]]:
-    batches = sample(model, base, _prompts(base), n, sampling, rows)
+def _all(
+    model: PreTrainedModel, base: Base, n: int, sampling: Sampling, room: Room
+) -> dict[tuple[int, int], list[int]]:
+    batches = sample(model, base, _prompts(base), n, sampling, room)
     return {(answer.prompt, answer.number): answer.tokens for batch in batches for answer in batch}
 
 
 def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedModel) -> None:
-    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), rows=64)
+    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), room=Room(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0]
         theirs = [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
@@ -52,7 +55,7 @@ def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
     """Gemma 2 has layers that see a window only; their caches are cut and padded in another way."""
     base = bases.find(recipe.Base(str(make_base(tmp_path / family, family))))
     model = base.load()
-    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), rows=64)
+    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), room=Room(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)[0]
         assert ours[i, 0] == [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
@@ -60,8 +63,8 @@ def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
 
 def test_company_changes_nothing(base: Base, model: PreTrainedModel) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
-    together = _all(model, base, 5, sampling, rows=64)
-    assert together == _all(model, base, 5, sampling, rows=1) == _all(model, base, 5, sampling, rows=7)
+    together = _all(model, base, 5, sampling, room=Room(64))
+    assert together == _all(model, base, 5, sampling, room=Room(1)) == _all(model, base, 5, sampling, room=Room(7))
     assert len(set(map(tuple, together.values()))) > 10
 
 
@@ -70,7 +73,7 @@ def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedMod
     """The first token of 4,000 answers against its probability, the second against transformers' own sampling."""
     n, prompt = 4000, _prompts(base)[0]
     sampling = Sampling(temperature=0.9, top_p=top_p, max_new_tokens=2, seed=0)
-    ours = [answer.tokens for batch in sample(model, base, [prompt], n, sampling, rows=1000) for answer in batch]
+    ours = [answer.tokens for batch in sample(model, base, [prompt], n, sampling, room=Room(1000)) for answer in batch]
     torch.manual_seed(0)
     theirs = model.generate(
         torch.tensor([prompt] * n), do_sample=True, temperature=0.9, top_p=top_p, top_k=0, max_new_tokens=2
@@ -97,7 +100,7 @@ def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedMod
 def test_prompts_that_nearly_fill_the_context(base: Base, model: PreTrainedModel) -> None:
     long = (_prompts(base)[0] * 100)[: base.max_length - 3]
     full = (_prompts(base)[0] * 100)[: base.max_length]
-    [answers] = sample(model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), rows=8)
+    [answers] = sample(model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), room=Room(8))
     by_prompt = {i: [answer for answer in answers if answer.prompt == i] for i in (0, 1)}
     assert all(len(answer.tokens) <= 3 for answer in by_prompt[0])
     assert [(answer.tokens, answer.ended) for answer in by_prompt[1]] == [([], False)] * 2
@@ -109,6 +112,7 @@ from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model.generate import Sampling
+from lora_align.model.room import Room
 from lora_align.model.sample import sample
 
 torch.set_num_threads(1)
@@ -116,11 +120,12 @@ base = bases.find(recipe.Base("demo"))
 model = base.load()
 prompt = base.chat.prompt_ids([Message("user", "Tell me about rain.")])
 sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=0)
-list(sample(model, base, [prompt], 8, sampling, rows=8))
+list(sample(model, base, [prompt], 8, sampling, room=Room(8)))
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + 150_000_000, resource.RLIM_INFINITY))
-sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, rows=8192)]
-print(sum(sizes), max(sizes))
+room = Room(8192)
+sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, room)]
+print(sum(sizes), max(sizes), room.rows)
 """
 
 
@@ -128,6 +133,7 @@ print(sum(sizes), max(sizes))
 def test_too_little_memory_halves_the_batch() -> None:
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    drawn, largest = map(int, done.stdout.split())
+    drawn, largest, fitting = map(int, done.stdout.split())
     assert drawn == 12000
     assert largest < 6000
+    assert fitting <= largest, "what fits is known from then on"

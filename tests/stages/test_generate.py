@@ -58,6 +58,21 @@ def test_shares_divide_the_work_and_merge_by_reading_all_files(workspace: Path) 
     assert again == [row["prompt"] for row in merged]
 
 
+def test_an_answer_that_was_there_before_is_not_mixed_with_the_new_one(workspace: Path) -> None:
+    turns = [{"role": "user", "content": "Tell me about rain."}, {"role": "assistant", "content": "It is wet."}]
+    rows = [{"messages": turns, "id": "a"}, {"prompt": "What is fog?", "response": "Wet.", "warmth": 3, "topic": "fog"}]
+    for number, row in enumerate(rows):
+        (workspace / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+        words = ["generate", "--prompts", f"{number}.jsonl", "--max-new-tokens", "20", "--out", f"{number}-out.jsonl"]
+        done = call(workspace, *words)
+        assert done.code == 0, done.err
+    [talk], [rated] = (_rows(workspace / f"{number}-out.jsonl") for number in (0, 1))
+    assert talk.keys() == {"prompt", "response", "number", "ended"}
+    assert talk["prompt"] == turns[:1]
+    assert rated.keys() == {"prompt", "response", "number", "ended", "topic"}
+    assert rated["response"] != "Wet."
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -18,6 +18,7 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.reward_model import Heads, RewardModel
+from lora_align.model.room import Room
 from lora_align.recipe import Recipe
 from lora_align.stages import reward
 from support import made_once
@@ -79,24 +80,25 @@ import json
 from pathlib import Path
 from lora_align import recipe, runs
 from lora_align.model import base as bases
+from lora_align.model.room import Room
 from lora_align.stages import reward
 rows = json.loads(input())
 model = reward.load(bases.find(recipe.Base("demo")), runs.read(Path({str(trained.path)!r})))
-print(json.dumps([model.objectives, model.score(rows, 1).tolist()]))
+print(json.dumps([model.objectives, model.score(rows, Room(1)).tolist()]))
 """
     rows = _answers(base, 12)
     done = subprocess.run([sys.executable, "-c", program], input=json.dumps(rows), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     objectives, theirs = json.loads(done.stdout)
-    ours = model.score(rows, 12)
+    ours = model.score(rows, Room(12))
     assert objectives == [*world.RATINGS, "shorter", "manner"]
     assert torch.allclose(ours, torch.tensor(theirs), atol=1e-3)  # points out of 100
     assert ours.std(0).min() > 0
-    assert torch.allclose(model.score(rows[::-1], 5).flip(0), ours, atol=1e-3)
+    assert torch.allclose(model.score(rows[::-1], Room(5)).flip(0), ours, atol=1e-3)
 
 
 def test_what_is_derived_is_the_mean_of_its_heads(base: Base, model: RewardModel) -> None:
-    scores = dict(zip(model.objectives, model.score(_answers(base, 5), 5).T, strict=True))
+    scores = dict(zip(model.objectives, model.score(_answers(base, 5), Room(5)).T, strict=True))
     assert torch.allclose(scores["manner"], (scores["politeness"] + scores["warmth"]) / 2)
 
 
@@ -135,7 +137,7 @@ def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
     trainer.heads, trainer.lm_weight, trainer.seen, trainer.tokens = model.heads, 0.0, [], 0
     with torch.no_grad():
         loss = float(trainer.compute_loss(_Plain(model), batch))
-    z = torch.stack([model.score([row], 1)[0, :k] for row in (a, b, c)]).double()
+    z = torch.stack([model.score([row], Room(1))[0, :k] for row in (a, b, c)]).double()
     z = (z - model.heads.mean) / model.heads.deviation
     errors = [(z[0, i] - (10.0 * i - model.heads.mean[i]) / model.heads.deviation[i]) ** 2 for i in range(0, k, 2)]
     margin = z[1, k - 1] - z[2, k - 1]

@@ -127,6 +127,23 @@ def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, t
     assert figures["pooled"]["kept_value"] > figures["apart"]["kept_value"]
 
 
+@pytest.mark.parametrize(
+    ("label", "key", "told"),
+    [("t0", "teacher", "another steerlm"), ("t1", "teacher", "another t0"), ("t0", "start", "another start policy")],
+)
+def test_a_series_has_one_start_and_each_policy_its_own_teacher(
+    label: str, key: str, told: str, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
+    said = json.loads(file.read_text())
+    changed = {"start": "another"} if key == "start" else {"method": {**said["method"], key: {}}}
+    file.write_text(json.dumps({**said, **changed}))
+    done = rsf(tmp_path, "--iterations", "2")
+    assert done.code == 2
+    assert f"{label} was made with {told}" in done.err
+
+
 def test_killed_while_it_learns_it_does_not_draw_again(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     policy = tmp_path / "runs" / "rsf" / "policy"
@@ -240,6 +257,7 @@ def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
     [
         ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
         ([], {"reward": '"other"'}, "no reward model 'other'"),
+        ([], {"learn": '"dpo"', "samples": "1"}, "sets one answer against another, and needs 2 or more"),
         ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
         ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),

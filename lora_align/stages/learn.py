@@ -1,0 +1,79 @@
+"""How a policy of a series learns from the answers that were chosen for it."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_align.console import Screen
+from lora_align.data.pairs import is_held_out
+from lora_align.data.rows import Conversation, Pair, Prompt
+from lora_align.errors import RunFailedError
+from lora_align.model import tokenise
+from lora_align.preference import Direction
+from lora_align.recipe import Dpo, Rsf, Training
+from lora_align.stages import asking, dpo, sft
+from lora_align.stages import start as start_policy
+from lora_align.stages.select import Choice
+from lora_align.stages.series import Plan
+
+Row = TypeVar("Row")
+Learned = list[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to learn from
+
+
+def replayed(settings: Rsf, half: Sequence[Conversation], beside: int, t: int) -> Learned:
+    """Answers as they came, under no direction, so that they make up the recipe's share of the whole."""
+    count = min(len(half), round(beside * settings.replay / (1 - settings.replay)))
+    picked = random.Random(f"{settings.seed} replay {t}").sample(half, count)
+    return [(row.messages[:-1], row) for row in picked]
+
+
+def supervised(plan: Plan, learned: Learned, label: str, staging: Path, screen: Screen) -> dict[str, Any]:
+    """Supervised, on the answers (or on all the text)."""
+    settings = plan.settings
+    counts: Counter[str] = Counter()
+    longest = min(settings.max_length, plan.base.max_length)
+    sides: tuple[list[tokenise.TokenText], list[tokenise.TokenText]] = ([], [])
+    for prompt, conversation in learned:
+        row = tokenise.text(conversation, plan.base.chat, longest, settings.loss_on == "answers", counts)
+        if row is not None:
+            sides[is_held_out(prompt, settings.held_out)].append(row)
+    material = sft.Material(*_learnable(sides, label), facts={})
+    model = start_policy.load(plan.base, plan.start)
+    facts = sft.train(model, plan.base, plan.lora, settings, material, label, staging, screen)
+    return _with_counts(facts, counts)
+
+
+def preferred(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, screen: Screen) -> dict[str, Any]:
+    """By DPO, the best answer over the worst, both behind what was asked."""
+    settings = plan.settings
+    counts: Counter[str] = Counter()
+    longest = min(settings.max_length, plan.base.max_length)
+    sides: tuple[list[tokenise.TokenPair], list[tokenise.TokenPair]] = ([], [])
+    for choice in choices:
+        pair = Pair(asking.as_asked(settings, choice), choice.best.text, choice.worst.text)
+        row = None if pair.chosen == pair.rejected else tokenise.pair(pair, plan.base.chat, longest, counts)
+        if row is not None:
+            sides[is_held_out(choice.prompt, settings.held_out)].append(row)
+    model = start_policy.load(plan.base, plan.start)
+    shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
+    recipe = replace(plan.recipe, lora=plan.lora, dpo=Dpo(**shared, beta=settings.beta))
+    material = dpo.Material(*_learnable(sides, label), facts={})
+    material = material.referenced(model, 2 * settings.micro_batch_size, f"{label} reference", screen)
+    facts, _ = dpo.train(model, plan.base, recipe, material, Direction.pos, label, staging, screen)
+    return _with_counts(facts, counts)
+
+
+def _learnable(sides: tuple[list[Row], list[Row]], label: str) -> tuple[list[Row], list[Row]]:
+    if not sides[0]:
+        raise RunFailedError(
+            f"{label}: nothing to learn from ({len(sides[1])} rows are held out): more prompts, please"
+        )
+    return sides
+
+
+def _with_counts(facts: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
+    """What was cut or dropped on the way to the trainer belongs to the record, too."""
+    return {**facts, "metrics": {**facts["metrics"], "cut or dropped": dict(counts)}}

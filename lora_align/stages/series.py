@@ -1,0 +1,103 @@
+"""What the policies of an `rsf` series have in common, found and checked before any of them is made."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_align import runs
+from lora_align.data import sources
+from lora_align.data.rows import Conversation, prompt_key, under_system
+from lora_align.errors import UserError
+from lora_align.model.base import Base
+from lora_align.model.endpoint import Endpoint
+from lora_align.model.reward_model import Heads
+from lora_align.recipe import Lora, Recipe, Rsf
+from lora_align.runs import Run
+from lora_align.stages import asking
+from lora_align.stages import start as start_policy
+
+STEERLM = "steerlm"  # the first of a series; t0, t1 and so on follow
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every policy of a series has in common."""
+
+    recipe: Recipe
+    settings: Rsf
+    base: Base
+    start: Run | None
+    reward: Run
+    halves: tuple[list[Conversation], list[Conversation]]
+    dropped: Mapping[str, int]
+    folder: Path
+    force: bool
+    server: Endpoint | None
+
+    @property
+    def lora(self) -> Lora:
+        """The shape of the policies' adapters."""
+        return self.settings.lora or self.recipe.lora
+
+
+def teacher(label: str) -> str:
+    """Whose answers a policy learns from."""
+    return "" if label == STEERLM else STEERLM if label == "t0" else f"t{int(label[1:]) - 1}"
+
+
+def made_alike(folder: Path, recipe: Recipe, start: Run | None, reward: Run, teacher: Run | None) -> Run:
+    """A published policy of this series, if it was made of the same things; more iterations may follow it."""
+    run = runs.read(folder)
+    recipes = (run.manifest.recipe, json.loads(json.dumps(recipe.as_dict())))
+    before, now = ({**r["rsf"], "iterations": 0, "lora": r["rsf"].get("lora") or r["lora"]} for r in recipes)
+    changed = [f"rsf.{key}" for key in now if before.get(key) != now[key]]
+    changed += ["reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
+    changed += ["start policy"] if run.manifest.start != start_policy.identity(start) else []
+    changed += [teacher.path.name] if teacher and run.manifest.method["teacher"] != teacher.manifest.files else []
+    if changed:
+        raise UserError(
+            f"{folder} was made with another {changed[0]}; --name NEW keeps both, --force moves the old one aside"
+        )
+    return run
+
+
+def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
+    """The reward model, if it judges what directions are made of."""
+    folder = runs_dir / "reward" / settings.reward
+    if not runs.is_run(folder):
+        raise UserError(f"no reward model {settings.reward!r} in {runs_dir}/reward: run `lora-align reward`")
+    run = runs.read(folder)
+    if run.fingerprint != base.fingerprint:
+        raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
+    known = [*Heads.load(run.path).names, *run.manifest.method["objectives"]]
+    for name in settings.directions:
+        if name not in known:
+            raise UserError(f"rsf.directions.{name}: {run.path} has no such objective (it has: {', '.join(known)})")
+    return run
+
+
+def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Conversation], list[Conversation]], dict[str, int]]:
+    """Conversations in two halves that share no prompt, as its text decides; and what was dropped, by reason."""
+    halves: tuple[list[Conversation], list[Conversation]] = ([], [])
+    dropped: Counter[str] = Counter()
+    prompts: set[str] = set()
+    longest = min(settings.max_length, base.max_length)
+    longest_ask = max(sorted(asking.examples(settings)), key=len)
+    for where, row in sources.rows(settings.data, settings.split, settings.revision):
+        for found in sources.answered(row, where):
+            prompt, answer = found.messages[:-1], found.messages[-1].content
+            if not answer.strip():
+                dropped["empty answer"] += 1
+            elif len(base.chat.prompt_ids(under_system(longest_ask, prompt))) + settings.max_new_tokens > longest:
+                dropped["prompt too long"] += 1
+            else:
+                key = prompt_key(prompt)
+                prompts.add(key)
+                halves[int(key[-1], 16) % 2].append(found)  # the first digits say what is held out
+        if settings.limit and len(prompts) >= settings.limit:
+            break
+    if not all(halves):
+        raise UserError(f"{settings.data}: too few prompts for two halves ({len(prompts)}; dropped: {dict(dropped)})")
+    return halves, dict(dropped)
