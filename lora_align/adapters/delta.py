@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -24,49 +24,94 @@ class Factors:
         """Columns of B, rows of A."""
         return self.A.shape[0]
 
+    def scaled(self, weight: float) -> Factors:
+        """One side alone is scaled: scaling both would square the weight."""
+        return self if weight == 1.0 else Factors(self.B * weight, self.A)
+
     def inner(self, other: Factors) -> float:
         """⟨BA, B'A'⟩ = Σ (BᵀB') ∘ (AA'ᵀ), in float64 and without forming either product."""
         left = self.B.double().T @ other.B.double()
         right = self.A.double() @ other.A.double().T
         return float((left * right).sum())
 
-    def stacked(self, other: Factors) -> Factors:
-        """[B B'] [A; A'] = BA + B'A', exactly."""
-        return Factors(torch.cat([self.B, other.B], dim=1), torch.cat([self.A, other.A], dim=0))
-
-    def truncated(self, rank: int) -> Factors:
-        """The nearest product of that rank (Eckart-Young), by QR of both sides and SVD of the small core."""
-        if self.rank <= rank:
-            return self
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [out, k], σ [k], Vᵀ [k, in] of the product in float64: QR of both sides, then SVD of the small core."""
         Q_out, R_out = torch.linalg.qr(self.B.double())
         Q_in, R_in = torch.linalg.qr(self.A.double().T)
         U, S, Vt = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
+        return Q_out @ U, S, Vt @ Q_in.T
+
+    def truncated(self, rank: int) -> Factors:
+        """The nearest product of that rank (Eckart-Young)."""
+        if self.rank <= rank:
+            return self
+        U, S, Vt = self.svd()
         root = S[:rank].sqrt()
-        B, A = (Q_out @ U[:, :rank]) * root, (Vt[:rank] @ Q_in.T) * root[:, None]
+        B, A = U[:, :rank] * root, Vt[:rank] * root[:, None]
         return Factors(B.to(self.B.dtype), A.to(self.A.dtype))
 
+    def padded(self, rank: int) -> Factors:
+        """The same product with columns and rows of zeros up to that rank."""
+        more = max(rank - self.rank, 0)
+        return Factors(nn.functional.pad(self.B, (0, more)), nn.functional.pad(self.A, (0, 0, 0, more)))
 
-@dataclass(frozen=True)
+
+def stacked(parts: Sequence[Factors]) -> Factors:
+    """[B B' …] [A; A'; …] = BA + B'A' + …, exactly."""
+    if len(parts) == 1:
+        return parts[0]
+    return Factors(torch.cat([part.B for part in parts], dim=1), torch.cat([part.A for part in parts]))
+
+
+Modules = Mapping[str, Factors]  # in memory, or a file's, read when they are asked for
+
+
+@dataclass(frozen=True, eq=False)
 class LoraDelta(Mapping[str, Factors]):
-    """An immutable sum of low-rank updates; `+ - *` are exact and grow the rank."""
+    """An immutable weighted sum of low-rank updates. `+ - *` are exact and only note what is to be done.
 
-    modules: Mapping[str, Factors]
+    A module's factors are stacked when they are asked for: a sum of files takes the memory of one module, not of them
+    all, and an update that occurs twice is there once, with the sum of its weights.
+    """
+
+    terms: tuple[tuple[Modules, float], ...]
+
+    @classmethod
+    def of(cls, modules: Modules) -> LoraDelta:
+        """One update as it is."""
+        return cls(((modules, 1.0),))
+
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        return {name: None for modules, _ in self.terms for name in modules}
 
     def __getitem__(self, name: str) -> Factors:
-        return self.modules[name]
+        parts = [modules[name].scaled(weight) for modules, weight in self.terms if name in modules]
+        if not parts:
+            raise KeyError(name)
+        return stacked(parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self.modules)
+        return len(self._names)
 
     def __add__(self, other: LoraDelta) -> LoraDelta:
-        both = {n: f.stacked(other[n]) if n in other else f for n, f in self.items()}
-        return LoraDelta({**both, **{n: f for n, f in other.items() if n not in self}})
+        terms = list(self.terms)
+        for modules, weight in other.terms:
+            at = next((i for i, (known, _) in enumerate(terms) if known is modules), None)
+            if at is None:
+                terms.append((modules, weight))
+            else:
+                terms[at] = (modules, terms[at][1] + weight)
+        return LoraDelta(tuple(terms))
 
     def __mul__(self, weight: float) -> LoraDelta:
-        return LoraDelta({n: Factors(f.B * weight, f.A) for n, f in self.items()})
+        return LoraDelta(tuple((modules, own * weight) for modules, own in self.terms))
 
     __rmul__ = __mul__
 
@@ -83,7 +128,7 @@ class LoraDelta(Mapping[str, Factors]):
 
     def inner(self, other: LoraDelta) -> float:
         """The sum of the modules' inner products; a module missing on one side counts nothing."""
-        return sum(f.inner(other[n]) for n, f in self.items() if n in other)
+        return sum(self[name].inner(other[name]) for name in self if name in other)
 
     def norm(self) -> float:
         """Frobenius norm over all modules. Rounding can leave a tiny negative square."""
@@ -96,14 +141,17 @@ class LoraDelta(Mapping[str, Factors]):
 
     def truncated(self, rank: int) -> LoraDelta:
         """Every module cut to that rank, each as near as a product of that rank can be."""
-        return LoraDelta({n: f.truncated(rank) for n, f in self.items()})
-
-    def left_out(self, whole: LoraDelta) -> float:
-        """The share of `whole`'s energy that this approximation of it lacks: ‖whole − self‖² / ‖whole‖²."""
-        energy = whole.inner(whole)
-        return max((whole - self).inner(whole - self), 0.0) / energy if energy else 0.0
+        return LoraDelta.of({name: factors.truncated(rank) for name, factors in self.items()})
 
 
-def total(deltas: list[LoraDelta]) -> LoraDelta:
+def total(deltas: Sequence[LoraDelta]) -> LoraDelta:
     """The sum of one or more."""
     return reduce(add, deltas)
+
+
+def rank_keeping(share: float, squares: Sequence[Tensor], energy: float) -> int:
+    """The smallest rank for all modules that keeps a share of the energy, from each one's squared singular values."""
+    longest = max(map(len, squares))
+    together = torch.stack([nn.functional.pad(one, (0, longest - len(one))) for one in squares]).sum(0)
+    enough = (together.cumsum(0) >= share * energy * (1 - 1e-9)).nonzero()
+    return int(enough[0]) + 1 if len(enough) else longest

@@ -1,23 +1,290 @@
-"""Ways to make one update of several vectors and their weights, and what a smaller rank leaves out."""
+"""Ways to make one update of several, each a pure function of one module's updates and their weights.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+A method's keyword parameters are its options. It returns factors where its mathematics has a low-rank form and a dense
+matrix where it has none; either is then cut to the rank asked for, and how much that leaves out is told.
+"""
 
-from lora_align.adapters.delta import LoraDelta, total
+import inspect
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_align.adapters.delta import Factors, LoraDelta, rank_keeping, stacked
+from lora_align.errors import UserError, nearest
+
+SMALL = 1024  # a dense matrix with a side no longer than this is decomposed exactly
+OVERSAMPLED, POWERS = 8, 4  # of the randomised SVD of larger ones
+NOTHING = 1e-12  # a share of the largest eigenvalue that counts as 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One module of every vector that has it, with the vectors' weights."""
+
+    module: str
+    updates: tuple[Factors, ...]
+    weights: tuple[float, ...]
+
+    def __iter__(self) -> Iterator[tuple[Factors, float]]:
+        return zip(self.updates, self.weights, strict=True)
+
+    @property
+    def ranks(self) -> list[int]:
+        """One an update."""
+        return [update.rank for update in self.updates]
+
+
+# --- the methods ---
+
+
+def exact(parts: Parts) -> Factors:
+    """The sum itself, by stacking (https://arxiv.org/abs/2504.20106)."""
+    return stacked([update.scaled(weight) for update, weight in parts])
+
+
+def svd(parts: Parts) -> Factors:
+    """The sum, cut to the largest of its parts' ranks unless another is asked for (Eckart and Young, 1936)."""
+    return exact(parts)
+
+
+def soup(parts: Parts) -> Factors:
+    """A mean of policies: their weights add up to 1 (https://arxiv.org/abs/2306.04488)."""
+    return exact(parts)
+
+
+def tsv(parts: Parts) -> Factors:
+    """Singular directions of all updates, made orthogonal to each other (https://arxiv.org/abs/2412.00081).
+
+    The paper keeps 1/T of each task's directions; of low-rank updates that is all of them, up to the mean rank.
+    Runs on factors: nothing in it depends on the basis.
+    """
+    keep = math.ceil(sum(parts.ranks) / len(parts.updates))
+    left, sizes, right = [], [], []
+    for update, weight in parts:
+        U, S, Vt = update.svd()
+        left.append(U[:, :keep])
+        sizes.append(S[:keep] * weight)
+        right.append(Vt[:keep].T)
+    B, A = _orthogonal(torch.cat(left, dim=1)) * torch.cat(sizes), _orthogonal(torch.cat(right, dim=1)).T
+    return Factors(B.to(parts.updates[0].B.dtype), A.to(parts.updates[0].A.dtype))
+
+
+def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
+    """Each update's largest entries; of each entry the mean of those with the elected sign.
+
+    https://arxiv.org/abs/2306.01708. An entry means something in the layer's own basis alone, so that this is dense.
+    """
+    _between(density, "density")
+    trimmed = [_largest(update.B @ update.A, density).mul_(weight) for update, weight in parts]
+    elected = reduce(torch.add, trimmed).sign()
+    total, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
+    for matrix in trimmed:
+        agrees = (matrix.sign() == elected) & (elected != 0)
+        total += matrix * agrees
+        agreeing += agrees
+    return total / agreeing.clamp(min=1)
+
+
+def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
+    """Each entry dropped with a probability, the rest made larger in return (https://arxiv.org/abs/2311.03099).
+
+    Dense, because what is dropped are entries.
+    """
+    _between(1 - drop, "1 - drop")
+    draw = torch.Generator().manual_seed(seed + zlib.crc32(parts.module.encode()))
+    total = torch.zeros(())
+    for update, weight in parts:
+        matrix = update.B @ update.A
+        kept = torch.rand(matrix.shape, generator=draw) >= drop
+        total = total + matrix * kept * (weight / (1 - drop))
+    return total
+
+
+METHODS: dict[str, Callable[..., Factors | Tensor]] = {
+    method.__name__: method for method in (exact, svd, soup, tsv, ties, dare)
+}
+OF_POLICIES = ("soup",)  # these weigh policies: of a preference the adapter towards it, not the difference
+FITS = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512)}  # ranks a server takes
+
+
+def options(method: str) -> dict[str, Any]:
+    """A method's options and their defaults."""
+    return {name: of.default for name, of in inspect.signature(METHODS[method]).parameters.items() if name != "parts"}
+
+
+def parsed(method: str, given: Iterable[str]) -> dict[str, Any]:
+    """`["density=0.3"]` as a method's options, each of its default's type."""
+    if method not in METHODS:
+        raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (there are: {', '.join(METHODS)})")
+    known, found = options(method), {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in known:
+            has = f"its options: {', '.join(known)}" if known else "it has none"
+            raise UserError(f"--option {text}: {method} has no option {name!r} ({has})")
+        try:
+            found[name] = type(known[name])(value)
+        except ValueError:
+            raise UserError(f"--option {text}: {name} takes a number, as in {name}={known[name]}") from None
+    return found
+
+
+def check_weights(method: str, weights: Mapping[str, float]) -> None:
+    """Refuse weights that a method cannot mean."""
+    if method in OF_POLICIES and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
+        raise UserError(f"--method {method}: the weights of policies add up to 1, these to {sum(weights.values()):g}")
+
+
+def fitting(server: str, rank: int) -> int:
+    """The smallest rank a server takes that is no smaller than this."""
+    taken = [known for known in FITS[server] if known >= rank]
+    if not taken:
+        raise UserError(
+            f"--fit {server}: it takes ranks up to {max(FITS[server])}, this adapter has {rank}; give --rank"
+        )
+    return taken[0]
+
+
+# --- a whole adapter, a module at a time ---
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A sum, and the share of its energy that truncation left out."""
+    """One module of the result, its energy before it was cut, and the part of that the cut left out."""
 
-    delta: LoraDelta
-    left_out: float
+    module: str
+    factors: Factors
+    energy: float
+    lost: float
 
 
-def exact(vectors: Mapping[str, LoraDelta], weights: Mapping[str, float], rank: int | None = None) -> Merged:
-    """Σ η·vector by stacking, then, if a rank is asked for, the nearest sum of that rank."""
-    whole = total([vectors[name] * weight for name, weight in weights.items()])
-    if rank is None or rank >= whole.rank:
-        return Merged(whole, 0.0)
-    cut = whole.truncated(rank)
-    return Merged(cut, cut.left_out(whole))
+@dataclass(frozen=True)
+class Merge:
+    """What is merged, and how. Holds no tensors; each pass over it makes them anew."""
+
+    vectors: Mapping[str, LoraDelta]
+    weights: Mapping[str, float]
+    method: str = "exact"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: LoraDelta = field(default_factory=lambda: LoraDelta(()))  # lies under the result as it is
+
+    def names(self) -> list[str]:
+        """Every module that the start or some vector has."""
+        everything = [self.start, *(self.vectors[key] for key in self._counted())]
+        return list(dict.fromkeys(name for update in everything for name in update))
+
+    def modules(self, rank: int | None = None) -> Iterator[Merged]:
+        """The result, cut to a rank if one is asked for."""
+        for name in self.names():
+            having = [key for key in self._counted() if name in self.vectors[key]]
+            updates = tuple(self.vectors[key][name] for key in having)
+            below = [self.start[name]] if name in self.start else []
+            ranks = [part.rank for part in (*updates, *below)]
+            merged = self._merged(Parts(name, updates, tuple(self.weights[key] for key in having)), below)
+            yield _cut(name, merged, rank or (max if self.method == "svd" else sum)(ranks))
+
+    def smallest_rank(self, share: float) -> int:
+        """The smallest rank for all modules that keeps this share of the energy."""
+        squares, energy = [], 0.0
+        for merged in self.modules():
+            squares.append(merged.factors.svd()[1].square())
+            energy += merged.energy
+        return rank_keeping(share, squares, energy)
+
+    def _merged(self, parts: Parts, below: list[Factors]) -> Factors | Tensor:
+        if not parts.updates:
+            return below[0]
+        merged = METHODS[self.method](parts, **self.options)
+        if isinstance(merged, Factors):
+            return stacked([*below, merged])
+        return reduce(torch.add, [update.B @ update.A for update in below], merged)
+
+    def _counted(self) -> list[str]:
+        """What weighs 0 has no say in any method, unless everything does."""
+        return [key for key, weight in self.weights.items() if weight] or list(self.weights)
+
+
+@dataclass
+class Tally:
+    """What is told of a result after it went by."""
+
+    rank: int = 0
+    energy: float = 0.0
+    lost: float = 0.0
+
+    def counted(self, modules: Iterable[Merged], padded: int = 0) -> Iterator[tuple[str, Factors]]:
+        """Count modules as they pass, and pad them with zeros to a rank."""
+        for merged in modules:
+            factors = merged.factors.padded(padded)
+            self.rank = max(self.rank, factors.rank)
+            self.energy += merged.energy
+            self.lost += merged.lost
+            yield merged.module, factors
+
+    @property
+    def norm(self) -> float:
+        """Of the result."""
+        return math.sqrt(max(self.energy - self.lost, 0.0))
+
+    @property
+    def left_out(self) -> float:
+        """The share of the energy that the cut left out."""
+        return self.lost / self.energy if self.energy else 0.0
+
+
+# --- what they share ---
+
+
+def _cut(module: str, whole: Factors | Tensor, rank: int) -> Merged:
+    if isinstance(whole, Factors) and whole.rank <= rank:
+        return Merged(module, whole, max(whole.inner(whole), 0.0), 0.0)
+    if isinstance(whole, Factors):
+        U, S, Vt = whole.svd()
+        energy, dtype = float(S.square().sum()), whole.B.dtype
+    else:
+        energy, dtype = float(whole.double().square().sum()), whole.dtype
+        U, S, Vt = _decomposed(whole, rank)
+    U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+    root = S.sqrt()
+    factors = Factors((U * root).to(dtype), (Vt * root[:, None]).to(dtype))
+    return Merged(module, factors, energy, max(energy - float(S.double().square().sum()), 0.0))
+
+
+def _decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, Vᵀ of a dense matrix: all, or of a large one somewhat more than `rank`, by random projection."""
+    if min(matrix.shape) <= SMALL:
+        U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return U, S, Vt
+    draw = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], rank + OVERSAMPLED, generator=draw)).Q
+    for _ in range(POWERS):
+        Q = torch.linalg.qr(matrix.T @ Q).Q
+        Q = torch.linalg.qr(matrix @ Q).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    return Q @ U, S, Vt
+
+
+def _orthogonal(columns: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns, X (XᵀX)^(-1/2); what is 0 stays 0."""
+    values, vectors = torch.linalg.eigh(columns.T @ columns)
+    root = torch.where(values > NOTHING * values.max(), values.clamp(min=NOTHING).rsqrt(), 0.0)
+    whitened: Tensor = columns @ (vectors * root) @ vectors.T
+    return whitened
+
+
+def _largest(matrix: Tensor, density: float) -> Tensor:
+    """All but that share of the entries, by magnitude, set to 0."""
+    entries = matrix.abs().flatten()
+    drop = entries.numel() - math.ceil(density * entries.numel())
+    return matrix if drop == 0 else matrix * (matrix.abs() > entries.kthvalue(drop).values)
+
+
+def _between(value: float, name: str) -> None:
+    if not 0 < value <= 1:
+        raise UserError(f"{name} lies above 0 and is at most 1; it is {value:g}")

@@ -1,7 +1,7 @@
 """From the name of a preference, a run or a folder to the update it stands for."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME
 from lora_align.recipe import LOCAL
@@ -23,15 +24,17 @@ class Parent:
     sign: float
     run: Run | None
 
-    def load(self) -> LoraDelta:
-        """Its update, unsigned, after its files were found to be the published ones."""
+    def open(self) -> Adapter:
+        """The adapter, after its files were found to be the published ones."""
         if self.run:
             self.run.check_files()
-        return peft_format.load(self.folder)
+        return Adapter(self.folder)
 
     def lineage(self) -> dict[str, Any]:
         """What a mix's manifest says of it."""
-        return {"folder": str(self.folder), "sign": self.sign, "sha256": runs.sha256(self.folder / peft_format.WEIGHTS)}
+        file = self.folder / peft_format.WEIGHTS
+        known = self.run.manifest.files[peft_format.WEIGHTS]["sha256"] if self.run else runs.sha256(file)
+        return {"folder": str(self.folder), "sign": self.sign, "sha256": known}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class Vector:
 
     def load(self) -> LoraDelta:
         """The update itself."""
-        return total([parent.load() * parent.sign for parent in self.parents])
+        return opened({self.name: self})[0][self.name]
+
+    def policy(self) -> "Vector":
+        """Of a preference the adapter towards it alone; anything else is one policy already."""
+        return Vector(self.name, self.parents[:1])
 
     def without(self, run: Run) -> "Vector":
         """This minus a run's adapter, which it contains."""
@@ -104,6 +111,17 @@ def at(folder: Path, name: str) -> Vector:
     return Vector(name, (_parent(folder, 1.0),))
 
 
+def opened(vectors: Mapping[str, Vector]) -> tuple[dict[str, LoraDelta], list[Adapter]]:
+    """The updates, and the adapters that they are made of, each folder opened once."""
+    parents = {parent.folder.resolve(): parent for vector in vectors.values() for parent in vector.parents}
+    adapters = {folder: parent.open() for folder, parent in parents.items()}
+    updates = {
+        key: total([LoraDelta.of(adapters[parent.folder.resolve()]) * parent.sign for parent in vector.parents])
+        for key, vector in vectors.items()
+    }
+    return updates, list(adapters.values())
+
+
 def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
     """The base and the start adapter that all vectors with a manifest stand on; an error where they differ."""
     found = [run for vector in vectors for run in vector.known_runs() if run.fingerprint]
@@ -137,9 +155,15 @@ def refuse_start_inside(vectors: Iterable[Vector], with_start: bool = True) -> N
                 )
 
 
+def trained(runs_dir: Path) -> list[str]:
+    """The preferences both of whose directions are published."""
+    return sorted(p.name for p in (runs_dir / "dpo").glob("*") if all(runs.is_run(p / d) for d in ("pos", "neg")))
+
+
 def _published_names(runs_dir: Path) -> list[str]:
-    pairs = [p.name for p in (runs_dir / "dpo").glob("*") if all(runs.is_run(p / d) for d in ("pos", "neg"))]
-    return pairs + [p.name for p in (runs_dir / "mix").glob("*") if NAME.fullmatch(p.name) and runs.is_run(p)]
+    return trained(runs_dir) + [
+        p.name for p in (runs_dir / "mix").glob("*") if NAME.fullmatch(p.name) and runs.is_run(p)
+    ]
 
 
 def _elsewhere(runs_dir: Path) -> str:

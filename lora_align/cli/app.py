@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lora_align import __version__, runs
-from lora_align.cli import look, train, use
+from lora_align.cli import compose, look, train, use
 from lora_align.console import Screen, library_log
 from lora_align.errors import RunFailedError, Stopped, UserError
 
@@ -32,7 +32,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "reward": train.reward,
     "score": use.score,
     "rsf": train.rsf,
-    "merge": use.merge,
+    "merge": compose.merge,
+    "inspect": compose.inspect,
     "chat": use.chat,
     "generate": use.generate,
     "list": look.list_runs,

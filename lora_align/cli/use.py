@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_align import runs
-from lora_align.cli.look import facts
 from lora_align.cli.options import (
-    ForceOption,
     JsonOption,
-    NameOption,
     QuietOption,
     RecipeOption,
     RunsOption,
     SetOption,
-    checked,
     project_of,
 )
 from lora_align.console import Screen
@@ -52,37 +48,6 @@ def score(
 
     result = stage.run(project, runs_dir, data, out, by, screen)
     screen.result(stage.told(result), result)
-
-
-def merge(
-    weights: Annotated[
-        str, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5; names, runs or folders.")
-    ],
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Compress to this rank.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write to this folder instead of runs/mix/NAME.")] = None,
-    with_start: Annotated[
-        bool, typer.Option("--with-start/--without-start", help="Whether the mix holds the SFT adapter too.")
-    ] = True,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    name: NameOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Add weighted preference vectors up to one ordinary adapter."""
-    screen = Screen(as_json, quiet)
-    wanted = parse_weights(weights)
-    if out is not None and (name is not None or not out.name):
-        raise UserError("merge: --out takes the path of a new folder, and goes without --name")
-    project = project_of(recipe, overrides, screen, runs_dir)
-    from lora_align.stages import mix
-
-    run = mix.run(
-        wanted, project, runs_dir, screen, name=checked(name), out=out, rank=rank, with_start=with_start, force=force
-    )
-    screen.result(mix.told(run), facts(run))
 
 
 def chat(

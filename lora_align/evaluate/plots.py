@@ -1,5 +1,6 @@
 """Pictures of control: what a weight does, and what two weights do together."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,32 @@ def reward_report(file: Path, report: Mapping[str, Any]) -> None:
     for panel in empty:
         panel.set_visible(False)
     picture.savefig(file, dpi=130)
+
+
+def layer_maps(file: Path, places: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
+    """One heat map an update: how long it is in every layer and kind of module."""
+    kinds = list(dict.fromkeys(kind for of in places.values() for kind in of))
+    layers = sorted({layer for of in places.values() for held in of.values() for layer in held})
+    longest = max((norm for of in places.values() for held in of.values() for norm in held.values()), default=0.0)
+    width, height = 0.22 * len(layers) + 1.6, 0.26 * len(kinds) + 0.75
+    columns = max(1, min(len(places), int(11 / width)))
+    rows = -(-len(places) // columns)
+    picture = Figure(figsize=(width * columns + 0.6, height * rows + 0.3), layout="constrained")
+    panels = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for panel, (name, of) in zip(panels.flat, places.items(), strict=False):
+        grid = [[of.get(kind, {}).get(layer, math.nan) for layer in layers] for kind in kinds]
+        shown = panel.imshow(grid, cmap=COLOURS, vmin=0, vmax=longest or 1, aspect="auto")
+        panel.set_title(name, fontsize=10)
+        step = -(-len(layers) // 16)
+        panel.set_xticks(range(0, len(layers), step), ["–" if n < 0 else n for n in layers[::step]], fontsize=7)
+        panel.set_yticks(range(len(kinds)), kinds, fontsize=7)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+    for panel in panels.flat[len(places) :]:
+        panel.set_visible(False)
+    picture.colorbar(shown, ax=panels, label="norm", shrink=0.8)
+    picture.supxlabel("layer", fontsize=9)
+    picture.savefig(file, dpi=150)
 
 
 def _plain(panel: Axes) -> None:

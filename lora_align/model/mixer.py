@@ -18,30 +18,36 @@ class Mixer:
     """
 
     def __init__(self, model: nn.Module, updates: Mapping[str, LoraDelta], weights: Mapping[str, float]) -> None:
-        self.updates = dict(updates)
-        stacked = total(list(self.updates.values()))
+        self.updates = {name: LoraDelta.of(dict(update)) for name, update in updates.items()}
         modules = dict(model.named_modules())
-        layers = {name: _fitting(modules.get(name), name, factors) for name, factors in stacked.items()}
-        self.scales: dict[str, Tensor] = {}
+        fitting = {
+            name: (_fitting(modules.get(name), name, factors), factors)
+            for name, factors in total(list(self.updates.values())).items()
+        }
         self.hooks = []
-        for name, factors in stacked.items():
-            layer = layers[name]
-            where = layer.weight.device
-            A, B = factors.A.to(where, torch.float32), factors.B.to(where, torch.float32)
-            self.scales[name] = torch.zeros(factors.rank, device=where)
-            self.hooks.append(layer.register_forward_hook(_branch(A, B, self.scales[name])))
+        self.scales: list[tuple[Tensor, Tensor]] = []  # a device's s for all its layers, and whose weight each entry is
+        for device in {layer.weight.device for layer, _ in fitting.values()}:
+            here = {name: found for name, found in fitting.items() if found[0].weight.device == device}
+            owners = [owner for name in here for owner in self._owners(name)]
+            scale = torch.zeros(len(owners), device=device)
+            self.scales.append((scale, torch.tensor(owners, device=device, dtype=torch.long)))
+            parts = scale.split([factors.rank for _, factors in here.values()])
+            for (layer, factors), part in zip(here.values(), parts, strict=True):
+                A, B = factors.A.to(device, torch.float32), factors.B.to(device, torch.float32)
+                self.hooks.append(layer.register_forward_hook(_branch(A, B, part)))
         self.set(weights)
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Give each update its weight, from the next token on; one that is not named gets 0."""
         self.weights = {name: weights.get(name, 0.0) for name in self.updates}
-        for module, scale in self.scales.items():
-            start = 0
-            for name, update in self.updates.items():
-                if module in update:
-                    end = start + update[module].rank
-                    scale[start:end] = self.weights[name]
-                    start = end
+        values = torch.tensor(list(self.weights.values()))
+        for scale, owners in self.scales:
+            scale.copy_(values.to(scale.device)[owners])
+
+    def _owners(self, module: str) -> list[int]:
+        """Which update each column of a module's stacked B comes from."""
+        having = [(number, update) for number, update in enumerate(self.updates.values()) if module in update]
+        return [number for number, update in having for _ in range(update[module].rank)]
 
     def remove(self) -> None:
         """Leave the base as it was."""

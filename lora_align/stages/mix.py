@@ -1,12 +1,19 @@
 """A mix: the start adapter plus weighted vectors, published as one ordinary adapter. No base is loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_align import runs
-from lora_align.adapters import merge, peft_format, vectors
+from lora_align.adapters import kin, merge, peft_format, vectors
+from lora_align.adapters.delta import LoraDelta
+from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen
 from lora_align.errors import UserError
@@ -15,24 +22,75 @@ from lora_align.runs import Manifest, Run
 from lora_align.stages import start as start_policy
 
 
+@dataclass(frozen=True)
+class How:
+    """The way from vectors to one adapter."""
+
+    method: str = "exact"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    keep: float | None = None  # the smallest rank that keeps this share of the energy
+    fit: str | None = None
+    dtype: str | None = None
+    with_start: bool = True
+    same_base: bool = False
+
+
+EXACT = How()
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def how(
+    method: str,
+    options: Sequence[str],
+    rank: str | None,
+    fit: str | None,
+    dtype: str | None,
+    *,
+    with_start: bool = True,
+    same_base: bool = False,
+) -> How:
+    """The words of a command line, found to mean something."""
+    if fit is not None and fit not in merge.FITS:
+        raise UserError(f"--fit {fit!r}: there is {', '.join(merge.FITS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    number, keep = _asked_rank(rank) if rank is not None else (None, None)
+    return How(method, merge.parsed(method, options), number, keep, fit, dtype, with_start, same_base)
+
+
+def _asked_rank(text: str) -> tuple[int | None, float | None]:
+    """`16` as a rank, `auto:0.99` as a share of the energy."""
+    word, _, share = text.partition(":")
+    try:
+        number, keep = (None, float(share)) if word == "auto" else (int(text), None)
+    except ValueError:
+        number = keep = None
+    if (number is not None and number >= 1) or (keep is not None and 0 < keep <= 1):
+        return number, keep
+    raise UserError(f"--rank {text!r}: a whole number from 1, or auto:0.99 for the smallest that keeps 99 % energy")
+
+
 def run(
     weights: Mapping[str, float],
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
+    how: How = EXACT,
     *,
     name: str | None = None,
     out: Path | None = None,
-    rank: int | None = None,
-    with_start: bool = True,
     force: bool = False,
 ) -> Run:
     """Add up, compress if asked, and publish."""
+    merge.check_weights(how.method, weights)
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
+    if how.method in merge.OF_POLICIES:
+        found = {key: vector.policy() for key, vector in found.items()}
     target = out or runs_dir / "mix" / (name or default_name(weights))
     keep_both = "another --out keeps both" if out else "--name NEW keeps both"
     runs.refuse_existing(target, force, keep_both)
-    vectors.refuse_start_inside(found.values(), with_start)
+    vectors.refuse_start_inside(found.values(), how.with_start)
     base, start_id = vectors.common(found.values())
     if base and not out:
         runs.check_base(runs_dir, base)
@@ -40,38 +98,60 @@ def run(
         for doubt in vector.doubts():
             screen.warn(doubt)
 
-    parts = {key: vector.load() for key, vector in found.items()}
-    folders = [parent.folder for vector in found.values() for parent in vector.parents]
-    factors = dict(weights)
-    if start_id and with_start:
-        start = _start(runs_dir, start_id)
-        parts[str(start.path)], factors[str(start.path)] = peft_format.load(start.path), 1.0
-        folders.append(start.path)
-    merged = merge.exact(parts, factors, rank)
+    updates, adapters = vectors.opened(found)
+    known = all(parent.run and parent.run.fingerprint for vector in found.values() for parent in vector.parents)
+    kin.refuse_strangers(adapters, same_base=how.same_base or known)
+    start = LoraDelta(())
+    if start_id and how.with_start:
+        adapters.append(Adapter(_start(runs_dir, start_id).path))
+        start = LoraDelta.of(adapters[-1])
+    job, tally = Merge(updates, weights, how.method, how.options, start), Tally()
+    rank = wanted_rank(job, how)
     with runs.claim(target, screen, force=force) as staging:
-        config = peft_format.read_config(folders[0])
-        named, revision = config.get("base_model_name_or_path") or "", config.get("revision") or ""
-        endings = peft_format.common_endings(folders)
-        peft_format.save(merged.delta, staging, base=named, revision=revision, targets=endings)
+        peft_format.save(
+            staging,
+            tally.counted(job.modules(rank), padded=rank if how.fit and rank else 0),
+            job.names(),
+            base=adapters[0].base,
+            dtype=getattr(torch, how.dtype) if how.dtype else reduce(torch.promote_types, (a.dtype for a in adapters)),
+            revision=adapters[0].config.get("revision") or "",
+            targets=peft_format.common_endings(adapters),
+            transposed=any(adapter.config.get("fan_in_fan_out") for adapter in adapters),
+        )
         manifest = Manifest(
             stage="mix",
-            base=base or {"model": named, "fingerprint": "", "note": "no parent has a manifest"},
+            base=base or {"model": adapters[0].base, "fingerprint": "", "note": "no parent has a manifest"},
             recipe=recipe.as_dict(),
-            contains_start=bool(start_id and with_start),
+            contains_start=bool(start_id and how.with_start),
             start=start_id,
             parents=tuple(_lineage(vector, weights[key]) for key, vector in found.items()),
-            method={"name": "exact", "weights": dict(weights), "rank": merged.delta.rank, "asked_rank": rank},
-            metrics={"norm": merged.delta.norm(), "left_out": merged.left_out},
+            method={
+                "name": how.method,
+                "weights": dict(weights),
+                "options": {**merge.options(how.method), **how.options},
+                "rank": tally.rank,
+                "asked_rank": rank,
+            },
+            metrics={"norm": tally.norm, "left_out": tally.left_out},
             unconverged=tuple(why for vector in found.values() for why in vector.unconverged()),
         )
         return runs.publish(staging, target, manifest)
+
+
+def wanted_rank(job: Merge, how: How) -> int | None:
+    """The rank to cut to, if any."""
+    rank = job.smallest_rank(how.keep) if how.keep else how.rank
+    if not how.fit:
+        return rank
+    return merge.fitting(how.fit, rank or max(merged.factors.rank for merged in job.modules()))
 
 
 def told(run: Run) -> str:
     """A mix in one line."""
     left_out = run.manifest.metrics["left_out"]
     size = sum(file["bytes"] for file in run.manifest.files.values()) / 1e6
-    kept = f", {left_out:.2%} of its energy left out" if run.manifest.method["asked_rank"] else ""
+    cut = left_out > 0 or run.manifest.method["asked_rank"]
+    kept = f", {left_out:.2%} of its energy left out" if cut else ""
     start = ", with the start adapter" if run.manifest.contains_start else ""
     return f"{run.path}  rank {run.manifest.method['rank']}{kept}{start}, {size:.1f} MB"
 

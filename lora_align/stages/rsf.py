@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import runs, want
-from lora_align.adapters import merge, peft_format
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen, library_log, table
 from lora_align.data import shards
 from lora_align.data.rows import Conversation, under_system
@@ -221,12 +223,14 @@ def _whole(plan: Plan, policy: Run, folder: Path) -> Path:
     """The adapter a server needs: the policy's, and the start adapter's with it."""
     if plan.start is None:
         return policy.path
-    parts = {run.path.name: peft_format.load(run.path) for run in (plan.start, policy)}
-    config = peft_format.read_config(policy.path)
-    endings = peft_format.common_endings([plan.start.path, policy.path])
-    both = merge.exact(parts, dict.fromkeys(parts, 1.0))
-    out = folder / "adapter"
-    out.mkdir(exist_ok=True)
-    named, revision = config.get("base_model_name_or_path") or "", config.get("revision") or ""
-    peft_format.save(both.delta, out, base=named, revision=revision, targets=endings)
-    return out
+    adapters = [Adapter(run.path) for run in (plan.start, policy)]
+    both = total([LoraDelta.of(adapter) for adapter in adapters])
+    peft_format.save(
+        folder / "adapter",
+        both.items(),
+        list(both),
+        base=adapters[1].base,
+        revision=adapters[1].config.get("revision") or "",
+        targets=peft_format.common_endings(adapters),
+    )
+    return folder / "adapter"

@@ -1,19 +1,23 @@
 """What PEFT writes we read as PEFT means it; what we write stock PEFT loads, in a process without us."""
 
 import json
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lora_align.adapters import merge, peft_format
-from lora_align.adapters.delta import LoraDelta
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import Factors, LoraDelta
+from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
 
 
@@ -73,8 +77,8 @@ def test_a_mix_of_unlike_adapters_in_stock_peft_equals_the_dense_sum(
     weights = {"plain": 1.0, "rslora": -0.5, "patterns": 0.75}
     meant = {kind: peft_adapter(llama, tmp_path / kind, i, **KINDS[kind]) for i, kind in enumerate(KINDS)}
     vectors = {kind: peft_format.load(tmp_path / kind) for kind in KINDS}
-    merged = merge.exact(vectors, weights, rank)
-    peft_format.save(merged.delta, tmp_path / "mix", base=str(llama))
+    job, tally = Merge(vectors, weights), Tally()
+    peft_format.save(tmp_path / "mix", tally.counted(job.modules(rank)), job.names(), base=str(llama))
 
     dense = AutoModelForCausalLM.from_pretrained(llama)
     layers = dict(dense.named_modules())
@@ -88,13 +92,62 @@ def test_a_mix_of_unlike_adapters_in_stock_peft_equals_the_dense_sum(
             if parts:
                 U, S, Vt = torch.linalg.svd(sum(parts).double(), full_matrices=False)  # type: ignore[union-attr]
                 layer.weight.data += ((U[:, :rank] * S[:rank]) @ Vt[:rank]).float()
-        assert 0 < merged.left_out < 1
+        assert 0 < tally.left_out < 1
     with torch.no_grad():
         expected = dense(torch.arange(40).view(2, 20)).logits
 
     words = [sys.executable, "-c", STOCK, str(llama), str(tmp_path / "mix"), str(tmp_path / "logits.pt")]
     subprocess.run(words, check=True, timeout=120)
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-4
+
+
+def test_transposed_layers_are_added_as_they_are_meant(tmp_path: Path) -> None:
+    """GPT-2's Conv1D: PEFT's fan_in_fan_out says how the base is stored, and turns its ΔW round."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    base = tmp_path / "gpt2"
+    GPT2LMHeadModel(config).save_pretrained(base)
+    kinds = {"a": {"r": 3, "lora_alpha": 5}, "b": {"r": 2, "lora_alpha": 8, "use_rslora": True}}
+    meant = {
+        name: peft_adapter(base, tmp_path / name, i, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **kind)
+        for i, (name, kind) in enumerate(kinds.items())
+    }
+    delta = peft_format.load(tmp_path / "a") - 0.5 * peft_format.load(tmp_path / "b")
+    peft_format.save(tmp_path / "mix", delta.items(), list(delta), base=str(base), transposed=True)
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    for name, layer in dense.named_modules():
+        if name in meant["a"]:
+            layer.weight.data += meant["a"][name] - 0.5 * meant["b"][name]
+    mixed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "mix")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert (mixed(ids).logits - dense(ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2**-23), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
+)
+def test_stored_sums_are_exact_to_a_rounding_of_each_factor(dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
+    """A and B are rounded once each: an entry of ΔW is off by no more than 2 · bound · |B| |A|."""
+    draw = torch.Generator().manual_seed(0)
+    parts = [
+        LoraDelta.of({"q": Factors(*(torch.randn(*shape, generator=draw) for shape in ((40, 4), (4, 30))))})
+        for _ in range(3)
+    ]
+    whole = 0.3 * parts[0] - 1.7 * parts[1] + parts[2]
+    peft_format.save(tmp_path, whole.items(), list(whole), base="b", dtype=dtype)
+    stored = Adapter(tmp_path)
+    assert stored.dtype == dtype
+    B, A = stored["q"].B.double(), stored["q"].A.double()
+    exact = sum((w * p["q"].B.double() @ p["q"].A.double() for w, p in zip((0.3, -1.7, 1), parts, strict=True)))
+    allowed = bound * whole["q"].B.double().abs() @ whole["q"].A.double().abs()
+    assert ((B @ A - exact).abs() <= 1.01 * allowed).all()
+
+
+def test_a_value_too_large_for_its_type_is_refused(tmp_path: Path) -> None:
+    delta = LoraDelta.of({"q": Factors(torch.full((2, 1), 1e6), torch.ones(1, 2))})
+    with pytest.raises(UserError, match="too large for float16; --dtype float32 holds it"):
+        peft_format.save(tmp_path, delta.items(), list(delta), base="b", dtype=torch.float16)
 
 
 def test_half_precision_adapters_are_scaled_in_full(llama: Path, tmp_path: Path) -> None:
@@ -110,7 +163,7 @@ def test_half_precision_adapters_are_scaled_in_full(llama: Path, tmp_path: Path)
 def test_written_and_read_again_is_the_same(llama: Path, tmp_path: Path) -> None:
     peft_adapter(llama, tmp_path / "a", 0, **KINDS["patterns"])
     delta = peft_format.load(tmp_path / "a")
-    peft_format.save(delta, tmp_path / "b", base=str(llama))
+    peft_format.save(tmp_path / "b", delta.items(), list(delta), base=str(llama))
     again = peft_format.load(tmp_path / "b")
     assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in delta.items())
 
@@ -132,7 +185,22 @@ def folder(llama: Path, tmp_path: Path) -> Path:
         ("target_parameters", ["x"], "target_parameters"),
         ("layer_replication", [[0, 1]], "replicated"),
         ("brand_new_option", 1, "unknown key 'brand_new_option'"),
+        ("kasa_config", {"beta": 1}, "KaSA"),
+        ("trainable_token_indices", [3], "trained tokens"),
+        ("alora_invocation_tokens", [3], "activated"),
+        ("use_qalora", True, "pools"),
+        ("init_lora_weights", "pissa", "stand on a changed base"),
+        ("init_lora_weights", "olora", "stand on a changed base"),
         ("r", 5, "the rank is 5"),
+        ("r", "4", 'r cannot be "4"'),
+        ("r", 0, "r cannot be 0"),
+        ("lora_alpha", float("inf"), "lora_alpha cannot be Infinity"),
+        ("rank_pattern", {"(": 2}, "rank_pattern cannot be"),
+        ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern cannot be"),
+        ("target_modules", None, "target_modules cannot be null"),
+        ("target_modules", ["q_proj"], "down_proj is not among the target_modules"),
+        ("layers_to_transform", [0, 1, 2], "layers.2 has no"),
+        ("layers_to_transform", [0], "layers.1 is not among layers_to_transform"),
         ("peft_type", "LOHA", "not a LoRA adapter"),
     ],
 )
@@ -149,6 +217,15 @@ def _spoil(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tens
         tensors[first][0, 0] = float("nan")
     elif fault == "missing":
         del tensors[first]
+    elif fault == "gap":
+        tensors = {key: tensor for key, tensor in tensors.items() if "layers.0.mlp" not in key}
+    elif fault == "embedding":
+        tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.ones(2, 2)
+    elif fault == "traversing":
+        tensors["base_model.model.\x1b[31m../../q_proj.lora_A.weight"] = torch.ones(4, 2)
+        tensors["base_model.model.\x1b[31m../../q_proj.lora_B.weight"] = torch.ones(2, 4)
+    elif fault == "integers":
+        tensors[first] = tensors[first].to(torch.int8)
     elif fault == "extra":
         tensors["base_model.model.lm_head.weight"] = torch.ones(2, 2)
     elif fault == "empty":
@@ -162,14 +239,19 @@ def _spoil(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tens
         ("nan", "not finite"),
         ("missing", "not the other side"),
         ("extra", "not a LoRA tensor"),
+        ("gap", "layers.0 has no mlp.down_proj; tensors are missing"),
+        ("embedding", "not a LoRA tensor"),
+        ("traversing", "not among the target_modules"),
+        ("integers", "stored as I8"),
         ("empty", "no LoRA tensors"),
     ],
 )
 def test_spoilt_tensors_are_refused(folder: Path, fault: str, told: str) -> None:
     file = folder / peft_format.WEIGHTS
     save_file(_spoil(load_file(file), fault), file)
-    with pytest.raises(UserError, match=told):
-        peft_format.load(folder)
+    with pytest.raises(UserError, match=told) as raised:
+        dict(peft_format.load(folder))
+    assert "\x1b" not in str(raised.value)
 
 
 def test_cut_files_and_pickles_are_refused(folder: Path) -> None:
@@ -187,6 +269,36 @@ def test_cut_files_and_pickles_are_refused(folder: Path) -> None:
 def test_shared_target_lists_are_handed_on(folder: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
     peft_adapter(llama, other, 1, **KINDS["rslora"])
-    assert peft_format.common_endings([folder, folder]) == ["down_proj", "q_proj"]
-    assert peft_format.common_endings([folder, other]) is None
-    assert isinstance(peft_format.load(folder), LoraDelta)
+    one, two = Adapter(folder), Adapter(other)
+    assert peft_format.common_endings([one, one]) == ["down_proj", "q_proj"]
+    assert peft_format.common_endings([one, two]) is None
+
+
+def test_no_cut_and_no_flipped_bit_ends_in_a_traceback(folder: Path) -> None:
+    """Without a manifest a changed number cannot be noticed; anything else is refused in words."""
+    draw, told = random.Random(0), Counter[str]()
+    for name in (peft_format.WEIGHTS, peft_format.CONFIG):
+        file = folder / name
+        whole = file.read_bytes()
+        header = len(whole) if name == peft_format.CONFIG else 8 + int.from_bytes(whole[:8], "little")
+        for length in range(0, header, 7):
+            file.write_bytes(whole[:length])
+            with pytest.raises(UserError):
+                dict(peft_format.load(folder))
+        for _ in range(1500):
+            flipped = bytearray(whole)
+            flipped[draw.randrange(header if draw.random() < 0.8 else len(whole))] ^= 1 << draw.randrange(8)
+            file.write_bytes(flipped)
+            told[_outcome(folder)] += 1
+        file.write_bytes(whole)
+    assert set(told) <= {"accepted", "refused in a line"}
+    assert told["refused in a line"] > 500
+    assert set(dict(peft_format.load(folder)))
+
+
+def _outcome(folder: Path) -> str:
+    try:
+        dict(peft_format.load(folder))
+    except UserError as fault:
+        return "refused in a line" if "\n" not in str(fault) else str(fault)
+    return "accepted"

@@ -27,7 +27,7 @@ def _update(seed: int, rank: int, layers: dict[str, tuple[int, int]]) -> LoraDel
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.1
 
-    return LoraDelta({name: Factors(draw(out, rank), draw(rank, inp)) for name, (out, inp) in layers.items()})
+    return LoraDelta.of({name: Factors(draw(out, rank), draw(rank, inp)) for name, (out, inp) in layers.items()})
 
 
 @pytest.fixture

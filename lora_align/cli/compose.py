@@ -1,0 +1,108 @@
+"""Commands that add adapters up and look at what they are. None of them loads a base."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_align import runs
+from lora_align.cli.look import facts
+from lora_align.cli.options import (
+    ForceOption,
+    JsonOption,
+    NameOption,
+    QuietOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    checked,
+    project_of,
+)
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.preference import parse_weights
+
+MethodOption = Annotated[str, typer.Option("--method", help="exact, svd, soup, tsv, ties or dare.")]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method, as in density=0.3.")
+]
+RankOption = Annotated[
+    str | None, typer.Option("--rank", help="Cut to this rank; auto:0.99 to the smallest that keeps 99 % energy.")
+]
+FitOption = Annotated[str | None, typer.Option("--fit", help="vllm: fill up to a rank that it takes.")]
+
+
+def merge(
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5; names, runs or folders.")
+    ],
+    method: MethodOption = "exact",
+    option: MethodOptions = None,
+    rank: RankOption = None,
+    fit: FitOption = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 instead of the parents' own.")
+    ] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapters' bases are one, though their names differ.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this folder instead of runs/mix/NAME.")] = None,
+    with_start: Annotated[
+        bool, typer.Option("--with-start/--without-start", help="Whether the mix holds the SFT adapter too.")
+    ] = True,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    name: NameOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Add weighted preference vectors up to one ordinary adapter."""
+    screen = Screen(as_json, quiet)
+    wanted = parse_weights(weights)
+    if out is not None and (name is not None or not out.name):
+        raise UserError("merge: --out takes the path of a new folder, and goes without --name")
+    project = project_of(recipe, overrides, screen, runs_dir)
+    from lora_align.stages import mix
+
+    how = mix.how(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
+    run = mix.run(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
+    screen.result(mix.told(run), facts(run))
+
+
+def inspect(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Preferences, runs or folders; all trained ones if none is named.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="Also what this mix keeps, as in helpful=1,harmless=-0.5.")
+    ] = "",
+    method: MethodOption = "exact",
+    option: MethodOptions = None,
+    rank: RankOption = None,
+    fit: FitOption = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw a map of every vector's layers to this .png file.")
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure vectors: norms, angles, spectra, interference, and what a mix keeps of each."""
+    screen = Screen(as_json, quiet)
+    wanted = parse_weights(weights) if weights else {}
+    if picture is not None and not picture.resolve().parent.is_dir():
+        raise UserError(f"--picture {picture}: no such folder")
+    project = project_of(recipe, overrides, screen, runs_dir)
+    from lora_align.stages import inspect as stage
+    from lora_align.stages import mix
+
+    facts_found = stage.run(
+        names or [], wanted, project, runs_dir, mix.how(method, option or [], rank, fit, None), picture
+    )
+    for doubt in facts_found["doubts"]:
+        screen.warn(doubt)
+    screen.result(stage.told(facts_found), facts_found)

@@ -1,0 +1,155 @@
+"""What vectors are and how they lie to each other, and what a mix keeps of each. No base is loaded."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_align.adapters import geometry, kin, vectors
+from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.geometry import Geometry
+from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.peft_format import Adapter
+from lora_align.adapters.vectors import Vector
+from lora_align.console import table
+from lora_align.errors import UserError
+from lora_align.recipe import Recipe
+from lora_align.stages import mix
+from lora_align.stages.mix import How
+
+TRUNCATED = 8  # directions of a vector that count in the interference, as in the preference vectors' paper
+SMALL = 0.01  # of the longest vector's norm
+MIX = "(mix)"
+
+
+def run(
+    names: Sequence[str], weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How, picture: Path | None
+) -> dict[str, Any]:
+    """Measure the named vectors, or all that are trained; with weights also the mix of those."""
+    named = list(dict.fromkeys([*names, *weights])) or vectors.trained(runs_dir)
+    if not named:
+        raise UserError(f"nothing to look at in {runs_dir}/: no preference is trained there; name adapter folders")
+    found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
+    vectors.common(found.values())
+    updates, adapters = vectors.opened(found)
+    kin.refuse_strangers(adapters, same_base=True)
+    known = Geometry.of(updates)
+    norms, places = known.norms(), known.by_place()
+    taken_apart = {name: geometry.decompositions(update) for name, update in updates.items()}
+    told_apart = list(itertools.combinations(named, 2))
+    facts: dict[str, Any] = {
+        "vectors": {
+            name: {
+                "norm": norms[name],
+                "cos_pos_neg": _between_sides(found[name]),
+                **asdict(geometry.spectrum(taken_apart[name])),
+                "by_place": places[name],
+            }
+            for name in named
+        },
+        "cosines": dict(zip(named, known.cosines(), strict=True)),
+        "overlaps": [{"of": [a, b], **geometry.overlap(taken_apart[a], taken_apart[b])} for a, b in told_apart],
+        "agreement": _agreement(found, known),
+        "interference": asdict(geometry.interference(list(taken_apart.values()), TRUNCATED)),
+        "mix": _mixed(updates, weights, how) if weights else None,
+        "doubts": _doubts(found, norms),
+        "picture": str(picture) if picture else None,
+    }
+    if picture:
+        from lora_align.evaluate import plots
+
+        plots.layer_maps(picture, places)
+    return facts
+
+
+def told(facts: Mapping[str, Any]) -> str:
+    """Tables, then what is worth a sentence."""
+    parts = [
+        table(
+            ["vector", "norm", "cos(pos, neg)", "rank", "effective", "for 99 %"],
+            [
+                [
+                    name,
+                    f"{of['norm']:.3g}",
+                    _number(of["cos_pos_neg"]),
+                    str(of["rank"]),
+                    f"{of['effective']:.1f}",
+                    str(of["for_99"]),
+                ]
+                for name, of in facts["vectors"].items()
+            ],
+        )
+    ]
+    if len(facts["cosines"]) > 1:
+        rows = [[name, *map(_number, cosines)] for name, cosines in facts["cosines"].items()]
+        parts.append(table(["cosine", *facts["cosines"]], rows))
+        overlaps = [[" and ".join(of["of"]), _number(of["outputs"]), _number(of["inputs"])] for of in facts["overlaps"]]
+        parts.append(table(["directions shared by", "outputs", "inputs"], overlaps))
+        interference = facts["interference"]
+        parts.append(f"interference (STI) {interference['raw']:.3g}, by size {interference['by_size']:.3f}")
+        parts[-1] += "; a shared start of A alone makes inputs overlap"
+    for preference, cosines in facts["agreement"].items():
+        parts.append(f"{preference} of several runs agrees at {min(cosines):.3f} to {max(cosines):.3f}")
+    if facts["mix"]:
+        rows = [[name, f"{of['asked']:g}", _number(of["held"])] for name, of in facts["mix"]["weights"].items()]
+        parts.append(table(["in the mix", "weight asked", "weight held"], rows))
+        parts.append(
+            f"the mix: norm {facts['mix']['norm']:.3g}, rank {facts['mix']['rank']}, "
+            f"{facts['mix']['left_out']:.2%} of its energy left out, "
+            f"cosine with the exact sum {facts['mix']['cosine_with_sum']:.3f}"
+        )
+    return "\n\n".join([*parts, *([facts["picture"]] if facts["picture"] else [])])
+
+
+def _between_sides(vector: Vector) -> float | None:
+    """The cosine of a preference's two adapters; an adapter by itself has none."""
+    if [parent.sign for parent in vector.parents] != [1.0, -1.0]:
+        return None
+    pos, neg = (LoraDelta.of(Adapter(parent.folder)) for parent in vector.parents)
+    return pos.cosine(neg)
+
+
+def _agreement(found: Mapping[str, Vector], known: Geometry) -> dict[str, list[float]]:
+    """Of every preference that several of these were trained for, as with other seeds: the cosines between them."""
+    cosines = known.cosines()
+    alike: dict[str, list[float]] = {}
+    for (i, a), (j, b) in itertools.combinations(enumerate(found.values()), 2):
+        shared = {run.manifest.preference for run in a.known_runs()} & {r.manifest.preference for r in b.known_runs()}
+        signs = [[parent.sign for parent in vector.parents] for vector in (a, b)]
+        if len(shared) == 1 and shared != {""} and signs[0] == signs[1]:
+            alike.setdefault(shared.pop(), []).append(cosines[i][j])
+    return alike
+
+
+def _mixed(updates: Mapping[str, LoraDelta], weights: Mapping[str, float], how: How) -> dict[str, Any]:
+    """What a mix holds of each of its vectors after its method and its rank."""
+    parts = {name: updates[name] for name in weights}
+    job, tally = Merge(parts, weights, how.method, how.options), Tally()
+    made = LoraDelta.of(dict(tally.counted(job.modules(mix.wanted_rank(job, how)))))
+    held = Geometry.of({**parts, MIX: made}).coefficients(MIX)
+    whole = total([parts[name] * weight for name, weight in weights.items()])
+    return {
+        "weights": {name: {"asked": weights[name], "held": held[name]} for name in weights},
+        "method": how.method,
+        "rank": tally.rank,
+        "norm": tally.norm,
+        "left_out": tally.left_out,
+        "cosine_with_sum": made.cosine(whole),
+    }
+
+
+def _doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
+    """Vectors that may not do what their names say, and why."""
+    longest = max(norms.values())
+    small = [
+        f"{name} is too small to do anything (norm {norm:.2g}, the longest has {longest:.2g})"
+        for name, norm in norms.items()
+        if norm <= SMALL * longest
+    ]
+    return [*small, *(doubt for vector in found.values() for doubt in vector.doubts())]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,247 @@
+"""Adding adapters with the shapes of Llama-3.1-8B: time, memory, growth, beside PEFT and beside the machine's limits.
+
+Every figure comes from a process of its own. A merge's seconds run from four folders to a published, synced one, after
+the imports; its memory is what the process peaked at above the imports. The floor is reading and writing as many bytes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from report import save
+from torch import nn
+
+from lora_align import recipe
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import Factors, LoraDelta
+from lora_align.console import Screen
+from lora_align.model.mixer import Mixer
+from lora_align.stages import mix
+
+RANK, LAYERS, ROUNDS = 16, 32, 3
+SHAPES = {  # of one layer, [out, in]
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+PARENTS = (2, 4, 8, 16, 32, 64)
+GROWTH_LAYERS = 4
+VECTORS = {"helpful pos": 1.0, "helpful neg": -1.0, "harmless pos": 0.5, "harmless neg": -0.5}
+
+
+def adapter(folder: Path, seed: int, layers: int) -> Path:
+    """A synthetic LoRA of those shapes in bfloat16."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def modules() -> Any:
+        for layer in range(layers):
+            for kind, (out, into) in SHAPES.items():
+                B, A = (torch.randn(*shape, generator=draw) * 0.01 for shape in ((out, RANK), (RANK, into)))
+                yield f"model.layers.{layer}.{kind}", Factors(B, A)
+
+    names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in SHAPES]
+    peft_format.save(
+        folder, modules(), names, base="8b", dtype=torch.bfloat16, targets=[kind.rpartition(".")[2] for kind in SHAPES]
+    )
+    return folder
+
+
+def peak() -> float:
+    """What this process held at most, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+# --- each in a process of its own ---
+
+
+def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
+    """Seconds and memory of one merge."""
+    before, began = peak(), time.perf_counter()
+    plan = mix.how(*how)
+    mix.run(weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out")
+    return {"seconds": time.perf_counter() - began, "MB": peak() - before}
+
+
+def by_peft(work: Path, layers: int, combination: str) -> dict[str, float]:
+    """PEFT's `add_weighted_adapter` of the same folders, on a base that has these layers and no values."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=8,
+    )
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if combination == "svd":  # it reads the base's device
+        base = base.to_empty(device="cpu")
+    before, began = peak(), time.perf_counter()
+    model = None
+    for name in VECTORS:
+        if model is None:
+            model = PeftModel.from_pretrained(base, work / name, adapter_name=name, low_cpu_mem_usage=True)
+        else:
+            model.load_adapter(str(work / name), name, low_cpu_mem_usage=True)
+    assert model is not None
+    extra = {"svd_rank": RANK} if combination == "svd" else {}
+    weighing = time.perf_counter()
+    model.add_weighted_adapter(list(VECTORS), list(VECTORS.values()), "mixed", combination_type=combination, **extra)
+    weighed = time.perf_counter()
+    model.save_pretrained(str(work / "peft"), selected_adapters=["mixed"])
+    return {
+        "seconds": time.perf_counter() - began,
+        "of them adding up": weighed - weighing,
+        "MB": peak() - before,
+    }
+
+
+def floor(work: Path) -> dict[str, float]:
+    """Reading the four adapters and writing as many bytes as their sum has, synced."""
+    began, held = time.perf_counter(), 0
+    for name in VECTORS:
+        held += len((work / name / peft_format.WEIGHTS).read_bytes())
+    with (work / "floor").open("wb") as stream:
+        for _ in range(held // 2**24):
+            stream.write(b"x" * 2**24)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"seconds": time.perf_counter() - began, "bytes": 2.0 * held}
+
+
+def live() -> dict[str, float]:
+    """Milliseconds of one weight change over layers of these shapes, whose values nobody reads."""
+    root, update = nn.Module(), {}
+    for layer in range(LAYERS):
+        for kind, (out, into) in SHAPES.items():
+            name = f"model.layers.{layer}.{kind}"
+            linear = nn.Linear(1, 1, bias=False)
+            linear.in_features, linear.out_features = into, out
+            at = root
+            for part in name.split(".")[:-1]:
+                at = at.get_submodule(part) if part in dict(at.named_children()) else _added(at, part)
+            at.add_module(name.rpartition(".")[2], linear)
+            update[name] = Factors(torch.zeros(out, RANK), torch.zeros(RANK, into))
+    mixer = Mixer(root, {name: LoraDelta.of(update) for name in ("a", "b")}, {})
+    began = time.perf_counter()
+    for turn in range(200):
+        mixer.set({"a": turn / 100, "b": 1.0})
+    return {"ms": (time.perf_counter() - began) / 200 * 1e3}
+
+
+def _added(at: nn.Module, part: str) -> nn.Module:
+    at.add_module(part, nn.Module())
+    return at.get_submodule(part)
+
+
+CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
+    "merged": lambda work, *words: merged(Path(work), json.loads(words[0]), json.loads(words[1])),
+    "peft": lambda work, layers, combination: by_peft(Path(work), int(layers), combination),
+    "floor": lambda work: floor(Path(work)),
+    "live": lambda: live(),
+}
+
+
+def child(what: str, *words: str) -> dict[str, float]:
+    """Run one of the above in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, what, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+# --- what is measured ---
+
+
+def ours(work: Path, weights: dict[str, float], *how: Any) -> dict[str, float]:
+    """One merge into a new folder."""
+    subprocess.run(["rm", "-rf", str(work / "out")], check=True)
+    given = [*how, *[None] * (5 - len(how))]
+    return child("merged", str(work), json.dumps(weights), json.dumps([given[0], given[1] or [], *given[2:]]))
+
+
+def best(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The quickest of several, rounded: the others met with somebody else's work."""
+    return {key: round(value, 3) for key, value in min(rounds, key=lambda one: one["seconds"]).items()}
+
+
+def compared(work: Path) -> dict[str, Any]:
+    """Four whole adapters: ours in turns with the floor and with PEFT's `cat`."""
+    for seed, name in enumerate(VECTORS):
+        adapter(work / name, seed, LAYERS)
+    weights = {f"{work}/{name}": weight for name, weight in VECTORS.items()}
+    rounds: dict[str, list[dict[str, float]]] = {}
+    for _ in range(ROUNDS):
+        rounds.setdefault("floor", []).append(child("floor", str(work)))
+        rounds.setdefault("exact", []).append(ours(work, weights, "exact"))
+        rounds.setdefault("rank 16", []).append(ours(work, weights, "exact", None, str(RANK)))
+        rounds.setdefault("tsv", []).append(ours(work, weights, "tsv"))
+        rounds.setdefault("PEFT cat", []).append(child("peft", str(work), str(LAYERS), "cat"))
+    return {name: best(of) for name, of in rounds.items()}
+
+
+def against_dense(work: Path) -> dict[str, Any]:
+    """One layer: PEFT's dense SVD to rank 16 beside ours."""
+    for seed, name in enumerate(VECTORS):
+        adapter(work / name, seed, 1)
+    weights = {f"{work}/{name}": weight for name, weight in VECTORS.items()}
+    mine = best([ours(work, weights, "exact", None, str(RANK)) for _ in range(ROUNDS)])
+    dense = child("peft", str(work), "1", "svd")
+    return {
+        "layers": 1,
+        "PEFT svd": dense,
+        "rank 16": mine,
+        "times": round(dense["of them adding up"] / mine["seconds"]),
+    }
+
+
+def growth(work: Path) -> list[dict[str, float]]:
+    """Seconds and memory over the number of parents."""
+    for seed in range(max(PARENTS)):
+        adapter(work / f"p{seed}", seed, GROWTH_LAYERS)
+    found = []
+    for count in PARENTS:
+        weights = {f"{work}/p{seed}": 1.0 / (seed + 1) for seed in range(count)}
+        found.append({"parents": count, **best([ours(work, weights, "exact") for _ in range(ROUNDS)])})
+    return found
+
+
+def main() -> None:
+    """Measure all, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("child", nargs="*")
+    options = parser.parse_args()
+    if options.child:
+        what, *words = options.child
+        print(json.dumps(CHILDREN[what](*words)))
+        return
+    with TemporaryDirectory() as folder:
+        figures: dict[str, Any] = {"four adapters, 32 layers": compared(Path(folder))}
+    with TemporaryDirectory() as folder:
+        figures["one layer against a dense SVD"] = against_dense(Path(folder))
+    with TemporaryDirectory() as folder:
+        figures[f"parents, {GROWTH_LAYERS} layers"] = growth(Path(folder))
+    figures["a weight change, 32 layers"] = {"ms": round(child("live")["ms"], 3)}
+    save("algebra", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""`inspect` by the installed command, its figures against dense float64."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_align.adapters import peft_format
+from support import call
+
+
+@pytest.fixture(scope="module")
+def dense(trained: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Adapter → module → ΔW."""
+    found = {}
+    for name in ("helpful", "harmless"):
+        for side in ("pos", "neg"):
+            delta = peft_format.load(trained / "runs" / "dpo" / name / side)
+            found[f"{name} {side}"] = {module: f.B.double() @ f.A.double() for module, f in delta.items()}
+    for name in ("helpful", "harmless"):
+        pos, neg = found[f"{name} pos"], found[f"{name} neg"]
+        found[name] = {module: pos[module] - neg[module] for module in pos}
+    return found
+
+
+def flat(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([matrix.flatten() for matrix in matrices.values()])
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b / a.norm() / b.norm())
+
+
+def test_figures_are_those_of_the_dense_matrices(workspace: Path, dense: dict[str, dict[str, torch.Tensor]]) -> None:
+    done = call(workspace, "inspect", "--json", "--picture", "map.png")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert list(told["vectors"]) == ["harmless", "helpful"]
+    for name, of in told["vectors"].items():
+        assert of["norm"] == pytest.approx(float(flat(dense[name]).norm()), rel=1e-5)
+        sides = [flat(dense[f"{name} {side}"]) for side in ("pos", "neg")]
+        assert of["cos_pos_neg"] == pytest.approx(cosine(*sides), abs=1e-5)
+        by_place = [norm for layers in of["by_place"].values() for norm in layers.values()]
+        assert math.hypot(*by_place) == pytest.approx(of["norm"], rel=1e-5)
+        squares = {module: torch.linalg.svdvals(matrix).square() for module, matrix in dense[name].items()}
+        entropies = [torch.special.entr(s / s.sum()).nan_to_num().sum().exp() for s in squares.values()]
+        assert of["effective"] == pytest.approx(float(torch.stack(entropies).mean()), rel=1e-3)
+        energy = sum(float(s.sum()) for s in squares.values())
+        kept = [sum(float(s[:rank].sum()) for s in squares.values()) / energy for rank in range(of["rank"] + 1)]
+        assert kept[of["for_99"] - 1] < 0.99 <= kept[of["for_99"]] + 1e-9
+    expected = cosine(flat(dense["harmless"]), flat(dense["helpful"]))
+    assert told["cosines"]["harmless"][1] == pytest.approx(expected, abs=1e-5)
+    assert (workspace / "map.png").stat().st_size > 5_000
+
+
+def test_interference_and_shared_directions(workspace: Path, dense: dict[str, dict[str, torch.Tensor]]) -> None:
+    told = json.loads(call(workspace, "inspect", "harmless", "helpful", "--json").out)
+    raw, by_size, outputs = [], [], []
+    for module in dense["helpful"]:
+        found = [torch.linalg.svd(dense[name][module], full_matrices=False) for name in ("harmless", "helpful")]
+        U = torch.cat([u[:, :8] for u, _, _ in found], 1)
+        S = torch.cat([s[:8] for _, s, _ in found])
+        Vt = torch.cat([v[:8] for _, _, v in found])
+        one = torch.eye(len(S), dtype=S.dtype)
+        raw.append(float(((U.T @ U - one) @ S.diag() @ (Vt @ Vt.T - one)).abs().sum()))
+        by_size.append(raw[-1] / float(S.sum()))
+        (a, sa, _), (b, sb, _) = found
+        a, b = a[:, sa > 1e-6 * sa[0]], b[:, sb > 1e-6 * sb[0]]
+        outputs.append(float((a.T @ b).square().sum() / min(a.shape[1], b.shape[1])))
+    assert told["interference"]["raw"] == pytest.approx(sum(raw) / len(raw), rel=1e-3)
+    assert told["interference"]["by_size"] == pytest.approx(sum(by_size) / len(by_size), rel=1e-3)
+    assert told["overlaps"][0]["outputs"] == pytest.approx(sum(outputs) / len(outputs), rel=1e-3)
+
+
+def test_what_a_mix_keeps(workspace: Path) -> None:
+    exact = json.loads(call(workspace, "inspect", "-w", "helpful=1,harmless=0.5", "--json").out)["mix"]
+    assert exact["weights"]["helpful"]["held"] == pytest.approx(1, abs=1e-4)
+    assert exact["weights"]["harmless"]["held"] == pytest.approx(0.5, abs=1e-4)
+    assert exact["cosine_with_sum"] == pytest.approx(1, abs=1e-6)
+    cut = json.loads(call(workspace, "inspect", "-w", "helpful=1,harmless=0.5", "--rank", "1", "--json").out)["mix"]
+    assert cut["left_out"] > 0
+    assert cut["weights"]["helpful"]["held"] < 1
+    assert cut["cosine_with_sum"] == pytest.approx(math.sqrt(1 - cut["left_out"]), rel=1e-3)
+    shown = call(workspace, "inspect", "-w", "helpful=1,harmless=0.5")
+    assert "weight held" in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 100
+
+
+def test_a_vector_too_small_is_named(workspace: Path) -> None:
+    assert call(workspace, "merge", "-w", "helpful=0.001", "--name", "little").code == 0
+    done = call(workspace, "inspect", "helpful", "little")
+    assert done.code == 0, done.err
+    assert "little is too small to do anything" in done.err
+
+
+def test_nothing_to_look_at(tmp_path: Path) -> None:
+    done = call(tmp_path, "inspect")
+    assert done.code == 2
+    assert "no preference is trained there" in done.err

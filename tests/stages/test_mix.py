@@ -1,0 +1,135 @@
+"""Mixes by the installed command: methods, ranks, types, and adapters from anywhere."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora_align.adapters import merge, peft_format
+from lora_align.adapters.delta import total
+from lora_align.stages.mix import DTYPES
+from support import Cli, call
+
+
+@pytest.fixture
+def foreign(llama: Path, tmp_path: Path) -> Path:
+    """Two LoRA folders as PEFT writes them, with no manifest."""
+    for seed, (name, config) in enumerate(
+        {
+            "one": {"r": 3, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+            "two": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+        }.items()
+    ):
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(task_type="CAUSAL_LM", **config))
+        for module in model.modules():
+            if hasattr(module, "lora_B"):
+                torch.nn.init.normal_(module.lora_B["default"].weight, std=0.3)
+        model.save_pretrained(str(tmp_path / name))
+    return tmp_path
+
+
+def test_two_folders_from_anywhere_are_mixed_in_one_command(foreign: Path, llama: Path, cli: Cli) -> None:
+    done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix")
+    assert done.code == 0, done.err
+    assert done.out.startswith("mix  rank 5, ")
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), foreign / "one", adapter_name="one")
+    alone.load_adapter(str(foreign / "two"), "two")
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    layers = dict(alone.base_model.model.named_modules())
+    for name, layer in dense.named_modules():
+        for adapter, weight in (("one", 1.0), ("two", -0.5)):
+            if adapter in getattr(layers[name], "lora_A", {}):
+                layer.weight.data += weight * layers[name].get_delta_weight(adapter)
+    mixed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), foreign / "mix")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert (mixed(ids).logits - dense(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in merge.METHODS if name != "soup"])
+def test_every_method_makes_an_adapter(method: str, foreign: Path, cli: Cli) -> None:
+    done = cli("merge", "-w", "./one=1,./two=-0.5", "--method", method, "--rank", "2", "--out", "mix", "--json")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    assert 0 < made["metrics"]["left_out"] < 1
+    delta = peft_format.load(foreign / "mix")
+    assert delta.rank == 2
+    assert delta.norm() == pytest.approx(made["metrics"]["norm"], rel=1e-4)
+
+
+def test_a_soup_is_a_mean_of_policies(workspace: Path) -> None:
+    done = call(workspace, "merge", "-w", "helpful=0.75,harmless=0.25", "--method", "soup", "--name", "soup")
+    assert done.code == 0, done.err
+    pos = {name: peft_format.load(workspace / "runs" / "dpo" / name / "pos") for name in ("helpful", "harmless")}
+    wanted = total([pos["helpful"] * 0.75, pos["harmless"] * 0.25])
+    assert (peft_format.load(workspace / "runs" / "mix" / "soup") - wanted).norm() < 1e-5 * wanted.norm()
+    refused = call(workspace, "merge", "-w", "helpful=1,harmless=0.5", "--method", "soup")
+    assert refused.code == 2
+    assert "add up to 1, these to 1.5" in refused.err
+
+
+def test_ranks(foreign: Path, cli: Cli) -> None:
+    weights = ("merge", "-w", "./one=1,./two=-0.5", "--json")
+    whole = peft_format.load(foreign / "one") - 0.5 * peft_format.load(foreign / "two")
+    auto = cli(*weights, "--rank", "auto:0.9", "--out", "auto")
+    assert auto.code == 0, auto.err
+    rank = peft_format.load(foreign / "auto").rank
+    left_out = [((whole - whole.truncated(r)).norm() / whole.norm()) ** 2 for r in (rank - 1, rank)]
+    assert left_out[1] <= 0.1 < left_out[0]
+    assert json.loads(auto.out)["metrics"]["left_out"] == pytest.approx(left_out[1], rel=1e-3)
+    fit = cli(*weights, "--fit", "vllm", "--out", "fit")
+    assert fit.code == 0, fit.err
+    config = json.loads((foreign / "fit" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    assert (peft_format.load(foreign / "fit") - whole).norm() < 1e-6
+    both = cli(*weights, "--fit", "vllm", "--rank", "1", "--out", "both")
+    assert both.code == 0, both.err
+    assert peft_format.load(foreign / "both").rank == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
+    done = cli("merge", "-w", "./one=1", "--dtype", dtype, "--out", "mix")
+    assert done.code == 0, done.err
+    assert {tensor.dtype for tensor in load_file(foreign / "mix" / peft_format.WEIGHTS).values()} == {
+        getattr(torch, dtype)
+    }
+    again = cli("merge", "-w", "./mix=2", "--out", "again")
+    assert again.code == 0, again.err
+    assert peft_format.Adapter(foreign / "again").dtype == getattr(torch, dtype), "the parents' own, unless another"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--method", "tie"], "did you mean 'ties'"),
+        (["--option", "density=1"], "exact has no option 'density'"),
+        (["--rank", "0"], "a whole number from 1, or auto:0.99"),
+        (["--rank", "auto:2"], "a whole number from 1, or auto:0.99"),
+        (["--fit", "tgi"], "there is vllm"),
+        (["--dtype", "int8"], "one of float32"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words: list[str], told: str, foreign: Path, cli: Cli) -> None:
+    done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix", *words)
+    assert done.code == 2
+    assert told in done.err
+    assert not (foreign / "mix").exists()
+
+
+def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> None:
+    shutil.copytree(foreign / "two", foreign / "three")
+    file = foreign / "three" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "someone/llama"}))
+    words = ("merge", "-w", "./one=1,./three=-0.5", "--out", "mix")
+    refused = cli(*words)
+    assert refused.code == 2
+    assert "say --same-base" in refused.err
+    done = cli(*words, "--same-base")
+    assert done.code == 0, done.err
