@@ -242,6 +242,7 @@ class Tally:
 
 
 def _cut(module: str, whole: Factors | Tensor, rank: int) -> Merged:
+    """The nearest factors of that rank, and what is lost by them."""
     if isinstance(whole, Factors) and whole.rank <= rank:
         return Merged(module, whole, max(whole.inner(whole), 0.0), 0.0)
     if isinstance(whole, Factors):

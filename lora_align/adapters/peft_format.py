@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class Adapter(Mapping[str, Factors]):
     def dtype(self) -> torch.dtype:
         """What it is stored in; of several, the one that holds them all."""
         found = {tensor_file.DTYPES[entry.dtype] for entry in self._file.entries.values()}
-        return max(found, key=lambda dtype: sum(torch.promote_types(dtype, other) == dtype for other in found))
+        return reduce(torch.promote_types, found)
 
     def __getitem__(self, name: str) -> Factors:
         if name not in self.shapes:

@@ -108,10 +108,13 @@ def _whole(vector: Vector) -> Blend:
 
 
 def _taken_apart(mix: Run, runs_dir: Path, screen: Screen) -> Blend:
-    """The mix as its vectors, so that each weight can be turned; whole where it was compressed or they are gone."""
+    """The mix as its vectors, so that each weight can be turned; whole where it is not their sum, or they are gone."""
     whole = _whole(vectors.at(mix.path, mix.path.name))
     if mix.manifest.metrics["left_out"]:
         screen.note("it was compressed: /w turns it as a whole")
+        return whole
+    if mix.manifest.method["name"] != "exact":
+        screen.note(f"it is no plain sum, it was made by {mix.manifest.method['name']}: /w turns it as a whole")
         return whole
     try:
         found = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}

@@ -66,7 +66,7 @@ def merge(
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.stages import mix
 
-    how = mix.how(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
+    how = mix.How.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     run = mix.run(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
     screen.result(mix.told(run), facts(run))
 
@@ -101,7 +101,7 @@ def inspect(
     from lora_align.stages import mix
 
     facts_found = stage.run(
-        names or [], wanted, project, runs_dir, mix.how(method, option or [], rank, fit, None), picture
+        names or [], wanted, project, runs_dir, mix.How.said(method, option or [], rank, fit, None), picture
     )
     for doubt in facts_found["doubts"]:
         screen.warn(doubt)

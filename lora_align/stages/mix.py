@@ -22,6 +22,9 @@ from lora_align.runs import Manifest, Run
 from lora_align.stages import start as start_policy
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+
+
 @dataclass(frozen=True)
 class How:
     """The way from vectors to one adapter."""
@@ -35,28 +38,28 @@ class How:
     with_start: bool = True
     same_base: bool = False
 
+    @classmethod
+    def said(
+        cls,
+        method: str,
+        options: Sequence[str],
+        rank: str | None,
+        fit: str | None,
+        dtype: str | None,
+        *,
+        with_start: bool = True,
+        same_base: bool = False,
+    ) -> "How":
+        """The words of a command line, found to mean something."""
+        if fit is not None and fit not in merge.FITS:
+            raise UserError(f"--fit {fit!r}: there is {', '.join(merge.FITS)}")
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
+        number, keep = _asked_rank(rank) if rank is not None else (None, None)
+        return cls(method, merge.parsed(method, options), number, keep, fit, dtype, with_start, same_base)
+
 
 EXACT = How()
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-def how(
-    method: str,
-    options: Sequence[str],
-    rank: str | None,
-    fit: str | None,
-    dtype: str | None,
-    *,
-    with_start: bool = True,
-    same_base: bool = False,
-) -> How:
-    """The words of a command line, found to mean something."""
-    if fit is not None and fit not in merge.FITS:
-        raise UserError(f"--fit {fit!r}: there is {', '.join(merge.FITS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    number, keep = _asked_rank(rank) if rank is not None else (None, None)
-    return How(method, merge.parsed(method, options), number, keep, fit, dtype, with_start, same_base)
 
 
 def _asked_rank(text: str) -> tuple[int | None, float | None]:

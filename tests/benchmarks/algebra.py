@@ -72,7 +72,7 @@ def peak() -> float:
 def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
     """Seconds and memory of one merge."""
     before, began = peak(), time.perf_counter()
-    plan = mix.how(*how)
+    plan = mix.How.said(*how)
     mix.run(weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out")
     return {"seconds": time.perf_counter() - began, "MB": peak() - before}
 

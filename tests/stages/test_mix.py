@@ -93,6 +93,15 @@ def test_ranks(foreign: Path, cli: Cli) -> None:
     assert peft_format.load(foreign / "both").rank == 1
 
 
+def test_chat_takes_no_mix_apart_that_is_not_a_sum(workspace: Path) -> None:
+    made = call(workspace, "merge", "-w", "helpful=1,harmless=0.5", "--method", "tsv", "--name", "whitened")
+    assert made.code == 0, made.err
+    answer = call(workspace, "chat", "--prompt", "Tell me about rain.", "--json")
+    assert answer.code == 0, answer.err
+    assert "made by tsv: /w turns it as a whole" in answer.err
+    assert json.loads(answer.out)["weights"] == {"whitened": 1.0}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1", "--dtype", dtype, "--out", "mix")
