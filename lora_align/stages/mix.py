@@ -21,7 +21,6 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 from lora_align.stages import start as start_policy
 
-
 DTYPES = ("float32", "float16", "bfloat16")
 
 
