@@ -3,10 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_align.adapters import layers
 from lora_align.console import inert
 from lora_align.errors import UserError
 
@@ -101,6 +102,21 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
+    """What ought to be among an adapter's modules and is not, or nothing.
+
+    Targets that are patterns or have exceptions do not tell; those that name a layer do; others are in every layer.
+    """
+    targets = config["target_modules"]
+    if config.get("exclude_modules") or (isinstance(targets, str) and targets != "all-linear"):
+        return ""
+    named = [] if isinstance(targets, str) else [target for target in targets if layers.NUMBER.search(f".{target}")]
+    lost = [target for target in named if not any(f".{module}".endswith(f".{target}") for module in modules)]
+    if lost:
+        return f"there is no {lost[0]}"
+    return "" if named else layers.gap(modules, config.get("layers_to_transform"))
 
 
 def written(ranks: Mapping[str, int], *, base: str, revision: str, targets: list[str], transposed: bool) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_align.adapters import layers, peft_config, tensor_file
+from lora_align.adapters import peft_config, tensor_file
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.adapters.tensor_file import TensorFile
 from lora_align.console import inert
@@ -42,9 +42,9 @@ class Adapter(Mapping[str, Factors]):
             if found != {"A", "B"}:
                 raise UserError(f"{self._file.path}: {inert(name)} has lora_{min(found)} but not the other side")
             self.shapes[name] = self._shape(name)
-        gap = layers.gap(self.shapes, self.config.get("layers_to_transform"))
-        if gap:
-            raise UserError(f"{self._file.path}: {inert(gap)}; tensors are missing")
+        lacking = peft_config.lacking(self.config, self.shapes)
+        if lacking:
+            raise UserError(f"{self._file.path}: {inert(lacking)}; tensors are missing")
 
     @property
     def base(self) -> str:

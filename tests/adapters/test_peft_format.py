@@ -168,6 +168,21 @@ def test_written_and_read_again_is_the_same(llama: Path, tmp_path: Path) -> None
     assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in delta.items())
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [r".*layers\.1\.self_attn\.(q|v)_proj", ["layers.1.self_attn.q_proj", "layers.0.self_attn.v_proj"]],
+)
+def test_adapters_that_pick_layers_have_no_gaps(targets: Any, llama: Path, tmp_path: Path) -> None:
+    meant = peft_adapter(llama, tmp_path, 0, r=2, lora_alpha=4, target_modules=targets)
+    assert set(peft_format.load(tmp_path)) == set(meant)
+    assert len(meant) == 2
+    if isinstance(targets, list):
+        file = tmp_path / peft_format.WEIGHTS
+        save_file({key: tensor for key, tensor in load_file(file).items() if "layers.0" not in key}, file)
+        with pytest.raises(UserError, match=r"there is no layers\.0\.self_attn\.v_proj; tensors are missing"):
+            peft_format.load(tmp_path)
+
+
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
     peft_adapter(llama, tmp_path, 0, **KINDS["plain"])
