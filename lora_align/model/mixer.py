@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_align.adapters.delta import Factors, LoraDelta, total
+from lora_align.adapters.delta import Factors, LoraDelta, stacked
 from lora_align.console import inert
 from lora_align.errors import UserError
 
@@ -19,56 +19,63 @@ class Mixer:
 
     def __init__(self, model: nn.Module, updates: Mapping[str, LoraDelta], weights: Mapping[str, float]) -> None:
         self.updates = {name: LoraDelta.of(dict(update)) for name, update in updates.items()}
-        modules = dict(model.named_modules())
-        fitting = {
-            name: (_fitting(modules.get(name), name, factors), factors)
-            for name, factors in total(list(self.updates.values())).items()
+        layers = dict(model.named_modules())
+        names = dict.fromkeys(module for update in self.updates.values() for module in update)
+        parts = {
+            module: {name: update[module] for name, update in self.updates.items() if module in update}
+            for module in names
         }
-        self.hooks = []
-        self.scales: list[tuple[Tensor, Tensor]] = []  # a device's s for all its layers, and whose weight each entry is
-        for device in {layer.weight.device for layer, _ in fitting.values()}:
-            here = {name: found for name, found in fitting.items() if found[0].weight.device == device}
-            owners = [owner for name in here for owner in self._owners(name)]
-            scale = torch.zeros(len(owners), device=device)
-            self.scales.append((scale, torch.tensor(owners, device=device, dtype=torch.long)))
-            parts = scale.split([factors.rank for _, factors in here.values()])
-            for (layer, factors), part in zip(here.values(), parts, strict=True):
-                A, B = factors.A.to(device, torch.float32), factors.B.to(device, torch.float32)
-                self.hooks.append(layer.register_forward_hook(_branch(A, B, part)))
+        fitting = {module: _fitting(layers.get(module), module, found) for module, found in parts.items()}
+        self.branches = [_Branch(layer, parts[module]) for module, layer in fitting.items()]
         self.set(weights)
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Give each update its weight, from the next token on; one that is not named gets 0."""
         self.weights = {name: weights.get(name, 0.0) for name in self.updates}
-        values = torch.tensor(list(self.weights.values()))
-        for scale, owners in self.scales:
-            scale.copy_(values.to(scale.device)[owners])
-
-    def _owners(self, module: str) -> list[int]:
-        """Which update each column of a module's stacked B comes from."""
-        having = [(number, update) for number, update in enumerate(self.updates.values()) if module in update]
-        return [number for number, update in having for _ in range(update[module].rank)]
+        for branch in self.branches:
+            branch.set(self.weights)
 
     def remove(self) -> None:
         """Leave the base as it was."""
-        for hook in self.hooks:
-            hook.remove()
+        for branch in self.branches:
+            branch.hook.remove()
 
 
-def _fitting(layer: nn.Module | None, name: str, factors: Factors) -> nn.Linear:
-    """The layer an update belongs on, or an error that says how the base differs."""
-    wanted = (factors.B.shape[0], factors.A.shape[1])
+class _Branch:
+    """One layer's updates. What lies before the first and after the last that has a weight is not computed."""
+
+    def __init__(self, layer: nn.Linear, parts: Mapping[str, Factors]) -> None:
+        whole, where = stacked(list(parts.values())), layer.weight.device
+        self.A, self.B = whole.A.to(where, torch.float32), whole.B.to(where, torch.float32)
+        self.ranks = {name: part.rank for name, part in parts.items()}
+        self.set({})
+        self.hook = layer.register_forward_hook(self)
+
+    @torch.inference_mode(False)  # what is set while answers are drawn may lie under an adapter that is trained
+    def set(self, weights: Mapping[str, float]) -> None:
+        """Narrow A and B to the stretch that counts, and give it its s."""
+        scale = [weights.get(name, 0.0) for name, rank in self.ranks.items() for _ in range(rank)]
+        live = [i for i, weight in enumerate(scale) if weight]
+        stretch = slice(live[0], live[-1] + 1) if live else slice(0)
+        self.live_A, self.live_B = self.A[stretch], self.B[:, stretch]
+        self.scale = torch.tensor(scale[stretch], device=self.A.device)
+
+    def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """As a forward hook."""
+        if not len(self.scale):
+            return output
+        inner = nn.functional.linear(inputs[0].to(self.A.dtype), self.live_A) * self.scale
+        return output + nn.functional.linear(inner, self.live_B).to(output.dtype)
+
+
+def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -> nn.Linear:
+    """The layer updates belong on, or an error that says how the base differs."""
     found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else "not there"
-    if not isinstance(layer, nn.Linear) or found != wanted:
-        raise UserError(f"the adapter was not made for this base: its {inert(name)} is {wanted}, the base's is {found}")
+    for factors in parts.values():
+        wanted = (factors.B.shape[0], factors.A.shape[1])
+        if not isinstance(layer, nn.Linear) or found != wanted:
+            raise UserError(
+                f"the adapter was not made for this base: its {inert(name)} is {wanted}, the base's is {found}"
+            )
+    assert isinstance(layer, nn.Linear)
     return layer
-
-
-def _branch(A: Tensor, B: Tensor, scale: Tensor):  # type: ignore[no-untyped-def]
-    """A forward hook that adds B (s ∘ (A x)) to a layer's output."""
-
-    def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inner = nn.functional.linear(inputs[0].to(A.dtype), A) * scale
-        return output + nn.functional.linear(inner, B).to(output.dtype)
-
-    return add

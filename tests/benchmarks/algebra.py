@@ -26,6 +26,7 @@ from lora_align import recipe
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.console import Screen
+from lora_align.data.rows import Message
 from lora_align.model.mixer import Mixer
 from lora_align.stages import mix
 
@@ -39,6 +40,7 @@ SHAPES = {  # of one layer, [out, in]
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+SPOKEN_RANKS = (0, 4, 16, 64)
 PARENTS = (2, 4, 8, 16, 32, 64)
 GROWTH_LAYERS = 4
 VECTORS = {"helpful pos": 1.0, "helpful neg": -1.0, "harmless pos": 0.5, "harmless neg": -0.5}
@@ -153,11 +155,41 @@ def _added(at: nn.Module, part: str) -> nn.Module:
     return at.get_submodule(part)
 
 
+def speaking() -> dict[str, float]:
+    """Tokens a second on the demo base under mixes of several total ranks, as shares of the base's alone; in turns."""
+    from lora_align.demo import measure
+    from lora_align.model import base as bases
+    from lora_align.model.generate import Sampling
+    from lora_align.model.sample import sample
+
+    base = bases.find(recipe.Base("demo"))
+    model = base.load()
+    asked = measure.questions(0, 32, part="dev")
+    prompts = [base.chat.prompt_ids((Message("user", prompt.text),)) for prompt in asked]
+    linears = {name: of for name, of in model.named_modules() if isinstance(of, nn.Linear) and "lm_head" not in name}
+    rates: dict[int, list[float]] = {}
+    for _ in range(ROUNDS):
+        for rank in SPOKEN_RANKS:
+            update = {
+                name: Factors(torch.full((of.out_features, rank), 1e-9), torch.full((rank, of.in_features), 1e-9))
+                for name, of in linears.items()
+            }
+            mixer = Mixer(model, {"mix": LoraDelta.of(update)} if rank else {}, {"mix": 1.0})
+            began, tokens = time.perf_counter(), 0
+            for batch in sample(model, base, prompts, 4, Sampling(1.0, max_new_tokens=measure.LONGEST, seed=0)):
+                tokens += sum(len(answer.tokens) for answer in batch)
+            rates.setdefault(rank, []).append(tokens / (time.perf_counter() - began))
+            mixer.remove()
+    alone = max(rates[0])
+    return {f"rank {rank}": max(found) / alone for rank, found in rates.items()}
+
+
 CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
     "merged": lambda work, *words: merged(Path(work), json.loads(words[0]), json.loads(words[1])),
     "peft": lambda work, layers, combination: by_peft(Path(work), int(layers), combination),
     "floor": lambda work: floor(Path(work)),
     "live": lambda: live(),
+    "speaking": lambda: speaking(),
 }
 
 
@@ -240,6 +272,9 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         figures[f"parents, {GROWTH_LAYERS} layers"] = growth(Path(folder))
     figures["a weight change, 32 layers"] = {"ms": round(child("live")["ms"], 3)}
+    figures["tokens a second on the demo base, of the base's alone"] = {
+        rank: round(share, 3) for rank, share in child("speaking").items()
+    }
     save("algebra", figures)
 
 
