@@ -11,6 +11,8 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
+ROUNDING = 1e-6  # a share of the largest singular value that cannot be told from 0
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -52,7 +54,9 @@ class Factors:
 
     def padded(self, rank: int) -> Factors:
         """The same product with columns and rows of zeros up to that rank."""
-        more = max(rank - self.rank, 0)
+        if rank <= self.rank:
+            return self
+        more = rank - self.rank
         return Factors(nn.functional.pad(self.B, (0, more)), nn.functional.pad(self.A, (0, 0, 0, more)))
 
 

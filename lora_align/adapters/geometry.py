@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora_align.adapters import layers
 from lora_align.adapters.delta import LoraDelta, rank_keeping, stacked
 
-NOTHING = 1e-6  # a singular value that is so much smaller than the first is rounding
 Decomposed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -43,14 +42,20 @@ class Geometry:
         return (self.gram / length[:, None] / length).clamp(-1, 1).tolist()
 
     def by_place(self) -> dict[str, dict[str, dict[int, float]]]:
-        """Update → kind of module → layer (-1 where a name has none) → norm."""
-        found: dict[str, dict[str, dict[int, float]]] = {name: {} for name in self.names}
+        """Update → kind of module → layer (-1 where a name has none) → norm, of all experts together."""
+        squares: dict[str, dict[str, dict[int, float]]] = {name: {} for name in self.names}
+        places = {module: layers.place(module) for module in self.grams}
+        several = len({at.stack for at in places.values() if at}) > 1
         for module, gram in self.grams.items():
-            match = layers.NUMBER.search(module)
-            kind, layer = (module[match.end() :], int(match[1])) if match else (module, -1)
-            for name, square in zip(self.names, gram.diagonal().tolist(), strict=True):
-                found[name].setdefault(kind.rpartition(".")[2], {})[layer] = math.sqrt(max(square, 0.0))
-        return found
+            at = places[module]
+            kind = module.rpartition(".")[2] if at is None else f"{at.stack} {at.kind}" if several else at.kind
+            for name, square in zip(self.names, gram.diagonal().clamp(min=0).tolist(), strict=True):
+                of = squares[name].setdefault(kind, {})
+                of[at.layer if at else -1] = of.get(at.layer if at else -1, 0.0) + square
+        return {
+            name: {kind: {layer: math.sqrt(square) for layer, square in of.items()} for kind, of in kinds.items()}
+            for name, kinds in squares.items()
+        }
 
     def coefficients(self, whole: str) -> dict[str, float]:
         """The weights of the others whose sum comes nearest to `whole`: what it holds of each by itself."""
@@ -75,7 +80,7 @@ def decompositions(update: LoraDelta) -> dict[str, Decomposed]:
     found = {}
     for module, factors in update.items():
         U, S, Vt = factors.svd()
-        real = int((NOTHING * S[0] < S).sum())
+        real = int((ROUNDING * S[0] < S).sum())
         found[module] = (U[:, :real], S[:real], Vt[:real])
     return found
 

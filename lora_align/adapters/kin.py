@@ -2,32 +2,51 @@
 
 from collections.abc import Sequence
 
-from lora_align.adapters import layers
+from lora_align.adapters import layers, peft_config
 from lora_align.adapters.peft_format import Adapter
 from lora_align.console import inert
 from lora_align.errors import UserError
 
+Kind = tuple[str, str, str]
+
 
 def refuse_strangers(adapters: Sequence[Adapter], *, same_base: bool) -> None:
-    """An error where shapes or layers differ, and, unless told that the base is the same, where its names do."""
-    first = adapters[0]
-    shapes = {name: (shape, first) for name, shape in first.shapes.items()}
-    depths = {stack: (depth, first) for stack, depth in layers.depths(first.shapes).items()}
-    for adapter in adapters[1:]:
+    """An error where shapes or depths differ, and, unless told that the base is the same, where it is not plain."""
+    shapes: dict[str, tuple[tuple[int, int], Adapter]] = {}
+    depths: dict[Kind, tuple[int, Adapter]] = {}
+    for adapter in adapters:
         for name, shape in adapter.shapes.items():
             known, owner = shapes.setdefault(name, (shape, adapter))
             if known != shape:
                 _refuse(adapter, owner, f"{inert(name)} is {_by(shape)} in one and {_by(known)} in the other")
-        for stack, depth in layers.depths(adapter.shapes).items():
-            known_depth, owner = depths.setdefault(stack, (depth, adapter))
-            confined = [a for a in (adapter, owner) if a.config.get("layers_to_transform") is not None]
-            if known_depth != depth and not confined:
-                _refuse(adapter, owner, f"one has {depth} layers in {inert(stack)}, the other {known_depth}")
-        if adapter.base != first.base and not same_base:
-            raise UserError(
-                f"{adapter.folder} names the base {inert(adapter.base)!r}, {first.folder} names "
-                f"{inert(first.base)!r}; if these are one and the same, say --same-base"
-            )
+        if peft_config.covers_every_layer(adapter.config):
+            for kind, last in layers.deepest(adapter.shapes).items():
+                known_last, owner = depths.setdefault(kind, (last, adapter))
+                if known_last != last:
+                    _refuse(
+                        adapter,
+                        owner,
+                        f"the last {inert(kind[2])} of one is in layer {last}, {known_last} in the other",
+                    )
+    for adapter in adapters[1:] if not same_base else ():
+        _ask(adapter, adapters[0])
+
+
+def _ask(one: Adapter, other: Adapter) -> None:
+    """Refuse until a person has said that the bases are one."""
+    stacks = [{kind[0] for kind in layers.deepest(adapter.shapes)} for adapter in (one, other)]
+    revisions = [str(adapter.config.get("revision") or "") for adapter in (one, other)]
+    why = ""
+    if one.base != other.base:
+        why = f"names the base {inert(one.base)!r}, {other.folder} names {inert(other.base)!r}"
+    elif not one.base:
+        why = f"does not say what base it is of, nor does {other.folder}"
+    elif all(revisions) and revisions[0] != revisions[1]:
+        why = f"is of the base's revision {inert(revisions[0])!r}, {other.folder} of {inert(revisions[1])!r}"
+    elif all(stacks) and not stacks[0] & stacks[1]:
+        why = f"adapts {inert(min(stacks[0]))}, {other.folder} adapts {inert(min(stacks[1]))}"
+    if why:
+        raise UserError(f"{one.folder} {why}; if their bases are one and the same, say --same-base")
 
 
 def _refuse(one: Adapter, other: Adapter, why: str) -> None:

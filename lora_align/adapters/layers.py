@@ -1,54 +1,55 @@
-"""The layers an adapter covers, told from its modules' names, to notice what is missing from it."""
+"""The layers an adapter covers, told from its modules' names, to notice what was lost from it."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 NUMBER = re.compile(r"\.(\d+)\.")
-Stacks = Mapping[str, Mapping[str, set[int]]]  # `model.layers` → `self_attn.q_proj` → the layers that have one
 
 
-def covered(modules: Iterable[str]) -> Stacks:
-    """Which layers of which stack have which kind of module."""
-    found: dict[str, dict[str, set[int]]] = {}
-    for name in modules:
-        match = NUMBER.search(name)
-        if match:
-            kinds = found.setdefault(name[: match.start()], {})
-            kinds.setdefault(name[match.end() :], set()).add(int(match[1]))
+class Place(NamedTuple):
+    """`model.layers.3.self_attn.q_proj`, taken apart."""
+
+    stack: str  # model.layers
+    layer: int  # 3
+    block: str  # self_attn
+    kind: str  # q_proj
+
+
+def place(module: str) -> Place | None:
+    """Where a module sits; None where its name has no layer, as lm_head's."""
+    match = NUMBER.search(module)
+    if not match:
+        return None
+    block, _, kind = module[match.end() :].rpartition(".")
+    return Place(module[: match.start()], int(match[1]), block, kind)
+
+
+def deepest(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
+    """The last layer of each kind of module."""
+    found: dict[tuple[str, str, str], int] = {}
+    for at in filter(None, map(place, modules)):
+        found[at.stack, at.block, at.kind] = max(at.layer, found.get((at.stack, at.block, at.kind), 0))
     return found
 
 
-def depths(modules: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack has at least."""
-    return {stack: max(map(max, kinds.values())) + 1 for stack, kinds in covered(modules).items()}
+def lost(modules: Iterable[str], everywhere: bool) -> str:
+    """A single module, or a single layer's block, that all the others have and one lacks; or nothing.
 
-
-def gap(modules: Iterable[str], only: int | list[int] | None) -> str:
-    """What an adapter lacks, or nothing. `only` are the layers its configuration confines it to."""
-    for stack, kinds in covered(modules).items():
-        deepest = max(map(max, kinds.values()))
-        wanted = sorted({only} if isinstance(only, int) else set(only)) if only is not None else range(deepest + 1)
-        alike = Counter(map(frozenset, kinds.values()))
-        empty = set(wanted).difference(*kinds.values())
-        if empty:
-            return f"{stack}.{min(empty)} has no {next(iter(kinds))}"
-        for kind, layers in kinds.items():
-            if layers - set(wanted):
-                return f"{stack}.{min(layers - set(wanted))} is not among layers_to_transform"
-            has = [layer in layers for layer in wanted]
-            legitimate = _repeats(has) or (_unbroken(has) and alike[frozenset(layers)] > 1)
-            if not all(has) and not legitimate:
-                return f"{stack}.{wanted[has.index(False)]} has no {kind}"
+    Models differ from layer to layer: every fourth has attention, the first is dense, the last share their keys. What
+    is missing once is therefore told from what is missing often. `everywhere` says that no layer was left out by plan.
+    """
+    blocks: dict[tuple[str, str], dict[int, frozenset[str]]] = {}
+    for at in filter(None, map(place, modules)):
+        layers = blocks.setdefault((at.stack, at.block), {})
+        layers[at.layer] = layers.get(at.layer, frozenset()) | {at.kind}
+    for (stack, block), layers in blocks.items():
+        usual, times = Counter(layers.values()).most_common(1)[0]
+        for layer, kinds in layers.items():
+            if kinds < usual and times == len(layers) - 1 > 1:
+                return f"{'.'.join(filter(None, (stack, str(layer), block)))} has no {min(usual - kinds)}"
+        inner = set(range(min(layers), max(layers))) - set(layers)
+        if everywhere and len(inner) == 1 and len(layers) > 2:
+            return f"{stack}.{inner.pop()} has no {block or min(usual)}"
     return ""
-
-
-def _repeats(has: Sequence[bool]) -> bool:
-    """As in models every fourth layer of which has attention."""
-    periods = range(1, len(has) // 2 + 1)
-    return any(all(a == b for a, b in zip(has, has[period:], strict=False)) for period in periods)
-
-
-def _unbroken(has: Sequence[bool]) -> bool:
-    """As in models whose first layers are dense and whose others have experts."""
-    return "".join("x" if here else " " for here in has).strip().count(" ") == 0

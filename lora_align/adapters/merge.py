@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_align.adapters.delta import Factors, LoraDelta, rank_keeping, stacked
+from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_keeping, stacked
+from lora_align.console import inert
 from lora_align.errors import UserError, nearest
 
 SMALL = 1024  # a dense matrix with a side no longer than this is decomposed exactly
 OVERSAMPLED, POWERS = 8, 4  # of the randomised SVD of larger ones
-NOTHING = 1e-12  # a share of the largest eigenvalue that counts as 0
+WHOLE = 2**31  # more than any rank
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Parts:
     """One module of every vector that has it, with the vectors' weights."""
 
     module: str
+    names: tuple[str, ...]
     updates: tuple[Factors, ...]
     weights: tuple[float, ...]
 
@@ -68,9 +70,10 @@ def tsv(parts: Parts) -> Factors:
     left, sizes, right = [], [], []
     for update, weight in parts:
         U, S, Vt = update.svd()
-        left.append(U[:, :keep])
-        sizes.append(S[:keep] * weight)
-        right.append(Vt[:keep].T)
+        real = min(keep, int((ROUNDING * S[0] < S).sum()))  # others point anywhere, and would be made room for
+        left.append(U[:, :real])
+        sizes.append(S[:real] * weight)
+        right.append(Vt[:real].T)
     B, A = _orthogonal(torch.cat(left, dim=1)) * torch.cat(sizes), _orthogonal(torch.cat(right, dim=1)).T
     return Factors(B.to(parts.updates[0].B.dtype), A.to(parts.updates[0].A.dtype))
 
@@ -81,10 +84,13 @@ def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
     https://arxiv.org/abs/2306.01708. An entry means something in the layer's own basis alone, so that this is dense.
     """
     _between(density, "density")
-    trimmed = [_largest(update.B @ update.A, density).mul_(weight) for update, weight in parts]
-    elected = reduce(torch.add, trimmed).sign()
+
+    def trimmed() -> Iterator[Tensor]:
+        return (_largest(update.B @ update.A, density) * weight for update, weight in parts)
+
+    elected = reduce(torch.add, trimmed()).sign()
     total, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
-    for matrix in trimmed:
+    for matrix in trimmed():  # made again: memory holds a few matrices, however many updates there are
         agrees = (matrix.sign() == elected) & (elected != 0)
         total += matrix * agrees
         agreeing += agrees
@@ -96,21 +102,25 @@ def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
 
     Dense, because what is dropped are entries.
     """
-    _between(1 - drop, "1 - drop")
-    draw = torch.Generator().manual_seed(seed + zlib.crc32(parts.module.encode()))
-    total = torch.zeros(())
-    for update, weight in parts:
+    if not 0 <= drop < 1:
+        raise UserError(f"drop is at least 0 and below 1; it is {drop:g}")
+
+    def kept(name: str, update: Factors) -> Tensor:
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {parts.module} {name}".encode()))
         matrix = update.B @ update.A
-        kept = torch.rand(matrix.shape, generator=draw) >= drop
-        total = total + matrix * kept * (weight / (1 - drop))
-    return total
+        return matrix * (torch.rand(matrix.shape, generator=draw) >= drop)
+
+    thinned = (kept(name, update) * (w / (1 - drop)) for name, (update, w) in zip(parts.names, parts, strict=True))
+    return reduce(torch.add, thinned)
 
 
 METHODS: dict[str, Callable[..., Factors | Tensor]] = {
     method.__name__: method for method in (exact, svd, soup, tsv, ties, dare)
 }
+DENSE = ("ties", "dare")
 OF_POLICIES = ("soup",)  # these weigh policies: of a preference the adapter towards it, not the difference
-FITS = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512)}  # ranks a server takes
+# Ranks a server takes. llama.cpp takes any, but scales each tensor by its own rank: they have to be alike.
+FITS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
 
 
 def options(method: str) -> dict[str, Any]:
@@ -143,6 +153,8 @@ def check_weights(method: str, weights: Mapping[str, float]) -> None:
 
 def fitting(server: str, rank: int) -> int:
     """The smallest rank a server takes that is no smaller than this."""
+    if not FITS[server]:
+        return rank
     taken = [known for known in FITS[server] if known >= rank]
     if not taken:
         raise UserError(
@@ -180,19 +192,23 @@ class Merge:
         return list(dict.fromkeys(name for update in everything for name in update))
 
     def modules(self, rank: int | None = None) -> Iterator[Merged]:
-        """The result, cut to a rank if one is asked for."""
+        """The result, cut to a rank: to the one asked for, or to what its method's result has by itself."""
         for name in self.names():
-            having = [key for key in self._counted() if name in self.vectors[key]]
+            having = tuple(key for key in self._counted() if name in self.vectors[key])
             updates = tuple(self.vectors[key][name] for key in having)
             below = [self.start[name]] if name in self.start else []
             ranks = [part.rank for part in (*updates, *below)]
-            merged = self._merged(Parts(name, updates, tuple(self.weights[key] for key in having)), below)
+            merged = self._merged(Parts(name, having, updates, tuple(self.weights[key] for key in having)), below)
             yield _cut(name, merged, rank or (max if self.method == "svd" else sum)(ranks))
 
     def smallest_rank(self, share: float) -> int:
         """The smallest rank for all modules that keeps this share of the energy."""
+        if self.method in DENSE:
+            raise UserError(
+                f"--rank auto goes with methods that have a low rank, not with {self.method}: give a number"
+            )
         squares, energy = [], 0.0
-        for merged in self.modules():
+        for merged in self.modules(WHOLE):
             squares.append(merged.factors.svd()[1].square())
             energy += merged.energy
         return rank_keeping(share, squares, energy)
@@ -243,6 +259,9 @@ class Tally:
 
 def _cut(module: str, whole: Factors | Tensor, rank: int) -> Merged:
     """The nearest factors of that rank, and what is lost by them."""
+    finite = whole.isfinite().all() if isinstance(whole, Tensor) else whole.B.isfinite().all()
+    if not finite:
+        raise UserError(f"{inert(module)}: the weights are too large for its numbers")
     if isinstance(whole, Factors) and whole.rank <= rank:
         return Merged(module, whole, max(whole.inner(whole), 0.0), 0.0)
     if isinstance(whole, Factors):
@@ -259,11 +278,11 @@ def _cut(module: str, whole: Factors | Tensor, rank: int) -> Merged:
 
 def _decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, σ, Vᵀ of a dense matrix: all, or of a large one somewhat more than `rank`, by random projection."""
-    if min(matrix.shape) <= SMALL:
+    if min(matrix.shape) <= max(SMALL, 2 * rank):
         U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         return U, S, Vt
     draw = torch.Generator().manual_seed(0)
-    Q = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], rank + OVERSAMPLED, generator=draw)).Q
+    Q = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], rank + OVERSAMPLED, generator=draw).to(matrix)).Q
     for _ in range(POWERS):
         Q = torch.linalg.qr(matrix.T @ Q).Q
         Q = torch.linalg.qr(matrix @ Q).Q
@@ -274,7 +293,7 @@ def _decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _orthogonal(columns: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns, X (XᵀX)^(-1/2); what is 0 stays 0."""
     values, vectors = torch.linalg.eigh(columns.T @ columns)
-    root = torch.where(values > NOTHING * values.max(), values.clamp(min=NOTHING).rsqrt(), 0.0)
+    root = torch.where(values > ROUNDING**2, values.clamp(min=ROUNDING**2).rsqrt(), 0.0)
     whitened: Tensor = columns @ (vectors * root) @ vectors.T
     return whitened
 
@@ -283,7 +302,7 @@ def _largest(matrix: Tensor, density: float) -> Tensor:
     """All but that share of the entries, by magnitude, set to 0."""
     entries = matrix.abs().flatten()
     drop = entries.numel() - math.ceil(density * entries.numel())
-    return matrix if drop == 0 else matrix * (matrix.abs() > entries.kthvalue(drop).values)
+    return matrix * (matrix.abs() >= entries.kthvalue(drop + 1).values)
 
 
 def _between(value: float, name: str) -> None:

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,29 @@ from lora_align.console import inert
 from lora_align.errors import UserError
 
 CONFIG = "adapter_config.json"
+LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # beyond these a number is a slip or an attack
 
 # Keys that change nothing about ΔW = scaling · B A, whatever they hold.
 HARMLESS = frozenset(
     """
-    task_type peft_version base_model_name_or_path revision inference_mode lora_dropout fan_in_fan_out
-    exclude_modules layers_pattern runtime_config megatron_core
+    peft_version inference_mode lora_dropout fan_in_fan_out exclude_modules layers_pattern runtime_config megatron_core
     loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size ensure_weight_tying
     """.split()  # noqa: SIM905
 )
 # Keys that are read here, and what they may hold.
 READ: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
-    "r": lambda value: type(value) is int and value > 0,
+    "r": lambda value: _rank(value),
     "lora_alpha": lambda value: _number(value),
     "use_rslora": lambda value: value in (None, True, False),
-    "rank_pattern": lambda value: not value or _patterns(value, lambda rank: type(rank) is int and rank > 0),
+    "rank_pattern": lambda value: not value or _patterns(value, _rank),
     "alpha_pattern": lambda value: not value or _patterns(value, _number),
     "target_modules": lambda value: _pattern(value) if isinstance(value, str) else _texts(value),
     "layers_to_transform": lambda value: value is None or type(value) is int or _whole(value),
     "init_lora_weights": lambda value: isinstance(value, bool | str),
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
+    "revision": lambda value: value is None or isinstance(value, str),
+    "task_type": lambda value: value is None or isinstance(value, str),
 }
 # Keys that must hold nothing, and what is wrong where they do.
 REFUSED = {
@@ -43,7 +47,7 @@ REFUSED = {
     "trainable_token_indices": "trained tokens are not LoRA",
     "target_parameters": "adapters of bare parameters are not read",
     "layer_replication": "replicated layers change the base",
-    "auto_mapping": "it asks for code to be imported",
+    "auto_mapping": "it asks for code to be imported; without that key, and with a task_type, the adapter is the same",
     "megatron_config": "Megatron layers are not read",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only",
     "use_qalora": "QALoRA pools its inputs",
@@ -96,45 +100,82 @@ def scaling(config: Mapping[str, Any], module: str) -> float:
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would adapt a module of that name."""
+def targeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether PEFT would adapt a module of some name."""
     targets = config["target_modules"]
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+        return lambda module: targets == "all-linear" or re.fullmatch(targets, module) is not None
+    whole, endings = set(targets), tuple(f".{target}" for target in targets)
+    return lambda module: module in whole or module.endswith(endings)  # most names of thousands are found at once
+
+
+def covers_every_layer(config: Mapping[str, Any]) -> bool:
+    """Whether it left no layer out by plan: by number, by an exception, by a pattern, by naming modules one by one."""
+    targets = config["target_modules"]
+    if config.get("layers_to_transform") or config.get("exclude_modules"):
+        return False
+    if isinstance(targets, str):
+        return targets == "all-linear"
+    return not any(layers.NUMBER.search(f".{target}") for target in targets)
 
 
 def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
-    """What ought to be among an adapter's modules and is not, or nothing.
-
-    Targets that are patterns or have exceptions do not tell; those that name a layer do; others are in every layer.
-    """
+    """What ought to be among an adapter's modules and is not, or nothing."""
     targets = config["target_modules"]
-    if config.get("exclude_modules") or (isinstance(targets, str) and targets != "all-linear"):
+    if not isinstance(targets, str):
+        present = {".".join(parts[i:]) for parts in (name.split(".") for name in modules) for i in range(len(parts))}
+        named = (target for target in targets if layers.NUMBER.search(f".{target}") and target not in present)
+        lost = next(named, None)
+        if lost:
+            return f"there is no {lost}"
+    if isinstance(targets, str) and targets != "all-linear":
         return ""
-    named = [] if isinstance(targets, str) else [target for target in targets if layers.NUMBER.search(f".{target}")]
-    lost = [target for target in named if not any(f".{module}".endswith(f".{target}") for module in modules)]
-    if lost:
-        return f"there is no {lost[0]}"
-    return "" if named else layers.gap(modules, config.get("layers_to_transform"))
+    return layers.lost(modules, covers_every_layer(config))
 
 
-def written(ranks: Mapping[str, int], *, base: str, revision: str, targets: list[str], transposed: bool) -> str:
+@dataclass(frozen=True)
+class About:
+    """What a configuration says beside ranks: of which base, for which task, of which modules."""
+
+    base: str
+    revision: str = ""
+    task: str | None = "CAUSAL_LM"
+    targets: tuple[str, ...] = ()  # module names or their common endings; none stands for every module by its name
+    transposed: bool = False  # PEFT's fan_in_fan_out, which tells how the base stores its weights and changes no sum
+
+    @classmethod
+    def common(cls, configs: Sequence[Mapping[str, Any]]) -> "About":
+        """What adapters that are added have in common; endings only where they mean the same modules again."""
+        bases = [config.get("base_model_name_or_path") or "" for config in configs]
+        tasks = {config.get("task_type") for config in configs}
+        lists = [config["target_modules"] for config in configs]
+        same = all(isinstance(targets, list) and sorted(targets) == sorted(lists[0]) for targets in lists)
+        endings = sorted(lists[0]) if same and all(map(covers_every_layer, configs)) else []
+        return cls(
+            base=next(filter(None, bases), ""),
+            revision=next(filter(None, (config.get("revision") for config in configs)), ""),
+            task=tasks.pop() if len(tasks) == 1 else None,
+            targets=tuple(endings),
+            transposed=any(config.get("fan_in_fan_out") for config in configs),
+        )
+
+
+def written(ranks: Mapping[str, int], about: About) -> str:
     """The configuration of an adapter with these ranks whose scaling is 1 everywhere."""
     largest = max(ranks.values())
     differing = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != largest}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision or None,
+        "task_type": about.task,
+        "base_model_name_or_path": about.base,
+        "revision": about.revision or None,
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": differing,
         "alpha_pattern": differing,
-        "target_modules": sorted(targets),
-        "fan_in_fan_out": transposed,
+        "target_modules": list(about.targets) or sorted(ranks),
+        "fan_in_fan_out": about.transposed,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -151,14 +192,18 @@ def _own(config: Mapping[str, Any], key: str, module: str, default: float) -> fl
     return float(default)
 
 
+def _rank(value: object) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_RANK
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_ALPHA
 
 
 def _pattern(text: str) -> bool:
     try:
-        return bool(re.compile(text))
-    except (re.error, RecursionError):
+        return bool(re.compile(rf"(.*\.)?({text})$")) and bool(re.compile(text))
+    except (re.error, RecursionError, OverflowError):
         return False
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_align.adapters import peft_config, tensor_file
 from lora_align.adapters.delta import Factors, LoraDelta
+from lora_align.adapters.peft_config import About
 from lora_align.adapters.tensor_file import TensorFile
 from lora_align.console import inert
 from lora_align.errors import UserError
@@ -23,11 +24,13 @@ Shape = tuple[int, int]  # of ΔW
 class Adapter(Mapping[str, Factors]):
     """An adapter folder: found sound as far as its configuration and header tell; its tensors are read when asked for.
 
-    Factors come in float32 whatever they are stored in, because in half precision the folded scaling would be rounded.
+    Factors come in float32 at least, because in half precision the folded scaling would be rounded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whole: bool = False) -> None:
+        """`whole`: a manifest has vouched for the files, so that what is not there was never there."""
         self.folder, self.config = folder, peft_config.read(folder)
+        self._fits = peft_config.targeted(self.config)
         self._file = _weights(folder)
         self.shapes: dict[str, Shape] = {}
         sides: dict[str, set[str]] = {}
@@ -42,7 +45,7 @@ class Adapter(Mapping[str, Factors]):
             if found != {"A", "B"}:
                 raise UserError(f"{self._file.path}: {inert(name)} has lora_{min(found)} but not the other side")
             self.shapes[name] = self._shape(name)
-        lacking = peft_config.lacking(self.config, self.shapes)
+        lacking = "" if whole else peft_config.lacking(self.config, self.shapes)
         if lacking:
             raise UserError(f"{self._file.path}: {inert(lacking)}; tensors are missing")
 
@@ -61,7 +64,8 @@ class Adapter(Mapping[str, Factors]):
         if name not in self.shapes:
             raise KeyError(name)
         A, B = (self._finite(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
-        return Factors(B * peft_config.scaling(self.config, name), A)
+        dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+        return Factors(B.to(dtype) * peft_config.scaling(self.config, name), A.to(dtype))
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -82,7 +86,7 @@ class Adapter(Mapping[str, Factors]):
             )
         if not (len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] == rank and A.size and B.size):
             raise UserError(f"{self.folder}: {inert(name)} has tensors {B.shape}, {A.shape}; the rank is {rank}")
-        if not peft_config.is_target(self.config, name):
+        if not self._fits(name):
             raise UserError(f"{self._file.path}: {inert(name)} is not among the target_modules; PEFT would not load it")
         return B.shape[0], A.shape[1]
 
@@ -90,29 +94,22 @@ class Adapter(Mapping[str, Factors]):
         tensor = self._file.read(key)
         if not tensor.isfinite().all():
             raise UserError(f"{self._file.path}: {inert(key)} holds values that are not finite")
-        return tensor.float() if tensor.dtype != torch.float64 else tensor
+        return tensor
 
 
-def load(folder: Path) -> LoraDelta:
+def load(folder: Path, whole: bool = False) -> LoraDelta:
     """The update an adapter folder describes."""
-    return LoraDelta.of(Adapter(folder))
+    return LoraDelta.of(Adapter(folder, whole))
 
 
 def save(
     folder: Path,
     modules: Iterable[tuple[str, Factors]],
     names: Collection[str],
-    *,
-    base: str,
+    about: About,
     dtype: torch.dtype = torch.float32,
-    revision: str = "",
-    targets: list[str] | None = None,
-    transposed: bool = False,
 ) -> None:
-    """Write an ordinary PEFT adapter whose scaling is 1, as its modules come; `names` are all of theirs.
-
-    `targets` are module names or their common endings, and `transposed` is PEFT's fan_in_fan_out.
-    """
+    """Write an ordinary PEFT adapter whose scaling is 1, as its modules come; `names` are all of theirs."""
     ranks: dict[str, int] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -122,23 +119,14 @@ def save(
                 stored = tensor.to(dtype)
                 if not stored.isfinite().all():
                     short = str(dtype).removeprefix("torch.")
-                    raise UserError(f"{inert(name)}: a value is too large for {short}; --dtype float32 holds it")
+                    remedy = "smaller weights" if dtype == torch.float32 else "smaller weights or --dtype float32"
+                    raise UserError(f"{inert(name)}: a value is too large for {short}; give {remedy}")
                 yield f"{PREFIX}{name}.lora_{side}.weight", stored
 
     folder.mkdir(parents=True, exist_ok=True)
     keys = [f"{PREFIX}{name}.lora_{side}.weight" for name in names for side in "AB"]
     tensor_file.write(folder / WEIGHTS, tensors(), keys)
-    text = peft_config.written(
-        ranks, base=base, revision=revision, targets=targets or list(ranks), transposed=transposed
-    )
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-
-
-def common_endings(adapters: Iterable[Adapter]) -> list[str] | None:
-    """The target list that all adapters share, to hand on; None where they differ or name a pattern."""
-    lists = [adapter.config["target_modules"] for adapter in adapters]
-    shared = [sorted(names) if isinstance(names, list) else None for names in lists]
-    return shared[0] if shared and all(names == shared[0] for names in shared) else None
+    (folder / CONFIG).write_text(peft_config.written(ranks, about), encoding="utf-8")
 
 
 def _weights(folder: Path) -> TensorFile:

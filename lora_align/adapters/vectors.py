@@ -28,7 +28,7 @@ class Parent:
         """The adapter, after its files were found to be the published ones."""
         if self.run:
             self.run.check_files()
-        return Adapter(self.folder)
+        return Adapter(self.folder, whole=self.run is not None)
 
     def lineage(self) -> dict[str, Any]:
         """What a mix's manifest says of it."""

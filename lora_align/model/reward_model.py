@@ -72,7 +72,7 @@ class RewardModel:
     def load(cls, base: Base, folder: Path, derived: Mapping[str, Sequence[str]]) -> "RewardModel":
         """The published adapter over a freshly loaded base, and its heads."""
         model = base.load()
-        Mixer(model, {ADAPTER: peft_format.load(folder)}, {ADAPTER: 1.0})
+        Mixer(model, {ADAPTER: peft_format.load(folder, whole=True)}, {ADAPTER: 1.0})
         return cls(base, model, Heads.load(folder).to(model.device), derived)
 
     @property

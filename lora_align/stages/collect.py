@@ -49,7 +49,9 @@ class Panel:
         for run in filter(None, adapters.values()):
             run.check_files()
         model = base.load()
-        self.mixer = Mixer(model, {name: peft_format.load(run.path) for name, run in adapters.items() if run}, {})
+        self.mixer = Mixer(
+            model, {name: peft_format.load(run.path, whole=True) for name, run in adapters.items() if run}, {}
+        )
         heads = Heads.load(reward.path).to(model.device)
         self.judge = RewardModel(base, model, heads, reward.manifest.method["objectives"])
         self.base, self.embedded, self.room = base, Embedded(model, base), Room(JUDGED_AT_ONCE)

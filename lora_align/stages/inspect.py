@@ -10,7 +10,7 @@ from typing import Any
 from lora_align.adapters import geometry, kin, vectors
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Geometry
-from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.merge import Tally
 from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import table
@@ -21,7 +21,7 @@ from lora_align.stages.mix import How
 
 TRUNCATED = 8  # directions of a vector that count in the interference, as in the preference vectors' paper
 SMALL = 0.01  # of the longest vector's norm
-MIX = "(mix)"
+MIX, START = "(mix)", "(start)"
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     known = Geometry.of(updates)
     norms, places = known.norms(), known.by_place()
     taken_apart = {name: geometry.decompositions(update) for name, update in updates.items()}
-    told_apart = list(itertools.combinations(named, 2))
+    pairs = list(itertools.combinations(named, 2))
     facts: dict[str, Any] = {
         "vectors": {
             name: {
@@ -50,10 +50,10 @@ def run(
             for name in named
         },
         "cosines": dict(zip(named, known.cosines(), strict=True)),
-        "overlaps": [{"of": [a, b], **geometry.overlap(taken_apart[a], taken_apart[b])} for a, b in told_apart],
+        "overlaps": [{"of": [a, b], **geometry.overlap(taken_apart[a], taken_apart[b])} for a, b in pairs],
         "agreement": _agreement(found, known),
         "interference": asdict(geometry.interference(list(taken_apart.values()), TRUNCATED)),
-        "mix": _mixed(updates, weights, how) if weights else None,
+        "mix": _mixed(weights, recipe, runs_dir, how) if weights else None,
         "doubts": _doubts(found, norms),
         "picture": str(picture) if picture else None,
     }
@@ -61,7 +61,7 @@ def run(
         from lora_align.evaluate import plots
 
         plots.layer_maps(picture, places)
-    return facts
+    return {key: _without_nan(value) for key, value in facts.items()}
 
 
 def told(facts: Mapping[str, Any]) -> str:
@@ -123,15 +123,15 @@ def _agreement(found: Mapping[str, Vector], known: Geometry) -> dict[str, list[f
     return alike
 
 
-def _mixed(updates: Mapping[str, LoraDelta], weights: Mapping[str, float], how: How) -> dict[str, Any]:
-    """What a mix holds of each of its vectors after its method and its rank."""
-    parts = {name: updates[name] for name in weights}
-    job, tally = Merge(parts, weights, how.method, how.options), Tally()
+def _mixed(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> dict[str, Any]:
+    """What the mix that `merge` would make holds of each of its vectors, after its method and its rank."""
+    job, tally = mix.prepare(weights, recipe, runs_dir, how).merge, Tally()
     made = LoraDelta.of(dict(tally.counted(job.modules(mix.wanted_rank(job, how)))))
+    parts = {**job.vectors, **({START: job.start} if len(job.start) else {})}
     held = Geometry.of({**parts, MIX: made}).coefficients(MIX)
-    whole = total([parts[name] * weight for name, weight in weights.items()])
+    whole = total([job.start, *(job.vectors[name] * weight for name, weight in weights.items())])
     return {
-        "weights": {name: {"asked": weights[name], "held": held[name]} for name in weights},
+        "weights": {name: {"asked": weight, "held": held[name]} for name, weight in weights.items()},
         "method": how.method,
         "rank": tally.rank,
         "norm": tally.norm,
@@ -151,5 +151,14 @@ def _doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str
     return [*small, *(doubt for vector in found.values() for doubt in vector.doubts())]
 
 
+def _without_nan(value: Any) -> Any:
+    """The same, with None for what is no number: JSON knows no nan."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(held) for held in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.3f}"
+    return "" if value is None else f"{value:.3f}"

@@ -13,6 +13,7 @@ from lora_align import runs
 from lora_align.adapters import kin, merge, peft_format, vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen
@@ -85,48 +86,29 @@ def run(
     force: bool = False,
 ) -> Run:
     """Add up, compress if asked, and publish."""
-    merge.check_weights(how.method, weights)
-    found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
-    if how.method in merge.OF_POLICIES:
-        found = {key: vector.policy() for key, vector in found.items()}
     target = out or runs_dir / "mix" / (name or default_name(weights))
-    keep_both = "another --out keeps both" if out else "--name NEW keeps both"
-    runs.refuse_existing(target, force, keep_both)
-    vectors.refuse_start_inside(found.values(), how.with_start)
-    base, start_id = vectors.common(found.values())
-    if base and not out:
-        runs.check_base(runs_dir, base)
-    for vector in found.values():
+    runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
+    ready = prepare(weights, recipe, runs_dir, how)
+    if ready.base and not out:
+        runs.check_base(runs_dir, ready.base)
+    for vector in ready.vectors.values():
         for doubt in vector.doubts():
             screen.warn(doubt)
-
-    updates, adapters = vectors.opened(found)
-    known = all(parent.run and parent.run.fingerprint for vector in found.values() for parent in vector.parents)
-    kin.refuse_strangers(adapters, same_base=how.same_base or known)
-    start = LoraDelta(())
-    if start_id and how.with_start:
-        adapters.append(Adapter(_start(runs_dir, start_id).path))
-        start = LoraDelta.of(adapters[-1])
-    job, tally = Merge(updates, weights, how.method, how.options, start), Tally()
-    rank = wanted_rank(job, how)
+    tally, rank = Tally(), wanted_rank(ready.merge, how)
     with runs.claim(target, screen, force=force) as staging:
-        peft_format.save(
-            staging,
-            tally.counted(job.modules(rank), padded=rank if how.fit and rank else 0),
-            job.names(),
-            base=adapters[0].base,
-            dtype=getattr(torch, how.dtype) if how.dtype else reduce(torch.promote_types, (a.dtype for a in adapters)),
-            revision=adapters[0].config.get("revision") or "",
-            targets=peft_format.common_endings(adapters),
-            transposed=any(adapter.config.get("fan_in_fan_out") for adapter in adapters),
+        modules = tally.counted(ready.merge.modules(rank), padded=rank if how.fit and rank else 0)
+        dtype = (
+            getattr(torch, how.dtype) if how.dtype else reduce(torch.promote_types, (a.dtype for a in ready.adapters))
         )
+        about = About.common([adapter.config for adapter in ready.adapters])
+        peft_format.save(staging, modules, ready.merge.names(), about, getattr(torch, how.dtype) if how.dtype else own)
         manifest = Manifest(
             stage="mix",
-            base=base or {"model": adapters[0].base, "fingerprint": "", "note": "no parent has a manifest"},
+            base=ready.base or {"model": about.base, "fingerprint": "", "note": "no parent has a manifest"},
             recipe=recipe.as_dict(),
-            contains_start=bool(start_id and how.with_start),
-            start=start_id,
-            parents=tuple(_lineage(vector, weights[key]) for key, vector in found.items()),
+            contains_start=len(ready.merge.start) > 0,
+            start=ready.start,
+            parents=tuple(_lineage(vector, weights[key]) for key, vector in ready.vectors.items()),
             method={
                 "name": how.method,
                 "weights": dict(weights),
@@ -135,9 +117,38 @@ def run(
                 "asked_rank": rank,
             },
             metrics={"norm": tally.norm, "left_out": tally.left_out},
-            unconverged=tuple(why for vector in found.values() for why in vector.unconverged()),
+            unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
         )
         return runs.publish(staging, target, manifest)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a mix is made of, found fit to be added."""
+
+    vectors: Mapping[str, Vector]
+    adapters: Sequence[Adapter]
+    base: Mapping[str, Any] | None
+    start: str
+    merge: Merge
+
+
+def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> Ready:
+    """Find, open and check everything; nothing is added yet."""
+    merge.check_weights(how.method, weights)
+    found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
+    if how.method in merge.OF_POLICIES:
+        found = {key: vector.policy() for key, vector in found.items()}
+    vectors.refuse_start_inside(found.values(), how.with_start)
+    base, start_id = vectors.common(found.values())
+    updates, adapters = vectors.opened(found)
+    known = all(parent.run and parent.run.fingerprint for vector in found.values() for parent in vector.parents)
+    kin.refuse_strangers(adapters, same_base=how.same_base or known)
+    start = LoraDelta(())
+    if start_id and how.with_start:
+        adapters.append(Adapter(_start(runs_dir, start_id).path, whole=True))
+        start = LoraDelta.of(adapters[-1])
+    return Ready(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
 
 
 def wanted_rank(job: Merge, how: How) -> int | None:

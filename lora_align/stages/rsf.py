@@ -18,6 +18,7 @@ from typing import Any
 from lora_align import runs, want
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen, library_log, table
 from lora_align.data import shards
@@ -223,14 +224,8 @@ def _whole(plan: Plan, policy: Run, folder: Path) -> Path:
     """The adapter a server needs: the policy's, and the start adapter's with it."""
     if plan.start is None:
         return policy.path
-    adapters = [Adapter(run.path) for run in (plan.start, policy)]
+    adapters = [Adapter(run.path, whole=True) for run in (plan.start, policy)]
     both = total([LoraDelta.of(adapter) for adapter in adapters])
-    peft_format.save(
-        folder / "adapter",
-        both.items(),
-        list(both),
-        base=adapters[1].base,
-        revision=adapters[1].config.get("revision") or "",
-        targets=peft_format.common_endings(adapters),
-    )
+    about = About.common([adapter.config for adapter in adapters])
+    peft_format.save(folder / "adapter", both.items(), list(both), about)
     return folder / "adapter"

@@ -120,7 +120,7 @@ def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
         if run.fingerprint != base.fingerprint:
             raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
     model = start_policy.load(base, start_policy.adapter(recipe, runs_dir))
-    mixer = Mixer(model, {side: peft_format.load(run.path) for side, run in sides.items()}, {})
+    mixer = Mixer(model, {side: peft_format.load(run.path, whole=True) for side, run in sides.items()}, {})
     beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
 
     def score(rows: Sequence[Answered]) -> Tensor:

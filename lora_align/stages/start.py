@@ -47,5 +47,5 @@ def load(base: Base, start: Run | None) -> PreTrainedModel:
         if start.fingerprint != base.fingerprint:
             raise UserError(f"{start.path} was trained on another base ({start.fingerprint[:12]})")
         start.check_files()
-        Mixer(model, {NAME: peft_format.load(start.path)}, {NAME: 1.0})
+        Mixer(model, {NAME: peft_format.load(start.path, whole=True)}, {NAME: 1.0})
     return model

@@ -7,6 +7,7 @@ import torch
 
 from lora_align.adapters import kin, peft_format
 from lora_align.adapters.delta import Factors
+from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
 
@@ -19,7 +20,8 @@ def adapter(
         for layer in range(deep)
         for kind in kinds
     }
-    peft_format.save(folder, modules.items(), list(modules), base=base)
+    about = About(base, targets=tuple(f"{kind}_proj" for kind in kinds) if plain else ())
+    peft_format.save(folder, modules.items(), list(modules), about)
     return Adapter(folder)
 
 
@@ -33,11 +35,20 @@ def test_other_shapes_and_depths_are_other_bases_whatever_is_said(same_base: boo
     one = adapter(tmp_path / "a")
     with pytest.raises(UserError, match=r"different bases: .*q_proj is 16 × 16 in one and 8 × 8 in the other"):
         kin.refuse_strangers([one, adapter(tmp_path / "b", wide=16)], same_base=same_base)
-    with pytest.raises(UserError, match=r"different bases: one has 5 layers in model\.layers, the other 3"):
+    with pytest.raises(UserError, match="different bases: the last q_proj of one is in layer 4, 2 in the other"):
         kin.refuse_strangers([one, adapter(tmp_path / "c", deep=5)], same_base=same_base)
     two, three = adapter(tmp_path / "d", kinds="v"), adapter(tmp_path / "e", wide=16, kinds="v")
     with pytest.raises(UserError, match="different bases"):  # between the second and the third, which alone share it
         kin.refuse_strangers([one, two, three], same_base=same_base)
+
+
+def test_an_adapter_that_names_its_layers_may_stop_early(tmp_path: Path) -> None:
+    kin.refuse_strangers([adapter(tmp_path / "a"), adapter(tmp_path / "b", deep=2, plain=False)], same_base=False)
+
+
+def test_nameless_bases_are_asked_about(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not say what base it is of, nor does"):
+        kin.refuse_strangers([adapter(tmp_path / "a", base=""), adapter(tmp_path / "b", base="")], same_base=False)
 
 
 def test_other_names_are_asked_about(tmp_path: Path) -> None:

@@ -5,44 +5,53 @@ import pytest
 from lora_align.adapters import layers
 
 DEEP = 12
-EVERY = range(DEEP)
-DENSE = {
+EVERY = list(range(DEEP))
+ATTENTION = [0, 3, 4, 9]  # as irregular as models that a search has designed
+WHOLE = {
     "like any Llama": {"attn.q": EVERY, "attn.v": EVERY, "mlp.up": EVERY},
-    "attention every fourth layer": {"attn.q": range(3, DEEP, 4), "linear.in": set(EVERY) - set(range(3, DEEP, 4))},
-    "first layers dense, then experts": {
-        "mlp.up": range(2),
-        "mlp.down": range(2),
-        "experts.0.up": range(2, DEEP),
-        "experts.1.up": range(2, DEEP),
+    "one kind of module": {"attn.q": EVERY},
+    "attention here and there": {"attn.q": ATTENTION, "attn.v": ATTENTION, "mlp.up": EVERY},
+    "only attention, every fourth layer": {"attn.q": EVERY[3::4], "attn.v": EVERY[3::4]},
+    "the last layers share keys and values": {"attn.q": EVERY, "attn.v": EVERY[:7]},
+    "the first layer dense, then experts": {
+        "attn.q": EVERY,
+        "mlp.down": EVERY[:1],
+        "mlp.experts.0.down": EVERY[1:],
+        "mlp.experts.1.down": EVERY[1:],
     },
 }
 
 
-def names(kinds: dict[str, range | set[int]], stack: str = "model.layers") -> list[str]:
+def names(kinds: dict[str, list[int]], stack: str = "model.layers") -> list[str]:
     return [f"{stack}.{layer}.{kind}" for kind, of in kinds.items() for layer in of]
 
 
-@pytest.mark.parametrize("kind", DENSE)
-def test_whole_adapters_have_no_gap(kind: str) -> None:
-    assert layers.gap(names(DENSE[kind]), None) == ""
-    tower = names({"attn.qkv": range(5)}, "visual.blocks")
-    assert layers.gap([*names(DENSE[kind]), *tower, "lm_head"], None) == ""
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_adapters_lost_nothing(kind: str) -> None:
+    assert layers.lost(names(WHOLE[kind]), everywhere=True) == ""
+    tower = names({"attn.qkv": EVERY[:5]}, "visual.blocks")
+    assert layers.lost([*names(WHOLE[kind]), *tower, "lm_head"], everywhere=True) == ""
 
 
-@pytest.mark.parametrize("kind", DENSE)
-def test_one_lost_module_is_noticed_wherever_it_was(kind: str) -> None:
-    whole = names(DENSE[kind])
-    last = [name for name in whole if f".{DEEP - 1}." in name]
-    for lost in whole:
-        if [lost] == last:
-            continue  # what is left is a whole adapter of a base with a layer less
-        assert layers.gap([name for name in whole if name != lost], None), lost
+@pytest.mark.parametrize("kind", ["like any Llama", "one kind of module"])
+def test_one_lost_module_of_an_inner_layer_is_noticed(kind: str) -> None:
+    whole = names(WHOLE[kind])
+    for gone in (name for name in whole if ".0." not in name and f".{DEEP - 1}." not in name):
+        assert layers.lost([name for name in whole if name != gone], everywhere=True), gone
 
 
-def test_layers_an_adapter_is_confined_to() -> None:
-    some = names({"attn.q": {2, 5}, "attn.v": {2, 5}})
-    assert layers.gap(some, [2, 5]) == ""
-    assert layers.gap(some, [2, 5, 7]) == "model.layers.7 has no attn.q"
-    assert layers.gap(some, [2]) == "model.layers.5 is not among layers_to_transform"
-    assert layers.gap(names({"attn.q": {3}}), 3) == ""
-    assert layers.depths([*some, "visual.blocks.0.x"]) == {"model.layers": 6, "visual.blocks": 1}
+def test_one_lost_neighbour_is_noticed_in_any_layer() -> None:
+    whole = names(WHOLE["attention here and there"])
+    for gone in (name for name in whole if "attn" in name):
+        found = layers.lost([name for name in whole if name != gone], everywhere=False)
+        assert found == f"{gone.rpartition('.')[0]} has no {gone.rpartition('.')[2]}"
+
+
+def test_a_layer_left_out_by_plan_is_no_loss() -> None:
+    some = names({"attn.q": [0, 1, 2, 4, 5], "attn.v": [0, 1, 2, 4, 5]})
+    assert layers.lost(some, everywhere=True) == "model.layers.3 has no attn"
+    assert layers.lost(some, everywhere=False) == ""
+    assert layers.deepest([*some, "lm_head"]) == {
+        ("model.layers", "attn", "q"): 5,
+        ("model.layers", "attn", "v"): 5,
+    }

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
 
@@ -78,7 +79,7 @@ def test_a_mix_of_unlike_adapters_in_stock_peft_equals_the_dense_sum(
     meant = {kind: peft_adapter(llama, tmp_path / kind, i, **KINDS[kind]) for i, kind in enumerate(KINDS)}
     vectors = {kind: peft_format.load(tmp_path / kind) for kind in KINDS}
     job, tally = Merge(vectors, weights), Tally()
-    peft_format.save(tmp_path / "mix", tally.counted(job.modules(rank)), job.names(), base=str(llama))
+    peft_format.save(tmp_path / "mix", tally.counted(job.modules(rank)), job.names(), About(str(llama)))
 
     dense = AutoModelForCausalLM.from_pretrained(llama)
     layers = dict(dense.named_modules())
@@ -113,7 +114,7 @@ def test_transposed_layers_are_added_as_they_are_meant(tmp_path: Path) -> None:
         for i, (name, kind) in enumerate(kinds.items())
     }
     delta = peft_format.load(tmp_path / "a") - 0.5 * peft_format.load(tmp_path / "b")
-    peft_format.save(tmp_path / "mix", delta.items(), list(delta), base=str(base), transposed=True)
+    peft_format.save(tmp_path / "mix", delta.items(), list(delta), About(str(base), transposed=True))
     dense = AutoModelForCausalLM.from_pretrained(base)
     for name, layer in dense.named_modules():
         if name in meant["a"]:
@@ -135,7 +136,7 @@ def test_stored_sums_are_exact_to_a_rounding_of_each_factor(dtype: torch.dtype, 
         for _ in range(3)
     ]
     whole = 0.3 * parts[0] - 1.7 * parts[1] + parts[2]
-    peft_format.save(tmp_path, whole.items(), list(whole), base="b", dtype=dtype)
+    peft_format.save(tmp_path, whole.items(), list(whole), About("b"), dtype)
     stored = Adapter(tmp_path)
     assert stored.dtype == dtype
     B, A = stored["q"].B.double(), stored["q"].A.double()
@@ -146,8 +147,8 @@ def test_stored_sums_are_exact_to_a_rounding_of_each_factor(dtype: torch.dtype, 
 
 def test_a_value_too_large_for_its_type_is_refused(tmp_path: Path) -> None:
     delta = LoraDelta.of({"q": Factors(torch.full((2, 1), 1e6), torch.ones(1, 2))})
-    with pytest.raises(UserError, match="too large for float16; --dtype float32 holds it"):
-        peft_format.save(tmp_path, delta.items(), list(delta), base="b", dtype=torch.float16)
+    with pytest.raises(UserError, match="too large for float16; give smaller weights or --dtype float32"):
+        peft_format.save(tmp_path, delta.items(), list(delta), About("b"), torch.float16)
 
 
 def test_half_precision_adapters_are_scaled_in_full(llama: Path, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_half_precision_adapters_are_scaled_in_full(llama: Path, tmp_path: Path)
 def test_written_and_read_again_is_the_same(llama: Path, tmp_path: Path) -> None:
     peft_adapter(llama, tmp_path / "a", 0, **KINDS["patterns"])
     delta = peft_format.load(tmp_path / "a")
-    peft_format.save(tmp_path / "b", delta.items(), list(delta), base=str(llama))
+    peft_format.save(tmp_path / "b", delta.items(), list(delta), About(str(llama)))
     again = peft_format.load(tmp_path / "b")
     assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in delta.items())
 
@@ -214,8 +215,11 @@ def folder(llama: Path, tmp_path: Path) -> Path:
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern cannot be"),
         ("target_modules", None, "target_modules cannot be null"),
         ("target_modules", ["q_proj"], "down_proj is not among the target_modules"),
-        ("layers_to_transform", [0, 1, 2], "layers.2 has no"),
-        ("layers_to_transform", [0], "layers.1 is not among layers_to_transform"),
+        ("layers_to_transform", "all", "layers_to_transform cannot be"),
+        ("target_modules", "a{4294967295}", "target_modules cannot be"),
+        ("rank_pattern", {"(?i)q_proj": 2}, "rank_pattern cannot be"),
+        ("lora_alpha", 10**400, "lora_alpha cannot be"),
+        ("base_model_name_or_path", 5, "base_model_name_or_path cannot be 5"),
         ("peft_type", "LOHA", "not a LoRA adapter"),
     ],
 )
@@ -232,8 +236,6 @@ def _spoil(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tens
         tensors[first][0, 0] = float("nan")
     elif fault == "missing":
         del tensors[first]
-    elif fault == "gap":
-        tensors = {key: tensor for key, tensor in tensors.items() if "layers.0.mlp" not in key}
     elif fault == "embedding":
         tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.ones(2, 2)
     elif fault == "traversing":
@@ -254,7 +256,6 @@ def _spoil(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tens
         ("nan", "not finite"),
         ("missing", "not the other side"),
         ("extra", "not a LoRA tensor"),
-        ("gap", "layers.0 has no mlp.down_proj; tensors are missing"),
         ("embedding", "not a LoRA tensor"),
         ("traversing", "not among the target_modules"),
         ("integers", "stored as I8"),
@@ -284,9 +285,14 @@ def test_cut_files_and_pickles_are_refused(folder: Path) -> None:
 def test_shared_target_lists_are_handed_on(folder: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
     peft_adapter(llama, other, 1, **KINDS["rslora"])
-    one, two = Adapter(folder), Adapter(other)
-    assert peft_format.common_endings([one, one]) == ["down_proj", "q_proj"]
-    assert peft_format.common_endings([one, two]) is None
+    one, two = Adapter(folder).config, Adapter(other).config
+    assert About.common([one, one]).targets == ("down_proj", "q_proj")
+    assert About.common([one, two]).targets == ()
+    assert About.common([{**one, "layers_to_transform": [0, 1]}] * 2).targets == (), (
+        "endings alone would mean all layers"
+    )
+    assert About.common([one, {**two, "task_type": "FEATURE_EXTRACTION"}]).task is None
+    assert About.common([{**one, "base_model_name_or_path": None}, two]).base == one["base_model_name_or_path"]
 
 
 def test_no_cut_and_no_flipped_bit_ends_in_a_traceback(folder: Path) -> None:

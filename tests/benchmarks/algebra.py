@@ -7,7 +7,6 @@ the imports; its memory is what the process peaked at above the imports. The flo
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from torch import nn
 from lora_align import recipe
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
+from lora_align.adapters.peft_config import About
 from lora_align.console import Screen
 from lora_align.data.rows import Message
 from lora_align.model.mixer import Mixer
@@ -57,15 +57,15 @@ def adapter(folder: Path, seed: int, layers: int) -> Path:
                 yield f"model.layers.{layer}.{kind}", Factors(B, A)
 
     names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in SHAPES]
-    peft_format.save(
-        folder, modules(), names, base="8b", dtype=torch.bfloat16, targets=[kind.rpartition(".")[2] for kind in SHAPES]
-    )
+    about = About("8b", targets=tuple(kind.rpartition(".")[2] for kind in SHAPES))
+    peft_format.save(folder, modules(), names, about, torch.bfloat16)
     return folder
 
 
 def peak() -> float:
-    """What this process held at most, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """What this process held at most, in MB. (`ru_maxrss` would count what its parent held.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
 
 
 # --- each in a process of its own ---
