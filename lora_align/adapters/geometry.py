@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_align.adapters import layers
-from lora_align.adapters.delta import LoraDelta, rank_keeping, stacked
+from lora_align.adapters.delta import ROUNDING, LoraDelta, rank_keeping, stacked
 
 Decomposed = tuple[Tensor, Tensor, Tensor]
 

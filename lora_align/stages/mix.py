@@ -97,9 +97,7 @@ def run(
     tally, rank = Tally(), wanted_rank(ready.merge, how)
     with runs.claim(target, screen, force=force) as staging:
         modules = tally.counted(ready.merge.modules(rank), padded=rank if how.fit and rank else 0)
-        dtype = (
-            getattr(torch, how.dtype) if how.dtype else reduce(torch.promote_types, (a.dtype for a in ready.adapters))
-        )
+        own = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
         about = About.common([adapter.config for adapter in ready.adapters])
         peft_format.save(staging, modules, ready.merge.names(), about, getattr(torch, how.dtype) if how.dtype else own)
         manifest = Manifest(

@@ -12,7 +12,7 @@ from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
 
 
-def adapter(
+    folder: Path, base: str = "llama", deep: int = 3, wide: int = 8, kinds: str = "q", plain: bool = True
     folder: Path, base: str = "llama", deep: int = 3, wide: int = 8, kinds: tuple[str, ...] = ("q",)
 ) -> Adapter:
     modules = {
