@@ -12,8 +12,8 @@ from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
 
 
+def adapter(
     folder: Path, base: str = "llama", deep: int = 3, wide: int = 8, kinds: str = "q", plain: bool = True
-    folder: Path, base: str = "llama", deep: int = 3, wide: int = 8, kinds: tuple[str, ...] = ("q",)
 ) -> Adapter:
     modules = {
         f"model.layers.{layer}.{kind}_proj": Factors(torch.ones(wide, 2), torch.ones(2, wide))
