@@ -1,7 +1,7 @@
 """How updates lie to each other: lengths, angles, shared directions, spectra. Module by module, without forming ΔW."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +73,7 @@ class Spectrum:
     rank: int  # the largest of a module
     effective: float  # exp of the entropy of the squares: how many directions share the energy, the mean of the modules
     for_99: int  # the smallest rank for all modules that keeps 99 % of the energy
+    shares: list[float]  # of the energy in the first direction of every module, in the second, and so on
 
 
 def decompositions(update: LoraDelta) -> dict[str, Decomposed]:
@@ -89,24 +90,30 @@ def spectrum(found: Mapping[str, Decomposed]) -> Spectrum:
     """Of an update's decompositions."""
     squares = [S.square() for _, S, _ in found.values() if len(S)]
     if not squares:
-        return Spectrum(0, 0.0, 0)
+        return Spectrum(0, 0.0, 0, [])
     entropies = [float(torch.special.entr(one / one.sum()).sum()) for one in squares]
     energy = float(torch.cat(squares).sum())
     effective = sum(map(math.exp, entropies)) / len(entropies)
-    return Spectrum(max(map(len, squares)), effective, rank_keeping(0.99, squares, energy))
+    shares = (nn.utils.rnn.pad_sequence(squares).sum(1) / energy).tolist()
+    return Spectrum(len(shares), effective, rank_keeping(0.99, squares, energy), shares)
 
 
 def overlap(one: Mapping[str, Decomposed], other: Mapping[str, Decomposed]) -> dict[str, float]:
-    """Mean squared cosine of the principal angles between two updates' outputs, and between their inputs."""
+    """The principal angles between two updates' outputs, and between their inputs, as means over modules.
+
+    `outputs` and `inputs` are mean squared cosines: 0 where no direction is shared, 1 where all are. The others are
+    the smallest angles, in degrees.
+    """
     shared = [module for module in one if module in other and len(one[module][1]) and len(other[module][1])]
-
-    def mean(bases: Sequence[tuple[Tensor, Tensor]]) -> float:
-        cosines = [torch.linalg.svdvals(a.T @ b).clamp(max=1).square().mean() for a, b in bases]
-        return float(torch.stack(cosines).mean()) if cosines else math.nan
-
+    if not shared:
+        return dict.fromkeys(("outputs", "outputs_angle", "inputs", "inputs_angle"), math.nan)
+    outputs = [torch.linalg.svdvals(one[name][0].T @ other[name][0]).clamp(max=1) for name in shared]
+    inputs = [torch.linalg.svdvals(one[name][2] @ other[name][2].T).clamp(max=1) for name in shared]
     return {
-        "outputs": mean([(one[module][0], other[module][0]) for module in shared]),
-        "inputs": mean([(one[module][2].T, other[module][2].T) for module in shared]),
+        "outputs": _mean(cosines.square().mean() for cosines in outputs),
+        "outputs_angle": math.degrees(_mean(cosines[0].acos() for cosines in outputs)),
+        "inputs": _mean(cosines.square().mean() for cosines in inputs),
+        "inputs_angle": math.degrees(_mean(cosines[0].acos() for cosines in inputs)),
     }
 
 
@@ -134,6 +141,10 @@ def interference(updates: Sequence[Mapping[str, Decomposed]], rank: int) -> Inte
         raw.append(float(((U.T @ U - one) @ torch.diag(S) @ (Vt @ Vt.T - one)).abs().sum()))
         by_size.append(raw[-1] / float(S.sum()))
     return Interference(sum(raw) / len(raw), sum(by_size) / len(by_size)) if raw else Interference(0.0, 0.0)
+
+
+def _mean(values: Iterable[Tensor]) -> float:
+    return float(torch.stack(list(values)).mean())
 
 
 def _gram(updates: Mapping[str, LoraDelta], module: str) -> Tensor:

@@ -21,6 +21,7 @@ from lora_align.stages.mix import How
 
 TRUNCATED = 8  # directions of a vector that count in the interference, as in the preference vectors' paper
 SMALL = 0.01  # of the longest vector's norm
+WIDE = 7  # kinds of modules that a table has room for
 MIX, START = "(mix)", "(start)"
 
 
@@ -82,6 +83,10 @@ def told(facts: Mapping[str, Any]) -> str:
             ],
         )
     ]
+    kinds = list(dict.fromkeys(kind for of in facts["vectors"].values() for kind in of["by_place"]))
+    if 1 < len(kinds) <= WIDE:
+        rows = [[name, *(f"{share:.0%}" for share in _shares(of, kinds))] for name, of in facts["vectors"].items()]
+        parts.append(table(["share of", *kinds], rows))
     if len(facts["cosines"]) > 1:
         rows = [[name, *map(_number, cosines)] for name, cosines in facts["cosines"].items()]
         parts.append(table(["cosine", *facts["cosines"]], rows))
@@ -98,9 +103,15 @@ def told(facts: Mapping[str, Any]) -> str:
         parts.append(
             f"the mix: norm {facts['mix']['norm']:.3g}, rank {facts['mix']['rank']}, "
             f"{facts['mix']['left_out']:.2%} of its energy left out, "
-            f"cosine with the exact sum {facts['mix']['cosine_with_sum']:.3f}"
+            f"cosine with the exact sum {_number(facts['mix']['cosine_with_sum'])}"
         )
     return "\n\n".join([*parts, *([facts["picture"]] if facts["picture"] else [])])
+
+
+def _shares(of: Mapping[str, Any], kinds: Sequence[str]) -> list[float]:
+    """How much of a vector's energy lies in each kind of module."""
+    energies = [sum(norm**2 for norm in of["by_place"].get(kind, {}).values()) for kind in kinds]
+    return [energy / (sum(energies) or 1.0) for energy in energies]
 
 
 def _between_sides(vector: Vector) -> float | None:

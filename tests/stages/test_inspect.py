@@ -48,6 +48,8 @@ def test_figures_are_those_of_the_dense_matrices(workspace: Path, dense: dict[st
         entropies = [torch.special.entr(s / s.sum()).nan_to_num().sum().exp() for s in squares.values()]
         assert of["effective"] == pytest.approx(float(torch.stack(entropies).mean()), rel=1e-3)
         energy = sum(float(s.sum()) for s in squares.values())
+        assert sum(of["shares"]) == pytest.approx(1)
+        assert of["shares"][0] == pytest.approx(sum(float(s[0]) for s in squares.values()) / energy, rel=1e-3)
         kept = [sum(float(s[:rank].sum()) for s in squares.values()) / energy for rank in range(of["rank"] + 1)]
         assert kept[of["for_99"] - 1] < 0.99 <= kept[of["for_99"]] + 1e-9
     expected = cosine(flat(dense["harmless"]), flat(dense["helpful"]))
@@ -57,7 +59,7 @@ def test_figures_are_those_of_the_dense_matrices(workspace: Path, dense: dict[st
 
 def test_interference_and_shared_directions(workspace: Path, dense: dict[str, dict[str, torch.Tensor]]) -> None:
     told = json.loads(call(workspace, "inspect", "harmless", "helpful", "--json").out)
-    raw, by_size, outputs = [], [], []
+    raw, by_size, outputs, angles = [], [], [], []
     for module in dense["helpful"]:
         found = [_directions(dense[name][module]) for name in ("harmless", "helpful")]
         U = torch.cat([u[:, :8] for u, _, _ in found], 1)
@@ -67,9 +69,11 @@ def test_interference_and_shared_directions(workspace: Path, dense: dict[str, di
         raw.append(float(((U.T @ U - one) @ S.diag() @ (Vt @ Vt.T - one)).abs().sum()))
         by_size.append(raw[-1] / float(S.sum()))
         (a, *_), (b, *_) = found
+        angles.append(math.degrees(math.acos(min(1.0, float(torch.linalg.svdvals(a.T @ b)[0])))))
         outputs.append(float((a.T @ b).square().sum() / min(a.shape[1], b.shape[1])))
     assert told["interference"]["raw"] == pytest.approx(sum(raw) / len(raw), rel=1e-3)
     assert told["interference"]["by_size"] == pytest.approx(sum(by_size) / len(by_size), rel=1e-3)
+    assert told["overlaps"][0]["outputs_angle"] == pytest.approx(sum(angles) / len(angles), rel=1e-3)
     assert told["overlaps"][0]["outputs"] == pytest.approx(sum(outputs) / len(outputs), rel=1e-3)
 
 
