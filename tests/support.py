@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMAND = Path(sys.executable).with_name("lora-align")
 PAIRS = ["--set", "dpo.limit=64"]
@@ -116,6 +120,23 @@ def make_base(folder: Path, family: str = "llama", positions: int = 256) -> Path
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
     return folder
+
+
+def peft_adapter(base: Path, folder: Path, seed: int, **config: Any) -> dict[str, "Tensor"]:
+    """Let PEFT make and save an adapter; returns its own idea of every ΔW."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    meant = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            torch.nn.init.normal_(module.lora_B["default"].weight, std=0.3)
+            meant[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach()
+    model.save_pretrained(str(folder))
+    return meant
 
 
 def real_data(name: str) -> Path:

@@ -61,6 +61,17 @@ def test_subtraction_undoes_addition_and_negation_is_minus_one(a: LoraDelta, b: 
 
 
 @settings(deadline=None)
+@given(deltas, deltas, deltas)
+def test_sums_associate_commute_and_have_a_zero(a: LoraDelta, b: LoraDelta, c: LoraDelta) -> None:
+    assert torch.allclose(flat(dense((a + b) + c)), flat(dense(a + (b + c))), atol=1e-4)
+    assert torch.allclose(flat(dense(a + b)), flat(dense(b + a)), atol=1e-4)
+    for same in (a * 1.0, a + b * 0.0, a + LoraDelta(()), LoraDelta(()) + a, total([a])):
+        assert torch.allclose(flat(dense(same)), flat(dense(a)), rtol=1e-12, atol=1e-12)
+    assert not flat(dense(a * 0.0)).any()
+    assert (a + b + c).rank <= a.rank + b.rank + c.rank
+
+
+@settings(deadline=None)
 @given(deltas, deltas)
 def test_norms_and_cosines_are_those_of_the_dense_matrices(a: LoraDelta, b: LoraDelta) -> None:
     x, y = flat(dense(a)), flat(dense(b))

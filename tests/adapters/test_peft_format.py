@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -20,20 +20,7 @@ from lora_align.adapters.merge import Merge, Tally
 from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
-
-
-def peft_adapter(base: Path, folder: Path, seed: int, **config: Any) -> dict[str, torch.Tensor]:
-    """Let PEFT make and save an adapter; returns its own idea of every ΔW."""
-    torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **config))
-    meant = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            torch.nn.init.normal_(module.lora_B["default"].weight, std=0.3)
-            meant[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach()
-    model.save_pretrained(str(folder))
-    return meant
-
+from support import peft_adapter
 
 KINDS = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
@@ -167,6 +154,26 @@ def test_written_and_read_again_is_the_same(llama: Path, tmp_path: Path) -> None
     peft_format.save(tmp_path / "b", delta.items(), list(delta), About(str(llama)))
     again = peft_format.load(tmp_path / "b")
     assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in delta.items())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2**-23), (torch.bfloat16, 2**-8)])
+def test_it_does_not_matter_whether_one_adds_or_saves_first(dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
+    """Weights that are powers of two round nothing; others round each factor once more."""
+    draw = torch.Generator().manual_seed(0)
+    for name in "ab":
+        parts = {m: Factors(*(torch.randn(*s, generator=draw) for s in ((40, 4), (4, 30)))) for m in ("q", "v")}
+        peft_format.save(tmp_path / name, parts.items(), list(parts), About("b"), dtype)
+        torch.save(parts, tmp_path / f"{name}.pt")
+    memory = {n: LoraDelta.of(torch.load(tmp_path / f"{n}.pt", weights_only=False)) for n in "ab"}
+    for weights, allowed in (((0.5, -2.0), 0.0), ((0.3, -1.7), 2 * bound)):
+        added = memory["a"] * weights[0] + memory["b"] * weights[1]
+        peft_format.save(tmp_path / "added", added.items(), list(added), About("b"), dtype)
+        merged_first = peft_format.load(tmp_path / "added")
+        saved_first = peft_format.load(tmp_path / "a") * weights[0] + peft_format.load(tmp_path / "b") * weights[1]
+        for name in ("q", "v"):
+            one, other = merged_first[name], saved_first[name]
+            assert ((one.B - other.B).abs() <= allowed * other.B.abs()).all()
+            assert torch.equal(one.A, other.A)
 
 
 @pytest.mark.parametrize(

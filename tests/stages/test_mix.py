@@ -6,31 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_align.adapters import merge, peft_format
 from lora_align.adapters.delta import total
 from lora_align.stages.mix import DTYPES
-from support import Cli, call
+from support import Cli, call, peft_adapter
 
 
 @pytest.fixture
 def foreign(llama: Path, tmp_path: Path) -> Path:
     """Two LoRA folders as PEFT writes them, with no manifest."""
-    for seed, (name, config) in enumerate(
-        {
-            "one": {"r": 3, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
-            "two": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
-        }.items()
-    ):
-        torch.manual_seed(seed)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(task_type="CAUSAL_LM", **config))
-        for module in model.modules():
-            if hasattr(module, "lora_B"):
-                torch.nn.init.normal_(module.lora_B["default"].weight, std=0.3)
-        model.save_pretrained(str(tmp_path / name))
+    peft_adapter(llama, tmp_path / "one", 0, r=3, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    peft_adapter(llama, tmp_path / "two", 1, r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True)
     return tmp_path
 
 
