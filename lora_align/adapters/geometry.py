@@ -1,15 +1,17 @@
 """How updates lie to each other: lengths, angles, shared directions, spectra. Module by module, without forming ΔW."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_align.adapters import layers
-from lora_align.adapters.delta import ROUNDING, LoraDelta, rank_keeping, stacked
+from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_keeping, stacked
 
 Decomposed = tuple[Tensor, Tensor, Tensor]
 
@@ -76,47 +78,6 @@ class Spectrum:
     shares: list[float]  # of the energy in the first direction of every module, in the second, and so on
 
 
-def decompositions(update: LoraDelta) -> dict[str, Decomposed]:
-    """Every module's U, σ, Vᵀ without what is rounding."""
-    found = {}
-    for module, factors in update.items():
-        U, S, Vt = factors.svd()
-        real = int((ROUNDING * S[0] < S).sum())
-        found[module] = (U[:, :real], S[:real], Vt[:real])
-    return found
-
-
-def spectrum(found: Mapping[str, Decomposed]) -> Spectrum:
-    """Of an update's decompositions."""
-    squares = [S.square() for _, S, _ in found.values() if len(S)]
-    if not squares:
-        return Spectrum(0, 0.0, 0, [])
-    entropies = [float(torch.special.entr(one / one.sum()).sum()) for one in squares]
-    energy = float(torch.cat(squares).sum())
-    effective = sum(map(math.exp, entropies)) / len(entropies)
-    shares = (nn.utils.rnn.pad_sequence(squares).sum(1) / energy).tolist()
-    return Spectrum(len(shares), effective, rank_keeping(0.99, squares, energy), shares)
-
-
-def overlap(one: Mapping[str, Decomposed], other: Mapping[str, Decomposed]) -> dict[str, float]:
-    """The principal angles between two updates' outputs, and between their inputs, as means over modules.
-
-    `outputs` and `inputs` are mean squared cosines: 0 where no direction is shared, 1 where all are. The others are
-    the smallest angles, in degrees.
-    """
-    shared = [module for module in one if module in other and len(one[module][1]) and len(other[module][1])]
-    if not shared:
-        return dict.fromkeys(("outputs", "outputs_angle", "inputs", "inputs_angle"), math.nan)
-    outputs = [torch.linalg.svdvals(one[name][0].T @ other[name][0]).clamp(max=1) for name in shared]
-    inputs = [torch.linalg.svdvals(one[name][2] @ other[name][2].T).clamp(max=1) for name in shared]
-    return {
-        "outputs": _mean(cosines.square().mean() for cosines in outputs),
-        "outputs_angle": math.degrees(_mean(cosines[0].acos() for cosines in outputs)),
-        "inputs": _mean(cosines.square().mean() for cosines in inputs),
-        "inputs_angle": math.degrees(_mean(cosines[0].acos() for cosines in inputs)),
-    }
-
-
 @dataclass(frozen=True)
 class Interference:
     """Singular task interference, ‖(UᵀU − I) Σ (VᵀV − I)‖₁, the mean over modules; it grows with the norms."""
@@ -125,26 +86,89 @@ class Interference:
     by_size: float  # divided by ΣΣ, which does not
 
 
-def interference(updates: Sequence[Mapping[str, Decomposed]], rank: int) -> Interference:
-    """Of several updates, each cut to that rank (https://arxiv.org/abs/2412.00081)."""
-    raw, by_size = [], []
-    for module in dict.fromkeys(module for update in updates for module in update):
-        cut = [(U[:, :rank], S[:rank], Vt[:rank]) for U, S, Vt in (u[module] for u in updates if module in u) if len(S)]
-        if not cut:
-            continue
-        U, S, Vt = (
-            torch.cat([u for u, *_ in cut], 1),
-            torch.cat([s for _, s, _ in cut]),
-            torch.cat([v for *_, v in cut]),
-        )
-        one = torch.eye(len(S), dtype=S.dtype)
-        raw.append(float(((U.T @ U - one) @ torch.diag(S) @ (Vt @ Vt.T - one)).abs().sum()))
-        by_size.append(raw[-1] / float(S.sum()))
-    return Interference(sum(raw) / len(raw), sum(by_size) / len(by_size)) if raw else Interference(0.0, 0.0)
+@dataclass(frozen=True)
+class Directions:
+    """What the singular directions of several updates tell. Made a module at a time; the directions are not kept."""
+
+    squares: Mapping[str, Sequence[Tensor]]  # of every module's singular values
+    cosines: Mapping[tuple[str, str], Sequence[tuple[Tensor, Tensor]]]  # of principal angles, of outputs and of inputs
+    interferences: Sequence[Interference]
+
+    @classmethod
+    def of(cls, updates: Mapping[str, LoraDelta], rank: int) -> "Directions":
+        """Of named updates; in the interference each counts with that many directions."""
+        squares: dict[str, list[Tensor]] = {name: [] for name in updates}
+        cosines: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {
+            pair: [] for pair in itertools.combinations(updates, 2)
+        }
+        interferences = []
+        for module in dict.fromkeys(module for update in updates.values() for module in update):
+            apart = {name: _decomposed(update[module]) for name, update in updates.items() if module in update}
+            apart = {name: parts for name, parts in apart.items() if len(parts[1])}
+            for name, (_, S, _) in apart.items():
+                squares[name].append(S.square())
+            for one, other in itertools.combinations(apart, 2):
+                (U, _, Vt), (P, _, Qt) = apart[one], apart[other]
+                angles = (torch.linalg.svdvals(U.T @ P).clamp(max=1), torch.linalg.svdvals(Vt @ Qt.T).clamp(max=1))
+                cosines[one, other].append(angles)
+            if apart:
+                interferences.append(_interference(list(apart.values()), rank))
+        return cls(squares, cosines, interferences)
+
+    def spectrum(self, name: str) -> Spectrum:
+        """Of one update."""
+        squares = self.squares[name]
+        if not squares:
+            return Spectrum(0, 0.0, 0, [])
+        entropies = [float(torch.special.entr(one / one.sum()).sum()) for one in squares]
+        energy = float(torch.cat(list(squares)).sum())
+        effective = sum(map(math.exp, entropies)) / len(entropies)
+        shares = (nn.utils.rnn.pad_sequence(list(squares)).sum(1) / energy).tolist()
+        return Spectrum(len(shares), effective, rank_keeping(0.99, squares, energy), shares)
+
+    def overlaps(self) -> list[dict[str, Any]]:
+        """Of every two updates the principal angles between their outputs, and between their inputs, module by module.
+
+        `outputs` and `inputs` are means of squared cosines: 0 where no direction is shared, 1 where all are. The others
+        are means of the smallest angle, in degrees.
+        """
+        found: list[dict[str, Any]] = []
+        for pair, modules in self.cosines.items():
+            told: dict[str, Any] = {"of": list(pair)}
+            for i, side in enumerate(("outputs", "inputs")):
+                told[side] = _mean(both[i].square().mean() for both in modules)
+                told[f"{side}_angle"] = math.degrees(_mean(both[i][0].acos() for both in modules))
+            found.append(told)
+        return found
+
+    def interference(self) -> Interference:
+        """Of all updates (https://arxiv.org/abs/2412.00081)."""
+        count = len(self.interferences) or 1
+        raw, by_size = (sum(getattr(one, name) for one in self.interferences) for name in ("raw", "by_size"))
+        return Interference(raw / count, by_size / count)
+
+
+def _decomposed(factors: Factors) -> Decomposed:
+    """U, σ, Vᵀ without what is rounding."""
+    U, S, Vt = factors.svd()
+    real = int((ROUNDING * S[0] < S).sum())
+    return U[:, :real], S[:real], Vt[:real]
+
+
+def _interference(updates: Sequence[Decomposed], rank: int) -> Interference:
+    """In one module, each update cut to that rank."""
+    U = torch.cat([of[0][:, :rank] for of in updates], 1)
+    S = torch.cat([of[1][:rank] for of in updates])
+    V = torch.cat([of[2][:rank] for of in updates]).T
+    one = torch.eye(len(S), dtype=S.dtype)
+    raw = float(((U.T @ U - one) @ torch.diag(S) @ (V.T @ V - one)).abs().sum())
+    return Interference(raw, raw / float(S.sum()))
 
 
 def _mean(values: Iterable[Tensor]) -> float:
-    return float(torch.stack(list(values)).mean())
+    """nan of none."""
+    found = list(values)
+    return float(torch.stack(found).mean()) if found else math.nan
 
 
 def _gram(updates: Mapping[str, LoraDelta], module: str) -> Tensor:

@@ -46,22 +46,12 @@ class Parts:
 
 
 def exact(parts: Parts) -> Factors:
-    """The sum itself, by stacking (https://arxiv.org/abs/2504.20106)."""
+    """The sum itself, by stacking."""
     return stacked([update.scaled(weight) for update, weight in parts])
 
 
-def svd(parts: Parts) -> Factors:
-    """The sum, cut to the largest of its parts' ranks unless another is asked for (Eckart and Young, 1936)."""
-    return exact(parts)
-
-
-def soup(parts: Parts) -> Factors:
-    """A mean of policies: their weights add up to 1 (https://arxiv.org/abs/2306.04488)."""
-    return exact(parts)
-
-
 def tsv(parts: Parts) -> Factors:
-    """Singular directions of all updates, made orthogonal to each other (https://arxiv.org/abs/2412.00081).
+    """Singular directions of all updates, made orthogonal to each other.
 
     The paper keeps 1/T of each task's directions; of low-rank updates that is all of them, up to the mean rank.
     Runs on factors: nothing in it depends on the basis.
@@ -81,7 +71,7 @@ def tsv(parts: Parts) -> Factors:
 def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
     """Each update's largest entries; of each entry the mean of those with the elected sign.
 
-    https://arxiv.org/abs/2306.01708. An entry means something in the layer's own basis alone, so that this is dense.
+    An entry means something in the layer's own basis alone, so that this is dense.
     """
     _between(density, "density")
 
@@ -98,10 +88,7 @@ def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
 
 
 def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
-    """Each entry dropped with a probability, the rest made larger in return (https://arxiv.org/abs/2311.03099).
-
-    Dense, because what is dropped are entries.
-    """
+    """Each entry dropped with a probability, the rest made larger in return. Dense: what is dropped are entries."""
     if not 0 <= drop < 1:
         raise UserError(f"drop is at least 0 and below 1; it is {drop:g}")
 
@@ -114,25 +101,40 @@ def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
     return reduce(torch.add, thinned)
 
 
-METHODS: dict[str, Callable[..., Factors | Tensor]] = {
-    method.__name__: method for method in (exact, svd, soup, tsv, ties, dare)
+@dataclass(frozen=True)
+class Method:
+    """A way to merge, where it comes from, and what has to be known about it."""
+
+    of: Callable[..., Factors | Tensor]
+    paper: str
+    dense: bool = False  # its result has no low rank by itself
+    of_policies: bool = False  # it weighs policies: of a preference the adapter towards it, not the difference
+    rank: Callable[[Iterable[int]], int] = sum  # of its result where none is asked for, from those of its parts
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        given = inspect.signature(self.of).parameters.items()
+        return {name: parameter.default for name, parameter in given if name != "parts"}
+
+
+METHODS: dict[str, Method] = {
+    "exact": Method(exact, "https://arxiv.org/abs/2504.20106"),
+    "svd": Method(exact, "Eckart and Young, 1936", rank=max),
+    "soup": Method(exact, "https://arxiv.org/abs/2306.04488", of_policies=True),
+    "tsv": Method(tsv, "https://arxiv.org/abs/2412.00081"),
+    "ties": Method(ties, "https://arxiv.org/abs/2306.01708", dense=True),
+    "dare": Method(dare, "https://arxiv.org/abs/2311.03099", dense=True),
 }
-DENSE = ("ties", "dare")
-OF_POLICIES = ("soup",)  # these weigh policies: of a preference the adapter towards it, not the difference
 # Ranks a server takes. llama.cpp takes any, but scales each tensor by its own rank: they have to be alike.
 FITS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
-
-
-def options(method: str) -> dict[str, Any]:
-    """A method's options and their defaults."""
-    return {name: of.default for name, of in inspect.signature(METHODS[method]).parameters.items() if name != "parts"}
 
 
 def parsed(method: str, given: Iterable[str]) -> dict[str, Any]:
     """`["density=0.3"]` as a method's options, each of its default's type."""
     if method not in METHODS:
         raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (there are: {', '.join(METHODS)})")
-    known, found = options(method), {}
+    known, found = METHODS[method].options, {}
     for text in given:
         name, _, value = text.partition("=")
         if name not in known:
@@ -147,7 +149,7 @@ def parsed(method: str, given: Iterable[str]) -> dict[str, Any]:
 
 def check_weights(method: str, weights: Mapping[str, float]) -> None:
     """Refuse weights that a method cannot mean."""
-    if method in OF_POLICIES and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
+    if METHODS[method].of_policies and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
         raise UserError(f"--method {method}: the weights of policies add up to 1, these to {sum(weights.values()):g}")
 
 
@@ -199,11 +201,11 @@ class Merge:
             below = [self.start[name]] if name in self.start else []
             ranks = [part.rank for part in (*updates, *below)]
             merged = self._merged(Parts(name, having, updates, tuple(self.weights[key] for key in having)), below)
-            yield _cut(name, merged, rank or (max if self.method == "svd" else sum)(ranks))
+            yield _cut(name, merged, rank or METHODS[self.method].rank(ranks))
 
     def smallest_rank(self, share: float) -> int:
         """The smallest rank for all modules that keeps this share of the energy."""
-        if self.method in DENSE:
+        if METHODS[self.method].dense:
             raise UserError(
                 f"--rank auto goes with methods that have a low rank, not with {self.method}: give a number"
             )
@@ -216,7 +218,7 @@ class Merge:
     def _merged(self, parts: Parts, below: list[Factors]) -> Factors | Tensor:
         if not parts.updates:
             return below[0]
-        merged = METHODS[self.method](parts, **self.options)
+        merged = METHODS[self.method].of(parts, **self.options)
         if isinstance(merged, Factors):
             return stacked([*below, merged])
         return reduce(torch.add, [update.B @ update.A for update in below], merged)

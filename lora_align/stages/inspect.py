@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_align.adapters import geometry, kin, vectors
+from lora_align.adapters import kin, vectors
 from lora_align.adapters.delta import LoraDelta, total
-from lora_align.adapters.geometry import Geometry
+from lora_align.adapters.geometry import Directions, Geometry
 from lora_align.adapters.merge import Tally
 from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
@@ -38,22 +38,21 @@ def run(
     kin.refuse_strangers(adapters, same_base=True)
     known = Geometry.of(updates)
     norms, places = known.norms(), known.by_place()
-    taken_apart = {name: geometry.decompositions(update) for name, update in updates.items()}
-    pairs = list(itertools.combinations(named, 2))
+    directions = Directions.of(updates, TRUNCATED)
     facts: dict[str, Any] = {
         "vectors": {
             name: {
                 "norm": norms[name],
                 "cos_pos_neg": _between_sides(found[name]),
-                **asdict(geometry.spectrum(taken_apart[name])),
+                **asdict(directions.spectrum(name)),
                 "by_place": places[name],
             }
             for name in named
         },
         "cosines": dict(zip(named, known.cosines(), strict=True)),
-        "overlaps": [{"of": [a, b], **geometry.overlap(taken_apart[a], taken_apart[b])} for a, b in pairs],
+        "overlaps": directions.overlaps(),
         "agreement": _agreement(found, known),
-        "interference": asdict(geometry.interference(list(taken_apart.values()), TRUNCATED)),
+        "interference": asdict(directions.interference()),
         "mix": _mixed(weights, recipe, runs_dir, how) if weights else None,
         "doubts": _doubts(found, norms),
         "picture": str(picture) if picture else None,

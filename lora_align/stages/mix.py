@@ -109,8 +109,9 @@ def run(
             parents=tuple(_lineage(vector, weights[key]) for key, vector in ready.vectors.items()),
             method={
                 "name": how.method,
+                "paper": merge.METHODS[how.method].paper,
                 "weights": dict(weights),
-                "options": {**merge.options(how.method), **how.options},
+                "options": {**merge.METHODS[how.method].options, **how.options},
                 "rank": tally.rank,
                 "asked_rank": rank,
             },
@@ -135,7 +136,7 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: H
     """Find, open and check everything; nothing is added yet."""
     merge.check_weights(how.method, weights)
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
-    if how.method in merge.OF_POLICIES:
+    if merge.METHODS[how.method].of_policies:
         found = {key: vector.policy() for key, vector in found.items()}
     vectors.refuse_start_inside(found.values(), how.with_start)
     base, start_id = vectors.common(found.values())

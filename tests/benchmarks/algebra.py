@@ -130,8 +130,32 @@ def floor(work: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "bytes": 2.0 * held}
 
 
+def arithmetic() -> dict[str, float]:
+    """Floating-point operations a second of this machine's float64 matrix product: what a QR cannot outrun."""
+    size, rounds = 1536, 8
+    a = torch.randn(size, size, dtype=torch.float64)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(rounds):
+        a @ a
+    return {"flops": rounds * 2 * size**3 / (time.perf_counter() - began)}
+
+
+def live_on_demo() -> dict[str, float]:
+    """Milliseconds of one weight change over the built-in base, eight vectors of rank 8 on every linear layer."""
+    from lora_align.model import base as bases
+
+    model = bases.find(recipe.Base("demo")).load()
+    update = {
+        name: Factors(torch.zeros(of.out_features, 8), torch.zeros(8, of.in_features))
+        for name, of in model.named_modules()
+        if isinstance(of, nn.Linear)
+    }
+    return _turned(Mixer(model, {f"v{i}": LoraDelta.of(update) for i in range(8)}, {}))
+
+
 def live() -> dict[str, float]:
-    """Milliseconds of one weight change over layers of these shapes, whose values nobody reads."""
+    """The same over layers of an 8B model's shapes, whose values nobody reads, and two vectors of rank 16."""
     root, update = nn.Module(), {}
     for layer in range(LAYERS):
         for kind, (out, into) in SHAPES.items():
@@ -143,10 +167,13 @@ def live() -> dict[str, float]:
                 at = at.get_submodule(part) if part in dict(at.named_children()) else _added(at, part)
             at.add_module(name.rpartition(".")[2], linear)
             update[name] = Factors(torch.zeros(out, RANK), torch.zeros(RANK, into))
-    mixer = Mixer(root, {name: LoraDelta.of(update) for name in ("a", "b")}, {})
+    return _turned(Mixer(root, {name: LoraDelta.of(update) for name in ("a", "b")}, {}))
+
+
+def _turned(mixer: Mixer) -> dict[str, float]:
     began = time.perf_counter()
     for turn in range(200):
-        mixer.set({"a": turn / 100, "b": 1.0})
+        mixer.set({name: (turn + i + 1) / 100 for i, name in enumerate(mixer.updates)})
     return {"ms": (time.perf_counter() - began) / 200 * 1e3}
 
 
@@ -188,8 +215,10 @@ CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
     "merged": lambda work, *words: merged(Path(work), json.loads(words[0]), json.loads(words[1])),
     "peft": lambda work, layers, combination: by_peft(Path(work), int(layers), combination),
     "floor": lambda work: floor(Path(work)),
-    "live": lambda: live(),
-    "speaking": lambda: speaking(),
+    "arithmetic": arithmetic,
+    "live": live,
+    "live_on_demo": live_on_demo,
+    "speaking": speaking,
 }
 
 
@@ -230,6 +259,22 @@ def compared(work: Path) -> dict[str, Any]:
     return {name: best(of) for name, of in rounds.items()}
 
 
+def limits(floor_seconds: float) -> dict[str, float]:
+    """What no program could undercut here: the bytes through the disk, and for a rank the QRs at full arithmetic.
+
+    Both factors' QR of a stack of rank r: 2mr² operations each, and as many to form Q.
+    """
+    stacked = RANK * len(VECTORS)
+    operations = LAYERS * sum(4 * (out + into) * stacked**2 for out, into in SHAPES.values())
+    flops = child("arithmetic")["flops"]
+    return {
+        "bytes through the disk, seconds": round(floor_seconds, 3),
+        "float64 GFLOP/s": round(flops / 1e9, 1),
+        "GFLOP of the QRs": round(operations / 1e9, 1),
+        "the QRs, seconds": round(operations / flops, 3),
+    }
+
+
 def against_dense(work: Path) -> dict[str, Any]:
     """One layer: PEFT's dense SVD to rank 16 beside ours."""
     for seed, name in enumerate(VECTORS):
@@ -266,13 +311,20 @@ def main() -> None:
         print(json.dumps(CHILDREN[what](*words)))
         return
     with TemporaryDirectory() as folder:
-        figures: dict[str, Any] = {"four adapters, 32 layers": compared(Path(folder))}
+        whole = compared(Path(folder))
+    figures: dict[str, Any] = {
+        f"four adapters, {LAYERS} layers": whole,
+        "limits": limits(whole["floor"]["seconds"]),
+    }
     with TemporaryDirectory() as folder:
         figures["one layer against a dense SVD"] = against_dense(Path(folder))
     with TemporaryDirectory() as folder:
         figures[f"parents, {GROWTH_LAYERS} layers"] = growth(Path(folder))
-    figures["a weight change, 32 layers"] = {"ms": round(child("live")["ms"], 3)}
-    figures["tokens a second on the demo base, of the base's alone"] = {
+    figures["a weight change, ms"] = {
+        "8B, two vectors of rank 16": round(child("live")["ms"], 3),
+        "the built-in base, eight of rank 8": round(child("live_on_demo")["ms"], 3),
+    }
+    figures["tokens a second on the built-in base, of the base's alone"] = {
         rank: round(share, 3) for rank, share in child("speaking").items()
     }
     save("algebra", figures)
