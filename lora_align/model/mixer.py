@@ -1,6 +1,6 @@
 """Low-rank updates laid over a frozen base: y ← y + B (s ∘ (A x)), with s turned while the model is in use."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,40 @@ from lora_align.errors import UserError
 class Mixer:
     """All updates stacked into one branch a layer. The factors never change; only the vector s does.
 
-    A weight of 0 is therefore exactly reversible, and turning one costs nothing.
+    A weight of 0 is therefore exactly reversible, and turning one costs nothing: every layer's s lies in one tensor.
     PEFT may wrap the layers afterwards: it then sees base and branches as one frozen layer.
     """
 
     def __init__(self, model: nn.Module, updates: Mapping[str, LoraDelta], weights: Mapping[str, float]) -> None:
         self.updates = {name: LoraDelta.of(dict(update)) for name, update in updates.items()}
         layers = dict(model.named_modules())
-        names = dict.fromkeys(module for update in self.updates.values() for module in update)
-        parts = {
-            module: {name: update[module] for name, update in self.updates.items() if module in update}
-            for module in names
-        }
-        fitting = {module: _fitting(layers.get(module), module, found) for module, found in parts.items()}
-        self.branches = [_Branch(layer, parts[module]) for module, layer in fitting.items()]
+        self.branches = []
+        for module in dict.fromkeys(name for update in self.updates.values() for name in update):
+            parts = {name: update[module] for name, update in self.updates.items() if module in update}
+            self.branches.append(_Branch(_fitting(layers.get(module), module, parts), parts))
+        places = {name: place for place, name in enumerate(self.updates)}
+        owners = [places[name] for branch in self.branches for name in branch.owners]
+        where = self.branches[0].A.device if self.branches else None
+        self.owners = torch.tensor(owners, dtype=torch.long, device=where)
+        self.scales = torch.zeros(len(owners), device=where)
+        self.weights: dict[str, float] = {}
+        self._narrow(())
         self.set(weights)
 
+    @torch.inference_mode(False)  # what is set while answers are drawn may lie under an adapter that is trained
     def set(self, weights: Mapping[str, float]) -> None:
         """Give each update its weight, from the next token on; one that is not named gets 0."""
-        self.weights = {name: weights.get(name, 0.0) for name in self.updates}
-        for branch in self.branches:
-            branch.set(self.weights)
+        before, self.weights = self.weights, {name: weights.get(name, 0.0) for name in self.updates}
+        values = torch.tensor(list(self.weights.values()), device=self.scales.device)
+        self.scales.copy_(values[self.owners])
+        live = {name for name, weight in self.weights.items() if weight}
+        if live != {name for name, weight in before.items() if weight}:
+            self._narrow(live)
+
+    def _narrow(self, live: Collection[str]) -> None:
+        scales = self.scales.split([len(branch.owners) for branch in self.branches])
+        for branch, scale in zip(self.branches, scales, strict=True):
+            branch.narrow(live, scale)
 
     def remove(self) -> None:
         """Leave the base as it was."""
@@ -47,18 +60,14 @@ class _Branch:
     def __init__(self, layer: nn.Linear, parts: Mapping[str, Factors]) -> None:
         whole, where = stacked(list(parts.values())), layer.weight.device
         self.A, self.B = whole.A.to(where, torch.float32), whole.B.to(where, torch.float32)
-        self.ranks = {name: part.rank for name, part in parts.items()}
-        self.set({})
+        self.owners = [name for name, part in parts.items() for _ in range(part.rank)]
         self.hook = layer.register_forward_hook(self)
 
-    @torch.inference_mode(False)  # what is set while answers are drawn may lie under an adapter that is trained
-    def set(self, weights: Mapping[str, float]) -> None:
-        """Narrow A and B to the stretch that counts, and give it its s."""
-        scale = [weights.get(name, 0.0) for name, rank in self.ranks.items() for _ in range(rank)]
-        live = [i for i, weight in enumerate(scale) if weight]
-        stretch = slice(live[0], live[-1] + 1) if live else slice(0)
-        self.live_A, self.live_B = self.A[stretch], self.B[:, stretch]
-        self.scale = torch.tensor(scale[stretch], device=self.A.device)
+    def narrow(self, live: Collection[str], scale: Tensor) -> None:
+        """To the stretch that counts of A, B and s."""
+        places = [i for i, name in enumerate(self.owners) if name in live]
+        stretch = slice(places[0], places[-1] + 1) if places else slice(0)
+        self.live_A, self.live_B, self.scale = self.A[stretch], self.B[:, stretch], scale[stretch]
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """As a forward hook."""

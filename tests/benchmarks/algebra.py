@@ -40,6 +40,7 @@ SHAPES = {  # of one layer, [out, in]
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SPOKEN_RANKS = (0, 4, 16, 64)
 PARENTS = (2, 4, 8, 16, 32, 64)
 GROWTH_LAYERS = 4
@@ -84,19 +85,10 @@ def by_peft(work: Path, layers: int, combination: str) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=8,
-    )
+    config = AutoConfig.for_model("llama", **SHAPE, num_hidden_layers=layers, vocab_size=8)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if combination == "svd":  # it reads the base's device
-        base = base.to_empty(device="cpu")
+    base = base.to_empty(device="cpu")  # PEFT asks for a device; memory that nobody writes to is not taken
     before, began = peak(), time.perf_counter()
     model = None
     for name in VECTORS:
@@ -171,10 +163,17 @@ def live() -> dict[str, float]:
 
 
 def _turned(mixer: Mixer) -> dict[str, float]:
-    began = time.perf_counter()
-    for turn in range(200):
-        mixer.set({name: (turn + i + 1) / 100 for i, name in enumerate(mixer.updates)})
-    return {"ms": (time.perf_counter() - began) / 200 * 1e3}
+    """Of two hundred changes to some weights of all vectors, and of as many that take the first in or leave it out."""
+    weights = [{name: (turn + i + 1) / 100 for i, name in enumerate(mixer.updates)} for turn in range(200)]
+    first = next(iter(mixer.updates))
+    switched = [{**chosen, first: turn % 2} for turn, chosen in enumerate(weights)]
+    found = {}
+    for label, series in (("turned", weights), ("switched", switched)):
+        began = time.perf_counter()
+        for chosen in series:
+            mixer.set(chosen)
+        found[label] = round((time.perf_counter() - began) / len(series) * 1e3, 3)
+    return found
 
 
 def _added(at: nn.Module, part: str) -> nn.Module:
@@ -215,6 +214,7 @@ CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
     "merged": lambda work, *words: merged(Path(work), json.loads(words[0]), json.loads(words[1])),
     "peft": lambda work, layers, combination: by_peft(Path(work), int(layers), combination),
     "floor": lambda work: floor(Path(work)),
+    "base": lambda folder: small_base(Path(folder)),
     "arithmetic": arithmetic,
     "live": live,
     "live_on_demo": live_on_demo,
@@ -290,6 +290,39 @@ def against_dense(work: Path) -> dict[str, Any]:
     }
 
 
+def against_mergekit(work: Path, commands: Path) -> dict[str, Any]:
+    """One layer: mergekit adds the same four to a whole base and takes a LoRA of rank 16 out of it; whole commands."""
+    child("base", str(work / "base"))
+    for seed, name in enumerate(VECTORS):
+        adapter(work / name.replace(" ", "-"), seed, 1)
+    folders = {str(work / name.replace(" ", "-")): weight for name, weight in VECTORS.items()}
+    models = [{"model": f"{work}/base+{folder}", "parameters": {"weight": w}} for folder, w in folders.items()]
+    plan = {"merge_method": "task_arithmetic", "base_model": f"{work}/base", "models": models, "dtype": "bfloat16"}
+    (work / "plan.yml").write_text(json.dumps(plan))  # which is YAML, too
+    added = ["mergekit-yaml", "plan.yml", "whole", "--lora-merge-cache", "cache"]
+    taken = ["mergekit-extract-lora", "--model", "whole", "--base-model", "base", "--out-path", "lora"]
+    began = time.perf_counter()
+    for words in (added, [*taken, "--max-rank", str(RANK)]):
+        subprocess.run([str(commands / words[0]), *words[1:]], cwd=work, check=True, capture_output=True)
+    theirs = time.perf_counter() - began
+    words = ["merge", "-w", ",".join(f"{folder}={w}" for folder, w in folders.items()), "--rank", str(RANK)]
+    began = time.perf_counter()
+    command = Path(sys.executable).with_name("lora-align")
+    subprocess.run([str(command), *words, "--out", "mix"], cwd=work, check=True, capture_output=True)
+    return {"mergekit, seconds": round(theirs, 2), "ours, seconds": round(time.perf_counter() - began, 2)}
+
+
+def small_base(folder: Path) -> dict[str, float]:
+    """One layer of those shapes with random values, and a tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lora_align.model.base import DEMO
+
+    LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=1, vocab_size=1024)).bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+    return {}
+
+
 def growth(work: Path) -> list[dict[str, float]]:
     """Seconds and memory over the number of parents."""
     for seed in range(max(PARENTS)):
@@ -304,6 +337,9 @@ def growth(work: Path) -> list[dict[str, float]]:
 def main() -> None:
     """Measure all, save."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--mergekit", type=Path, help="the folder that holds its commands, in an environment of its own"
+    )
     parser.add_argument("child", nargs="*")
     options = parser.parse_args()
     if options.child:
@@ -318,11 +354,14 @@ def main() -> None:
     }
     with TemporaryDirectory() as folder:
         figures["one layer against a dense SVD"] = against_dense(Path(folder))
+    if options.mergekit:
+        with TemporaryDirectory() as folder:
+            figures["one layer against mergekit"] = against_mergekit(Path(folder), options.mergekit)
     with TemporaryDirectory() as folder:
         figures[f"parents, {GROWTH_LAYERS} layers"] = growth(Path(folder))
     figures["a weight change, ms"] = {
-        "8B, two vectors of rank 16": round(child("live")["ms"], 3),
-        "the built-in base, eight of rank 8": round(child("live_on_demo")["ms"], 3),
+        "8B, two vectors of rank 16": child("live"),
+        "the built-in base, eight of rank 8": child("live_on_demo"),
     }
     figures["tokens a second on the built-in base, of the base's alone"] = {
         rank: round(share, 3) for rank, share in child("speaking").items()

@@ -1,0 +1,130 @@
+"""Four preferences mixed at once by every merge method, at its defaults: what each of them keeps of its gain alone.
+
+Uses the runs of `control.py`, whose --work is given; what is not there yet is trained. Test prompts, graded by the
+oracle. Nothing is chosen by these figures: weights are 1 (of a soup, whose weights add up to 1, a quarter each).
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from control import PROMPTS, SAMPLES, SEEDS, Bench
+from report import once, save
+
+from lora_align import recipe
+from lora_align.adapters import merge, vectors
+from lora_align.adapters.delta import LoraDelta
+from lora_align.adapters.merge import Merge, Tally
+from lora_align.demo import measure
+from lora_align.model import base as bases
+from lora_align.model.mixer import Mixer
+
+MIXED = ("helpful", "harmless", "polite", "brief")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method, and the rank its result is cut to, if to any."""
+
+    method: str
+    rank: int | None = None
+
+    @property
+    def label(self) -> str:
+        """As it is typed."""
+        return self.method + (f" --rank {self.rank}" if self.rank else "")
+
+    def mixed(self, folder: Path) -> tuple[LoraDelta, Tally]:
+        """The four as one update."""
+        found = {name: vectors.find(name, folder) for name in MIXED}
+        of_policies = merge.METHODS[self.method].of_policies
+        if of_policies:
+            found = {name: vector.policy() for name, vector in found.items()}
+        weight = 1 / len(MIXED) if of_policies else 1.0
+        job = Merge({name: vector.load() for name, vector in found.items()}, dict.fromkeys(MIXED, weight), self.method)
+        tally = Tally()
+        return LoraDelta.of(dict(tally.counted(job.modules(self.rank)))), tally
+
+
+WAYS = [Way("exact"), Way("exact", 16), Way("svd"), Way("soup"), Way("tsv"), Way("ties"), Way("dare")]
+
+
+def measured(work: Path, seed: int) -> dict[str, Any]:
+    """The start policy, each preference alone, and every way of mixing, with the vectors of one data seed."""
+    folder = work / f"seed{seed}"
+    base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
+    prompts = measure.questions(seed, PROMPTS, part="test")
+    model = base.load()
+
+    def graded(update: LoraDelta) -> dict[str, Any]:
+        mixer = Mixer(model, {"mix": update}, {"mix": 1.0})
+        figures = measure.measure(model, base, prompts, SAMPLES).as_dict()
+        mixer.remove()
+        return figures
+
+    found: dict[str, Any] = {"start": graded(LoraDelta(()))}
+    found |= {name: graded(vectors.find(name, folder).load()) for name in MIXED}
+    for way in WAYS:
+        update, tally = way.mixed(folder)
+        found[way.label] = {**graded(update), "rank": tally.rank, "left out": tally.left_out, "norm": tally.norm}
+    return found
+
+
+def told(found: list[dict[str, Any]], label: str) -> dict[str, Any]:
+    """One way over the seeds: the share of its gain alone that each preference keeps, the worst, and the price."""
+
+    def kept(one: dict[str, Any], name: str) -> float:
+        start = one["start"][name]
+        return float((one[label][name] - start) / (one[name][name] - start))
+
+    shares = {name: [round(kept(one, name), 3) for one in found] for name in MIXED}
+    means = {name: round(mean(values), 3) for name, values in shares.items()}
+    others = ("well_formed", "safe_refused", "norm", "left out", "rank")
+    return {
+        "kept": means,
+        "least kept": min(means.values()),
+        "kept by seed": shares,
+        **{name: round(mean(one[label][name] for one in found), 4) for name in others},
+    }
+
+
+def main() -> None:
+    """Train what is missing, mix, measure, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    work = parser.parse_args().work
+    bench = Bench(work=work, part="test", seeds=SEEDS, preferences=MIXED, overrides=())
+    for seed in SEEDS:
+        for name in MIXED:
+            bench.train(f"seed{seed}", name, f"demo:pairs?rows=8000&seed={seed}")
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(partial(_once, work), SEEDS))
+    alone = {name: round(mean(one[name][name] for one in found), 3) for name in MIXED}
+    start = {name: round(mean(one["start"][name] for one in found), 3) for name in MIXED}
+    save(
+        "methods",
+        {
+            "prompts": f"{PROMPTS} safe and {PROMPTS} risky of part test, {SAMPLES} samples each at temperature 1",
+            "data seeds": list(SEEDS),
+            "start": start,
+            "alone, with weight 1": alone,
+            "ways": {way.label: told(found, way.label) for way in WAYS},
+        },
+    )
+
+
+def _once(work: Path, seed: int) -> Any:
+    return once(work, f"seed{seed}-methods", lambda: measured(work, seed))
+
+
+if __name__ == "__main__":
+    main()
