@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_keeping, stacked
+from lora_align.adapters.delta import ROUNDING, WHOLE, Factors, LoraDelta, finite, rank_keeping, stacked
 from lora_align.console import inert
 from lora_align.errors import UserError, nearest
 
 SMALL = 1024  # a dense matrix with a side no longer than this is decomposed exactly
 OVERSAMPLED, POWERS = 8, 4  # of the randomised SVD of larger ones
-WHOLE = 2**31  # more than any rank
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ class Merge:
             )
         squares, energy = [], 0.0
         for merged in self.modules(WHOLE):
-            squares.append(merged.factors.svd()[1].square())
+            squares.append(merged.factors.svd(0)[1].square())
             energy += merged.energy
         return rank_keeping(share, squares, energy)
 
@@ -261,21 +260,15 @@ class Tally:
 
 def _cut(module: str, whole: Factors | Tensor, rank: int) -> Merged:
     """The nearest factors of that rank, and what is lost by them."""
-    finite = whole.isfinite().all() if isinstance(whole, Tensor) else whole.B.isfinite().all()
-    if not finite:
+    if not finite(whole if isinstance(whole, Tensor) else whole.B):
         raise UserError(f"{inert(module)}: the weights are too large for its numbers")
-    if isinstance(whole, Factors) and whole.rank <= rank:
-        return Merged(module, whole, max(whole.inner(whole), 0.0), 0.0)
     if isinstance(whole, Factors):
-        U, S, Vt = whole.svd()
-        energy, dtype = float(S.square().sum()), whole.B.dtype
-    else:
-        energy, dtype = float(whole.double().square().sum()), whole.dtype
-        U, S, Vt = _decomposed(whole, rank)
-    U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
-    root = S.sqrt()
-    factors = Factors((U * root).to(dtype), (Vt * root[:, None]).to(dtype))
-    return Merged(module, factors, energy, max(energy - float(S.double().square().sum()), 0.0))
+        return Merged(module, *whole.cut(rank))
+    energy = float(whole.double().square().sum())
+    U, S, Vt = _decomposed(whole, rank)
+    root, kept = S[:rank].sqrt(), float(S[:rank].double().square().sum())
+    factors = Factors((U[:, :rank] * root).to(whole.dtype), (Vt[:rank] * root[:, None]).to(whole.dtype))
+    return Merged(module, factors, energy, max(energy - kept, 0.0))
 
 
 def _decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

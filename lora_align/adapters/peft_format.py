@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_align.adapters import peft_config, tensor_file
-from lora_align.adapters.delta import Factors, LoraDelta
+from lora_align.adapters.delta import Factors, LoraDelta, finite
 from lora_align.adapters.peft_config import About
 from lora_align.adapters.tensor_file import TensorFile
 from lora_align.console import inert
@@ -92,7 +92,7 @@ class Adapter(Mapping[str, Factors]):
 
     def _finite(self, key: str) -> Tensor:
         tensor = self._file.read(key)
-        if not tensor.isfinite().all():
+        if not finite(tensor):
             raise UserError(f"{self._file.path}: {inert(key)} holds values that are not finite")
         return tensor
 
@@ -117,7 +117,7 @@ def save(
             ranks[name] = factors.rank
             for side, tensor in (("A", factors.A), ("B", factors.B)):
                 stored = tensor.to(dtype)
-                if not stored.isfinite().all():
+                if not finite(stored):
                     short = str(dtype).removeprefix("torch.")
                     remedy = "smaller weights" if dtype == torch.float32 else "smaller weights or --dtype float32"
                     raise UserError(f"{inert(name)}: a value is too large for {short}; give {remedy}")
