@@ -38,6 +38,12 @@ class Factors:
         right = self.A.double() @ other.A.double().T
         return float((left * right).sum())
 
+    @property
+    def energy(self) -> float:
+        """‖BA‖²; rounding can leave a tiny negative one, which is 0."""
+        B, A = self.B.double(), self.A.double()
+        return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
+
     def svd(self, keep: int = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
         """U [out, k], all of σ, Vᵀ [k, in] of the product, of its first directions: the SVD of a small core."""
         (R_out, outputs), (R_in, inputs) = _triangular(self.B.double()), _triangular(self.A.double().T)
@@ -47,7 +53,7 @@ class Factors:
     def cut(self, rank: int) -> tuple[Factors, float, float]:
         """The nearest product of that rank (Eckart-Young), this one's energy, and the part of that it lacks."""
         if self.rank <= rank:
-            return self, max(self.inner(self), 0.0), 0.0
+            return self, self.energy, 0.0
         U, S, Vt = self.svd(rank)
         energies, root = S.square(), S[:rank].sqrt()
         B, A = (U * root).to(self.B.dtype), (Vt * root[:, None]).to(self.A.dtype)
@@ -150,8 +156,8 @@ class LoraDelta(Mapping[str, Factors]):
         return sum(self[name].inner(other[name]) for name in self if name in other)
 
     def norm(self) -> float:
-        """Frobenius norm over all modules. Rounding can leave a tiny negative square."""
-        return math.sqrt(max(self.inner(self), 0.0))
+        """Frobenius norm over all modules."""
+        return math.sqrt(sum(factors.energy for factors in self.values()))
 
     def cosine(self, other: LoraDelta) -> float:
         """The angle's cosine; nan where either is zero."""
