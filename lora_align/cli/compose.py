@@ -22,6 +22,7 @@ from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
 
+DRAWN = (".png", ".pdf", ".svg")
 MethodOption = Annotated[str, typer.Option("--method", help="exact, svd, soup, tsv, ties or dare.")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method, as in density=0.3.")
@@ -29,7 +30,9 @@ MethodOptions = Annotated[
 RankOption = Annotated[
     str | None, typer.Option("--rank", help="Cut to this rank; auto:0.99 to the smallest that keeps 99 % energy.")
 ]
-FitOption = Annotated[str | None, typer.Option("--fit", help="vllm: fill up to a rank that it takes.")]
+FitOption = Annotated[
+    str | None, typer.Option("--fit", help="vllm or llama.cpp: fill up with zeros to ranks it reads rightly.")
+]
 
 
 def merge(
@@ -83,7 +86,8 @@ def inspect(
     rank: RankOption = None,
     fit: FitOption = None,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Draw a map of every vector's layers to this .png file.")
+        Path | None,
+        typer.Option("--picture", help="Draw a map of every vector's layers to this .png, .pdf or .svg file."),
     ] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -96,6 +100,8 @@ def inspect(
     wanted = parse_weights(weights) if weights else {}
     if picture is not None and not picture.resolve().parent.is_dir():
         raise UserError(f"--picture {picture}: no such folder")
+    if picture is not None and picture.suffix not in DRAWN:
+        raise UserError(f"--picture {picture}: a name that ends in {' or '.join(DRAWN)}")
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.stages import inspect as stage
     from lora_align.stages import mix

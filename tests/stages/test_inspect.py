@@ -105,7 +105,10 @@ def test_a_vector_too_small_is_named(workspace: Path) -> None:
     assert "little is too small to do anything" in done.err
 
 
-def test_nothing_to_look_at(tmp_path: Path) -> None:
+def test_nothing_to_look_at_and_nothing_to_draw_on(tmp_path: Path) -> None:
     done = call(tmp_path, "inspect")
     assert done.code == 2
     assert "no preference is trained there" in done.err
+    done = call(tmp_path, "inspect", "--picture", "map.gif")
+    assert done.code == 2
+    assert "a name that ends in .png or .pdf or .svg" in done.err
