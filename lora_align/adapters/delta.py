@@ -59,6 +59,14 @@ class Factors:
         B, A = (U * root).to(self.B.dtype), (Vt * root[:, None]).to(self.A.dtype)
         return Factors(B, A), float(energies.sum()), float(energies[rank:].sum())
 
+    def balanced(self) -> Factors:
+        """The same product, its sides alike in size but for a power of two: half precision has little room below."""
+        largest = [float(side.abs().max()) for side in (self.B, self.A)]
+        if not all(largest):
+            return self
+        shift = 2.0 ** round((math.log2(largest[1]) - math.log2(largest[0])) / 2)
+        return Factors(self.B * shift, self.A / shift)
+
     def padded(self, rank: int) -> Factors:
         """The same product with columns and rows of zeros up to that rank."""
         if rank <= self.rank:
@@ -175,9 +183,9 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(tensor.abs().max().isfinite())
 
 
-def rank_keeping(share: float, squares: Sequence[Tensor], energy: float) -> int:
-    """The smallest rank for all modules that keeps a share of the energy, from each one's squared singular values."""
-    longest = max(map(len, squares))
-    together = torch.stack([nn.functional.pad(one, (0, longest - len(one))) for one in squares]).sum(0)
-    enough = (together.cumsum(0) >= share * energy * (1 - 1e-9)).nonzero()
-    return int(enough[0]) + 1 if len(enough) else longest
+def rank_losing(at_most: float, squares: Sequence[Tensor]) -> int:
+    """The smallest rank for all modules that loses no more energy, from each one's squared singular values."""
+    together = nn.utils.rnn.pad_sequence(list(squares)).sum(1)
+    lost = together.flip(0).cumsum(0).flip(0)[1:]  # by rank 1, by rank 2, and so on; the last loses nothing
+    allowed = at_most + 1e-9 * float(together.sum())
+    return int((lost > allowed).sum()) + 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_align.adapters import layers
-from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_keeping, stacked
+from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_losing, stacked
 
 Decomposed = tuple[Tensor, Tensor, Tensor]
 
@@ -124,7 +124,7 @@ class Directions:
         energy = float(torch.cat(list(squares)).sum())
         effective = sum(map(math.exp, entropies)) / len(entropies)
         shares = (nn.utils.rnn.pad_sequence(list(squares)).sum(1) / energy).tolist()
-        return Spectrum(len(shares), effective, rank_keeping(0.99, squares, energy), shares)
+        return Spectrum(len(shares), effective, rank_losing(0.01 * energy, squares), shares)
 
     def overlaps(self) -> list[dict[str, Any]]:
         """Of every two updates the principal angles between their outputs, and between their inputs, module by module.

@@ -1,5 +1,6 @@
 """Whether adapters stand on one base: by what their manifests say, else by the base's name and the shapes."""
 
+import itertools
 from collections.abc import Sequence
 
 from lora_align.adapters import layers, peft_config
@@ -28,13 +29,14 @@ def refuse_strangers(adapters: Sequence[Adapter], *, same_base: bool) -> None:
                         owner,
                         f"the last {inert(kind[2])} of one is in layer {last}, {known_last} in the other",
                     )
-    for adapter in adapters[1:] if not same_base else ():
-        _ask(adapter, adapters[0])
+    if not same_base:
+        stacks = [{kind[0] for kind in layers.deepest(adapter.shapes)} for adapter in adapters]
+        for (other, below), (one, above) in itertools.combinations(zip(adapters, stacks, strict=True), 2):
+            _ask(one, other, [above, below])
 
 
-def _ask(one: Adapter, other: Adapter) -> None:
+def _ask(one: Adapter, other: Adapter, stacks: Sequence[set[str]]) -> None:
     """Refuse until a person has said that the bases are one."""
-    stacks = [{kind[0] for kind in layers.deepest(adapter.shapes)} for adapter in (one, other)]
     revisions = [str(adapter.config.get("revision") or "") for adapter in (one, other)]
     why = ""
     if one.base != other.base:

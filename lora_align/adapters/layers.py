@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 NUMBER = re.compile(r"\.(\d+)\.")
@@ -35,10 +35,10 @@ def deepest(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
 
 
 def lost(modules: Iterable[str], everywhere: bool) -> str:
-    """A single module, or a single layer's block, that all the others have and one lacks; or nothing.
+    """A module, or a layer's block, that was lost from an adapter; or nothing.
 
-    Models differ from layer to layer: every fourth has attention, the first is dense, the last share their keys. What
-    is missing once is therefore told from what is missing often. `everywhere` says that no layer was left out by plan.
+    Models differ from layer to layer by plan: every fourth has attention, the first are dense, the last share their
+    keys. What is missing once, or here and there, was lost. `everywhere` says that no layer was left out on purpose.
     """
     blocks: dict[tuple[str, str], dict[int, frozenset[str]]] = {}
     for at in filter(None, map(place, modules)):
@@ -46,10 +46,22 @@ def lost(modules: Iterable[str], everywhere: bool) -> str:
         layers[at.layer] = layers.get(at.layer, frozenset()) | {at.kind}
     for (stack, block), layers in blocks.items():
         usual, times = Counter(layers.values()).most_common(1)[0]
-        for layer, kinds in layers.items():
-            if kinds < usual and times == len(layers) - 1 > 1:
-                return f"{'.'.join(filter(None, (stack, str(layer), block)))} has no {min(usual - kinds)}"
+        poorer = {layer for layer, kinds in layers.items() if kinds < usual}
+        if times > 1 and (times == len(layers) - 1 or not _planned(poorer, layers)):
+            for layer in sorted(poorer):
+                return f"{'.'.join(filter(None, (stack, str(layer), block)))} has no {min(usual - layers[layer])}"
         inner = set(range(min(layers), max(layers))) - set(layers)
-        if everywhere and len(inner) == 1 and len(layers) > 2:
-            return f"{stack}.{inner.pop()} has no {block or min(usual)}"
+        if everywhere and len(layers) > 2 and (len(inner) == 1 or not _planned(inner, {*layers, *inner})):
+            return f"{stack}.{min(inner)} has no {block or min(usual)}"
     return ""
+
+
+def _planned(missing: Collection[int], layers: Collection[int]) -> bool:
+    """Whether these are the first, the last, every so-manieth or most of the layers."""
+    ordered, chosen = sorted(layers), set(missing)
+    if len(chosen) >= len(ordered) / 2 or not chosen:
+        return True
+    if chosen in (set(ordered[: len(chosen)]), set(ordered[-len(chosen) :])):
+        return True
+    first, second = sorted(chosen)[:2] if len(chosen) > 1 else (0, 0)
+    return second > first and chosen == {n for n in ordered if n % (second - first) == first % (second - first)}

@@ -8,14 +8,14 @@ import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_align.adapters.delta import ROUNDING, WHOLE, Factors, LoraDelta, finite, rank_keeping, stacked
+from lora_align.adapters.delta import ROUNDING, WHOLE, Factors, LoraDelta, finite, rank_losing, stacked
 from lora_align.console import inert
 from lora_align.errors import UserError, nearest
 
@@ -52,17 +52,20 @@ def exact(parts: Parts) -> Factors:
 def tsv(parts: Parts) -> Factors:
     """Singular directions of all updates, made orthogonal to each other.
 
-    The paper keeps 1/T of each task's directions; of low-rank updates that is all of them, up to the mean rank.
-    Runs on factors: nothing in it depends on the basis.
+    As the paper does, each of T updates keeps 1/T of the directions a matrix of that shape can have; low-rank ones have
+    fewer, and keep all. Runs on factors: nothing in it depends on the basis.
     """
-    keep = math.ceil(sum(parts.ranks) / len(parts.updates))
+    out, into = parts.updates[0].B.shape[0], parts.updates[0].A.shape[1]
+    keep = max(min(out, into) // len(parts.updates), 1)
     left, sizes, right = [], [], []
     for update, weight in parts:
         U, S, Vt = update.svd()
-        real = min(keep, int((ROUNDING * S[0] < S).sum()))  # others point anywhere, and would be made room for
+        real = min(keep, int((ROUNDING * S[0] < S).sum()))  # others point anywhere, and room would be made for them
         left.append(U[:, :real])
         sizes.append(S[:real] * weight)
         right.append(Vt[:real].T)
+    if not any(map(len, sizes)):
+        return parts.updates[0].scaled(0.0)
     B, A = _orthogonal(torch.cat(left, dim=1)) * torch.cat(sizes), _orthogonal(torch.cat(right, dim=1)).T
     return Factors(B.to(parts.updates[0].B.dtype), A.to(parts.updates[0].A.dtype))
 
@@ -70,7 +73,8 @@ def tsv(parts: Parts) -> Factors:
 def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
     """Each update's largest entries; of each entry the mean of those with the elected sign.
 
-    An entry means something in the layer's own basis alone, so that this is dense.
+    The largest of each module: the paper takes them over all modules together. An entry means something in the layer's
+    own basis alone, so that this is dense.
     """
     _between(density, "density")
 
@@ -119,7 +123,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "exact": Method(exact, "https://arxiv.org/abs/2504.20106"),
-    "svd": Method(exact, "Eckart and Young, 1936", rank=max),
+    "svd": Method(exact, "https://doi.org/10.1007/BF02288367", rank=max),
     "soup": Method(exact, "https://arxiv.org/abs/2306.04488", of_policies=True),
     "tsv": Method(tsv, "https://arxiv.org/abs/2412.00081"),
     "ties": Method(ties, "https://arxiv.org/abs/2306.01708", dense=True),
@@ -203,16 +207,15 @@ class Merge:
             yield _cut(name, merged, rank or METHODS[self.method].rank(ranks))
 
     def smallest_rank(self, share: float) -> int:
-        """The smallest rank for all modules that keeps this share of the energy."""
+        """The smallest rank for all modules that loses no more than the rest of this share of the vectors' energy."""
         if METHODS[self.method].dense:
             raise UserError(
                 f"--rank auto goes with methods that have a low rank, not with {self.method}: give a number"
             )
-        squares, energy = [], 0.0
-        for merged in self.modules(WHOLE):
-            squares.append(merged.factors.svd(0)[1].square())
-            energy += merged.energy
-        return rank_keeping(share, squares, energy)
+        squares = [merged.factors.svd(0)[1].square() for merged in self.modules(WHOLE)]
+        vectors = replace(self, start=LoraDelta(()))  # a large start must not hide what is lost of them
+        energy = sum(merged.energy for merged in vectors.modules(WHOLE))
+        return rank_losing((1 - share) * energy, squares)
 
     def _merged(self, parts: Parts, below: list[Factors]) -> Factors | Tensor:
         if not parts.updates:

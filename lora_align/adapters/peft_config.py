@@ -18,7 +18,7 @@ LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # beyond these a number is a slip or a
 # Keys that change nothing about ΔW = scaling · B A, whatever they hold.
 HARMLESS = frozenset(
     """
-    peft_version inference_mode lora_dropout fan_in_fan_out exclude_modules layers_pattern runtime_config megatron_core
+    peft_version inference_mode lora_dropout fan_in_fan_out layers_pattern runtime_config megatron_core
     loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size ensure_weight_tying
     """.split()  # noqa: SIM905
 )
@@ -31,6 +31,7 @@ READ: dict[str, Callable[[Any], bool]] = {
     "rank_pattern": lambda value: not value or _patterns(value, _rank),
     "alpha_pattern": lambda value: not value or _patterns(value, _number),
     "target_modules": lambda value: _pattern(value) if isinstance(value, str) else _texts(value),
+    "exclude_modules": lambda value: not value or (_pattern(value) if isinstance(value, str) else _texts(value)),
     "layers_to_transform": lambda value: value is None or type(value) is int or _whole(value),
     "init_lora_weights": lambda value: isinstance(value, bool | str),
     "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
@@ -102,17 +103,29 @@ def scaling(config: Mapping[str, Any], module: str) -> float:
 
 def targeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether PEFT would adapt a module of some name."""
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        return lambda module: targets == "all-linear" or re.fullmatch(targets, module) is not None
-    whole, endings = set(targets), tuple(f".{target}" for target in targets)
+    wanted, excluded = _named(config["target_modules"]), _named(config.get("exclude_modules") or [])
+    only = config.get("layers_to_transform")
+    numbers = {only} if isinstance(only, int) else set(only or ())
+
+    def adapted(module: str) -> bool:
+        at = layers.place(module) if numbers else None
+        return wanted(module) and not excluded(module) and (not numbers or (at is not None and at.layer in numbers))
+
+    return adapted
+
+
+def _named(said: str | Sequence[str]) -> Callable[[str], bool]:
+    """By a pattern, or by names and their endings."""
+    if isinstance(said, str):
+        return lambda module: said == "all-linear" or re.fullmatch(said, module) is not None
+    whole, endings = set(said), tuple(f".{name}" for name in said)
     return lambda module: module in whole or module.endswith(endings)  # most names of thousands are found at once
 
 
 def covers_every_layer(config: Mapping[str, Any]) -> bool:
     """Whether it left no layer out by plan: by number, by an exception, by a pattern, by naming modules one by one."""
     targets = config["target_modules"]
-    if config.get("layers_to_transform") or config.get("exclude_modules"):
+    if config.get("layers_to_transform") not in (None, []) or config.get("exclude_modules"):
         return False
     if isinstance(targets, str):
         return targets == "all-linear"

@@ -63,9 +63,12 @@ class Adapter(Mapping[str, Factors]):
     def __getitem__(self, name: str) -> Factors:
         if name not in self.shapes:
             raise KeyError(name)
-        A, B = (self._finite(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
+        A, B = (self._file.read(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        return Factors(B.to(dtype) * peft_config.scaling(self.config, name), A.to(dtype))
+        factors = Factors(B.to(dtype) * peft_config.scaling(self.config, name), A.to(dtype))
+        if not (finite(factors.B) and finite(factors.A)):
+            raise UserError(f"{self._file.path}: {inert(name)} holds values that are not finite, or not once scaled")
+        return factors
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -90,12 +93,6 @@ class Adapter(Mapping[str, Factors]):
             raise UserError(f"{self._file.path}: {inert(name)} is not among the target_modules; PEFT would not load it")
         return B.shape[0], A.shape[1]
 
-    def _finite(self, key: str) -> Tensor:
-        tensor = self._file.read(key)
-        if not finite(tensor):
-            raise UserError(f"{self._file.path}: {inert(key)} holds values that are not finite")
-        return tensor
-
 
 def load(folder: Path, whole: bool = False) -> LoraDelta:
     """The update an adapter folder describes."""
@@ -115,7 +112,8 @@ def save(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, factors in modules:
             ranks[name] = factors.rank
-            for side, tensor in (("A", factors.A), ("B", factors.B)):
+            held = factors.balanced() if dtype == torch.float16 else factors
+            for side, tensor in (("A", held.A), ("B", held.B)):
                 stored = tensor.to(dtype)
                 if not finite(stored):
                     short = str(dtype).removeprefix("torch.")

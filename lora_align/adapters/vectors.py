@@ -34,7 +34,8 @@ class Parent:
         """What a mix's manifest says of it."""
         file = self.folder / peft_format.WEIGHTS
         known = self.run.manifest.files[peft_format.WEIGHTS]["sha256"] if self.run else runs.sha256(file)
-        return {"folder": str(self.folder), "sign": self.sign, "sha256": known}
+        config = runs.sha256(self.folder / peft_format.CONFIG)  # its scaling is in there
+        return {"folder": str(self.folder), "sign": self.sign, "sha256": known, "config_sha256": config}
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,12 @@ def inspect(
     from lora_align.stages import mix
 
     facts_found = stage.run(
-        names or [], wanted, project, runs_dir, mix.How.said(method, option or [], rank, fit, None), picture
+        names or [],
+        wanted,
+        project,
+        runs_dir,
+        mix.How.said(method, option or [], rank, fit, None, same_base=True),
+        picture,
     )
     for doubt in facts_found["doubts"]:
         screen.warn(doubt)

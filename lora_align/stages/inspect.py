@@ -11,7 +11,6 @@ from lora_align.adapters import kin, vectors
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Directions, Geometry
 from lora_align.adapters.merge import Tally
-from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import table
 from lora_align.errors import UserError
@@ -38,7 +37,9 @@ def run(
     kin.refuse_strangers(adapters, same_base=True)
     known = Geometry.of(updates)
     norms, places = known.norms(), known.by_place()
-    directions = Directions.of(updates, TRUNCATED)
+    directions = Directions.of(
+        {name: update * (weights.get(name) or 1.0) for name, update in updates.items()}, TRUNCATED
+    )
     facts: dict[str, Any] = {
         "vectors": {
             name: {
@@ -117,7 +118,7 @@ def _between_sides(vector: Vector) -> float | None:
     """The cosine of a preference's two adapters; an adapter by itself has none."""
     if [parent.sign for parent in vector.parents] != [1.0, -1.0]:
         return None
-    pos, neg = (LoraDelta.of(Adapter(parent.folder)) for parent in vector.parents)
+    pos, neg = (LoraDelta.of(parent.open()) for parent in vector.parents)
     return pos.cosine(neg)
 
 
@@ -136,7 +137,7 @@ def _agreement(found: Mapping[str, Vector], known: Geometry) -> dict[str, list[f
 def _mixed(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> dict[str, Any]:
     """What the mix that `merge` would make holds of each of its vectors, after its method and its rank."""
     job, tally = mix.prepare(weights, recipe, runs_dir, how).merge, Tally()
-    made = LoraDelta.of(dict(tally.counted(job.modules(mix.wanted_rank(job, how)))))
+    made = LoraDelta.of(dict(tally.counted(job.modules(mix.ranks(job, how)[0]))))
     parts = {**job.vectors, **({START: job.start} if len(job.start) else {})}
     held = Geometry.of({**parts, MIX: made}).coefficients(MIX)
     whole = total([job.start, *(job.vectors[name] * weight for name, weight in weights.items())])

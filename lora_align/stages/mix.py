@@ -94,9 +94,9 @@ def run(
     for vector in ready.vectors.values():
         for doubt in vector.doubts():
             screen.warn(doubt)
-    tally, rank = Tally(), wanted_rank(ready.merge, how)
+    tally, (rank, padded) = Tally(), ranks(ready.merge, how)
     with runs.claim(target, screen, force=force) as staging:
-        modules = tally.counted(ready.merge.modules(rank), padded=rank if how.fit and rank else 0)
+        modules = tally.counted(ready.merge.modules(rank), padded)
         own = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
         about = About.common([adapter.config for adapter in ready.adapters])
         peft_format.save(staging, modules, ready.merge.names(), about, getattr(torch, how.dtype) if how.dtype else own)
@@ -114,6 +114,8 @@ def run(
                 "options": {**merge.METHODS[how.method].options, **how.options},
                 "rank": tally.rank,
                 "asked_rank": rank,
+                "fit": how.fit,
+                "same_base": how.same_base,
             },
             metrics={"norm": tally.norm, "left_out": tally.left_out},
             unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
@@ -150,12 +152,12 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: H
     return Ready(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
 
 
-def wanted_rank(job: Merge, how: How) -> int | None:
-    """The rank to cut to, if any."""
+def ranks(job: Merge, how: How) -> tuple[int | None, int]:
+    """The rank to cut to, if any, and the one to fill up to with zeros."""
     rank = job.smallest_rank(how.keep) if how.keep else how.rank
     if not how.fit:
-        return rank
-    return merge.fitting(how.fit, rank or max(merged.factors.rank for merged in job.modules()))
+        return rank, 0
+    return rank, merge.fitting(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
 
 
 def told(run: Run) -> str:

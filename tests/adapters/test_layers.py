@@ -47,6 +47,19 @@ def test_one_lost_neighbour_is_noticed_in_any_layer() -> None:
         assert found == f"{gone.rpartition('.')[0]} has no {gone.rpartition('.')[2]}"
 
 
+@pytest.mark.parametrize("gone", [(3, 9), (2, 5, 11), (4, 5)])
+def test_several_lost_layers_are_noticed_unless_they_follow_a_plan(gone: tuple[int, ...]) -> None:
+    deep = list(range(32))
+    rest = [layer for layer in deep if layer not in gone]
+    assert (
+        layers.lost(names({"attn.q": rest, "attn.v": rest}), everywhere=True) == f"model.layers.{gone[0]} has no attn"
+    )
+    halved = names({"attn.q": deep, "attn.v": rest})
+    assert layers.lost(halved, everywhere=True) == f"model.layers.{gone[0]}.attn has no v"
+    linear = [layer for layer in deep if layer % 4 != 3]
+    assert layers.lost(names({"attn.q": deep, "linear_attn.in": linear}), everywhere=True) == ""
+
+
 def test_a_layer_left_out_by_plan_is_no_loss() -> None:
     some = names({"attn.q": [0, 1, 2, 4, 5], "attn.v": [0, 1, 2, 4, 5]})
     assert layers.lost(some, everywhere=True) == "model.layers.3 has no attn"

@@ -75,7 +75,7 @@ def dense_dare(matrices: Sequence[Dense], weights: Sequence[float]) -> Dense:
 
 def dense_tsv(matrices: Sequence[Dense], weights: Sequence[float]) -> Dense:
     ranks = [int(torch.linalg.matrix_rank(matrix)) for matrix in matrices]
-    keep = math.ceil(sum(ranks) / len(ranks))
+    keep = min(OUT, INTO) // len(matrices)
     found = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
     kept = [min(keep, rank) for rank in ranks]
     left = torch.cat([U[:, :k] for (U, _, _), k in zip(found, kept, strict=True)], dim=1)
@@ -235,6 +235,27 @@ def test_whitening_makes_no_room_for_directions_that_are_not_there() -> None:
     padded = {**vectors, "b": LoraDelta.of({MODULE: vectors["b"][MODULE].padded(3)})}
     weights = {"a": 1.0, "b": -0.5}
     assert close(result(Merge(vectors, weights, "tsv"))[0], result(Merge(padded, weights, "tsv"))[0], 1e-9)
+
+
+def test_whitening_loses_no_update_whatever_its_rank() -> None:
+    for second in (update(2, 2), update(2, 2) * 0.0):
+        vectors = {"a": update(1, 8), "b": LoraDelta.of(dict(second))}
+        made, tally = result(Merge(vectors, {"a": 1.0, "b": 1.0}, "tsv"))
+        whole = sum((dense(vector) for vector in vectors.values()), torch.zeros(OUT, INTO, dtype=torch.float64))
+        assert tally.rank == int(torch.linalg.matrix_rank(whole))
+        assert torch.linalg.svdvals(made)[: tally.rank].min() > 0.1
+    nothing = Merge({"a": LoraDelta.of(dict(update(1, 3) * 0.0))}, {"a": 1.0}, "tsv")
+    assert result(nothing)[1].rank == 3
+    assert nothing.smallest_rank(0.9) == 1
+
+
+def test_a_large_start_does_not_hide_what_a_rank_loses() -> None:
+    vectors, weights = {"a": update(1, 4), "b": update(2, 4)}, {"a": 1.0, "b": 1.0}
+    job = Merge(vectors, weights, start=update(3, 4) * 100.0)
+    rank = job.smallest_rank(0.99)
+    made, _ = result(job, rank)
+    whole, vectors_alone = result(job)[0], result(Merge(vectors, weights))[0]
+    assert float((made - whole).square().sum()) <= 0.01 * float(vectors_alone.square().sum())
 
 
 def test_equal_entries_are_not_all_trimmed() -> None:

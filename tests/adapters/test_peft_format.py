@@ -130,8 +130,18 @@ def test_stored_sums_are_exact_to_a_rounding_of_each_factor(dtype: torch.dtype, 
     assert ((B @ A - exact).abs() <= 1.01 * allowed).all()
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-2, 1e-4])
+def test_half_precision_holds_small_updates(weight: float, tmp_path: Path) -> None:
+    """A trained B is small and a weight makes it smaller; a power of two that A takes over costs nothing."""
+    draw = torch.Generator().manual_seed(0)
+    small = LoraDelta.of({"q": Factors(1e-3 * torch.randn(40, 4, generator=draw), torch.randn(4, 30, generator=draw))})
+    whole = small * weight
+    peft_format.save(tmp_path, whole.items(), list(whole), About("b"), torch.float16)
+    assert (peft_format.load(tmp_path) - whole).norm() <= 2**-10 * whole.norm()
+
+
 def test_a_value_too_large_for_its_type_is_refused(tmp_path: Path) -> None:
-    delta = LoraDelta.of({"q": Factors(torch.full((2, 1), 1e6), torch.ones(1, 2))})
+    delta = LoraDelta.of({"q": Factors(torch.full((2, 1), 1e6), torch.full((1, 2), 1e6))})
     with pytest.raises(UserError, match="too large for float16; give smaller weights or --dtype float32"):
         peft_format.save(tmp_path, delta.items(), list(delta), About("b"), torch.float16)
 
@@ -226,6 +236,10 @@ def folder(llama: Path, tmp_path: Path) -> Path:
         ("lora_alpha", 10**400, "lora_alpha cannot be"),
         ("base_model_name_or_path", 5, "base_model_name_or_path cannot be 5"),
         ("peft_type", "LOHA", "not a LoRA adapter"),
+        ("layers_to_transform", [0], "is not among the target_modules"),
+        ("layers_to_transform", 0, "is not among the target_modules"),
+        ("exclude_modules", ["q_proj"], "is not among the target_modules"),
+        ("exclude_modules", 3, "exclude_modules cannot be 3"),
     ],
 )
 def test_adapters_that_mean_more_than_a_product_are_refused(folder: Path, key: str, value: object, told: str) -> None:
@@ -237,7 +251,9 @@ def test_adapters_that_mean_more_than_a_product_are_refused(folder: Path, key: s
 
 def _spoil(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tensor]:
     first = next(iter(tensors))
-    if fault == "nan":
+    if fault == "too large once scaled":
+        next(tensor for key, tensor in tensors.items() if "lora_B" in key)[0, 0] = 2.5e38
+    elif fault == "nan":
         tensors[first][0, 0] = float("nan")
     elif fault == "missing":
         del tensors[first]
@@ -259,6 +275,7 @@ def _spoil(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tens
     ("fault", "told"),
     [
         ("nan", "not finite"),
+        ("too large once scaled", "not finite, or not once scaled"),
         ("missing", "not the other side"),
         ("extra", "not a LoRA tensor"),
         ("embedding", "not a LoRA tensor"),

@@ -81,6 +81,11 @@ def test_ranks(foreign: Path, cli: Cli) -> None:
     both = cli(*weights, "--fit", "vllm", "--rank", "1", "--out", "both")
     assert both.code == 0, both.err
     assert peft_format.load(foreign / "both").rank == 1
+    filled = cli(*weights, "--fit", "vllm", "--rank", "2", "--out", "filled")
+    assert filled.code == 0, filled.err
+    made = peft_format.load(foreign / "filled")
+    assert made.rank == 8
+    assert {int(torch.linalg.matrix_rank(f.B @ f.A, rtol=1e-5)) for f in made.values()} <= {1, 2}, "zeros, no more"
 
 
 def test_chat_takes_no_mix_apart_that_is_not_a_sum(workspace: Path) -> None:
