@@ -20,10 +20,13 @@ class Mixer:
     def __init__(self, model: nn.Module, updates: Mapping[str, LoraDelta], weights: Mapping[str, float]) -> None:
         self.updates = {name: LoraDelta.of(dict(update)) for name, update in updates.items()}
         layers = dict(model.named_modules())
-        self.branches = []
-        for module in dict.fromkeys(name for update in self.updates.values() for name in update):
-            parts = {name: update[module] for name, update in self.updates.items() if module in update}
-            self.branches.append(_Branch(_fitting(layers.get(module), module, parts), parts))
+        names = dict.fromkeys(name for update in self.updates.values() for name in update)
+        parts = {
+            module: {name: update[module] for name, update in self.updates.items() if module in update}
+            for module in names
+        }
+        fitting = {module: _fitting(layers.get(module), module, found) for module, found in parts.items()}
+        self.branches = [_Branch(layer, parts[module]) for module, layer in fitting.items()]  # all of them, or none
         places = {name: place for place, name in enumerate(self.updates)}
         owners = [places[name] for branch in self.branches for name in branch.owners]
         where = self.branches[0].A.device if self.branches else None

@@ -80,5 +80,7 @@ def test_turning_is_exactly_reversible(model: PreTrainedModel) -> None:
 def test_an_adapter_of_another_base_is_refused(
     layer: str, shape: tuple[int, int], told: str, model: PreTrainedModel
 ) -> None:
+    plain = _logits(model)
     with pytest.raises(UserError, match=told):
-        Mixer(model, {"a": _update(0, 2, {layer: shape})}, {"a": 1.0})
+        Mixer(model, {"b": UPDATES["b"], "a": _update(0, 2, {layer: shape})}, {"a": 1.0, "b": 1.0})
+    assert torch.equal(_logits(model), plain), "nothing of it stays"
