@@ -18,7 +18,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from report import save
+from report import once, save
 from torch import nn
 
 from lora_align import recipe
@@ -329,8 +329,9 @@ def growth(work: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Measure all, save."""
+    """Measure all, save. What was measured before into --work is not measured again."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("algebra"))
     parser.add_argument(
         "--mergekit", type=Path, help="the folder that holds its commands, in an environment of its own"
     )
@@ -340,26 +341,28 @@ def main() -> None:
         what, *words = options.child
         print(json.dumps(CHILDREN[what](*words)))
         return
-    with TemporaryDirectory() as folder:
-        whole = compared(Path(folder))
+
+    def kept(name: str, make: Callable[[Path], Any]) -> Any:
+        """Made in a folder of its own, which goes when it is done."""
+        with TemporaryDirectory() as folder:
+            return once(options.work, name, lambda: make(Path(folder)))
+
+    whole = kept("compared", compared)
     figures: dict[str, Any] = {
         f"four adapters, {LAYERS} layers": whole,
-        "limits": limits(whole["floor"]["seconds"]),
+        "limits": kept("limits", lambda _: limits(whole["floor"]["seconds"])),
+        f"parents, {GROWTH_LAYERS} layers": kept("growth", growth),
+        "a weight change, ms": {
+            "8B, two vectors of rank 16": kept("live", lambda _: child("live")),
+            "the built-in base, eight of rank 8": kept("live-demo", lambda _: child("live_on_demo")),
+        },
+        "tokens a second on the built-in base, of the base's alone": {
+            rank: round(share, 3) for rank, share in kept("speaking", lambda _: child("speaking")).items()
+        },
+        "one layer against a dense SVD": kept("dense", lambda at: against_dense(at, whole["rank 16"]["seconds"])),
     }
-    with TemporaryDirectory() as folder:
-        figures["one layer against a dense SVD"] = against_dense(Path(folder), whole["rank 16"]["seconds"])
     if options.mergekit:
-        with TemporaryDirectory() as folder:
-            figures["one layer against mergekit"] = against_mergekit(Path(folder), options.mergekit)
-    with TemporaryDirectory() as folder:
-        figures[f"parents, {GROWTH_LAYERS} layers"] = growth(Path(folder))
-    figures["a weight change, ms"] = {
-        "8B, two vectors of rank 16": child("live"),
-        "the built-in base, eight of rank 8": child("live_on_demo"),
-    }
-    figures["tokens a second on the built-in base, of the base's alone"] = {
-        rank: round(share, 3) for rank, share in child("speaking").items()
-    }
+        figures["one layer against mergekit"] = kept("mergekit", lambda at: against_mergekit(at, options.mergekit))
     save("algebra", figures)
 
 
