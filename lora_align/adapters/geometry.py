@@ -103,7 +103,7 @@ class Directions:
         }
         interferences = []
         for module in dict.fromkeys(module for update in updates.values() for module in update):
-            apart = {name: _decomposed(update[module]) for name, update in updates.items() if module in update}
+            apart = {name: _real_directions(update[module]) for name, update in updates.items() if module in update}
             apart = {name: parts for name, parts in apart.items() if len(parts[1])}
             for name, (_, S, _) in apart.items():
                 squares[name].append(S.square())
@@ -148,7 +148,7 @@ class Directions:
         return Interference(raw / count, by_size / count)
 
 
-def _decomposed(factors: Factors) -> Decomposed:
+def _real_directions(factors: Factors) -> Decomposed:
     """U, σ, Vᵀ without what is rounding."""
     U, S, Vt = factors.svd()
     real = int((ROUNDING * S[0] < S).sum())

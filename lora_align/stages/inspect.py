@@ -11,6 +11,7 @@ from lora_align.adapters import kin, vectors
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Directions, Geometry
 from lora_align.adapters.merge import Tally
+from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import table
 from lora_align.errors import UserError
@@ -44,7 +45,7 @@ def run(
         "vectors": {
             name: {
                 "norm": norms[name],
-                "cos_pos_neg": _between_sides(found[name]),
+                "cos_pos_neg": _between_sides(found[name], adapters),
                 **asdict(directions.spectrum(name)),
                 "by_place": places[name],
             }
@@ -114,11 +115,12 @@ def _shares(of: Mapping[str, Any], kinds: Sequence[str]) -> list[float]:
     return [energy / (sum(energies) or 1.0) for energy in energies]
 
 
-def _between_sides(vector: Vector) -> float | None:
+def _between_sides(vector: Vector, adapters: Sequence[Adapter]) -> float | None:
     """The cosine of a preference's two adapters; an adapter by itself has none."""
     if [parent.sign for parent in vector.parents] != [1.0, -1.0]:
         return None
-    pos, neg = (LoraDelta.of(parent.open()) for parent in vector.parents)
+    opened = {adapter.folder.resolve(): adapter for adapter in adapters}
+    pos, neg = (LoraDelta.of(opened[parent.folder.resolve()]) for parent in vector.parents)
     return pos.cosine(neg)
 
 

@@ -63,7 +63,7 @@ def run(
     done: dict[str, Run] = {}
     for label in labels if not force else ():
         if runs.is_run(folder / label):
-            done[label] = series.made_alike(folder / label, recipe, start, reward, done.get(series.teacher(label)))
+            done[label] = series.made_alike(folder / label, recipe, start, reward, done.get(series.teacher_of(label)))
     # each policy is loaded under its own name
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # one that cannot load adapters is refused before anything is trained
@@ -135,7 +135,7 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
 def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> Run:
     """Draw answers of the policy before, judge them, choose, and learn anew from the start policy."""
     settings, label = plan.settings, f"t{t}"
-    teacher = done[series.teacher(label)]
+    teacher = done[series.teacher_of(label)]
     target, parts = plan.folder / label, plan.folder / f".{label}.samples"
     half = plan.halves[t % 2]
     prompts = asking.prompts(settings, half, t)

@@ -42,7 +42,7 @@ class Plan:
         return self.settings.lora or self.recipe.lora
 
 
-def teacher(label: str) -> str:
+def teacher_of(label: str) -> str:
     """Whose answers a policy learns from."""
     return "" if label == STEERLM else STEERLM if label == "t0" else f"t{int(label[1:]) - 1}"
 
