@@ -112,7 +112,7 @@ class Method:
     paper: str
     dense: bool = False  # its result has no low rank by itself
     of_policies: bool = False  # it weighs policies: of a preference the adapter towards it, not the difference
-    rank: Callable[[Iterable[int]], int] = sum  # of its result where none is asked for, from those of its parts
+    rank: Callable[[Iterable[int]], int] | None = None  # to cut to where none is asked for, from those of its parts
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,8 +126,8 @@ METHODS: dict[str, Method] = {
     "svd": Method(exact, "https://doi.org/10.1007/BF02288367", rank=max),
     "soup": Method(exact, "https://arxiv.org/abs/2306.04488", of_policies=True),
     "tsv": Method(tsv, "https://arxiv.org/abs/2412.00081"),
-    "ties": Method(ties, "https://arxiv.org/abs/2306.01708", dense=True),
-    "dare": Method(dare, "https://arxiv.org/abs/2311.03099", dense=True),
+    "ties": Method(ties, "https://arxiv.org/abs/2306.01708", dense=True, rank=sum),
+    "dare": Method(dare, "https://arxiv.org/abs/2311.03099", dense=True, rank=sum),
 }
 # Ranks a server takes. llama.cpp takes any, but scales each tensor by its own rank: they have to be alike.
 FITS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
@@ -173,7 +173,10 @@ def fitting(server: str, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Merged:
-    """One module of the result, its energy before it was cut, and the part of that the cut left out."""
+    """One module of the result, its energy before it was cut, and the part of that the cut left out.
+
+    Where nothing was to be cut the energy is nan: of a rank R it costs R² to know, and adding up costs R.
+    """
 
     module: str
     factors: Factors
@@ -197,14 +200,15 @@ class Merge:
         return list(dict.fromkeys(name for update in everything for name in update))
 
     def modules(self, rank: int | None = None) -> Iterator[Merged]:
-        """The result, cut to a rank: to the one asked for, or to what its method's result has by itself."""
+        """The result, cut to the rank asked for, or to its method's."""
+        own = METHODS[self.method].rank
         for name in self.names():
             having = tuple(key for key in self._counted() if name in self.vectors[key])
             updates = tuple(self.vectors[key][name] for key in having)
             below = [self.start[name]] if name in self.start else []
             ranks = [part.rank for part in (*updates, *below)]
             merged = self._merged(Parts(name, having, updates, tuple(self.weights[key] for key in having)), below)
-            yield _cut(name, merged, rank or METHODS[self.method].rank(ranks))
+            yield _cut(name, merged, rank or (own(ranks) if own else None))
 
     def smallest_rank(self, share: float) -> int:
         """The smallest rank for all modules that loses no more than the rest of this share of the vectors' energy."""
@@ -248,25 +252,21 @@ class Tally:
             yield merged.module, factors
 
     @property
-    def norm(self) -> float:
-        """Of the result."""
-        return math.sqrt(max(self.energy - self.lost, 0.0))
-
-    @property
     def left_out(self) -> float:
         """The share of the energy that the cut left out."""
-        return self.lost / self.energy if self.energy else 0.0
+        return self.lost / self.energy if self.lost else 0.0
 
 
 # --- what they share ---
 
 
-def _cut(module: str, whole: Factors | Tensor, rank: int) -> Merged:
-    """The nearest factors of that rank, and what is lost by them."""
+def _cut(module: str, whole: Factors | Tensor, rank: int | None) -> Merged:
+    """The nearest factors of that rank, and what is lost by them; a dense matrix has to be given one."""
     if not finite(whole if isinstance(whole, Tensor) else whole.B):
         raise UserError(f"{inert(module)}: the weights are too large for its numbers")
     if isinstance(whole, Factors):
-        return Merged(module, *whole.cut(rank))
+        return Merged(module, *whole.cut(rank)) if rank else Merged(module, whole, math.nan, 0.0)
+    assert rank, "a dense method has a rank of its own"
     energy = float(whole.double().square().sum())
     U, S, Vt = _decomposed(whole, rank)
     root, kept = S[:rank].sqrt(), float(S[:rank].double().square().sum())

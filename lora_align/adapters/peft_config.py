@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from lora_align.adapters import layers
 from lora_align.console import inert
 from lora_align.errors import UserError
 
 CONFIG = "adapter_config.json"
 LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # beyond these a number is a slip or an attack
+PATIENCE = 1.0  # seconds for one name and one pattern
 
 # Keys that change nothing about ΔW = scaling · B A, whatever they hold.
 HARMLESS = frozenset(
@@ -117,7 +120,7 @@ def targeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
 def _named(said: str | Sequence[str]) -> Callable[[str], bool]:
     """By a pattern, or by names and their endings."""
     if isinstance(said, str):
-        return lambda module: said == "all-linear" or re.fullmatch(said, module) is not None
+        return lambda module: said == "all-linear" or _matches(said, module)
     whole, endings = set(said), tuple(f".{name}" for name in said)
     return lambda module: module in whole or module.endswith(endings)  # most names of thousands are found at once
 
@@ -200,9 +203,17 @@ def written(ranks: Mapping[str, int], about: About) -> str:
 def _own(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
     """A module's own rank or alpha: the first pattern that matches its name or its name's end."""
     for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matches(rf"(.*\.)?({pattern})", module):
             return float(value)
     return float(default)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether somebody's pattern matches the whole name; some patterns would take for ever to tell."""
+    try:
+        return regex.fullmatch(pattern, module, timeout=PATIENCE) is not None
+    except TimeoutError:
+        raise UserError(f"{CONFIG}: the pattern {inert(pattern)[:80]!r} takes too long to match") from None
 
 
 def _rank(value: object) -> bool:

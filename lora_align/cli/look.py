@@ -96,4 +96,6 @@ def _worth(run: runs.Run) -> str:
         return "unconverged"
     if "accuracy" in held_out:
         return f"accuracy {held_out['accuracy']:.2f}"
+    if run.manifest.stage == "mix":
+        return f"rank {run.manifest.method['rank']}"
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

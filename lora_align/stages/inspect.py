@@ -48,6 +48,7 @@ def run(
                 "cos_pos_neg": _between_sides(found[name], adapters),
                 **asdict(directions.spectrum(name)),
                 "by_place": places[name],
+                "shares_by": _shares(places[name]),
             }
             for name in named
         },
@@ -56,7 +57,7 @@ def run(
         "agreement": _agreement(found, known),
         "interference": asdict(directions.interference()),
         "mix": _mixed(weights, recipe, runs_dir, how) if weights else None,
-        "doubts": _doubts(found, norms),
+        "doubts": [*_strangers(adapters), *_doubts(found, norms)],
         "picture": str(picture) if picture else None,
     }
     if picture:
@@ -86,7 +87,10 @@ def told(facts: Mapping[str, Any]) -> str:
     ]
     kinds = list(dict.fromkeys(kind for of in facts["vectors"].values() for kind in of["by_place"]))
     if 1 < len(kinds) <= WIDE:
-        rows = [[name, *(f"{share:.0%}" for share in _shares(of, kinds))] for name, of in facts["vectors"].items()]
+        rows = [
+            [name, *(f"{of['shares_by']['kind'].get(kind, 0.0):.0%}" for kind in kinds)]
+            for name, of in facts["vectors"].items()
+        ]
         parts.append(table(["share of", *kinds], rows))
     if len(facts["cosines"]) > 1:
         rows = [[name, *map(_number, cosines)] for name, cosines in facts["cosines"].items()]
@@ -109,10 +113,21 @@ def told(facts: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *([facts["picture"]] if facts["picture"] else [])])
 
 
-def _shares(of: Mapping[str, Any], kinds: Sequence[str]) -> list[float]:
-    """How much of a vector's energy lies in each kind of module."""
-    energies = [sum(norm**2 for norm in of["by_place"].get(kind, {}).values()) for kind in kinds]
-    return [energy / (sum(energies) or 1.0) for energy in energies]
+def _shares(places: Mapping[str, Mapping[int, float]]) -> dict[str, dict[Any, float]]:
+    """How much of a vector's energy lies in each kind of module, and in each layer."""
+    energies: dict[str, dict[Any, float]] = {"kind": {}, "layer": {}}
+    for kind, norms in places.items():
+        for layer, norm in norms.items():
+            for by, which in (("kind", kind), ("layer", layer)):
+                energies[by][which] = energies[by].get(which, 0.0) + norm**2
+    whole = sum(energies["kind"].values()) or 1.0
+    return {by: {which: energy / whole for which, energy in sorted(of.items())} for by, of in energies.items()}
+
+
+def _strangers(adapters: Sequence[Adapter]) -> list[str]:
+    """What is measured side by side need not be added; but that its bases differ by name is said."""
+    named = sorted({adapter.base for adapter in adapters if adapter.base})
+    return [f"these name different bases ({', '.join(named)}): their angles mean little"] if len(named) > 1 else []
 
 
 def _between_sides(vector: Vector, adapters: Sequence[Adapter]) -> float | None:
@@ -147,7 +162,7 @@ def _mixed(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: Ho
         "weights": {name: {"asked": weight, "held": held[name]} for name, weight in weights.items()},
         "method": how.method,
         "rank": tally.rank,
-        "norm": tally.norm,
+        "norm": made.norm(),
         "left_out": tally.left_out,
         "cosine_with_sum": made.cosine(whole),
     }

@@ -114,10 +114,13 @@ def run(
                 "options": {**merge.METHODS[how.method].options, **how.options},
                 "rank": tally.rank,
                 "asked_rank": rank,
+                "energy_kept": how.keep,
+                "dtype": how.dtype,
                 "fit": how.fit,
                 "same_base": how.same_base,
+                "of_unknown_base": [key for key, vector in ready.vectors.items() if not _base_known(vector)],
             },
-            metrics={"norm": tally.norm, "left_out": tally.left_out},
+            metrics={"left_out": tally.left_out},
             unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
         )
         return runs.publish(staging, target, manifest)
@@ -143,7 +146,7 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: H
     vectors.refuse_start_inside(found.values(), how.with_start)
     base, start_id = vectors.common(found.values())
     updates, adapters = vectors.opened(found)
-    known = all(parent.run and parent.run.fingerprint for vector in found.values() for parent in vector.parents)
+    known = all(map(_base_known, found.values()))
     kin.refuse_strangers(adapters, same_base=how.same_base or known)
     start = LoraDelta(())
     if start_id and how.with_start:
@@ -188,6 +191,11 @@ def _start(runs_dir: Path, identity: str) -> Run:
         )
     run.check_files()
     return run
+
+
+def _base_known(vector: Vector) -> bool:
+    """Whether manifests say what base all of it stands on; a folder from elsewhere has a name and shapes at best."""
+    return all(parent.run and parent.run.fingerprint for parent in vector.parents)
 
 
 def _lineage(vector: Vector, weight: float) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def folder(llama: Path, tmp_path: Path) -> Path:
         ("layers_to_transform", "all", "layers_to_transform cannot be"),
         ("target_modules", "a{4294967295}", "target_modules cannot be"),
         ("rank_pattern", {"(?i)q_proj": 2}, "rank_pattern cannot be"),
+        ("rank_pattern", {r"(?:.|.)*z?\d": 2}, "takes too long to match"),
+        ("target_modules", "([a-z._0-9]+)+X", "is not among the target_modules"),
         ("lora_alpha", 10**400, "lora_alpha cannot be"),
         ("base_model_name_or_path", 5, "base_model_name_or_path cannot be 5"),
         ("peft_type", "LOHA", "not a LoRA adapter"),

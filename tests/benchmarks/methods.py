@@ -75,7 +75,7 @@ def measured(work: Path, seed: int) -> dict[str, Any]:
     found |= {name: graded(vectors.find(name, folder).load()) for name in MIXED}
     for way in WAYS:
         update, tally = way.mixed(folder)
-        found[way.label] = {**graded(update), "rank": tally.rank, "left out": tally.left_out, "norm": tally.norm}
+        found[way.label] = {**graded(update), "rank": tally.rank, "left out": tally.left_out, "norm": update.norm()}
     return found
 
 

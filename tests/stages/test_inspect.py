@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,31 @@ def test_what_a_mix_keeps(workspace: Path) -> None:
     shown = call(workspace, "inspect", "-w", "helpful=1,harmless=0.5")
     assert "weight held" in shown.out
     assert max(map(len, shown.out.splitlines())) <= 100
+
+
+def test_shares_add_up_and_runs_of_one_preference_are_compared(workspace: Path) -> None:
+    shutil.copytree(workspace / "runs" / "dpo" / "helpful", workspace / "runs" / "dpo" / "again")
+    done = call(workspace, "inspect", "helpful", "again", "harmless", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["agreement"] == {"helpful": [pytest.approx(1)]}
+    for of in told["vectors"].values():
+        for by in ("kind", "layer"):
+            assert sum(of["shares_by"][by].values()) == pytest.approx(1)
+        layer = [layers["0"] for layers in of["by_place"].values()]
+        assert of["shares_by"]["layer"]["0"] == pytest.approx(math.hypot(*layer) ** 2 / of["norm"] ** 2)
+    assert "helpful of several runs agrees at 1.000" in call(workspace, "inspect", "helpful", "again").out
+
+
+def test_adapters_that_name_other_bases_are_measured_with_a_warning(workspace: Path) -> None:
+    other = workspace / "other"
+    shutil.copytree(workspace / "runs" / "dpo" / "helpful" / "pos", other)
+    (other / "manifest.json").unlink()
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "else/where"}))
+    done = call(workspace, "inspect", "helpful", "./other")
+    assert done.code == 0, done.err
+    assert "these name different bases" in done.err
 
 
 def test_a_vector_too_small_is_named(workspace: Path) -> None:
