@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from filelock import FileLock
 
+import forked
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,10 +38,9 @@ Cli = Callable[..., Done]
 
 
 def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:
-    """Run the installed command in a folder."""
+    """Run the command in a folder; see `forked`."""
     assert COMMAND.exists(), "install the project first: pip install -e '.[test]'"
-    done = subprocess.run([str(COMMAND), *words], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Done(*forked.run(COMMAND, cwd, words, stdin or ""))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -1,0 +1,46 @@
+"""The command in a process forked from one that has loaded its libraries: the same code, without seconds of imports.
+
+What is asked of the installed program itself (its start, its signals, its terminal) is asked of the program itself.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.demo.story", "lora_align.stages.rsf")
+PATIENCE = 300.0  # seconds
+
+_loaded = multiprocessing.get_context("forkserver")
+_loaded.set_forkserver_preload([*LOADED])
+
+
+def run(program: Path, cwd: Path, words: Sequence[str], stdin: str) -> tuple[int, str, str]:
+    """Its exit code, and what it wrote to stdout and to stderr."""
+    with TemporaryDirectory() as folder:
+        streams = tuple(Path(folder) / name for name in ("in", "out", "err"))
+        streams[0].write_text(stdin, encoding="utf-8")
+        child = _loaded.Process(target=_obey, args=([str(program), *words], cwd, dict(os.environ), streams))
+        child.start()
+        child.join(PATIENCE)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        assert child.exitcode is not None
+        out, err = (stream.read_text(encoding="utf-8") if stream.exists() else "" for stream in streams[1:])
+        return child.exitcode, out, err
+
+
+def _obey(words: list[str], cwd: Path, environment: Mapping[str, str], streams: Sequence[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, stream in enumerate(streams):
+        os.dup2(os.open(stream, os.O_RDWR | os.O_CREAT), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as the process lives
+    sys.argv = words
+    from lora_align.cli import main
+
+    main()
