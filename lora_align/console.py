@@ -80,9 +80,9 @@ class Progress:
     def close(self) -> None:
         """No more will follow."""
 
-    def seconds_left(self, done: int) -> float:
+    def seconds_each(self, done: int) -> float:
         """At the rate so far."""
-        return (time.monotonic() - self.started) / max(done, 1) * (self.total - done)
+        return (time.monotonic() - self.started) / max(done, 1)
 
 
 class _Lines(Progress):
@@ -101,7 +101,8 @@ class _Lines(Progress):
         self.said = now
         parts = [f"{self.what}  {done}/{self.total}", *(f"{name} {value}" for name, value in figures.items())]
         if done < self.total:
-            parts.append(f"{clock(self.seconds_left(done))} left")
+            each = self.seconds_each(done)
+            parts += [rate(each), f"{clock(each * (self.total - done))} left"]
         print("  ".join(parts), file=sys.stderr, flush=True)  # noqa: T201
 
 
@@ -126,10 +127,19 @@ class _Bar(Progress):
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         text = " ".join(f"{name} {value}" for name, value in figures.items())
+        if done < self.total:
+            text = f"{text} {rate(self.seconds_each(done))}".strip()
         self.bar.update(self.task, completed=done, figures=text)
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def rate(seconds_each: float) -> str:
+    """How fast it goes, in the figure people can hold: 250/s, 3.2/s, 4.1 s each."""
+    if seconds_each > 1:
+        return f"{seconds_each:.1f} s each"
+    return f"{1 / max(seconds_each, 1e-9):.{0 if seconds_each < 0.1 else 1}f}/s"
 
 
 def clock(seconds: float) -> str:

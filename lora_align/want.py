@@ -54,13 +54,14 @@ class Want:
         """As in the paper: `helpfulness*0.8 - verbosity*0.6`."""
         said = ""
         for name, weight in self.weights.items():
+            weight = round(weight, 2)
             sign = ("- " if weight < 0 else "+ ") if said else ("-" if weight < 0 else "")
-            said += f"{' ' if said else ''}{sign}{name}*{abs(weight):.2g}"
+            said += f"{' ' if said else ''}{sign}{name}*{abs(weight):g}"
         return said
 
     def _integers(self) -> str:
         """As the released model was asked: `helpfulness*80 + verbosity*-60`."""
-        return " + ".join(f"{name}*{100 * weight:.0f}" for name, weight in self.weights.items())
+        return " + ".join(f"{name}*{round(100 * weight)}" for name, weight in self.weights.items())
 
     def __str__(self) -> str:
         return " ".join(f"{name}={weight:.2f}" for name, weight in self.weights.items())

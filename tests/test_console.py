@@ -1,5 +1,6 @@
 import io
 import logging
+import re
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.console import Screen, clock, inert, library_log, table
+from lora_align.console import Screen, clock, inert, library_log, rate, table
 
 
 @given(st.text())
@@ -32,14 +33,14 @@ def test_progress_away_from_a_terminal_is_lines() -> None:
         progress.show(2, {"loss": "0.4"})
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("dpo  1/2  loss 0.5")
-    assert lines[0].endswith("left")
+    assert re.fullmatch(r"dpo  1/2  loss 0\.5  \d+/s  \d+ s left", lines[0])
     assert lines[1] == "dpo  2/2  loss 0.4"
 
 
 def test_tables_and_clocks() -> None:
     assert table(["a", "n"], [["x", "-1"], ["long", "20"]]).splitlines()[2:] == ["x     -1", "long  20"]
     assert [clock(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
+    assert [rate(s) for s in (0.004, 0.3125, 4.1)] == ["250/s", "3.2/s", "4.1 s each"]
 
 
 def test_what_libraries_say_goes_to_a_file_made_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

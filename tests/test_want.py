@@ -45,6 +45,8 @@ def test_value_is_the_inner_product() -> None:
     [
         (0.8, -0.6, "rating = {{ decimals }}", "rating = helpfulness*0.8 - verbosity*0.6"),
         (-0.8, 0.6, "rating = {{ decimals }}", "rating = -helpfulness*0.8 + verbosity*0.6"),
+        (1.0, -1e-17, "rating = {{ decimals }}", "rating = helpfulness*1 + verbosity*0"),
+        (1.0, -0.001, "{{ integers }}.", "helpfulness*100 + verbosity*0."),
         (0.8, -0.6, "{{ integers }}.", "helpfulness*80 + verbosity*-60."),
         (0.8, -0.6, "{{ 'short ' * (-5 * want.verbosity)|round|int }}", "short short short"),
     ],

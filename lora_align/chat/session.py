@@ -156,6 +156,11 @@ class Session:
         """The weights in force."""
         return dict(self.mixer.weights) if self.mixer else {}
 
+    @property
+    def want(self) -> dict[str, float] | None:
+        """The direction that is asked for."""
+        return dict(self.policy.want.weights) if self.policy else None
+
     def turn(self, weights: Mapping[str, float]) -> list[str]:
         """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts about it."""
         if self.fixed:

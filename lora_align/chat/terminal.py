@@ -29,8 +29,8 @@ def once(session: Session, prompt: str, screen: Screen) -> None:
     session.turns.append(Message("user", prompt))
     if screen.as_json:
         text = "".join(session.answer())
-        want = dict(session.policy.want.weights) if session.policy else None
-        screen.result(text, {"answer": text, "tokens": session.tokens, "weights": session.weights, "want": want})
+        about = {"tokens": session.tokens, "weights": session.weights, "want": session.want}
+        screen.result(text, {"answer": text, **about})
         return
     for piece in session.answer():
         sys.stdout.write(inert(piece))
@@ -169,7 +169,8 @@ def _save(session: Session, argument: str, screen: Screen) -> None:
         raise UserError("/save takes a file name")
     system = [Message("system", session.system)] if session.system else []
     messages = [{"role": m.role, "content": m.content} for m in [*system, *session.turns]]
-    record = {"messages": messages, "weights": session.weights, "base": session.base.identity}
+    about = {"weights": session.weights, "want": session.want, "base": session.base.identity}
+    record = {"messages": messages, **about}
     try:
         Path(argument).expanduser().write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
     except OSError as fault:

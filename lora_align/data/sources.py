@@ -53,11 +53,12 @@ def prompt(row: Row, where: str) -> Prompt:
     return _first_form(_PROMPTS, row, where, "prompt")
 
 
-def answered(row: Row, where: str) -> list[Conversation]:
+def answered(row: Row, where: str) -> list[Rated]:
     """Every answer in one row behind its prompt, rated or not."""
     if any(columns <= row.keys() for columns, _ in _RATED):
-        return [Conversation((*found.prompt, Message("assistant", found.answer))) for found in rated(row, where)]
-    return [conversation(row, where)]
+        return rated(row, where)
+    *turns, last = conversation(row, where).messages
+    return [Rated(tuple(turns), last.content, {})]
 
 
 def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
@@ -195,7 +196,8 @@ def _chosen_rejected(row: Row) -> Comparison:
 def _sharegpt_pair(row: Row) -> Comparison:
     """ShareGPT with two last turns: conversations, chosen, rejected."""
     answers = (_answer(_turn(row["chosen"])), _answer(_turn(row["rejected"])))
-    return Comparison(_system(row) + _messages(row["conversations"]), answers, {"label": 0})
+    ratings = _ratings(row, "{}_chosen", "{}_rejected")
+    return Comparison(_system(row) + _messages(row["conversations"]), answers, {"label": 0}, ratings)
 
 
 _COMPARISONS: Forms[Comparison] = [

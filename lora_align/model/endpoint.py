@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx2 as httpx
@@ -24,6 +25,7 @@ AT_ONCE = 32  # requests on their way
 DEADLINE = 600.0  # seconds for one prompt's answers, retries included
 PATIENCE = 30.0  # seconds between two tries, at most
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
+REFUSED = (400, 413, 422)  # a request for what it is; a prompt that does not fit is one of the reasons
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,23 @@ class Endpoint:
         return True
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
-        """A prompt's answers at a time, as they come; the first failure ends it."""
-        with httpx.Client(timeout=self.deadline, headers=_headers()) as client, ThreadPoolExecutor(AT_ONCE) as pool:
-            tasks = [pool.submit(self._answers, client, i, prompt, n, sampling) for i, prompt in enumerate(prompts)]
+        """A prompt's answers at a time, as they come; the first failure ends it, and nobody waits for the others."""
+        over, pool = Event(), ThreadPoolExecutor(AT_ONCE)
+        with httpx.Client(timeout=self.deadline, headers=_headers()) as client:
             try:
+                tasks = [pool.submit(self._answers, client, i, p, n, sampling, over) for i, p in enumerate(prompts)]
                 for task in as_completed(tasks):
                     yield task.result()
             finally:
-                for task in tasks:
-                    task.cancel()
+                over.set()
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def load_adapter(self, folder: Path, name: str, recipe: Recipe) -> "Endpoint":
         """Have the server load an adapter, by vLLM's way of doing so; the same server under the adapter's name."""
         until = time.monotonic() + self.deadline
         with httpx.Client(timeout=self.deadline, headers=_headers()) as client:
             body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
-            answer = self._send(client, "/v1/load_lora_adapter", body, until)
+            answer = self._send(client, "/v1/load_lora_adapter", body, until, Event())
         if answer.status_code != httpx.codes.OK:
             raise UserError(
                 f"{self.url} cannot load adapters while it runs ({answer.status_code} {_told(answer)}); "
@@ -81,8 +84,10 @@ class Endpoint:
             )
         return replace(self, model=name)
 
-    def _answers(self, client: httpx.Client, index: int, prompt: Prompt, n: int, sampling: Sampling) -> list[Drawn]:
-        """All n; a server that knows nothing of `n` is asked again for those it left out."""
+    def _answers(
+        self, client: httpx.Client, index: int, prompt: Prompt, n: int, sampling: Sampling, over: Event
+    ) -> list[Drawn]:
+        """All n, or none where the prompt does not fit; a server that knows nothing of `n` is asked for the others."""
         until = time.monotonic() + self.deadline
         found: list[Drawn] = []
         while len(found) < n:
@@ -98,7 +103,9 @@ class Endpoint:
                 body["chat_template_kwargs"] = dict(self.template)
             if sampling.seed is not None:
                 body["seed"] = (sampling.seed + 1_000_003 * index + len(found)) % 2**31
-            answer = self._send(client, "/v1/chat/completions", body, until)
+            answer = self._send(client, "/v1/chat/completions", body, until, over)
+            if answer.status_code in REFUSED and "context" in answer.text.lower():
+                return []
             if answer.status_code != httpx.codes.OK:
                 raise RunFailedError(f"{self.url}: {answer.status_code} {_told(answer)}")
             choices = _json(answer).get("choices") or []
@@ -109,8 +116,8 @@ class Endpoint:
                 found.append(Drawn(index, len(found), text, choice.get("finish_reason") == "stop"))
         return found
 
-    def _send(self, client: httpx.Client, path: str, body: dict[str, Any], until: float) -> httpx.Response:
-        """Post, and again with growing pauses while the server is busy or away, until the time is up."""
+    def _send(self, client: httpx.Client, path: str, body: dict[str, Any], until: float, over: Event) -> httpx.Response:
+        """Post, and again with growing pauses while the server is busy or away, until the time or all is over."""
         pause = 0.5
         while True:
             left = until - time.monotonic()
@@ -122,9 +129,8 @@ class Endpoint:
             if not busy:
                 return answer
             wait = pause * random.uniform(0.5, 1.5)  # many clients do not come back as one
-            if time.monotonic() + wait > until:
+            if time.monotonic() + wait > until or over.wait(wait):
                 raise RunFailedError(f"{self.url}: gave up after {self.deadline:g} s ({why})")
-            time.sleep(wait)
             pause = min(2 * pause, PATIENCE)
 
 

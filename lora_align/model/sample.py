@@ -79,7 +79,7 @@ def _batch(
     chances = torch.stack([_chances(seed, prompts[prompt], number, sampling) for prompt, number in wanted]).to(where)
     stops = torch.tensor(sorted(base.chat.stop_ids), device=where)
 
-    drawn = torch.zeros(len(wanted), int(room.max()), dtype=torch.long, device=where)
+    drawn = torch.zeros(len(wanted), max(int(room.max()), 0), dtype=torch.long, device=where)
     count = torch.zeros(len(wanted), dtype=torch.long, device=where)  # tokens of each answer
     ended = torch.zeros(len(wanted), dtype=torch.bool, device=where)
     rows = torch.arange(len(wanted), device=where)  # which answer each row of the cache is

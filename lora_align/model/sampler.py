@@ -30,7 +30,7 @@ class Sampler(Protocol):
         """Whether the context leaves room for an answer, as far as can be told from here."""
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
-        """Every answer once."""
+        """Every answer once; none to a prompt that turns out to fill the context."""
 
 
 @dataclass(frozen=True)

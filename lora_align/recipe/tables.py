@@ -41,12 +41,15 @@ class Lora:
 
 @dataclass(frozen=True)
 class Training:
-    """What all training has in common. Batches count rows; `limit` stops reading after that many to train on."""
+    """What all training has in common. Batches count rows; `limit` stops reading after that many to train on.
+
+    `warmup` below 1 is a share of the steps, from 1 on their number.
+    """
 
     epochs: Positive = 1.0
     learning_rate: Positive = 5e-5
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup: Share = 0.03
+    warmup: Annotated[float, Ge(0)] = 0.03
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Positive = 1.0
     batch_size: Count = 16

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from lora_align import want
-from lora_align.data.rows import Conversation, Message, Prompt, prompt_key, under_system
+from lora_align.data.rows import Conversation, Message, Prompt, Rated, prompt_key, under_system
 from lora_align.errors import UserError
 from lora_align.recipe import Rsf
 from lora_align.stages.collect import Request
@@ -19,6 +19,11 @@ def check(settings: Rsf) -> None:
     """Refuse a region without directions, templates that do not tell one wish from another, and pairs of one answer."""
     if settings.learn == "dpo" and settings.samples < 2:
         raise UserError('rsf.samples: rsf.learn = "dpo" sets one answer against another, and needs 2 or more')
+    if settings.bootstrap % settings.per_prompt:
+        raise UserError(
+            f"rsf.bootstrap: {settings.bootstrap} answers a prompt do not divide among its {settings.per_prompt} "
+            "requests (rsf.per_prompt)"
+        )
     draw = random.Random(0)
     scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
     steers = {want.scores_asked(of, settings.steer) for of in scores}
@@ -33,9 +38,9 @@ def examples(settings: Rsf) -> set[str]:
     return {want.drawn(settings.directions, draw).asked(settings.ask) for _ in range(EXAMPLES)}
 
 
-def prompts(settings: Rsf, half: Sequence[Conversation], t: int) -> list[Prompt]:
+def prompts(settings: Rsf, half: Sequence[Rated], t: int) -> list[Prompt]:
     """As many of a half's prompts as the recipe wants answered, each time others, in the order of the data."""
-    found = list(dict.fromkeys(row.messages[:-1] for row in half))
+    found = list(dict.fromkeys(row.prompt for row in half))
     draw = random.Random(f"{settings.seed} prompts {t}")
     kept = sorted(draw.sample(range(len(found)), min(settings.prompts or len(found), len(found))))
     return [found[index] for index in kept]
@@ -60,13 +65,19 @@ def for_directions(settings: Rsf, asked: Sequence[Prompt], t: int) -> list[Reque
     ]
 
 
-def pooled(
+def wishes(
     settings: Rsf, requests: Sequence[Request], candidates: Mapping[str, Sequence[Candidate]], t: int
 ) -> list[tuple[Prompt, Want, Sequence[Candidate]]]:
-    """All of a prompt's answers, whatever they were asked for, for each of the directions drawn for it."""
+    """Each prompt with a direction drawn for it and the answers to choose from: those asked for that direction.
+
+    For a policy that is still pooled it is all of the prompt's answers: who does not obey yet may have said just what
+    somebody else wants.
+    """
+    if t >= settings.pooled:
+        return [(of.prompt, of.want, candidates.get(of.key, ())) for of in requests if of.want]
     pools: dict[Prompt, list[Candidate]] = {}
     for request in requests:
-        pools.setdefault(request.prompt, []).extend(candidates[request.key])
+        pools.setdefault(request.prompt, []).extend(candidates.get(request.key, ()))
     return [(prompt, of, pool) for prompt, pool in pools.items() for of in _wants(settings, prompt, t)]
 
 

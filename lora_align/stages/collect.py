@@ -1,6 +1,6 @@
 """What a policy answers when asked for something, and what the reward model says of that: batch by batch, on disk."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,9 @@ def collect(
     store: Shards,
     screen: Screen,
     label: str,
+    figures: Callable[[Sequence[Request], Sequence[Mapping[str, Any]]], dict[str, str]],
 ) -> None:
-    """Draw and judge n answers to every request that has none yet; a file of them at a time."""
+    """Draw and judge n answers to every request that has none yet; a file of them at a time, `figures` shown of it."""
     done = store.keys()
     left = [request for request in requests if request.key not in done]
     if done:
@@ -97,15 +98,16 @@ def collect(
             batch = left[begin : begin + at_once]
             asked = [under_system(request.system, request.prompt) for request in batch]
             found = [answer for some in sampler.draw(asked, n, sampling) for answer in some]
-            rows = _judged(batch, found, panel)
-            store.append(rows)
-            progress.show(begin + len(batch), _figures(batch, rows, panel.judge.objectives))
+            rows = _judged(batch, found, panel) if found else []
+            if rows:
+                store.append(rows)
+            progress.show(begin + len(batch), figures(batch, rows))
 
 
-def read(store: Shards) -> dict[str, list[Candidate]]:
+def candidates_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Candidate]]:
     """The candidates of every request, in the order of their numbers."""
     found: dict[str, list[tuple[int, Candidate]]] = {}
-    for row in store.rows():
+    for row in rows:
         rewards = {name.removeprefix(SCORE): value for name, value in row.items() if name.startswith(SCORE)}
         found.setdefault(row[KEY], []).append((row["number"], Candidate(row["response"], row["ended"], rewards)))
     return {key: [candidate for _, candidate in sorted(rows, key=lambda row: row[0])] for key, rows in found.items()}
@@ -129,24 +131,3 @@ def _judged(batch: Sequence[Request], found: Sequence[Drawn], panel: Panel) -> l
         scored = {SCORE + name: value for name, value in zip(panel.judge.objectives, values, strict=True)}
         rows.append(row | wanted | scored)
     return rows
-
-
-def _figures(batch: Sequence[Request], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, str]:
-    """Of the batch just drawn: its last direction, what all answers and the kept ones are worth, how many are kept."""
-    wants = {request.key: request.want for request in batch}
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        wanted = wants[row[KEY]]
-        if wanted:
-            values.setdefault(row[KEY], []).append(wanted.value({name: row[SCORE + name] for name in objectives}))
-    if not values:
-        return {}
-    drawn = [value for each in values.values() for value in each]
-    best = [max(each) for each in values.values()]
-    last = batch[-1].want
-    return {
-        "at": ",".join(f"{weight:.2f}" for weight in last.weights.values()) if last else "",
-        "drawn": f"{sum(drawn) / len(drawn):.1f}",
-        "kept": f"{sum(best) / len(best):.1f}",
-        "share": f"{len(best) / len(rows):.0%}",
-    }

@@ -9,7 +9,7 @@ from lora_align.console import Screen
 from lora_align.data import shards, sources
 from lora_align.data.rows import Prompt, prompt_key, under_system
 from lora_align.data.shards import KEY
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model.generate import Sampling
 from lora_align.model.sampler import Drawn, Sampler
 
@@ -57,11 +57,15 @@ def run(
             for start in range(0, len(left), at_once):
                 items = left[start : start + at_once]
                 found = [answer for batch in sampler.draw([i.prompt for i in items], n, sampling) for answer in batch]
-                store.append([_row(items[answer.prompt], answer) for answer in found])
+                if found:
+                    store.append([_row(items[answer.prompt], answer) for answer in found])
                 progress.show(start + len(items), {})
         answers: dict[str, list[dict[str, Any]]] = {}
         for row in store.rows():
             answers.setdefault(row.pop(KEY), []).append(row)
+        fitting = [item for item in fitting if item.key in answers]  # a server tells only when it is asked
+        if not fitting:
+            raise RunFailedError(f"{data}: every prompt fills the server's context")
         rows = [{**_without_answer(item), **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
         shards.finish(rows, out)
     if n > 1 and sampling.temperature and all(len({a["response"] for a in each}) == 1 for each in answers.values()):

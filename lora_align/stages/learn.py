@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from lora_align.console import Screen
 from lora_align.data.pairs import is_held_out
-from lora_align.data.rows import Conversation, Pair, Prompt
+from lora_align.data.rows import Conversation, Message, Pair, Prompt, Rated
 from lora_align.errors import RunFailedError
 from lora_align.model import tokenise
 from lora_align.preference import Direction
@@ -23,11 +23,11 @@ Row = TypeVar("Row")
 Learned = list[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to learn from
 
 
-def replayed(settings: Rsf, half: Sequence[Conversation], beside: int, t: int) -> Learned:
+def replayed(settings: Rsf, half: Sequence[Rated], beside: int, t: int) -> Learned:
     """Answers as they came, under no direction, so that they make up the recipe's share of the whole."""
     count = min(len(half), round(beside * settings.replay / (1 - settings.replay)))
     picked = random.Random(f"{settings.seed} replay {t}").sample(half, count)
-    return [(row.messages[:-1], row) for row in picked]
+    return [(row.prompt, Conversation((*row.prompt, Message("assistant", row.answer)))) for row in picked]
 
 
 def supervised(plan: Plan, learned: Learned, label: str, staging: Path, screen: Screen) -> dict[str, Any]:

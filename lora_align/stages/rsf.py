@@ -22,19 +22,20 @@ from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen, library_log, table
 from lora_align.data import shards
-from lora_align.data.rows import Conversation, under_system
+from lora_align.data.rows import Conversation, Message, Rated, under_system
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.endpoint import Endpoint
 from lora_align.model.generate import Sampling
 from lora_align.model.sampler import Sampler
+from lora_align.preference import SCORE
 from lora_align.recipe import Recipe
 from lora_align.runs import LOG, Manifest, Run
 from lora_align.stages import asking, learn, series
 from lora_align.stages import start as start_policy
-from lora_align.stages.collect import Panel, Request, collect, read
+from lora_align.stages.collect import Panel, Request, candidates_of, collect
 from lora_align.stages.learn import Learned
-from lora_align.stages.select import choose, fell, spread
+from lora_align.stages.select import choose, fell, glimpse, spread
 from lora_align.stages.series import STEERLM, Plan
 
 NAME = "policy"
@@ -109,27 +110,43 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
     settings, target = plan.settings, plan.folder / STEERLM
     with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
         rows = plan.halves[1]
-        said = [(row.messages[:-1], row.messages[-1].content) for row in rows]
-        judge = Panel(plan.base, plan.reward)
-        with screen.progress(f"{STEERLM} scores", len(said)) as progress:
-            points = judge.score(said, lambda count: progress.show(count, {})).tolist()
-        scored = [dict(zip(judge.judge.objectives, row, strict=True)) for row in points]
-        del judge
-        gc.collect()  # the next thing loaded is the base again, to train
-        sound = [i for i, reward in enumerate(scored) if all(map(math.isfinite, reward.values()))]
-        rows, rewards = [rows[i] for i in sound], [scored[i] for i in sound]
-        scores = [{name: reward[name] for name in settings.directions} for reward in rewards]
+        scores = _scores(plan, rows, screen)
+        sound = [i for i, score in enumerate(scores) if all(map(math.isfinite, score.values()))]
+        rows, scores = [rows[i] for i in sound], [scores[i] for i in sound]
+        targets = [{name: score[name] for name in settings.directions} for score in scores]
         learned: Learned = []
-        for row, score in zip(rows, scores, strict=True):
-            prompt = row.messages[:-1]
-            asked = under_system(want.scores_asked(score, settings.steer), prompt)
-            learned.append((prompt, Conversation((*asked, row.messages[-1]))))
+        for row, target_scores in zip(rows, targets, strict=True):
+            asked = under_system(want.scores_asked(target_scores, settings.steer), row.prompt)
+            learned.append((row.prompt, Conversation((*asked, Message("assistant", row.answer)))))
         facts = learn.supervised(plan, learned, STEERLM, staging, screen)
-        if len(rewards) > 1 and settings.watch in rewards[0]:
-            facts["metrics"]["watched"] = spread([reward[settings.watch] for reward in rewards])
-        (staging / SCORES).write_text(json.dumps(scores))
-        about = _about(plan, {"rows": len(rows), "score not finite": len(points) - len(rows)}, settings.steer, None)
+        watched = [score[settings.watch] for score in scores if settings.watch in score]
+        if len(watched) > 1:
+            facts["metrics"]["watched"] = spread(watched)
+        (staging / SCORES).write_text(json.dumps(targets))
+        data = {"rows": len(rows), "score not finite": len(plan.halves[1]) - len(rows)}
+        about = _about(plan, data, settings.steer, None)
         return _told_of(runs.publish(staging, target, replace(about, **facts)), screen)
+
+
+def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[str, float]]:
+    """What each answer is worth by objective: as `score` has written beside it, or as the judge says now."""
+    known: list[Mapping[str, float]] = [
+        {name.removeprefix(SCORE): value for name, value in row.ratings.items() if name.startswith(SCORE)}
+        for row in rows
+    ]
+    left = [i for i, score in enumerate(known) if not plan.settings.directions.keys() <= score.keys()]
+    if len(left) < len(rows):
+        screen.note(f"{STEERLM}: {len(rows) - len(left)} of {len(rows)} answers bring their scores with them")
+    if left:
+        panel = Panel(plan.base, plan.reward)
+        with screen.progress(f"{STEERLM} scores", len(left)) as progress:
+            said = [(rows[i].prompt, rows[i].answer) for i in left]
+            points = panel.score(said, lambda count: progress.show(count, {})).tolist()
+        for i, values in zip(left, points, strict=True):
+            known[i] = dict(zip(panel.judge.objectives, values, strict=True))
+        del panel
+        gc.collect()  # the next thing loaded is the base again, to train
+    return known
 
 
 def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> Run:
@@ -150,13 +167,9 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
             work = {**asdict(settings), "iterations": 0}  # more of them may follow
             shards.same_work(parts, {"teacher": teacher.manifest.files, "rsf": work})
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
-            candidates = read(store)
+            candidates = candidates_of(store.rows())
             shards.write(list(store.rows()), staging / SAMPLES)
-        if t < settings.pooled:  # who does not obey yet may have said just what somebody else wants
-            asked = asking.pooled(settings, requests, candidates, t)
-        else:
-            asked = [(of.prompt, of.want, candidates[of.key]) for of in requests if of.want]
-        chosen = choose(asked, settings.watch)
+        chosen = choose(asking.wishes(settings, requests, candidates, t), settings.watch)
         replayed = learn.replayed(settings, half, len(chosen.choices), t) if settings.learn == "sft" else []
         if settings.learn == "dpo":
             facts = learn.preferred(plan, chosen.choices, label, staging, screen)
@@ -167,13 +180,21 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
         about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
         published = _told_of(runs.publish(staging, target, replace(about, **facts)), screen)
     shutil.rmtree(parts)
-    before, now = (of.manifest.metrics.get("watched") for of in (teacher, published))
-    if before and now and fell(before, now):
-        screen.warn(
-            f"{label}: {settings.watch} of what it learned fell from {before['mean']:.1f} to {now['mean']:.1f}; "
-            "what the reward model does not weigh, the policy may lose"
-        )
+    _watch(published, {teacher.path.name: teacher, STEERLM: done[STEERLM]}, settings.watch, screen)
     return published
+
+
+def _watch(made: Run, others: Mapping[str, Run], watched: str, screen: Screen) -> None:
+    """Name a fall since the policy before, and one since the first that steps too small to be named add up to."""
+    now = made.manifest.metrics.get("watched")
+    for label, run in others.items():
+        before = run.manifest.metrics.get("watched")
+        if before and now and fell(before, now):
+            screen.warn(
+                f"{made.path.name}: {watched} of what it learned fell from {before['mean']:.1f} ({label}) to "
+                f"{now['mean']:.1f}; what the reward model does not weigh, the policy may lose"
+            )
+            return
 
 
 def _told_of(run: Run, screen: Screen) -> Run:
@@ -215,7 +236,11 @@ def _draw(
     sampler: Sampler = panel
     if plan.server:
         sampler = plan.server.load_adapter(_whole(plan, teacher, store.folder), teacher.path.name, plan.recipe)
-    collect(requests, n, sampling, sampler, panel, store, screen, label)
+
+    def figures(batch: Sequence[Request], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        return glimpse(asking.wishes(settings, batch, candidates_of(rows), t))
+
+    collect(requests, n, sampling, sampler, panel, store, screen, label, figures)
     del panel, sampler
     gc.collect()  # the next thing loaded is the base again, to train
 

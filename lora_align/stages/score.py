@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_align.console import Screen
 from lora_align.data import shards, sources
 from lora_align.data.rows import Comparison, Rated
 from lora_align.data.shards import KEY
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered, answer_logprobs
@@ -55,6 +56,10 @@ class Work:
         """One, or both of a pair."""
         return self.shape.answers if isinstance(self.shape, Comparison) else (self.shape.answer,)
 
+    def columns(self, objective: str) -> list[str]:
+        """Where an objective's score of each answer stands."""
+        return [SCORE + objective + suffix for suffix in self.suffixes()]
+
     def suffixes(self) -> tuple[str, ...]:
         """What the columns of each answer's scores end in, as the row's own columns do."""
         if isinstance(self.shape, Rated):
@@ -82,13 +87,22 @@ def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: S
                 progress.show(start + len(items), {})
         scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
+        scored = [
+            (item, row)
+            for item, row in zip(work, rows, strict=True)
+            if row[item.columns(judge.objectives[0])[0]] is not None
+        ]
+        if not scored:
+            raise RunFailedError(f"{data}: every prompt fills the base's {base.max_length} tokens")
         shards.finish(rows, out)
-    return {"out": str(out), "rows": len(rows), "objectives": _summary(work, rows, judge)}
+    told = {"too_long": len(rows) - len(scored), "objectives": _summary(scored, judge)}
+    return {"out": str(out), "rows": len(rows), **told}
 
 
 def told(result: Mapping[str, Any]) -> str:
     """A line for the file and one for each objective."""
-    lines = [f"{result['out']}  {result['rows']} rows"]
+    left_out = f", {result['too_long']} of them unscored: their prompts fill the context" if result["too_long"] else ""
+    lines = [f"{result['out']}  {result['rows']} rows{left_out}"]
     for name, figures in result["objectives"].items():
         agreed = (f"agrees with {label} {share:.0%}" for label, share in figures["agreement"].items())
         lines.append("  ".join([f"  {name}", f"mean {figures['mean']:.1f}", f"±{figures['deviation']:.1f}", *agreed]))
@@ -115,11 +129,14 @@ def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     sides = {run.manifest.direction: run for run in found.known_runs()}
     if set(sides) != {side.value for side in Direction}:
         raise UserError(f"--by {PAIR}{preference}: both runs of the preference are needed")
+    start = start_policy.adapter(recipe, runs_dir)
     for run in sides.values():
         run.check_files()
         if run.fingerprint != base.fingerprint:
             raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
-    model = start_policy.load(base, start_policy.adapter(recipe, runs_dir))
+        if run.manifest.start != start_policy.identity(start):
+            raise UserError(f"{run.path} stands on another start policy than the recipe has in {runs_dir}/sft")
+    model = start_policy.load(base, start)
     mixer = Mixer(model, {side: peft_format.load(run.path, whole=True) for side, run in sides.items()}, {})
     beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
 
@@ -142,45 +159,54 @@ def _identity(run: Run) -> str:
 
 
 def _work(data: str) -> Iterator[Work]:
-    """A source's rows in order; a row that stands in it twice is two pieces of work."""
-    for number, (where, row) in enumerate(sources.rows(data)):
-        shape = sources.rated(row, where)[0] if "response" in row else sources.comparison(row, where)
+    """A source's rows in order; a row that stands in it twice is two pieces of work, one of many answers many."""
+    pieces = (piece for where, row in sources.rows(data) for piece in _pieces(row, where))
+    for number, (row, shape) in enumerate(pieces):
         content = json.dumps(row, sort_keys=True, default=str)
         yield Work(f"{number} {hashlib.sha256(content.encode()).hexdigest()}", row, shape)
 
 
+def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], Comparison | Rated]]:
+    """One answer or a pair of them as they stand; UltraFeedback's several answers a row each, as HelpSteer has them."""
+    if "completions" in row:
+        for shape in sources.rated(row, where):
+            given = {name: value for name, value in shape.ratings.items() if not math.isnan(value)}
+            yield {"prompt": row["instruction"], "response": shape.answer, **given}, shape
+    elif "response" in row:
+        yield row, sources.rated(row, where)[0]
+    else:
+        yield row, sources.comparison(row, where)
+
+
 def _scored(items: Sequence[Work], judge: Judge, base: Base) -> list[dict[str, Any]]:
-    """Each row's key, and its scores by column."""
-    rows = []
+    """Each row's key, and its scores by column: nothing where the prompt leaves no room for an answer."""
+    rows: list[Answered] = []
+    places = []  # of each item's answers among the rows
     for item in items:
         prompt = base.chat.prompt_ids(item.shape.prompt)
         room = base.max_length - len(prompt)
-        if room < 1:
-            opening = json.dumps(item.row, ensure_ascii=False, default=str)[:80]
-            raise UserError(f"a prompt of {len(prompt)} tokens fills the base's {base.max_length}: {opening} …")
-        rows += [(prompt, base.chat.answer_ids(item.shape.prompt, answer)[:room]) for answer in item.answers()]
-    scores = iter(judge.score(rows).tolist())
+        answers = item.answers() if room > 0 else ()
+        places.append(range(len(rows), len(rows) + len(answers)))
+        rows += [(prompt, base.chat.answer_ids(item.shape.prompt, answer)[:room]) for answer in answers]
+    scores = judge.score(rows).tolist() if rows else []
     found = []
-    for item in items:
-        columns = {
-            SCORE + name + suffix: value
-            for suffix in item.suffixes()
-            for name, value in zip(judge.objectives, next(scores), strict=True)
-        }
+    for item, own in zip(items, places, strict=True):
+        columns: dict[str, float | None] = {}
+        for number, name in enumerate(judge.objectives):
+            values = [scores[place][number] for place in own] or [None] * len(item.answers())
+            columns |= zip(item.columns(name), values, strict=True)
         found.append({KEY: item.key, "scores": json.dumps(columns)})
     return found
 
 
-def _summary(work: Sequence[Work], rows: Sequence[Mapping[str, Any]], judge: Judge) -> dict[str, Any]:
+def _summary(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: Judge) -> dict[str, Any]:
     """Mean and deviation of each score, and how often a pair's higher score goes with each of its labels."""
     found = {}
     for name in judge.objectives:
-        columns = [
-            [row[SCORE + name + suffix] for suffix in item.suffixes()] for item, row in zip(work, rows, strict=True)
-        ]
-        values = torch.tensor([value for scores in columns for value in scores])
+        values = torch.tensor([row[column] for item, row in scored for column in item.columns(name)])
         agreed: dict[str, list[float]] = {}
-        for item, scores in zip(work, columns, strict=True):
+        for item, row in scored:
+            scores = [row[column] for column in item.columns(name)]
             for label, winner in item.shape.labels.items() if isinstance(item.shape, Comparison) else ():
                 if winner is not None and scores[0] != scores[1]:
                     agreed.setdefault(label, []).append(float((scores[1] > scores[0]) == bool(winner)))

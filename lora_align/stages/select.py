@@ -80,6 +80,32 @@ def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str
     return Chosen(choices, figures)
 
 
+def glimpse(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]]) -> dict[str, str]:
+    """Of a few choices while more are drawn: the last direction, the value of all answers and of those kept, as text.
+
+    The share is that of the answers that somebody keeps.
+    """
+    drawn = {id(pool): len(pool) for *_, pool in asked}
+    values: list[float] = []
+    kept: list[float] = []
+    best: set[tuple[Prompt, str]] = set()
+    for prompt, want, pool in asked:
+        good = usable(pool, Counter())
+        if good:
+            chosen, _ = extremes(good, want)
+            values += [want.value(candidate.rewards) for candidate in good]
+            kept.append(want.value(chosen.rewards))
+            best.add((prompt, chosen.text))
+    if not kept:
+        return {}
+    return {
+        "at": ",".join(f"{weight:.2f}" for weight in asked[-1][1].weights.values()),
+        "drawn": f"{fmean(values):.1f}",
+        "kept": f"{fmean(kept):.1f}",
+        "share": f"{len(best) / sum(drawn.values()):.0%}",
+    }
+
+
 def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candidate]:
     """Those one may learn from, in their order, each text once; the others are counted by reason."""
     kept: dict[str, Candidate] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_align import runs
 from lora_align.data import sources
-from lora_align.data.rows import Conversation, prompt_key, under_system
+from lora_align.data.rows import Rated, prompt_key, under_system
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.endpoint import Endpoint
@@ -30,7 +30,7 @@ class Plan:
     base: Base
     start: Run | None
     reward: Run
-    halves: tuple[list[Conversation], list[Conversation]]
+    halves: tuple[list[Rated], list[Rated]]
     dropped: Mapping[str, int]
     folder: Path
     force: bool
@@ -75,25 +75,26 @@ def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
     for name in settings.directions:
         if name not in known:
             raise UserError(f"rsf.directions.{name}: {run.path} has no such objective (it has: {', '.join(known)})")
+    if settings.watch not in known and settings.watch != Rsf.watch:  # the default watches where it can
+        raise UserError(f"rsf.watch: {run.path} has no objective {settings.watch!r} (it has: {', '.join(known)})")
     return run
 
 
-def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Conversation], list[Conversation]], dict[str, int]]:
-    """Conversations in two halves that share no prompt, as its text decides; and what was dropped, by reason."""
-    halves: tuple[list[Conversation], list[Conversation]] = ([], [])
+def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Rated], list[Rated]], dict[str, int]]:
+    """Answers in two halves that share no prompt, as its text decides; and what was dropped, by reason."""
+    halves: tuple[list[Rated], list[Rated]] = ([], [])
     dropped: Counter[str] = Counter()
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
     longest_ask = max(sorted(asking.examples(settings)), key=len)
     for where, row in sources.rows(settings.data, settings.split, settings.revision):
         for found in sources.answered(row, where):
-            prompt, answer = found.messages[:-1], found.messages[-1].content
-            if not answer.strip():
+            if not found.answer.strip():
                 dropped["empty answer"] += 1
-            elif len(base.chat.prompt_ids(under_system(longest_ask, prompt))) + settings.max_new_tokens > longest:
+            elif len(base.chat.prompt_ids(under_system(longest_ask, found.prompt))) + settings.max_new_tokens > longest:
                 dropped["prompt too long"] += 1
             else:
-                key = prompt_key(prompt)
+                key = prompt_key(found.prompt)
                 prompts.add(key)
                 halves[int(key[-1], 16) % 2].append(found)  # the first digits say what is held out
         if settings.limit and len(prompts) >= settings.limit:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -105,17 +106,23 @@ def test_rsf_refuses_a_server_that_cannot_load_adapters_before_it_trains(server:
     assert not (tmp_path / "runs" / "rsf").exists()
 
 
-class _BusyAtFirst(BaseHTTPRequestHandler):
-    """Hands everything on to the server, but turns the first two away."""
+class _Between(BaseHTTPRequestHandler):
+    """Hands everything on to the server, but turns some away first, and long prompts as if there were less room."""
 
     behind = ""
-    turned_away = 0
+    to_turn_away = 0
+    longest = 1000
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        if type(self).turned_away < 2:
-            type(self).turned_away += 1
+        if type(self).to_turn_away:
+            type(self).to_turn_away -= 1
             self.send_error(503)
+            return
+        if len(json.loads(body)["messages"][-1]["content"]) > self.longest:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "This model\'s maximum context length is 256 tokens."}}')
             return
         answer = httpx.post(self.behind + self.path, content=body, headers={"content-type": "application/json"})
         self.send_response(answer.status_code)
@@ -126,17 +133,38 @@ class _BusyAtFirst(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def test_a_busy_server_is_asked_again(server: str, served: str) -> None:
-    _BusyAtFirst.behind = server
-    proxy = HTTPServer(("127.0.0.1", 0), _BusyAtFirst)
+@contextmanager
+def _between(server: str, to_turn_away: int = 0) -> Iterator[str]:
+    _Between.behind, _Between.to_turn_away = server, to_turn_away
+    proxy = HTTPServer(("127.0.0.1", 0), _Between)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        endpoint = Endpoint(f"http://127.0.0.1:{proxy.server_port}", served)
-        answers = [answer for some in endpoint.draw([RAIN], 1, TOKENS) for answer in some]
+        yield f"http://127.0.0.1:{proxy.server_port}"
     finally:
         proxy.shutdown()
-    assert _BusyAtFirst.turned_away == 2
+
+
+def test_a_busy_server_is_asked_again(server: str, served: str) -> None:
+    with _between(server, to_turn_away=2) as url:
+        answers = [answer for some in Endpoint(url, served).draw([RAIN], 1, TOKENS) for answer in some]
+    assert _Between.to_turn_away == 0
     assert answers[0].text
+
+
+def test_a_prompt_over_the_server_s_context_is_left_out_and_counted(
+    server: str, served: str, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 60)
+    with _between(server) as url:
+        words = ["generate", "--prompts", "prompts.txt", "--endpoint", url, "--model", served]
+        done = cli(*words, "--max-new-tokens", "10", "--out", "answers.jsonl")
+        assert done.code == 0, done.err
+        assert "1 prompts fill the context and were left out" in done.out
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+        (tmp_path / "prompts.txt").write_text("Tell me about rain. " * 60)
+        none = cli(*words, "--out", "none.jsonl")
+    assert none.code == 1
+    assert "every prompt fills the server's context" in none.err
 
 
 def test_no_server_and_no_patience() -> None:

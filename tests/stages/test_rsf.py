@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,8 +97,13 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     shutil.rmtree(tmp_path / "runs" / "reward")
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
     before = (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes()
+    first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
+    said = json.loads(first.read_text())
+    said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
+    first.write_text(json.dumps(said))
     more = rsf(tmp_path, "--iterations", "2")
     assert more.code == 0, more.err
+    assert re.search(r"t2: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
     assert more.err.count("was made before") == 3
     assert (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes() == before
     assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t2")
@@ -184,6 +190,21 @@ def test_an_iteration_asks_as_many_prompts_as_the_recipe_says(made: Path, tmp_pa
     assert asked[0] != asked[2], "the same half, but other prompts"
 
 
+def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    scored = call(tmp_path, "score", "--data", "demo:ratings?rows=60", "--out", "scored.parquet")
+    assert scored.code == 0, scored.err
+    done = rsf(tmp_path, "--iterations", "0", "--name", "annotated", data='"scored.parquet"', prompts="4")
+    assert done.code == 0, done.err
+    assert "answers bring their scores with them" in done.err
+    assert "steerlm scores" not in done.err
+    rows = read_table(tmp_path / "scored.parquet").to_pylist()
+    given = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}
+    used = json.loads((tmp_path / "runs" / "rsf" / "annotated" / "steerlm" / "scores.json").read_text())
+    assert len(used) > 10
+    assert {(score["helpfulness"], score["verbosity"]) for score in used} <= given
+
+
 def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
     """The same texts, but what was asked counts too: before training, the base is surprised by it."""
     shutil.copytree(made / "runs", tmp_path / "runs")
@@ -258,6 +279,8 @@ def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
         ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
         ([], {"reward": '"other"'}, "no reward model 'other'"),
         ([], {"learn": '"dpo"', "samples": "1"}, "sets one answer against another, and needs 2 or more"),
+        ([], {"watch": '"harmlesness"'}, "rsf.watch: runs/reward/reward has no objective 'harmlesness'"),
+        ([], {"bootstrap": "7"}, "rsf.bootstrap: 7 answers a prompt do not divide among its 2 requests"),
         ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
         ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),

@@ -13,8 +13,10 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 
 from lora_align import recipe, runs
-from lora_align.data.rows import Message
+from lora_align.data import sources
+from lora_align.data.rows import Message, Pair
 from lora_align.model import base as bases
+from lora_align.preference import Ranker
 from support import COMMAND, PAIRS, call
 
 JUDGE = ["--set", 'reward.ratings.demo.data="demo:ratings?rows=80"', "--set", "reward.max_length=128"]
@@ -95,6 +97,48 @@ def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
             math.isclose(value, second[key], abs_tol=1e-3) if key.startswith("score_") else value == second[key]
             for key, value in first.items()
         )
+
+
+def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
+    """ShareGPT's pairs, UltraFeedback's answers a row each, and a prompt that leaves no room for an answer."""
+    rain = {"from": "human", "value": "Tell me about rain."}
+    long, short = "Rain is water that falls from clouds. It wets the ground.", "Rain is wet."
+    forms = [
+        {
+            "conversations": [rain],
+            "chosen": {"from": "gpt", "value": long},
+            "rejected": {"from": "gpt", "value": short},
+        },
+        {
+            "instruction": "Tell me about rain.",
+            "completions": [
+                {"response": text, "annotations": {"honesty": {"Rating": "4"}}, "overall_score": score}
+                for text, score in ((long, 8.5), (short, None))
+            ],
+        },
+        {"prompt": "Tell me about rain. " * 200, "response": short},
+    ]
+    (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forms))
+    done = call(workspace, "score", "--data", "forms.jsonl", "--by", "pair:helpful", "--out", "scored.jsonl")
+    assert done.code == 0, done.err
+    assert "4 rows, 1 of them unscored: their prompts fill the context" in done.out
+    pair, first, second, full = _rows(workspace / "scored.jsonl")
+    ranked = sources.comparison(pair, "here").ranked(Ranker.parse("score:helpful"))
+    assert isinstance(ranked, Pair)
+    better = pair["score_helpful_chosen"] > pair["score_helpful_rejected"]  # type: ignore[operator]
+    assert ranked.chosen == (long if better else short)
+    assert [row["score_helpful"] for row in (first, second)] == pytest.approx(
+        [pair["score_helpful_chosen"], pair["score_helpful_rejected"]], abs=1e-4
+    )
+    assert {**first, "score_helpful": 0} == {
+        "prompt": "Tell me about rain.",
+        "response": long,
+        "honesty": 4.0,
+        "overall": 8.5,
+        "score_helpful": 0,
+    }
+    assert "overall" not in second
+    assert full["score_helpful"] is None
 
 
 @pytest.mark.parametrize(
