@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.demo.story", "lora_align.stages.rsf")
 PATIENCE = 300.0  # seconds
 
+os.environ["PYTHONSAFEPATH"] = "1"  # what is installed is tested, and not what lies in the current folder
 _loaded = multiprocessing.get_context("forkserver")
 _loaded.set_forkserver_preload([*LOADED])
 
