@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import termios
@@ -138,6 +139,13 @@ def peft_adapter(base: Path, folder: Path, seed: int, **config: Any) -> dict[str
             meant[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach()
     model.save_pretrained(str(folder))
     return meant
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def real_data(name: str) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -22,17 +21,11 @@ from lora_align.errors import RunFailedError, UserError
 from lora_align.model.base import DEMO
 from lora_align.model.endpoint import Endpoint, serve_line
 from lora_align.model.generate import Sampling
-from support import Cli
+from support import Cli, free_port
 
 TOKENS = Sampling(temperature=1.0, max_new_tokens=90, seed=5)
 RAIN = (Message("user", "Tell me about rain."),)
 MOON = (Message("user", "Tell me about the moon."),)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(served: str) -> Iterator[str]:
-    port, log = _free_port(), Path(served).with_name("log.txt")
+    port, log = free_port(), Path(served).with_name("log.txt")
     words = [str(Path(sys.executable).with_name("transformers")), "serve", served, "--device", "cpu"]
     with log.open("w") as stream:
         child = subprocess.Popen([*words, "--port", str(port)], stdout=stream, stderr=subprocess.STDOUT)
@@ -168,7 +161,7 @@ def test_a_prompt_over_the_server_s_context_is_left_out_and_counted(
 
 
 def test_no_server_and_no_patience() -> None:
-    nobody = f"http://127.0.0.1:{_free_port()}"
+    nobody = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="no server at"):
         Endpoint.at(nobody)
     with pytest.raises(UserError, match="no server at"):

@@ -1,0 +1,92 @@
+"""A vLLM that loads adapters while it runs, where LORA_ALIGN_VLLM names its command (an environment of its own).
+
+It was run on vLLM's build for CPUs. That one has no NF4: it serves the built-in base as it was before it was quantised.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import torch
+from peft import PeftModel
+from pyarrow.parquet import read_table
+from transformers import AutoModelForCausalLM
+
+from lora_align import recipe
+from lora_align.data.rows import Message
+from lora_align.model import base as bases
+from lora_align.model.base import DEMO
+from support import call, free_port
+
+COMMAND = os.environ.get("LORA_ALIGN_VLLM")
+pytestmark = pytest.mark.skipif(not COMMAND, reason="LORA_ALIGN_VLLM does not name a vllm command")
+PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"  # with a seed, half a prompt ends it on a CPU
+WORDS = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-model-len 512 {PARTS}"
+SMALL = ['rsf.data="demo:conversations?rows=60"', "rsf.per_prompt=2", "rsf.samples=3", "rsf.bootstrap=6"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("vllm") / "log.txt"
+    port = free_port()
+    words = [str(COMMAND), "serve", str(DEMO), "--served-model-name", "demo", "--port", str(port), *WORDS.split()]
+    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as stream:
+        child = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **settings})
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    while time.monotonic() < until and child.poll() is None:
+        try:
+            if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
+                break
+        except httpx.HTTPError:
+            time.sleep(0.5)
+    else:
+        pytest.fail(log.read_text()[-3000:])
+    yield url
+    child.terminate()
+    child.wait(60)
+
+
+def test_it_answers_as_a_mix_does_and_counts_prompts_over_its_context(server: str, workspace: Path) -> None:
+    """The likeliest tokens under a loaded mix are those of stock PEFT over the same base."""
+    mixed = call(workspace, "merge", "-w", "helpful=30", "--fit", "vllm", "--out", "strong")
+    assert mixed.code == 0, mixed.err
+    asked = ["Tell me about rain.", "Can you explain trains?", "Tell me about the moon."]
+    (workspace / "prompts.txt").write_text("\n".join([*asked, asked[0] * 200]))
+    words = ["generate", "--prompts", "prompts.txt", "--endpoint", server, "--model", "demo", "--temperature", "0"]
+    answers = {}
+    for name, more in (("base", []), ("mix", ["--adapter", "strong"])):
+        done = call(workspace, *words, *more, "--max-new-tokens", "60", "--out", f"{name}.jsonl")
+        assert done.code == 0, done.err
+        assert "1 prompts fill the context and were left out" in done.out
+        answers[name] = [
+            json.loads(line)["response"] for line in (workspace / f"{name}.jsonl").read_text().splitlines()
+        ]
+    assert answers["mix"] != answers["base"]
+    chat = bases.find(recipe.Base("demo")).chat
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    for name in ("base", "mix"):
+        model = model if name == "base" else PeftModel.from_pretrained(model, workspace / "strong")
+        for text, said in zip(asked, answers[name], strict=True):
+            ids = torch.tensor([chat.prompt_ids([Message("user", text)])])
+            stops = sorted(chat.stop_ids)
+            found = model.generate(input_ids=ids, max_new_tokens=60, do_sample=False, eos_token_id=stops)
+            assert chat.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == said
+
+
+def test_rsf_loads_every_policy_there(server: str, tmp_path: Path) -> None:
+    judge = call(tmp_path, "reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=160"')
+    assert judge.code == 0, judge.err
+    settings = [word for pair in SMALL for word in ("--set", pair)]
+    done = call(tmp_path, "rsf", "--iterations", "1", "--endpoint", server, *settings)
+    assert done.code == 0, done.err
+    served = {entry["id"] for entry in httpx.get(f"{server}/v1/models").json()["data"]}
+    assert {"demo", "reward", "steerlm", "t0"} <= served
+    for label in ("t0", "t1"):
+        rows = read_table(tmp_path / "runs" / "rsf" / "policy" / label / "samples.parquet").to_pylist()
+        assert len({row["response"] for row in rows}) > len(rows) / 3
