@@ -53,15 +53,18 @@ class Screen:
         self.say(f"warning: {text}")
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator["Progress"]:
-        """Progress with rate and time left: a bar on a terminal, now and then a line elsewhere."""
+    def progress(self, what: str, total: int, already: int = 0) -> Iterator["Progress"]:
+        """Progress with rate and time left: a bar on a terminal, now and then a line elsewhere.
+
+        What was done `already`, in an earlier call, took no time in this one.
+        """
         progress: Progress
         if self.quiet:
-            progress = Progress(what, total)
+            progress = Progress(what, total, already)
         elif sys.stderr.isatty():
-            progress = _Bar(what, total)
+            progress = _Bar(what, total, already)
         else:
-            progress = _Lines(what, total)
+            progress = _Lines(what, total, already)
         try:
             yield progress
         finally:
@@ -71,8 +74,8 @@ class Screen:
 class Progress:
     """Counts towards a total; this one is silent."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.started = what, total, time.monotonic()
+    def __init__(self, what: str, total: int, already: int) -> None:
+        self.what, self.total, self.already, self.started = what, total, already, time.monotonic()
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         """Say how far it is, with a few figures."""
@@ -82,7 +85,7 @@ class Progress:
 
     def seconds_each(self, done: int) -> float:
         """At the rate so far."""
-        return (time.monotonic() - self.started) / max(done, 1)
+        return (time.monotonic() - self.started) / max(done - self.already, 1)
 
 
 class _Lines(Progress):
@@ -90,8 +93,8 @@ class _Lines(Progress):
 
     every = 5.0
 
-    def __init__(self, what: str, total: int) -> None:
-        super().__init__(what, total)
+    def __init__(self, what: str, total: int, already: int) -> None:
+        super().__init__(what, total, already)
         self.said = self.started - self.every
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
@@ -109,12 +112,12 @@ class _Lines(Progress):
 class _Bar(Progress):
     """A bar that redraws itself."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, already: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        super().__init__(what, total)
+        super().__init__(what, total, already)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -123,7 +126,7 @@ class _Bar(Progress):
             console=Console(stderr=True, highlight=False),
         )
         self.bar.start()
-        self.task = self.bar.add_task(what, total=total, figures="")
+        self.task = self.bar.add_task(what, total=total, completed=already, figures="")
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         text = " ".join(f"{name} {value}" for name, value in figures.items())

@@ -16,9 +16,9 @@ class RunFailedError(UserError):
 class Stopped(BaseException):
     """A signal asked for the end; 128 + its number is the exit code."""
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, kept: bool = False) -> None:
         super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
+        self.exit_code, self.kept = 128 + signal_number, kept  # kept: there is a checkpoint to go on from
 
 
 def first_line(fault: BaseException) -> str:

@@ -92,11 +92,6 @@ def test_a_template_may_stand_in_a_file_beside_the_recipe(tmp_path: Path) -> Non
     assert recipe.load(file).base.chat_template == "{{ messages }}"
 
 
-def test_batches_are_whole_numbers_of_micro_batches() -> None:
-    with pytest.raises(UserError, match=r"dpo\.batch_size: 16 is no multiple of micro_batch_size 5"):
-        recipe.load(recipe.builtin()["demo"], ["dpo.micro_batch_size=5"])
-
-
 @pytest.mark.parametrize("text", ["rating:", "rating", "shorter:x", "", "louder"])
 def test_rankers_that_do_not_exist(text: str) -> None:
     with pytest.raises(ValueError, match="no ranker"):

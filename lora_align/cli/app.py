@@ -1,6 +1,7 @@
 """The program: its commands, its signals, and how it ends."""
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -89,7 +90,9 @@ def main() -> None:
     except UserError as fault:
         _complain(str(fault), fault.exit_code)
     except Stopped as stop:
-        _complain("stopped; nothing unfinished was published", stop.exit_code)
+        words = [word for word in sys.argv[1:] if word not in ("--force", "--resume")]
+        goes_on = f"; to go on: lora-align {shlex.join([*words, '--resume'])}"
+        _complain(f"stopped; nothing unfinished was published{goes_on if stop.kept else ''}", stop.exit_code)
     except TyperException as fault:
         told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
         _complain(f"{told.rstrip('.')} (see lora-align --help, or --help behind a command)", 2)

@@ -22,6 +22,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on std
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Publish under this name.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Move an existing run aside.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what was stopped.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Train on the first N rows only.")]
 
 
@@ -37,6 +38,12 @@ def project_of(name: str | None, overrides: list[str] | None, screen: Screen, ru
     if why:
         screen.note(why)
     return recipes.load(path, overrides or [])
+
+
+def either(force: bool, resume: bool) -> None:
+    """Refuse to be told two things at once."""
+    if force and resume:
+        raise UserError("--resume goes on with what was begun, --force begins anew: one or the other")
 
 
 def limited(overrides: list[str] | None, stage: str, limit: int | None) -> list[str]:

@@ -13,9 +13,11 @@ from lora_align.cli.options import (
     NameOption,
     QuietOption,
     RecipeOption,
+    ResumeOption,
     RunsOption,
     SetOption,
     checked,
+    either,
     limited,
     project_of,
 )
@@ -29,16 +31,18 @@ def sft(
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     limit: LimitOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train the start policy's adapter, where the recipe has an [sft] table."""
     screen = Screen(as_json, quiet)
+    either(force, resume)
     project = project_of(recipe, limited(overrides, "sft", limit), screen)
     from lora_align.stages import sft as stage
 
-    run = stage.run(project, runs_dir, screen, force=force)
+    run = stage.run(project, runs_dir, screen, force=force, resume=resume)
     screen.result(stage.told(run), facts(run))
 
 
@@ -53,12 +57,14 @@ def dpo(
     runs_dir: RunsOption = runs.DEFAULT,
     name: NameOption = None,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     limit: LimitOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a preference's adapters: pos towards it, neg away from it."""
     screen = Screen(as_json, quiet)
+    either(force, resume)
     project = project_of(recipe, limited(overrides, "dpo", limit), screen)
     if every == (pref is not None):
         raise UserError(f"dpo: either --pref NAME or --all (the recipe knows: {', '.join(project.preferences)})")
@@ -72,7 +78,7 @@ def dpo(
         project.preference(preference)
     from lora_align.stages import dpo as stage
 
-    done = stage.run(project, names, directions, runs_dir, screen, name=checked(name), force=force)
+    done = stage.run(project, names, directions, runs_dir, screen, name=checked(name), force=force, resume=resume)
     screen.result("\n".join(stage.told(run) for run in done), {"runs": [facts(run) for run in done]})
 
 
@@ -82,16 +88,18 @@ def reward(
     runs_dir: RunsOption = runs.DEFAULT,
     name: NameOption = None,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     limit: LimitOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train the reward model: a head for each thing raters or pairs judge."""
     screen = Screen(as_json, quiet)
+    either(force, resume)
     project = project_of(recipe, limited(overrides, "reward", limit), screen)
     from lora_align.stages import reward as stage
 
-    run = stage.run(project, runs_dir, screen, name=checked(name), force=force)
+    run = stage.run(project, runs_dir, screen, name=checked(name), force=force, resume=resume)
     screen.result(stage.told(run), facts(run))
 
 

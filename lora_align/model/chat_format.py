@@ -17,6 +17,7 @@ from lora_align.errors import UserError
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand for control tokens in somebody's text
 PROBE = "\N{BALLOT BOX WITH CHECK}answer\N{BALLOT BOX WITH CHECK}"
 CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # some tokenizers also add runs of spaces, which are only text
+OPENING = 12  # tokens that an error quotes
 StandIns = Mapping[str, str]  # private character → the control token it stands for
 
 
@@ -46,6 +47,11 @@ class ChatFormat:
             ids = self._encode(self._hidden(said[-1], stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
+
+    def opening(self, ids: Sequence[int]) -> str:
+        """How a text begins, for an error to quote."""
+        text = " ".join(self.tokenizer.decode(ids[:OPENING]).split())
+        return repr(text + (" …" if len(ids) > OPENING else ""))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

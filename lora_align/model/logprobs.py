@@ -1,42 +1,264 @@
-"""How likely a model finds given answers."""
+"""How likely a model finds given answers: the log-probabilities of their tokens, and of nothing else.
 
-from collections.abc import Callable, Sequence
+Only positions that predict an answer's token ever reach the vocabulary, some at a time, and answers to one prompt can
+share it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from lora_align.errors import UserError
+from lora_align.model.room import Room
+
 Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
+Shared = tuple[list[int], Sequence[list[int]]]  # a prompt, and several answers to it
+TOKENS = 8192  # computed at once where nobody says otherwise
+LOGITS = 2**24  # computed at once: positions times vocabulary
+CLOSE = 0.05  # a nat: what the same tokens may differ by, computed in two ways in half precision
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of a backbone's states: a linear layer, times `scale`, then bent so as not to exceed `cap`."""
+
+    layer: nn.Module
+    scale: float
+    cap: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """A model's own, after it was found to say what the model says."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        head = cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+        ids = torch.arange(4, 12, device=model.device)[None]
+        with torch.no_grad():
+            theirs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+            ours = head.logits(states).log_softmax(-1)
+        if not torch.allclose(ours, theirs, atol=CLOSE):
+            raise UserError(f"{type(model).__name__} makes its logits in a way that is not known here")
+        return head
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, d] to [n, v] in float32."""
+        logits = self.layer(states.to(self._dtype(states))).float() * self.scale
+        return self.cap * (logits / self.cap).tanh() if self.cap else logits
+
+    def logprobs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of each target [n] behind its state [n, d], in float32, and whether it was the likeliest."""
+        plain = type(self.layer) is nn.Linear and not self.layer.weight.requires_grad and self.layer.bias is None
+        if plain:
+            return _Logprobs.apply(states, self.layer.weight, targets, self.scale, self.cap)  # type: ignore[no-any-return]
+        logits = self.logits(states)
+        found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return found, logits.argmax(-1) == targets
+
+    def _dtype(self, states: Tensor) -> torch.dtype:
+        weight = getattr(self.layer, "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else states.dtype
+
+
+class _Logprobs(torch.autograd.Function):
+    """log p_target of a frozen head. The gradient to the states, W[target] − Σ p W, is made on the way, some positions
+    at a time, so that no pass over the vocabulary is kept or made twice."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        cap: float,
+    ) -> tuple[Tensor, Tensor]:
+        found = torch.empty(len(states), dtype=torch.float32, device=states.device)
+        likeliest = torch.empty(len(states), dtype=torch.bool, device=states.device)
+        slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        step = max(1, LOGITS // len(weight))
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            logits = linear(states[part].to(weight.dtype), weight).float() * scale
+            bent = (logits / cap).tanh() if cap else None
+            logits = logits if bent is None else cap * bent
+            likeliest[part] = logits.argmax(-1) == targets[part]
+            logprobs = logits.log_softmax(-1)
+            found[part] = logprobs.gather(-1, targets[part, None])[:, 0]
+            if slopes is not None:
+                slope = logprobs.exp_().neg_()
+                slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
+                slope = slope if bent is None else slope * (1 - bent.square())
+                slopes[part] = ((slope * scale).to(weight.dtype) @ weight).to(states.dtype)
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(likeliest)
+        return found, likeliest
+
+    @staticmethod
+    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def, override]
+        (slopes,) = ctx.saved_tensors
+        return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads answers behind their prompts."""
+
+    model: PreTrainedModel
+    head: Head
+    longest_shared: int  # tokens of a sequence up to which answers can share their prompt; 0: never
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Reader":
+        """Finds out what the model bears."""
+        alone = cls(model, Head.of(model), 0)
+        sharing = cls(model, alone.head, _window(model))
+        if not sharing.longest_shared:
+            return alone
+        tried: list[Shared] = [(list(range(4, 9)), ([9, 10, 11, 12], [10, 4, 5]))]
+        with torch.no_grad():
+            try:
+                alike = torch.allclose(alone.sums(tried)[0], sharing.sums(tried)[0], atol=4 * CLOSE)
+            except (RuntimeError, ValueError, TypeError):  # a model that takes no such mask
+                return alone
+        return sharing if alike else alone
+
+    def length(self, row: Shared) -> int:
+        """Tokens that a prompt with its answers takes."""
+        prompt, answers = row
+        together = len(prompt) + sum(map(len, answers))
+        if len(answers) == 1 or together <= self.longest_shared:
+            return together
+        return len(answers) * (len(prompt) + max(map(len, answers)))
+
+    def sums(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor]:
+        """log π of every answer, in their order [a] and how many of its tokens were the likeliest [a]."""
+        tokens, hits, lengths = self.tokens(rows)
+        which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(tokens.device)
+        nothing = tokens.new_zeros(len(lengths))
+        return nothing.index_add(0, which, tokens), nothing.index_add(0, which, hits.to(nothing.dtype))
+
+    def tokens(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor, list[int]]:
+        """log p of every answer's every token, whether it was the likeliest, and each answer's length."""
+        if any(self.longest_shared < self.length(row) for row in rows if len(row[1]) > 1):
+            rows = [(prompt, [answer]) for prompt, answers in rows for answer in answers]
+        layout = _Layout.of(rows)
+        shared = any(len(answers) > 1 for _, answers in rows)
+        given = layout.apart(self.model.dtype) if shared else layout.behind()
+        found, hits = self.read(given, layout.at_row, layout.at_place, layout.targets)
+        return found, hits, layout.lengths
+
+    def read(
+        self, given: Mapping[str, Tensor], at_row: Tensor, at_place: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log p of targets behind places in the model's input, and whether each was the likeliest."""
+        where = self.model.device
+        on_device = {name: tensor.to(where) for name, tensor in given.items()}
+        states = self.model.get_decoder()(**on_device, use_cache=False).last_hidden_state
+        return self.head.logprobs(states[at_row.to(where), at_place.to(where)], targets.to(where))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Rows side by side: ids padded on the right, and where each token of an answer is predicted."""
+
+    ids: Tensor  # [b, t]
+    owner: Tensor  # [b, t]: 0 for the prompt, 1 for the first answer and so on; -1 for padding
+    places: Tensor  # [b, t]: positions, each answer's going on from the prompt's
+    at_row: Tensor  # [n]
+    at_place: Tensor  # [n]
+    targets: Tensor  # [n]
+    lengths: list[int]  # of each answer
+
+    @classmethod
+    def of(cls, rows: Sequence[Shared]) -> "_Layout":
+        """For each prompt with its answers."""
+        ids, owners, places, at_row, at_place, targets, lengths = [], [], [], [], [], [], []
+        for number, (prompt, answers) in enumerate(rows):
+            begin = len(prompt)
+            ids.append(torch.tensor([*prompt, *itertools.chain.from_iterable(answers)]))
+            owners.append(torch.tensor([0] * begin + [n for n, a in enumerate(answers, 1) for _ in a]))
+            places.append(torch.tensor([*range(begin), *(begin + i for a in answers for i in range(len(a)))]))
+            for answer in answers:
+                at_place += [len(prompt) - 1, *range(begin, begin + len(answer) - 1)]
+                at_row += [number] * len(answer)
+                targets += answer
+                lengths.append(len(answer))
+                begin += len(answer)
+        pad = nn.utils.rnn.pad_sequence
+        return cls(
+            pad(ids, batch_first=True),
+            pad(owners, batch_first=True, padding_value=-1),
+            pad(places, batch_first=True),
+            *map(torch.tensor, (at_row, at_place, targets)),
+            lengths,
+        )
+
+    def behind(self) -> dict[str, Tensor]:
+        """For a model that reads one answer a row."""
+        return {"input_ids": self.ids, "attention_mask": (self.owner >= 0).long()}
+
+    def apart(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """For several a row: each token sees what stands before it of the prompt and of its own answer."""
+        earlier = torch.ones(self.ids.shape[1], self.ids.shape[1]).tril().bool()
+        seen = earlier & ((self.owner[:, None] == 0) | (self.owner[:, :, None] == self.owner[:, None]))
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return {"input_ids": self.ids, "attention_mask": mask[:, None], "position_ids": self.places}
+
+
+def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of rows to compute together, of about one length, the longest first: padded, no more than `budget`.
+
+    A row longer than that is computed by itself.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(1, budget // max(lengths[order[start]], 1))
+        yield order[start : start + count]
+        start += count
 
 
 @torch.no_grad()
 def answer_logprobs(
-    model: PreTrainedModel, rows: Sequence[Answered], batch: int, report: Callable[[int], None] = lambda done: None
+    model: PreTrainedModel,
+    rows: Sequence[Shared],
+    room: Room,
+    report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """log π(answer | prompt), summed over the answer's tokens: [n] float32 on the CPU; `report` hears how far it is."""
-    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-    result = torch.empty(len(rows))
-    for start in range(0, len(order), batch):
-        picked = order[start : start + batch]
-        result[picked] = _batch_logprobs(model, [rows[i] for i in picked]).cpu()
-        report(start + len(picked))
-    return result
+    """log π(answer | prompt) of every answer, in their order, in float32 on the CPU; `report` hears of rows done."""
+    if not rows:
+        return torch.empty(0)
+    reader = Reader.of(model)
+    lengths = [reader.length(row) for row in rows]
+    left = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    found: dict[int, Tensor] = {}
+
+    def some(budget: int) -> int:
+        picked = next(parts([lengths[i] for i in left], budget))
+        batch = [left[i] for i in picked]
+        sums = reader.sums([rows[i] for i in batch])[0].cpu()
+        found.update(zip(batch, sums.split([len(rows[i][1]) for i in batch]), strict=True))
+        return len(batch)
+
+    while left:
+        left = left[room.attempt(some, least=lengths[left[0]]) or 0 :]
+        report(len(rows) - len(left))
+    return torch.cat([found[i] for i in range(len(rows))])
 
 
-def _batch_logprobs(model: PreTrainedModel, rows: Sequence[Answered]) -> Tensor:
-    """[b]. Rows are padded on the right; positions before the shortest prompt's end never reach the head."""
-    sequences = [torch.tensor(prompt + answer) for prompt, answer in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
-    seen = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        seen[i, : len(sequence)] = 1
-    skipped = min(len(prompt) for prompt, _ in rows) - 1
-    kept = ids.shape[1] - skipped
-    logits = model(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=kept).logits
-    sums = []
-    for i, (prompt, answer) in enumerate(rows):
-        first, last = len(prompt) - 1 - skipped, len(prompt) + len(answer) - 1 - skipped
-        targets = ids[i, len(prompt) : len(prompt) + len(answer)]
-        log_p = logits[i, first:last].float().log_softmax(-1)  # position t predicts token t + 1
-        sums.append(log_p.gather(-1, targets[:, None]).sum())
-    return torch.stack(sums)
+def _window(model: PreTrainedModel) -> int:
+    """Up to which length every token can see every other one before it; 0 where masks are not one's own to choose."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return 0
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers - {"full_attention", "sliding_attention"}:
+        return 0
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return int(window) if window else 2**31

@@ -7,24 +7,30 @@ from typing import TypeVar
 
 import torch
 
+from lora_align.errors import RunFailedError
+
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 Result = TypeVar("Result")
 
 
 @dataclass
 class Room:
-    """Rows that fit. Halved where memory runs out, and kept so: what follows need not fail first."""
+    """Rows, or tokens, that fit. Halved where memory runs out, and kept so: what follows need not fail first."""
 
-    rows: int
+    size: int
+    advice: str = ""  # to whom not even the least fits
 
-    def attempt(self, work: Callable[[int], Result]) -> Result | None:
-        """What `work` makes of as many rows; None where they did not fit, and half as many may."""
+    def attempt(self, work: Callable[[int], Result], least: int = 1) -> Result | None:
+        """What `work` makes of as much; None where it did not fit, and half of it, down to `least`, may."""
         try:
-            return work(self.rows)
+            return work(self.size)
         except (RuntimeError, MemoryError) as fault:
-            if self.rows == 1 or not _out_of_memory(fault):
+            if not _out_of_memory(fault):
                 raise
-            self.rows //= 2
+            if self.size <= least:
+                remedy = f"; {self.advice}" if self.advice else ""
+                raise RunFailedError(f"memory ran out over the least that can be computed at once{remedy}") from fault
+            self.size //= 2
         gc.collect()  # outside the handler, which holds on to the frames that failed
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

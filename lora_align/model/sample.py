@@ -34,7 +34,7 @@ def sample(
     sampling: Sampling,
     room: Room | None = None,
 ) -> Iterator[list[Answer]]:
-    """n answers to each prompt, a batch at a time, the shortest prompts first; at most `room.rows` are drawn at once.
+    """n answers to each prompt, a batch at a time, the shortest prompts first; at most `room.size` are drawn at once.
 
     An answer depends on the seed, its prompt and its number, and not on what shares its batch (but for rounding).
     Where memory runs out, half as many rows are tried, and the batches before stay.

@@ -22,6 +22,10 @@ class TokenPair:
     rejected: list[int]
     reference: tuple[float, float] = (math.nan, math.nan)
 
+    def shared(self) -> tuple[list[int], list[list[int]]]:
+        """The prompt, and both answers to it."""
+        return self.prompt, [self.chosen, self.rejected]
+
     def swap(self) -> "TokenPair":
         """The same pair with its labels switched."""
         return TokenPair(self.prompt, self.rejected, self.chosen, self.reference[::-1])

@@ -24,7 +24,6 @@ def described(fault: Mapping[str, Any]) -> str:
 
 def of_recipe(recipe: Recipe) -> Iterator[str]:
     """Faults of tables that are each well-formed."""
-    yield from _of_batches(recipe)
     yield from _of_reward(recipe)
     yield from _of_rsf(recipe)
 
@@ -43,13 +42,6 @@ def of_preferences(tables: Any) -> Iterator[str]:
                 continue
             if kind == "label" and isinstance(table, Mapping) and table.get("margin"):
                 yield f"preferences.{name}.margin: a label says who won, not by how much; rank by rating: or score:"
-
-
-def _of_batches(recipe: Recipe) -> Iterator[str]:
-    """An optimiser step is a whole number of micro-batches."""
-    for name, stage in (("sft", recipe.sft), ("dpo", recipe.dpo), ("reward", recipe.reward), ("rsf", recipe.rsf)):
-        if stage and stage.batch_size % stage.micro_batch_size:
-            yield f"{name}.batch_size: {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size}"
 
 
 def _of_reward(recipe: Recipe) -> Iterator[str]:

@@ -43,7 +43,8 @@ class Lora:
 class Training:
     """What all training has in common. Batches count rows; `limit` stops reading after that many to train on.
 
-    `warmup` below 1 is a share of the steps, from 1 on their number.
+    A batch is computed in parts of about `tokens_per_batch` tokens, which changes memory and speed and nothing else.
+    `warmup` below 1 is a share of the steps, from 1 on their number. A checkpoint is kept every `save_minutes`.
     """
 
     epochs: Positive = 1.0
@@ -53,12 +54,13 @@ class Training:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Positive = 1.0
     batch_size: Count = 16
-    micro_batch_size: Count = 4
+    tokens_per_batch: Count = 4096
     max_length: Annotated[int, Ge(8)] = 1024
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     seed: int = 0
     held_out: Share = 0.05
+    save_minutes: Annotated[float, Ge(0)] = 10.0
     limit: Count | None = None
     report_to: tuple[str, ...] = ()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
@@ -20,34 +20,62 @@ from lora_align.data.rows import Pair
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
-from lora_align.model.logprobs import answer_logprobs
+from lora_align.model.chat_format import ChatFormat
+from lora_align.model.logprobs import Reader, answer_logprobs
+from lora_align.model.references import References
+from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair
 from lora_align.preference import Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import LOG, Manifest, Run
+from lora_align.stages import checkpoints, training
 from lora_align.stages import start as start_policy
-from lora_align.stages import training
+from lora_align.stages.checkpoints import Unfinished
+from lora_align.stages.steps import Part, Stepping
 
-FIGURES = {
-    "loss": "loss",
-    "margin": "rewards/margins",
-    "accuracy": "rewards/accuracies",
-    "chosen_reward": "rewards/chosen",
-    "rejected_reward": "rewards/rejected",
-}
 ENOUGH = 20  # held-out pairs below which an accuracy says nothing
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
 
 
-class TokenisedDPOTrainer(DPOTrainer):
-    """TRL's trainer over rows that are token ids already, with their reference log-probabilities."""
+class SteppingDPOTrainer(Stepping[TokenPair], DPOTrainer):
+    """TRL's trainer, with steps made here."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.precompute_ref_logps = True  # said to its configuration, TRL would compute and cache them its own way
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset
+@dataclass(frozen=True)
+class Preferring:
+    """−log σ(margin) over pairs: the margin is β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)].
+
+    `smoothing` is the chance that a label is the wrong way round.
+    """
+
+    reader: Reader
+    chat: ChatFormat
+    beta: float
+    smoothing: float = 0.0
+
+    def length(self, row: TokenPair) -> int:
+        """Of both answers, the prompt they may share included."""
+        return self.reader.length(row.shared())
+
+    def weights(self, rows: Sequence[TokenPair]) -> list[float]:
+        """Every pair counts alike."""
+        return [float(len(rows))]
+
+    def part(self, rows: Sequence[TokenPair], weights: Sequence[float]) -> Part:
+        """Some pairs of a step."""
+        sums, _ = self.reader.sums([row.shared() for row in rows])
+        reference = torch.tensor([row.reference for row in rows], device=sums.device)
+        rewards = self.beta * (sums.view(-1, 2) - reference)  # [b, 2]
+        margins = rewards[:, 0] - rewards[:, 1]
+        losses = -(1 - self.smoothing) * logsigmoid(margins) - self.smoothing * logsigmoid(-margins)
+        found = torch.stack([margins, (margins > 0).float(), *rewards.T]).detach().sum(1).tolist()
+        names = ("margin", "accuracy", "chosen_reward", "rejected_reward")
+        count = float(len(rows))
+        return Part(losses.sum() / weights[0], {name: (total, count) for name, total in zip(names, found, strict=True)})
+
+    def quoted(self, row: TokenPair) -> str:
+        """How its answer to prefer begins."""
+        return self.chat.opening(row.chosen)
 
 
 @dataclass(frozen=True)
@@ -58,15 +86,14 @@ class Material:
     held_out: list[TokenPair]
     facts: dict[str, Any]
 
-    def referenced(self, model: PreTrainedModel, batch: int, label: str, screen: Screen) -> "Material":
-        """With the start policy's log-probabilities: computed once, for both directions."""
+    def referenced(
+        self, references: References, model: PreTrainedModel, tokens: int, label: str, screen: Screen
+    ) -> "Material":
+        """With the start policy's log-probabilities: computed once, for both directions and for later runs."""
         rows = [*self.train, *self.held_out[: training.EVALUATE_AT_MOST]]
-        answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
-        with screen.progress(label, len(answers)) as progress:
-            logprobs = answer_logprobs(model, answers, batch, lambda done: progress.show(done, {}))
+        found = references.logprobs(model, [row.shared() for row in rows], tokens, label, screen)
         known = [
-            replace(row, reference=(chosen, rejected))
-            for row, (chosen, rejected) in zip(rows, logprobs.view(-1, 2).tolist(), strict=True)
+            replace(row, reference=(chosen, rejected)) for row, (chosen, rejected) in zip(rows, found, strict=True)
         ]
         return replace(self, train=known[: len(self.train)], held_out=known[len(self.train) :])
 
@@ -80,6 +107,7 @@ def run(
     *,
     name: str | None = None,
     force: bool = False,
+    resume: bool = False,
 ) -> list[Run]:
     """Train preferences' adapters one after the other on one loaded base, and publish each.
 
@@ -88,11 +116,23 @@ def run(
     for preference in preferences:
         recipe.preference(preference)
         for direction in directions:
-            runs.refuse_existing(_target(runs_dir, name or preference, direction), force)
+            target = _target(runs_dir, name or preference, direction)
+            if not (resume and runs.is_run(target)):
+                runs.refuse_existing(target, force)
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
     materials = {preference: prepare(recipe, preference, base) for preference in preferences}
+    references = References.of(base, start_policy.identity(start))
+    begun: dict[Path, Unfinished] = {}
+    for preference in preferences:
+        for direction in directions:
+            target = _target(runs_dir, name or preference, direction)
+            data = materials[preference].facts["fingerprint"]
+            who = checkpoints.who("dpo", recipe, base, start_policy.identity(start), data)
+            begun[target] = Unfinished.of(
+                target, {**who, "direction": direction.value}, resume=resume, force=force, screen=screen
+            )
     published = []
     model: PreTrainedModel | None = None
     for preference, material in materials.items():
@@ -105,16 +145,23 @@ def run(
             seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
             data=material.facts,
         )
+        referenced = False
         for direction in directions:
             called = name or preference
             target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
+            if resume and runs.is_run(target):
+                screen.note(f"{target} was made before")
+                published.append(begun[target].done(runs.read(target)))
+                continue
             with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
                 model = model or start_policy.load(base, start)
-                if direction is directions[0]:
-                    batch = 2 * recipe.dpo.micro_batch_size
-                    material = material.referenced(model, batch, f"{called} reference", screen)
-                facts, model = train(model, base, recipe, material, direction, label, staging, screen)
+                if not referenced:
+                    tokens = 2 * recipe.dpo.tokens_per_batch  # nothing is kept for a gradient
+                    material = material.referenced(references, model, tokens, f"{called} reference", screen)
+                    referenced = True
+                facts, model = train(model, base, recipe, material, direction, label, staging, begun[target], screen)
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
+                begun[target].clear()
             for reason in published[-1].manifest.unconverged:
                 screen.warn(f"{target}: unconverged: {reason}")
     return published
@@ -157,26 +204,27 @@ def train(
     direction: Direction,
     label: str,
     folder: Path,
+    unfinished: Unfinished,
     screen: Screen,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """Train one adapter into a folder; the manifest's fields about it, and the model as it came."""
-    rows = [row.facing(direction) for row in material.train]
     with training.accepted_by_libraries():
-        trainer = TokenisedDPOTrainer(
+        trainer = SteppingDPOTrainer(
+            objective=Preferring(Reader.of(model), base.chat, recipe.dpo.beta, recipe.dpo.label_smoothing),
+            rows=[row.facing(direction) for row in material.train],
+            room=Room(recipe.dpo.tokens_per_batch, training.TOO_LONG),
+            unfinished=unfinished,
+            tell=lambda text: screen.note(f"{label}: {text}"),
             model=model,
             args=DPOConfig(
-                beta=recipe.dpo.beta,
-                label_smoothing=recipe.dpo.label_smoothing,
                 disable_dropout=False,  # TRL's True would silence lora.dropout; the base has none
                 **training.arguments(recipe.dpo, base, folder),
             ),
-            train_dataset=Dataset.from_list([_columns(row) for row in rows]),
             processing_class=base.chat.tokenizer,
             peft_config=training.fresh_adapter(recipe.lora, base),
         )
     initial = training.initialise(trainer.model, recipe.lora.init_seed)
-    with training.watched(trainer, screen, label, folder, FIGURES) as watch:
-        trainer.train()
+    watch = training.fit(trainer, recipe.dpo, screen, label)
     policy: PeftModel = trainer.model
     training.save_adapter(policy, folder)
     held_out = [row.facing(direction) for row in material.held_out[: training.EVALUATE_AT_MOST]]
@@ -186,7 +234,7 @@ def train(
         "first_margin": watch.history[0]["margin"],
         "norm": size,
         "relative_norm": relative,
-        "held_out": held_out_margins(policy, held_out, recipe.dpo.beta, 2 * recipe.dpo.micro_batch_size),
+        "held_out": held_out_margins(policy, held_out, recipe.dpo.beta, 2 * trainer.room.size),
         "tokens_per_second": watch.history[-1]["tokens_per_second"],
         "seconds": round(watch.seconds, 1),
     }
@@ -195,13 +243,12 @@ def train(
     return facts, training.unwrap(policy)
 
 
-def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, batch: int) -> dict[str, float]:
+def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, tokens: int) -> dict[str, float]:
     """Mean margin β[(log π − log π_ref)(chosen) − (…)(rejected)] and how often it is positive, over unseen prompts."""
     if not rows:
         return {"pairs": 0}
-    answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
     policy.eval()
-    trained = answer_logprobs(policy.get_base_model(), answers, batch).view(-1, 2)
+    trained = answer_logprobs(policy.get_base_model(), [row.shared() for row in rows], Room(tokens)).view(-1, 2)
     rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
     margins = rewards[:, 0] - rewards[:, 1]
     wins = float((margins > 0).float().mean())
@@ -222,14 +269,3 @@ def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     if metrics["relative_norm"] < TINY:
         found.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {metrics['relative_norm']:.1e}; raise learning_rate or epochs")
     return tuple(found)
-
-
-def _columns(row: TokenPair) -> dict[str, Any]:
-    chosen, rejected = row.reference
-    return {
-        "prompt_ids": row.prompt,
-        "chosen_ids": row.chosen,
-        "rejected_ids": row.rejected,
-        "ref_chosen_logps": chosen,
-        "ref_rejected_logps": rejected,
-    }

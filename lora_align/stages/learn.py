@@ -1,9 +1,11 @@
 """How a policy of a series learns from the answers that were chosen for it."""
 
+import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +14,12 @@ from lora_align.data.pairs import is_held_out
 from lora_align.data.rows import Conversation, Message, Pair, Prompt, Rated
 from lora_align.errors import RunFailedError
 from lora_align.model import tokenise
+from lora_align.model.references import References
 from lora_align.preference import Direction
 from lora_align.recipe import Dpo, Rsf, Training
-from lora_align.stages import asking, dpo, sft
+from lora_align.stages import asking, checkpoints, dpo, sft
 from lora_align.stages import start as start_policy
+from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.select import Choice
 from lora_align.stages.series import Plan
 
@@ -42,7 +46,8 @@ def supervised(plan: Plan, learned: Learned, label: str, staging: Path, screen: 
             sides[is_held_out(prompt, settings.held_out)].append(row)
     material = sft.Material(*_learnable(sides, label), facts={})
     model = start_policy.load(plan.base, plan.start)
-    facts = sft.train(model, plan.base, plan.lora, settings, material, label, staging, screen)
+    unfinished = _begun(plan, material, label, screen)
+    facts = sft.train(model, plan.base, plan.lora, settings, material, label, staging, unfinished, screen)
     return _with_counts(facts, counts)
 
 
@@ -61,9 +66,19 @@ def preferred(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, 
     shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
     recipe = replace(plan.recipe, lora=plan.lora, dpo=Dpo(**shared, beta=settings.beta))
     material = dpo.Material(*_learnable(sides, label), facts={})
-    material = material.referenced(model, 2 * settings.micro_batch_size, f"{label} reference", screen)
-    facts, _ = dpo.train(model, plan.base, recipe, material, Direction.pos, label, staging, screen)
+    references = References.of(plan.base, start_policy.identity(plan.start))
+    material = material.referenced(references, model, 2 * settings.tokens_per_batch, f"{label} reference", screen)
+    unfinished = _begun(plan, material, label, screen)
+    facts, _ = dpo.train(model, plan.base, recipe, material, Direction.pos, label, staging, unfinished, screen)
     return _with_counts(facts, counts)
+
+
+def _begun(plan: Plan, material: sft.Material | dpo.Material, label: str, screen: Screen) -> Unfinished:
+    """A series always goes on: that of which things it is made was checked before."""
+    rows = json.dumps([asdict(row) for row in material.train])
+    data = hashlib.sha256(rows.encode()).hexdigest()
+    who = checkpoints.who("rsf", plan.recipe, plan.base, start_policy.identity(plan.start), data)
+    return Unfinished.of(plan.folder / label, who, resume=True, force=plan.force, screen=screen)
 
 
 def _learnable(sides: tuple[list[Row], list[Row]], label: str) -> tuple[list[Row], list[Row]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments
 
 from lora_align import runs
@@ -24,19 +24,22 @@ from lora_align.evaluate import metrics, plots
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
-from lora_align.model.logprobs import Answered
+from lora_align.model.chat_format import ChatFormat
+from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.reward_model import Heads, RewardModel, hidden_states
 from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenRated
 from lora_align.recipe import Recipe, Reward
 from lora_align.runs import LOG, Manifest, Run
-from lora_align.stages import training
+from lora_align.stages import checkpoints, training
+from lora_align.stages.checkpoints import Unfinished
+from lora_align.stages.steps import Part, Stepping
 
 NAME = "reward"
-FIGURES = {"loss": "loss", "error": "error", "accuracy": "accuracy", "lm": "lm"}
 UNRATED = (50.0, 25.0)  # mean and deviation, in points, of a head that learns from pairs alone
 ENOUGH = 20  # held-out answers below which a correlation says nothing
 MEASURE_AT_MOST = 2000  # held-out examples
+MEASURED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,15 @@ class Material:
     facts: dict[str, Any]
 
 
-def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None = None, force: bool = False) -> Run:
+def run(
+    recipe: Recipe,
+    runs_dir: Path,
+    screen: Screen,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+) -> Run:
     """Train and publish the reward model."""
     if recipe.reward is None:
         raise UserError(
@@ -69,6 +80,9 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None = No
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     material = prepare(recipe, recipe.reward, base)
+    data = {source: of["fingerprint"] for source, of in material.facts.items()}
+    who = checkpoints.who("reward", recipe, base, "", data)
+    unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
     about = Manifest(
         stage="reward",
         base=base.identity,
@@ -78,8 +92,9 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None = No
         method={"objectives": recipe.reward.objectives},
     )
     with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
-        facts = train(base, recipe, recipe.reward, material, staging, screen)
+        facts = train(base, recipe, recipe.reward, material, staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
+        unfinished.clear()
     for reason in published.manifest.unconverged:
         screen.warn(f"{target}: unconverged: {reason}")
     return published
@@ -189,89 +204,103 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 # --- training ---
 
 
-class RewardTrainer(Trainer):
-    """Squared error on ratings, Bradley–Terry on pairs, and a language model's loss on the answers beside them."""
+class SteppingTrainer(Stepping[Example], Trainer):
+    """transformers' trainer, with steps made here."""
 
-    def __init__(self, *, heads: Heads, lm_weight: float, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.heads, self.lm_weight = heads, lm_weight
-        self.seen: list[dict[str, float]] = []  # figures of the micro-batches since the last line
-        self.tokens = 0
 
-    def compute_loss(self, model: PeftModel, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
-        """The mean over ratings of (z − (points − mean)/deviation)² and over pairs of −log σ(z_chosen − z_rejected)."""
-        texts = inputs["texts"]
-        hidden, last = hidden_states(model.get_base_model(), [[*prompt, *answer] for prompt, answer in texts])
+@dataclass(frozen=True)
+class Judging:
+    """Squared error on ratings, Bradley–Terry on pairs, and a language model's loss on the answers beside them.
+
+    The mean over ratings of (z − (points − mean)/deviation)² and over pairs of −log σ(z_chosen − z_rejected).
+    """
+
+    reader: Reader
+    heads: Heads
+    lm_weight: float
+    chat: ChatFormat
+
+    def length(self, row: Example) -> int:
+        """Of one answer behind its prompt, or of two."""
+        return len(row.answers) * max(len(prompt) + len(answer) for prompt, answer in row.answers)
+
+    def weights(self, rows: Sequence[Example]) -> list[float]:
+        """Ratings and pairs together; tokens of the answers that are spoken."""
+        judged = sum(sum(not math.isnan(points) for points in row.points) + (row.head >= 0) for row in rows)
+        return [float(max(judged, 1)), float(sum(len(row.answers[0][1]) for row in rows))]
+
+    def part(self, rows: Sequence[Example], weights: Sequence[float]) -> Part:
+        """Some examples of a step."""
+        batch = collate(rows)
+        texts = batch["texts"]
+        hidden, last = hidden_states(self.reader.model, [[*prompt, *answer] for prompt, answer in texts])
         z = self.heads(hidden[torch.arange(len(texts)), last])  # [t, k]
-        known = ~inputs["points"].isnan()
-        errors = (z - (inputs["points"] - self.heads.mean) / self.heads.deviation)[known]
-        chosen, rejected, head = inputs["compared"].T
+        points = batch["points"].to(z.device)
+        known = ~points.isnan()
+        errors = (z - (points - self.heads.mean) / self.heads.deviation)[known]
+        chosen, rejected, head = batch["compared"].T.to(z.device)
         margins = z[chosen, head] - z[rejected, head]
-        loss = torch.cat([errors.square(), -logsigmoid(margins)]).mean()
+        loss = torch.cat([errors.square(), -logsigmoid(margins)]).sum() / weights[0]
 
-        self.tokens += sum(len(prompt) + len(answer) for prompt, answer in texts)
-        figures = {}
-        if len(errors):
-            in_points = errors.detach() * self.heads.deviation.expand_as(known)[known]
-            figures["error"] = float(in_points.square().mean().sqrt())
-        if len(margins):
-            figures["accuracy"] = float((margins.detach() > 0).float().mean())
+        in_points = errors.detach() * self.heads.deviation.expand_as(known)[known]
+        figures = {
+            "error": (float(in_points.square().sum()), float(len(errors))),
+            "accuracy": (float((margins.detach() > 0).sum()), float(len(margins))),
+        }
         if self.lm_weight:
-            lm = _language_loss(model, hidden, [(row, *texts[row]) for row in inputs["spoken"]])
-            figures["lm"] = float(lm.detach())
-            loss = loss + self.lm_weight * lm
-        self.seen.append(figures)
-        return loss
+            nats = -self._spoken(hidden, [(row, *texts[row]) for row in batch["spoken"]])
+            figures["lm"] = (float(nats.detach().sum()), float(len(nats)))
+            loss = loss + self.lm_weight * nats.sum() / weights[1]
+        return Part(loss, figures)
 
-    def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
-        """With the means of what the micro-batches since the last line found."""
-        if "loss" in logs:
-            for name in FIGURES.keys() - {"loss"}:
-                values = [figures[name] for figures in self.seen if name in figures]
-                logs |= {name: sum(values) / len(values)} if values else {}
-            logs["num_tokens"] = float(self.tokens)
-            self.seen.clear()
-        super().log(logs, *args, **settings)
+    def _spoken(self, hidden: Tensor, spoken: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> Tensor:
+        """log p of answers' tokens, each (row, prompt, answer); the vocabulary's head sees their positions only."""
+        states = [hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] for row, prompt, answer in spoken]
+        targets = torch.tensor([token for _, _, answer in spoken for token in answer], device=hidden.device)
+        return self.reader.head.logprobs(torch.cat(states), targets)[0]
 
-
-def _language_loss(
-    model: PeftModel, hidden: Tensor, spoken: Sequence[tuple[int, Sequence[int], Sequence[int]]]
-) -> Tensor:
-    """Nats a token of answers, each (row, prompt, answer); the vocabulary's head sees their positions only."""
-    states = [hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] for row, prompt, answer in spoken]
-    targets = torch.tensor([token for _, _, answer in spoken for token in answer], device=hidden.device)
-    return cross_entropy(model.get_output_embeddings()(torch.cat(states)).float(), targets)
+    def quoted(self, row: Example) -> str:
+        """How its first answer begins."""
+        return self.chat.opening(row.answers[0][1])
 
 
 def train(
-    base: Base, recipe: Recipe, settings: Reward, material: Material, folder: Path, screen: Screen
+    base: Base,
+    recipe: Recipe,
+    settings: Reward,
+    material: Material,
+    folder: Path,
+    unfinished: Unfinished,
+    screen: Screen,
 ) -> dict[str, Any]:
     """Train adapter and heads into a folder; the manifest's fields about them."""
     arguments = training.arguments(settings, base, folder)
     del arguments["max_length"]  # TRL's; rows were cut already
     lora = settings.lora or recipe.lora
     with training.accepted_by_libraries():
-        policy = get_peft_model(base.load(), training.fresh_adapter(lora, base))
+        model = base.load()
+        reader = Reader.of(model)
+        policy = get_peft_model(model, training.fresh_adapter(lora, base))
         initial = training.initialise(policy, lora.init_seed)
         means, deviations = ({name: pair[i] for name, pair in material.heads.items()} for i in (0, 1))
         # a part of the model, so that it is moved, clipped and optimised with the rest
         policy.heads = Heads(policy.config.hidden_size, means, deviations).to(bases.device())
         if settings.gradient_checkpointing:
             policy.enable_input_require_grads()
-        trainer = RewardTrainer(
-            heads=policy.heads,
-            lm_weight=settings.lm_weight,
+        trainer = SteppingTrainer(
+            objective=Judging(reader, policy.heads, settings.lm_weight, base.chat),
+            rows=material.train,
+            room=Room(settings.tokens_per_batch, training.TOO_LONG),
+            unfinished=unfinished,
+            tell=lambda text: screen.note(f"{NAME}: {text}"),
             model=policy,
-            args=TrainingArguments(remove_unused_columns=False, **arguments),
-            train_dataset=material.train,
-            data_collator=collate,
+            args=TrainingArguments(**arguments),
         )
-    with training.watched(trainer, screen, NAME, folder, FIGURES) as watch:
-        trainer.train()
+    watch = training.fit(trainer, settings, screen, NAME)
     training.save_adapter(policy, folder)
     policy.heads.save(folder)
-    model = RewardModel(base, policy.get_base_model().eval(), policy.heads, settings.objectives)
-    report = measure(model, _measured(material.held_out), Room(2 * settings.micro_batch_size))
+    judge = RewardModel(base, policy.get_base_model().eval(), policy.heads, settings.objectives)
+    report = measure(judge, _measured(material.held_out), Room(MEASURED_AT_ONCE))
     training.draw_curve(watch.history, NAME, folder / "curve.png")
     if material.held_out:
         plots.reward_report(folder / "held_out.png", report)

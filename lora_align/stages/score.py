@@ -20,7 +20,7 @@ from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.logprobs import Answered, answer_logprobs
+from lora_align.model.logprobs import TOKENS, Answered, answer_logprobs
 from lora_align.model.mixer import Mixer
 from lora_align.model.room import Room
 from lora_align.preference import SCORE, Direction
@@ -138,13 +138,14 @@ def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
             raise UserError(f"{run.path} stands on another start policy than the recipe has in {runs_dir}/sft")
     model = start_policy.load(base, start)
     mixer = Mixer(model, {side: peft_format.load(run.path, whole=True) for side, run in sides.items()}, {})
+    room = Room(TOKENS)
     beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
 
     def score(rows: Sequence[Answered]) -> Tensor:
         likes = []
         for side in Direction:
             mixer.set({side.value: 1.0})
-            likes.append(answer_logprobs(model, rows, TOGETHER))
+            likes.append(answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], room))
         return (beta * (likes[0] - likes[1]))[:, None]
 
     return Judge([preference], score, " ".join(_identity(run) for run in sides.values()))

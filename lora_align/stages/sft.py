@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,14 +20,16 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
-from lora_align.model.logprobs import answer_logprobs
+from lora_align.model.chat_format import ChatFormat
+from lora_align.model.logprobs import Reader, answer_logprobs
+from lora_align.model.room import Room
 from lora_align.model.tokenise import IGNORED, TokenText
 from lora_align.recipe import Lora, Recipe, Rsf, Sft
 from lora_align.runs import LOG, Manifest, Run
+from lora_align.stages import checkpoints, training
 from lora_align.stages import start as start_policy
-from lora_align.stages import training
-
-FIGURES = {"loss": "loss", "accuracy": "mean_token_accuracy"}
+from lora_align.stages.checkpoints import Unfinished
+from lora_align.stages.steps import Part, Stepping
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Material:
     facts: dict[str, Any]
 
 
-def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False) -> Run:
+def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
     """Train and publish the adapter every preference then starts from."""
     if recipe.sft is None:
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
@@ -49,6 +50,8 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False) 
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     material = prepare(recipe.sft, base)
+    who = checkpoints.who("sft", recipe, base, "", material.facts["fingerprint"])
+    unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
     about = Manifest(
         stage="sft",
         base=base.identity,
@@ -59,8 +62,9 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False) 
     )
     with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
         lora = recipe.sft.lora or recipe.lora
-        facts = train(base.load(), base, lora, recipe.sft, material, "sft", staging, screen)
+        facts = train(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
+        unfinished.clear()
     for reason in published.manifest.unconverged:
         screen.warn(f"{target}: unconverged: {reason}")
     return published
@@ -97,85 +101,99 @@ def train(
     material: Material,
     label: str,
     folder: Path,
+    unfinished: Unfinished,
     screen: Screen,
 ) -> dict[str, Any]:
     """Train an adapter on a start policy into a folder; the manifest's fields about it."""
-    rows = [{"input_ids": row.ids, "labels": row.labels} for row in material.train]
+    packs = [[row] for row in material.train]
     if settings.packing:
         packs = tokenise.pack(material.train, min(settings.max_length, base.max_length))
-        rows = [_columns(pack) for pack in packs]
     with training.accepted_by_libraries():
-        trainer = PackedSFTTrainer(
+        trainer = SteppingSFTTrainer(
+            objective=Saying(Reader.of(model), base.chat),
+            rows=packs,
+            room=Room(settings.tokens_per_batch, training.TOO_LONG),
+            unfinished=unfinished,
+            tell=lambda text: screen.note(f"{label}: {text}"),
             model=model,
-            args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **training.arguments(settings, base, folder)),
-            train_dataset=Dataset.from_list(rows),
-            data_collator=collate if settings.packing else None,
+            args=SFTConfig(**training.arguments(settings, base, folder)),
             processing_class=base.chat.tokenizer,
             peft_config=training.fresh_adapter(lora, base),
         )
     initial = training.initialise(trainer.model, lora.init_seed)
-    with training.watched(trainer, screen, label, folder, FIGURES) as watch:
-        trainer.train()
+    watch = training.fit(trainer, settings, screen, label)
     training.save_adapter(trainer.model, folder)
     held_out = material.held_out[: training.EVALUATE_AT_MOST]
     metrics = {
         "steps": trainer.state.global_step,
-        "held_out": held_out_loss(trainer.model, held_out, 2 * settings.micro_batch_size),
+        "held_out": held_out_loss(trainer.model, held_out, 2 * trainer.room.size),
         "seconds": round(watch.seconds, 1),
     }
     training.draw_curve(watch.history, label, folder / "curve.png")
     return {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics["held_out"])}
 
 
-class PackedSFTTrainer(SFTTrainer):
-    """TRL's trainer; of packed rows it would count the tokens of a batch's first pack alone."""
-
-    packed_tokens = 0
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **settings: Any) -> Any:
-        """TRL's, with its count put right."""
-        loss = super().compute_loss(model, inputs, *args, **settings)
-        if "position_ids" in inputs:
-            self.packed_tokens += inputs["position_ids"].numel()
-            self._metrics["train"]["num_tokens"] = [self.packed_tokens]
-        return loss
+class SteppingSFTTrainer(Stepping[Sequence[TokenText]], SFTTrainer):
+    """TRL's trainer, with steps made here."""
 
 
-def _columns(pack: Sequence[TokenText]) -> dict[str, list[int]]:
-    """Rows one behind the other; no row is to predict the next one's first token."""
-    return {
-        "input_ids": [token for row in pack for token in row.ids],
-        "labels": [label for row in pack for label in (IGNORED, *row.labels[1:])],
-        "seq_lengths": [len(row.ids) for row in pack],
-    }
+@dataclass(frozen=True)
+class Saying:
+    """−log π of every token that is to be learned, the mean over a step's; a row is a pack of one or more texts."""
+
+    reader: Reader
+    chat: ChatFormat
+
+    def length(self, row: Sequence[TokenText]) -> int:
+        """Of all its texts."""
+        return sum(len(text.ids) for text in row)
+
+    def weights(self, rows: Sequence[Sequence[TokenText]]) -> list[float]:
+        """Every token counts alike; no text is to predict the next one's first."""
+        learned = (label != IGNORED for row in rows for text in row for label in text.labels[1:])
+        return [float(max(sum(learned), 1))]
+
+    def part(self, rows: Sequence[Sequence[TokenText]], weights: Sequence[float]) -> Part:
+        """Some packs of a step."""
+        batch = collate(rows)
+        labels = batch.pop("labels")[:, 1:]
+        at = (labels != IGNORED).nonzero()
+        found, hits = self.reader.read(batch, at[:, 0], at[:, 1], labels[at[:, 0], at[:, 1]])
+        return Part(-found.sum() / weights[0], {"accuracy": (float(hits.sum()), float(len(at)))})
+
+    def quoted(self, row: Sequence[TokenText]) -> str:
+        """How its first text begins."""
+        return self.chat.opening(row[0].ids)
 
 
-def collate(packs: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch of packs. Positions start anew with every row, and by that attention keeps to its row; so there must be
-    no mask. Padding goes on with the last row, which as a causal model never looks ahead does not see it.
+def collate(packs: Sequence[Sequence[TokenText]]) -> dict[str, Tensor]:
+    """A batch of packs. Positions start anew with every text, and by that attention keeps to its text; so there must be
+    no mask. Padding goes on with the last text, which as a causal model never looks ahead does not see it.
     """
-    width = max(len(pack["input_ids"]) for pack in packs)
+    width = max(sum(len(text.ids) for text in pack) for pack in packs)
     batch = {"input_ids": torch.zeros(len(packs), width, dtype=torch.long)}
     batch |= {"labels": torch.full_like(batch["input_ids"], IGNORED), "position_ids": batch["input_ids"].clone()}
     for row, pack in enumerate(packs):
-        lengths, used = list(pack["seq_lengths"]), len(pack["input_ids"])
-        lengths[-1] += width - used
-        batch["input_ids"][row, :used] = torch.tensor(pack["input_ids"])
-        batch["labels"][row, :used] = torch.tensor(pack["labels"])
+        ids = [token for text in pack for token in text.ids]
+        labels = [label for text in pack for label in (IGNORED, *text.labels[1:])]
+        lengths = [len(text.ids) for text in pack]
+        lengths[-1] += width - len(ids)
+        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+        batch["labels"][row, : len(ids)] = torch.tensor(labels)
         batch["position_ids"][row] = torch.cat([torch.arange(length) for length in lengths])
     return batch
 
 
-def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], batch: int) -> dict[str, float]:
+def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:
     """Nats a token on unseen prompts, before and after."""
     learned = [_answer_apart(row) for row in rows]
-    tokens = sum(len(answer) for _, answer in learned)
-    if not tokens:
+    count = sum(len(answer) for _, (answer,) in learned)
+    if not count:
         return {"rows": 0}
     policy.eval()
-    after = -float(answer_logprobs(policy.get_base_model(), learned, batch).sum()) / tokens
+    after = -float(answer_logprobs(policy.get_base_model(), learned, Room(tokens)).sum()) / count
     with policy.disable_adapter():
-        before = -float(answer_logprobs(policy.get_base_model(), learned, batch).sum()) / tokens
+        before = -float(answer_logprobs(policy.get_base_model(), learned, Room(tokens)).sum()) / count
     return {"rows": len(rows), "loss_before": before, "loss": after}
 
 
@@ -186,8 +204,8 @@ def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
     return ()
 
 
-def _answer_apart(row: TokenText) -> tuple[list[int], list[int]]:
+def _answer_apart(row: TokenText) -> tuple[list[int], list[list[int]]]:
     """Everything up to the last unlearned token, and the answer behind it."""
     unlearned = [i for i, label in enumerate(row.labels) if label == IGNORED]
     start = unlearned[-1] + 1 if unlearned else 1
-    return row.ids[:start], row.ids[start:]
+    return row.ids[:start], [row.ids[start:]]

@@ -4,27 +4,35 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align.console import Progress, Screen
-from lora_align.errors import RunFailedError, UserError, first_line
+from lora_align.errors import Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
+from lora_align.stages.checkpoints import KEPT, check_room
+from lora_align.stages.steps import METRICS, Stepping, trainable
 
-METRICS = "metrics.jsonl"
+STATE_BYTES = 12  # a trained value, and the two moments that Adam keeps of it
 # in short, as a line of progress has to fit 80 columns
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
+RECORDED = (*SHOWN, "chosen_reward", "rejected_reward")
 EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
+TOO_LONG = "a smaller max_length, or lora.rank, may fit"
 
 
 def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
@@ -34,8 +42,8 @@ def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "trainer"),
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
+        "per_device_train_batch_size": _of_each_process(settings.batch_size),
+        "remove_unused_columns": False,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
@@ -55,6 +63,14 @@ def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
     }
+
+
+def _of_each_process(batch_size: int) -> int:
+    """A step's rows are divided among the processes that accelerate has launched, if it has."""
+    count = PartialState().num_processes
+    if batch_size % count:
+        raise UserError(f"batch_size: {batch_size} rows do not divide among {count} processes")
+    return batch_size // count
 
 
 def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
@@ -105,11 +121,6 @@ def initialise(model: nn.Module, seed: int) -> str:
     return digest.hexdigest()
 
 
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What the optimiser will move."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
 @torch.no_grad()
 def relative_size(model: PeftModel) -> tuple[float, float]:
     """‖Δ‖ and ‖Δ‖/‖W‖ over the layers the adapter sits on."""
@@ -130,39 +141,36 @@ def _dense(layer: nn.Module) -> Tensor:
 
 
 class Watch(TrainerCallback):
-    """Records every step and shows some of it, and stops a run before a step that is not finite."""
+    """Records every step and shows some of it."""
 
-    def __init__(self, progress: Progress, folder: Path, figures: Mapping[str, str], finite: bool) -> None:
-        self.progress, self.figures, self.finite = progress, figures, finite
-        self.records = folder / METRICS
-        self.tokens, self.started = 0.0, time.monotonic()
+    def __init__(self, progress: Progress, records: Path, stop: "Stop", save_seconds: float) -> None:
+        self.progress, self.records, self.stop, self.save_seconds = progress, records, stop, save_seconds
+        self.started = self.saved = time.monotonic()
         self.history: list[dict[str, float]] = []
-        self.trained: list[nn.Parameter] = []
+        if records.exists():  # of the part that was done before
+            self.history = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+        self.tokens_before = self.history[-1]["tokens"] if self.history else 0.0
 
     @property
     def seconds(self) -> float:
         """Since the run began."""
         return time.monotonic() - self.started
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
-        """A gradient that is not finite would spoil every weight at once."""
-        self.trained = self.trained or [parameter for _, parameter in trainable(model)]
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        if self.finite and not get_total_norm(gradients).isfinite():
-            raise RunFailedError(
-                f"step {state.global_step + 1}: a gradient is not finite, the run is stopped before it does harm; "
-                "try a lower learning_rate, or look for odd rows"
-            )
+    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        """A checkpoint now and then, and one before an end that was asked for."""
+        if state.global_step == state.max_steps:
+            return
+        if self.stop.signal or time.monotonic() - self.saved >= self.save_seconds:
+            control.should_save, self.saved = True, time.monotonic()
+        control.should_training_stop = bool(self.stop.signal)
 
     def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
         """One line of figures a step."""
         if "loss" not in logs:
             return
-        if not math.isfinite(float(logs["loss"])):
-            raise RunFailedError(f"step {state.global_step}: the loss is not finite; try a lower learning_rate")
         tokens = float(logs.get("num_tokens", 0.0))
-        rate = tokens / max(self.seconds, 1e-9)
-        record = {"step": state.global_step, **{k: float(logs[v]) for k, v in self.figures.items() if v in logs}}
+        rate = (tokens - self.tokens_before) / max(self.seconds, 1e-9)
+        record = {"step": state.global_step, **{name: float(logs[name]) for name in RECORDED if name in logs}}
         record |= {"learning_rate": float(logs["learning_rate"]), "tokens": tokens, "tokens_per_second": round(rate)}
         self.history.append(record)
         with self.records.open("a", encoding="utf-8") as stream:
@@ -171,16 +179,46 @@ class Watch(TrainerCallback):
         self.progress.show(state.global_step, {**shown, "tok/s": f"{rate:,.0f}"})
 
 
-@contextmanager
-def watched(trainer: Trainer, screen: Screen, what: str, folder: Path, figures: Mapping[str, str]) -> Iterator[Watch]:
-    """Progress on the screen and a record in the folder for as long as the trainer runs."""
-    per_epoch = len(trainer.get_train_dataloader())
-    steps = math.ceil(math.ceil(per_epoch / trainer.args.gradient_accumulation_steps) * trainer.args.num_train_epochs)
-    with screen.progress(what, steps) as progress:
-        watch = Watch(progress, folder, figures, finite=not trainer.args.fp16)
+class Stop:
+    """The first SIGINT or SIGTERM is noted, so that a step can be finished; the second does what it always does."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen, self.signal = screen, 0
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self._noted) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _noted(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self.screen.note("finishing the step at hand, then keeping all; once more, and it ends at once")
+        self.__exit__()
+
+
+def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -> Watch:
+    """Train, from the newest checkpoint on if there is one; progress on the screen, and a record in the folder."""
+    parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
+    trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
+    check_room(trainer.unfinished.folder, (KEPT + 1) * STATE_BYTES * parameters)
+    begun = trainer.unfinished.latest(screen)
+    done = 0
+    if begun:
+        shutil.copyfile(begun / METRICS, trainer.records)
+        done = json.loads((begun / TRAINER_STATE_NAME).read_text())["global_step"]
+        screen.note(f"{what}: goes on after step {done}")
+    steps = math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
+    with screen.progress(what, steps, done) as progress, Stop(screen) as stop:
+        watch = Watch(progress, trainer.records, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
-        yield watch
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(stop.signal, kept=True)
+    return watch
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

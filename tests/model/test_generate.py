@@ -10,6 +10,7 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.generate import Memory, Sampling, draw, stream, text_pieces
 from lora_align.model.logprobs import answer_logprobs
+from lora_align.model.room import Room
 
 GREEDY = Sampling(temperature=0, max_new_tokens=30)
 
@@ -97,5 +98,6 @@ def test_log_probs_are_the_same_in_any_batch_and_by_hand(base: Base, model: PreT
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
         by_hand.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
-    for batch in (1, 3, 8):
-        assert torch.allclose(answer_logprobs(model, rows, batch), torch.tensor(by_hand), atol=1e-3)
+    for tokens in (1, 30, 500):
+        found = answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], Room(tokens))
+        assert torch.allclose(found, torch.tensor(by_hand), atol=1e-3)

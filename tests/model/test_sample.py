@@ -125,7 +125,7 @@ here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + 150_000_000, resource.RLIM_INFINITY))
 room = Room(8192)
 sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, room)]
-print(sum(sizes), max(sizes), room.rows)
+print(sum(sizes), max(sizes), room.size)
 """
 
 

@@ -1,0 +1,163 @@
+"""Work that is not finished: written whole or not at all, believed only by its hashes, and gone on with bit by bit.
+
+`.pos.unfinished` stands beside the run it is to become. In it, `checkpoint-120` is what the trainer needs to go on
+after step 120; the two newest are kept.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs
+from lora_align.console import Screen
+from lora_align.errors import RunFailedError, UserError
+from lora_align.model.base import Base
+from lora_align.recipe import Recipe
+from lora_align.runs import Run
+
+WHO, FILES, PREFIX = "who.json", "files.json", "checkpoint-"
+KEPT = 2
+FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing"}  # of a recipe: change no result
+SHOWN = 4  # differences that an error tells
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The checkpoints of a run that is not published yet."""
+
+    folder: Path
+    who: Mapping[str, Any]
+    bytes_each: int = 0  # what a checkpoint takes, as far as is known
+
+    @classmethod
+    def of(cls, target: Path, who: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen) -> "Unfinished":
+        """Refused where unfinished work lies and nobody said what is to become of it, or it is not this work's."""
+        found = cls(target.parent / f".{target.name}.unfinished", json.loads(json.dumps(who)))
+        if force:
+            shutil.rmtree(found.folder, ignore_errors=True)
+        steps = [step for step, _ in found._whole(screen)]
+        if steps and not resume:
+            raise UserError(f"{target} is unfinished (step {steps[0]}): --resume goes on, --force begins anew")
+        if steps:
+            found._check(target, screen)
+        return found
+
+    def latest(self, screen: Screen) -> Path | None:
+        """The newest checkpoint that is whole."""
+        return next((path for _, path in self._whole(screen)), None)
+
+    def make_room(self, staging: Path) -> None:
+        """An empty folder to write a checkpoint into."""
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+    def not_written(self, staging: Path, fault: Exception) -> RunFailedError:
+        """What to tell when a checkpoint could not be written: the one before is as good as it was."""
+        held = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()) if staging.exists() else 0
+        shutil.rmtree(staging, ignore_errors=True)
+        older = sorted((step for step, _ in self._all()), reverse=True)
+        kept = f"that of step {older[0]} is whole, --resume goes on from it" if older else "there is none before it"
+        needed = f"it takes about {self.bytes_each / 1e6:,.1f} MB" if self.bytes_each else "the disk may be full"
+        return RunFailedError(
+            f"{staging.parent}: a checkpoint broke off after {held / 1e6:,.1f} MB ({fault}); {needed}; {kept}"
+        )
+
+    def keep(self, staging: Path, step: int) -> None:
+        """Give a written checkpoint its name, once the disk holds it; older ones go."""
+        files = {file.name: runs.sha256(file) for file in sorted(staging.iterdir())}
+        (staging / FILES).write_text(json.dumps(files))
+        (self.folder / WHO).write_text(json.dumps(self.who))
+        runs.sync(staging)
+        target = self.folder / f"{PREFIX}{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        runs.sync(self.folder, contents=False)
+        for _, old in sorted(self._all(), reverse=True)[KEPT:]:
+            shutil.rmtree(old)
+
+    def clear(self) -> None:
+        """The run is published."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> Iterator[tuple[int, Path]]:
+        for path in self.folder.glob(f"{PREFIX}*"):
+            number = path.name.removeprefix(PREFIX)
+            if number.isdecimal():
+                yield int(number), path
+
+    def _whole(self, screen: Screen) -> Iterator[tuple[int, Path]]:
+        """Newest first; one that is not as it was written is passed over, and that is said."""
+        for step, path in sorted(self._all(), reverse=True):
+            try:
+                files = json.loads((path / FILES).read_text())
+                damaged = next((name for name, known in files.items() if runs.sha256(path / name) != known), "")
+            except (OSError, ValueError) as fault:
+                damaged = getattr(fault, "filename", None) or FILES
+            if damaged:
+                screen.note(f"{path} is passed over: {Path(damaged).name} is missing or not as it was written")
+            else:
+                yield step, path
+
+    def done(self, run: Run) -> Run:
+        """A run that is published already, if it is this work's."""
+        made = run.manifest
+        before = {**self.who, "base": run.fingerprint, "start": made.start, "recipe": made.recipe}
+        before |= {"data": made.data["fingerprint"]} if "fingerprint" in made.data else {}
+        before["recipe"] = {key: before["recipe"].get(key) for key in self.who["recipe"]}
+        self._refuse(before, f"{run.path} was made")
+        return run
+
+    def _check(self, target: Path, screen: Screen) -> None:
+        """Refuse to go on with another recipe or other data; other versions of libraries are only said."""
+        try:
+            before = json.loads((self.folder / WHO).read_text())
+        except (OSError, ValueError) as fault:
+            raise UserError(f"{self.folder / WHO}: {fault}; --force begins anew") from fault
+        versions = list(_differences(before.pop("versions", {}), self.who["versions"]))
+        if versions:
+            screen.warn(f"{target} was begun with " + ", ".join(f"{name} {was}" for name, was, _ in versions))
+        self._refuse(before, f"{target} was begun")
+
+    def _refuse(self, before: Mapping[str, Any], what: str) -> None:
+        now = {key: value for key, value in self.who.items() if key in before}
+        told = [f"{key} was {was}, is {is_}" for key, was, is_ in _differences(before, now) if _last(key) not in FREE]
+        if told:
+            more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+            told_all = "; ".join(told[:SHOWN])
+            raise UserError(f"{what} differently: {told_all}{more}; --force begins anew, --name NEW keeps both")
+
+
+def who(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:
+    """What has to be the same for work to go on; `data` is what names the rows."""
+    settings = recipe.as_dict()
+    return {
+        "stage": stage,
+        "base": base.fingerprint,
+        "start": start,
+        "recipe": {key: settings.get(key) for key in ("lora", stage)},
+        "data": data,
+        "versions": runs.library_versions(),
+    }
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin where the disk cannot hold what will be written."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(f"{there}: about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free")
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -1,0 +1,202 @@
+"""One optimiser step in parts that fit into memory: what all training has in common.
+
+A trainer hands over a whole optimiser batch. Its rows are sorted by length and computed some at a time, as many as stay
+under a number of tokens; each part's loss is its share of the whole step's, so that how a batch is parted changes
+nothing but rounding. Where memory runs out, the step is begun anew with half as many tokens.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from lora_align.errors import RunFailedError
+from lora_align.model.logprobs import parts
+from lora_align.model.room import Room
+from lora_align.stages.checkpoints import PREFIX, Unfinished
+
+Row = TypeVar("Row")
+RowIn = TypeVar("RowIn", contravariant=True)
+Figures = Mapping[str, tuple[float, float]]  # name → sum and count
+NAMED = 3  # rows that an error quotes
+METRICS = "metrics.jsonl"
+TRAINED, SEEN = "trained.safetensors", "seen.json"  # of a checkpoint
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a step's loss that some of its rows have, and figures about them."""
+
+    loss: Tensor
+    figures: Figures
+
+
+class Objective(Protocol[RowIn]):
+    """What is learned from rows."""
+
+    def length(self, row: RowIn) -> int:
+        """Tokens that a row takes."""
+
+    def weights(self, rows: Sequence[RowIn]) -> list[float]:
+        """What the parts of its loss are divided by, over all rows of a step: their number, or their tokens."""
+
+    def part(self, rows: Sequence[RowIn], weights: Sequence[float]) -> Part:
+        """The loss of some rows, divided by what `weights` found of the whole step."""
+
+    def quoted(self, row: RowIn) -> str:
+        """How a row begins, for a person to find it by."""
+
+
+class Stepping(Trainer, Generic[Row]):
+    """Put before a trainer's class: its loop, optimiser and records, and steps made here."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective[Row],
+        rows: Sequence[Row],
+        room: Room,
+        unfinished: Unfinished,
+        tell: Callable[[str], None],
+        **settings: Any,
+    ) -> None:
+        self.objective, self.room, self.unfinished, self.tell = objective, room, unfinished, tell
+        self.seen: dict[str, list[float]] = {}  # figures since the last line: sum and count
+        self.tokens_seen = 0
+        super().__init__(
+            train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
+            data_collator=lambda batch: {"rows": [rows[entry["row"]] for entry in batch]},
+            **settings,
+        )
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        """TRL's would tokenise; rows are token ids already."""
+        return dataset
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
+        """Gradients of a whole optimiser batch, summed over its parts and over processes."""
+        rows: Sequence[Row] = inputs["rows"]
+        lengths = [self.objective.length(row) for row in rows]
+        weights = self._over_processes(self.objective.weights(rows))
+        model.train()
+        while True:
+            before = self.room.size
+            found = self.room.attempt(lambda budget: self._summed(rows, lengths, weights, budget), least=max(lengths))
+            if found is not None:
+                break
+            model.zero_grad()  # nobody knows how much of it was summed
+            self.tell(f"memory ran out over {before:,} tokens at once; {self.room.size:,} from here on")
+        loss, figures = found
+        self._reduce_gradients(model, rows)
+        names = sorted(figures)
+        totals = self._over_processes([loss, float(sum(lengths)), *(v for name in names for v in figures[name])])
+        self.tokens_seen += int(totals[1])
+        for number, name in enumerate(names):
+            kept = self.seen.setdefault(name, [0.0, 0.0])
+            kept[0] += totals[2 + 2 * number]
+            kept[1] += totals[3 + 2 * number]
+        return torch.tensor(totals[0], device=self.args.device)
+
+    def _summed(
+        self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int
+    ) -> tuple[float, dict[str, tuple[float, float]]]:
+        loss, figures = 0.0, dict[str, tuple[float, float]]()
+        for picked in parts(lengths, budget):
+            some = [rows[i] for i in picked]
+            with self.accelerator.autocast():
+                part = self.objective.part(some, weights)
+            value = float(part.loss.detach())
+            if value - value != 0:  # nan or infinite
+                raise self._not_finite("loss", some)
+            self.accelerator.backward(part.loss)
+            loss += value
+            for name, (total, count) in part.figures.items():
+                before = figures.get(name, (0.0, 0.0))
+                figures[name] = (before[0] + total, before[1] + count)
+        return loss, figures
+
+    def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row]) -> None:
+        """Over processes: the sum, as every loss was divided by what all of them have. And a look whether it is one."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if self.accelerator.num_processes > 1:
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient)
+        if not self.args.fp16 and not get_total_norm(gradients).isfinite():  # fp16 is scaled, and skips such steps
+            raise self._not_finite("gradient", rows)
+
+    def _not_finite(self, what: str, rows: Sequence[Row]) -> RunFailedError:
+        quoted = "; ".join(self.objective.quoted(row) for row in rows[:NAMED])
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        return RunFailedError(
+            f"step {self.state.global_step + 1}: a {what} is not finite, the run is stopped before it does harm; try a "
+            f"lower learning_rate, or look at its rows: {quoted}{more}"
+        )
+
+    def _over_processes(self, values: Sequence[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        summed = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), "sum")
+        return summed.tolist()  # type: ignore[no-any-return, union-attr]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """All that going on takes; by transformers' own means it would not be whole or nothing."""
+        step = self.state.global_step
+        staging = self.unfinished.folder / f".{PREFIX}{step}.staging"
+        if self.args.should_save:
+            self.unfinished.make_room(staging)
+        self.accelerator.wait_for_everyone()
+        try:
+            if self.args.should_save:
+                tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(self.model)}
+                save_file(tensors, staging / TRAINED)
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                (staging / SEEN).write_text(json.dumps({"tokens": self.tokens_seen, "room": self.room.size}))
+                if self.records.exists():
+                    shutil.copyfile(self.records, staging / self.records.name)
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.unfinished.keep(staging, step)
+        except (OSError, RuntimeError, SafetensorError) as fault:
+            raise self.unfinished.not_written(staging, fault) from fault
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The trained tensors, in the float32 they were; the loop reads the rest of the folder by itself."""
+        folder = Path(resume_from_checkpoint)
+        tensors = load_file(folder / TRAINED)
+        with torch.no_grad():
+            for name, parameter in trainable(self.model):
+                parameter.copy_(tensors[name])
+        seen = json.loads((folder / SEEN).read_text())
+        self.tokens_seen, self.room.size = seen["tokens"], min(self.room.size, seen["room"])
+
+    @property
+    def records(self) -> Path:
+        """Where every step's figures are written."""
+        return Path(self.args.output_dir).parent / METRICS
+
+    def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
+        """With the means of what was found since the last line."""
+        if "loss" in logs:
+            logs |= {name: total / count for name, (total, count) in self.seen.items() if count}
+            logs["num_tokens"] = float(self.tokens_seen)
+            self.seen.clear()
+        super().log(logs, *args, **settings)
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What the optimiser will move."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

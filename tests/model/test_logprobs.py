@@ -1,0 +1,103 @@
+"""Log-probabilities of answers against whole logits, value and gradient, for every family and however rows are read."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_align.model import logprobs
+from lora_align.model.logprobs import Reader, Shared, answer_logprobs, parts
+from lora_align.model.room import Room
+from support import make_base
+
+FAMILIES = ["llama", "qwen3", "mistral", "gemma", "gemma2"]
+
+
+def rows(count: int, longest: int = 12, answers: int = 2) -> list[Shared]:
+    draws = random.Random(0)
+
+    def text(length: int) -> list[int]:
+        return [draws.randrange(5, 900) for _ in range(length)]
+
+    return [
+        (text(draws.randint(1, longest)), [text(draws.randint(1, longest)) for _ in range(answers)])
+        for _ in range(count)
+    ]
+
+
+def by_hand(model: PreTrainedModel, given: list[Shared]) -> Tensor:
+    """One answer at a time, from logits of every position."""
+    found = []
+    for prompt, answers in given:
+        for answer in answers:
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
+            places = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))
+            found.append(logits[places, torch.tensor(answer)].sum())
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    folder = make_base(tmp_path_factory.mktemp(request.param), request.param)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found.requires_grad_(False)
+    found.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    return found
+
+
+def slope(model: PreTrainedModel, sums: Tensor) -> Tensor:
+    """The gradient at one weight of a loss that weighs every answer differently."""
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.grad = None
+    (sums * torch.linspace(-1, 1, len(sums), dtype=sums.dtype)).sum().backward()
+    return weight.grad.double().clone()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("at_once", [logprobs.LOGITS, 3000], ids=["all positions", "three positions"])
+def test_value_and_gradient(
+    shared: bool, at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS", at_once)
+    reader = Reader.of(model)
+    assert reader.longest_shared > 0
+    reader = reader if shared else Reader(model, reader.head, 0)
+    given = rows(6)
+    expected = by_hand(model, given)
+    sums, hits = reader.sums(given)
+    assert torch.allclose(sums.double(), expected, atol=1e-4)
+    wanted = slope(model, expected)
+    assert (slope(model, sums) - wanted).norm() < 1e-5 * wanted.norm()
+    assert 0 <= hits.min() <= hits.max() <= 12
+
+
+def test_answers_share_no_more_than_a_window_sees(tmp_path: Path) -> None:
+    """Within a window each token sees all before it; beyond, a prompt is computed for each answer by itself."""
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path, "mistral"), dtype=torch.float32).eval()
+    model.config.sliding_window = 24
+    reader = Reader.of(model)
+    assert reader.longest_shared == 24
+    given = rows(5, longest=20)
+    assert {reader.length(row) > 24 for row in given} == {True, False}
+    with torch.no_grad():
+        assert torch.allclose(reader.sums(given)[0].double(), by_hand(model, given), atol=1e-4)
+
+
+def test_any_number_at_once_gives_the_same(model: PreTrainedModel) -> None:
+    given = rows(9, answers=3)
+    with torch.no_grad():
+        expected = by_hand(model, given).float()
+    for tokens in (1, 60, 10_000):
+        assert torch.allclose(answer_logprobs(model, given, Room(tokens)), expected, atol=1e-4)
+
+
+def test_parts_hold_every_row_once_and_keep_to_their_budget() -> None:
+    draws = random.Random(1)
+    lengths = [draws.randint(1, 100) for _ in range(200)]
+    found = list(parts(lengths, 150))
+    assert sorted(i for part in found for i in part) == list(range(200))
+    assert all(len(part) * max(lengths[i] for i in part) <= 150 for part in found)
+    assert list(parts([500, 3], 100)) == [[0], [1]]

@@ -1,0 +1,68 @@
+"""What a start policy finds of answers is computed once, believed only whole, and shared by whoever asks."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.model import base as bases
+from lora_align.model.base import Base
+from lora_align.model.logprobs import Shared, answer_logprobs
+from lora_align.model.references import References
+from lora_align.model.room import Room
+
+ROWS: list[Shared] = [([5, 6, 7 + i], [[8, 9 + i], [10, 11, 12 + i]]) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return bases.find(recipe.Base("demo"))
+
+
+@pytest.fixture(scope="module")
+def model(base: Base) -> PreTrainedModel:
+    return base.load()
+
+
+def asked(references: References, model: PreTrainedModel, rows: list[Shared]) -> torch.Tensor:
+    return torch.tensor(references.logprobs(model, rows, 4096, "helpful reference", Screen()))
+
+
+def test_it_is_computed_once(model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    references = References(tmp_path)
+    first = asked(references, model, ROWS[:4])
+    assert torch.allclose(first.flatten(), answer_logprobs(model, ROWS[:4], Room(4096)), atol=1e-4)
+    assert "computed before" not in capsys.readouterr().err
+    again = asked(references, model, ROWS)
+    assert "4 of 6 rows were computed before" in capsys.readouterr().err
+    assert torch.equal(again[:4], first)
+    switched = [(prompt, answers[::-1]) for prompt, answers in ROWS]
+    assert torch.equal(asked(references, model, switched), again.flip(1))
+    said = capsys.readouterr().err
+    assert "6 of 6 rows were computed before" in said
+    assert not re.search(r"\d/\d", said), "nothing was left to compute"
+
+
+def test_a_damaged_file_is_not_believed(
+    model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    references = References(tmp_path)
+    first = asked(references, model, ROWS[:3])
+    [file] = tmp_path.glob("*.parquet")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (tmp_path / ".123.unfinished").write_bytes(b"half")
+    assert torch.allclose(asked(references, model, ROWS[:3]), first, atol=1e-6)
+    assert "is damaged" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+
+
+def test_another_start_or_another_quantisation_is_another_policy(base: Base) -> None:
+    double = bases.find(recipe.Base("demo", double_quant=False))
+    folders = {References.of(of, start).folder for of, start in ((base, ""), (base, "x"), (double, ""))}
+    assert len(folders) == 3

@@ -1,0 +1,171 @@
+"""A step in parts is the whole step: against TRL's own loss, and where memory or numbers give out."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.errors import RunFailedError
+from lora_align.model import base as bases
+from lora_align.model.base import Base
+from lora_align.model.logprobs import Reader
+from lora_align.model.references import References
+from lora_align.model.room import Room
+from lora_align.model.tokenise import TokenPair
+from lora_align.recipe import Recipe
+from lora_align.stages import dpo, training
+from lora_align.stages.dpo import Preferring, SteppingDPOTrainer
+
+QUIET = Screen(quiet=True)
+
+
+def demo(*overrides: str) -> Recipe:
+    return recipe.load(recipe.builtin()["demo"], ["dpo.limit=24", "lora.rank=8", *overrides])
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return bases.find(recipe.Base("demo"))
+
+
+@pytest.fixture(scope="module")
+def pairs(base: Base) -> list[TokenPair]:
+    material = dpo.prepare(demo(), "helpful", base)
+    return material.referenced(References.of(base, ""), base.load(), 4096, "reference", QUIET).train
+
+
+def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> SteppingDPOTrainer:
+    model = base.load()
+    made = SteppingDPOTrainer(
+        objective=Preferring(Reader.of(model), base.chat, settings.dpo.beta, settings.dpo.label_smoothing),
+        rows=pairs,
+        room=Room(tokens),
+        tell=lambda text: None,
+        model=model,
+        args=DPOConfig(disable_dropout=False, **training.arguments(settings.dpo, base, folder)),
+        processing_class=base.chat.tokenizer,
+        peft_config=training.fresh_adapter(settings.lora, base),
+    )
+    training.initialise(made.model, 0)
+    with torch.no_grad():
+        for name, parameter in training.trainable(made.model):
+            if "lora_B" in name:  # so that A has a gradient, too
+                parameter.copy_(torch.linspace(-0.02, 0.02, parameter.numel()).view(parameter.shape))
+    return made
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.double().flatten() for _, p in training.trainable(model)])
+
+
+def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
+    base: Base, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    settings = demo("dpo.label_smoothing=0.1")
+    ours = trainer(base, pairs, 4096, tmp_path, settings)
+    found = []
+    for tokens in (4096, 200, 1):
+        ours.room = Room(tokens)
+        ours.model.zero_grad()
+        loss = ours.training_step(ours.model, {"rows": pairs})
+        found.append((float(loss), gradients(ours.model)))
+
+    model = base.load()
+    trl = DPOTrainer(
+        model=model,
+        args=DPOConfig(
+            beta=settings.dpo.beta,
+            label_smoothing=0.1,
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=len(pairs),
+            max_length=128,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=base.chat.tokenizer,
+        peft_config=training.fresh_adapter(settings.lora, base),
+    )
+    theirs = dict(trl.model.named_parameters())
+    for name, parameter in training.trainable(ours.model):
+        theirs[name].data = parameter.data.clone()
+    columns = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
+    trl.model.train()
+    loss = trl.compute_loss(trl.model, trl.data_collator(columns))
+    loss.backward()
+    wanted = gradients(trl.model)
+    for value, slope in found:
+        assert value == pytest.approx(float(loss), abs=2e-5)
+        assert (slope - wanted).norm() < 1e-3 * wanted.norm()
+        assert (slope - found[0][1]).norm() < 1e-5 * wanted.norm()
+
+
+def test_memory_that_runs_out_halves_the_parts_and_the_step_is_what_it_was() -> None:
+    """Under a limit on address space, in a process of its own."""
+    program = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_steps import QUIET, References, bases, demo, dpo, gradients, recipe, trainer
+from lora_align.model.room import Room
+base = bases.find(recipe.Base("demo"))
+settings = demo("dpo.limit=400")
+references = References.of(base, "")
+pairs = dpo.prepare(settings, "helpful", base).referenced(references, base.load(), 4096, "reference", QUIET).train
+made = trainer(base, pairs, 1000, Path(sys.argv[2]), settings)
+made.training_step(made.model, {"rows": pairs})
+wanted = gradients(made.model)
+said = []
+made.tell, made.room = said.append, Room(2**20)
+made.model.zero_grad()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
+made.training_step(made.model, {"rows": pairs})
+found = gradients(made.model)
+print(len(said), made.room.size, float((found - wanted).norm() / wanted.norm()))
+"""
+    folder = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", program, folder, "/tmp"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told, size, off = done.stdout.split()
+    assert int(told) >= 1
+    assert int(size) < 2**20
+    assert float(off) < 1e-5
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
+    base: Base, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    spoilt = [*pairs[:5], dataclasses.replace(pairs[5], reference=(float("nan"), 0.0)), *pairs[6:]]
+    made = trainer(base, spoilt, 1, tmp_path, demo())
+    before = [p.detach().clone() for _, p in training.trainable(made.model)]
+    with pytest.raises(RunFailedError) as refused:
+        made.train()
+    assert "a loss is not finite" in str(refused.value)
+    assert base.chat.opening(pairs[5].chosen) in str(refused.value)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, training.trainable(made.model), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    base: Base, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    made = trainer(base, pairs, 4096, tmp_path, demo())
+    _, parameter = next(iter(training.trainable(made.model)))
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+    parameter.register_hook(spoil)
+    with pytest.raises(RunFailedError, match="step 1: a gradient is not finite"):
+        made.train()
