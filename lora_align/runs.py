@@ -148,7 +148,7 @@ def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-    except BaseException:
+    except Exception:  # a signal is no failure
         _keep_log(staging, target, screen)
         raise
     finally:

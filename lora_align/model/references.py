@@ -63,17 +63,18 @@ class References:
             room, unkept = Room(tokens), dict[bytes, float]()
             with screen.progress(label, len(left)) as progress:
                 kept_at = time.monotonic()
-                for begin in range(0, len(left), AT_ONCE):
-                    some = left[begin : begin + AT_ONCE]
-                    found = answer_logprobs(
-                        model, [rows[i] for i in some], room, lambda done, begin=begin: progress.show(begin + done, {})
-                    )
-                    unkept |= zip((key for i in some for key in keys[i]), found.tolist(), strict=True)
-                    last = begin + len(some) == len(left)
-                    if last or time.monotonic() - kept_at > KEEP_EVERY:
-                        self._write(unkept)
-                        known |= unkept
-                        unkept, kept_at = {}, time.monotonic()
+                try:
+                    for begin in range(0, len(left), AT_ONCE):
+                        some = left[begin : begin + AT_ONCE]
+                        found = answer_logprobs(
+                            model, [rows[i] for i in some], room, lambda done, at=begin: progress.show(at + done, {})
+                        )
+                        unkept |= zip((key for i in some for key in keys[i]), found.tolist(), strict=True)
+                        if time.monotonic() - kept_at > KEEP_EVERY:
+                            known |= self._kept(unkept)
+                            unkept, kept_at = {}, time.monotonic()
+                finally:  # a signal, too, ends it with what was done
+                    known |= self._kept(unkept)
         return [tuple(known[key] for key in row) for row in keys]
 
     def _read(self, wanted: Iterable[bytes], screen: Screen) -> dict[bytes, float]:
@@ -91,7 +92,9 @@ class References:
             found |= {key: value for key, value in held if key in wanted}
         return found
 
-    def _write(self, found: Mapping[bytes, float]) -> None:
+    def _kept(self, found: Mapping[bytes, float]) -> Mapping[bytes, float]:
+        if not found:
+            return found
         import pyarrow
         from pyarrow.parquet import write_table
 
@@ -103,6 +106,7 @@ class References:
             os.fsync(stream.fileno())
         unfinished.rename(self.folder / f"{runs.sha256(unfinished)[:32]}.parquet")
         runs.sync(self.folder, contents=False)
+        return found
 
 
 def _key(prompt: Sequence[int], answer: Sequence[int]) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_align import runs
 from lora_align.console import Screen
-from lora_align.errors import RunFailedError, UserError
+from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import Base
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
@@ -58,12 +58,15 @@ class Unfinished:
         """What to tell when a checkpoint could not be written: the one before is as good as it was."""
         held = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()) if staging.exists() else 0
         shutil.rmtree(staging, ignore_errors=True)
-        older = sorted((step for step, _ in self._all()), reverse=True)
-        kept = f"that of step {older[0]} is whole, --resume goes on from it" if older else "there is none before it"
-        needed = f"it takes about {self.bytes_each / 1e6:,.1f} MB" if self.bytes_each else "the disk may be full"
         return RunFailedError(
-            f"{staging.parent}: a checkpoint broke off after {held / 1e6:,.1f} MB ({fault}); {needed}; {kept}"
+            f"{staging.parent}: a checkpoint of about {self.bytes_each / 1e6:,.1f} MB broke off after "
+            f"{held / 1e6:,.1f} MB ({first_line(fault)}); {self.kept()}"
         )
+
+    def kept(self) -> str:
+        """What is left of work that failed."""
+        older = sorted((step for step, _ in self._all()), reverse=True)
+        return f"that of step {older[0]} is whole, --resume goes on from it" if older else "there is no checkpoint yet"
 
     def keep(self, staging: Path, step: int) -> None:
         """Give a written checkpoint its name, once the disk holds it; older ones go."""

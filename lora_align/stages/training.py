@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align.console import Progress, Screen
-from lora_align.errors import Stopped, UserError, first_line
+from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.recipe import Lora, Training
 from lora_align.stages.checkpoints import KEPT, check_room
@@ -215,7 +215,10 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
         watch = Watch(progress, trainer.records, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
-        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+        except OSError as fault:
+            raise RunFailedError(f"{fault}; of the checkpoints {trainer.unfinished.kept()}") from fault
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(stop.signal, kept=True)
     return watch

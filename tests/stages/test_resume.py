@@ -1,0 +1,183 @@
+"""Work that was stopped, killed or damaged goes on to the very bits it would have come to."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support import COMMAND, Done, call, made_once
+
+EVERY_STEP = ["--set", "dpo.save_minutes=0", "--set", "sft.save_minutes=0", "--set", "reward.save_minutes=0"]
+STAGES = {
+    "dpo": (
+        ["dpo", "--pref", "helpful", "--direction", "pos", "--set", "dpo.optimizer=adamw_torch", "--limit", "320"],
+        Path("dpo/helpful/pos"),
+    ),
+    "sft": (["sft", "--set", 'sft.data="demo:conversations?rows=400"', "--set", "sft.packing=true"], Path("sft")),
+    "reward": (["reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=240"'], Path("reward/reward")),
+}
+NOISE = ["--set", "lora.dropout=0.1", "--set", "reward.lora.dropout=0.1"]  # so that the order of chance counts, too
+
+
+def words(stage: str) -> list[str]:
+    return [*STAGES[stage][0], *NOISE]
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(stage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+
+    def make(folder: Path) -> None:
+        done = call(folder, *words(stage))
+        assert done.code == 0, done.err
+
+    return made_once(tmp_path_factory, f"whole-{stage}", make) / "runs" / STAGES[stage][1]
+
+
+def stopped(folder: Path, stage: str, number: int, after: int, *more: str) -> Done:
+    """Begun, and sent a signal once a checkpoint of that step is there."""
+    out = folder / "out.txt"
+    with out.open("w") as stream:
+        child = subprocess.Popen(
+            [str(COMMAND), *words(stage), *EVERY_STEP, *more], cwd=folder, stdout=stream, stderr=subprocess.STDOUT
+        )
+        unfinished = unfinished_of(folder, stage)
+        until = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < until:
+            if any(int(path.name.rpartition("-")[2]) >= after for path in unfinished.glob("checkpoint-*")):
+                child.send_signal(number)
+                break
+            time.sleep(0.005)
+        code = child.wait(60)
+    return Done(code, "", out.read_text())
+
+
+def unfinished_of(folder: Path, stage: str) -> Path:
+    target = folder / "runs" / STAGES[stage][1]
+    return target.parent / f".{target.name}.unfinished"
+
+
+def same(one: Path, other: Path) -> None:
+    """The adapters bit for bit, and every step's figures."""
+    for file in ("adapter_model.safetensors", "heads.safetensors"):
+        assert (one / file).exists() == (other / file).exists()
+        if (one / file).exists():
+            assert (one / file).read_bytes() == (other / file).read_bytes()
+    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    for record in (*records[0], *records[1]):
+        del record["tokens_per_second"]
+    assert records[0] == records[1]
+
+
+def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path, tmp_path: Path) -> None:
+    first = stopped(tmp_path, stage, signal.SIGTERM, 3)
+    assert first.code == 143
+    assert "finishing the step at hand" in first.err
+    assert f"to go on: lora-align {stage}" in first.err
+    assert first.err.rstrip().endswith("--resume")
+    refused = call(tmp_path, *words(stage))
+    assert refused.code == 2
+    assert "is unfinished (step" in refused.err
+    assert "--resume goes on, --force begins anew" in refused.err
+    done = call(tmp_path, *words(stage), "--resume")
+    assert done.code == 0, done.err
+    assert "goes on after step" in done.err
+    assert not unfinished_of(tmp_path, stage).exists()
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str, whole: Path, tmp_path: Path) -> None:
+    assert stopped(tmp_path, stage, signal.SIGKILL, after).code == -signal.SIGKILL
+    done = call(tmp_path, *words(stage), "--resume")
+    assert done.code == 0, done.err
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A `dpo` that was killed after some steps."""
+    assert stopped(tmp_path, "dpo", signal.SIGKILL, 4).code == -signal.SIGKILL
+    return tmp_path
+
+
+def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
+    folders = sorted(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert len(folders) == 2
+    content = bytearray((folders[1] / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folders[1] / "optimizer.pt").write_bytes(content)
+    empty = unfinished_of(begun, "dpo") / "checkpoint-900"
+    empty.mkdir()
+    done = call(begun, *words("dpo"), "--resume")
+    assert done.code == 0, done.err
+    assert "optimizer.pt is missing or not as it was written" in done.err
+    assert "checkpoint-900 is passed over: files.json is missing" in done.err
+    assert f"goes on after step {folders[0].name[11:]}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--set", "dpo.beta=3"], "recipe.dpo.beta was 1.5, is 3.0"),
+        (["--set", "lora.rank=8"], "recipe.lora.rank was 4, is 8"),
+        (["--set", "preferences.helpful.margin=1"], "data was"),
+    ],
+)
+def test_what_was_begun_otherwise_is_not_gone_on_with(changed: list[str], told: str, begun: Path) -> None:
+    done = call(begun, *words("dpo"), *changed, "--resume")
+    assert done.code == 2
+    assert told in done.err
+    assert "--force begins anew" in done.err
+
+
+def test_what_changes_no_result_may_change(begun: Path) -> None:
+    done = call(begun, *words("dpo"), "--set", "dpo.tokens_per_batch=600", "--resume")
+    assert done.code == 0, done.err
+    done = call(begun, *words("dpo"), "--direction", "both", "--resume")
+    assert done.code == 0, done.err
+    assert "runs/dpo/helpful/pos was made before" in done.err
+    other = call(begun, *words("dpo"), "--set", "dpo.beta=3", "--resume")
+    assert other.code == 2
+    assert "runs/dpo/helpful/pos was made differently: recipe.dpo.beta was 1.5, is 3.0" in other.err
+    both = call(begun, *words("dpo"), "--resume", "--force")
+    assert both.code == 2
+    assert "one or the other" in both.err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk: {mounted.stderr.decode()}")
+    try:
+        small = call(disk, *words("dpo"), *EVERY_STEP, "--set", "lora.rank=128")
+        assert small.code == 2
+        assert "MB will be written" in small.err
+        child = subprocess.Popen(
+            [str(COMMAND), *words("dpo"), *EVERY_STEP], cwd=disk, stderr=subprocess.PIPE, text=True
+        )
+        while not list(unfinished_of(disk, "dpo").glob("checkpoint-2")) and child.poll() is None:
+            time.sleep(0.005)
+        filled = subprocess.run(["dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k"], capture_output=True, text=True)
+        assert "No space left" in filled.stderr
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert "No space left" in said
+        assert "is whole, --resume goes on from it" in said
+        (disk / "filler").unlink()
+        done = call(disk, *words("dpo"), "--resume")
+        assert done.code == 0, done.err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
