@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
@@ -46,13 +47,19 @@ class Ranker:
 
 @dataclass(frozen=True)
 class Preference:
-    """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be."""
+    """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be.
+
+    `columns` says what a column that is known here is called in the data; with `skip_bad` rows that cannot be read are
+    counted instead of refused.
+    """
 
     data: Annotated[str, Len(1)]
     rank: str = "label"
     margin: Annotated[float, Ge(0)] = 0.0
     split: str = "train"
     revision: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
 
     @property
     def ranker(self) -> Ranker:

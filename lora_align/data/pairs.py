@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
-from lora_align.data import sources
+from lora_align.data import forms, sources
 from lora_align.data.rows import Comparison, Conversation, Message, Pair, Rated
 from lora_align.errors import UserError
 from lora_align.preference import Preference, Ranker
@@ -42,8 +42,8 @@ class Split(Generic[T]):
 def load_pairs(preference: Preference, held_out: float, limit: int | None = None) -> Split[Pair]:
     """Read a preference's comparisons and rank them; at most `limit` pairs to train on."""
     split: Split[Pair] = Split([], [], Counter())
-    for where, row in sources.rows(preference.data, preference.split, preference.revision):
-        comparison = sources.comparison(row, where)
+    rows = sources.read(preference, forms.comparisons, split.dropped)
+    for where, comparison in ((where, one) for where, several in rows for one in several):
         _check_ranker(comparison, preference.ranker, where)
         found = comparison.ranked(preference.ranker, preference.margin)
         pair = found if isinstance(found, str) else _usable(found)
@@ -60,8 +60,7 @@ def load_pairs(preference: Preference, held_out: float, limit: int | None = None
 def load_conversations(sft: Sft) -> Split[Conversation]:
     """Read the conversations an [sft] table names; at most its `limit` to train on."""
     split: Split[Conversation] = Split([], [], Counter())
-    for where, row in sources.rows(sft.data, sft.split, sft.revision):
-        found = sources.conversation(row, where)
+    for _, found in sources.read(sft, forms.conversation, split.dropped):
         if not found.messages[-1].content.strip():
             split.dropped["empty answer"] += 1
         else:

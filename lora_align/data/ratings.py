@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from lora_align.data import sources
+from lora_align.data import forms, sources
 from lora_align.data.pairs import Split, is_held_out
 from lora_align.data.rows import Rated
 from lora_align.errors import UserError
@@ -15,8 +15,8 @@ POINTS = 100.0
 def load_ratings(table: Ratings, held_out: float, limit: int | None = None) -> Split[Rated]:
     """Read rated answers; at most `limit` to train on. What raters did not say is nan."""
     split: Split[Rated] = Split([], [], Counter())
-    for where, raw in sources.rows(table.data, table.split, table.revision):
-        for row in sources.rated(raw, where):
+    for where, answers in sources.read(table, forms.rated, split.dropped):
+        for row in answers:
             found = Rated(row.prompt, row.answer, _scaled(row, table, where))
             if not row.answer.strip():
                 split.dropped["empty answer"] += 1

@@ -47,12 +47,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got, or nan."""
+    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got, or nan.
+
+    `safe` is what somebody said of each, if they did.
+    """
 
     prompt: tuple[Message, ...]
     answers: tuple[str, str]
     labels: Mapping[str, int | None] = field(default_factory=dict)
     ratings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    safe: tuple[bool, bool] | None = None
 
     def ranked(self, ranker: Ranker, margin: float = 0.0) -> Pair | str:
         """The pair in this ranker's eyes, or why it sees none: with a margin, nearly equal ratings are none."""

@@ -1,23 +1,68 @@
-"""Readers: where rows come from, and one function for each form they come in."""
+"""Where rows come from: the built-in world, files, and data sets on the hub."""
 
 import csv
 import json
-import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from lora_align.data.rows import Comparison, Conversation, Message, Prompt, Rated
 from lora_align.errors import UserError, first_line
 
 Row = Mapping[str, Any]
-Shape = TypeVar("Shape", Comparison, Conversation, list[Rated], Prompt)
-Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+Rows = Iterator[tuple[str, Row | UserError]]  # each with the place it stands in, or what is wrong with it
+Found = TypeVar("Found")
 
 
-def rows(data: str, split: str = "train", revision: str = "") -> Iterator[tuple[str, Row]]:
-    """Every row of a source with the place it stands in: the built-in world, a file, or a data set on the hub."""
+class Source(Protocol):
+    """A recipe's table that names data."""
+
+    @property
+    def data(self) -> str:
+        """A name, a file or a hub id."""
+
+    @property
+    def split(self) -> str:
+        """Of a data set on the hub."""
+
+    @property
+    def revision(self) -> str:
+        """Of a data set on the hub."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """What a column is to be called → what it is called there."""
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether rows that cannot be read are counted instead of refused."""
+
+
+def read(source: Source, form: Callable[[Row, str], Found], dropped: Counter[str]) -> Iterator[tuple[str, Found]]:
+    """Every row of a source in a form, with its place; what cannot be read ends it, or is counted."""
+    for where, row in rows(source.data, source.split, source.revision):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            found = form(_renamed(row, source.columns, where), where)
+        except UserError:
+            if not source.skip_bad:
+                raise
+            dropped["invalid row"] += 1
+        else:
+            yield where, found
+
+
+def good_rows(data: str) -> Iterator[tuple[str, Row]]:
+    """Every row of a source with its place; the first that is none ends it."""
+    for where, row in rows(data):
+        if isinstance(row, UserError):
+            raise row
+        yield where, row
+
+
+def rows(data: str, split: str = "train", revision: str = "") -> Rows:
+    """Every row of a source with the place it stands in, or what is wrong with it."""
     if data.startswith("demo:"):
         from lora_align.demo import source
 
@@ -33,57 +78,25 @@ def rows(data: str, split: str = "train", revision: str = "") -> Iterator[tuple[
     return _hub(data, split, revision)
 
 
-def comparison(row: Row, where: str) -> Comparison:
-    """One row as a comparison."""
-    return _first_form(_COMPARISONS, row, where, "pair of answers")
-
-
-def conversation(row: Row, where: str) -> Conversation:
-    """One row as a conversation that ends with an answer."""
-    return _first_form(_CONVERSATIONS, row, where, "conversation")
-
-
-def rated(row: Row, where: str) -> list[Rated]:
-    """The rated answers of one row."""
-    return _first_form(_RATED, row, where, "rated answer")
-
-
-def prompt(row: Row, where: str) -> Prompt:
-    """What one row asks: its turns up to the answer, if it has one."""
-    return _first_form(_PROMPTS, row, where, "prompt")
-
-
-def answered(row: Row, where: str) -> list[Rated]:
-    """Every answer in one row behind its prompt, rated or not."""
-    if any(columns <= row.keys() for columns, _ in _RATED):
-        return rated(row, where)
-    *turns, last = conversation(row, where).messages
-    return [Rated(tuple(turns), last.content, {})]
-
-
-def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
-    """Read by the first form whose columns are all there; a fault of the row is told with its place."""
-    for columns, read in forms:
-        if columns <= row.keys():
-            try:
-                return read(row)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as fault:
-                raise UserError(f"{where}: {fault}") from fault
-    known = " | ".join(" ".join(sorted(columns)) for columns, _ in forms)
-    raise UserError(f"{where}: no {what} in columns {', '.join(map(str, row))} (known: {known})")
+def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise UserError(f"{where}: no column {missing[0]!r} (it has: {', '.join(map(str, row))})")
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return others | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 # --- places ---
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path) -> Rows:
     with path.open("rb") as stream:  # bytes: text mode would also split at U+2028 and friends
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path) -> Rows:
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as fault:
@@ -93,7 +106,7 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
     yield from ((f"{path}[{index}]", row) for index, row in enumerate(table))
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Rows:
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
@@ -108,7 +121,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: not a whole Parquet file: {fault}") from fault
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         csv.field_size_limit(1 << 30)
         reader = csv.DictReader(stream)
@@ -116,13 +129,14 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{where}: not as many fields as the header has; quote text that holds commas")
-                yield where, row
+                    yield where, UserError(f"{where}: not as many fields as its header; quote text that holds commas")
+                else:
+                    yield where, row
         except (csv.Error, UnicodeDecodeError) as fault:
             raise UserError(f"{path}:{reader.line_num + 1}: {fault}") from fault
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _lines(path: Path) -> Rows:
     """Plain text: a prompt a line."""
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
@@ -132,7 +146,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
                 raise UserError(f"{path}:{number}: {fault}") from fault
 
 
-_FILES: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+_FILES: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
@@ -141,7 +155,7 @@ _FILES: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 }
 
 
-def _hub(data: str, split: str, revision: str) -> Iterator[tuple[str, Row]]:
+def _hub(data: str, split: str, revision: str) -> Rows:
     import datasets
 
     datasets.disable_progress_bars()
@@ -159,234 +173,9 @@ def _hub(data: str, split: str, revision: str) -> Iterator[tuple[str, Row]]:
     return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
 
 
-# --- forms of comparison ---
-
-
-def _pku(row: Row) -> Comparison:
-    """PKU-SafeRLHF: two responses, and a column for each question asked about them."""
-    labels = {name: row[name] for name in row if name.endswith("_response_id")}
-    if "label" in row:
-        labels = {"label": row["label"], **labels}
-    return Comparison(
-        prompt=_prompt(row["prompt"]),
-        answers=(_text(row["response_0"]), _text(row["response_1"])),
-        labels={name: _label(value, name) for name, value in labels.items()},
-        ratings=_ratings(row, "{}_0", "{}_1"),
-    )
-
-
-def _chosen_rejected(row: Row) -> Comparison:
-    """TRL's preference form, standard or conversational, with the prompt apart or shared by both."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    ratings = {**_ratings(row, "chosen_{}", "rejected_{}"), **_ratings(row, "{}_chosen", "{}_rejected")}
-    if isinstance(chosen, str) and "prompt" in row:
-        return Comparison(_prompt(row["prompt"]), (_text(chosen), _text(rejected)), {"label": 0}, ratings)
-    if isinstance(chosen, str):
-        raise ValueError("chosen and rejected are plain text and there is no prompt column")
-    turns = [_messages(chosen), _messages(rejected)]
-    prompt = _prompt(row["prompt"]) if "prompt" in row else turns[0][:-1]
-    if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
-        raise ValueError("chosen and rejected do not share their prompt")
-    answers = (_answer(turns[0][-1]), _answer(turns[1][-1]))
-    if "prompt" in row and any(len(t) > 1 and t[:-1] != prompt for t in turns):
-        raise ValueError("chosen and rejected hold more than one turn beside the prompt column")
-    return Comparison(prompt, answers, {"label": 0}, ratings)
-
-
-def _sharegpt_pair(row: Row) -> Comparison:
-    """ShareGPT with two last turns: conversations, chosen, rejected."""
-    answers = (_answer(_turn(row["chosen"])), _answer(_turn(row["rejected"])))
-    ratings = _ratings(row, "{}_chosen", "{}_rejected")
-    return Comparison(_system(row) + _messages(row["conversations"]), answers, {"label": 0}, ratings)
-
-
-_COMPARISONS: Forms[Comparison] = [
-    (frozenset({"prompt", "response_0", "response_1"}), _pku),
-    (frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
-    (frozenset({"chosen", "rejected"}), _chosen_rejected),
-]
-
-# --- forms of conversation ---
-
-
-def _chat_messages(row: Row) -> Conversation:
-    return Conversation(_ending_in_answer(_messages(row["messages"])))
-
-
-def _sharegpt(row: Row) -> Conversation:
-    return Conversation(_ending_in_answer(_system(row) + _messages(row["conversations"])))
-
-
-def _alpaca(row: Row) -> Conversation:
-    request = "\n\n".join(filter(None, (_text(row["instruction"]), row.get("input"))))
-    return Conversation((Message("user", request), Message("assistant", _text(row["output"]))))
-
-
-def _prompt_completion(row: Row) -> Conversation:
-    completion = row["completion"]
-    answer = completion if isinstance(completion, str) else _answer(_messages(completion)[-1])
-    return Conversation((*_prompt(row["prompt"]), Message("assistant", answer)))
-
-
-_CONVERSATIONS: Forms[Conversation] = [
-    (frozenset({"messages"}), _chat_messages),
-    (frozenset({"conversations"}), _sharegpt),
-    (frozenset({"instruction", "output"}), _alpaca),
-    (frozenset({"prompt", "completion"}), _prompt_completion),
-]
-
-# --- forms of rated answers ---
-
-
-def _helpsteer(row: Row) -> list[Rated]:
-    """HelpSteer: one answer a row, and a column of numbers for each attribute."""
-    others = {name: value for name, value in row.items() if name not in ("prompt", "response")}
-    ratings = {name: _number(value) for name, value in others.items() if _is_number(value)}
-    return [Rated(_prompt(row["prompt"]), _text(row["response"]), ratings)]
-
-
-def _ultrafeedback(row: Row) -> list[Rated]:
-    """UltraFeedback: some answers to one instruction, each with annotations, and a score over all of them."""
-    found = []
-    for completion in row["completions"]:
-        given = {name: note["Rating"] for name, note in completion["annotations"].items()}
-        given["overall"] = completion.get("overall_score")
-        ratings = {name: _number(value) if _is_number(value) else math.nan for name, value in given.items()}
-        found.append(Rated(_prompt(row["instruction"]), _text(completion["response"]), ratings))
-    return found
-
-
-def _rated_pair(row: Row) -> list[Rated]:
-    """Two answers with numbers for each."""
-    pair = _pku(row)
-    return [
-        Rated(pair.prompt, answer, {name: both[side] for name, both in pair.ratings.items()})
-        for side, answer in enumerate(pair.answers)
-    ]
-
-
-_RATED: Forms[list[Rated]] = [
-    (frozenset({"prompt", "response"}), _helpsteer),
-    (frozenset({"instruction", "completions"}), _ultrafeedback),
-    (frozenset({"prompt", "response_0", "response_1"}), _rated_pair),
-]
-
-# --- forms of prompts ---
-
-
-def _asked(row: Row) -> Prompt:
-    return _prompt(row["prompt"])
-
-
-def _alpaca_asked(row: Row) -> Prompt:
-    return _alpaca({**row, "output": ""}).messages[:-1]
-
-
-def _chat_asked(row: Row) -> Prompt:
-    return _up_to_answer(_messages(row["messages"]))
-
-
-def _sharegpt_asked(row: Row) -> Prompt:
-    return _up_to_answer(_system(row) + _messages(row["conversations"]))
-
-
-_PROMPTS: Forms[Prompt] = [
-    (frozenset({"prompt"}), _asked),
-    (frozenset({"messages"}), _chat_asked),
-    (frozenset({"conversations"}), _sharegpt_asked),
-    (frozenset({"instruction"}), _alpaca_asked),
-]
-
-# --- parts of rows; a ValueError says what is wrong, the caller says where ---
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, found {type(value).__name__}")
-    value.encode("utf-8")  # a lone surrogate is a ValueError here, not a crash in the tokenizer
-    return value
-
-
-def _turn(value: Row) -> Message:
-    if "role" in value:
-        return Message(_text(value["role"]), _text(value["content"]))
-    role = _text(value["from"])
-    if role not in SHAREGPT_ROLES:
-        raise ValueError(f"unknown speaker {role!r}")
-    return Message(SHAREGPT_ROLES[role], _text(value["value"]))
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"expected text or a list of turns, found {type(value).__name__}")
-    return tuple(_turn(turn) for turn in value)
-
-
-def _prompt(value: Any) -> tuple[Message, ...]:
-    return (Message("user", _text(value)),) if isinstance(value, str) else _messages(value)
-
-
-def _answer(message: Message) -> str:
-    if message.role != "assistant":
-        raise ValueError(f"the last turn is the {message.role}'s, not the assistant's")
-    return message.content
-
-
-def _up_to_answer(messages: Prompt) -> Prompt:
-    return messages[:-1] if messages[-1].role == "assistant" else messages
-
-
-def _ending_in_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    _answer(messages[-1])
-    return messages
-
-
-def _system(row: Row) -> tuple[Message, ...]:
-    return (Message("system", _text(row["system"])),) if row.get("system") else ()
-
-
-def _label(value: Any, name: str) -> int | None:
-    if isinstance(value, str):  # as CSV has it
-        value = _number(value) if _is_number(value) else value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if value in (0, 1):
-        return int(value)
-    raise ValueError(f"{name} is {value!r}; expected 0, 1 or nothing for a tie")
-
-
-def _ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]]:
-    """Numbers that stand once for each answer, as in score_chosen and score_rejected; nan where one is missing."""
-    prefix, suffix = first.split("{}")
-    names = [
-        key[len(prefix) : len(key) - len(suffix)] for key in row if key.startswith(prefix) and key.endswith(suffix)
-    ]
-    found = {name: (row[first.format(name)], row.get(second.format(name), "no such column")) for name in names if name}
-    return {name: (_number(a), _number(b)) for name, (a, b) in found.items() if _is_number(a) and _is_number(b)}
-
-
-def _is_number(value: Any) -> bool:
-    """A number, its text, or nothing at all."""
-    if isinstance(value, str):
-        try:
-            float(value.strip() or "nan")
-        except ValueError:
-            return False
-        return True
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str):
-        value = value.strip() or "nan"
-    return math.nan if value is None else float(value)
-
-
-def _object(line: bytes, where: str) -> Row:
+def _object(line: bytes, where: str) -> Row | UserError:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as fault:
-        raise UserError(f"{where}: not valid JSON: {fault}") from fault
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-    return row
+        return UserError(f"{where}: not valid JSON: {fault}")
+    return row if isinstance(row, dict) else UserError(f"{where}: expected an object, found {type(row).__name__}")

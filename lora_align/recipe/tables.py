@@ -72,6 +72,8 @@ class Sft(Training):
     data: str
     split: str = "train"
     revision: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
     answers_only: bool = True
     packing: bool = False
     lora: Lora | None = None
@@ -92,6 +94,8 @@ class Ratings:
     data: Annotated[str, Len(1)]
     split: str = "train"
     revision: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
     low: float = 0.0
     high: float = 4.0
     attributes: tuple[str, ...] = ()
@@ -128,6 +132,8 @@ class Rsf(Training):
     directions: Mapping[str, tuple[float, float]]
     split: str = "train"
     revision: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
     reward: str = "reward"
     iterations: Annotated[int, Ge(0)] = 4
     prompts: Count | None = None

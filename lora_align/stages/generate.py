@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_align.console import Screen
-from lora_align.data import shards, sources
+from lora_align.data import forms, shards, sources
 from lora_align.data.rows import Prompt, prompt_key, under_system
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
@@ -95,8 +95,8 @@ def told(result: Mapping[str, Any]) -> str:
 
 def _work(data: str, system: str) -> Iterator[Work]:
     """The prompts in order; one that stands there twice is two pieces of work."""
-    for number, (where, row) in enumerate(sources.rows(data)):
-        prompt = under_system(system, sources.prompt(row, where))
+    for number, (where, row) in enumerate(sources.good_rows(data)):
+        prompt = under_system(system, forms.prompt(row, where))
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
 
 

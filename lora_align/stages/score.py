@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_align import runs
 from lora_align.adapters import peft_format, vectors
 from lora_align.console import Screen
-from lora_align.data import shards, sources
+from lora_align.data import forms, shards, sources
 from lora_align.data.rows import Comparison, Rated
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
@@ -161,7 +161,7 @@ def _identity(run: Run) -> str:
 
 def _work(data: str) -> Iterator[Work]:
     """A source's rows in order; a row that stands in it twice is two pieces of work, one of many answers many."""
-    pieces = (piece for where, row in sources.rows(data) for piece in _pieces(row, where))
+    pieces = (piece for where, row in sources.good_rows(data) for piece in _pieces(row, where))
     for number, (row, shape) in enumerate(pieces):
         content = json.dumps(row, sort_keys=True, default=str)
         yield Work(f"{number} {hashlib.sha256(content.encode()).hexdigest()}", row, shape)
@@ -170,13 +170,14 @@ def _work(data: str) -> Iterator[Work]:
 def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], Comparison | Rated]]:
     """One answer or a pair of them as they stand; UltraFeedback's several answers a row each, as HelpSteer has them."""
     if "completions" in row:
-        for shape in sources.rated(row, where):
+        for shape in forms.rated(row, where):
             given = {name: value for name, value in shape.ratings.items() if not math.isnan(value)}
             yield {"prompt": row["instruction"], "response": shape.answer, **given}, shape
     elif "response" in row:
-        yield row, sources.rated(row, where)[0]
+        yield row, forms.rated(row, where)[0]
     else:
-        yield row, sources.comparison(row, where)
+        [shape] = forms.comparisons(row, where)
+        yield row, shape
 
 
 def _scored(items: Sequence[Work], judge: Judge, base: Base) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_align import runs
-from lora_align.data import sources
+from lora_align.data import forms, sources
 from lora_align.data.rows import Rated, prompt_key, under_system
 from lora_align.errors import UserError
 from lora_align.model.base import Base
@@ -87,8 +87,8 @@ def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Rated], list[Rated]], 
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
     longest_ask = max(sorted(asking.examples(settings)), key=len)
-    for where, row in sources.rows(settings.data, settings.split, settings.revision):
-        for found in sources.answered(row, where):
+    for _, answers in sources.read(settings, forms.answered, dropped):
+        for found in answers:
             if not found.answer.strip():
                 dropped["empty answer"] += 1
             elif len(base.chat.prompt_ids(under_system(longest_ask, found.prompt))) + settings.max_new_tokens > longest:

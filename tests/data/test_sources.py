@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_align.data import pairs, sources
+from lora_align.data import forms, pairs, sources
 from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
 from lora_align.preference import Preference, Ranker
@@ -41,13 +42,22 @@ FORMS: dict[str, Mapping[str, Any]] = {
         "chosen": {"from": "gpt", "value": GOOD},
         "rejected": {"from": "gpt", "value": BAD},
     },
+    "hh-rlhf": {"chosen": f"\n\nHuman: Hi?\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: Hi?\n\nAssistant: {BAD}"},
+    "psychocounsel": {"question": "Hi?", "chosen": GOOD, "rejected": BAD},
+    "helpsteer2": {"prompt": "Hi?", "response_1": GOOD, "response_2": BAD, "preference_strength": -2},
+    "helpsteer3": {"context": ASK, "response1": GOOD, "response2": BAD, "overall_preference": -1},
     "pku": {"prompt": "Hi?", "response_0": GOOD, "response_1": BAD, "better_response_id": 0, "safer_response_id": 1},
 }
 
 
+def only(row: Mapping[str, Any]) -> Comparison:
+    [found] = forms.comparisons(row, "here")
+    return found
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_reads_alike(form: str) -> None:
-    found = sources.comparison(FORMS[form], "here")
+    found = only(FORMS[form])
     assert found.prompt == (Message("user", "Hi?"),)
     assert found.answers == (GOOD, BAD)
     assert found.ranked(Ranker.parse("label")).chosen == GOOD  # type: ignore[union-attr]
@@ -75,7 +85,7 @@ def test_every_kind_of_file_keeps_every_character(suffix: str, tmp_path: Path) -
     file = tmp_path / f"pairs{suffix}"
     text = AWKWARD.replace("\x00", "") if suffix == ".csv" else AWKWARD
     _write(file, [{"prompt": text, "chosen": GOOD, "rejected": BAD}, {"prompt": "2", "chosen": "3", "rejected": "4"}])
-    read = [sources.comparison(row, where) for where, row in sources.rows(str(file))]
+    read = [forms.comparisons(row, where)[0] for where, row in sources.good_rows(str(file))]
     assert [c.prompt[0].content for c in read] == [text, "2"]
     assert read[1].answers == ("3", "4")
 
@@ -105,12 +115,12 @@ def test_bad_rows_are_named_by_file_and_line(content: str, told: str, tmp_path: 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
 def test_sources_that_are_not_there(data: str) -> None:
     with pytest.raises(UserError):
-        list(sources.rows(data))
+        list(sources.good_rows(data))
 
 
 def test_a_data_set_that_is_not_in_the_cache_says_so_without_a_network() -> None:
     with pytest.raises(UserError, match="not in the cache and could not be fetched"):
-        list(sources.rows("nobody/nothing"))
+        list(sources.good_rows("nobody/nothing"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -157,7 +167,7 @@ def test_files_that_are_not_text_are_named(tmp_path: Path) -> None:
         file = tmp_path / f"pairs{suffix}"
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"pairs{re.escape(suffix)}:\d"):
-            list(sources.rows(str(file)))
+            list(sources.good_rows(str(file)))
 
 
 def test_everything_held_out_is_said(tmp_path: Path) -> None:
@@ -193,14 +203,14 @@ def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
     ],
 )
 def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:
-    assert sources.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
+    assert forms.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
     _write(tmp_path / "chats.jsonl", [row])
     assert len(pairs.load_conversations(Sft(data=str(tmp_path / "chats.jsonl"), held_out=0.0)).train) == 1
 
 
 def test_unlabelled_ties_are_ties() -> None:
     row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
-    found: Comparison = sources.comparison(row, "here")
+    found = only(row)
     assert found.ranked(Ranker.parse("label")) == "tie"
 
 
@@ -236,7 +246,7 @@ RATED: dict[str, Mapping[str, Any]] = {
 
 @pytest.mark.parametrize("form", RATED)
 def test_rated_answers_read_alike(form: str) -> None:
-    first, *others = sources.rated(RATED[form], "here")
+    first, *others = forms.rated(RATED[form], "here")
     assert first.prompt == (Message("user", "Hi?"),)
     assert first.answer == GOOD
     assert {name: first.ratings[name] for name in ("helpfulness", "verbosity")} == {"helpfulness": 3, "verbosity": 1}
@@ -247,6 +257,78 @@ def test_rated_answers_read_alike(form: str) -> None:
 
 
 def test_the_built_in_ratings_are_read() -> None:
-    rows = [row for where, raw in sources.rows("demo:ratings?rows=50") for row in sources.rated(raw, where)]
+    rows = [row for where, raw in sources.good_rows("demo:ratings?rows=50") for row in forms.rated(raw, where)]
     assert len(rows) == 50
     assert all(isinstance(row, Rated) and 0 <= row.ratings["politeness"] <= 4 for row in rows)
+
+
+def test_transcripts_of_several_turns() -> None:
+    before = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And now?\nStill here?"
+    found = only({"chosen": f"{before}\n\nAssistant: {GOOD}", "rejected": f"{before}\n\nAssistant: {BAD}"})
+    assert [(turn.role, turn.content) for turn in found.prompt] == [
+        ("user", "Hi?"),
+        ("assistant", "Hello."),
+        ("user", "And now?\nStill here?"),
+    ]
+    assert found.answers == (GOOD, BAD)
+    with pytest.raises(UserError, match="do not share their prompt"):
+        only({"chosen": f"{before}\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: Ho?\n\nAssistant: {BAD}"})
+    with pytest.raises(UserError, match="the last turn is the user's"):
+        only({"chosen": before, "rejected": before})
+
+
+@pytest.mark.parametrize(("strength", "won"), [(-3, GOOD), (-1, GOOD), (0, "tie"), (2, BAD)])
+def test_a_strength_is_a_label_and_a_rating(strength: int, won: str) -> None:
+    found = only({**FORMS["helpsteer3"], "overall_preference": strength})
+    ranked = found.ranked(Ranker.parse("label"))
+    assert (ranked if isinstance(ranked, str) else ranked.chosen) == won
+    close = found.ranked(Ranker.parse("rating:overall_preference"), margin=2)
+    assert isinstance(close, str) == (abs(strength) < 2)
+
+
+def test_of_several_answers_each_is_set_against_each(tmp_path: Path) -> None:
+    completions = [
+        {"response": str(n), "annotations": {"honesty": {"Rating": str(n)}}, "overall_score": 5.0} for n in range(4)
+    ]
+    _write(tmp_path / "four.jsonl", [{"instruction": "Hi?", "completions": completions}])
+    found = pairs.load_pairs(Preference(str(tmp_path / "four.jsonl"), "rating:honesty"), held_out=0.0)
+    assert len(found.train) == 6
+    assert all(int(pair.chosen) > int(pair.rejected) for pair in found.train)
+    tied = Preference(str(tmp_path / "four.jsonl"), "rating:overall")
+    with pytest.raises(UserError, match="6 tie"):
+        pairs.load_pairs(tied, held_out=0.0)
+
+
+def test_columns_of_any_name(tmp_path: Path) -> None:
+    _write(tmp_path / "own.jsonl", [{"ask": "Hi?", "better": GOOD, "worse": BAD, "chosen": "of something else"}])
+    columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
+    [pair] = pairs.load_pairs(Preference(str(tmp_path / "own.jsonl"), columns=columns), held_out=0.0).train
+    assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("Hi?", GOOD, BAD)
+    with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'best' \(it has: ask, better"):
+        pairs.load_pairs(Preference(str(tmp_path / "own.jsonl"), columns={"chosen": "best"}), held_out=0.0)
+
+
+def test_bad_rows_can_be_counted_instead(tmp_path: Path) -> None:
+    good = json.dumps(FORMS["plain"])
+    (tmp_path / "pairs.jsonl").write_text(f'{good}\n{{"prompt": \n[1]\n{{"prompt": 3}}\n{good}\n')
+    with pytest.raises(UserError, match=":2: not valid JSON"):
+        pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl")), held_out=0.0)
+    found = pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl"), skip_bad=True), held_out=0.0)
+    assert len(found.train) == 2
+    assert found.dropped == {"invalid row": 3}
+
+
+def test_many_rows_pass_in_bounded_memory(tmp_path: Path) -> None:
+    """Through the reader, not into a list; a row of ten megabytes among them."""
+    file = tmp_path / "pairs.jsonl"
+    row = json.dumps(FORMS["plain"]) + "\n"
+    with file.open("w") as stream:
+        for _ in range(10):
+            stream.write(row * 20_000)
+        stream.write(json.dumps({**FORMS["plain"], "chosen": "x" * 10_000_000}) + "\n")
+    tracemalloc.start()
+    count = sum(len(forms.comparisons(found, where)) for where, found in sources.good_rows(str(file)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 200_001
+    assert peak < 60e6

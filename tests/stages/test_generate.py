@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pyarrow.parquet import read_table
 
-from lora_align.data import sources
+from lora_align.data import forms, sources
 from support import COMMAND, call
 
 
@@ -54,7 +54,7 @@ def test_shares_divide_the_work_and_merge_by_reading_all_files(workspace: Path) 
     merged = read_table(workspace / "whole.parquet").to_pylist()
     both = {(row["prompt"], row["response_0"]): row["response"] for rows in shares for row in rows}
     assert both == {(row["prompt"], row["response_0"]): row["response"] for row in merged}
-    again = [sources.prompt(row, where)[0].content for where, row in sources.rows(str(workspace / "whole.parquet"))]
+    again = [forms.prompt(row, where)[0].content for where, row in sources.good_rows(str(workspace / "whole.parquet"))]
     assert again == [row["prompt"] for row in merged]
 
 

@@ -13,7 +13,6 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 
 from lora_align import recipe, runs
-from lora_align.data import sources
 from lora_align.data.rows import Message, Pair
 from lora_align.model import base as bases
 from lora_align.preference import Ranker
@@ -123,7 +122,7 @@ def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
     assert done.code == 0, done.err
     assert "4 rows, 1 of them unscored: their prompts fill the context" in done.out
     pair, first, second, full = _rows(workspace / "scored.jsonl")
-    ranked = sources.comparison(pair, "here").ranked(Ranker.parse("score:helpful"))
+    ranked = forms.comparisons(pair, "here")[0].ranked(Ranker.parse("score:helpful"))
     assert isinstance(ranked, Pair)
     better = pair["score_helpful_chosen"] > pair["score_helpful_rejected"]  # type: ignore[operator]
     assert ranked.chosen == (long if better else short)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lora_align import recipe
-from lora_align.data import sources
+from lora_align.data import forms
 from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.model import tokenise
@@ -19,7 +19,7 @@ def test_packed_rows_do_not_see_each_other() -> None:
     base = bases.find(recipe.Base("demo"))
     model = base.load()
     rows = [
-        tokenise.text(sources.conversation(row, ""), base.chat, 256, answers_only, Counter())
+        tokenise.text(forms.conversation(row, ""), base.chat, 256, answers_only, Counter())
         for answers_only in (True, False)
         for row in world.conversations(3, 12)
     ]
