@@ -33,6 +33,8 @@ bench:
     .venv/bin/python tests/benchmarks/kills.py
     .venv/bin/python tests/benchmarks/control.py --work .bench
     .venv/bin/python tests/benchmarks/fronts.py --work .bench/fronts
+    .venv/bin/python tests/benchmarks/methods.py --work .bench
+    .venv/bin/python tests/benchmarks/algebra.py --work .bench/algebra
 
 # The spine on a CUDA card, compared with the CPU.
 gpu-check:

@@ -179,6 +179,13 @@ def test_one_vector_of_weight_one_is_itself(method: str) -> None:
     assert close(result(alone)[0], dense(update(3, 4)), 1e-9)
 
 
+def test_sixty_four_parents_are_their_sum() -> None:
+    parents: Parents = [(seed, 1 + seed % 3, (-1) ** seed / (seed + 1)) for seed in range(64)]
+    made, tally = result(job(parents, "exact"))
+    assert close(made, sum_of([dense(update(seed, rank)) for seed, rank, _ in parents], [w for *_, w in parents]))
+    assert tally.rank == sum(rank for _, rank, _ in parents)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_all_weights_nothing_is_nothing(method: str) -> None:
     made, tally = result(Merge({"a": update(3, 4), "b": update(4, 2)}, {"a": 0.0, "b": 0.0}, method))

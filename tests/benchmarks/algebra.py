@@ -295,9 +295,9 @@ def against_mergekit(work: Path, commands: Path) -> dict[str, Any]:
     plan = {"merge_method": "task_arithmetic", "base_model": f"{work}/base", "models": models, "dtype": "bfloat16"}
     (work / "plan.yml").write_text(json.dumps(plan))  # which is YAML, too
     added = ["mergekit-yaml", "plan.yml", "whole", "--lora-merge-cache", "cache"]
-    taken = ["mergekit-extract-lora", "--model", "whole", "--base-model", "base", "--out-path", "lora"]
+    taken = ["mergekit-extract-lora", "--model", f"{work}/whole", "--base-model", f"{work}/base"]
     began = time.perf_counter()
-    for words in (added, [*taken, "--max-rank", str(RANK)]):
+    for words in (added, [*taken, "--out-path", "lora", "--max-rank", str(RANK)]):
         subprocess.run([str(commands / words[0]), *words[1:]], cwd=work, check=True, capture_output=True)
     theirs = time.perf_counter() - began
     words = ["merge", "-w", ",".join(f"{folder}={w}" for folder, w in folders.items()), "--rank", str(RANK)]
