@@ -90,6 +90,7 @@ def test_every_option_of_a_recipe_is_read_somewhere() -> None:
         "stage",
         "project",
         "table",
+        "source",
         "rsf",
     }
     for table in tables:
