@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": look.demo,
     "recipes": look.list_recipes,
     "init": look.init,
+    "data": look.data,
     "sft": train.sft,
     "dpo": train.dpo,
     "reward": train.reward,

@@ -16,13 +16,13 @@ from lora_align.cli.options import (
     RunsOption,
     SetOption,
     checked,
+    drawable,
     project_of,
 )
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
 
-DRAWN = (".png", ".pdf", ".svg")
 MethodOption = Annotated[str, typer.Option("--method", help="exact, svd, soup, tsv, ties or dare.")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method, as in density=0.3.")
@@ -98,10 +98,7 @@ def inspect(
     """Measure vectors: norms, angles, spectra, interference, and what a mix keeps of each."""
     screen = Screen(as_json, quiet)
     wanted = parse_weights(weights) if weights else {}
-    if picture is not None and not picture.resolve().parent.is_dir():
-        raise UserError(f"--picture {picture}: no such folder")
-    if picture is not None and picture.suffix not in DRAWN:
-        raise UserError(f"--picture {picture}: a name that ends in {' or '.join(DRAWN)}")
+    drawable(picture)
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.stages import inspect as stage
     from lora_align.stages import mix

@@ -7,7 +7,17 @@ import typer
 
 from lora_align import recipe as recipes
 from lora_align import runs
-from lora_align.cli.options import JsonOption, QuietOption, RunsOption
+from lora_align.cli.options import (
+    JsonOption,
+    LimitOption,
+    QuietOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    drawable,
+    limited,
+    project_of,
+)
 from lora_align.console import Screen, inert, table
 from lora_align.errors import UserError
 
@@ -44,6 +54,29 @@ def init(
     recipes.LOCAL.write_bytes(path.read_bytes())
     text = f"wrote ./{recipes.LOCAL} from {name}; every command here now uses it"
     Screen(as_json, quiet).result(text, {"wrote": str(recipes.LOCAL), "from": name})
+
+
+def data(
+    pref: Annotated[str, typer.Option("--pref", help="A preference of the recipe.")],
+    show: Annotated[int, typer.Option("--show", min=0, help="How many pairs to show as the model sees them.")] = 2,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the lengths into this file.")] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Look at a preference's pairs before training on them: as the model sees them, how long, and what is odd."""
+    screen = Screen(as_json, quiet)
+    drawable(picture)
+    project = project_of(recipe, limited(overrides, "dpo", limit), screen)
+    project.preference(pref)
+    from lora_align.stages import audit
+
+    found = audit.run(project, pref, show=show, picture=picture)
+    screen.result(audit.told(found), found)
+    for doubt in found["doubts"]:
+        screen.warn(doubt)
 
 
 def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:

@@ -22,6 +22,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on std
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Publish under this name.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Move an existing run aside.")]
+DRAWN = (".png", ".pdf", ".svg")
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what was stopped.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Train on the first N rows only.")]
 
@@ -44,6 +45,14 @@ def either(force: bool, resume: bool) -> None:
     """Refuse to be told two things at once."""
     if force and resume:
         raise UserError("--resume goes on with what was begun, --force begins anew: one or the other")
+
+
+def drawable(picture: Path | None) -> None:
+    """Refuse a picture that cannot be written; asked before anything slow begins."""
+    if picture is not None and not picture.resolve().parent.is_dir():
+        raise UserError(f"--picture {picture}: no such folder")
+    if picture is not None and picture.suffix not in DRAWN:
+        raise UserError(f"--picture {picture}: a name that ends in {' or '.join(DRAWN)}")
 
 
 def limited(overrides: list[str] | None, stage: str, limit: int | None) -> list[str]:

@@ -43,10 +43,7 @@ def load_pairs(preference: Preference, held_out: float, limit: int | None = None
     """Read a preference's comparisons and rank them; at most `limit` pairs to train on."""
     split: Split[Pair] = Split([], [], Counter())
     rows = sources.read(preference, forms.comparisons, split.dropped)
-    for where, comparison in ((where, one) for where, several in rows for one in several):
-        _check_ranker(comparison, preference.ranker, where)
-        found = comparison.ranked(preference.ranker, preference.margin)
-        pair = found if isinstance(found, str) else _usable(found)
+    for _, pair in (ranked(one, preference, where) for where, several in rows for one in several):
         if isinstance(pair, str):
             split.dropped[pair] += 1
         else:
@@ -55,6 +52,13 @@ def load_pairs(preference: Preference, held_out: float, limit: int | None = None
             break
     split.require_rows(preference.data)
     return split
+
+
+def ranked(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
+    """A comparison, and the pair in a preference's eyes, or why there is none to learn from."""
+    _check_ranker(comparison, preference.ranker, where)
+    found = comparison.ranked(preference.ranker, preference.margin)
+    return comparison, found if isinstance(found, str) else _usable(found)
 
 
 def load_conversations(sft: Sft) -> Split[Conversation]:

@@ -92,6 +92,20 @@ def reward_report(file: Path, report: Mapping[str, Any]) -> None:
     picture.savefig(file, dpi=130)
 
 
+def lengths(file: Path, bins: Sequence[tuple[int, int, int]], max_length: int, title: str) -> None:
+    """How many pairs there are of each length in tokens, and where they are cut."""
+    picture = Figure(figsize=(6.4, 2.8), layout="constrained")
+    panel = picture.subplots()
+    lows, widths = [low for low, _, _ in bins], [high + 1 - low for low, high, _ in bins]
+    panel.bar(lows, [count for _, _, count in bins], width=widths, align="edge", color=INK, edgecolor="white")
+    if bins and max_length <= bins[-1][1]:
+        panel.axvline(max_length, color=BROKEN, linestyle="--", label=f"max_length {max_length:,}")
+        panel.legend(frameon=False, fontsize=8)
+    panel.set(xlabel="tokens of a prompt with its longer answer", ylabel="pairs", title=title)
+    panel.spines[["top", "right"]].set_visible(False)
+    picture.savefig(file, dpi=130)
+
+
 def layer_maps(file: Path, places: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
     """One heat map an update: how long it is in every layer and kind of module."""
     kinds = list(dict.fromkeys(kind for of in places.values() for kind in of))

@@ -1,0 +1,210 @@
+"""What a preference's data is: rows as the model will see them, how long they are, and what is odd about them."""
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_align.console import inert, table
+from lora_align.data import forms, pairs, sources
+from lora_align.data.rows import Comparison, Pair, prompt_key
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model import tokenise
+from lora_align.model.base import Base
+from lora_align.preference import Preference
+from lora_align.recipe import Recipe
+
+SIDES = ("prompt", "chosen", "rejected")
+SHARES = (0.0, 0.5, 0.95, 1.0)  # of the lengths that a table tells
+BINS = 12
+TOO_BIASED = 0.65  # how often one length may win before that is named
+
+
+@dataclass
+class Audit:
+    """Counts over the comparisons of one preference; rows go by, and are not kept."""
+
+    read: int = 0
+    usable: int = 0
+    held_out: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, array[int]] = field(default_factory=lambda: {side: array("I") for side in SIDES})
+    too_long: int = 0
+    cut: int = 0
+    longer_wins: int = 0
+    of_unlike_length: int = 0
+    both_unsafe: int = 0
+    of_known_safety: int = 0
+    prompts: dict[bool, set[bytes]] = field(default_factory=lambda: {True: set(), False: set()})
+    agreed: dict[str, list[int]] = field(default_factory=dict)
+
+    def facts(self, max_length: int) -> dict[str, Any]:
+        """What is told of it."""
+        shared = len(self.prompts[True] & self.prompts[False])
+        different = len(self.prompts[True] | self.prompts[False])
+        return {
+            "read": self.read,
+            "usable": self.usable,
+            "held_out": self.held_out,
+            "dropped": dict(self.dropped),
+            "prompts": different,
+            "prompts_on_both_sides": shared,
+            "tokens": {side: _quantiles(self.lengths[side]) for side in SIDES},
+            "histogram": _histogram([a + max(b, c) for a, b, c in zip(*self.lengths.values(), strict=True)]),
+            "max_length": max_length,
+            "prompts_too_long": self.too_long,
+            "answers_cut": self.cut,
+            "longer_wins": _share(self.longer_wins, self.of_unlike_length),
+            "both_unsafe": self.both_unsafe if self.of_known_safety else None,
+            "agreement": {name: _share(same, count) for name, (same, count) in self.agreed.items()},
+        }
+
+
+def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> dict[str, Any]:
+    """Read all of a preference's rows, and look at each."""
+    axis = recipe.preference(preference)
+    base = bases.find(recipe.base)
+    max_length = min(recipe.dpo.max_length, base.max_length)
+    audit, shown = Audit(), list[dict[str, str]]()
+    others = {
+        name: other
+        for name, other in recipe.preferences.items()
+        if name != preference and (other.data, other.split, other.revision) == (axis.data, axis.split, axis.revision)
+    }
+    for comparison, pair in _ranked(axis, recipe.dpo.limit, audit):
+        _lengths(pair, base, max_length, audit)
+        _bias(comparison, pair, audit)
+        _agreement(comparison, pair, others, audit)
+        is_held_out = pairs.is_held_out(pair.prompt, recipe.dpo.held_out)
+        audit.held_out += is_held_out
+        audit.prompts[is_held_out].add(bytes.fromhex(prompt_key(pair.prompt)[:16]))
+        if len(shown) < show:
+            shown.append(_as_seen(pair, base, max_length))
+    if not audit.read:
+        raise UserError(f"{axis.data}: no rows")
+    facts = {"preference": preference, "source": axis.data, "rank": axis.rank, **audit.facts(max_length)}
+    facts |= {"doubts": _doubts(facts), "shown": shown, "picture": str(picture) if picture else None}
+    if picture:
+        from lora_align.evaluate import plots
+
+        plots.lengths(picture, facts["histogram"], max_length, preference)
+    return facts
+
+
+def told(facts: Mapping[str, Any]) -> str:
+    """Rows, then tables, then what is odd."""
+    parts = ["\n".join(f"{name}: {inert(row[name])}" for name in SIDES) for row in facts["shown"]]
+    parts.append(
+        f"{facts['source']} by {facts['rank']}: {facts['read']:,} rows, {facts['usable']:,} pairs of "
+        f"{facts['prompts']:,} prompts, {facts['held_out']:,} held out"
+    )
+    if facts["dropped"]:
+        parts[-1] += f"; dropped: {pairs.reasons(Counter(facts['dropped']))}"
+    columns = ["tokens", "shortest", "median", "95 %", "longest"]
+    parts.append(table(columns, [[side, *(f"{n:,}" for n in of)] for side, of in facts["tokens"].items()]))
+    widest = max((count for _, _, count in facts["histogram"]), default=1)
+    bars = [
+        f"{low:>6,} to {high:<6,} {'█' * math.ceil(24 * count / widest):<24} {count:,}"
+        for low, high, count in facts["histogram"]
+    ]
+    parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars]))
+    lines = []
+    if facts["longer_wins"] is not None:
+        lines.append(f"the longer answer wins {facts['longer_wins']:.0%} of pairs, the shorter for `neg`")
+    if facts["both_unsafe"] is not None:
+        lines.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers")
+    lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in facts["agreement"].items() if share]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
+
+
+def _ranked(axis: Preference, limit: int | None, audit: Audit) -> Iterator[tuple[Comparison, Pair]]:
+    rows = sources.read(axis, forms.comparisons, audit.dropped)
+    for comparison, pair in (pairs.ranked(one, axis, where) for where, several in rows for one in several):
+        audit.read += 1
+        if comparison.safe is not None:
+            audit.of_known_safety += 1
+            audit.both_unsafe += not any(comparison.safe)
+        if isinstance(pair, str):
+            audit.dropped[pair] += 1
+            continue
+        audit.usable += 1
+        yield comparison, pair
+        if audit.usable == limit:
+            return
+
+
+def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
+    prompt = len(base.chat.prompt_ids(pair.prompt))
+    answers = [len(base.chat.answer_ids(pair.prompt, answer)) for answer in (pair.chosen, pair.rejected)]
+    for side, length in zip(SIDES, (prompt, *answers), strict=True):
+        audit.lengths[side].append(length)
+    audit.too_long += prompt >= max_length
+    audit.cut += prompt < max_length < prompt + max(answers)
+
+
+def _bias(comparison: Comparison, pair: Pair, audit: Audit) -> None:
+    lengths = len(pair.chosen), len(pair.rejected)
+    if lengths[0] != lengths[1]:
+        audit.of_unlike_length += 1
+        audit.longer_wins += lengths[0] > lengths[1]
+
+
+def _agreement(comparison: Comparison, pair: Pair, others: Mapping[str, Preference], audit: Audit) -> None:
+    for name, other in others.items():
+        _, theirs = pairs.ranked(comparison, other, "")
+        if not isinstance(theirs, str):
+            counts = audit.agreed.setdefault(name, [0, 0])
+            counts[0] += theirs.chosen == pair.chosen
+            counts[1] += 1
+
+
+def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
+    """Template and cut applied; what is learned from stands between ⟦ and ⟧."""
+    tokens = tokenise.pair(pair, base.chat, max_length, Counter())
+    decode = base.chat.tokenizer.decode
+    if tokens is None:
+        return {"prompt": decode(base.chat.prompt_ids(pair.prompt)), "chosen": "(does not fit)", "rejected": ""}
+    said = (f"⟦{decode(ids)}⟧" for ids in (tokens.chosen, tokens.rejected))
+    return dict(zip(SIDES, (decode(tokens.prompt), *said), strict=True))
+
+
+def _doubts(facts: Mapping[str, Any]) -> list[str]:
+    """What may spoil an adapter."""
+    found = []
+    longer = facts["longer_wins"]
+    if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
+        which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
+        found.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
+    if facts["prompts_on_both_sides"]:
+        found.append(f"{facts['prompts_on_both_sides']:,} prompts stand on both sides of the split")
+    if facts["both_unsafe"]:
+        found.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers: one of them is learned")
+    if facts["prompts_too_long"] or facts["answers_cut"]:
+        found.append(
+            f"at max_length {facts['max_length']:,}, {facts['prompts_too_long']:,} prompts are dropped and answers of "
+            f"{facts['answers_cut']:,} pairs are cut"
+        )
+    return found
+
+
+def _quantiles(lengths: Sequence[int]) -> list[int]:
+    ordered = sorted(lengths) or [0]
+    return [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in SHARES]
+
+
+def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """From, to and how many, in bins of a round width."""
+    if not lengths:
+        return []
+    width = max(1, math.ceil((max(lengths) + 1) / BINS))
+    width = math.ceil(width / 10 ** (len(str(width)) - 1)) * 10 ** (len(str(width)) - 1)
+    counts = Counter(length // width for length in lengths)
+    return [(bin_ * width, (bin_ + 1) * width - 1, counts[bin_]) for bin_ in range(max(counts) + 1)]
+
+
+def _share(part: int, of: int) -> float | None:
+    return part / of if of else None

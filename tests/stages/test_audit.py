@@ -1,0 +1,88 @@
+"""`data` by the installed command: what it shows is what is trained on, what it counts is what a naive count finds."""
+
+import json
+from pathlib import Path
+
+from matplotlib.image import imread
+
+from lora_align import recipe
+from lora_align.data import forms, pairs, sources
+from lora_align.model import base as bases
+from lora_align.stages import dpo
+from support import Cli
+
+ROWS = "demo:pairs?rows=200"
+
+
+def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
+    words = ["data", "--pref", "helpful", "--set", f'preferences.helpful.data="{ROWS}"', "--picture", "lengths.png"]
+    words += ["--set", f'preferences.harmless.data="{ROWS}"', "--set", "dpo.limit=1000"]
+    done = cli(*words, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    project = recipe.load(recipe.builtin()["demo"], [word for word in words if "=" in word and "--" not in word])
+    axis, other = project.preference("helpful"), project.preference("harmless")
+    base = bases.find(project.base)
+    material = dpo.prepare(project, "helpful", base)
+    assert told["read"] == 200
+    assert told["usable"] == len(material.train) + len(material.held_out) == sum(n for *_, n in told["histogram"])
+    assert told["held_out"] == len(material.held_out)
+    assert told["dropped"] == material.facts["dropped"]
+    assert told["prompts_on_both_sides"] == 0
+    longest = max(len(pair.rejected) for pair in (*material.train, *material.held_out))
+    assert told["tokens"]["rejected"][-1] == longest
+    first = material.train[0] if told["shown"][0]["chosen"] == _marked(base, material.train[0].chosen) else None
+    assert first is not None, "the first pair shown is the first that is trained on"
+
+    longer = unlike = same = both = 0
+    for where, row in sources.good_rows(ROWS):
+        [comparison] = forms.comparisons(row, where)
+        _, pair = pairs.ranked(comparison, axis, where)
+        _, theirs = pairs.ranked(comparison, other, where)
+        if not isinstance(pair, str):
+            unlike += len(pair.chosen) != len(pair.rejected)
+            longer += len(pair.chosen) > len(pair.rejected)
+            if not isinstance(theirs, str):
+                both += 1
+                same += theirs.chosen == pair.chosen
+    assert told["longer_wins"] == longer / unlike
+    assert told["agreement"]["harmless"] == same / both
+    assert imread(tmp_path / "lengths.png").std() > 0
+
+    shown = cli(*words)
+    assert "⟦" in shown.out
+    assert "the longer answer wins" in shown.out
+    assert max(map(len, shown.out.split("\n\n", 2)[2].splitlines())) <= 100
+
+
+def _marked(base: bases.Base, ids: list[int]) -> str:
+    return f"⟦{base.chat.tokenizer.decode(ids)}⟧"
+
+
+def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"Question {i}?",
+            "response_0": "Long " * (40 if i == 0 else 8),
+            "response_1": "Short.",
+            "better_response_id": 0,
+            "is_response_0_safe": False,
+            "is_response_1_safe": i % 4 == 0,
+        }
+        for i in range(20)
+    ]
+    rows.append({**rows[0], "better_response_id": None})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    words = ["data", "--pref", "helpful", "--set", 'preferences.helpful.data="pairs.jsonl"']
+    words += ["--set", 'preferences.helpful.rank="label"', "--set", "preferences.helpful.margin=0"]
+    words += ["--set", "dpo.max_length=60"]
+    refused = cli(*words)
+    assert refused.code == 2
+    assert "pairs.jsonl:22: not valid JSON" in refused.err
+    done = cli(*words, "--set", "preferences.helpful.skip_bad=true")
+    assert done.code == 0, done.err
+    assert "21 rows, 20 pairs of 20 prompts" in done.out
+    assert "dropped: 1 invalid row, 1 tie" in done.out
+    assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
+    assert "16 pairs are of two unsafe answers" in done.out
+    assert "answers of 1 pairs are cut" in done.err
