@@ -32,7 +32,7 @@ class Audit:
     usable: int = 0
     held_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    lengths: dict[str, array[int]] = field(default_factory=lambda: {side: array("I") for side in SIDES})
+    lengths: "dict[str, array[int]]" = field(default_factory=lambda: {side: array("I") for side in SIDES})
     too_long: int = 0
     cut: int = 0
     longer_wins: int = 0
@@ -203,7 +203,7 @@ def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     width = max(1, math.ceil((max(lengths) + 1) / BINS))
     width = math.ceil(width / 10 ** (len(str(width)) - 1)) * 10 ** (len(str(width)) - 1)
     counts = Counter(length // width for length in lengths)
-    return [(bin_ * width, (bin_ + 1) * width - 1, counts[bin_]) for bin_ in range(max(counts) + 1)]
+    return [(bin_ * width, (bin_ + 1) * width - 1, counts[bin_]) for bin_ in range(min(counts), max(counts) + 1)]
 
 
 def _share(part: int, of: int) -> float | None:
