@@ -1,0 +1,266 @@
+"""DPO here beside TRL's trainer: wall time for two preferences in both directions over the same pairs.
+
+Float32 on a CPU, the same tokens, LoRA, optimiser, batches and order on both sides; checkpointing off but where TRL's
+plain defaults are measured. A side is one process: seconds from its first load of the base to the last adapter on disk,
+without its imports. TRL trains the four adapters one after the other, each on a base loaded for it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from report import once, save
+
+ROUNDS = 2
+REAL_ROWS, DEMO_ROWS = 48, 400
+SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", "dpo.batch_size=16", "dpo.beta=0.1"]
+SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
+SETTINGS += ['lora.targets=["all-linear"]']
+MICRO = 4  # pairs that TRL computes at once
+SIDES = ("ours", "TRL, online reference", "TRL, precomputed", "TRL, plain defaults")
+
+
+def recipe_of(world: str, work: Path) -> Any:
+    """Two preferences over the same pairs: by label and by another, on the built-in base or on one that fits."""
+    from lora_align import recipe
+
+    if world == "demo":
+        ranks, base = ("label:better_response_id", "label:safer_response_id"), "demo"
+        data, longest, limit = f"demo:pairs?rows={DEMO_ROWS}", 512, DEMO_ROWS
+    else:
+        data = str(Path(os.environ["LORA_ALIGN_REAL_DATA"]) / "llama-factory" / "dpo_en_demo.json")
+        ranks, base, longest, limit = ("label", "shorter"), str(real_base(work)), 1024, REAL_ROWS
+    said = [f'preferences.{name}.data="{data}"' for name in ("first", "second")]
+    said += [f'preferences.{name}.rank="{rank}"' for name, rank in zip(("first", "second"), ranks, strict=True)]
+    said += [f'base.model="{base}"', f"dpo.max_length={longest}", f"dpo.limit={limit}", *SETTINGS]
+    return recipe.load(recipe.builtin()["demo"], said)
+
+
+def real_base(work: Path) -> Path:
+    """A random Llama of 22 M parameters with Qwen 2.5's tokenizer, so that real conversations fit."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = work / "base"
+    if not (folder / "config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(Path(os.environ["LORA_ALIGN_REAL_DATA"]) / "tokenizers" / "qwen2.5")
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def ours(world: str, work: Path) -> dict[str, Any]:
+    """All four adapters as `dpo` trains them, nothing known before; then the same once more on another seed."""
+    from dataclasses import replace
+
+    from lora_align.console import Screen
+    from lora_align.preference import Direction
+    from lora_align.stages import dpo
+
+    project, cache, runs = recipe_of(world, work), work / "cache", work / "runs"
+    for folder in (cache, runs):
+        shutil.rmtree(folder, ignore_errors=True)
+    os.environ["LORA_ALIGN_CACHE"] = str(cache)
+    seconds, losses = [], {}
+    for name, seed in (("first", 0), ("second", 0), ("again", 1)):
+        began = time.perf_counter()
+        this = replace(project, dpo=replace(project.dpo, seed=seed))
+        of = "first" if name == "again" else name
+        made = dpo.run(this, [of], list(Direction), runs, Screen(quiet=True), name=name)
+        seconds.append(time.perf_counter() - began)
+        for run in made if name != "again" else ():
+            lines = (run.path / "metrics.jsonl").read_text().splitlines()
+            losses[f"{name} {run.path.name}"] = [json.loads(line)["loss"] for line in lines]
+    return {
+        "seconds": seconds[0] + seconds[1],
+        "first": seconds[0],
+        "second": seconds[1],
+        "again": seconds[2],
+        "losses": losses,
+    }
+
+
+def trl(world: str, work: Path, how: str) -> dict[str, Any]:
+    """The same four by TRL's trainer."""
+    import torch
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from lora_align.model import base as bases
+    from lora_align.preference import Direction
+    from lora_align.stages import dpo, training
+
+    class Tokenised(DPOTrainer):
+        """Over our token ids, that nothing but the training differs."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+            return dataset
+
+    project, losses = recipe_of(world, work), {}
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    base = bases.find(project.base)
+    began = time.perf_counter()
+    for name in ("first", "second"):
+        material = dpo.prepare(project, name, base)
+        for direction in Direction:
+            rows = [row.facing(direction) for row in material.train]
+            columns = [{"prompt_ids": r.prompt, "chosen_ids": r.chosen, "rejected_ids": r.rejected} for r in rows]
+            plain = how == "TRL, plain defaults"
+            out = work / "trl"
+            shutil.rmtree(out, ignore_errors=True)
+            trainer = Tokenised(
+                model=base.load(),
+                args=DPOConfig(
+                    output_dir=str(out),
+                    beta=project.dpo.beta,
+                    num_train_epochs=1,
+                    learning_rate=project.dpo.learning_rate,
+                    lr_scheduler_type="linear",
+                    warmup_steps=project.dpo.warmup,
+                    optim="adamw_torch",
+                    per_device_train_batch_size=MICRO,
+                    gradient_accumulation_steps=16 // MICRO,
+                    max_length=project.dpo.max_length,
+                    precompute_ref_log_probs=how == "TRL, precomputed",
+                    seed=project.dpo.seed,
+                    use_cpu=True,
+                    logging_steps=1,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    **({} if plain else {"bf16": False, "gradient_checkpointing": False}),
+                ),
+                train_dataset=Dataset.from_list(columns),
+                processing_class=base.chat.tokenizer,
+                peft_config=training.fresh_adapter(project.lora, base),
+            )
+            if not plain:
+                training.initialise(trainer.model, project.lora.init_seed)
+            trainer.train()
+            trainer.model.save_pretrained(str(out / "adapter"))
+            losses[f"{name} {direction.value}"] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+            del trainer
+    torch.set_grad_enabled(True)
+    return {"seconds": time.perf_counter() - began, "losses": losses}
+
+
+def _pair(number: int, length: int) -> Any:
+    """A pair whose longer sequence has that many tokens."""
+    from lora_align.model.tokenise import TokenPair
+
+    of, quarter = number % 90, length // 4
+    return TokenPair([5 + of] * quarter, [7 + of] * (3 * quarter), [9 + of] * (2 * quarter), (-9.0, -9.0))
+
+
+def growth(kind: str, work: Path) -> list[dict[str, float]]:
+    """Seconds of one direction over rows, and over tokens a row, on the built-in base."""
+    from dataclasses import replace
+
+    from lora_align.console import Screen
+    from lora_align.model import base as bases
+    from lora_align.preference import Direction
+    from lora_align.stages import dpo
+    from lora_align.stages.checkpoints import Unfinished
+
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    project = recipe_of("demo", work)
+    base = bases.find(project.base)
+    sizes = [(rows, 64) for rows in (128, 256, 512)] if kind == "rows" else [(64, n) for n in (64, 128, 256, 448)]
+    found = []
+    for count, length in sizes:
+        rows = [_pair(i, length) for i in range(count)]
+        folder = work / "growth"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        model = base.load()
+        this = replace(project, dpo=replace(project.dpo, save_minutes=60.0))
+        began = time.perf_counter()
+        material = dpo.Material(rows, [], {})
+        unfinished = Unfinished(folder / "unfinished", {})
+        dpo.train(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
+        found.append({"rows": count, "tokens": length, "seconds": round(time.perf_counter() - began, 2)})
+    return found
+
+
+CHILDREN: dict[str, Callable[..., Any]] = {
+    "ours": lambda world, work: ours(world, Path(work)),
+    "trl": lambda world, work, how: trl(world, Path(work), how),
+    "growth": lambda kind, work: growth(kind, Path(work)),
+}
+
+
+def child(what: str, *words: str) -> Any:
+    """Run one of the above in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, what, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compared(world: str, work: Path) -> dict[str, Any]:
+    """All sides in turns, the quickest round of each; and how far the loss curves lie apart."""
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(ROUNDS):
+        for side in SIDES:
+            found = child("ours", world, str(work)) if side == "ours" else child("trl", world, str(work), side)
+            rounds[side].append(found)
+    best = {side: min(found, key=lambda one: one["seconds"]) for side, found in rounds.items()}
+    mine = best["ours"]
+    figures: dict[str, Any] = {
+        side: {"seconds": round(found["seconds"], 1), "ours of it": round(mine["seconds"] / found["seconds"], 3)}
+        for side, found in best.items()
+    }
+    figures["a second preference over the same pairs, of the first"] = round(mine["second"] / mine["first"], 3)
+    figures["the first with another seed, of the first"] = round(mine["again"] / mine["first"], 3)
+    figures["largest difference of losses"] = {
+        side: max(map(_apart, mine["losses"].values(), best[side]["losses"].values())) for side in SIDES[1:3]
+    }
+    return figures
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> float:
+    assert len(one) == len(other)
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def main() -> None:
+    """Measure all, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("training"))
+    parser.add_argument("child", nargs="*")
+    options = parser.parse_args()
+    if options.child:
+        what, *words = options.child
+        print(json.dumps(CHILDREN[what](*words)))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    worlds = ["demo", *(["real"] if os.environ.get("LORA_ALIGN_REAL_DATA") else [])]
+    save(
+        "training",
+        {
+            **{world: once(options.work, world, lambda world=world: compared(world, options.work)) for world in worlds},
+            "growth": {
+                kind: once(options.work, kind, lambda kind=kind: child("growth", kind, str(options.work)))
+                for kind in ("rows", "tokens")
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
