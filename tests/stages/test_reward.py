@@ -17,10 +17,12 @@ from lora_align.demo import world
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
+from lora_align.model.logprobs import Reader
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.room import Room
 from lora_align.recipe import Recipe
 from lora_align.stages import reward
+from lora_align.stages.judging import Example, Judging
 from support import made_once
 
 QUIET = Screen(quiet=True)
@@ -82,6 +84,7 @@ from lora_align import recipe, runs
 from lora_align.model import base as bases
 from lora_align.model.room import Room
 from lora_align.stages import reward
+from lora_align.stages.judging import Example, Judging
 rows = json.loads(input())
 model = reward.load(bases.find(recipe.Base("demo")), runs.read(Path({str(trained.path)!r})))
 print(json.dumps([model.objectives, model.score(rows, Room(1)).tolist()]))
@@ -137,27 +140,18 @@ def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
     a, b, c = _answers(base, 3)
     k = len(model.heads.names)
     points = tuple(math.nan if i % 2 else 10.0 * i for i in range(k))
-    batch = reward.collate([reward.Example((a,), points), reward.Example((b, c), (math.nan,) * k, head=k - 1)])
-    trainer = reward.RewardTrainer.__new__(reward.RewardTrainer)
-    trainer.heads, trainer.lm_weight, trainer.seen, trainer.tokens = model.heads, 0.0, [], 0
+    rows = [Example((a,), points), Example((b, c), (math.nan,) * k, head=k - 1)]
+    objective = Judging(Reader.of(model.model), model.heads, 0.0, base.chat)
     with torch.no_grad():
-        loss = float(trainer.compute_loss(_Plain(model), batch))
+        parts = [objective.part(some, objective.weights(rows)).loss for some in (rows, rows[:1], rows[1:])]
+    assert float(parts[1] + parts[2]) == pytest.approx(float(parts[0]), rel=1e-5), "each its share of the whole"
+    loss = float(parts[0])
     z = torch.stack([model.score([row], Room(1))[0, :k] for row in (a, b, c)]).double()
     z = (z - model.heads.mean) / model.heads.deviation
     errors = [(z[0, i] - (10.0 * i - model.heads.mean[i]) / model.heads.deviation[i]) ** 2 for i in range(0, k, 2)]
     margin = z[1, k - 1] - z[2, k - 1]
     expected = (sum(errors) + torch.log1p(torch.exp(-margin))) / (len(errors) + 1)
     assert loss == pytest.approx(float(expected), rel=1e-4)
-
-
-class _Plain:
-    """A model with its adapter laid under it, where the trainer expects one that PEFT has wrapped."""
-
-    def __init__(self, model: RewardModel) -> None:
-        self.model = model.model
-
-    def get_base_model(self) -> torch.nn.Module:
-        return self.model
 
 
 @pytest.mark.parametrize(
