@@ -11,12 +11,16 @@ import pytest
 
 from support import COMMAND, Done, call, made_once
 
+SFT = ["--set", 'sft.data="demo:conversations?rows=200"', "--set", "sft.packing=true", "--set", "sft.batch_size=2"]
 STAGES = {
     "dpo": (
         ["dpo", "--pref", "helpful", "--direction", "pos", "--set", "dpo.optimizer=adamw_torch", "--limit", "320"],
         Path("dpo/helpful/pos"),
     ),
-    "sft": (["sft", "--set", 'sft.data="demo:conversations?rows=400"', "--set", "sft.packing=true"], Path("sft")),
+    "sft": (
+        ["sft", *SFT],
+        Path("sft/start"),
+    ),
     "reward": (
         ["reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=240"', "--set", "reward.lora.dropout=0.1"],
         Path("reward/reward"),
