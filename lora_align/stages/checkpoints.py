@@ -30,14 +30,15 @@ class Unfinished:
 
     folder: Path
     who: Mapping[str, Any]
+    anew: bool = False  # what lies there is not to be gone on with
     bytes_each: int = 0  # what a checkpoint takes, as far as is known
 
     @classmethod
     def of(cls, target: Path, who: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen) -> "Unfinished":
         """Refused where unfinished work lies and nobody said what is to become of it, or it is not this work's."""
-        found = cls(target.parent / f".{target.name}.unfinished", json.loads(json.dumps(who)))
+        found = cls(target.parent / f".{target.name}.unfinished", json.loads(json.dumps(who)), anew=force)
         if force:
-            shutil.rmtree(found.folder, ignore_errors=True)
+            return found
         steps = [step for step, _ in found._whole(screen)]
         if steps and not resume:
             raise UserError(f"{target} is unfinished (step {steps[0]}): --resume goes on, --force begins anew")
@@ -45,8 +46,10 @@ class Unfinished:
             found._check(target, screen)
         return found
 
-    def latest(self, screen: Screen) -> Path | None:
-        """The newest checkpoint that is whole."""
+    def begin(self, screen: Screen) -> Path | None:
+        """The newest checkpoint that is whole, where work is to go on; called by whoever holds the run's lock."""
+        if self.anew:
+            self.clear()
         return next((path for _, path in self._whole(screen)), None)
 
     def make_room(self, staging: Path) -> None:

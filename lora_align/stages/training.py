@@ -204,7 +204,7 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     check_room(trainer.unfinished.folder, (KEPT + 1) * STATE_BYTES * parameters)
-    begun = trainer.unfinished.latest(screen)
+    begun = trainer.unfinished.begin(screen)
     done = 0
     if begun:
         shutil.copyfile(begun / METRICS, trainer.records)
