@@ -412,7 +412,7 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
     template = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
     (tmp_path / "lora-align.toml").write_text(
         f"[base]\nmodel = '{base}'\n[preferences.good]\ndata = '{pairs}'\n[preferences.brief]\ndata = '{pairs}'\n"
-        "rank = 'shorter'\n[dpo]\nlearning_rate = 1e-3\nbatch_size = 8\nmicro_batch_size = 8\nmax_length = 96\n"
+        "rank = 'shorter'\n[dpo]\nlearning_rate = 1e-3\nbatch_size = 8\nmax_length = 96\n"
     )
     done = cli("dpo", "--all")
     assert done.code == 2

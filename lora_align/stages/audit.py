@@ -103,7 +103,7 @@ def told(facts: Mapping[str, Any]) -> str:
         f"{facts['prompts']:,} prompts, {facts['held_out']:,} held out"
     )
     if facts["dropped"]:
-        parts[-1] += f"; dropped: {pairs.reasons(Counter(facts['dropped']))}"
+        parts[-1] += f"\ndropped: {pairs.reasons(Counter(facts['dropped']))}"
     columns = ["tokens", "shortest", "median", "95 %", "longest"]
     parts.append(table(columns, [[side, *(f"{n:,}" for n in of)] for side, of in facts["tokens"].items()]))
     widest = max((count for _, _, count in facts["histogram"]), default=1)

@@ -82,7 +82,7 @@ def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
     done = cli(*words, "--set", "preferences.helpful.skip_bad=true")
     assert done.code == 0, done.err
     assert "21 rows, 20 pairs of 20 prompts" in done.out
-    assert "dropped: 1 invalid row, 1 tie" in done.out
+    assert "dropped: 1 tie, 1 invalid row" in done.out
     assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
-    assert "16 pairs are of two unsafe answers" in done.out
+    assert "15 pairs are of two unsafe answers" in done.out
     assert "answers of 1 pairs are cut" in done.err

@@ -20,18 +20,20 @@ from lora_align.demo import world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
+from lora_align.model.references import References
 from lora_align.model.tokenise import IGNORED, TokenPair
 from lora_align.preference import Direction
 from lora_align.recipe import Recipe
 from lora_align.stages import dpo, sft
 from lora_align.stages import start as start_policy
+from lora_align.stages.checkpoints import Unfinished
 from support import made_once
 
 QUIET = Screen(quiet=True)
 
 
 def demo(*overrides: str) -> Recipe:
-    return recipe.load(recipe.builtin()["demo"], ["dpo.limit=48", "dpo.micro_batch_size=8", *overrides])
+    return recipe.load(recipe.builtin()["demo"], ["dpo.limit=48", "dpo.tokens_per_batch=1000", *overrides])
 
 
 def tensors(run: runs.Run) -> dict[str, torch.Tensor]:
@@ -173,8 +175,10 @@ def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     probe = torch.arange(20, 60).view(1, 40)
     with torch.no_grad():
         before = model(probe).logits.clone()
-    material = dpo.prepare(project, "helpful", base).referenced(model, 8, "reference", QUIET)
-    facts, model = dpo.train(model, base, project, material, Direction.pos, "helpful", tmp_path, QUIET)
+    references = References.of(base, start_policy.identity(start))
+    material = dpo.prepare(project, "helpful", base).referenced(references, model, 4096, "reference", QUIET)
+    unfinished = Unfinished(tmp_path / "unfinished", {})
+    facts, model = dpo.train(model, base, project, material, Direction.pos, "helpful", tmp_path, unfinished, QUIET)
     with torch.no_grad():
         assert torch.equal(model.eval()(probe).logits, before)  # the start policy has not moved
     assert facts["metrics"]["relative_norm"] > 1e-4

@@ -29,7 +29,6 @@ QUIET = Screen(quiet=True)
 SETTINGS = [
     "reward.learning_rate=5e-3",
     "reward.batch_size=32",
-    "reward.micro_batch_size=16",
     "reward.max_length=128",
     "reward.held_out=0.2",
     'reward.ratings.demo.data="demo:ratings?rows=480"',

@@ -11,6 +11,7 @@ from lora_align.data import forms
 from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.model import tokenise
+from lora_align.model.logprobs import Reader
 from lora_align.stages import sft
 
 
@@ -29,13 +30,17 @@ def test_packed_rows_do_not_see_each_other() -> None:
     assert all(sum(len(row.ids) for row in pack) <= 256 for pack in packs)
     assert len(packs) < len(texts) / 2
     with torch.no_grad():
-        batch = sft.collate([sft._columns(pack) for pack in packs])
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        together = cross_entropy(packed[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        objective = sft.Saying(Reader.of(model), base.chat)
+        [tokens] = objective.weights(packs)
+        found = objective.part(packs, [tokens])
+        parts = [objective.part([pack], [tokens]).loss for pack in packs]
         apart = sum(
             cross_entropy(
                 model(input_ids=torch.tensor([row.ids])).logits[0, :-1], torch.tensor(row.labels[1:]), reduction="sum"
             )
             for row in texts
         )
-    assert float(together) == pytest.approx(float(apart), rel=1e-5)
+    learned = sum(label != tokenise.IGNORED for row in texts for label in row.labels[1:])
+    assert tokens == found.figures["accuracy"][1] == learned
+    assert float(found.loss) * tokens == pytest.approx(float(apart), rel=1e-5)
+    assert float(sum(parts)) == pytest.approx(float(found.loss), rel=1e-5)

@@ -21,6 +21,7 @@ from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair
 from lora_align.recipe import Recipe
 from lora_align.stages import dpo, training
+from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.dpo import Preferring, SteppingDPOTrainer
 
 QUIET = Screen(quiet=True)
@@ -47,6 +48,7 @@ def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, setti
         objective=Preferring(Reader.of(model), base.chat, settings.dpo.beta, settings.dpo.label_smoothing),
         rows=pairs,
         room=Room(tokens),
+        unfinished=Unfinished(folder / "unfinished", {}),
         tell=lambda text: None,
         model=model,
         args=DPOConfig(disable_dropout=False, **training.arguments(settings.dpo, base, folder)),
@@ -68,7 +70,7 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
     base: Base, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
-    settings = demo("dpo.label_smoothing=0.1")
+    settings = demo()
     ours = trainer(base, pairs, 4096, tmp_path, settings)
     found = []
     for tokens in (4096, 200, 1):
@@ -82,7 +84,6 @@ def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
         model=model,
         args=DPOConfig(
             beta=settings.dpo.beta,
-            label_smoothing=0.1,
             output_dir=str(tmp_path),
             per_device_train_batch_size=len(pairs),
             max_length=128,
@@ -107,6 +108,17 @@ def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
         assert value == pytest.approx(float(loss), abs=2e-5)
         assert (slope - wanted).norm() < 1e-3 * wanted.norm()
         assert (slope - found[0][1]).norm() < 1e-5 * wanted.norm()
+
+
+def test_smoothed_labels_are_a_mean_of_both_ways_round(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
+    """TRL's own option of that name does nothing to its default loss."""
+    ours = trainer(base, pairs, 4096, tmp_path, demo())
+    plain = ours.objective
+    with torch.no_grad():
+        losses = [plain.part(rows, [1.0]).loss for rows in (pairs, [pair.swap() for pair in pairs])]
+        smoothed = dataclasses.replace(plain, smoothing=0.1).part(pairs, [1.0]).loss
+    assert float(smoothed) == pytest.approx(0.9 * float(losses[0]) + 0.1 * float(losses[1]), rel=1e-6)
+    assert abs(float(losses[0] - losses[1])) > 0.01
 
 
 def test_memory_that_runs_out_halves_the_parts_and_the_step_is_what_it_was() -> None:
