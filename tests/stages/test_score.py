@@ -102,7 +102,7 @@ def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
     """ShareGPT's pairs, UltraFeedback's answers a row each, and a prompt that leaves no room for an answer."""
     rain = {"from": "human", "value": "Tell me about rain."}
     long, short = "Rain is water that falls from clouds. It wets the ground.", "Rain is wet."
-    forms = [
+    given = [
         {
             "conversations": [rain],
             "chosen": {"from": "gpt", "value": long},
@@ -117,7 +117,7 @@ def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
         },
         {"prompt": "Tell me about rain. " * 200, "response": short},
     ]
-    (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forms))
+    (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     done = call(workspace, "score", "--data", "forms.jsonl", "--by", "pair:helpful", "--out", "scored.jsonl")
     assert done.code == 0, done.err
     assert "4 rows, 1 of them unscored: their prompts fill the context" in done.out
