@@ -1,5 +1,6 @@
 """The program: its commands, its signals, and how it ends."""
 
+import inspect
 import os
 import shlex
 import signal
@@ -91,9 +92,8 @@ def main() -> None:
     except UserError as fault:
         _complain(str(fault), fault.exit_code)
     except Stopped as stop:
-        words = [word for word in sys.argv[1:] if word not in ("--force", "--resume")]
-        goes_on = f"; to go on: lora-align {shlex.join([*words, '--resume'])}"
-        _complain(f"stopped; nothing unfinished was published{goes_on if stop.kept else ''}", stop.exit_code)
+        goes_on = f"; to go on: {_going_on()}" if stop.kept else ""
+        _complain(f"stopped; nothing unfinished was published{goes_on}", stop.exit_code)
     except TyperException as fault:
         told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
         _complain(f"{told.rstrip('.')} (see lora-align --help, or --help behind a command)", 2)
@@ -101,6 +101,13 @@ def main() -> None:
         _complain(
             f"{type(fault).__name__}: {fault} (a traceback: --debug before the command)", RunFailedError.exit_code
         )
+
+
+def _going_on() -> str:
+    """The line that goes on with the command that was stopped; some go on by themselves."""
+    words = [word for word in sys.argv[1:] if word not in ("--force", "--resume")]
+    asked = any("resume" in inspect.signature(COMMANDS[word]).parameters for word in words if word in COMMANDS)
+    return f"lora-align {shlex.join([*words, *(['--resume'] if asked else [])])}"
 
 
 def _complain(text: str, code: int) -> None:

@@ -83,7 +83,7 @@ def _train(project: recipe.Recipe, preference: str, runs_dir: Path, screen: Scre
         screen.note(f"{preference} {side.value}: trained before")
     missing = [side for side in Direction if not done[side]]
     if missing:
-        dpo.run(project, [preference], missing, runs_dir, screen)
+        dpo.run(project, [preference], missing, runs_dir, screen, resume=True)
 
 
 def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:

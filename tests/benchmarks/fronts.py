@@ -130,7 +130,7 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
     for name in ("helpful", "brief"):
         missing = [side for side in Direction if not runs.is_run(folder / "dpo" / name / side.value)]
         if missing:
-            dpo.run(project, [name], missing, folder, Screen())
+            dpo.run(project, [name], missing, folder, Screen(), resume=True)
     found = [runs.read(folder / "dpo" / "helpful" / "pos")]
     for number, wanted in enumerate(directions(project)):
         name = f"direction{number}"

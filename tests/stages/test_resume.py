@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_align.cli import app
 from support import COMMAND, Done, call, made_once
 
 SFT = ["--set", 'sft.data="demo:conversations?rows=200"', "--set", "sft.packing=true", "--set", "sft.batch_size=2"]
@@ -114,6 +116,20 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str
     done = call(tmp_path, *words(stage), "--resume")
     assert done.code == 0, done.err
     same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("dpo --pref helpful --force", "lora-align dpo --pref helpful --resume"),
+        ("sft --set 'sft.data=my file.jsonl'", "lora-align sft --set 'sft.data=my file.jsonl' --resume"),
+        ("rsf --iterations 2 --force", "lora-align rsf --iterations 2"),
+        ("demo", "lora-align demo"),
+    ],
+)
+def test_the_line_that_goes_on_is_one_the_command_takes(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lora-align", *shlex.split(said)])
+    assert app._going_on() == told
 
 
 @pytest.fixture

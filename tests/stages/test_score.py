@@ -13,6 +13,7 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 
 from lora_align import recipe, runs
+from lora_align.data import forms
 from lora_align.data.rows import Message, Pair
 from lora_align.model import base as bases
 from lora_align.preference import Ranker
