@@ -20,7 +20,7 @@ from lora_align.runs import Run
 
 WHO, FILES, PREFIX = "who.json", "files.json", "checkpoint-"
 KEPT = 2
-FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing"}  # of a recipe: change no result
+FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "iterations"}  # change no result
 SHOWN = 4  # differences that an error tells
 
 
@@ -36,7 +36,7 @@ class Unfinished:
     @classmethod
     def of(cls, target: Path, who: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen) -> "Unfinished":
         """Refused where unfinished work lies and nobody said what is to become of it, or it is not this work's."""
-        found = cls(target.parent / f".{target.name}.unfinished", json.loads(json.dumps(who)), anew=force)
+        found = cls(beside(target), json.loads(json.dumps(who)), anew=force)
         if force:
             return found
         steps = [step for step, _ in found._whole(screen)]
@@ -75,8 +75,10 @@ class Unfinished:
         """Give a written checkpoint its name, once the disk holds it; older ones go."""
         files = {file.name: runs.sha256(file) for file in sorted(staging.iterdir())}
         (staging / FILES).write_text(json.dumps(files))
-        (self.folder / WHO).write_text(json.dumps(self.who))
+        unfinished = self.folder / f".{WHO}"
+        unfinished.write_text(json.dumps(self.who))
         runs.sync(staging)
+        unfinished.replace(self.folder / WHO)
         target = self.folder / f"{PREFIX}{step}"
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
@@ -134,6 +136,11 @@ class Unfinished:
             more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
             told_all = "; ".join(told[:SHOWN])
             raise UserError(f"{what} differently: {told_all}{more}; --force begins anew, --name NEW keeps both")
+
+
+def beside(target: Path) -> Path:
+    """Where a run's unfinished work lies."""
+    return target.parent / f".{target.name}.unfinished"
 
 
 def who(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from lora_align.model.sampler import Sampler
 from lora_align.preference import SCORE
 from lora_align.recipe import Recipe
 from lora_align.runs import LOG, Manifest, Run
-from lora_align.stages import asking, learn, series
+from lora_align.stages import asking, checkpoints, learn, series
 from lora_align.stages import start as start_policy
 from lora_align.stages.collect import Panel, Request, candidates_of, collect
 from lora_align.stages.learn import Learned
@@ -125,7 +125,7 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
         (staging / SCORES).write_text(json.dumps(targets))
         data = {"rows": len(rows), "score not finite": len(plan.halves[1]) - len(rows)}
         about = _about(plan, data, settings.steer, None)
-        return _told_of(runs.publish(staging, target, replace(about, **facts)), screen)
+        return _published(staging, target, replace(about, **facts), screen)
 
 
 def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[str, float]]:
@@ -178,7 +178,7 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
             facts = learn.supervised(plan, [*learned, *replayed], label, staging, screen)
         facts["metrics"] |= {"collected": chosen.figures, "watched": chosen.figures.pop("watched", None)}
         about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
-        published = _told_of(runs.publish(staging, target, replace(about, **facts)), screen)
+        published = _published(staging, target, replace(about, **facts), screen)
     shutil.rmtree(parts)
     _watch(published, {teacher.path.name: teacher, STEERLM: done[STEERLM]}, settings.watch, screen)
     return published
@@ -197,7 +197,9 @@ def _watch(made: Run, others: Mapping[str, Run], watched: str, screen: Screen) -
             return
 
 
-def _told_of(run: Run, screen: Screen) -> Run:
+def _published(staging: Path, target: Path, manifest: Manifest, screen: Screen) -> Run:
+    run = runs.publish(staging, target, manifest)
+    shutil.rmtree(checkpoints.beside(target), ignore_errors=True)
     for reason in run.manifest.unconverged:
         screen.warn(f"{run.path}: unconverged: {reason}")
     return run
