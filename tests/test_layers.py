@@ -20,6 +20,7 @@ FLOORS = [
     {"adapters", "data"},
     {"model"},
     {"evaluate"},
+    {"doctor"},
     {"stages"},
     {"chat"},
     {"demo"},

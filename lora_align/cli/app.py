@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": look.demo,
     "recipes": look.list_recipes,
     "init": look.init,
+    "doctor": look.doctor,
     "data": look.data,
     "sft": train.sft,
     "dpo": train.dpo,

@@ -19,7 +19,7 @@ from lora_align.cli.options import (
     project_of,
 )
 from lora_align.console import Screen, inert, table
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 
 
 def demo(
@@ -54,6 +54,16 @@ def init(
     recipes.LOCAL.write_bytes(path.read_bytes())
     text = f"wrote ./{recipes.LOCAL} from {name}; every command here now uses it"
     Screen(as_json, quiet).result(text, {"wrote": str(recipes.LOCAL), "from": name})
+
+
+def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """What this machine has, what will work on it, and what to do about the rest."""
+    from lora_align import doctor as doctors
+
+    findings = doctors.run(runs_dir)
+    Screen(as_json, quiet).result(doctors.told(findings), doctors.facts(findings))
+    if not doctors.facts(findings)["good"]:
+        raise typer.Exit(RunFailedError.exit_code)
 
 
 def data(
