@@ -39,10 +39,10 @@ class Unfinished:
         found = cls(beside(target), json.loads(json.dumps(who)), anew=force)
         if force:
             return found
-        steps = [step for step, _ in found._whole(screen)]
-        if steps and not resume:
-            raise UserError(f"{target} is unfinished (step {steps[0]}): --resume goes on, --force begins anew")
-        if steps:
+        step = max((step for step, _ in found._all()), default=None)  # which are whole is found out where work begins
+        if step is not None and not resume:
+            raise UserError(f"{target} is unfinished (step {step}): --resume goes on, --force begins anew")
+        if step is not None:
             found._check(target, screen)
         return found
 

@@ -6,6 +6,7 @@ nothing but rounding. Where memory runs out, the step is begun anew with half as
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Stepping(Trainer, Generic[Row]):
             with self.accelerator.autocast():
                 part = self.objective.part(some, weights)
             value = float(part.loss.detach())
-            if value - value != 0:  # nan or infinite
+            if not math.isfinite(value):
                 raise self._not_finite("loss", some)
             self.accelerator.backward(part.loss)
             loss += value
