@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lora_align.errors import UserError
@@ -67,7 +66,8 @@ class Head:
 
 class _Logprobs(torch.autograd.Function):
     """log p_target of a frozen head. The gradient to the states, W[target] − Σ p W, is made on the way, some positions
-    at a time, so that no pass over the vocabulary is kept or made twice."""
+    at a time, so that no pass over the vocabulary is kept or made twice. The memory for those passes is had once:
+    the kernel takes longer to hand out such pages than arithmetic takes to fill them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -81,20 +81,25 @@ class _Logprobs(torch.autograd.Function):
         found = torch.empty(len(states), dtype=torch.float32, device=states.device)
         likeliest = torch.empty(len(states), dtype=torch.bool, device=states.device)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        step = max(1, LOGITS // len(weight))
-        for start in range(0, len(states), step):
-            part = slice(start, start + step)
-            logits = linear(states[part].to(weight.dtype), weight).float() * scale
-            bent = (logits / cap).tanh() if cap else None
-            logits = logits if bent is None else cap * bent
-            likeliest[part] = logits.argmax(-1) == targets[part]
-            logprobs = logits.log_softmax(-1)
-            found[part] = logprobs.gather(-1, targets[part, None])[:, 0]
+        rows = max(1, min(len(states), LOGITS // len(weight)))
+        made = torch.empty(rows, len(weight), dtype=weight.dtype, device=states.device)
+        chances = torch.empty(made.shape, dtype=torch.float32, device=states.device)  # the two are used over and over
+        for start in range(0, len(states), rows):
+            part = slice(start, start + rows)
+            wanted = targets[part, None]
+            logits = torch.mm(states[part].to(weight.dtype) * scale, weight.T, out=made[: len(wanted)])
+            if cap:
+                logits = cap * (logits.float() / cap).tanh_()
+            p = torch.softmax(logits, -1, dtype=torch.float32, out=chances[: len(wanted)])
+            highest, said = logits.amax(-1).float(), logits.gather(-1, wanted)[:, 0].float()
+            found[part] = said - highest + p.amax(-1).log_()
+            likeliest[part] = said == highest
             if slopes is not None:
-                slope = logprobs.exp_().neg_()
-                slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
-                slope = slope if bent is None else slope * (1 - bent.square())
-                slopes[part] = ((slope * scale).to(weight.dtype) @ weight).to(states.dtype)
+                wanted_row = weight[wanted[:, 0]]
+                if cap:
+                    bent = 1 - (logits / cap).square_()
+                    p, wanted_row = p.mul_(bent), wanted_row * bent.gather(-1, wanted).to(weight.dtype)
+                slopes[part] = ((wanted_row - p.to(weight.dtype) @ weight) * scale).to(states.dtype)
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(likeliest)
         return found, likeliest
