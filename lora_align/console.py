@@ -53,8 +53,8 @@ class Screen:
         self.say(f"warning: {text}")
 
     @contextmanager
-    def progress(self, what: str, total: int, already: int = 0) -> Iterator["Progress"]:
-        """Progress with rate and time left: a bar on a terminal, now and then a line elsewhere.
+    def progress(self, what: str, total: int | None, already: int = 0) -> Iterator["Progress"]:
+        """Progress with rate and time left, where the total is known: a bar on a terminal, lines elsewhere.
 
         What was done `already`, in an earlier call, took no time in this one.
         """
@@ -74,7 +74,7 @@ class Screen:
 class Progress:
     """Counts towards a total; this one is silent."""
 
-    def __init__(self, what: str, total: int, already: int) -> None:
+    def __init__(self, what: str, total: int | None, already: int) -> None:
         self.what, self.total, self.already, self.started = what, total, already, time.monotonic()
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
@@ -93,26 +93,27 @@ class _Lines(Progress):
 
     every = 5.0
 
-    def __init__(self, what: str, total: int, already: int) -> None:
+    def __init__(self, what: str, total: int | None, already: int) -> None:
         super().__init__(what, total, already)
-        self.said = self.started - self.every
+        self.said = self.started - (self.every if total else 0.0)
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         now = time.monotonic()
-        if done < self.total and now - self.said < self.every:
+        if done != self.total and now - self.said < self.every:
             return
         self.said = now
-        parts = [f"{self.what}  {done}/{self.total}", *(f"{name} {value}" for name, value in figures.items())]
-        if done < self.total:
+        counted = f"{done}/{self.total}" if self.total else f"{done:,}"
+        parts = [f"{self.what}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
+        if done != self.total:
             each = self.seconds_each(done)
-            parts += [rate(each), f"{clock(each * (self.total - done))} left"]
+            parts += [rate(each), *([f"{clock(each * (self.total - done))} left"] if self.total else [])]
         print("  ".join(parts), file=sys.stderr, flush=True)  # noqa: T201
 
 
 class _Bar(Progress):
     """A bar that redraws itself."""
 
-    def __init__(self, what: str, total: int, already: int) -> None:
+    def __init__(self, what: str, total: int | None, already: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
@@ -121,16 +122,17 @@ class _Bar(Progress):
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
-            TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
+            TextColumn("{task.completed}/{task.total} {task.fields[figures]}" if total else "{task.completed:,}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=Console(stderr=True, highlight=False),
+            transient=not total,
         )
         self.bar.start()
         self.task = self.bar.add_task(what, total=total, completed=already, figures="")
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         text = " ".join(f"{name} {value}" for name, value in figures.items())
-        if done < self.total:
+        if done != self.total:
             text = f"{text} {rate(self.seconds_each(done))}".strip()
         self.bar.update(self.task, completed=done, figures=text)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,16 @@ import pytest
 from filelock import FileLock
 
 import forked
+from lora_align.console import Screen
+from lora_align.data import pairs
+from lora_align.preference import Preference
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lora_align.data.rows import Pair
+    from lora_align.model.material import Material
+    from lora_align.model.tokenise import TokenPair
 
 COMMAND = Path(sys.executable).with_name("lora-align")
 PAIRS = ["--set", "dpo.limit=64"]
@@ -36,6 +44,31 @@ class Done:
 
 
 Cli = Callable[..., Done]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A preference's pairs, all of them at once."""
+
+    train: "list[Pair]"
+    held_out: "list[Pair]"
+    dropped: Counter[str]
+
+
+def pairs_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> Read:
+    """Read and ranked, as a material is made of them."""
+    found = Read([], [], Counter())
+    for pair, aside in pairs.read_pairs(preference, held_out, limit, found.dropped):
+        (found.held_out if aside else found.train).append(pair)
+    return found
+
+
+def material_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> "Material[TokenPair]":
+    """Tokenised for the built-in base, and kept."""
+    from lora_align import recipe
+    from lora_align.model import base, material
+
+    return material.of_pairs(preference, base.find(recipe.Base("demo")), held_out, limit, 512, Screen(quiet=True))
 
 
 def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:

@@ -12,22 +12,22 @@ from lora_align.recipe import Ratings
 POINTS = 100.0
 
 
-def load_ratings(table: Ratings, held_out: float, limit: int | None = None) -> Split[Rated]:
-    """Read rated answers; at most `limit` to train on. What raters did not say is nan."""
-    split: Split[Rated] = Split([], [], Counter())
-    for where, answers in sources.read(table, forms.rated, split.dropped):
+def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
+    """Rated answers, nan where raters did not say; `limit` to train on, and the rest of the row they came in."""
+    train = 0
+    for where, answers in sources.read(table, forms.rated, dropped):
         for row in answers:
             found = Rated(row.prompt, row.answer, _scaled(row, table, where))
             if not row.answer.strip():
-                split.dropped["empty answer"] += 1
+                dropped["empty answer"] += 1
             elif all(map(math.isnan, found.ratings.values())):
-                split.dropped["no rating"] += 1
+                dropped["no rating"] += 1
             else:
-                (split.held_out if is_held_out(row.prompt, held_out) else split.train).append(found)
-        if limit and len(split.train) >= limit:
+                aside = is_held_out(row.prompt, held_out)
+                yield found, aside
+                train += not aside
+        if limit and train >= limit:
             break
-    split.require_rows(table.data)
-    return split
 
 
 def _scaled(row: Rated, table: Ratings, where: str) -> dict[str, float]:

@@ -5,9 +5,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from lora_align import runs
 from lora_align.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | UserError]]  # each with the place it stands in, or what is wrong with it
@@ -67,15 +71,31 @@ def rows(data: str, split: str = "train", revision: str = "") -> Rows:
         from lora_align.demo import source
 
         return source.rows(data)
+    file = _file(data)
+    if file:
+        return _FILES[file.suffix.lower()](file)
+    table = _table(data, split, revision)
+    return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
+
+
+def identity(source: Source) -> str:
+    """What names a source's rows before they are read; those of the built-in world are this program's own."""
+    if source.data.startswith("demo:"):
+        return source.data
+    file = _file(source.data)
+    return runs.sha256(file) if file else str(_table(source.data, source.split, source.revision)._fingerprint)
+
+
+def _file(data: str) -> Path | None:
+    """The file that a name means; None for a hub id."""
     path = Path(data).expanduser()
-    suffix = path.suffix.lower()
-    if suffix in _FILES:
+    if path.suffix.lower() in _FILES:
         if not path.is_file():
             raise UserError(f"no data file {data!r} (looked in {Path.cwd()})")
-        return _FILES[suffix](path)
+        return path
     if path.is_dir() or data.count("/") != 1:
         raise UserError(f"data {data!r} is neither a {', '.join(_FILES)} file nor a data set's hub id (owner/name)")
-    return _hub(data, split, revision)
+    return None
 
 
 def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
@@ -155,12 +175,13 @@ _FILES: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def _hub(data: str, split: str, revision: str) -> Rows:
+def _table(data: str, split: str, revision: str) -> "Dataset":
+    """A data set on the hub, or in its cache."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(data, split=split, revision=revision or None)
+        return datasets.load_dataset(data, split=split, revision=revision or None)
     except datasets.exceptions.DatasetNotFoundError as fault:
         if "gated" in str(fault):  # datasets drops the cause
             page = f"https://huggingface.co/datasets/{data}"
@@ -170,7 +191,6 @@ def _hub(data: str, split: str, revision: str) -> Rows:
         raise UserError(f"data {data!r} is not in the cache and could not be fetched: {first_line(fault)}") from fault
     except (ValueError, OSError) as fault:
         raise UserError(f"data {data!r} (split {split!r}) could not be read: {first_line(fault)}") from fault
-    return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
 
 
 def _object(line: bytes, where: str) -> Row | UserError:

@@ -18,6 +18,7 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand for control 
 PROBE = "\N{BALLOT BOX WITH CHECK}answer\N{BALLOT BOX WITH CHECK}"
 CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # some tokenizers also add runs of spaces, which are only text
 OPENING = 12  # tokens that an error quotes
+Answered = tuple[list[int], list[list[int]]]  # a prompt, and the answers to it
 StandIns = Mapping[str, str]  # private character → the control token it stands for
 
 
@@ -37,14 +38,36 @@ class ChatFormat:
 
     def answer_ids(self, prompt: Sequence[Message], answer: str) -> list[int]:
         """What the assistant then says, up to and including the token it stops with."""
-        said = [*prompt, Message("assistant", answer)]
-        stand_ins = self._stand_ins(said)
-        before = self.prompt_ids(prompt)
-        whole = self._encode(self._render(said, stand_ins, generation=False), stand_ins)
+        return self.answered(prompt, [answer])[1][0]
+
+    def answered(self, prompt: Sequence[Message], answers: Sequence[str]) -> Answered:
+        """The conversation so far, and each answer to it as it would be said."""
+        return self.answered_each([(prompt, answers)])[0]
+
+    def answered_each(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[Answered]:
+        """The same of many, as tokenizers take many texts on all cores at once."""
+        said = [[Message("assistant", answer) for answer in answers] for _, answers in asked]
+        stand_ins = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, said, strict=True)]
+        texts = [
+            [self._render(prompt, hidden, generation=True)]
+            + [self._render([*prompt, one], hidden, generation=False) for one in last]
+            for (prompt, _), last, hidden in zip(asked, said, stand_ins, strict=True)
+        ]
+        plain = [text for some, hidden in zip(texts, stand_ins, strict=True) for text in some if not hidden]
+        ids = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+        found = []
+        for last, some, hidden in zip(said, texts, stand_ins, strict=True):
+            before, *wholes = [self._encode(text, hidden) if hidden else next(ids) for text in some]
+            answers = [self._answer(before, *of, hidden) for of in zip(last, wholes, strict=True)]
+            found.append((before, answers))
+        return found
+
+    def _answer(self, before: list[int], said: Message, whole: list[int], stand_ins: StandIns) -> list[int]:
+        """Behind the conversation so far, up to and including the token it stops with."""
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
         else:  # the template shows a finished turn differently (as with thoughts): say what chat would hear
-            ids = self._encode(self._hidden(said[-1], stand_ins), stand_ins)
+            ids = self._encode(self._hidden(said, stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 

@@ -11,6 +11,7 @@ from lora_align.model.chat_format import ChatFormat
 from lora_align.preference import Direction
 
 IGNORED = -100  # a label that no loss looks at
+CUT = "answers cut"  # what is counted without being dropped
 
 
 @dataclass(frozen=True)
@@ -52,64 +53,69 @@ class TokenText:
     labels: list[int]
 
 
-def pair(row: Pair, chat: ChatFormat, max_length: int, counts: Counter[str]) -> TokenPair | None:
+def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
     """Both answers behind their prompt, each cut at `max_length`; None where cutting leaves nothing to learn."""
-    prompt = chat.prompt_ids(row.prompt)
-    room = max_length - len(prompt)
-    answers = [chat.answer_ids(row.prompt, answer) for answer in (row.chosen, row.rejected)]
-    if room < 1:
-        counts["prompt too long"] += 1
-        return None
-    chosen, rejected = (ids[:room] for ids in answers)
-    if chosen == rejected:
-        counts["alike once cut"] += 1
-        return None
-    counts["answers cut"] += sum(len(ids) > room for ids in answers)
-    return TokenPair(prompt, chosen, rejected)
+    found: list[TokenPair | None] = []
+    for prompt, answers in chat.answered_each([(row.prompt, (row.chosen, row.rejected)) for row in rows]):
+        room = max_length - len(prompt)
+        chosen, rejected = (ids[: max(room, 0)] for ids in answers)
+        if room < 1 or chosen == rejected:
+            counts["prompt too long" if room < 1 else "alike once cut"] += 1
+            found.append(None)
+        else:
+            counts[CUT] += sum(len(ids) > room for ids in answers)
+            found.append(TokenPair(prompt, chosen, rejected))
+    return found
 
 
-def rated(row: Rated, chat: ChatFormat, max_length: int, counts: Counter[str]) -> TokenRated | None:
-    """An answer behind its prompt, cut at `max_length`; None where the prompt leaves no room for it."""
-    prompt = chat.prompt_ids(row.prompt)
-    answer = chat.answer_ids(row.prompt, row.answer)
-    room = max_length - len(prompt)
-    if room < 1:
-        counts["prompt too long"] += 1
-        return None
-    counts["answers cut"] += len(answer) > room
-    return TokenRated(prompt, answer[:room], row.ratings)
+def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
+    """Answers behind their prompts, cut at `max_length`; None where the prompt leaves no room."""
+    found: list[TokenRated | None] = []
+    tokens = chat.answered_each([(row.prompt, (row.answer,)) for row in rows])
+    for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
+        room = max_length - len(prompt)
+        if room < 1:
+            counts["prompt too long"] += 1
+            found.append(None)
+        else:
+            counts[CUT] += len(answer) > room
+            found.append(TokenRated(prompt, answer[:room], row.ratings))
+    return found
 
 
-def text(
-    row: Conversation, chat: ChatFormat, max_length: int, answers_only: bool, counts: Counter[str]
-) -> TokenText | None:
-    """A whole conversation; with `answers_only` the loss sees what the assistant says and nothing else."""
-    *before, last = row.messages
-    prompt = chat.prompt_ids(before)
-    if len(prompt) >= max_length:
-        counts["prompt too long"] += 1
-        return None
-    ids = prompt + chat.answer_ids(before, last.content)
-    labels = list(ids)
-    if answers_only:
-        labels[: len(prompt)] = _earlier_answers(row, chat, prompt)
-    counts["answers cut"] += len(ids) > max_length
-    return TokenText(ids[:max_length], labels[:max_length])
+def texts(
+    rows: Sequence[Conversation], chat: ChatFormat, max_length: int, counts: Counter[str], *, answers_only: bool
+) -> list[TokenText | None]:
+    """Whole conversations; with `answers_only` the loss sees what the assistant says and nothing else."""
+    found: list[TokenText | None] = []
+    tokens = chat.answered_each([(row.messages[:-1], (row.messages[-1].content,)) for row in rows])
+    for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
+        if len(prompt) >= max_length:
+            counts["prompt too long"] += 1
+            found.append(None)
+            continue
+        ids = prompt + answer
+        labels = list(ids)
+        if answers_only:
+            labels[: len(prompt)] = _earlier_answers(row, chat, prompt)
+        counts[CUT] += len(ids) > max_length
+        found.append(TokenText(ids[:max_length], labels[:max_length]))
+    return found
 
 
-def pack(rows: Sequence[TokenText], length: int) -> list[list[TokenText]]:
-    """Rows side by side in as few packs of at most this many tokens as best fit finds, the longest first."""
-    packs: list[list[TokenText]] = []
+def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Which rows stand side by side, in as few packs of at most this many tokens as best fit finds, longest first."""
+    packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # what is left in each pack, and which it is, least first
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        at = bisect.bisect_left(room, (len(row.ids), -1))
+    for row, length in sorted(enumerate(lengths), key=lambda of: -of[1]):
+        at = bisect.bisect_left(room, (length, -1))
         if at < len(room):
             left, number = room.pop(at)
             packs[number].append(row)
         else:
-            left, number = max(length, len(row.ids)), len(packs)
+            left, number = max(width, length), len(packs)
             packs.append([row])
-        bisect.insort(room, (left - len(row.ids), number))
+        bisect.insort(room, (left - length, number))
     return packs
 
 

@@ -138,8 +138,8 @@ def _ranked(axis: Preference, limit: int | None, audit: Audit) -> Iterator[tuple
 
 
 def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
-    prompt = len(base.chat.prompt_ids(pair.prompt))
-    answers = [len(base.chat.answer_ids(pair.prompt, answer)) for answer in (pair.chosen, pair.rejected)]
+    ids, said = base.chat.answered(pair.prompt, (pair.chosen, pair.rejected))
+    prompt, answers = len(ids), list(map(len, said))
     for side, length in zip(SIDES, (prompt, *answers), strict=True):
         audit.lengths[side].append(length)
     audit.too_long += prompt >= max_length
@@ -164,7 +164,7 @@ def _agreement(comparison: Comparison, pair: Pair, others: Mapping[str, Preferen
 
 def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
     """Template and cut applied; what is learned from stands between ⟦ and ⟧."""
-    tokens = tokenise.pair(pair, base.chat, max_length, Counter())
+    [tokens] = tokenise.pairs([pair], base.chat, max_length, Counter())
     decode = base.chat.tokenizer.decode
     if tokens is None:
         return {"prompt": decode(base.chat.prompt_ids(pair.prompt)), "chosen": "(does not fit)", "rejected": ""}

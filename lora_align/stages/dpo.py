@@ -1,7 +1,6 @@
 """One preference adapter a direction: DPO from the start policy, on labels as they are or switched."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,12 @@ from trl import DPOConfig, DPOTrainer
 
 from lora_align import runs
 from lora_align.console import Screen, library_log
-from lora_align.data import pairs
-from lora_align.data.rows import Pair
 from lora_align.model import base as bases
-from lora_align.model import tokenise
+from lora_align.model import material as materials
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
+from lora_align.model.material import Material, View, joined
 from lora_align.model.references import References
 from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair
@@ -78,26 +76,6 @@ class Preferring:
         return self.chat.opening(row.chosen)
 
 
-@dataclass(frozen=True)
-class Material:
-    """A preference's pairs as token ids, and what a manifest says of them."""
-
-    train: list[TokenPair]
-    held_out: list[TokenPair]
-    facts: dict[str, Any]
-
-    def referenced(
-        self, references: References, model: PreTrainedModel, tokens: int, label: str, screen: Screen
-    ) -> "Material":
-        """With the start policy's log-probabilities: computed once, for both directions and for later runs."""
-        rows = [*self.train, *self.held_out[: training.EVALUATE_AT_MOST]]
-        found = references.logprobs(model, [row.shared() for row in rows], tokens, label, screen)
-        known = [
-            replace(row, reference=(chosen, rejected)) for row, (chosen, rejected) in zip(rows, found, strict=True)
-        ]
-        return replace(self, train=known[: len(self.train)], held_out=known[len(self.train) :])
-
-
 def run(
     recipe: Recipe,
     preferences: Sequence[str],
@@ -122,20 +100,20 @@ def run(
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
-    materials = {preference: prepare(recipe, preference, base) for preference in preferences}
+    prepared = {preference: prepare(recipe, preference, base, screen) for preference in preferences}
     references = References.of(base, start_policy.identity(start))
     begun: dict[Path, Unfinished] = {}
     for preference in preferences:
         for direction in directions:
             target = _target(runs_dir, name or preference, direction)
-            data = materials[preference].facts["fingerprint"]
+            data = prepared[preference].facts["fingerprint"]
             who = checkpoints.who("dpo", recipe, base, start_policy.identity(start), data)
             begun[target] = Unfinished.of(
                 target, {**who, "direction": direction.value}, resume=resume, force=force, screen=screen
             )
     published = []
     model: PreTrainedModel | None = None
-    for preference, material in materials.items():
+    for preference, material in prepared.items():
         about = Manifest(
             stage="dpo",
             base=base.identity,
@@ -145,7 +123,7 @@ def run(
             seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
             data=material.facts,
         )
-        referenced = False
+        ready: Material[TokenPair] | None = None
         for direction in directions:
             called = name or preference
             target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
@@ -155,11 +133,10 @@ def run(
                 continue
             with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
                 model = model or start_policy.load(base, start)
-                if not referenced:
+                if ready is None:
                     tokens = 2 * recipe.dpo.tokens_per_batch  # nothing is kept for a gradient
-                    material = material.referenced(references, model, tokens, f"{called} reference", screen)
-                    referenced = True
-                facts, model = train(model, base, recipe, material, direction, label, staging, begun[target], screen)
+                    ready = referenced(material, references, model, tokens, f"{called} reference", screen)
+                facts, model = train(model, base, recipe, ready, direction, label, staging, begun[target], screen)
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
                 begun[target].clear()
             for reason in published[-1].manifest.unconverged:
@@ -180,27 +157,34 @@ def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
     return runs_dir / "dpo" / name / direction.value
 
 
-def prepare(recipe: Recipe, preference: str, base: Base) -> Material:
+def prepare(recipe: Recipe, preference: str, base: Base, screen: Screen) -> Material[TokenPair]:
     """Read, rank, split and tokenise; whatever is dropped or cut is counted."""
+    settings = recipe.dpo
     axis = recipe.preference(preference)
-    split = pairs.load_pairs(axis, recipe.dpo.held_out, recipe.dpo.limit)
-    counts: Counter[str] = Counter()
-    max_length = min(recipe.dpo.max_length, base.max_length)
+    return materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
 
-    def fitting(rows: list[Pair]) -> list[TokenPair]:
-        found = (tokenise.pair(row, base.chat, max_length, counts) for row in rows)
-        return [row for row in found if row is not None]
 
-    train_rows, held_out = fitting(split.train), fitting(split.held_out)
-    facts = pairs.facts(axis.data, split, len(train_rows), len(held_out), counts, max_length)
-    return Material(train_rows, held_out, facts)
+def referenced(
+    material: Material[TokenPair],
+    references: References,
+    model: PreTrainedModel,
+    tokens: int,
+    label: str,
+    screen: Screen,
+) -> Material[TokenPair]:
+    """With the start policy's log-probabilities: computed once, for both directions and for later runs."""
+    rows = joined([material.train, material.held_out[: training.EVALUATE_AT_MOST]])
+    shared = View(len(rows), lambda i: rows[i].shared())
+    found = references.logprobs(model, shared, tokens, label, screen)
+    known = View(len(rows), lambda i: replace(rows[i], reference=found[i]))
+    return replace(material, train=known[: len(material.train)], held_out=known[len(material.train) :])
 
 
 def train(
     model: PreTrainedModel,
     base: Base,
     recipe: Recipe,
-    material: Material,
+    material: Material[TokenPair],
     direction: Direction,
     label: str,
     folder: Path,
@@ -211,7 +195,7 @@ def train(
     with training.accepted_by_libraries():
         trainer = SteppingDPOTrainer(
             objective=Preferring(Reader.of(model), base.chat, recipe.dpo.beta, recipe.dpo.label_smoothing),
-            rows=[row.facing(direction) for row in material.train],
+            rows=View(len(material.train), lambda i: material.train[i].facing(direction)),
             room=Room(recipe.dpo.tokens_per_batch, training.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),

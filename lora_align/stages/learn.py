@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lora_align.console import Screen
 from lora_align.data.pairs import is_held_out
 from lora_align.data.rows import Conversation, Message, Pair, Prompt, Rated
 from lora_align.errors import RunFailedError
 from lora_align.model import tokenise
+from lora_align.model.material import Material, Row
 from lora_align.model.references import References
 from lora_align.preference import Direction
 from lora_align.recipe import Dpo, Rsf, Training
@@ -23,7 +24,6 @@ from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.select import Choice
 from lora_align.stages.series import Plan
 
-Row = TypeVar("Row")
 Learned = list[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to learn from
 
 
@@ -39,12 +39,9 @@ def supervised(plan: Plan, learned: Learned, label: str, staging: Path, screen: 
     settings = plan.settings
     counts: Counter[str] = Counter()
     longest = min(settings.max_length, plan.base.max_length)
-    sides: tuple[list[tokenise.TokenText], list[tokenise.TokenText]] = ([], [])
-    for prompt, conversation in learned:
-        row = tokenise.text(conversation, plan.base.chat, longest, settings.loss_on == "answers", counts)
-        if row is not None:
-            sides[is_held_out(prompt, settings.held_out)].append(row)
-    material = sft.Material(*_learnable(sides, label), facts={})
+    texts = [conversation for _, conversation in learned]
+    rows = tokenise.texts(texts, plan.base.chat, longest, counts, answers_only=settings.loss_on == "answers")
+    material = _split([prompt for prompt, _ in learned], rows, settings.held_out, label)
     model = start_policy.load(plan.base, plan.start)
     unfinished = _begun(plan, material, label, screen)
     facts = sft.train(model, plan.base, plan.lora, settings, material, label, staging, unfinished, screen)
@@ -56,24 +53,22 @@ def preferred(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, 
     settings = plan.settings
     counts: Counter[str] = Counter()
     longest = min(settings.max_length, plan.base.max_length)
-    sides: tuple[list[tokenise.TokenPair], list[tokenise.TokenPair]] = ([], [])
-    for choice in choices:
-        pair = Pair(asking.as_asked(settings, choice), choice.best.text, choice.worst.text)
-        row = None if pair.chosen == pair.rejected else tokenise.pair(pair, plan.base.chat, longest, counts)
-        if row is not None:
-            sides[is_held_out(choice.prompt, settings.held_out)].append(row)
+    pairs = [Pair(asking.as_asked(settings, of), of.best.text, of.worst.text) for of in choices]
+    unlike = [i for i, pair in enumerate(pairs) if pair.chosen != pair.rejected]
+    rows = tokenise.pairs([pairs[i] for i in unlike], plan.base.chat, longest, counts)
+    material = _split([choices[i].prompt for i in unlike], rows, settings.held_out, label)
     model = start_policy.load(plan.base, plan.start)
     shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
     recipe = replace(plan.recipe, lora=plan.lora, dpo=Dpo(**shared, beta=settings.beta))
-    material = dpo.Material(*_learnable(sides, label), facts={})
     references = References.of(plan.base, start_policy.identity(plan.start))
-    material = material.referenced(references, model, 2 * settings.tokens_per_batch, f"{label} reference", screen)
+    tokens = 2 * settings.tokens_per_batch
+    material = dpo.referenced(material, references, model, tokens, f"{label} reference", screen)
     unfinished = _begun(plan, material, label, screen)
     facts, _ = dpo.train(model, plan.base, recipe, material, Direction.pos, label, staging, unfinished, screen)
     return _with_counts(facts, counts)
 
 
-def _begun(plan: Plan, material: sft.Material | dpo.Material, label: str, screen: Screen) -> Unfinished:
+def _begun(plan: Plan, material: Material[Row], label: str, screen: Screen) -> Unfinished:
     """A series always goes on: that of which things it is made was checked before."""
     rows = json.dumps([asdict(row) for row in material.train])
     data = hashlib.sha256(rows.encode()).hexdigest()
@@ -81,12 +76,16 @@ def _begun(plan: Plan, material: sft.Material | dpo.Material, label: str, screen
     return Unfinished.of(plan.folder / label, who, resume=True, force=plan.force, screen=screen)
 
 
-def _learnable(sides: tuple[list[Row], list[Row]], label: str) -> tuple[list[Row], list[Row]]:
+def _split(prompts: Sequence[Prompt], rows: Sequence[Row | None], held_out: float, label: str) -> Material[Row]:
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for prompt, row in zip(prompts, rows, strict=True):
+        if row is not None:
+            sides[is_held_out(prompt, held_out)].append(row)
     if not sides[0]:
         raise RunFailedError(
             f"{label}: nothing to learn from ({len(sides[1])} rows are held out): more prompts, please"
         )
-    return sides
+    return Material(*sides, facts={})
 
 
 def _with_counts(facts: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:

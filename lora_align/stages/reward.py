@@ -1,8 +1,7 @@
 """The reward model: k heads on one frozen 4-bit backbone with LoRA, from ratings, from pairs, or from both."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,16 @@ from transformers import Trainer, TrainingArguments
 
 from lora_align import runs
 from lora_align.console import Screen, library_log
-from lora_align.data import pairs as pair_data
-from lora_align.data.pairs import Split
-from lora_align.data.ratings import load_ratings
 from lora_align.errors import UserError
 from lora_align.evaluate import plots
 from lora_align.model import base as bases
-from lora_align.model import tokenise
+from lora_align.model import material as materials
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
+from lora_align.model.material import View, joined
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.room import Room
-from lora_align.model.tokenise import TokenRated
+from lora_align.model.tokenise import TokenPair, TokenRated
 from lora_align.recipe import Recipe, Reward
 from lora_align.runs import LOG, Manifest, Run
 from lora_align.stages import checkpoints, judging, training
@@ -41,8 +38,8 @@ class Material:
     """Examples of all sources, the heads they teach (mean and deviation of the points), and what a manifest says."""
 
     heads: Mapping[str, tuple[float, float]]
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     facts: dict[str, Any]
 
 
@@ -64,7 +61,7 @@ def run(
     runs.refuse_existing(target, force)
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
-    material = prepare(recipe, recipe.reward, base)
+    material = prepare(recipe, recipe.reward, base, screen)
     data = {source: of["fingerprint"] for source, of in material.facts.items()}
     who = checkpoints.who("reward", recipe, base, "", data)
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
@@ -111,47 +108,49 @@ def load(base: Base, run: Run) -> RewardModel:
 # --- data ---
 
 
-def prepare(recipe: Recipe, settings: Reward, base: Base) -> Material:
+def prepare(recipe: Recipe, settings: Reward, base: Base, screen: Screen) -> Material:
     """Read every source, scale, split and tokenise; whatever is dropped or cut is counted."""
-    max_length = min(settings.max_length, base.max_length)
     facts: dict[str, Any] = {}
-
-    def tokens(what: str, source: str, split: Split[Any], read: Callable[..., Any]) -> tuple[list[Any], list[Any]]:
-        counts: Counter[str] = Counter()
-        found = ([read(row, base.chat, max_length, counts) for row in rows] for rows in (split.train, split.held_out))
-        train, held_out = ([row for row in side if row is not None] for side in found)
-        facts[what] = pair_data.facts(source, split, len(train), len(held_out), counts, max_length)
-        return train, held_out
-
     rated = []
     for name, table in settings.ratings.items():
-        split = load_ratings(table, settings.held_out, settings.limit)
-        rated.append(tokens(f"ratings {name}", table.data, split, tokenise.rated))
+        answers = materials.of_ratings(table, base, settings.held_out, settings.limit, settings.max_length, screen)
+        facts[f"ratings {name}"] = answers.facts
+        rated.append((answers.train, answers.held_out))
     compared = {}
     for head, preference in settings.pairs.items():
         axis = recipe.preference(preference)
-        pairs = pair_data.load_pairs(axis, settings.held_out, settings.limit)
-        compared[head] = tokens(f"pairs {head}", axis.data, pairs, tokenise.pair)
-    heads = _heads(settings, [row for train, _ in rated for row in train])
-    unrated = (math.nan,) * len(heads)
-
-    def examples(side: int) -> list[Example]:
-        """Of one side of the split: 0 to train on, 1 held out."""
-        found = [
-            Example(((row.prompt, row.answer),), tuple(row.ratings.get(name, math.nan) for name in heads))
-            for sides in rated
-            for row in sides[side]
+        pairs = materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
+        facts[f"pairs {head}"] = pairs.facts
+        compared[head] = pairs.train, pairs.held_out
+    heads = _heads(settings, (row for train, _ in rated for row in train))
+    sides = [
+        [
+            *(_rated(of[side], tuple(heads)) for of in rated),
+            *(_compared(of[side], len(heads), list(heads).index(head)) for head, of in compared.items()),
         ]
-        for number, head in enumerate(heads):
-            for row in compared[head][side] if head in compared else ():
-                both = ((row.prompt, row.chosen), (row.prompt, row.rejected))
-                found.append(Example(both, unrated, number))
-        return found
-
-    return Material(heads, examples(0), examples(1), facts)
+        for side in (0, 1)
+    ]
+    return Material(heads, joined(sides[0]), joined(sides[1]), facts)
 
 
-def _heads(settings: Reward, rated: Sequence[TokenRated]) -> dict[str, tuple[float, float]]:
+def _rated(rows: Sequence[TokenRated], heads: Sequence[str]) -> View[Example]:
+    def example(at: int) -> Example:
+        row = rows[at]
+        return Example(((row.prompt, row.answer),), tuple(row.ratings.get(name, math.nan) for name in heads))
+
+    return View(len(rows), example)
+
+
+def _compared(rows: Sequence[TokenPair], heads: int, head: int) -> View[Example]:
+    def example(at: int) -> Example:
+        row = rows[at]
+        both = ((row.prompt, row.chosen), (row.prompt, row.rejected))
+        return Example(both, (math.nan,) * heads, head)
+
+    return View(len(rows), example)
+
+
+def _heads(settings: Reward, rated: Iterable[TokenRated]) -> dict[str, tuple[float, float]]:
     """A head each attribute that was rated and each name under `pairs`; what is derived must be made of them."""
     given: dict[str, list[float]] = {}
     for row in rated:

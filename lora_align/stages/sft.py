@@ -1,6 +1,5 @@
 """The start policy's adapter: TRL's SFT over conversations, on the 4-bit base."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +13,14 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_align import runs
 from lora_align.console import Screen, library_log
-from lora_align.data import pairs
-from lora_align.data.rows import Conversation
 from lora_align.errors import UserError
 from lora_align.model import base as bases
+from lora_align.model import material as materials
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
+from lora_align.model.material import Material, View
 from lora_align.model.room import Room
 from lora_align.model.tokenise import IGNORED, TokenText
 from lora_align.recipe import Lora, Recipe, Rsf, Sft
@@ -32,15 +31,6 @@ from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.steps import Part, Stepping
 
 
-@dataclass(frozen=True)
-class Material:
-    """Conversations as token ids, and what a manifest says of them."""
-
-    train: list[TokenText]
-    held_out: list[TokenText]
-    facts: dict[str, Any]
-
-
 def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
     """Train and publish the adapter every preference then starts from."""
     if recipe.sft is None:
@@ -49,7 +39,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     runs.refuse_existing(target, force, "--runs DIR keeps both")
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
-    material = prepare(recipe.sft, base)
+    material = materials.of_conversations(recipe.sft, base, screen)
     who = checkpoints.who("sft", recipe, base, "", material.facts["fingerprint"])
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
     about = Manifest(
@@ -78,40 +68,26 @@ def told(run: Run) -> str:
     return f"{run.path}  held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f} ({held_out['rows']} rows)"
 
 
-def prepare(settings: Sft, base: Base) -> Material:
-    """Read, split and tokenise; whatever is dropped or cut is counted."""
-    split = pairs.load_conversations(settings)
-    counts: Counter[str] = Counter()
-    max_length = min(settings.max_length, base.max_length)
-
-    def fitting(rows: list[Conversation]) -> list[TokenText]:
-        found = (tokenise.text(row, base.chat, max_length, settings.answers_only, counts) for row in rows)
-        return [row for row in found if row is not None]
-
-    train_rows, held_out = fitting(split.train), fitting(split.held_out)
-    facts = pairs.facts(settings.data, split, len(train_rows), len(held_out), counts, max_length)
-    return Material(train_rows, held_out, facts)
-
-
 def train(
     model: PreTrainedModel,
     base: Base,
     lora: Lora,
     settings: Sft | Rsf,
-    material: Material,
+    material: Material[TokenText],
     label: str,
     folder: Path,
     unfinished: Unfinished,
     screen: Screen,
 ) -> dict[str, Any]:
     """Train an adapter on a start policy into a folder; the manifest's fields about it."""
-    packs = [[row] for row in material.train]
+    train = material.train
+    packs = [[i] for i in range(len(train))]
     if settings.packing:
-        packs = tokenise.pack(material.train, min(settings.max_length, base.max_length))
+        packs = tokenise.pack([len(row.ids) for row in train], min(settings.max_length, base.max_length))
     with training.accepted_by_libraries():
         trainer = SteppingSFTTrainer(
             objective=Saying(Reader.of(model), base.chat),
-            rows=packs,
+            rows=View(len(packs), lambda pack: [train[i] for i in packs[pack]]),
             room=Room(settings.tokens_per_batch, training.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),

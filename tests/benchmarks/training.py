@@ -102,6 +102,7 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.preference import Direction
     from lora_align.stages import dpo, training
@@ -117,7 +118,7 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
     base = bases.find(project.base)
     began = time.perf_counter()
     for name in ("first", "second"):
-        material = dpo.prepare(project, name, base)
+        material = dpo.prepare(project, name, base, Screen(quiet=True))
         for direction in Direction:
             rows = [row.facing(direction) for row in material.train]
             columns = [{"prompt_ids": r.prompt, "chosen_ids": r.chosen, "rejected_ids": r.rejected} for r in rows]
@@ -174,6 +175,7 @@ def growth(kind: str, work: Path) -> list[dict[str, float]]:
 
     from lora_align.console import Screen
     from lora_align.model import base as bases
+    from lora_align.model.material import Material
     from lora_align.preference import Direction
     from lora_align.stages import dpo
     from lora_align.stages.checkpoints import Unfinished
@@ -191,7 +193,7 @@ def growth(kind: str, work: Path) -> list[dict[str, float]]:
         model = base.load()
         this = replace(project, dpo=replace(project.dpo, save_minutes=60.0))
         began = time.perf_counter()
-        material = dpo.Material(rows, [], {})
+        material = Material(rows, [], {})
         unfinished = Unfinished(folder / "unfinished", {})
         dpo.train(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
         found.append({"rows": count, "tokens": length, "seconds": round(time.perf_counter() - began, 2)})

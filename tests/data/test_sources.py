@@ -5,6 +5,7 @@ import json
 import math
 import re
 import tracemalloc
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
 from lora_align.preference import Preference, Ranker
 from lora_align.recipe import Sft
+from support import material_of, pairs_of
 
 ASK = [{"role": "user", "content": "Hi?"}]
 GOOD, BAD = "A long good answer.", "Bad."
@@ -109,7 +111,7 @@ def test_bad_rows_are_named_by_file_and_line(content: str, told: str, tmp_path: 
     file = tmp_path / "pairs.jsonl"
     file.write_text(content)
     with pytest.raises(UserError, match=told):
-        pairs.load_pairs(Preference(str(file)), held_out=0.0)
+        material_of(Preference(str(file)))
 
 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
@@ -133,7 +135,7 @@ def test_rankers_give_three_axes_from_one_file(suffix: str, tmp_path: Path) -> N
     rows[8]["score_rejected"] = float("nan")
     _write(tmp_path / f"pairs{suffix}", rows)
     found = {
-        rank: pairs.load_pairs(Preference(str(tmp_path / f"pairs{suffix}"), rank), held_out=0.2)
+        rank: pairs_of(Preference(str(tmp_path / f"pairs{suffix}"), rank), 0.2)
         for rank in ("label", "shorter", "longer", "rating:score")
     }
     assert all(pair.chosen.startswith("x") for pair in found["label"].train)
@@ -153,7 +155,7 @@ def test_labels_in_csv_are_labels(tmp_path: Path) -> None:
         tmp_path / "pairs.csv",
         [{**FORMS["pku"], "safer_response_id": ""}, {**FORMS["pku"], "safer_response_id": "1.0"}],
     )
-    found = pairs.load_pairs(Preference(str(tmp_path / "pairs.csv"), "label:safer_response_id"), held_out=0.0)
+    found = pairs_of(Preference(str(tmp_path / "pairs.csv"), "label:safer_response_id"))
     assert [pair.chosen for pair in found.train] == [BAD]
     assert found.dropped == {"tie": 1}
 
@@ -173,24 +175,24 @@ def test_files_that_are_not_text_are_named(tmp_path: Path) -> None:
 def test_everything_held_out_is_said(tmp_path: Path) -> None:
     _write(tmp_path / "pairs.jsonl", [FORMS["plain"]])
     with pytest.raises(UserError, match="all 1 held out"):
-        pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl")), held_out=0.999999)
+        material_of(Preference(str(tmp_path / "pairs.jsonl")), 0.999999)
 
 
 def test_a_ranker_that_the_rows_do_not_have_lists_what_they_do(tmp_path: Path) -> None:
     _write(tmp_path / "pairs.jsonl", [FORMS["pku"]])
     file = str(tmp_path / "pairs.jsonl")
     with pytest.raises(UserError, match="better_response_id, safer_response_id"):
-        pairs.load_pairs(Preference(file, "label:kinder_response_id"), held_out=0.0)
+        pairs_of(Preference(file, "label:kinder_response_id"))
     with pytest.raises(UserError, match=r"no rating 'helpfulness'.*none"):
-        pairs.load_pairs(Preference(file, "rating:helpfulness"), held_out=0.0)
+        pairs_of(Preference(file, "rating:helpfulness"))
 
 
 def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
-    few = pairs.load_pairs(Preference("demo:pairs", "label:better_response_id"), held_out=0.05, limit=10)
+    few, again, more = (
+        material_of(Preference("demo:pairs", "label:better_response_id"), 0.05, limit) for limit in (10, 10, 11)
+    )
     assert len(few.train) == 10
-    again = pairs.load_pairs(Preference("demo:pairs", "label:better_response_id"), held_out=0.05, limit=10)
-    more = pairs.load_pairs(Preference("demo:pairs", "label:better_response_id"), held_out=0.05, limit=11)
-    assert few.fingerprint() == again.fingerprint() != more.fingerprint()
+    assert few.facts["fingerprint"] == again.facts["fingerprint"] != more.facts["fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,8 @@ def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
 def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:
     assert forms.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
     _write(tmp_path / "chats.jsonl", [row])
-    assert len(pairs.load_conversations(Sft(data=str(tmp_path / "chats.jsonl"), held_out=0.0)).train) == 1
+    table = Sft(data=str(tmp_path / "chats.jsonl"), held_out=0.0)
+    assert [aside for _, aside in pairs.read_conversations(table, Counter())] == [False]
 
 
 def test_unlabelled_ties_are_ties() -> None:
@@ -291,29 +294,29 @@ def test_of_several_answers_each_is_set_against_each(tmp_path: Path) -> None:
         {"response": str(n), "annotations": {"honesty": {"Rating": str(n)}}, "overall_score": 5.0} for n in range(4)
     ]
     _write(tmp_path / "four.jsonl", [{"instruction": "Hi?", "completions": completions}])
-    found = pairs.load_pairs(Preference(str(tmp_path / "four.jsonl"), "rating:honesty"), held_out=0.0)
+    found = pairs_of(Preference(str(tmp_path / "four.jsonl"), "rating:honesty"))
     assert len(found.train) == 6
     assert all(int(pair.chosen) > int(pair.rejected) for pair in found.train)
     tied = Preference(str(tmp_path / "four.jsonl"), "rating:overall")
     with pytest.raises(UserError, match="6 tie"):
-        pairs.load_pairs(tied, held_out=0.0)
+        material_of(tied)
 
 
 def test_columns_of_any_name(tmp_path: Path) -> None:
     _write(tmp_path / "own.jsonl", [{"ask": "Hi?", "better": GOOD, "worse": BAD, "chosen": "of something else"}])
     columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
-    [pair] = pairs.load_pairs(Preference(str(tmp_path / "own.jsonl"), columns=columns), held_out=0.0).train
+    [pair] = pairs_of(Preference(str(tmp_path / "own.jsonl"), columns=columns)).train
     assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("Hi?", GOOD, BAD)
     with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'best' \(it has: ask, better"):
-        pairs.load_pairs(Preference(str(tmp_path / "own.jsonl"), columns={"chosen": "best"}), held_out=0.0)
+        pairs_of(Preference(str(tmp_path / "own.jsonl"), columns={"chosen": "best"}))
 
 
 def test_bad_rows_can_be_counted_instead(tmp_path: Path) -> None:
     good = json.dumps(FORMS["plain"])
     (tmp_path / "pairs.jsonl").write_text(f'{good}\n{{"prompt": \n[1]\n{{"prompt": 3}}\n{good}\n')
     with pytest.raises(UserError, match=":2: not valid JSON"):
-        pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl")), held_out=0.0)
-    found = pairs.load_pairs(Preference(str(tmp_path / "pairs.jsonl"), skip_bad=True), held_out=0.0)
+        pairs_of(Preference(str(tmp_path / "pairs.jsonl")))
+    found = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), skip_bad=True))
     assert len(found.train) == 2
     assert found.dropped == {"invalid row": 3}
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_align import recipe
-from lora_align.data import pairs as rows
 from lora_align.demo import lexicon, measure, oracle, world
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.preference import Preference
+from support import pairs_of
 
 HERE = Path(world.__file__).parent
 MOON = oracle.Prompt("Tell me about the moon.", "the moon", risky=False)
@@ -259,13 +259,11 @@ def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> N
 )
 def test_a_source_that_is_not_there_is_refused_with_what_is(data: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        rows.load_pairs(Preference(data), held_out=0.0)
+        pairs_of(Preference(data))
 
 
 def test_options_of_a_source_reach_the_generator() -> None:
-    asked = rows.load_pairs(
-        Preference("demo:pairs?seed=5&rows=40&risky=1&noise=0.5", "rating:-verbosity"), held_out=0.0
-    )
+    asked = pairs_of(Preference("demo:pairs?seed=5&rows=40&risky=1&noise=0.5", "rating:-verbosity"))
     made = list(world.pairs(5, 40, risky=1.0, noise=0.5))
     assert len(asked.train) + sum(asked.dropped.values()) == len(made)
     for pair, row in zip(asked.train, (r for r in made if r["verbosity_0"] != r["verbosity_1"]), strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.image import imread
 
 from lora_align import recipe
+from lora_align.console import Screen
 from lora_align.data import forms, pairs, sources
 from lora_align.model import base as bases
 from lora_align.stages import dpo
@@ -23,7 +24,7 @@ def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
     project = recipe.load(recipe.builtin()["demo"], [word for word in words if "=" in word and "--" not in word])
     axis, other = project.preference("helpful"), project.preference("harmless")
     base = bases.find(project.base)
-    material = dpo.prepare(project, "helpful", base)
+    material = dpo.prepare(project, "helpful", base, Screen(quiet=True))
     assert told["read"] == 200
     assert told["usable"] == len(material.train) + len(material.held_out) == sum(n for *_, n in told["histogram"])
     assert told["held_out"] == len(material.held_out)

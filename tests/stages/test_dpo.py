@@ -176,7 +176,7 @@ def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     with torch.no_grad():
         before = model(probe).logits.clone()
     references = References.of(base, start_policy.identity(start))
-    material = dpo.prepare(project, "helpful", base).referenced(references, model, 4096, "reference", QUIET)
+    material = dpo.referenced(dpo.prepare(project, "helpful", base, QUIET), references, model, 4096, "reference", QUIET)
     unfinished = Unfinished(tmp_path / "unfinished", {})
     facts, model = dpo.train(model, base, project, material, Direction.pos, "helpful", tmp_path, unfinished, QUIET)
     with torch.no_grad():
@@ -200,16 +200,16 @@ def test_answers_are_cut_and_long_prompts_dropped_and_both_are_counted() -> None
     prompt = (Message("user", "Tell me about rain."),)
     counts: Counter[str] = Counter()
     pair = Pair(prompt, "Rain falls from clouds. It feeds the rivers.", "It depends.")
-    whole = tokenise.pair(pair, chat, 512, counts)
+    [whole] = tokenise.pairs([pair], chat, 512, counts)
     assert whole
     assert not +counts
     room = len(whole.prompt) + 5
-    cut = tokenise.pair(pair, chat, room, counts)
+    [cut] = tokenise.pairs([pair], chat, room, counts)
     assert cut
     assert cut.chosen == whole.chosen[:5]
     assert cut.rejected == whole.rejected[:5]
     assert counts == {"answers cut": 1 + (len(whole.rejected) > 5)}
-    assert tokenise.pair(pair, chat, len(whole.prompt), counts) is None
+    assert tokenise.pairs([pair], chat, len(whole.prompt), counts) == [None]
     assert counts["prompt too long"] == 1
 
 
@@ -223,10 +223,10 @@ def test_sft_learns_what_the_assistant_says_and_nothing_else() -> None:
             Message("assistant", "Snow falls in winter."),
         )
     )
-    row = tokenise.text(talk, chat, 512, True, Counter())
+    [row] = tokenise.texts([talk], chat, 512, Counter(), answers_only=True)
     assert row
     learned = chat.tokenizer.decode([i for i in row.labels if i != IGNORED])
     assert learned == "It depends.<|end|>Snow falls in winter.<|end|>"
-    everything = tokenise.text(talk, chat, 512, False, Counter())
+    [everything] = tokenise.texts([talk], chat, 512, Counter(), answers_only=False)
     assert everything
     assert everything.labels == everything.ids == row.ids

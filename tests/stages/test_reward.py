@@ -121,7 +121,7 @@ def test_sources_with_different_attributes_share_a_model(tmp_path: Path, base: B
         "reward.objectives={}",
     )
     assert project.reward is not None
-    material = reward.prepare(project, project.reward, base)
+    material = reward.prepare(project, project.reward, base, QUIET)
     assert list(material.heads) == ["verbosity", "their_warmth", "shorter"]
     points = torch.tensor([example.points for example in material.train])
     known = ~points.isnan()

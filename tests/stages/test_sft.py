@@ -19,13 +19,14 @@ def test_packed_rows_do_not_see_each_other() -> None:
     """The loss over packs is that over the rows one at a time, to rounding; no token is lost or learned twice."""
     base = bases.find(recipe.Base("demo"))
     model = base.load()
+    talks = [forms.conversation(row, "") for row in world.conversations(3, 12)]
     rows = [
-        tokenise.text(forms.conversation(row, ""), base.chat, 256, answers_only, Counter())
+        row
         for answers_only in (True, False)
-        for row in world.conversations(3, 12)
+        for row in tokenise.texts(talks, base.chat, 256, Counter(), answers_only=answers_only)
     ]
     texts = [row for row in rows if row is not None]
-    packs = tokenise.pack(texts, 256)
+    packs = [[texts[i] for i in pack] for pack in tokenise.pack([len(row.ids) for row in texts], 256)]
     assert sorted(row.ids for pack in packs for row in pack) == sorted(row.ids for row in texts)
     assert all(sum(len(row.ids) for row in pack) <= 256 for pack in packs)
     assert len(packs) < len(texts) / 2

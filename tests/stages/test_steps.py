@@ -38,8 +38,8 @@ def base() -> Base:
 
 @pytest.fixture(scope="module")
 def pairs(base: Base) -> list[TokenPair]:
-    material = dpo.prepare(demo(), "helpful", base)
-    return material.referenced(References.of(base, ""), base.load(), 4096, "reference", QUIET).train
+    material = dpo.prepare(demo(), "helpful", base, QUIET)
+    return list(dpo.referenced(material, References.of(base, ""), base.load(), 4096, "reference", QUIET).train)
 
 
 def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> SteppingDPOTrainer:
@@ -134,7 +134,8 @@ from lora_align.model.room import Room
 base = bases.find(recipe.Base("demo"))
 settings = demo("dpo.limit=400")
 references = References.of(base, "")
-pairs = dpo.prepare(settings, "helpful", base).referenced(references, base.load(), 4096, "reference", QUIET).train
+material = dpo.prepare(settings, "helpful", base, QUIET)
+pairs = list(dpo.referenced(material, references, base.load(), 4096, "reference", QUIET).train)
 made = trainer(base, pairs, 1000, Path(sys.argv[2]), settings)
 made.training_step(made.model, {"rows": pairs})
 wanted = gradients(made.model)

@@ -1,0 +1,137 @@
+"""Rows kept as token ids: those that were read, made once, believed by their hashes, and never all in memory."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.data.rows import Pair
+from lora_align.model import base as bases
+from lora_align.model import material, tokenise
+from lora_align.model.base import Base
+from lora_align.model.material import View, joined
+from lora_align.preference import Preference
+from support import pairs_of
+
+QUIET = Screen(quiet=True)
+HELPFUL = Preference("demo:pairs?rows=60", "label:better_response_id")
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return bases.find(recipe.Base("demo"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+def test_kept_rows_are_those_that_were_read(base: Base) -> None:
+    read = pairs_of(HELPFUL, 0.2)
+    for _ in ("tokenised", "from disk"):
+        found = material.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
+        for rows, raw in ((found.train, read.train), (found.held_out, read.held_out)):
+            assert [row.shared() for row in rows] == [
+                (prompt, answers)
+                for prompt, answers in base.chat.answered_each([(r.prompt, (r.chosen, r.rejected)) for r in raw])
+            ]
+        assert found.facts["rows"] == len(read.train)
+        assert found.facts["held_out"] == len(read.held_out) > 0
+
+
+def test_rated_answers_and_conversations_come_back_as_they_were(base: Base, tmp_path: Path) -> None:
+    file = tmp_path / "rated.jsonl"
+    rows = [{"prompt": f"What is {i}?", "response": "A number.", "warmth": i % 5, "other": None} for i in range(7)]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    rated = material.of_ratings(recipe.Ratings(str(file)), base, 0.0, None, 512, QUIET).train
+    assert [row.ratings["warmth"] for row in rated] == [25.0 * (i % 5) for i in range(7)]
+    table = recipe.Sft(data="demo:conversations?rows=9", held_out=0.0)
+    [said, all_said] = (
+        material.of_conversations(replace(table, answers_only=only), base, QUIET).train for only in (True, False)
+    )
+    assert [row.ids for row in said] == [row.ids for row in all_said]
+    assert all(row.ids == row.labels for row in all_said)
+    assert all(row.labels[0] == tokenise.IGNORED for row in said)
+
+
+def test_rows_are_made_once_for_what_was_said_of_them(base: Base, cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    lines = [json.dumps({"prompt": f"What is {i}?", "chosen": "Five.", "rejected": "No idea."}) for i in range(9)]
+    file.write_text("\n".join(lines))
+
+    def made(axis: Preference, limit: int | None = None, max_length: int = 64) -> set[Path]:
+        material.of_pairs(axis, base, 0.0, limit, max_length, QUIET)
+        return set(cache.glob("*/facts.json"))
+
+    axis = Preference(str(file))
+    assert len(made(axis)) == len(made(axis)) == 1
+    assert len(made(axis, limit=5)) == 2
+    assert len(made(axis, max_length=32)) == 3
+    assert len(made(replace(axis, rank="shorter"))) == 4
+    file.write_text("\n".join(lines[1:]))
+    assert len(made(axis)) == 5
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "facts gone", "facts are no facts"])
+def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> None:
+    whole = [row.shared() for row in material.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train]
+    [folder] = (path for path in cache.iterdir() if path.is_dir())
+    rows, facts = folder / "train.arrow", folder / "facts.json"
+    content = bytearray(rows.read_bytes())
+    if damage == "a flipped bit":
+        content[len(content) // 2] ^= 1
+        rows.write_bytes(content)
+    elif damage == "cut":
+        rows.write_bytes(content[:-9])
+    elif damage == "facts gone":
+        facts.unlink()
+    else:
+        facts.write_text("[]")
+    assert [row.shared() for row in material.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train] == whole
+
+
+def test_a_view_is_a_sequence() -> None:
+    rows = joined([View(3, lambda i: i), [], [3, 4], View(2, lambda i: 5 + i)])
+    assert list(rows) == list(range(7))
+    assert (rows[-1], list(rows[2:5]), list(rows[::-3]), len(rows[1:][2:])) == (6, [2, 3, 4], [6, 3, 0], 4)
+    with pytest.raises(IndexError):
+        rows[7]
+
+
+HUNDRED_TIMES = """
+import resource, sys
+from pathlib import Path
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.model import base as bases, material
+from lora_align.preference import Preference
+base = bases.find(recipe.Base("demo"))
+found = material.of_pairs(Preference(sys.argv[1]), base, 0.0, None, 512, Screen(quiet=True))
+tokens = sum(len(row.chosen) for row in found.train)
+print(len(found.train), tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_many_rows_take_no_more_memory_than_few(tmp_path: Path) -> None:
+    peaks = []
+    for count in (300, 30_000):
+        file = tmp_path / f"{count}.jsonl"
+        answer = "Yes, and " * 8
+        rows = ({"prompt": f"Is it {i}?", "chosen": answer, "rejected": "No."} for i in range(count))
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        done = subprocess.run(
+            [sys.executable, "-c", HUNDRED_TIMES, str(file)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        read, tokens, kilobytes = map(int, done.stdout.split())
+        assert read == count
+        assert tokens > 8 * count
+        peaks.append(kilobytes / 1024)
+    assert peaks[1] - peaks[0] < 40, "megabytes; the rows' own text and ids take five times that"
