@@ -10,7 +10,6 @@ import pytest
 
 from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.data.rows import Pair
 from lora_align.model import base as bases
 from lora_align.model import material, tokenise
 from lora_align.model.base import Base
