@@ -6,7 +6,7 @@ share it.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -116,12 +116,13 @@ class Reader:
 
     model: PreTrainedModel
     head: Head
-    longest_shared: int  # tokens of a sequence up to which answers can share their prompt; 0: never
+    longest_shared: int = 0  # tokens of a sequence up to which answers can share their prompt; 0: never
+    look: float = 0.0  # what a token's look at another one takes, where a token's way through all matrices takes 1
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Reader":
         """Finds out what the model bears."""
-        alone = cls(model, Head.of(model), 0)
+        alone = cls(model, Head.of(model))
         sharing = cls(model, alone.head, _window(model))
         if not sharing.longest_shared:
             return alone
@@ -131,32 +132,41 @@ class Reader:
                 alike = torch.allclose(alone.sums(tried)[0], sharing.sums(tried)[0], atol=4 * CLOSE)
             except (RuntimeError, ValueError, TypeError):  # a model that takes no such mask
                 return alone
-        return sharing if alike else alone
+        return replace(sharing, look=_look(model)) if alike else alone
+
+    def shares(self, row: Shared) -> bool:
+        """Whether its answers are to share their prompt: that saves the prompt's way through the matrices, but under
+        a mask of our own every token is held against every other one, also those it must not see."""
+        prompt, answers = row
+        together = len(prompt) + sum(map(len, answers))
+        if len(answers) == 1 or together > self.longest_shared:
+            return False
+        apart = sum((len(prompt) + len(answer)) ** 2 for answer in answers) / 2
+        return (len(answers) - 1) * len(prompt) > self.look * (together**2 - apart)
 
     def length(self, row: Shared) -> int:
         """Tokens that a prompt with its answers takes."""
         prompt, answers = row
-        together = len(prompt) + sum(map(len, answers))
-        if len(answers) == 1 or together <= self.longest_shared:
-            return together
+        if self.shares(row):
+            return len(prompt) + sum(map(len, answers))
         return len(answers) * (len(prompt) + max(map(len, answers)))
 
     def sums(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor]:
         """log π of every answer, in their order [a] and how many of its tokens were the likeliest [a]."""
-        tokens, hits, lengths = self.tokens(rows)
-        which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(tokens.device)
-        nothing = tokens.new_zeros(len(lengths))
-        return nothing.index_add(0, which, tokens), nothing.index_add(0, which, hits.to(nothing.dtype))
-
-    def tokens(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor, list[int]]:
-        """log p of every answer's every token, whether it was the likeliest, and each answer's length."""
-        if any(self.longest_shared < self.length(row) for row in rows if len(row[1]) > 1):
-            rows = [(prompt, [answer]) for prompt, answers in rows for answer in answers]
-        layout = _Layout.of(rows)
-        shared = any(len(answers) > 1 for _, answers in rows)
-        given = layout.apart(self.model.dtype) if shared else layout.behind()
-        found, hits = self.read(given, layout.at_row, layout.at_place, layout.targets)
-        return found, hits, layout.lengths
+        sharing = [self.shares(row) for row in rows]
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by row and answer
+        for shared in sorted(set(sharing)):
+            names = [(i, n) for i, row in enumerate(rows) if sharing[i] == shared for n in range(len(row[1]))]
+            some = [row for row, of in zip(rows, sharing, strict=True) if of == shared]
+            if not shared:
+                some = [(prompt, [answer]) for prompt, answers in some for answer in answers]
+            layout = _Layout.of(some)
+            given = layout.apart(self.model.dtype) if shared else layout.behind()
+            tokens, hits = self.read(given, layout.at_row, layout.at_place, layout.targets)
+            sums = (torch.stack([part.sum() for part in of.split(layout.lengths)]) for of in (tokens, hits))
+            found |= zip(names, zip(*sums, strict=True), strict=True)
+        ordered = [found[name] for name in sorted(found)]
+        return torch.stack([of for of, _ in ordered]), torch.stack([hits for _, hits in ordered])
 
     def read(
         self, given: Mapping[str, Tensor], at_row: Tensor, at_place: Tensor, targets: Tensor
@@ -205,8 +215,8 @@ class _Layout:
         )
 
     def behind(self) -> dict[str, Tensor]:
-        """For a model that reads one answer a row."""
-        return {"input_ids": self.ids, "attention_mask": (self.owner >= 0).long()}
+        """For a model that reads one answer a row: nothing looks ahead to the padding, so it needs no mask."""
+        return {"input_ids": self.ids}
 
     def apart(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """For several a row: each token sees what stands before it of the prompt and of its own answer."""
@@ -255,6 +265,17 @@ def answer_logprobs(
         left = left[room.attempt(some, least=lengths[left[0]]) or 0 :]
         report(len(rows) - len(left))
     return torch.cat([found[i] for i in range(len(rows))])
+
+
+def _look(model: PreTrainedModel) -> float:
+    """By the operations of a step: 4 a weight of the matrices, 14 a number that queries and keys are compared by."""
+    config = model.config.get_text_config()
+    wide = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
+    matrices = sum(layer.in_features * layer.out_features for layer in linears)
+    return 14 * wide * config.num_hidden_layers / (4 * max(matrices, 1))
 
 
 def _window(model: PreTrainedModel) -> int:

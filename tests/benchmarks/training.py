@@ -22,7 +22,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from report import once, save
 
 ROUNDS = 2
-REAL_ROWS, DEMO_ROWS = 48, 400
+REAL_ROWS, DEMO_ROWS = 96, 400
+VOCABULARY = 4096  # of the base for real pairs
 SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", "dpo.batch_size=16", "dpo.beta=0.1"]
 SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
 SETTINGS += ['lora.targets=["all-linear"]']
@@ -47,16 +48,23 @@ def recipe_of(world: str, work: Path) -> Any:
 
 
 def real_base(work: Path) -> Path:
-    """A random Llama of 22 M parameters with Qwen 2.5's tokenizer, so that real conversations fit."""
+    """A random Llama of 8 M parameters whose vocabulary was made of the very conversations, in Qwen 2.5's form.
+
+    Of its matrices an eighth is the vocabulary's, as in bases of some billions of parameters; with a vocabulary of
+    theirs, so small a base would do little but compute logits.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = work / "base"
+    folder, data = work / "base", Path(os.environ["LORA_ALIGN_REAL_DATA"])
     if not (folder / "config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(Path(os.environ["LORA_ALIGN_REAL_DATA"]) / "tokenizers" / "qwen2.5")
+        rows = json.loads((data / "llama-factory" / "dpo_en_demo.json").read_text())
+        said = [text["value"] for row in rows for text in (*row["conversations"], row["chosen"], row["rejected"])]
+        theirs = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen2.5")
+        tokenizer = theirs.train_new_from_iterator(said, VOCABULARY)
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=8,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip

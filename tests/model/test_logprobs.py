@@ -1,6 +1,7 @@
 """Log-probabilities of answers against whole logits, value and gradient, for every family and however rows are read."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,16 +57,16 @@ def slope(model: PreTrainedModel, sums: Tensor) -> Tensor:
     return weight.grad.double().clone()
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("look", "shared"), [(0.0, {True}), (0.05, {True, False}), (1e9, {False})])
 @pytest.mark.parametrize("at_once", [logprobs.LOGITS, 3000], ids=["all positions", "three positions"])
 def test_value_and_gradient(
-    shared: bool, at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    look: float, shared: set[bool], at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "LOGITS", at_once)
     reader = Reader.of(model)
     assert reader.longest_shared > 0
-    reader = reader if shared else Reader(model, reader.head, 0)
-    given = rows(6)
+    reader, given = replace(reader, look=look), rows(6)
+    assert {reader.shares(row) for row in given} == shared
     expected = by_hand(model, given)
     sums, hits = reader.sums(given)
     assert torch.allclose(sums.double(), expected, atol=1e-4)
@@ -78,10 +79,10 @@ def test_answers_share_no_more_than_a_window_sees(tmp_path: Path) -> None:
     """Within a window each token sees all before it; beyond, a prompt is computed for each answer by itself."""
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path, "mistral"), dtype=torch.float32).eval()
     model.config.sliding_window = 24
-    reader = Reader.of(model)
+    reader = replace(Reader.of(model), look=0.0)
     assert reader.longest_shared == 24
     given = rows(5, longest=20)
-    assert {reader.length(row) > 24 for row in given} == {True, False}
+    assert {reader.shares(row) for row in given} == {True, False}
     with torch.no_grad():
         assert torch.allclose(reader.sums(given)[0].double(), by_hand(model, given), atol=1e-4)
 
