@@ -22,12 +22,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from report import once, save
 
 ROUNDS = 2
-REAL_ROWS, DEMO_ROWS = 96, 400
+REAL_ROWS, DEMO_ROWS = 24, 400
 VOCABULARY = 4096  # of the base for real pairs
-SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", "dpo.batch_size=16", "dpo.beta=0.1"]
+BATCH, MICRO = 8, 4  # pairs a step, and pairs that TRL computes at once
+SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", f"dpo.batch_size={BATCH}", "dpo.beta=0.1"]
 SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
 SETTINGS += ['lora.targets=["all-linear"]']
-MICRO = 4  # pairs that TRL computes at once
 SIDES = ("ours", "TRL, online reference", "TRL, precomputed", "TRL, plain defaults")
 
 
@@ -144,7 +144,7 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
                     warmup_steps=project.dpo.warmup,
                     optim="adamw_torch",
                     per_device_train_batch_size=MICRO,
-                    gradient_accumulation_steps=16 // MICRO,
+                    gradient_accumulation_steps=BATCH // MICRO,
                     max_length=project.dpo.max_length,
                     precompute_ref_log_probs=how == "TRL, precomputed",
                     seed=project.dpo.seed,
