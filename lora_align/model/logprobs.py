@@ -33,9 +33,7 @@ class Head:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
         """A model's own, after it was found to say what the model says."""
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        head = cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+        head = cls.unchecked(model)
         ids = torch.arange(4, 12, device=model.device)[None]
         with torch.no_grad():
             theirs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
@@ -44,6 +42,13 @@ class Head:
         if not torch.allclose(ours, theirs, atol=CLOSE):
             raise UserError(f"{type(model).__name__} makes its logits in a way that is not known here")
         return head
+
+    @classmethod
+    def unchecked(cls, model: PreTrainedModel) -> "Head":
+        """A model's own, by its configuration."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
     def logits(self, states: Tensor) -> Tensor:
         """[n, d] to [n, v] in float32."""
@@ -133,6 +138,11 @@ class Reader:
             except (RuntimeError, ValueError, TypeError):  # a model that takes no such mask
                 return alone
         return replace(sharing, look=_look(model)) if alike else alone
+
+    @classmethod
+    def unchecked(cls, model: PreTrainedModel) -> "Reader":
+        """By a model's configuration alone, as it need not have weights."""
+        return cls(model, Head.unchecked(model), _window(model), _look(model))
 
     def shares(self, row: Shared) -> bool:
         """Whether its answers are to share their prompt: that saves the prompt's way through the matrices, but under

@@ -104,7 +104,6 @@ def hidden_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) ->
     """The backbone's last states [b, t, d] over sequences padded on the right, and each one's last position [b]."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    seen = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     where = model.device
-    states = model.get_decoder()(input_ids=ids.to(where), attention_mask=seen.to(where), use_cache=False)
+    states = model.get_decoder()(input_ids=ids.to(where), use_cache=False)  # which never looks ahead, to the padding
     return states.last_hidden_state, (lengths - 1).to(where)

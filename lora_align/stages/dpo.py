@@ -66,7 +66,7 @@ class Preferring:
         rewards = self.beta * (sums.view(-1, 2) - reference)  # [b, 2]
         margins = rewards[:, 0] - rewards[:, 1]
         losses = -(1 - self.smoothing) * logsigmoid(margins) - self.smoothing * logsigmoid(-margins)
-        found = torch.stack([margins, (margins > 0).float(), *rewards.T]).detach().sum(1).tolist()
+        found = torch.stack([margins, (margins > 0).float(), *rewards.T]).detach().sum(1).unbind()
         names = ("margin", "accuracy", "chosen_reward", "rejected_reward")
         count = float(len(rows))
         return Part(losses.sum() / weights[0], {name: (total, count) for name, total in zip(names, found, strict=True)})

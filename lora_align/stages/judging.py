@@ -31,7 +31,8 @@ class Example:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """A batch: its texts; the points each was given [t, k]; which heads compare which texts; which texts are spoken."""
+    """A batch: its texts; the points each was given [t, k], and which are known; which heads compare which texts; which
+    texts are spoken."""
     texts: list[Answered] = []
     pairs, spoken = [], []
     for example in examples:
@@ -40,8 +41,14 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
             pairs.append((len(texts), len(texts) + 1, example.head))
         texts += example.answers
     points = [example.points for example in examples for _ in example.answers]
-    compared = torch.tensor(pairs, dtype=torch.long).view(-1, 3)  # chosen text, rejected text, head
-    return {"texts": texts, "points": torch.tensor(points), "compared": compared, "spoken": spoken}
+    known = [(text, head) for text, of in enumerate(points) for head, value in enumerate(of) if not math.isnan(value)]
+    return {
+        "texts": texts,
+        "points": torch.tensor(points),
+        "known": torch.tensor(known, dtype=torch.long).view(-1, 2),  # text, head
+        "compared": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # chosen text, rejected text, head
+        "spoken": spoken,
+    }
 
 
 @dataclass(frozen=True)
@@ -71,21 +78,21 @@ class Judging:
         texts = batch["texts"]
         hidden, last = hidden_states(self.reader.model, [[*prompt, *answer] for prompt, answer in texts])
         z = self.heads(hidden[torch.arange(len(texts)), last])  # [t, k]
-        points = batch["points"].to(z.device)
-        known = ~points.isnan()
-        errors = (z - (points - self.heads.mean) / self.heads.deviation)[known]
+        text, head = batch["known"].T.to(z.device)
+        points = batch["points"].to(z.device)[text, head]
+        deviation = self.heads.deviation[head]
+        errors = z[text, head] - (points - self.heads.mean[head]) / deviation
         chosen, rejected, head = batch["compared"].T.to(z.device)
         margins = z[chosen, head] - z[rejected, head]
         loss = torch.cat([errors.square(), -logsigmoid(margins)]).sum() / weights[0]
 
-        in_points = errors.detach() * self.heads.deviation.expand_as(known)[known]
         figures = {
-            "error": (float(in_points.square().sum()), float(len(errors))),
-            "accuracy": (float((margins.detach() > 0).sum()), float(len(margins))),
+            "error": ((errors.detach() * deviation).square().sum(), float(len(errors))),
+            "accuracy": ((margins.detach() > 0).sum(), float(len(margins))),
         }
         if self.lm_weight:
             nats = -self._spoken(hidden, [(row, *texts[row]) for row in batch["spoken"]])
-            figures["lm"] = (float(nats.detach().sum()), float(len(nats)))
+            figures["lm"] = (nats.detach().sum(), float(len(nats)))
             loss = loss + self.lm_weight * nats.sum() / weights[1]
         return Part(loss, figures)
 

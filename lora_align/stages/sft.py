@@ -131,11 +131,10 @@ class Saying:
 
     def part(self, rows: Sequence[Sequence[TokenText]], weights: Sequence[float]) -> Part:
         """Some packs of a step."""
-        batch = collate(rows)
-        labels = batch.pop("labels")[:, 1:]
-        at = (labels != IGNORED).nonzero()
-        found, hits = self.reader.read(batch, at[:, 0], at[:, 1], labels[at[:, 0], at[:, 1]])
-        return Part(-found.sum() / weights[0], {"accuracy": (float(hits.sum()), float(len(at)))})
+        labels = [[label for text in pack for label in (IGNORED, *text.labels[1:])] for pack in rows]
+        at = [(row, i - 1, label) for row, of in enumerate(labels) for i, label in enumerate(of) if label != IGNORED]
+        found, hits = self.reader.read(collate(rows), *torch.tensor(at).view(-1, 3).T)
+        return Part(-found.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
 
     def quoted(self, row: Sequence[TokenText]) -> str:
         """How its first text begins."""
@@ -147,17 +146,14 @@ def collate(packs: Sequence[Sequence[TokenText]]) -> dict[str, Tensor]:
     no mask. Padding goes on with the last text, which as a causal model never looks ahead does not see it.
     """
     width = max(sum(len(text.ids) for text in pack) for pack in packs)
-    batch = {"input_ids": torch.zeros(len(packs), width, dtype=torch.long)}
-    batch |= {"labels": torch.full_like(batch["input_ids"], IGNORED), "position_ids": batch["input_ids"].clone()}
-    for row, pack in enumerate(packs):
-        ids = [token for text in pack for token in text.ids]
-        labels = [label for text in pack for label in (IGNORED, *text.labels[1:])]
+    ids, places = [], []
+    for pack in packs:
+        said = [token for text in pack for token in text.ids]
         lengths = [len(text.ids) for text in pack]
-        lengths[-1] += width - len(ids)
-        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-        batch["labels"][row, : len(ids)] = torch.tensor(labels)
-        batch["position_ids"][row] = torch.cat([torch.arange(length) for length in lengths])
-    return batch
+        lengths[-1] += width - len(said)
+        ids.append(said + [0] * (width - len(said)))
+        places.append([place for length in lengths for place in range(length)])
+    return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(places)}
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:

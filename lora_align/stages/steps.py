@@ -29,7 +29,7 @@ from lora_align.stages.checkpoints import PREFIX, Unfinished
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
-Figures = Mapping[str, tuple[float, float]]  # name → sum and count
+Figures = Mapping[str, tuple[Tensor, float]]  # name → sum and count
 NAMED = 3  # rows that an error quotes
 METRICS = "metrics.jsonl"
 TRAINED, SEEN = "trained.safetensors", "seen.json"  # of a checkpoint
@@ -124,7 +124,7 @@ class Stepping(Trainer, Generic[Row]):
             loss += value
             for name, (total, count) in part.figures.items():
                 before = figures.get(name, (0.0, 0.0))
-                figures[name] = (before[0] + total, before[1] + count)
+                figures[name] = (before[0] + float(total), before[1] + count)
         return loss, figures
 
     def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row]) -> None:

@@ -89,10 +89,12 @@ def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both:
     assert redrawn.manifest.initial_adapter != first.manifest.initial_adapter
 
 
-def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path, both: dict[str, runs.Run]) -> None:
-    (alone,) = dpo.run(demo(), ["helpful"], [Direction.neg], tmp_path, QUIET)
-    assert same(alone, both["helpful neg"])
-    assert not same(alone, both["helpful pos"])
+def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path) -> None:
+    """With the same references: computed anew beside other rows, these differ by rounding."""
+    pos, neg = dpo.run(demo(), ["helpful"], list(Direction), tmp_path / "both", QUIET)
+    (alone,) = dpo.run(demo(), ["helpful"], [Direction.neg], tmp_path / "alone", QUIET)
+    assert same(alone, neg)
+    assert not same(alone, pos)
 
 
 def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None:

@@ -1,0 +1,222 @@
+"""What a step takes, found without taking it: the step's own code runs on tensors that have a shape and no contents.
+
+Two cuts of the base, of a few layers each, are enough: what a layer adds, every further layer adds again.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+CUTS = (2, 4)  # layers
+FLOAT = 4  # bytes
+SCALES = (64, 256)  # weights that share one of NF4's scales, and scales that share one of theirs
+Step = Callable[[PreTrainedModel], Tensor]  # a loss
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes, and operations of one step: forward alone, and with its backward."""
+
+    weights: float
+    trained: float
+    activations: float  # at their highest, without what the vocabulary takes
+    logits: float
+    forward: float
+    whole: float
+
+    def on(self, other: "Cost", share: float) -> "Cost":
+        """The line through two costs, followed."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Cost(*(a + share * (b - a) for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base as far as memory goes: its configuration, how its weights are kept, the adapter that is trained on it."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    packed: bool  # in NF4
+    double_quant: bool
+    lora: LoraConfig
+    checkpointing: bool
+
+    @property
+    def layers(self) -> int:
+        """Of the whole base."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def parameters(self) -> int:
+        """Of the whole base, the adapter aside."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(self.config).parameters())
+
+    def cost(self, step: Step) -> Cost:
+        """Of one forward and backward pass."""
+        if self.layers <= CUTS[1]:
+            return self._cost(self.layers, step)
+        few, more = (self._cost(layers, step) for layers in CUTS)
+        return few.on(more, (self.layers - CUTS[0]) / (CUTS[1] - CUTS[0]))
+
+    def _cost(self, layers: int, step: Step) -> Cost:
+        whole, narrow = (self._run(layers, step, vocabulary) for vocabulary in (True, False))
+        return Cost(
+            weights=whole.weights,
+            trained=whole.trained,
+            activations=narrow.peak,
+            logits=max(whole.peak - narrow.peak, 0),
+            forward=whole.forward,
+            whole=whole.operations,
+        )
+
+    def _run(self, layers: int, step: Step, vocabulary: bool) -> "_Found":
+        model = self._outline(layers)
+        with FakeTensorMode(), _Ledger() as ledger:
+            weights, trained = self._filled(model)
+            base: PreTrainedModel = model.get_base_model()
+            head = base.get_output_embeddings()
+            if not vocabulary:  # nobody looks at what is in it, so that targets beyond it do no harm
+                head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)
+            began = ledger.highest = ledger.held
+            with FlopCounterMode(display=False) as counted, torch.autocast("cpu", self.dtype, self._mixes):
+                loss = step(base)
+                forward = counted.get_total_flops()
+                loss.backward()
+            return _Found(weights, trained, ledger.highest - began, forward, counted.get_total_flops())
+
+    @property
+    def _mixes(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+    def _outline(self, layers: int) -> Any:
+        """On no device at all, as PEFT builds it."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        with torch.device("meta"), _quietly():
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            if self.packed:
+                _pack(model, self.dtype)
+            model.train().requires_grad_(False)
+            if self.checkpointing:
+                model.gradient_checkpointing_enable()
+                model.enable_input_require_grads()
+            return get_peft_model(model, self.lora, low_cpu_mem_usage=True)
+
+    def _filled(self, model: nn.Module) -> tuple[float, float]:
+        """Give every parameter a shape where it will lie; bytes of the frozen ones and of those that are trained."""
+        frozen = trained = 0.0
+        for module in model.modules():
+            for name, given in module._parameters.items():
+                if given is None:
+                    continue
+                if isinstance(module, _Packed) and name == "weight":
+                    held = torch.empty(given.numel() // 2, dtype=torch.uint8)
+                    frozen += self._scales(given.numel())
+                else:
+                    held = torch.empty(given.shape, dtype=torch.float32 if given.requires_grad else given.dtype)
+                module._parameters[name] = nn.Parameter(held, given.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for parameter in model.parameters():  # those that are tied, once
+            if parameter.requires_grad:
+                trained += parameter.untyped_storage().nbytes()
+            else:
+                frozen += parameter.untyped_storage().nbytes()
+        return frozen, trained
+
+    def _scales(self, weights: int) -> float:
+        scales = weights / SCALES[0]
+        return scales + FLOAT * scales / SCALES[1] if self.double_quant else FLOAT * scales
+
+
+@dataclass(frozen=True)
+class _Found:
+    weights: float
+    trained: float
+    peak: float
+    forward: float
+    operations: float
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of all tensors that live, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.highest = 0.0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known[storage._cdata] = storage.nbytes()
+                    self.held += storage.nbytes()
+                    self.highest = max(self.highest, self.held)
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        return found
+
+    def _gone(self, storage: int) -> None:
+        self.held -= self.known.pop(storage, 0)
+
+
+class _Packed(Linear4bit):
+    """A 4-bit layer by what it takes: its weight unpacked, used, and let go, forwards and backwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = _Unpacked.apply(x.to(self.compute_dtype), self._parameters["weight"], self.out_features)
+        found = found if self.bias is None else found + self.bias
+        return found.to(x.dtype)  # type: ignore[no-any-return]
+
+
+class _Unpacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(packed)
+        ctx.shape = (rows, x.shape[-1])
+        return nn.functional.linear(x, x.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def, override]
+        return upstream @ upstream.new_empty(ctx.shape), None, None
+
+
+def _pack(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """All linear layers but the vocabulary's, as when a base is loaded in 4-bit."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if type(layer) is nn.Linear and layer is not head:
+                bias = layer.bias is not None
+                packed = _Packed(layer.in_features, layer.out_features, bias, dtype, quant_type="nf4", device="meta")
+                setattr(module, name, packed)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Some say once more what they said when the base was loaded."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
