@@ -22,6 +22,7 @@ FLOORS = [
     {"evaluate"},
     {"doctor"},
     {"stages"},
+    {"plan"},
     {"chat"},
     {"demo"},
     {"cli"},

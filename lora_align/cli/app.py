@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": look.list_recipes,
     "init": look.init,
     "doctor": look.doctor,
+    "plan": look.plan,
     "data": look.data,
     "sft": train.sft,
     "dpo": train.dpo,

@@ -66,6 +66,25 @@ def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, qui
         raise typer.Exit(RunFailedError.exit_code)
 
 
+def plan(
+    vram: Annotated[float | None, typer.Option("--vram", min=1, help="GB of a card; an RTX 4090's rate.")] = None,
+    card: Annotated[str, typer.Option("--card", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")] = "",
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """What each stage of a recipe will take in memory and time, whether it fits, and what to change if not."""
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, overrides, screen)
+    from lora_align import plan as plans
+
+    found = plans.run(project, plans.STAGES, screen, card=card, vram=vram)
+    screen.result(plans.told(found), found)
+    if not all(stage["fits"] for stage in found["stages"]):
+        raise typer.Exit(RunFailedError.exit_code)
+
+
 def data(
     pref: Annotated[str, typer.Option("--pref", help="A preference of the recipe.")],
     show: Annotated[int, typer.Option("--show", min=0, help="How many pairs to show as the model sees them.")] = 2,

@@ -24,6 +24,7 @@ NameOption = Annotated[str | None, typer.Option("--name", help="Publish under th
 ForceOption = Annotated[bool, typer.Option("--force", help="Move an existing run aside.")]
 DRAWN = (".png", ".pdf", ".svg")
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what was stopped.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show recipe, lengths and plan; train nothing.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Train on the first N rows only.")]
 
 
@@ -53,6 +54,15 @@ def drawable(picture: Path | None) -> None:
         raise UserError(f"--picture {picture}: no such folder")
     if picture is not None and picture.suffix not in DRAWN:
         raise UserError(f"--picture {picture}: a name that ends in {' or '.join(DRAWN)}")
+
+
+def planned(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:
+    """What a stage would do, in place of doing it."""
+    from lora_align import plan
+
+    found = plan.run(project, [stage], screen, passes=passes)
+    parts = [plan.resolved(project), plan.told(found, lengths=True)]
+    screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **found})
 
 
 def limited(overrides: list[str] | None, stage: str, limit: int | None) -> list[str]:

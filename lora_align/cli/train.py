@@ -1,5 +1,6 @@
 """Commands that train."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from lora_align import runs
 from lora_align.cli.look import facts
 from lora_align.cli.options import (
+    DryRunOption,
     ForceOption,
     JsonOption,
     LimitOption,
@@ -19,6 +21,7 @@ from lora_align.cli.options import (
     checked,
     either,
     limited,
+    planned,
     project_of,
 )
 from lora_align.console import Screen
@@ -33,6 +36,7 @@ def sft(
     force: ForceOption = False,
     resume: ResumeOption = False,
     limit: LimitOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -40,6 +44,9 @@ def sft(
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "sft", limit), screen)
+    if dry_run:
+        planned(project, "sft", screen)
+        return
     from lora_align.stages import sft as stage
 
     run = stage.run(project, runs_dir, screen, force=force, resume=resume)
@@ -59,6 +66,7 @@ def dpo(
     force: ForceOption = False,
     resume: ResumeOption = False,
     limit: LimitOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -76,6 +84,10 @@ def dpo(
     directions = list(Direction) if direction == "both" else [Direction(direction)]
     for preference in names:  # before anything heavy is imported
         project.preference(preference)
+    if dry_run:
+        chosen = {preference: project.preferences[preference] for preference in names}
+        planned(replace(project, preferences=chosen), "dpo", screen, passes=len(directions))
+        return
     from lora_align.stages import dpo as stage
 
     done = stage.run(project, names, directions, runs_dir, screen, name=checked(name), force=force, resume=resume)
@@ -90,6 +102,7 @@ def reward(
     force: ForceOption = False,
     resume: ResumeOption = False,
     limit: LimitOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -97,6 +110,9 @@ def reward(
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "reward", limit), screen)
+    if dry_run:
+        planned(project, "reward", screen)
+        return
     from lora_align.stages import reward as stage
 
     run = stage.run(project, runs_dir, screen, name=checked(name), force=force, resume=resume)
@@ -114,6 +130,7 @@ def rsf(
     name: NameOption = None,
     force: ForceOption = False,
     limit: LimitOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -122,6 +139,9 @@ def rsf(
     settings = limited(overrides, "rsf", limit)
     settings += [f"rsf.iterations={iterations}"] if iterations is not None else []
     project = project_of(recipe, settings, screen)
+    if dry_run:
+        planned(project, "rsf", screen)
+        return
     from lora_align.stages import rsf as stage
 
     made = stage.run(project, runs_dir, screen, name=checked(name), force=force, endpoint=endpoint)

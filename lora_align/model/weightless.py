@@ -5,10 +5,10 @@ Two cuts of the base, of a few layers each, are enough: what a layer adds, every
 
 import contextlib
 import copy
+import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 CUTS = (2, 4)  # layers
+COLLECT_EVERY = 50  # operations
 FLOAT = 4  # bytes
 SCALES = (64, 256)  # weights that share one of NF4's scales, and scales that share one of theirs
 Step = Callable[[PreTrainedModel], Tensor]  # a loss
@@ -84,8 +85,8 @@ class Shape:
         )
 
     def _run(self, layers: int, step: Step, vocabulary: bool) -> "_Found":
-        model = self._outline(layers)
-        with FakeTensorMode(), _Ledger() as ledger:
+        model = self.outline(layers)
+        with FakeTensorMode(), _Ledger(COLLECT_EVERY if self.checkpointing else 0) as ledger:
             weights, trained = self._filled(model)
             base: PreTrainedModel = model.get_base_model()
             head = base.get_output_embeddings()
@@ -102,7 +103,7 @@ class Shape:
     def _mixes(self) -> bool:
         return self.dtype == torch.bfloat16
 
-    def _outline(self, layers: int) -> Any:
+    def outline(self, layers: int = CUTS[0]) -> Any:
         """On no device at all, as PEFT builds it."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
@@ -159,12 +160,25 @@ class _Found:
 class _Ledger(TorchDispatchMode):
     """Bytes of all tensors that live, and the most there were."""
 
-    def __init__(self) -> None:
+    def __init__(self, collect_every: int) -> None:
         super().__init__()
         self.held = self.highest = 0.0
         self.known: dict[int, int] = {}
+        self.collect_every, self.operations = collect_every, 0
+
+    def __enter__(self) -> "_Ledger":
+        gc.collect()
+        gc.freeze()  # what is there already need not be looked through each time
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        gc.unfreeze()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.operations += 1
+        if self.collect_every and not self.operations % self.collect_every:
+            gc.collect()  # tensors without contents refer to each other where a layer is computed anew
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):

@@ -54,7 +54,7 @@ class Audit:
             "prompts": different,
             "prompts_on_both_sides": shared,
             "tokens": {side: _quantiles(self.lengths[side]) for side in SIDES},
-            "histogram": _histogram([a + max(b, c) for a, b, c in zip(*self.lengths.values(), strict=True)]),
+            "histogram": histogram([a + max(b, c) for a, b, c in zip(*self.lengths.values(), strict=True)]),
             "max_length": max_length,
             "prompts_too_long": self.too_long,
             "answers_cut": self.cut,
@@ -106,12 +106,7 @@ def told(facts: Mapping[str, Any]) -> str:
         parts[-1] += f"\ndropped: {pairs.reasons(Counter(facts['dropped']))}"
     columns = ["tokens", "shortest", "median", "95 %", "longest"]
     parts.append(table(columns, [[side, *(f"{n:,}" for n in of)] for side, of in facts["tokens"].items()]))
-    widest = max((count for _, _, count in facts["histogram"]), default=1)
-    bars = [
-        f"{low:>6,} to {high:<6,} {'█' * math.ceil(24 * count / widest):<24} {count:,}"
-        for low, high, count in facts["histogram"]
-    ]
-    parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars]))
+    parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(facts["histogram"])]))
     lines = []
     if facts["longer_wins"] is not None:
         lines.append(f"the longer answer wins {facts['longer_wins']:.0%} of pairs, the shorter for `neg`")
@@ -196,7 +191,16 @@ def _quantiles(lengths: Sequence[int]) -> list[int]:
     return [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in SHARES]
 
 
-def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def bars(histogram: Sequence[tuple[int, int, int]]) -> list[str]:
+    """A line each bin."""
+    widest = max((count for _, _, count in histogram), default=1)
+    return [
+        f"{low:>6,} to {high:<6,} {'█' * math.ceil(24 * count / widest):<24} {count:,}"
+        for low, high, count in histogram
+    ]
+
+
+def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """From, to and how many, in bins of a round width."""
     if not lengths:
         return []

@@ -68,6 +68,14 @@ def told(run: Run) -> str:
     return f"{run.path}  held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f} ({held_out['rows']} rows)"
 
 
+def packed(rows: Sequence[TokenText], settings: Sft | Rsf, base: Base) -> View[Sequence[TokenText]]:
+    """What a step's rows are: texts side by side where the recipe packs them, else each by itself."""
+    packs = [[i] for i in range(len(rows))]
+    if settings.packing:
+        packs = tokenise.pack([len(row.ids) for row in rows], min(settings.max_length, base.max_length))
+    return View(len(packs), lambda pack: [rows[i] for i in packs[pack]])
+
+
 def train(
     model: PreTrainedModel,
     base: Base,
@@ -80,14 +88,10 @@ def train(
     screen: Screen,
 ) -> dict[str, Any]:
     """Train an adapter on a start policy into a folder; the manifest's fields about it."""
-    train = material.train
-    packs = [[i] for i in range(len(train))]
-    if settings.packing:
-        packs = tokenise.pack([len(row.ids) for row in train], min(settings.max_length, base.max_length))
     with training.accepted_by_libraries():
         trainer = SteppingSFTTrainer(
             objective=Saying(Reader.of(model), base.chat),
-            rows=View(len(packs), lambda pack: [train[i] for i in packs[pack]]),
+            rows=packed(material.train, settings, base),
             room=Room(settings.tokens_per_batch, training.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),

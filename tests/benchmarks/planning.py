@@ -1,0 +1,123 @@
+"""What `plan` says a step takes in memory beside what it takes: tensors' bytes at their highest, on this device.
+
+On a CPU they are those that torch's allocator reports to its profiler, on a card what CUDA's allocator counts. Weights
+and adapters are subtracted from both: they are known to the byte, and would hide errors of the rest.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from report import save
+
+CASES = [  # base (layers, width; none: the built-in one), what is set
+    (None, []),
+    (None, ["dpo.tokens_per_batch=1024"]),
+    (None, ["dpo.gradient_checkpointing=true"]),
+    (None, ["lora.rank=64"]),
+    ((8, 256), ["dpo.tokens_per_batch=2048"]),
+    ((8, 256), ["dpo.tokens_per_batch=2048", "dpo.gradient_checkpointing=true"]),
+    ((12, 512), ["dpo.tokens_per_batch=1024", "dpo.max_length=256"]),
+    ((12, 512), ["dpo.tokens_per_batch=1024", "dpo.max_length=256", "dpo.gradient_checkpointing=true"]),
+]
+
+
+def base_of(size: tuple[int, int] | None, work: Path) -> str:
+    """The built-in base, or a random Llama of that many layers and that width with its tokenizer."""
+    if size is None:
+        return "demo"
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lora_align.model.base import DEMO
+
+    layers, width = size
+    folder = work / f"{layers}x{width}"
+    if not (folder / "config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(DEMO)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 64, num_key_value_heads=width // 128, tie_word_embeddings=True,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def child(base: str, settings: list[str]) -> dict[str, float]:
+    """Plan the fullest part of a DPO step, then take it: bytes beside the weights and adapters, at their highest."""
+    import torch
+    from peft import get_peft_model
+
+    from lora_align import plan, recipe
+    from lora_align.console import Screen
+    from lora_align.model import base as bases
+    from lora_align.stages import training
+
+    overrides = [f'base.model="{base}"', "dpo.limit=200", *settings]
+    project = recipe.load(recipe.builtin()["demo"], overrides)
+    found = bases.find(project.base)
+    stage = plan._dpo(project, found, Screen(quiet=True))
+    planned = plan._planned(project, found, stage, plan._device(project, "", None))
+    rows = [stage.rows[i] for i in planned.part]
+
+    model = found.load()
+    if project.dpo.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    policy = get_peft_model(model, training.fresh_adapter(project.lora, found)).train()
+    objective = stage.objective(model)
+
+    def step() -> None:
+        policy.zero_grad()
+        objective.part(rows, objective.weights(rows)).loss.backward()
+
+    step()  # what is made once and kept is not the step's
+    policy.zero_grad()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        taken = torch.cuda.max_memory_allocated() - before
+    else:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            step()
+        held = taken = 0
+        events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            taken = max(taken, held)
+    said_bytes = planned.cost.activations + planned.cost.logits
+    return {
+        "planned": round(said_bytes / 1e6, 1),
+        "taken": round(taken / 1e6, 1),
+        "ratio": round(said_bytes / taken, 3),
+    }
+
+
+def main() -> None:
+    """Each case in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("planning"))
+    parser.add_argument("--child", nargs="*")
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child[0], options.child[1:])))
+        return
+    figures: list[dict[str, Any]] = []
+    for size, settings in CASES:
+        words = [sys.executable, __file__, "--child", base_of(size, options.work), *settings]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        base = f"{size[0]} layers of {size[1]}" if size else "the built-in base"
+        figures.append({"base": base, "set": settings, "megabytes": json.loads(done.stdout.splitlines()[-1])})
+    furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in figures)
+    save("planning", {"cases": figures, "furthest off": round(furthest, 3)})
+
+
+if __name__ == "__main__":
+    main()
