@@ -123,6 +123,7 @@ class Shape:
     def _filled(self, model: nn.Module) -> tuple[float, float]:
         """Give every parameter a shape where it will lie; bytes of the frozen ones and of those that are trained."""
         frozen = trained = 0.0
+        filled: dict[nn.Parameter, nn.Parameter] = {}  # the vocabulary's may be tied
         for module in model.modules():
             for name, given in module._parameters.items():
                 if given is None:
@@ -132,11 +133,12 @@ class Shape:
                     frozen += self._scales(given.numel())
                 else:
                     held = torch.empty(given.shape, dtype=torch.float32 if given.requires_grad else given.dtype)
-                module._parameters[name] = nn.Parameter(held, given.requires_grad)
+                filled.setdefault(given, nn.Parameter(held, given.requires_grad))
+                module._parameters[name] = filled[given]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        for parameter in model.parameters():  # those that are tied, once
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 trained += parameter.untyped_storage().nbytes()
             else:

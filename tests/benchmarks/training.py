@@ -21,7 +21,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from report import once, save
 
-ROUNDS = 2
+ROUNDS = {"demo": 2, "real": 1}
 REAL_ROWS, DEMO_ROWS = 24, 400
 VOCABULARY = 4096  # of the base for real pairs
 BATCH, MICRO = 8, 4  # pairs a step, and pairs that TRL computes at once
@@ -225,7 +225,7 @@ def child(what: str, *words: str) -> Any:
 def compared(world: str, work: Path) -> dict[str, Any]:
     """All sides in turns, the quickest round of each; and how far the loss curves lie apart."""
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS[world]):
         for side in SIDES:
             found = child("ours", world, str(work)) if side == "ours" else child("trl", world, str(work), side)
             rounds[side].append(found)

@@ -1,0 +1,135 @@
+"""`plan` and `--dry-run`: bytes that are known are told to the byte, the rest beside a step that is really taken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, LlamaConfig
+
+from lora_align import plan, recipe
+from lora_align.console import Screen
+from lora_align.model import base as bases
+from lora_align.model.weightless import Shape
+from lora_align.stages import training
+from support import Cli
+
+QUIET = Screen(quiet=True)
+SMALL = ["dpo.limit=60", "dpo.tokens_per_batch=2048"]
+
+
+@pytest.fixture(scope="module")
+def project() -> recipe.Recipe:
+    return recipe.load(recipe.builtin()["demo"], SMALL)
+
+
+def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> None:
+    [found] = plan.run(project, ["dpo"], QUIET)["stages"]
+    base = bases.find(project.base)
+    policy = get_peft_model(base.load(), training.fresh_adapter(project.lora, base))
+    trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
+    frozen = sum(p.untyped_storage().nbytes() for p in policy.parameters() if not p.requires_grad)
+    scales = 0.0
+    for layer in policy.modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            scales += state.absmax.nbytes + state.state2.absmax.nbytes
+    assert found["bytes"]["adapters"] == trained
+    assert found["bytes"]["weights"] == pytest.approx(frozen + scales, abs=layers_rounded(policy))
+    assert found["bytes"]["optimiser"] == 3 * trained
+    assert found["total"] == pytest.approx(sum(found["bytes"].values()), abs=len(found["bytes"]))
+
+
+def layers_rounded(policy: torch.nn.Module) -> int:
+    """A scale's scale may be begun and not filled in each layer."""
+    return 4 * sum(isinstance(layer, Linear4bit) for layer in policy.modules())
+
+
+def test_the_rest_is_what_a_step_takes(project: recipe.Recipe) -> None:
+    base = bases.find(project.base)
+    stage = plan._dpo(project, base, QUIET)
+    assert stage is not None
+    planned = plan._planned(project, base, stage, plan._device(project, "", None))
+    rows = [stage.rows[i] for i in planned.part]
+    assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
+    model = base.load()
+    objective = stage.objective(model)
+    policy = get_peft_model(model, training.fresh_adapter(project.lora, base)).train()
+    for watched in (None, profile(activities=[ProfilerActivity.CPU], profile_memory=True)):
+        policy.zero_grad()
+        if watched:
+            watched.__enter__()
+        objective.part(rows, objective.weights(rows)).loss.backward()
+    assert watched is not None
+    watched.__exit__(None, None, None)
+    held = taken = 0
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        taken = max(taken, held)
+    assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.15)
+
+
+def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recipe.Recipe) -> None:
+    """Eight layers by two cuts of them cost what eight layers run as a whole do."""
+    base = bases.find(project.base)
+    stage = plan._dpo(project, base, QUIET)
+    assert stage is not None
+    rows = list(stage.rows)[:4]
+
+    def step(model: torch.nn.Module) -> torch.Tensor:
+        objective = stage.objective(model)
+        return objective.part(rows, objective.weights(rows)).loss
+
+    config = AutoConfig.from_pretrained(base.folder)
+    config.num_hidden_layers = 8
+    shape = Shape(config, torch.float32, True, True, training.fresh_adapter(project.lora, base), False)
+    by_cuts, whole = shape.cost(step), shape._cost(8, step)
+    for name, value in vars(whole).items():
+        assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e5), name
+
+
+def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
+    """The figures of a real one: 8.03 billion parameters, 5.7 GB in NF4; too little memory is told with what helps."""
+    folder = tmp_path / "8b"
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    project = recipe.load(recipe.builtin()["demo"], SMALL)
+    base = bases.find(project.base)
+    shape = Shape(config, torch.bfloat16, True, True, training.fresh_adapter(recipe.Lora(), base), False)
+    assert shape.parameters() == 8_030_261_248
+    assert not folder.exists()
+    device = plan.Device("small", 0.9e9, 1e12, torch.float32, 0.8e9)
+    stage = plan._dpo(project, base, QUIET)
+    assert stage is not None
+    found = plan._planned(project, base, stage, device)
+    assert found.fits
+    tight = plan.Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
+    found = plan._planned(project, base, stage, tight)
+    assert not found.fits
+    assert "it fits with --set dpo.tokens_per_batch=1024" in plan._advice(project, base, found)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward", "rsf"])
+def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, cli: Cli, tmp_path: Path) -> None:
+    words = [stage, *(["--all"] if stage == "dpo" else []), "--limit", "40", "--dry-run"]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert f"{stage}.limit=40" in done.out.splitlines()
+    assert "tokens of a row" in done.out
+    assert f"\n{stage}: fits" in done.out
+    told = json.loads(cli(*words, "--json").out)
+    assert told["recipe"][stage]["limit"] == 40
+    [found] = told["stages"]
+    assert sum(count for *_, count in found["histogram"]) == found["rows"]
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_card_that_is_not_known_is_refused_with_those_that_are(cli: Cli) -> None:
+    done = cli("plan", "--card", "rtx-9999")
+    assert (done.code, "rtx-4090" in done.err) == (2, True)
