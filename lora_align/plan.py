@@ -136,7 +136,7 @@ def run(
     passes: int | None = None,
 ) -> dict[str, Any]:
     """Plan the stages that a recipe has, or those of them that are named; how often over the rows, if not as usual."""
-    base = bases.find(recipe.base)
+    base = bases.find(recipe.base, outline=True)
     device = _device(recipe, card, vram)
     found = []
     for name in names:

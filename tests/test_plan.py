@@ -1,6 +1,8 @@
 """`plan` and `--dry-run`: bytes that are known are told to the byte, the rest beside a step that is really taken."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,16 @@ def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> No
             scales += state.absmax.nbytes + state.state2.absmax.nbytes
     assert found["bytes"]["adapters"] == trained
     assert found["bytes"]["weights"] == pytest.approx(frozen + scales, abs=layers_rounded(policy))
-    assert found["bytes"]["optimiser"] == 3 * trained
+    assert project.dpo.optimizer == "sgd"
+    assert found["bytes"]["optimiser"] == trained  # its gradients
     assert found["total"] == pytest.approx(sum(found["bytes"].values()), abs=len(found["bytes"]))
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch_fused", 12), ("adamw_8bit", 6)])
+def test_optimisers_keep_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
+    with_moments = replace(project, dpo=replace(project.dpo, optimizer=optimizer))
+    [found] = plan.run(with_moments, ["dpo"], QUIET)["stages"]
+    assert found["bytes"]["optimiser"] == found["bytes"]["adapters"] / 4 * bytes_each
 
 
 def layers_rounded(policy: torch.nn.Module) -> int:
@@ -93,21 +103,29 @@ def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recip
 
 
 def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
-    """The figures of a real one: 8.03 billion parameters, 5.7 GB in NF4; too little memory is told with what helps."""
+    """By its configuration and tokenizer alone: 8.03 billion parameters, 5.7 GB of them in NF4; on 24 GB it fits."""
     folder = tmp_path / "8b"
-    config = LlamaConfig(
+    shutil.copytree(bases.DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, tie_word_embeddings=False,
-    )  # fmt: skip
-    project = recipe.load(recipe.builtin()["demo"], SMALL)
+        num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    words = ["plan", "--vram", "24", "--json", "--set", f'base.model="{folder}"', "--set", "dpo.limit=60"]
+    done = cli(*words, "--set", "reward.limit=60", "--set", "dpo.gradient_checkpointing=true")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["parameters"] == 8_030_261_248
+    found = next(of for of in told["stages"] if of["stage"] == "dpo")
+    assert found["bytes"]["weights"] == pytest.approx(5.7e9, rel=0.01)
+    assert 7e9 < found["total"] < 12e9
+
+
+def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> None:
     base = bases.find(project.base)
-    shape = Shape(config, torch.bfloat16, True, True, training.fresh_adapter(recipe.Lora(), base), False)
-    assert shape.parameters() == 8_030_261_248
-    assert not folder.exists()
-    device = plan.Device("small", 0.9e9, 1e12, torch.float32, 0.8e9)
     stage = plan._dpo(project, base, QUIET)
     assert stage is not None
-    found = plan._planned(project, base, stage, device)
+    found = plan._planned(project, base, stage, plan.Device("small", 0.9e9, 1e12, torch.float32, 0.8e9))
     assert found.fits
     tight = plan.Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
     found = plan._planned(project, base, stage, tight)
@@ -133,3 +151,13 @@ def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, 
 def test_a_card_that_is_not_known_is_refused_with_those_that_are(cli: Cli) -> None:
     done = cli("plan", "--card", "rtx-9999")
     assert (done.code, "rtx-4090" in done.err) == (2, True)
+
+
+def test_where_data_cannot_be_had_rows_of_the_greatest_length_are_assumed(cli: Cli) -> None:
+    done = cli("plan", "--json", "--set", 'preferences.helpful.data="nobody/nothing"', "--set", "dpo.limit=10")
+    assert done.code == 0, done.err
+    found = next(of for of in json.loads(done.out)["stages"] if of["stage"] == "dpo")
+    project = recipe.load(recipe.builtin()["demo"], [])
+    assert found["rows"] == 10 * len(project.preferences)
+    assert "not in the cache and could not be fetched" in found["assumed"]
+    assert len(found["histogram"]) == 1

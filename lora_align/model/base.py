@@ -58,13 +58,14 @@ class Base:
         return _load(source, self.recipe)
 
 
-def find(base: recipe.Base) -> Base:
-    """Locate a base, name it by its weights, and make sure it has a chat template."""
-    folder = _folder(base)
+def find(base: recipe.Base, *, outline: bool = False) -> Base:
+    """Locate a base, name it by its weights, and make sure it has a chat template. Of an `outline` nothing is loaded:
+    its weights need not be there, and are not fetched."""
+    folder = _folder(base, outline)
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
-    weights = _weights(folder)
-    if not weights:
+    weights = [] if outline else _weights(folder)
+    if not weights and not outline:
         raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickled ones are not opened)")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -103,7 +104,7 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _folder(base: recipe.Base) -> Path:
+def _folder(base: recipe.Base, outline: bool) -> Path:
     """The base's folder: built in, on this disk, or from the hub's cache, fetched if it has to be."""
     if base.model == "demo":
         return DEMO
@@ -112,13 +113,13 @@ def _folder(base: recipe.Base) -> Path:
         return path
     if base.model.count("/") != 1 or base.model.startswith((".", "/", "~")):
         raise UserError(f"base.model {base.model!r} is neither a folder nor a model's hub id (owner/name)")
-    return _from_hub(base.model, base.revision or None)
+    return _from_hub(base.model, base.revision or None, outline)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", *([] if outline else ["*.safetensors"])]
     try:
         # consolidated: Mistral's repositories hold every weight a second time in a form of their own
         unwanted = ["original/*", "consolidated*"]
