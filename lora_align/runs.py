@@ -218,7 +218,7 @@ def sync(folder: Path, *, contents: bool = True) -> None:
 
 
 def cache_folder() -> Path:
-    """Where quantised bases, hashes of large files and libraries' chatter go; `LORA_ALIGN_CACHE` moves it."""
+    """Where quantised bases, tokenised rows, references and libraries' chatter go; `LORA_ALIGN_CACHE` moves it."""
     import platformdirs
 
     return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))

@@ -145,9 +145,12 @@ class _Keeping(Generic[Row]):
                 for old in (staging, folder):
                     shutil.rmtree(old, ignore_errors=True)
                 staging.mkdir()
-                facts = self._written(staging, rows, tokenising)
-                runs.sync(staging)
-                staging.rename(folder)
+                try:
+                    facts = self._written(staging, rows, tokenising)
+                    runs.sync(staging)
+                    staging.rename(folder)
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)  # of what broke off, nothing stays
                 _sweep(folder.parent)
         train, held_out = (_rows(folder / f"{side}.arrow", self.shape) for side in SIDES)
         return Material(train, held_out, facts["rows"])

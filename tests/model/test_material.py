@@ -1,8 +1,10 @@
 """Rows kept as token ids: those that were read, made once, believed by their hashes, and never all in memory."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from lora_align import recipe
 from lora_align.console import Screen
+from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import material, tokenise
 from lora_align.model.base import Base
@@ -96,6 +99,25 @@ def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> N
     assert [row.shared() for row in material.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train] == whole
 
 
+def test_of_what_broke_off_nothing_stays(base: Base, cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    good = json.dumps({"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."})
+    file.write_text("\n".join([good] * 600 + ["not JSON"]))
+    with pytest.raises(UserError, match=r"pairs\.jsonl:601"):
+        material.of_pairs(Preference(str(file)), base, 0.0, None, 64, QUIET)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_rows_that_nobody_asked_for_of_late_go(base: Base, cache: Path) -> None:
+    material.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
+    [facts] = cache.glob("*/facts.json")
+    month_ago = time.time() - 31 * 24 * 3600
+    os.utime(facts, (month_ago, month_ago))
+    material.of_pairs(HELPFUL, base, 0.2, None, 256, QUIET)
+    [left] = cache.glob("*/facts.json")
+    assert left != facts
+
+
 def test_a_view_is_a_sequence() -> None:
     rows = joined([View(3, lambda i: i), [], [3, 4], View(2, lambda i: 5 + i)])
     assert list(rows) == list(range(7))
@@ -109,6 +131,7 @@ import resource, sys
 from pathlib import Path
 from lora_align import recipe
 from lora_align.console import Screen
+from lora_align.errors import UserError
 from lora_align.model import base as bases, material
 from lora_align.preference import Preference
 base = bases.find(recipe.Base("demo"))
