@@ -99,7 +99,7 @@ def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recip
     shape = Shape(config, torch.float32, True, True, training.fresh_adapter(project.lora, base), False)
     by_cuts, whole = shape.cost(step), shape._cost(8, step)
     for name, value in vars(whole).items():
-        assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e5), name
+        assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e4), name
 
 
 def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
@@ -118,6 +118,8 @@ def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> 
     assert told["parameters"] == 8_030_261_248
     found = next(of for of in told["stages"] if of["stage"] == "dpo")
     assert found["bytes"]["weights"] == pytest.approx(5.7e9, rel=0.01)
+    adapter = 4 * 4 * 32 * 3 * (4096 + 14336)  # floats of rank 4, in 32 layers, on both sides of each MLP's matrices
+    assert found["bytes"]["adapters"] == adapter
     assert 7e9 < found["total"] < 12e9
 
 

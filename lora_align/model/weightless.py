@@ -118,7 +118,8 @@ class Shape:
             if self.checkpointing:
                 model.gradient_checkpointing_enable()
                 model.enable_input_require_grads()
-            return get_peft_model(model, self.lora, low_cpu_mem_usage=True)
+            lora = copy.deepcopy(self.lora)  # into which PEFT writes the names of this cut's layers
+            return get_peft_model(model, lora, low_cpu_mem_usage=True)
 
     def _filled(self, model: nn.Module) -> tuple[float, float]:
         """Give every parameter a shape where it will lie; bytes of the frozen ones and of those that are trained."""

@@ -8,6 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,36 @@ def child(base: str, settings: list[str]) -> dict[str, float]:
     }
 
 
+def evening(work: Path) -> dict[str, Any]:
+    """One preference by the quick recipe on a 24 GB card, every pair as long as it may be: a base of Llama 3.1's shape.
+
+    The pairs' own lengths play no part, nor their tokenizer.
+    """
+    import shutil
+
+    from transformers import LlamaConfig
+
+    from lora_align import plan, recipe
+    from lora_align.console import Screen
+    from lora_align.model.base import DEMO
+
+    folder = work / "8b"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    found: dict[str, Any] = {}
+    for checkpointing in ("true", "false"):
+        said = [f'base.model="{folder}"', f"dpo.gradient_checkpointing={checkpointing}"]
+        project = recipe.load(recipe.builtin()["llama-3.1-8b"], said)
+        one = {name: axis for name, axis in project.preferences.items() if name == "helpful"}
+        of = plan.run(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24)["stages"][0]
+        found[f"checkpointing {checkpointing}"] = {name: of[name] for name in ("bytes", "total", "fits", "seconds")}
+    return found
+
+
 def main() -> None:
     """Each case in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,7 +147,7 @@ def main() -> None:
         base = f"{size[0]} layers of {size[1]}" if size else "the built-in base"
         figures.append({"base": base, "set": settings, "megabytes": json.loads(done.stdout.splitlines()[-1])})
     furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in figures)
-    save("planning", {"cases": figures, "furthest off": round(furthest, 3)})
+    save("planning", {"cases": figures, "furthest off": round(furthest, 3), "an evening": evening(options.work)})
 
 
 if __name__ == "__main__":
