@@ -7,6 +7,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class NotFetchedError(UserError):
+    """Data that is not here and could not be had."""
+
+
 class RunFailedError(UserError):
     """Failed after work began (exit 1)."""
 

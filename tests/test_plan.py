@@ -16,6 +16,8 @@ from lora_align import plan, recipe
 from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model.weightless import Shape
+from lora_align.plan.device import Device, device_of
+from lora_align.plan.stage import stage_of
 from lora_align.stages import training
 from support import Cli
 
@@ -60,9 +62,9 @@ def layers_rounded(policy: torch.nn.Module) -> int:
 
 def test_the_rest_is_what_a_step_takes(project: recipe.Recipe) -> None:
     base = bases.find(project.base)
-    stage = plan._dpo(project, base, QUIET)
+    stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    planned = plan._planned(project, base, stage, plan._device(project, "", None))
+    planned = plan.planned(project, base, stage, device_of(project))
     rows = [stage.rows[i] for i in planned.part]
     assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
     model = base.load()
@@ -86,7 +88,7 @@ def test_the_rest_is_what_a_step_takes(project: recipe.Recipe) -> None:
 def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recipe.Recipe) -> None:
     """Eight layers by two cuts of them cost what eight layers run as a whole do."""
     base = bases.find(project.base)
-    stage = plan._dpo(project, base, QUIET)
+    stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
     rows = list(stage.rows)[:4]
 
@@ -125,14 +127,31 @@ def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> 
 
 def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> None:
     base = bases.find(project.base)
-    stage = plan._dpo(project, base, QUIET)
+    stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    found = plan._planned(project, base, stage, plan.Device("small", 0.9e9, 1e12, torch.float32, 0.8e9))
+    found = plan.planned(project, base, stage, Device("small", 0.9e9, 1e12, torch.float32, 0.8e9))
     assert found.fits
-    tight = plan.Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
-    found = plan._planned(project, base, stage, tight)
+    tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
+    found = plan.planned(project, base, stage, tight)
     assert not found.fits
-    assert "it fits with --set dpo.tokens_per_batch=1024" in plan._advice(project, base, found)
+    assert "it fits with --set dpo.tokens_per_batch=1024: " in plan.advice(project, base, found)
+
+
+def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> None:
+    """However little is left to change: each is whole `--set KEY=VALUE`s that the recipe takes."""
+    base = bases.find(project.base)
+    settings = replace(project.dpo, tokens_per_batch=256, max_length=256)
+    for checkpointing in (False, True):
+        these = replace(project, dpo=replace(settings, gradient_checkpointing=checkpointing), lora=recipe.Lora(rank=8))
+        stage = stage_of(these, "dpo", base, QUIET)
+        assert stage is not None
+        changes = [said for said, *_ in plan._changes(stage)]
+        assert changes
+        for said in changes:
+            words = said.split()
+            assert words[::2] == ["--set"] * (len(words) // 2)
+            recipe.load(recipe.builtin()["demo"], words[1::2])
+    assert changes == [" --set lora.rank=4"]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward", "rsf"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_align import runs
-from lora_align.errors import UserError, first_line
+from lora_align.errors import NotFetchedError, UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -188,7 +188,8 @@ def _table(data: str, split: str, revision: str) -> "Dataset":
             raise UserError(f"data {data!r} is gated: accept its terms at {page}, then `hf auth login`") from fault
         raise UserError(f"data {data!r}: {first_line(fault)} (a private one needs `hf auth login`)") from fault
     except ConnectionError as fault:
-        raise UserError(f"data {data!r} is not in the cache and could not be fetched: {first_line(fault)}") from fault
+        why = first_line(fault)
+        raise NotFetchedError(f"data {data!r} is not in the cache and could not be fetched: {why}") from fault
     except (ValueError, OSError) as fault:
         raise UserError(f"data {data!r} (split {split!r}) could not be read: {first_line(fault)}") from fault
 

@@ -55,13 +55,15 @@ def child(base: str, settings: list[str]) -> dict[str, float]:
     from lora_align import plan, recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
+    from lora_align.plan.device import device_of
+    from lora_align.plan.stage import stage_of
     from lora_align.stages import training
 
     overrides = [f'base.model="{base}"', "dpo.limit=200", *settings]
     project = recipe.load(recipe.builtin()["demo"], overrides)
     found = bases.find(project.base)
-    stage = plan._dpo(project, found, Screen(quiet=True))
-    planned = plan._planned(project, found, stage, plan._device(project, "", None))
+    stage = stage_of(project, "dpo", found, Screen(quiet=True))
+    planned = plan.planned(project, found, stage, device_of(project))
     rows = [stage.rows[i] for i in planned.part]
 
     model = found.load()

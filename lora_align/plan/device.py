@@ -1,0 +1,64 @@
+"""What is planned for: this machine, or a card that is named."""
+
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model.base import compute_dtype
+from lora_align.recipe import Recipe
+
+CARDS = {  # memory in GB, and 10¹² operations a second that its makers give for bfloat16 matrices without sparsity
+    "rtx-3090": (24, 71),
+    "rtx-4090": (24, 165),
+    "rtx-5090": (32, 209),
+    "a100": (80, 312),
+    "h100": (80, 989),
+}
+DRIVER = 0.6e9  # bytes of a card that CUDA keeps to itself; not measured
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is planned for."""
+
+    name: str
+    memory: float
+    rate: float  # operations a second
+    dtype: torch.dtype
+    reserved: float
+
+
+def device_of(recipe: Recipe, card: str = "", vram: float | None = None) -> Device:
+    """The card that is named, or what this machine trains on."""
+    if card or vram:
+        card = card or "rtx-4090"
+        if card not in CARDS:
+            raise UserError(f"--card {card!r}: one of {', '.join(CARDS)}")
+        memory, rate = CARDS[card]
+        dtype = torch.bfloat16 if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
+        return Device(card, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER)
+    dtype, where = compute_dtype(recipe.base), bases.device()
+    if where.type == "cuda":
+        properties = torch.cuda.get_device_properties(where)
+        return Device(properties.name, properties.total_memory, _rate(where, dtype), dtype, DRIVER)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # by the libraries
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device("this CPU", memory, _rate(where, dtype), dtype, held)
+
+
+def _rate(where: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product, measured."""
+    side = 8192 if where.type == "cuda" else 1024
+    one = torch.randn(side, side, device=where).to(dtype)
+    seconds = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (one @ one)[0, 0].item()  # waits until it is there
+        seconds = min(seconds, time.perf_counter() - began)
+    return 2 * side**3 / seconds

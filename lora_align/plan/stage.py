@@ -1,0 +1,127 @@
+"""What each stage trains on and how: its own rows and its own objective."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_align.console import Screen
+from lora_align.errors import NotFetchedError
+from lora_align.model import material as materials
+from lora_align.model.base import Base
+from lora_align.model.logprobs import Reader
+from lora_align.model.material import View, joined
+from lora_align.model.reward_model import Heads
+from lora_align.model.tokenise import TokenPair, TokenText
+from lora_align.recipe import Lora, Recipe, Training
+from lora_align.stages import dpo, judging, reward, sft
+from lora_align.stages.steps import Objective
+
+UNKNOWN_ROWS = 1000  # where neither data nor a limit says how many there are
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains on, and how often."""
+
+    name: str
+    settings: Training
+    lora: Lora
+    rows: Sequence[Any]
+    objective: Callable[[PreTrainedModel], Objective[Any]]
+    passes: int  # over them, an adapter each
+    referenced: bool = False
+    assumed: str = ""  # why the rows are not the real ones
+
+
+def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | None:
+    """What a stage would train on; rows of the greatest length where the data cannot be had."""
+    try:
+        return _STAGES[name](recipe, base, screen)
+    except NotFetchedError as fault:
+        known = _ASSUMED.get(name)
+        if known is None:
+            raise
+        return replace(known(recipe, base), assumed=f"(rows of the greatest length are assumed: {fault})")
+
+
+def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
+    if recipe.sft is None:
+        return None
+    found = materials.of_conversations(recipe.sft, base, screen).train
+    packs = sft.packed(found, recipe.sft, base)
+    return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, packs, _saying(base), 1)
+
+
+def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
+    if not recipe.preferences:
+        return None
+    found = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
+    return Stage("dpo", recipe.dpo, recipe.lora, joined(found), _preferring(recipe, base), 2, referenced=True)
+
+
+def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
+    settings = recipe.reward
+    if settings is None:
+        return None
+    found = reward.prepare(recipe, settings, base, screen)
+
+    def objective(model: PreTrainedModel) -> judging.Judging:
+        means, deviations = ({name: pair[i] for name, pair in found.heads.items()} for i in (0, 1))
+        heads = Heads(model.config.get_text_config().hidden_size, means, deviations)
+        return judging.Judging(Reader.unchecked(model), heads, settings.lm_weight, base.chat)
+
+    return Stage("reward", settings, settings.lora or recipe.lora, found.train, objective, 1)
+
+
+def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
+    settings = recipe.rsf
+    if settings is None:
+        return None
+    longest = min(settings.max_length, base.max_length)
+    count = (settings.prompts or settings.limit or UNKNOWN_ROWS) * settings.per_prompt
+    rows = View(count, lambda _: [_text(longest)])
+    why = "(rows of the greatest length are assumed, as answers are drawn on the way; the drawing is not planned)"
+    return Stage(
+        "rsf", settings, settings.lora or recipe.lora, rows, _saying(base), settings.iterations + 1, False, why
+    )
+
+
+_STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage | None]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "reward": _reward,
+    "rsf": _rsf,
+}
+
+
+def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
+    assert recipe.sft is not None
+    longest = min(recipe.sft.max_length, base.max_length)
+    rows = View(recipe.sft.limit or UNKNOWN_ROWS, lambda _: [_text(longest)])
+    return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, rows, _saying(base), 1)
+
+
+def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
+    longest = min(recipe.dpo.max_length, base.max_length)
+    prompt = longest // 4
+    pair = TokenPair([0] * prompt, [0] * (longest - prompt), [0] * (longest - prompt), (0.0, 0.0))
+    rows = View((recipe.dpo.limit or UNKNOWN_ROWS) * len(recipe.preferences), lambda _: pair)
+    return Stage("dpo", recipe.dpo, recipe.lora, rows, _preferring(recipe, base), 2, referenced=True)
+
+
+_ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {"sft": _assumed_sft, "dpo": _assumed_dpo}
+
+
+def _text(length: int) -> TokenText:
+    return TokenText([0] * length, [0] * length)
+
+
+def _saying(base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:
+    return lambda model: sft.Saying(Reader.unchecked(model), base.chat)
+
+
+def _preferring(recipe: Recipe, base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:
+    settings = recipe.dpo
+    return lambda model: dpo.Preferring(Reader.unchecked(model), base.chat, settings.beta, settings.label_smoothing)
