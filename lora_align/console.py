@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_align import processes
+
 # C0 and C1 controls but tab and newline, DEL, and the marks that reorder or hide text.
 _CONTROLS = frozenset(
     [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
@@ -25,19 +27,19 @@ def inert(text: str) -> str:
 
 @dataclass(frozen=True)
 class Screen:
-    """The one way out: `result` to stdout, `note` and progress to stderr."""
+    """The one way out: `result` to stdout, `note` and progress to stderr. Of several processes the first one has it."""
 
     as_json: bool = False
     quiet: bool = False
 
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """What the command was for: the text, or with --json the data as one object."""
-        print(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text, flush=True)  # noqa: T201
+        self._out(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text)
 
     def show(self, text: str) -> None:
         """A part of the result as soon as it is known; with --json the result itself holds it."""
         if not self.as_json:
-            print(text, flush=True)  # noqa: T201
+            self._out(text)
 
     def note(self, text: str) -> None:
         """A line about what is going on."""
@@ -46,7 +48,8 @@ class Screen:
 
     def say(self, text: str) -> None:
         """What somebody asked for, on a terminal: not hidden by --quiet."""
-        print(inert(text), file=sys.stderr, flush=True)  # noqa: T201
+        if processes.number() == 0:
+            print(inert(text), file=sys.stderr, flush=True)  # noqa: T201
 
     def warn(self, text: str) -> None:
         """A line that --quiet does not hide."""
@@ -59,7 +62,7 @@ class Screen:
         What was done `already`, in an earlier call, took no time in this one.
         """
         progress: Progress
-        if self.quiet:
+        if self.quiet or processes.number():
             progress = Progress(what, total, already)
         elif sys.stderr.isatty():
             progress = _Bar(what, total, already)
@@ -69,6 +72,10 @@ class Screen:
             yield progress
         finally:
             progress.close()
+
+    def _out(self, text: str) -> None:
+        if processes.number() == 0:
+            print(text, flush=True)  # noqa: T201
 
 
 class Progress:

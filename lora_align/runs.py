@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from lora_align import __version__
+from lora_align import __version__, processes
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.preference import NAME
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 SCHEMA = 1
 DEFAULT = Path("runs")
@@ -128,20 +132,18 @@ def refuse_existing(target: Path, force: bool, keep_both: str = "--name NEW keep
 
 @contextmanager
 def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path]:
-    """Hold a target's lock and yield an empty staging folder beside it; `publish` turns it into the run."""
-    from filelock import FileLock, Timeout
+    """Hold a target's lock and yield an empty staging folder beside it; `publish` turns it into the run.
 
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.parent / f".{target.name}.lock")
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"{target} is being written by {_holder(target)}; wait for it, or choose --name NEW") from None
-    except OSError as fault:
-        raise UserError(f"cannot write {target.parent}: {fault.strerror}; choose another folder") from fault
+    Of several processes the first one does. The others get folders that nobody will look into.
+    """
+    held: list[FileLock] = []
+    processes.by_first(lambda: held.append(_locked(target, force)))
+    if not held:
+        with TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
     holder, staging = target.parent / f".{target.name}.holder", target.parent / f".{target.name}.staging"
     try:
-        refuse_existing(target, force)
         if holder.exists():
             screen.note(f"took over {target} from {_holder(target)}, which ended without finishing")
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -154,11 +156,34 @@ def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         holder.unlink(missing_ok=True)
+        held[0].release()
+
+
+def _locked(target: Path, force: bool) -> "FileLock":
+    from filelock import FileLock, Timeout
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{target} is being written by {_holder(target)}; wait for it, or choose --name NEW") from None
+    except OSError as fault:
+        raise UserError(f"cannot write {target.parent}: {fault.strerror}; choose another folder") from fault
+    try:
+        refuse_existing(target, force)
+    except UserError:
         lock.release()
+        raise
+    return lock
 
 
 def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     """Write the manifest last, everything to the disk, and give the folder its name in one step."""
+    return processes.by_first(lambda: _published(staging, target, manifest))
+
+
+def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
     files = {
         file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(staging.rglob("*"))

@@ -14,6 +14,7 @@ from lora_align import preference, recipe
 PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
     {"errors"},
+    {"processes"},
     {"console", "preference"},
     {"want"},
     {"recipe", "runs"},

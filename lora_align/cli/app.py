@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from lora_align import __version__, runs
+from lora_align import __version__, processes, runs
 from lora_align.cli import compose, look, train, use
-from lora_align.console import Screen, library_log
+from lora_align.console import Screen, inert, library_log
 from lora_align.errors import RunFailedError, Stopped, UserError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": use.generate,
     "list": look.list_runs,
 }
+TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -66,6 +67,8 @@ def options(
         typer.echo(context.get_help())
     if debug:
         os.environ["LORA_ALIGN_DEBUG"] = "1"
+    if processes.count() > 1 and context.invoked_subcommand not in TRAINING:
+        raise UserError(f"{context.invoked_subcommand}: one process does this, and {processes.count()} were launched")
 
 
 @contextmanager
@@ -115,5 +118,8 @@ def _going_on() -> str:
 def _complain(text: str, code: int) -> None:
     if os.environ.get("LORA_ALIGN_DEBUG"):
         traceback.print_exc()
-    Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
+    if processes.number() == 0:
+        Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
+    elif code == RunFailedError.exit_code:  # the others were refused, or stopped, just as the first one was
+        print(inert(f"process {processes.number()}: {text}"), file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(code)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lora_align import runs
+from lora_align import processes, runs
 from lora_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = sorted(folder.glob("part-*.parquet"))
+        self.look()
+
+    def look(self) -> None:
+        """What has been written by now, by all processes."""
+        self.files = sorted(self.folder.glob("part-*.parquet"))
 
     def keys(self) -> set[str]:
         """What has been done."""
@@ -45,8 +49,9 @@ class Shards:
         """Write a batch: a file with another name, brought to the disk, then renamed in one step."""
         from pyarrow.parquet import write_table
 
-        number = int(self.files[-1].stem.removeprefix("part-")) + 1 if self.files else 0
-        file = self.folder / f"part-{number:06d}.parquet"
+        number = int(self.files[-1].stem.split("-")[1]) + 1 if self.files else 0
+        whose = f"-{processes.number()}" if processes.number() else ""
+        file = self.folder / f"part-{number:06d}{whose}.parquet"
         unfinished = file.with_suffix(UNFINISHED)
         with unfinished.open("wb") as stream:
             write_table(_table(rows), stream)
@@ -59,19 +64,25 @@ class Shards:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Shards]:
-    """The shards in a folder, for one process at a time; what a killed one left unfinished is cleared away."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The shards in a folder, for one program at a time; what a killed one left unfinished is cleared away."""
     lock = FileLock(folder / ".lock")
+    try:
+        processes.by_first(lambda: _taken(folder, lock))
+        store = Shards(folder)
+        processes.meet()  # before anybody adds to it
+        yield store
+    finally:
+        lock.release()
+
+
+def _taken(folder: Path, lock: FileLock) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{folder} is being written by another process") from None
-    try:
-        for left in folder.glob(f"*{UNFINISHED}"):
-            left.unlink()
-        yield Shards(folder)
-    finally:
-        lock.release()
+    for left in folder.glob(f"*{UNFINISHED}"):
+        left.unlink()
 
 
 def check_out(out: Path) -> None:
@@ -114,6 +125,10 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 def same_work(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with shards that were begun with other settings."""
+    processes.by_first(lambda: _same_work(folder, settings))
+
+
+def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
     file, text = folder / "settings.json", json.dumps(settings, sort_keys=True)
     before = json.loads(file.read_text()) if file.exists() else {}
     changed = [key for key in settings if before.get(key) != json.loads(text)[key]]

@@ -14,7 +14,7 @@ import transformers
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lora_align import recipe, runs
+from lora_align import processes, recipe, runs
 from lora_align.errors import UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 
@@ -91,8 +91,8 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one, of several processes to each its own."""
+    return torch.device("cuda", processes.here()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def compute_dtype(base: recipe.Base) -> torch.dtype:

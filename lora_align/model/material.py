@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 from filelock import FileLock
 
-from lora_align import runs
+from lora_align import processes, runs
 from lora_align.console import Screen
 from lora_align.data import pairs, ratings, sources
 from lora_align.data.pairs import Split
@@ -137,6 +137,13 @@ class _Keeping(Generic[Row]):
     def kept(self, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]) -> Material[Row]:
         """From disk, where they are kept from here on at the latest."""
         folder = runs.cache_folder() / "tokens" / self._key()
+        facts = processes.first_here(lambda: self._made(folder, rows, tokenising))
+        train, held_out = (_rows(folder / f"{side}.arrow", self.shape) for side in SIDES)
+        return Material(train, held_out, facts["rows"])
+
+    def _made(
+        self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]
+    ) -> dict[str, Any]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process tokenises, the others wait for it
             facts = _facts(folder)
@@ -152,8 +159,7 @@ class _Keeping(Generic[Row]):
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)  # of what broke off, nothing stays
                 _sweep(folder.parent)
-        train, held_out = (_rows(folder / f"{side}.arrow", self.shape) for side in SIDES)
-        return Material(train, held_out, facts["rows"])
+        return facts
 
     def _key(self) -> str:
         """Of the rows, what was said about them, what they become, and the program that reads them."""

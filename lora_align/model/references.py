@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_align import runs
+from lora_align import processes, runs
 from lora_align.console import Screen
 from lora_align.model.base import Base, compute_dtype
 from lora_align.model.logprobs import Shared, answer_logprobs
@@ -55,11 +55,13 @@ class References:
         """Of every answer of every row. What is not known is computed with the model, and kept."""
         keys = [[_key(prompt, answer) for answer in answers] for prompt, answers in rows]
         known = self._read({key for row in keys for key in row}, screen)
-        left = [i for i, row in enumerate(keys) if not all(key in known for key in row)]
+        unknown = {i for i, row in enumerate(keys) if not all(key in known for key in row)}
+        left = sorted(unknown.union(*processes.gathered(unknown)))  # while one reads, another program may write
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {len(rows):,} rows were computed before")
+        left.sort(key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
+        left = left[processes.number() :: processes.count()]
         if left:
-            left.sort(key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
             room, unkept = Room(tokens), dict[bytes, float]()
             with screen.progress(label, len(left)) as progress:
                 kept_at = time.monotonic()
@@ -75,6 +77,8 @@ class References:
                             unkept, kept_at = {}, time.monotonic()
                 finally:  # a signal, too, ends it with what was done
                     known |= self._kept(unkept)
+        for others in processes.gathered({key: known[key] for i in left for key in keys[i]}):
+            known |= others
         return [tuple(known[key] for key in row) for row in keys]
 
     def _read(self, wanted: Iterable[bytes], screen: Screen) -> dict[bytes, float]:

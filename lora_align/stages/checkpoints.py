@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_align import runs
+from lora_align import processes, runs
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import Base
@@ -48,6 +48,9 @@ class Unfinished:
 
     def begin(self, screen: Screen) -> Path | None:
         """The newest checkpoint that is whole, where work is to go on; called by whoever holds the run's lock."""
+        return processes.by_first(lambda: self._begun(screen))
+
+    def _begun(self, screen: Screen) -> Path | None:
         if self.anew:
             self.clear()
         return next((path for _, path in self._whole(screen)), None)

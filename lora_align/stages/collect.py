@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_align import processes
 from lora_align.adapters import peft_format
 from lora_align.console import Screen
 from lora_align.data.rows import Prompt, prompt_key, under_system
@@ -92,6 +93,7 @@ def collect(
     left = [request for request in requests if request.key not in done]
     if done:
         screen.note(f"{label}: {len(requests) - len(left)} of {len(requests)} requests were answered before")
+    left = left[processes.number() :: processes.count()]
     at_once = max(1, AT_ONCE // n)
     with screen.progress(label, len(left)) as progress:
         for begin in range(0, len(left), at_once):
@@ -102,6 +104,8 @@ def collect(
             if rows:
                 store.append(rows)
             progress.show(begin + len(batch), figures(batch, rows))
+    processes.meet()
+    store.look()
 
 
 def candidates_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Candidate]]:

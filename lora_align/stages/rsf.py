@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_align import runs, want
+from lora_align import processes, runs, want
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.peft_config import About
@@ -138,12 +138,13 @@ def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[s
     if len(left) < len(rows):
         screen.note(f"{STEERLM}: {len(rows) - len(left)} of {len(rows)} answers bring their scores with them")
     if left:
-        panel = Panel(plan.base, plan.reward)
-        with screen.progress(f"{STEERLM} scores", len(left)) as progress:
-            said = [(rows[i].prompt, rows[i].answer) for i in left]
+        panel, mine = Panel(plan.base, plan.reward), left[processes.number() :: processes.count()]
+        with screen.progress(f"{STEERLM} scores", len(mine)) as progress:
+            said = [(rows[i].prompt, rows[i].answer) for i in mine]
             points = panel.score(said, lambda count: progress.show(count, {})).tolist()
-        for i, values in zip(left, points, strict=True):
-            known[i] = dict(zip(panel.judge.objectives, values, strict=True))
+        for places, found in processes.gathered((mine, points)):
+            for i, values in zip(places, found, strict=True):
+                known[i] = dict(zip(panel.judge.objectives, values, strict=True))
         del panel
         gc.collect()  # the next thing loaded is the base again, to train
     return known
@@ -162,7 +163,7 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
         requests = asking.for_directions(settings, prompts, t)
     with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
         if plan.force:
-            shutil.rmtree(parts, ignore_errors=True)
+            processes.by_first(lambda: shutil.rmtree(parts, ignore_errors=True))
         with shards.opened(parts) as store:
             work = {**asdict(settings), "iterations": 0}  # more of them may follow
             shards.same_work(parts, {"teacher": teacher.manifest.files, "rsf": work})
@@ -179,7 +180,7 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
         facts["metrics"] |= {"collected": chosen.figures, "watched": chosen.figures.pop("watched", None)}
         about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
         published = _published(staging, target, replace(about, **facts), screen)
-    shutil.rmtree(parts)
+    processes.by_first(lambda: shutil.rmtree(parts))
     _watch(published, {teacher.path.name: teacher, STEERLM: done[STEERLM]}, settings.watch, screen)
     return published
 
@@ -237,7 +238,8 @@ def _draw(
     panel = Panel(plan.base, plan.reward, plan.start, None if plan.server else teacher)
     sampler: Sampler = panel
     if plan.server:
-        sampler = plan.server.load_adapter(_whole(plan, teacher, store.folder), teacher.path.name, plan.recipe)
+        adapter = processes.by_first(lambda: _whole(plan, teacher, store.folder))
+        sampler = plan.server.load_adapter(adapter, teacher.path.name, plan.recipe)
 
     def figures(batch: Sequence[Request], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         return glimpse(asking.wishes(settings, batch, candidates_of(rows), t))

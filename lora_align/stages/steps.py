@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from lora_align import processes
 from lora_align.errors import RunFailedError
 from lora_align.model.logprobs import parts
 from lora_align.model.room import Room
@@ -30,6 +33,7 @@ from lora_align.stages.checkpoints import PREFIX, Unfinished
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
 Figures = Mapping[str, tuple[Tensor, float]]  # name → sum and count
+Summed = tuple[float, dict[str, tuple[float, float]]]  # a loss, and figures
 NAMED = 3  # rows that an error quotes
 METRICS = "metrics.jsonl"
 TRAINED, SEEN = "trained.safetensors", "seen.json"  # of a checkpoint
@@ -81,6 +85,15 @@ class Stepping(Trainer, Generic[Row]):
             **settings,
         )
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows of a step, the same for every process; accelerate would fill a last step up with others."""
+        sampler = self._get_train_sampler()
+        assert self.train_dataset is not None
+        loader = DataLoader(
+            self.train_dataset, self.args.train_batch_size, sampler=sampler, collate_fn=self.data_collator
+        )
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True)
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """TRL's would tokenise; rows are token ids already."""
         return dataset
@@ -89,29 +102,32 @@ class Stepping(Trainer, Generic[Row]):
         """Gradients of a whole optimiser batch, summed over its parts and over processes."""
         rows: Sequence[Row] = inputs["rows"]
         lengths = [self.objective.length(row) for row in rows]
-        weights = self._over_processes(self.objective.weights(rows))
         model.train()
+        mine, weights = [rows[i] for i in share(lengths)], self.objective.weights(rows)
+        summed = processes.together(lambda: self._computed(model, mine, weights))
+        self._reduce_gradients(model, rows)
+        self.tokens_seen += sum(lengths)
+        for _, figures in summed:
+            for name, (total, count) in figures.items():
+                kept = self.seen.setdefault(name, [0.0, 0.0])
+                kept[0] += total
+                kept[1] += count
+        return torch.tensor(sum(loss for loss, _ in summed), device=self.args.device)
+
+    def _computed(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> Summed:
+        """Gradients of this process's rows, with as much at once as memory bears."""
+        lengths = [self.objective.length(row) for row in rows]
         while True:
             before = self.room.size
-            found = self.room.attempt(lambda budget: self._summed(rows, lengths, weights, budget), least=max(lengths))
+            found = self.room.attempt(
+                lambda budget: self._summed(rows, lengths, weights, budget), max(lengths, default=1)
+            )
             if found is not None:
-                break
+                return found
             model.zero_grad()  # nobody knows how much of it was summed
             self.tell(f"memory ran out over {before:,} tokens at once; {self.room.size:,} from here on")
-        loss, figures = found
-        self._reduce_gradients(model, rows)
-        names = sorted(figures)
-        totals = self._over_processes([loss, float(sum(lengths)), *(v for name in names for v in figures[name])])
-        self.tokens_seen += int(totals[1])
-        for number, name in enumerate(names):
-            kept = self.seen.setdefault(name, [0.0, 0.0])
-            kept[0] += totals[2 + 2 * number]
-            kept[1] += totals[3 + 2 * number]
-        return torch.tensor(totals[0], device=self.args.device)
 
-    def _summed(
-        self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int
-    ) -> tuple[float, dict[str, tuple[float, float]]]:
+    def _summed(self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int) -> Summed:
         loss, figures = 0.0, dict[str, tuple[float, float]]()
         for picked in parts(lengths, budget):
             some = [rows[i] for i in picked]
@@ -129,10 +145,12 @@ class Stepping(Trainer, Generic[Row]):
 
     def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row]) -> None:
         """Over processes: the sum, as every loss was divided by what all of them have. And a look whether it is one."""
+        if processes.count() > 1:
+            for _, parameter in trainable(model):
+                if parameter.grad is None:  # of a step with fewer rows than there are processes
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for gradient in gradients:
-                torch.distributed.all_reduce(gradient)
         if not self.args.fp16 and not get_total_norm(gradients).isfinite():  # fp16 is scaled, and skips such steps
             raise self._not_finite("gradient", rows)
 
@@ -143,12 +161,6 @@ class Stepping(Trainer, Generic[Row]):
             f"step {self.state.global_step + 1}: a {what} is not finite, the run is stopped before it does harm; try a "
             f"lower learning_rate, or look at its rows: {quoted}{more}"
         )
-
-    def _over_processes(self, values: Sequence[float]) -> list[float]:
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        summed = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), "sum")
-        return summed.tolist()  # type: ignore[no-any-return, union-attr]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """All that going on takes; by transformers' own means it would not be whole or nothing."""
@@ -196,6 +208,14 @@ class Stepping(Trainer, Generic[Row]):
             logs["num_tokens"] = float(self.tokens_seen)
             self.seen.clear()
         super().log(logs, *args, **settings)
+
+
+def share(lengths: Sequence[int]) -> Sequence[int]:
+    """Which of a step's rows are this process's: each gets long ones and short ones."""
+    if processes.count() == 1:
+        return range(len(lengths))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return order[processes.number() :: processes.count()]
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -14,12 +15,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from lora_align import processes
 from lora_align.console import Progress, Screen
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
@@ -37,12 +38,13 @@ TOO_LONG = "a smaller max_length, or lora.rank, may fit"
 
 def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
     """Arguments for any TRL configuration. Nothing is left to defaults that hide a fault or write a file."""
+    _whole_on_each()
     dtype = compute_dtype(base.recipe)
     on_gpu = device().type == "cuda"
     return {
         "output_dir": str(folder / "trainer"),
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": _of_each_process(settings.batch_size),
+        "per_device_train_batch_size": settings.batch_size,  # of all processes together: steps part it
         "remove_unused_columns": False,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
@@ -65,12 +67,14 @@ def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
     }
 
 
-def _of_each_process(batch_size: int) -> int:
-    """A step's rows are divided among the processes that accelerate has launched, if it has."""
-    count = PartialState().num_processes
-    if batch_size % count:
-        raise UserError(f"batch_size: {batch_size} rows do not divide among {count} processes")
-    return batch_size // count
+def _whole_on_each() -> None:
+    """Refuse what would divide the base among cards: steps, checkpoints and adapters here are those of a whole one."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"accelerate is configured for {name}, which divides the base among cards; every card has to hold it "
+                "whole here: accelerate launch --multi_gpu --num_processes N -m lora_align …"
+            )
 
 
 def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
@@ -157,10 +161,13 @@ class Watch(TrainerCallback):
         return time.monotonic() - self.started
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        """A checkpoint now and then, and one before an end that was asked for."""
+        """A checkpoint now and then, and one before an end that was asked for: of all processes, or of none."""
         if state.global_step == state.max_steps:
             return
-        if self.stop.signal or time.monotonic() - self.saved >= self.save_seconds:
+        due = time.monotonic() - self.saved >= self.save_seconds
+        told = processes.gathered((self.stop.signal, due))
+        self.stop.signal = max(signal for signal, _ in told)
+        if self.stop.signal or told[0][1]:
             control.should_save, self.saved = True, time.monotonic()
         control.should_training_stop = bool(self.stop.signal)
 

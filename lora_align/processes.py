@@ -1,0 +1,69 @@
+"""The processes that torchrun or `accelerate launch` has started, if one has: all of them train, the first one speaks
+and writes."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+from lora_align.errors import UserError
+
+PATIENCE = timedelta(days=1)  # while the first one reads, or draws a picture
+Found = TypeVar("Found")
+
+
+def count() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def number() -> int:
+    """This one's, from 0 on."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def here() -> int:
+    """This one's among those of this machine, which is that of its card."""
+    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+
+
+def gathered(mine: Found) -> list[Found]:
+    """What all of them have, in their order; nobody goes on before everybody has come here."""
+    if count() == 1:
+        return [mine]
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    return gather_object([mine])  # type: ignore[no-any-return]
+
+
+def meet() -> None:
+    """Wait until all have come here."""
+    gathered(None)
+
+
+def together(work: Callable[[], Found]) -> list[Found]:
+    """Everyone's part of some work, in their order. What fails for one fails for all."""
+    found, fault = None, None
+    try:
+        found = work()
+    except UserError as failed:
+        fault = failed
+    told = gathered((found, fault))
+    for _, failed in told:
+        if failed:
+            raise failed
+    return [found for found, _ in told]  # type: ignore[misc]
+
+
+def by_first(work: Callable[[], Found]) -> Found:
+    """What the first one makes of it, for all."""
+    return together(lambda: work() if number() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def first_here(work: Callable[[], Found]) -> Found:
+    """On each machine its first one does it, then the others, who find it done."""
+    found = together(lambda: work() if here() == 0 else None)[number()]
+    return found if here() == 0 else work()  # type: ignore[return-value]
