@@ -27,6 +27,19 @@ def here() -> int:
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
 
 
+def check(command: str, *, trains: bool) -> None:
+    """Refuse to do together what one process does, and what would divide the base among cards: steps, checkpoints and
+    adapters are those of a whole one."""
+    if not trains and count() > 1:
+        raise UserError(f"{command}: one process does this, and {count()} were launched")
+    for divides in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{divides}", "").lower() == "true":
+            raise UserError(
+                f"accelerate is configured for {divides}, which divides the base; here every card holds it whole: "
+                "accelerate launch --multi_gpu --num_processes N -m lora_align …"
+            )
+
+
 def gathered(mine: Found) -> list[Found]:
     """What all of them have, in their order; nobody goes on before everybody has come here."""
     if count() == 1:

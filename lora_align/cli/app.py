@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": use.generate,
     "list": look.list_runs,
 }
+LAST_WORD = 5.0  # seconds for the first process to say why: once one has ended, its launcher ends all
 TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
@@ -67,8 +69,7 @@ def options(
         typer.echo(context.get_help())
     if debug:
         os.environ["LORA_ALIGN_DEBUG"] = "1"
-    if processes.count() > 1 and context.invoked_subcommand not in TRAINING:
-        raise UserError(f"{context.invoked_subcommand}: one process does this, and {processes.count()} were launched")
+    processes.check(context.invoked_subcommand or "help", trains=context.invoked_subcommand in TRAINING)
 
 
 @contextmanager
@@ -122,4 +123,6 @@ def _complain(text: str, code: int) -> None:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # the others were refused, or stopped, just as the first one was
         print(inert(f"process {processes.number()}: {text}"), file=sys.stderr, flush=True)  # noqa: T201
+    if processes.number():
+        time.sleep(LAST_WORD)
     sys.exit(code)

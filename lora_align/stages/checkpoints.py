@@ -112,13 +112,19 @@ class Unfinished:
             else:
                 yield step, path
 
-    def done(self, run: Run) -> Run:
-        """A run that is published already, if it is this work's."""
+    def made(self, target: Path, screen: Screen) -> Run | None:
+        """A run that is published already, where it is this work's; None where there is none."""
+        if not runs.is_run(target):
+            return None
+        run = runs.read(target)
         made = run.manifest
-        before = {**self.who, "base": run.fingerprint, "start": made.start, "recipe": made.recipe}
-        before |= {"data": made.data["fingerprint"]} if "fingerprint" in made.data else {}
-        before["recipe"] = {key: before["recipe"].get(key) for key in self.who["recipe"]}
+        before = {**self.who, "base": run.fingerprint, "start": made.start}
+        before["recipe"] = {key: made.recipe.get(key) for key in self.who["recipe"]}
+        one = made.data.get("fingerprint")
+        before["data"] = one or {source: of["fingerprint"] for source, of in made.data.items()}
         self._refuse(before, f"{run.path} was made")
+        screen.note(f"{target} was made before")
+        self.clear()  # what stands there still, if it was killed between the two
         return run
 
     def _check(self, target: Path, screen: Screen) -> None:

@@ -127,9 +127,8 @@ def run(
         for direction in directions:
             called = name or preference
             target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
-            if resume and runs.is_run(target):
-                screen.note(f"{target} was made before")
-                published.append(begun[target].done(runs.read(target)))
+            if resume and (made := begun[target].made(target, screen)):
+                published.append(made)
                 continue
             with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
                 model = model or start_policy.load(base, start)

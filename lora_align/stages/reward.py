@@ -58,13 +58,16 @@ def run(
             "the recipe has no [reward] table: name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]"
         )
     target = runs_dir / "reward" / (name or NAME)
-    runs.refuse_existing(target, force)
+    if not resume:
+        runs.refuse_existing(target, force)
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     material = prepare(recipe, recipe.reward, base, screen)
     data = {source: of["fingerprint"] for source, of in material.facts.items()}
     who = checkpoints.who("reward", recipe, base, "", data)
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
+    if resume and (made := unfinished.made(target, screen)):
+        return made
     about = Manifest(
         stage="reward",
         base=base.identity,

@@ -36,12 +36,15 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     if recipe.sft is None:
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
     target = start_policy.folder(runs_dir)
-    runs.refuse_existing(target, force, "--runs DIR keeps both")
+    if not resume:
+        runs.refuse_existing(target, force, "--runs DIR keeps both")
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     material = materials.of_conversations(recipe.sft, base, screen)
     who = checkpoints.who("sft", recipe, base, "", material.facts["fingerprint"])
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
+    if resume and (made := unfinished.made(target, screen)):
+        return made
     about = Manifest(
         stage="sft",
         base=base.identity,

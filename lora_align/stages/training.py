@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -38,7 +37,6 @@ TOO_LONG = "a smaller max_length, or lora.rank, may fit"
 
 def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
     """Arguments for any TRL configuration. Nothing is left to defaults that hide a fault or write a file."""
-    _whole_on_each()
     dtype = compute_dtype(base.recipe)
     on_gpu = device().type == "cuda"
     return {
@@ -65,16 +63,6 @@ def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
     }
-
-
-def _whole_on_each() -> None:
-    """Refuse what would divide the base among cards: steps, checkpoints and adapters here are those of a whole one."""
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(
-                f"accelerate is configured for {name}, which divides the base among cards; every card has to hold it "
-                "whole here: accelerate launch --multi_gpu --num_processes N -m lora_align …"
-            )
 
 
 def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:

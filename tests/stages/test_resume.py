@@ -108,6 +108,14 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     assert "goes on after step" in done.err
     assert not unfinished_of(tmp_path, stage).exists()
     same(whole, tmp_path / "runs" / STAGES[stage][1])
+    unfinished_of(tmp_path, stage).mkdir()  # as a kill right after it was published leaves it
+    again = call(tmp_path, *words(stage), "--resume")
+    assert again.code == 0, again.err
+    assert "was made before" in again.err
+    assert not unfinished_of(tmp_path, stage).exists()
+    other = call(tmp_path, *words(stage), "--resume", "--set", f"{stage}.learning_rate=1e-3")
+    assert other.code == 2
+    assert f"recipe.{stage}.learning_rate was" in other.err
 
 
 @pytest.mark.parametrize("after", [1, 4])

@@ -1,0 +1,126 @@
+"""Training killed with −9 at two hundred random moments: does the newest checkpoint load, and does the run that goes on
+come to the weights of one that nobody killed?
+
+Every round is the command, in a process forked from one that has imported torch: begun, or gone on with, until it is
+killed or done. What is done is compared bit for bit, and begun anew.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from report import save
+
+KILLS = 200
+NOISE = ["--set", "lora.dropout=0.1"]  # so that the order of chance counts, too
+STAGES = {
+    "dpo": (
+        ["dpo", "--pref", "helpful", "--direction", "pos", "--limit", "192", "--set", "dpo.optimizer=adamw_torch"],
+        Path("dpo/helpful/pos"),
+    ),
+    "sft": (["sft", "--set", 'sft.data="demo:conversations?rows=120"', "--set", "sft.batch_size=8"], Path("sft/start")),
+    "reward": (
+        ["reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=120"', "--set", "reward.batch_size=8"],
+        Path("reward/reward"),
+    ),
+}
+TENSORS = ("adapter_model.safetensors", "heads.safetensors")
+
+
+def command(folder: str, words: list[str]) -> None:
+    """The command in a folder, its output in a file there."""
+    from lora_align.cli import main
+
+    os.chdir(folder)
+    with open("out.txt", "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.argv = ["lora-align", *words]
+    main()
+
+
+def words(stage: str) -> list[str]:
+    """What every round types, with a checkpoint after each step."""
+    return [*STAGES[stage][0], *NOISE, "--set", f"{stage}.save_minutes=0"]
+
+
+def loads(unfinished: Path) -> bool:
+    """The newest checkpoint that is whole: every tensor and every file of it can be read. True where there is none."""
+    import torch
+    from safetensors.torch import load_file
+
+    from lora_align.console import Screen
+    from lora_align.stages.checkpoints import Unfinished
+
+    newest = Unfinished(unfinished, {}).begin(Screen(quiet=True))
+    if newest is None:
+        return not any(path.name.startswith("checkpoint-") for path in unfinished.glob("*"))
+    load_file(newest / "trained.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(newest / name, weights_only=True)
+    return True
+
+
+def main() -> None:
+    """Kill and go on until as many were killed; then let the last one finish."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("training-kills"))
+    work = parser.parse_args().work.resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_align.stages.dpo", "lora_align.stages.sft", "lora_align.stages.reward"])
+    draw, counted, lasts = random.Random(0), Counter[str](), {}
+    for stage in STAGES:
+        control = work / f"control-{stage}"
+        control.mkdir(parents=True)
+        for _ in range(2):  # the first one tokenises, computes references and starts the server
+            shutil.rmtree(control / "runs", ignore_errors=True)
+            began = time.monotonic()
+            child = context.Process(target=command, args=(str(control), words(stage)))
+            child.start()
+            child.join()
+            assert child.exitcode == 0, (control / "out.txt").read_text()
+            lasts[stage] = time.monotonic() - began
+    while counted["kills"] < KILLS:
+        stage = draw.choice(list(STAGES))
+        counted[f"runs of {stage}"] += 1
+        folder, path = work / "killed", STAGES[stage][1]
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        unfinished = (folder / "runs" / path).parent / f".{path.name}.unfinished"
+        while True:
+            child = context.Process(target=command, args=(str(folder), [*words(stage), "--resume"]))
+            child.start()
+            child.join(draw.uniform(0, lasts[stage]) if counted["kills"] < KILLS else None)
+            if child.exitcode is None:
+                child.kill()
+                child.join()
+                counted["kills"] += 1
+                counted["with a checkpoint"] += unfinished.is_dir()
+                counted["newest checkpoints that did not load"] += not loads(unfinished)
+                continue
+            assert child.exitcode == 0, (folder / "out.txt").read_text()
+            counted["finished"] += 1
+            ours, theirs = work / f"control-{stage}" / "runs" / path, folder / "runs" / path
+            counted["finished with other weights"] += any(
+                (ours / name).read_bytes() != (theirs / name).read_bytes() for name in TENSORS if (ours / name).exists()
+            )
+            break
+    counted["newest checkpoints that did not load"] += 0
+    counted["finished with other weights"] += 0
+    seconds = {f"seconds of {stage}, not killed": round(lasts[stage], 1) for stage in STAGES}
+    save("training_kills", {**dict(sorted(counted.items())), **seconds})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Two processes of the installed command train as one: the same steps, one voice, one run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_align import runs
+from support import call, made_once
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+REWARD = ["reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"']
+STAGES = {  # none of them has a last step as full as the others, and reward's has one row for two processes
+    "dpo": ["dpo", "--pref", "helpful", "--limit", "44", "--set", "dpo.optimizer=adamw_torch"],
+    "sft": ["sft", "--set", 'sft.data="demo:conversations?rows=40"', "--set", "sft.batch_size=6"],
+    "reward": [*REWARD, "--set", "reward.batch_size=4", "--set", "reward.limit=49"],
+    "rsf": [
+        *["rsf", "--iterations", "0", "--set", 'rsf.data="demo:conversations?rows=40"', "--set", "rsf.per_prompt=1"],
+        *["--set", "rsf.samples=2", "--set", "rsf.bootstrap=4", "--set", "rsf.epochs=1", *REWARD[1:]],
+    ],
+}
+
+
+def launched(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    launcher = launcher or (str(TORCHRUN), "--standalone", "--nproc-per-node", "2")
+    return subprocess.Popen(
+        [*launcher, "-m", "lora_align", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages by one process."""
+
+    def make(folder: Path) -> None:
+        for words in STAGES.values():
+            done = call(folder, *words)
+            assert done.code == 0, done.err
+
+    return made_once(tmp_path_factory, "one-process", make)
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in found:
+        del record["tokens_per_second"]
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_take_the_steps_of_one(stage: str, one: Path, tmp_path: Path) -> None:
+    if stage == "rsf":
+        assert call(tmp_path, *STAGES["reward"]).code == 0
+    two = launched(tmp_path, *STAGES[stage])
+    out, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    made = [run.path.relative_to(one / "runs") for run in runs.every(one / "runs") if run.manifest.stage == stage]
+    assert made
+    for path in made:
+        ours, theirs = one / "runs" / path, tmp_path / "runs" / path
+        runs.read(theirs).check_files()
+        names = [{file.name for file in folder.iterdir()} - {runs.LOG} for folder in (ours, theirs)]
+        assert names[0] == names[1]
+        expected, found = records(ours), records(theirs)
+        assert [record["tokens"] for record in found] == [record["tokens"] for record in expected]
+        for before, now in zip(expected, found, strict=True):
+            assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
+        lines = (theirs / "metrics.jsonl").read_text().count("\n")
+        assert lines == len(expected), "each step is recorded once"
+    assert out.count(str(Path("runs") / made[-1])) == 1, "the first process alone speaks"
+    assert not list((tmp_path / "runs").rglob(".*.staging"))
+
+
+def test_stopped_together_and_gone_on_with_by_one(one: Path, tmp_path: Path) -> None:
+    words = [*STAGES["dpo"], "--direction", "pos", "--set", "dpo.save_minutes=0"]
+    two = launched(tmp_path, *words)
+    checkpoints = tmp_path / "runs" / "dpo" / "helpful" / ".pos.unfinished"
+    until = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*")):
+        assert time.monotonic() < until
+        assert two.poll() is None
+        time.sleep(0.01)
+    two.send_signal(signal.SIGINT)
+    _, err = two.communicate(timeout=120)
+    assert err.count("finishing the step at hand") == 1
+    assert err.count("error: stopped") == 1
+    done = call(tmp_path, *words, "--resume")
+    assert done.code == 0, done.err
+    assert "goes on after step" in done.err
+    run = Path("runs") / "dpo" / "helpful" / "pos"
+    for before, now in zip(records(one / run), records(tmp_path / run), strict=True):
+        assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
+
+
+def test_a_step_that_fails_for_one_fails_for_both_and_says_why(tmp_path: Path) -> None:
+    wild = ["dpo.learning_rate=1e8", "dpo.max_grad_norm=1e8", "dpo.warmup=0", "dpo.batch_size=8", "lora.alpha=1e8"]
+    two = launched(tmp_path, *STAGES["dpo"], *(word for value in wild for word in ("--set", value)))
+    _, err = two.communicate(timeout=120)
+    assert two.returncode
+    assert err.count("error: step") == 1
+    assert "is not finite" in err
+    assert not list((tmp_path / "runs" / "dpo").rglob("manifest.json"))
+
+
+def test_accelerate_launches_it_and_what_one_process_does_is_refused(tmp_path: Path) -> None:
+    accelerate = (str(ACCELERATE), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    for words, told in (
+        (("list",), "error: list: one process does this, and 2 were launched"),
+        (("dpo", "--pref", "helpfull"), "error: no preference 'helpfull' in the recipe, did you mean 'helpful'?"),
+    ):
+        two = launched(tmp_path, *words, launcher=accelerate)
+        _, err = two.communicate(timeout=120)
+        assert two.returncode
+        assert err.count(told) == 1, err
+
+
+@pytest.mark.parametrize("divides", ["FSDP", "DEEPSPEED"])
+def test_a_base_divided_among_cards_is_refused(divides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{divides}", "true")
+    done = call(tmp_path, "dpo", "--all")
+    assert done.code == 2
+    assert f"accelerate is configured for {divides}" in done.err
