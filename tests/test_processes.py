@@ -114,7 +114,8 @@ def test_a_step_that_fails_for_one_fails_for_both_and_says_why(tmp_path: Path) -
 
 
 def test_accelerate_launches_it_and_what_one_process_does_is_refused(tmp_path: Path) -> None:
-    accelerate = (str(ACCELERATE), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    configuration = Path(__file__).parent.parent / "recipes" / "several-cards.yaml"
+    accelerate = (str(ACCELERATE), "launch", "--config_file", str(configuration), "--main_process_port", "0")
     for words, told in (
         (("list",), "error: list: one process does this, and 2 were launched"),
         (("dpo", "--pref", "helpfull"), "error: no preference 'helpfull' in the recipe, did you mean 'helpful'?"),

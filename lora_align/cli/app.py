@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": use.chat,
     "generate": use.generate,
     "list": look.list_runs,
+    "push": compose.push,
 }
 LAST_WORD = 5.0  # seconds for the first process to say why: once one has ended, its launcher ends all
 TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together

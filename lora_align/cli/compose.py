@@ -1,4 +1,4 @@
-"""Commands that add adapters up and look at what they are. None of them loads a base."""
+"""Commands that add adapters up, look at what they are and give them away. None of them loads a base."""
 
 from pathlib import Path
 from typing import Annotated
@@ -114,3 +114,18 @@ def inspect(
     for doubt in facts_found["doubts"]:
         screen.warn(doubt)
     screen.result(stage.told(facts_found), facts_found)
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's folder, as `list` shows it.")],
+    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; private otherwise.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Push a run to the hub: its files, and a card that says what it is."""
+    from lora_align.stages import push as stage
+
+    screen = Screen(as_json, quiet)
+    address = stage.run(run, to, public=public, screen=screen)
+    screen.result(address, {"run": str(run), "repository": to, "address": address})

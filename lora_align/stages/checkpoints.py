@@ -89,6 +89,11 @@ class Unfinished:
         for _, old in sorted(self._all(), reverse=True)[KEPT:]:
             shutil.rmtree(old)
 
+    @property
+    def events(self) -> Path:
+        """Where TensorBoard's files go: beside the run, as one looks at them while it is made."""
+        return self.folder.with_name(f"{self.folder.name.removeprefix('.').removesuffix('.unfinished')}.tensorboard")
+
     def clear(self) -> None:
         """The run is published."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -201,7 +201,7 @@ def train(
             model=model,
             args=DPOConfig(
                 disable_dropout=False,  # TRL's True would silence lora.dropout; the base has none
-                **training.arguments(recipe.dpo, base, folder),
+                **training.arguments(recipe.dpo, base, folder, label),
             ),
             processing_class=base.chat.tokenizer,
             peft_config=training.fresh_adapter(recipe.lora, base),

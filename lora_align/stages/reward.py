@@ -191,7 +191,7 @@ def train(
     screen: Screen,
 ) -> dict[str, Any]:
     """Train adapter and heads into a folder; the manifest's fields about them."""
-    arguments = training.arguments(settings, base, folder)
+    arguments = training.arguments(settings, base, folder, NAME)
     del arguments["max_length"]  # TRL's; rows were cut already
     lora = settings.lora or recipe.lora
     with training.accepted_by_libraries():

@@ -99,7 +99,7 @@ def train(
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),
             model=model,
-            args=SFTConfig(**training.arguments(settings, base, folder)),
+            args=SFTConfig(**training.arguments(settings, base, folder, label)),
             processing_class=base.chat.tokenizer,
             peft_config=training.fresh_adapter(lora, base),
         )

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
@@ -35,7 +36,7 @@ EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
 TOO_LONG = "a smaller max_length, or lora.rank, may fit"
 
 
-def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
+def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[str, Any]:
     """Arguments for any TRL configuration. Nothing is left to defaults that hide a fault or write a file."""
     dtype = compute_dtype(base.recipe)
     on_gpu = device().type == "cuda"
@@ -60,6 +61,7 @@ def arguments(settings: Training, base: Base, folder: Path) -> dict[str, Any]:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # by default a NaN loss is shown as the last good one
         "save_strategy": "no",
+        "run_name": label,
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
     }
@@ -210,6 +212,9 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
         watch = Watch(progress, trainer.records, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(trainer.unfinished.events)
         try:
             trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         except OSError as fault:

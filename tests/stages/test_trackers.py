@@ -1,0 +1,30 @@
+"""What a run sends to trackers: nothing unless asked; then every step's figures, under its name."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lora_align import runs
+from support import call
+
+
+def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
+    words = ["dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"]
+    done = call(tmp_path, *words, "--set", 'dpo.report_to=["tensorboard"]')
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "dpo" / "helpful" / "pos"
+    told = EventAccumulator(str(run.with_name("pos.tensorboard"))).Reload()
+    steps = [event.step for event in told.Scalars("train/loss")]
+    assert steps == list(range(1, int(runs.read(run).manifest.metrics["steps"]) + 1))
+    assert {"train/margin", "train/accuracy", "train/learning_rate"} <= set(told.Tags()["scalars"])
+    assert [run.path for run in runs.every(tmp_path / "runs")] == [run]
+    runs.read(run).check_files()
+
+
+def test_nobody_is_told_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    done = call(tmp_path, "dpo", "--pref", "helpful", "--direction", "pos", "--limit", "32")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "runs" / "dpo" / "helpful").glob("[!.]*")) == ["pos"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
