@@ -9,7 +9,6 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, LlamaConfig
 
 from lora_align import plan, recipe
@@ -17,6 +16,7 @@ from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model.weightless import Shape
 from lora_align.plan.device import Device, device_of
+from lora_align.plan.measure import highest, measured
 from lora_align.plan.stage import stage_of
 from lora_align.stages import training
 from support import Cli
@@ -60,29 +60,42 @@ def layers_rounded(policy: torch.nn.Module) -> int:
     return 4 * sum(isinstance(layer, Linear4bit) for layer in policy.modules())
 
 
-def test_the_rest_is_what_a_step_takes(project: recipe.Recipe) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_rest_is_what_a_step_takes(checkpointing: bool, project: recipe.Recipe) -> None:
+    project = replace(project, dpo=replace(project.dpo, gradient_checkpointing=checkpointing))
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
     planned = plan.planned(project, base, stage, device_of(project))
-    rows = [stage.rows[i] for i in planned.part]
     assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
-    model = base.load()
-    objective = stage.objective(model)
-    policy = get_peft_model(model, training.fresh_adapter(project.lora, base)).train()
-    for watched in (None, profile(activities=[ProfilerActivity.CPU], profile_memory=True)):
-        policy.zero_grad()
-        if watched:
-            watched.__enter__()
-        objective.part(rows, objective.weights(rows)).loss.backward()
-    assert watched is not None
-    watched.__exit__(None, None, None)
-    held = taken = 0
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        taken = max(taken, held)
-    assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.15)
+    taken = measured(base, stage, [stage.rows[i] for i in planned.part]).taken
+    assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
+
+
+def test_memory_is_what_an_allocator_counts() -> None:
+    def work() -> None:
+        one = torch.zeros(1000, 1000)
+        two = one + 1
+        del one
+        (two + 1).sum()
+
+    assert highest(work) == pytest.approx(8e6, rel=0.01)
+
+
+def test_a_measured_step_is_what_times_go_by(cli: Cli) -> None:
+    words = ["plan", "--measure", "--json", "--set", "dpo.limit=60"]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert "dpo: taking a step" in done.err
+    stages = json.loads(done.out)["stages"]
+    for of in stages:
+        step = of["measured"]
+        assert of["rate"] * step["seconds"] == pytest.approx(of["operations_a_token"] * of["part"], rel=1e-6)
+        assert of["bytes"]["activations"] + of["bytes"]["logits"] == pytest.approx(step["taken"], rel=0.1)
+    assert "of the device's matrix rate" in cli(*words[:2], *words[3:]).out
+    refused = cli("plan", "--measure", "--card", "a100")
+    assert refused.code == 2
+    assert "--measure takes a step on this machine" in refused.err
 
 
 def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recipe.Recipe) -> None:
@@ -98,7 +111,7 @@ def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recip
 
     config = AutoConfig.from_pretrained(base.folder)
     config.num_hidden_layers = 8
-    shape = Shape(config, torch.float32, True, True, training.fresh_adapter(project.lora, base), False)
+    shape = Shape(config, torch.float32, True, True, training.fresh_adapter(project.lora, base), False, False)
     by_cuts, whole = shape.cost(step), shape._cost(8, step)
     for name, value in vars(whole).items():
         assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e4), name

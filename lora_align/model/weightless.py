@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.activations import SiLUActivation
 
 CUTS = (2, 4)  # layers
 COLLECT_EVERY = 50  # operations
@@ -55,6 +56,7 @@ class Shape:
     double_quant: bool
     lora: LoraConfig
     checkpointing: bool
+    several: bool  # texts a row
 
     @property
     def layers(self) -> int:
@@ -86,7 +88,8 @@ class Shape:
 
     def _run(self, layers: int, step: Step, vocabulary: bool) -> "_Found":
         model = self.outline(layers)
-        with FakeTensorMode(), _Ledger(COLLECT_EVERY if self.checkpointing else 0) as ledger:
+        every = COLLECT_EVERY if self.checkpointing else 0
+        with _texts_a_row(self.several), FakeTensorMode(), _Ledger(every) as ledger:
             weights, trained = self._filled(model)
             base: PreTrainedModel = model.get_base_model()
             head = base.get_output_embeddings()
@@ -112,8 +115,7 @@ class Shape:
             text.layer_types = text.layer_types[:layers]
         with torch.device("meta"), _quietly():
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-            if self.packed:
-                _pack(model, self.dtype)
+            _exchange(model, self.dtype, self.packed)
             model.train().requires_grad_(False)
             if self.checkpointing:
                 model.gradient_checkpointing_enable()
@@ -218,15 +220,48 @@ class _Unpacked(torch.autograd.Function):
         return upstream @ upstream.new_empty(ctx.shape), None, None
 
 
-def _pack(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """All linear layers but the vocabulary's, as when a base is loaded in 4-bit."""
+class _Silu(nn.Module):
+    """In one piece, as devices have it; torch would take its backward apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _OnePiece.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _OnePiece(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def, override]
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool) -> None:
+    """Layers for those that take what they do; in 4-bit all linear ones but the vocabulary's."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, layer in module.named_children():
-            if type(layer) is nn.Linear and layer is not head:
+            if isinstance(layer, nn.SiLU | SiLUActivation):
+                setattr(module, name, _Silu())
+            if packed and type(layer) is nn.Linear and layer is not head:
                 bias = layer.bias is not None
-                packed = _Packed(layer.in_features, layer.out_features, bias, dtype, quant_type="nf4", device="meta")
-                setattr(module, name, packed)
+                small = _Packed(layer.in_features, layer.out_features, bias, dtype, quant_type="nf4", device="meta")
+                setattr(module, name, small)
+
+
+@contextlib.contextmanager
+def _texts_a_row(several: bool) -> Iterator[None]:
+    """Models look at positions to see whether a row holds several texts, and need a mask if so. Here positions have no
+    contents, and they would always think so."""
+    looks = masking_utils.find_packed_sequence_indices
+    if not several:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.weightless import Cost, Shape
 from lora_align.plan.device import Device, device_of
+from lora_align.plan.measure import Measured, measured
 from lora_align.plan.stage import Stage, stage_of
 from lora_align.recipe import Lora, Recipe, Training
 from lora_align.stages import audit, training
@@ -36,6 +37,7 @@ class Found:
     lengths: Sequence[int]
     part: Sequence[int]  # which rows make the fullest part of a step
     device: Device
+    measured: Measured | None = None  # that part
 
     @property
     def memory(self) -> dict[str, float]:
@@ -61,13 +63,18 @@ class Found:
         return self.total <= self.device.memory
 
     @property
+    def rate(self) -> float:
+        """Operations a second: as measured, or the share of the device's that is assumed."""
+        return self.cost.whole / self.measured.seconds if self.measured else SHARE * self.device.rate
+
+    @property
     def seconds(self) -> float:
-        """Of all the stage trains, at the share of the device's rate that is assumed."""
+        """Of all the stage trains."""
         tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
         each = sum(self.lengths[i] for i in self.part)
         operations = tokens * self.cost.whole / each
         operations += self.tokens * self.cost.forward / each if self.stage.referenced else 0
-        return operations / (SHARE * self.device.rate)
+        return operations / self.rate
 
     def facts(self) -> dict[str, Any]:
         """As plain data."""
@@ -81,6 +88,9 @@ class Found:
             "bytes": {name: round(value) for name, value in self.memory.items()},
             "total": round(self.total),
             "fits": self.fits,
+            "rate": self.rate,
+            "measured": asdict(self.measured) if self.measured else None,
+            "part": sum(self.lengths[i] for i in self.part),
             "operations_a_token": self.cost.whole / sum(self.lengths[i] for i in self.part),
             "seconds": round(self.seconds),
         }
@@ -94,21 +104,28 @@ def run(
     card: str = "",
     vram: float | None = None,
     passes: int | None = None,
+    measure: bool = False,
 ) -> dict[str, Any]:
-    """Plan the stages that a recipe has, or those of them that are named; how often over the rows, if not as usual."""
-    base = bases.find(recipe.base, outline=True)
+    """Plan the stages that a recipe has, or those of them that are named; how often over the rows, if not as usual.
+
+    To `measure`, a step of each is taken on this device.
+    """
+    base = bases.find(recipe.base, outline=not measure)
     device = device_of(recipe, card, vram)
     found = []
     for name in names:
         stage = stage_of(recipe, name, base, screen)
         if stage is not None:
             plan = planned(recipe, base, replace(stage, passes=passes or stage.passes), device)
+            if measure and plan.fits:
+                screen.note(f"{name}: taking a step")
+                plan = replace(plan, measured=measured(base, stage, [stage.rows[i] for i in plan.part]))
             found.append({**plan.facts(), "advice": "" if plan.fits else advice(recipe, base, plan)})
     if not found:
         raise UserError(f"the recipe has no {' or '.join(names)} to plan")
     return {
         "base": base.identity["model"],
-        "parameters": _shape(recipe, base, recipe.lora, device, checkpointing=False).parameters(),
+        "parameters": _shape(recipe, base, recipe.lora, device).parameters(),
         "device": {**asdict(device), "dtype": str(device.dtype).removeprefix("torch.")},
         "stages": found,
     }
@@ -131,11 +148,22 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
         often = f"{of['passes']} times over " if of["passes"] > 1 else ""
         line = f"{of['stage']}: {'fits' if of['fits'] else 'does not fit'}; {often}{of['rows']:,} rows, "
         line += f"{of['tokens']:,} tokens: about {clock(of['seconds'])}"
-        parts.append("\n".join(filter(None, [line, of["assumed"], of["advice"]])))
+        parts.append("\n".join(filter(None, [line, of["assumed"], of["advice"], _measured(of, device)])))
         if lengths:
             parts.append("\n".join(["tokens of a row, prompt and answers:", *audit.bars(of["histogram"])]))
-    parts.append(f"Times are at {SHARE:.0%} of the device's matrix rate, {device['rate'] / 1e12:,.3g} TFLOP/s.")
+    if not all(of["measured"] for of in plan["stages"]):
+        parts.append(f"Times are at {SHARE:.0%} of the device's matrix rate, {device['rate'] / 1e12:,.3g} TFLOP/s.")
     return "\n\n".join(parts)
+
+
+def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> str:
+    if not of["measured"]:
+        return ""
+    said, took = of["bytes"]["activations"] + of["bytes"]["logits"], of["measured"]["taken"]
+    return (
+        f"a step's fullest part took {of['measured']['seconds']:,.2f} s, {of['rate'] / device['rate']:.0%} of the "
+        f"device's matrix rate; activations and logits {_gigabytes(took)} GB, planned {_gigabytes(said)} GB"
+    )
 
 
 def resolved(recipe: Recipe) -> str:
@@ -158,16 +186,20 @@ def _gigabytes(count: float) -> str:
 # --- what it takes ---
 
 
-def _shape(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool) -> Shape:
+def _shape(
+    recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool = False, several: bool = False
+) -> Shape:
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     packed = recipe.base.quantization == "nf4"
     adapter = training.fresh_adapter(lora, base)
-    return Shape(config, device.dtype, packed, recipe.base.double_quant, adapter, checkpointing)
+    return Shape(config, device.dtype, packed, recipe.base.double_quant, adapter, checkpointing, several)
 
 
 def planned(recipe: Recipe, base: Base, stage: Stage, device: Device) -> Found:
     """What the fullest part of a stage's steps takes."""
-    shape = _shape(recipe, base, stage.lora, device, checkpointing=stage.settings.gradient_checkpointing)
+    several = getattr(stage.settings, "packing", False)
+    checkpointing = stage.settings.gradient_checkpointing
+    shape = _shape(recipe, base, stage.lora, device, checkpointing=checkpointing, several=several)
     lengths = _lengths(stage, stage.objective(shape.outline()))
     part = fullest(lengths, stage.settings.tokens_per_batch, stage.settings.batch_size)
     rows = [stage.rows[i] for i in part]

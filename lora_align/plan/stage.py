@@ -81,7 +81,7 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
         return None
     longest = min(settings.max_length, base.max_length)
     count = (settings.prompts or settings.limit or UNKNOWN_ROWS) * settings.per_prompt
-    rows = View(count, lambda _: [_text(longest)])
+    rows = View(count, lambda _: _texts(longest, several=settings.packing))
     why = "(rows of the greatest length are assumed, as answers are drawn on the way; the drawing is not planned)"
     return Stage(
         "rsf", settings, settings.lora or recipe.lora, rows, _saying(base), settings.iterations + 1, False, why
@@ -97,10 +97,11 @@ _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage | None]] = {
 
 
 def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
-    assert recipe.sft is not None
-    longest = min(recipe.sft.max_length, base.max_length)
-    rows = View(recipe.sft.limit or UNKNOWN_ROWS, lambda _: [_text(longest)])
-    return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, rows, _saying(base), 1)
+    settings = recipe.sft
+    assert settings is not None
+    longest = min(settings.max_length, base.max_length)
+    rows = View(settings.limit or UNKNOWN_ROWS, lambda _: _texts(longest, several=settings.packing))
+    return Stage("sft", settings, settings.lora or recipe.lora, rows, _saying(base), 1)
 
 
 def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
@@ -114,8 +115,9 @@ def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
 _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {"sft": _assumed_sft, "dpo": _assumed_dpo}
 
 
-def _text(length: int) -> TokenText:
-    return TokenText([0] * length, [0] * length)
+def _texts(length: int, *, several: bool) -> list[TokenText]:
+    parts = [length // 2, length - length // 2] if several else [length]
+    return [TokenText([0] * part, [0] * part) for part in parts]
 
 
 def _saying(base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:

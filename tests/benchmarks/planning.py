@@ -6,8 +6,10 @@ and adapters are subtracted from both: they are known to the byte, and would hid
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,57 +51,40 @@ def base_of(size: tuple[int, int] | None, work: Path) -> str:
 
 def child(base: str, settings: list[str]) -> dict[str, float]:
     """Plan the fullest part of a DPO step, then take it: bytes beside the weights and adapters, at their highest."""
-    import torch
-    from peft import get_peft_model
-
     from lora_align import plan, recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.plan.device import device_of
+    from lora_align.plan.measure import measured
     from lora_align.plan.stage import stage_of
-    from lora_align.stages import training
 
     overrides = [f'base.model="{base}"', "dpo.limit=200", *settings]
     project = recipe.load(recipe.builtin()["demo"], overrides)
     found = bases.find(project.base)
     stage = stage_of(project, "dpo", found, Screen(quiet=True))
     planned = plan.planned(project, found, stage, device_of(project))
-    rows = [stage.rows[i] for i in planned.part]
+    taken = measured(found, stage, [stage.rows[i] for i in planned.part]).taken
+    said = planned.cost.activations + planned.cost.logits
+    return {"planned": round(said / 1e6, 1), "taken": round(taken / 1e6, 1), "ratio": round(said / taken, 3)}
 
-    model = found.load()
-    if project.dpo.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-    policy = get_peft_model(model, training.fresh_adapter(project.lora, found)).train()
-    objective = stage.objective(model)
 
-    def step() -> None:
-        policy.zero_grad()
-        objective.part(rows, objective.weights(rows)).loss.backward()
+def times() -> dict[str, Any]:
+    """One preference of the demo recipe: what `plan --measure` says of its time, and what `dpo` then takes."""
+    import tempfile
 
-    step()  # what is made once and kept is not the step's
-    policy.zero_grad()
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        taken = torch.cuda.max_memory_allocated() - before
-    else:
-        from torch.profiler import ProfilerActivity, profile
+    os.environ["LORA_ALIGN_CACHE"] = tempfile.mkdtemp()  # where no reference is known yet
+    from lora_align import plan, recipe
+    from lora_align.console import Screen
+    from lora_align.preference import Direction
+    from lora_align.stages import dpo
 
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-            step()
-        held = taken = 0
-        events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            taken = max(taken, held)
-    said_bytes = planned.cost.activations + planned.cost.logits
-    return {
-        "planned": round(said_bytes / 1e6, 1),
-        "taken": round(taken / 1e6, 1),
-        "ratio": round(said_bytes / taken, 3),
-    }
+    project, screen = recipe.load(recipe.builtin()["demo"], ["dpo.held_out=0"]), Screen(quiet=True)
+    one = replace(project, preferences={"helpful": project.preferences["helpful"]})
+    said = plan.run(one, ["dpo"], screen, measure=True)["stages"][0]["seconds"]
+    began = time.perf_counter()
+    dpo.run(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
+    taken = time.perf_counter() - began
+    return {"planned": said, "taken": round(taken, 1), "ratio": round(said / taken, 3)}
 
 
 def evening(work: Path) -> dict[str, Any]:
@@ -149,7 +134,15 @@ def main() -> None:
         base = f"{size[0]} layers of {size[1]}" if size else "the built-in base"
         figures.append({"base": base, "set": settings, "megabytes": json.loads(done.stdout.splitlines()[-1])})
     furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in figures)
-    save("planning", {"cases": figures, "furthest off": round(furthest, 3), "an evening": evening(options.work)})
+    save(
+        "planning",
+        {
+            "cases": figures,
+            "furthest off": round(furthest, 3),
+            "seconds, by a measured step": times(),
+            "an evening": evening(options.work),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""One step that is really taken: how long, and how much memory beside the weights and the adapter."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from lora_align.model import base as bases
+from lora_align.model.base import Base, compute_dtype
+from lora_align.plan.stage import Stage
+from lora_align.stages import training
+
+TIMES = 3  # a step is taken, and the quickest counts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A part of a step, forwards and backwards."""
+
+    seconds: float
+    taken: float  # bytes, at their highest
+
+
+def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
+    """Load the base and take a part of a step of its stage, on this device."""
+    model = base.load()
+    if stage.settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    policy = get_peft_model(model, training.fresh_adapter(stage.lora, base)).train()
+    objective, where, dtype = stage.objective(model), bases.device(), compute_dtype(base.recipe)
+
+    def step() -> None:
+        policy.zero_grad()
+        with torch.autocast(where.type, dtype, enabled=where.type == "cuda" and dtype != torch.float32):
+            part = objective.part(rows, objective.weights(rows))
+        part.loss.backward()  # type: ignore[no-untyped-call]
+        float(part.loss.detach())  # waits until it is there
+
+    step()  # what is made once and kept is not the step's
+    policy.zero_grad()
+    taken = highest(step)
+    seconds = []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return Measured(min(seconds), taken)
+
+
+def highest(work: Callable[[], None]) -> float:
+    """Bytes of tensors that some work has at once, at most: as CUDA's allocator, or the CPU's, has counted them."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        work()
+    held = most = 0
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return float(most)
