@@ -31,6 +31,7 @@ bench:
     .venv/bin/python tests/benchmarks/packing.py
     .venv/bin/python tests/benchmarks/sampling.py
     .venv/bin/python tests/benchmarks/kills.py
+    .venv/bin/python tests/benchmarks/training_kills.py --work .bench/kills
     .venv/bin/python tests/benchmarks/control.py --work .bench
     .venv/bin/python tests/benchmarks/fronts.py --work .bench/fronts
     .venv/bin/python tests/benchmarks/methods.py --work .bench
@@ -41,3 +42,7 @@ bench:
 # The spine on a CUDA card, compared with the CPU.
 gpu-check:
     .venv/bin/python tests/benchmarks/gpu_check.py
+
+# A base of 8 B parameters within 24 GB of a CUDA card, beside TRL and unsloth. 23 GB of disk for the base.
+gpu-bench:
+    .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu

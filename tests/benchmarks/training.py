@@ -107,19 +107,14 @@ def ours(world: str, work: Path) -> dict[str, Any]:
 def trl(world: str, work: Path, how: str) -> dict[str, Any]:
     """The same four by TRL's trainer."""
     import torch
+    from beside_trl import columns, tokenised
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.preference import Direction
     from lora_align.stages import dpo, training
-
-    class Tokenised(DPOTrainer):
-        """Over our token ids, that nothing but the training differs."""
-
-        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-            return dataset
 
     project, losses = recipe_of(world, work), {}
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
@@ -129,11 +124,10 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
         material = dpo.prepare(project, name, base, Screen(quiet=True))
         for direction in Direction:
             rows = [row.facing(direction) for row in material.train]
-            columns = [{"prompt_ids": r.prompt, "chosen_ids": r.chosen, "rejected_ids": r.rejected} for r in rows]
             plain = how == "TRL, plain defaults"
             out = work / "trl"
             shutil.rmtree(out, ignore_errors=True)
-            trainer = Tokenised(
+            trainer = tokenised()(
                 model=base.load(),
                 args=DPOConfig(
                     output_dir=str(out),
@@ -155,7 +149,7 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
                     disable_tqdm=True,
                     **({} if plain else {"bf16": False, "gradient_checkpointing": False}),
                 ),
-                train_dataset=Dataset.from_list(columns),
+                train_dataset=Dataset.from_list(columns(rows)),
                 processing_class=base.chat.tokenizer,
                 peft_config=training.fresh_adapter(project.lora, base),
             )

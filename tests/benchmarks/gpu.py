@@ -1,0 +1,407 @@
+"""A base of 8 B parameters in 4-bit on a card of 24 GB: DPO, SFT and sampling here, beside TRL's trainers and, where it
+is installed, unsloth.
+
+The base has Llama 3.1's shape and random weights, made here: speed and memory do not ask what they are. Every
+measurement is a process of its own that may have 24 GB. `--small` tries the script out on any machine, on a base of
+nothing's size; its figures are not kept.
+
+Never run on a card yet.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from report import once, save
+
+CAP = 24e9  # bytes a process may have
+WHOLE = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONTEXT = 8192
+PAIRS, TEXTS, PROMPTS, ANSWERS = 64, 32, 16, 16
+LENGTHS = (512, 1024)  # tokens of a sequence, a quarter of it the prompt; twice that a pair
+SWITCHES = {  # of ours, each beside the recipe as it stands
+    "the recipe as it is": [],
+    "no checkpointing": ["gradient_checkpointing=false"],
+    "checkpointing": ["gradient_checkpointing=true"],
+    "parts of 2,048 tokens": ["tokens_per_batch=2048"],
+    "parts of 8,192 tokens": ["tokens_per_batch=8192"],
+    "8-bit Adam": ["optimizer=adamw_8bit"],
+}
+ATTENTION = ("sdpa", "flash_attention_2", "eager")
+
+
+def write_base(folder: Path, small: bool) -> None:
+    """Sixteen-bit weights, a file a layer; they are made 4-bit where they are first loaded, as any base's."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lora_align.model.base import DEMO
+
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"), dirs_exist_ok=True)
+    config = LlamaConfig(
+        **(SMALL if small else WHOLE),
+        max_position_embeddings=CONTEXT,
+        architectures=["LlamaForCausalLM"],
+        eos_token_id=1,
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{layer}.safetensors", {})[name] = shape
+    for file, names in files.items():
+        tensors = {}
+        for name, shape in names.items():
+            made = torch.randn(shape, device=where) * 0.02 if len(shape) > 1 else torch.ones(shape)
+            tensors[name] = made.to(torch.bfloat16).cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def project_of(work: Path, stage: str, length: int, settings: list[str]) -> Any:
+    """The quick recipe for such a base, on rows of one length."""
+    from lora_align import recipe
+
+    said = [f'base.model="{work / "base"}"', f"dpo.max_length={length}"]
+    said += ['sft.data="rows made here"', f"sft.max_length={length}", "sft.packing=false"]
+    said += [f"{stage}.{setting}" if "base." not in setting else setting for setting in settings]
+    return recipe.load(recipe.builtin()["llama-3.1-8b"], said)
+
+
+def pairs(length: int, vocabulary: int) -> list[Any]:
+    """Random tokens; both answers of a pair fill the sequence."""
+    import random
+
+    from lora_align.model.tokenise import TokenPair
+
+    draw = random.Random(0)
+
+    def some(count: int) -> list[int]:
+        return [draw.randrange(4, vocabulary) for _ in range(count)]
+
+    return [TokenPair(some(length // 4), some(3 * length // 4), some(3 * length // 4)) for _ in range(PAIRS)]
+
+
+class Meter:
+    """Seconds, and bytes at their highest, of what is done inside."""
+
+    def __enter__(self) -> "Meter":
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.began
+        self.peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """Of so many tokens."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "tokens a second": round(tokens / self.seconds),
+            "peak GB": round(self.peak / 1e9, 2),
+        }
+
+
+def limit(base: Any, project: Any, tokens: int, seconds: float, *, checkpointing: bool) -> float:
+    """The share of the device's measured matrix rate: 4 operations a weight of the matrices and token, 6 where
+    activations are computed anew."""
+    from transformers import AutoConfig
+
+    from lora_align.plan.device import device_of
+
+    config = AutoConfig.from_pretrained(base.folder)
+    head = config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size**2 * 2 + config.hidden_size * head * config.num_key_value_heads * 2
+    weights = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    weights += config.vocab_size * config.hidden_size
+    operations = (6 if checkpointing else 4) * weights * tokens
+    return round(operations / seconds / device_of(project).rate, 3)
+
+
+def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
+    """References, then one direction; the second of two, as kernels are chosen and compiled in the first."""
+    from lora_align.console import Screen
+    from lora_align.model import base as bases
+    from lora_align.model.material import Material
+    from lora_align.model.references import References
+    from lora_align.preference import Direction
+    from lora_align.stages import dpo
+    from lora_align.stages.checkpoints import Unfinished
+
+    project = project_of(work, "dpo", length, settings)
+    screen, base = Screen(quiet=True), bases.find(project.base)
+    model = base.load()
+    material = Material(pairs(length, model.config.vocab_size), [], {})
+    folder = work / "dpo"
+    shutil.rmtree(folder, ignore_errors=True)
+    tokens = 2 * length * PAIRS
+    known = References(folder / "references")
+    with Meter() as reading:
+        ready = dpo.referenced(material, known, model, 2 * project.dpo.tokens_per_batch, "references", screen)
+    for _ in range(2):
+        staging = folder / "staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        with Meter() as training:
+            unfinished = Unfinished(folder / "unfinished", {})
+            facts, model = dpo.train(model, base, project, ready, Direction.pos, "pos", staging, unfinished, screen)
+    checkpointing = project.dpo.gradient_checkpointing
+    return {
+        "references": reading.figures(tokens),
+        "direction": training.figures(tokens),
+        "of the limit": limit(base, project, tokens, training.seconds, checkpointing=checkpointing),
+        "steps": facts["metrics"]["steps"],
+    }
+
+
+def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
+    """One adapter by TRL's trainer on the same tokens: its plain defaults, or references computed before."""
+    import torch
+    from beside_trl import columns, tokenised
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    from lora_align.model import base as bases
+    from lora_align.stages import training
+
+    project = project_of(work, "dpo", length, [])
+    base = bases.find(project.base)
+    rows = pairs(length, WHOLE["vocab_size"] if torch.cuda.is_available() else SMALL["vocab_size"])
+    settings: dict[str, Any] = {"precompute_ref_log_probs": True} if how == "precomputed" else {}
+    model, adapter = base.load(), training.fresh_adapter(project.lora, base)
+    if how == "unsloth":
+        from unsloth import FastLanguageModel, PatchDPOTrainer
+
+        PatchDPOTrainer()
+        del model
+        model, _ = FastLanguageModel.from_pretrained(str(base.folder), max_seq_length=length, load_in_4bit=True)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = FastLanguageModel.get_peft_model(
+            model, r=project.lora.rank, lora_alpha=project.lora.alpha, target_modules=targets, lora_dropout=0
+        )
+        adapter = None
+    trainer = tokenised()(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(work / "trl"),
+            max_length=length,
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=project.dpo.batch_size // 2,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=Dataset.from_list(columns(rows)),
+        processing_class=base.chat.tokenizer,
+        peft_config=adapter,
+    )
+    with Meter() as meter:
+        trainer.train()
+    return meter.figures(2 * length * PAIRS)
+
+
+def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
+    """Every token of every text is learned."""
+    from lora_align.console import Screen
+    from lora_align.model import base as bases
+    from lora_align.model.material import Material
+    from lora_align.model.tokenise import TokenText
+    from lora_align.stages import sft
+    from lora_align.stages.checkpoints import Unfinished
+
+    project = project_of(work, "sft", length, settings)
+    base = bases.find(project.base)
+    model = base.load()
+    texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
+    material = Material([TokenText(ids, ids) for ids in texts], [], {})
+    folder = work / "sft"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    unfinished = Unfinished(folder / "unfinished", {})
+    with Meter() as meter:
+        sft.train(model, base, project.lora, project.sft, material, "sft", folder, unfinished, Screen(quiet=True))
+    return meter.figures(length * TEXTS)
+
+
+def their_sft(work: Path, length: int) -> dict[str, Any]:
+    """The same texts by TRL's trainer, at its defaults."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from lora_align.model import base as bases
+    from lora_align.stages import training
+
+    project = project_of(work, "sft", length, [])
+    base = bases.find(project.base)
+    model = base.load()
+    texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(work / "trl"),
+            max_length=length,
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=project.sft.batch_size // 2,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": texts}),
+        processing_class=base.chat.tokenizer,
+        peft_config=training.fresh_adapter(project.lora, base),
+    )
+    with Meter() as meter:
+        trainer.train()
+    return meter.figures(length * TEXTS)
+
+
+def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
+    """Answers of 128 tokens, here many prompts' at once, or by `generate` with `num_return_sequences`, prompt by prompt."""
+    import torch
+
+    from lora_align.model import base as bases
+    from lora_align.model.generate import Sampling
+    from lora_align.model.sample import sample
+
+    project = project_of(work, "dpo", length, [])
+    base = bases.find(project.base)
+    model = base.load()
+    prompts = [row.prompt for row in pairs(length, model.config.vocab_size)[:PROMPTS]]
+    tokens = 0
+    with Meter() as meter, torch.inference_mode():
+        if whose == "ours":
+            how = Sampling(1.0, 1.0, 128, 0)
+            tokens = sum(len(a.tokens) for batch in sample(model, base, prompts, ANSWERS, how) for a in batch)
+        else:
+            for prompt in prompts:
+                ids = torch.tensor([prompt], device=model.device)
+                said = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=128,
+                    num_return_sequences=ANSWERS, pad_token_id=0,
+                )  # fmt: skip
+                tokens += said[:, len(prompt) :].numel()
+    return meter.figures(tokens)
+
+
+CHILDREN: dict[str, Callable[..., Any]] = {
+    "write": lambda work, small: write_base(work / "base", bool(small)),
+    "our dpo": our_dpo,
+    "their dpo": their_dpo,
+    "our sft": our_sft,
+    "their sft": their_sft,
+    "sampling": sampling,
+}
+
+
+def child(work: Path, what: str, *given: Any) -> Any:
+    """One measurement in a process of its own; why one failed is a result too, as when memory is too small."""
+    words = [sys.executable, __file__, "--work", str(work), "--child", json.dumps([what, *given])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["without a word"])[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_child(work: Path, what: str, *given: Any) -> None:
+    """Within 24 GB of the card."""
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    print(json.dumps(CHILDREN[what](work, *given)))
+
+
+def main() -> None:
+    """Measure what there is a device for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("gpu"))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--child")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    if options.child:
+        run_child(work, *json.loads(options.child))
+        return
+    import torch
+
+    if not torch.cuda.is_available() and not options.small:
+        sys.exit("no CUDA card here: nothing was measured (--small tries the script out)")
+    (work / "base").mkdir(parents=True, exist_ok=True)
+    written = child(work, "write", options.small)
+    assert not written, written
+    figures: dict[str, Any] = {"card": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"}
+
+    def measured(name: str, *given: Any) -> None:
+        figures[name] = once(work, name, lambda: child(work, *given))
+        print(f"{name}: {json.dumps(figures[name])}", flush=True)
+
+    for length in LENGTHS:
+        for name, settings in SWITCHES.items():
+            measured(f"dpo {length}, {name}", "our dpo", length, settings)
+        for how in ("plain defaults", "precomputed", *(["unsloth"] if importlib.util.find_spec("unsloth") else [])):
+            measured(f"dpo {length}, TRL, {how}", "their dpo", length, how)
+    for kernel in ATTENTION:
+        measured(f"dpo 1024, {kernel}", "our dpo", 1024, [f"base.attention={kernel}"])
+    measured("sft 2048", "our sft", 2048, [])
+    measured("sft 2048, TRL", "their sft", 2048)
+    for whose in ("ours", "generate"):
+        measured(f"sampling, {whose}", "sampling", 1024, whose)
+    if not options.small:
+        save("gpu", figures)
+
+
+if __name__ == "__main__":
+    main()
