@@ -307,7 +307,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
 
 
 def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
-    """Answers of 128 tokens, here many prompts' at once, or by `generate` with `num_return_sequences`, prompt by prompt."""
+    """Answers of 128 tokens, many prompts' at once, or by `generate`, prompt by prompt."""
     import torch
 
     from lora_align.model import base as bases
