@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_align import __version__, processes
 from lora_align.console import Screen
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.preference import NAME
 
 if TYPE_CHECKING:
@@ -180,7 +180,12 @@ def _locked(target: Path, force: bool) -> "FileLock":
 
 def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     """Write the manifest last, everything to the disk, and give the folder its name in one step."""
-    return processes.by_first(lambda: _published(staging, target, manifest))
+
+    def published() -> Run:
+        with writing(target, "nothing of it was published, what there was before stays"):
+            return _published(staging, target, manifest)
+
+    return processes.by_first(published)
 
 
 def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
@@ -201,6 +206,15 @@ def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
     staging.rename(target)
     sync(target.parent, contents=False)
     return Run(target, manifest)
+
+
+@contextmanager
+def writing(folder: Path, remedy: str) -> Iterator[None]:
+    """A disk that takes no more is told in one line, with what becomes of the work."""
+    try:
+        yield
+    except OSError as fault:
+        raise RunFailedError(f"{folder}: {fault.strerror or first_line(fault)}; {remedy}") from fault
 
 
 def library_versions() -> dict[str, str]:

@@ -13,8 +13,9 @@ import pytest
 
 from lora_align import runs
 from lora_align.console import Screen
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.runs import Manifest
+from support import fill, small_disk
 
 BASE = {"model": "demo", "fingerprint": "f" * 64}
 
@@ -83,7 +84,7 @@ def _spawn(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
         from pathlib import Path
         from lora_align import runs
         from lora_align.console import Screen
-        from lora_align.errors import UserError
+        from lora_align.errors import RunFailedError, UserError
         target = Path({str(tmp_path / "a")!r})
         """
     ) + textwrap.dedent(body)
@@ -175,3 +176,17 @@ def test_published_files_can_be_read_by_others(tmp_path: Path) -> None:
     modes = {file.stat().st_mode for file in run.path.iterdir()}
     assert len(modes) == 1
     assert json.loads((run.path / runs.MANIFEST).read_text())["versions"]["torch"]
+
+
+def test_a_disk_that_is_full_publishes_nothing(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        before = _publish(disk / "a")
+        with (
+            pytest.raises(RunFailedError, match="No space left on device; nothing of it was published"),
+            runs.claim(disk / "a", Screen(quiet=True), force=True) as staging,
+        ):
+            (staging / "adapter.bin").write_text("weights")
+            fill(disk)
+            runs.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))
+        before.check_files()
+        assert [path.name for path in disk.iterdir() if not path.name.startswith(".")] == ["a", "filler"]

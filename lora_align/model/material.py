@@ -153,9 +153,10 @@ class _Keeping(Generic[Row]):
                     shutil.rmtree(old, ignore_errors=True)
                 staging.mkdir()
                 try:
-                    facts = self._written(staging, rows, tokenising)
-                    runs.sync(staging)
-                    staging.rename(folder)
+                    with runs.writing(folder.parent, "rows are kept there; LORA_ALIGN_CACHE moves the cache"):
+                        facts = self._written(staging, rows, tokenising)
+                        runs.sync(staging)
+                        staging.rename(folder)
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)  # of what broke off, nothing stays
                 _sweep(folder.parent)

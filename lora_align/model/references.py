@@ -10,20 +10,29 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lora_align import processes, runs
 from lora_align.console import Screen
 from lora_align.model.base import Base, compute_dtype
 from lora_align.model.logprobs import Shared, answer_logprobs
+from lora_align.model.material import View
 from lora_align.model.room import Room
+
+if TYPE_CHECKING:
+    import pyarrow
 
 KEEP_EVERY = 60.0  # seconds of work that a kill may cost
 AT_ONCE = 256  # rows between two looks at the clock
+KEY_BYTES = 16
+Numbers = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -51,68 +60,122 @@ class References:
         tokens: int,
         label: str,
         screen: Screen,
-    ) -> list[tuple[float, ...]]:
+    ) -> View[tuple[float, ...]]:
         """Of every answer of every row. What is not known is computed with the model, and kept."""
-        keys = [[_key(prompt, answer) for answer in answers] for prompt, answers in rows]
-        known = self._read({key for row in keys for key in row}, screen)
-        unknown = {i for i, row in enumerate(keys) if not all(key in known for key in row)}
-        left = sorted(unknown.union(*processes.gathered(unknown)))  # while one reads, another program may write
+        asked = _Asked.of(rows)
+        known = self._read(asked, screen)
+        unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(known), asked.starts[:-1])) if len(rows) else []
+        # while one process reads, another program may write
+        left = np.unique(np.concatenate(processes.gathered(np.asarray(unknown, dtype=np.int64))))
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {len(rows):,} rows were computed before")
-        left.sort(key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
-        left = left[processes.number() :: processes.count()]
-        if left:
-            room, unkept = Room(tokens), dict[bytes, float]()
-            with screen.progress(label, len(left)) as progress:
-                kept_at = time.monotonic()
-                try:
-                    for begin in range(0, len(left), AT_ONCE):
-                        some = left[begin : begin + AT_ONCE]
-                        found = answer_logprobs(
-                            model, [rows[i] for i in some], room, lambda done, at=begin: progress.show(at + done, {})
-                        )
-                        unkept |= zip((key for i in some for key in keys[i]), found.tolist(), strict=True)
-                        if time.monotonic() - kept_at > KEEP_EVERY:
-                            known |= self._kept(unkept)
-                            unkept, kept_at = {}, time.monotonic()
-                finally:  # a signal, too, ends it with what was done
-                    known |= self._kept(unkept)
-        for others in processes.gathered({key: known[key] for i in left for key in keys[i]}):
-            known |= others
-        return [tuple(known[key] for key in row) for row in keys]
+        longest_first = left[np.argsort(-asked.lengths[left], kind="stable")]
+        mine = longest_first[processes.number() :: processes.count()]
+        if len(mine):
+            self._compute(model, rows, asked, known, mine, Room(tokens), label, screen)
+        own = asked.answers(mine)
+        for at, found in processes.gathered((own, known[own])):
+            known[at] = found
+        known = known[asked.first]
+        return View(len(rows), lambda i: tuple(known[asked.starts[i] : asked.starts[i + 1]].tolist()))
 
-    def _read(self, wanted: Iterable[bytes], screen: Screen) -> dict[bytes, float]:
+    def _compute(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Shared],
+        asked: "_Asked",
+        known: Numbers,
+        which: Numbers,
+        room: Room,
+        label: str,
+        screen: Screen,
+    ) -> None:
+        """Fill in what is not known of some rows, kept now and then."""
+        kept, kept_at = 0, time.monotonic()
+        with screen.progress(label, len(which)) as progress:
+            done = 0
+            try:
+                for begin in range(0, len(which), AT_ONCE):
+                    some = which[begin : begin + AT_ONCE]
+                    found = answer_logprobs(
+                        model, [rows[i] for i in some], room, lambda count, at=begin: progress.show(at + count, {})
+                    )
+                    known[asked.answers(some)] = found.numpy()
+                    done = begin + len(some)
+                    if time.monotonic() - kept_at > KEEP_EVERY:
+                        self._keep(asked, known, which[kept:done])
+                        kept, kept_at = done, time.monotonic()
+            finally:  # a signal, too, ends it with what was done
+                self._keep(asked, known, which[kept:done])
+
+    def _read(self, asked: "_Asked", screen: Screen) -> Numbers:
+        """What files hold of each answer; NaN where none does."""
+        import pyarrow.compute
         from pyarrow.parquet import read_table
 
-        found: dict[bytes, float] = {}
-        wanted = set(wanted)
+        found = np.full(len(asked.keys), np.nan)
         for file in sorted(self.folder.glob("*.parquet")):
             if runs.sha256(file)[:32] != file.stem:
                 screen.warn(f"{file} is damaged; it is deleted, and what it held is computed again")
-                file.unlink()
+                file.unlink(missing_ok=True)
                 continue
-            table = read_table(file)
-            held = zip(table["key"].to_pylist(), table["logprob"].to_pylist(), strict=True)
-            found |= {key: value for key, value in held if key in wanted}
+            table = read_table(file).combine_chunks()
+            at = pyarrow.compute.index_in(asked.keys, table["key"].cast(asked.keys.type))
+            held = at.is_valid().to_numpy(zero_copy_only=False)
+            found[held] = table["logprob"].to_numpy()[at.drop_null().to_numpy()]
         return found
 
-    def _kept(self, found: Mapping[bytes, float]) -> Mapping[bytes, float]:
-        if not found:
-            return found
+    def _keep(self, asked: "_Asked", known: Numbers, which: Numbers) -> None:
+        """Answers of some rows, each once."""
         import pyarrow
         from pyarrow.parquet import write_table
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".{os.getpid()}.unfinished"
-        key = pyarrow.array(list(found), pyarrow.binary(16))
-        write_table(pyarrow.table({"key": key, "logprob": list(found.values())}), unfinished)
-        with unfinished.open("rb") as stream:
-            os.fsync(stream.fileno())
-        unfinished.rename(self.folder / f"{runs.sha256(unfinished)[:32]}.parquet")
-        runs.sync(self.folder, contents=False)
-        return found
+        at = asked.answers(which)
+        at = at[asked.first[at] == at]
+        if not len(at):
+            return
+        with runs.writing(self.folder, "what was kept before stays; LORA_ALIGN_CACHE moves the cache"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self.folder / f".{os.getpid()}.unfinished"
+            write_table(pyarrow.table({"key": asked.keys.take(at), "logprob": known[at]}), unfinished)
+            with unfinished.open("rb") as stream:
+                os.fsync(stream.fileno())
+            unfinished.rename(self.folder / f"{runs.sha256(unfinished)[:32]}.parquet")
+            runs.sync(self.folder, contents=False)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Every answer by the hash of its tokens and its prompt's, and which of them are a row's."""
+
+    keys: "pyarrow.FixedSizeBinaryArray"
+    first: Numbers  # where each answer's key stands for the first time
+    starts: Numbers  # of each row's answers, and the end of the last one's
+    lengths: Numbers  # tokens of each row
+
+    @classmethod
+    def of(cls, rows: Sequence[Shared]) -> "_Asked":
+        """One pass over the rows; what it leaves takes some fifty bytes an answer."""
+        import pyarrow
+        import pyarrow.compute
+
+        keys, starts, lengths = bytearray(), array("q", [0]), array("q")
+        for prompt, answers in rows:
+            for answer in answers:
+                keys += _key(prompt, answer)
+            starts.append(starts[-1] + len(answers))
+            lengths.append(len(prompt) + sum(map(len, answers)))
+        buffers = [None, pyarrow.py_buffer(keys)]
+        named = pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(KEY_BYTES), starts[-1], buffers)
+        first = pyarrow.compute.index_in(named, named).to_numpy()
+        return cls(named, first, np.array(starts), np.array(lengths))
+
+    def answers(self, rows: Numbers) -> Numbers:
+        """Places of the answers of some rows."""
+        parts = [np.arange(self.starts[i], self.starts[i + 1]) for i in rows]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def _key(prompt: Sequence[int], answer: Sequence[int]) -> bytes:
     digest = hashlib.sha256(array("I", [len(prompt), *prompt, *answer]).tobytes())
-    return digest.digest()[:16]
+    return digest.digest()[:KEY_BYTES]

@@ -18,7 +18,7 @@ from lora_align.model import material, tokenise
 from lora_align.model.base import Base
 from lora_align.model.material import View, joined
 from lora_align.preference import Preference
-from support import pairs_of
+from support import call, fill, pairs_of, small_disk
 
 QUIET = Screen(quiet=True)
 HELPFUL = Preference("demo:pairs?rows=60", "label:better_response_id")
@@ -157,3 +157,24 @@ def test_many_rows_take_no_more_memory_than_few(tmp_path: Path) -> None:
         assert tokens > 8 * count
         peaks.append(kilobytes / 1024)
     assert peaks[1] - peaks[0] < 40, "megabytes; the rows' own text and ids take five times that"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["dpo", "--pref", "helpful", "--direction", "pos", "--set", "dpo.limit=600"]
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        monkeypatch.setenv("LORA_ALIGN_CACHE", str(disk / "cache"))
+        done = call(tmp_path, *words)
+        assert done.code == 1
+        assert "No space left on device; rows are kept there; LORA_ALIGN_CACHE moves the cache" in done.err
+        assert "Traceback" not in done.err
+        assert not [path for path in disk.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    with small_disk(tmp_path / "larger", "8m") as disk:
+        monkeypatch.setenv("LORA_ALIGN_CACHE", str(disk / "cache"))
+        assert call(tmp_path, *words, "--dry-run").code == 0  # rows are kept
+        fill(disk)
+        done = call(tmp_path, *words)
+        assert done.code == 1
+        assert "No space left on device; what was kept before stays" in done.err
+        assert not list(disk.rglob("references/*/*.parquet"))
+        (disk / "filler").unlink()
+        assert call(tmp_path, *words).code == 0

@@ -1,7 +1,6 @@
 """Work that was stopped, killed or damaged goes on to the very bits it would have come to."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_align.cli import app
-from support import COMMAND, Done, call, made_once
+from support import COMMAND, Done, call, fill, made_once, small_disk
 
 SFT = ["--set", 'sft.data="demo:conversations?rows=200"', "--set", "sft.packing=true", "--set", "sft.batch_size=2"]
 STAGES = {
@@ -191,14 +190,8 @@ def test_what_changes_no_result_may_change(begun: Path) -> None:
     assert "one or the other" in both.err
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk: {mounted.stderr.decode()}")
-    try:
+    with small_disk(tmp_path / "disk", "3m") as disk:
         small = call(disk, *words("dpo"), *every_step("dpo"), "--set", "lora.rank=128")
         assert small.code == 2
         assert "MB will be written" in small.err
@@ -207,8 +200,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> N
         )
         while not list(unfinished_of(disk, "dpo").glob("checkpoint-2")) and child.poll() is None:
             time.sleep(0.005)
-        filled = subprocess.run(["dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k"], capture_output=True, text=True)
-        assert "No space left" in filled.stderr
+        fill(disk)
         _, said = child.communicate(timeout=60)
         assert child.returncode == 1
         assert "No space left" in said
@@ -216,5 +208,3 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> N
         (disk / "filler").unlink()
         done = call(disk, *words("dpo"), "--resume")
         assert done.code == 0, done.err
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,0 +1,98 @@
+"""A million pairs: read, tokenised and kept; mapped again; and their start-policy log-probabilities looked up.
+
+Each is a process of its own. Its peak above what the libraries take tells whether memory grows with the rows.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from report import save
+
+SIZES = (10_000, 100_000, 1_000_000)
+
+
+def write(file: Path, count: int) -> None:
+    """Pairs of the built-in world's words, each with a number of its own."""
+    from lora_align.data.pairs import read_pairs
+    from lora_align.preference import Preference
+
+    axis = Preference("demo:pairs?rows=2000", "label:safer_response_id")
+    found = [pair for pair, _ in read_pairs(axis, 0.0, None, Counter())]
+    draw = random.Random(0)
+    with file.open("w", encoding="utf-8") as stream:
+        for i in range(count):
+            pair = draw.choice(found)
+            row = {"prompt": f"{pair.prompt[-1].content} ({i})", "chosen": pair.chosen, "rejected": pair.rejected}
+            stream.write(json.dumps(row) + "\n")
+
+
+def peak() -> float:
+    """Bytes this process had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def child(what: str, file: Path) -> dict[str, Any]:
+    """Seconds, and bytes above what was there before, at most; files that are mapped count as long as they fit."""
+    from lora_align import recipe
+    from lora_align.console import Screen
+    from lora_align.model import base as bases
+    from lora_align.model import material
+    from lora_align.model.material import View
+    from lora_align.model.references import References, _Asked
+    from lora_align.preference import Preference
+
+    base, screen = bases.find(recipe.Base("demo")), Screen(quiet=True)
+    material.of_pairs(Preference("demo:pairs?rows=300", "label:safer_response_id"), base, 0.0, None, 512, screen)
+    before, began = peak(), time.perf_counter()
+    found = material.of_pairs(Preference(str(file), "label"), base, 0.05, None, 512, screen)
+    if what == "looked up":
+        rows = found.train
+        asked = _Asked.of(View(len(rows), lambda i: rows[i].shared()))
+        References(file.parent)._read(asked, screen)
+    seconds = time.perf_counter() - began
+    rows_read = len(found.train) + len(found.held_out)
+    dropped = sum(found.facts["dropped"].values())
+    return {"rows": rows_read, "dropped": dropped, "seconds": round(seconds, 1), "MB": round((peak() - before) / 1e6)}
+
+
+def main() -> None:
+    """Growing files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("rows"))
+    parser.add_argument("--child", nargs=2)
+    options = parser.parse_args()
+    work = options.work.resolve()
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    if options.child:
+        print(json.dumps(child(options.child[0], Path(options.child[1]))))
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    figures: dict[str, Any] = {}
+    for count in SIZES:
+        file = work / f"{count}.jsonl"
+        write(file, count)
+        for what in ("read, tokenised and kept", "mapped", "looked up"):
+            words = [sys.executable, __file__, "--work", str(work), "--child", what, str(file)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            figures[f"{count:,} rows, {what}"] = json.loads(done.stdout.splitlines()[-1])
+            print(what, done.stdout, flush=True)
+        file.unlink()
+    save("rows", figures)
+
+
+if __name__ == "__main__":
+    main()
