@@ -181,12 +181,14 @@ def test_published_files_can_be_read_by_others(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_publishes_nothing(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "256k") as disk:
         before = _publish(disk / "a")
-        with (
-            pytest.raises(RunFailedError, match="No space left on device; nothing of it was published"),
-            runs.claim(disk / "a", Screen(quiet=True), force=True) as staging,
-        ):
-            (staging / "adapter.bin").write_text("weights")
-            fill(disk)
-            runs.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))
+
+        def anew() -> None:
+            with runs.claim(disk / "a", Screen(quiet=True), force=True) as staging:
+                (staging / "adapter.bin").write_text("weights")
+                fill(disk)
+                runs.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))
+
+        with pytest.raises(RunFailedError, match="No space left on device; nothing of it was published"):
+            anew()
         before.check_files()
-        assert [path.name for path in disk.iterdir() if not path.name.startswith(".")] == ["a", "filler"]
+        assert {path.name for path in disk.iterdir() if not path.name.startswith(".")} == {"a", "filler"}
