@@ -71,6 +71,11 @@ class ChatFormat:
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that a token can stand for, at most."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def opening(self, ids: Sequence[int]) -> str:
         """How a text begins, for an error to quote."""
         text = " ".join(self.tokenizer.decode(ids[:OPENING]).split())

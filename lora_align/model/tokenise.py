@@ -3,14 +3,15 @@
 import bisect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from lora_align.data.rows import Conversation, Pair, Rated
+from lora_align.data.rows import Conversation, Message, Pair, Rated
 from lora_align.model.chat_format import ChatFormat
 from lora_align.preference import Direction
 
 IGNORED = -100  # a label that no loss looks at
+Said = tuple[Sequence[Message], Sequence[str]]  # a conversation, and answers to it
 CUT = "answers cut"  # what is counted without being dropped
 
 
@@ -56,7 +57,8 @@ class TokenText:
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
     """Both answers behind their prompt, each cut at `max_length`; None where cutting leaves nothing to learn."""
     found: list[TokenPair | None] = []
-    for prompt, answers in chat.answered_each([(row.prompt, (row.chosen, row.rejected)) for row in rows]):
+    asked = _short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
+    for prompt, answers in chat.answered_each(asked):
         room = max_length - len(prompt)
         chosen, rejected = (ids[: max(room, 0)] for ids in answers)
         if room < 1 or chosen == rejected:
@@ -71,7 +73,7 @@ def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Count
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
     """Answers behind their prompts, cut at `max_length`; None where the prompt leaves no room."""
     found: list[TokenRated | None] = []
-    tokens = chat.answered_each([(row.prompt, (row.answer,)) for row in rows])
+    tokens = chat.answered_each(_short(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         room = max_length - len(prompt)
         if room < 1:
@@ -88,7 +90,8 @@ def texts(
 ) -> list[TokenText | None]:
     """Whole conversations; with `answers_only` the loss sees what the assistant says and nothing else."""
     found: list[TokenText | None] = []
-    tokens = chat.answered_each([(row.messages[:-1], (row.messages[-1].content,)) for row in rows])
+    said = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
+    tokens = chat.answered_each(_short(said, chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         if len(prompt) >= max_length:
             counts["prompt too long"] += 1
@@ -117,6 +120,20 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
             packs.append([row])
         bisect.insort(room, (left - length, number))
     return packs
+
+
+def _short(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
+    """Of each text as much as is certainly too long: of megabytes, tokenizers would make gigabytes."""
+    most = (max_length + 1) * chat.longest_token
+    return [
+        (
+            tuple(replace(message, content=message.content[:most]) for message in prompt),
+            tuple(answer[:most] for answer in answers),
+        )
+        if max(map(len, (*(message.content for message in prompt), *answers))) > most
+        else (prompt, answers)
+        for prompt, answers in asked
+    ]
 
 
 def _earlier_answers(row: Conversation, chat: ChatFormat, prompt: Sequence[int]) -> list[int]:

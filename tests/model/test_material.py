@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from lora_align import recipe
 from lora_align.console import Screen
+from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import material, tokenise
@@ -131,6 +133,7 @@ import resource, sys
 from pathlib import Path
 from lora_align import recipe
 from lora_align.console import Screen
+from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model import base as bases, material
 from lora_align.preference import Preference
@@ -178,3 +181,22 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path, mon
         assert not list(disk.rglob("references/*/*.parquet"))
         (disk / "filler").unlink()
         assert call(tmp_path, *words).code == 0
+
+
+def test_rows_of_ten_megabytes_are_cut_or_dropped_and_counted(base: Base, tmp_path: Path) -> None:
+    """In memory that their tokens would not have fitted into; nothing changes for rows beside them."""
+    short = {"prompt": "Why?", "chosen": "It is so.", "rejected": "No."}
+    long = ["x" * 10_000_000, "some words of it, " * 600_000]
+    rows = [short, *({**short, "chosen": text} for text in long), *({**short, "prompt": text} for text in long)]
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = material.of_pairs(Preference(str(file), "label"), base, 0.0, None, 256, QUIET)
+    taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert (found.facts["rows"], found.facts["answers_cut"]) == (3, 2)
+    assert found.facts["dropped"] == {"prompt too long": 2}
+    assert found.train[0].shared() == base.chat.answered([Message("user", "Why?")], ["It is so.", "No."])
+    for row, text in zip(list(found.train)[1:], long, strict=True):
+        whole = base.chat.answered([Message("user", "Why?")], [text[:4000]])[1][0]
+        assert row.chosen == whole[: 256 - len(row.prompt)]
+    assert taken < 600, "megabytes; the tokens of one such row take three times that"

@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -188,6 +189,47 @@ def test_what_changes_no_result_may_change(begun: Path) -> None:
     both = call(begun, *words("dpo"), "--resume", "--force")
     assert both.code == 2
     assert "one or the other" in both.err
+
+
+def test_other_versions_of_libraries_are_said(begun: Path) -> None:
+    who = unfinished_of(begun, "dpo") / "who.json"
+    before = json.loads(who.read_text())
+    before["versions"]["trl"] = "1.15.9"
+    who.write_text(json.dumps(before))
+    done = call(begun, *words("dpo"), "--resume")
+    assert done.code == 0, done.err
+    assert "warning: runs/dpo/helpful/pos was begun with trl 1.15.9" in done.err
+
+
+def test_the_second_signal_ends_it_at_once_and_the_checkpoint_stays(begun: Path) -> None:
+    before = {path: path.read_bytes() for path in unfinished_of(begun, "dpo").rglob("*.safetensors")}
+    small_parts = [*words("dpo"), "--set", "dpo.tokens_per_batch=64", "--resume"]  # of which a step has many
+    child = subprocess.Popen([str(COMMAND), *small_parts], cwd=begun, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("helpful pos  "):
+            child.send_signal(signal.SIGINT)
+        elif "finishing the step at hand" in line:
+            child.send_signal(signal.SIGINT)
+            break
+    assert child.wait(60) == 130
+    assert "stopped; nothing unfinished was published" in child.stderr.read()
+    assert {path: path.read_bytes() for path in before} == before
+    done = call(begun, *words("dpo"), "--resume")
+    assert done.code == 0, done.err
+
+
+def test_a_run_that_is_being_written_is_refused_with_its_writer(tmp_path: Path) -> None:
+    child = subprocess.Popen([str(COMMAND), *words("dpo")], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("helpful pos"):
+            break
+    second = call(tmp_path, *words("dpo"))
+    child.kill()
+    child.communicate()
+    assert second.code == 2
+    assert f"is being written by process {child.pid} on {socket.gethostname()}" in second.err
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, setti
         unfinished=Unfinished(folder / "unfinished", {}),
         tell=lambda text: None,
         model=model,
-        args=DPOConfig(disable_dropout=False, **training.arguments(settings.dpo, base, folder)),
+        args=DPOConfig(disable_dropout=False, **training.arguments(settings.dpo, base, folder, "a test")),
         processing_class=base.chat.tokenizer,
         peft_config=training.fresh_adapter(settings.lora, base),
     )
@@ -125,12 +125,15 @@ def test_memory_that_runs_out_halves_the_parts_and_the_step_is_what_it_was() -> 
     """Under a limit on address space, in a process of its own."""
     program = """
 import resource, sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from test_steps import QUIET, References, bases, demo, dpo, gradients, recipe, trainer
+from lora_align.errors import RunFailedError
 from lora_align.model.room import Room
+from lora_align.stages import training
 base = bases.find(recipe.Base("demo"))
 settings = demo("dpo.limit=400")
 references = References.of(base, "")
@@ -147,14 +150,23 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINI
 made.training_step(made.model, {"rows": pairs})
 found = gradients(made.model)
 print(len(said), made.room.size, float((found - wanted).norm() / wanted.norm()))
+made.room = Room(2**20, training.TOO_LONG)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+try:
+    made.training_step(made.model, {"rows": [replace(pair, chosen=pair.chosen * 99) for pair in pairs[:1]]})
+except RunFailedError as fault:
+    print(fault)
 """
     folder = str(Path(__file__).parent)
     done = subprocess.run([sys.executable, "-c", program, folder, "/tmp"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told, size, off = done.stdout.split()
+    figures, too_little = done.stdout.splitlines()
+    told, size, off = figures.split()
     assert int(told) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
+    assert "memory ran out over the least that can be computed at once; a smaller max_length" in too_little
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
