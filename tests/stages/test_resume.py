@@ -201,8 +201,7 @@ def test_other_versions_of_libraries_are_said(begun: Path) -> None:
     assert "warning: runs/dpo/helpful/pos was begun with trl 1.15.9" in done.err
 
 
-def test_the_second_signal_ends_it_at_once_and_the_checkpoint_stays(begun: Path) -> None:
-    before = {path: path.read_bytes() for path in unfinished_of(begun, "dpo").rglob("*.safetensors")}
+def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -> None:
     small_parts = [*words("dpo"), "--set", "dpo.tokens_per_batch=64", "--resume"]  # of which a step has many
     child = subprocess.Popen([str(COMMAND), *small_parts], cwd=begun, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
@@ -214,9 +213,10 @@ def test_the_second_signal_ends_it_at_once_and_the_checkpoint_stays(begun: Path)
             break
     assert child.wait(60) == 130
     assert "stopped; nothing unfinished was published" in child.stderr.read()
-    assert {path: path.read_bytes() for path in before} == before
     done = call(begun, *words("dpo"), "--resume")
     assert done.code == 0, done.err
+    assert "goes on after step" in done.err
+    assert "passed over" not in done.err
 
 
 def test_a_run_that_is_being_written_is_refused_with_its_writer(tmp_path: Path) -> None:
