@@ -150,6 +150,22 @@ def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> No
     assert "it fits with --set dpo.tokens_per_batch=1024: " in plan.advice(project, base, found)
 
 
+def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> None:
+    careful = replace(project, dpo=replace(project.dpo, gradient_checkpointing=True))
+    [found] = plan.run(careful, ["dpo"], QUIET, vram=24)["stages"]
+    assert found["advice"].startswith("quicker, and it fits, with --set dpo.gradient_checkpointing=false: ")
+    [without] = plan.run(project, ["dpo"], QUIET, vram=24)["stages"]
+    assert without["seconds"] <= found["seconds"]
+    assert not without["advice"]
+    base = bases.find(project.base)
+    stage = stage_of(careful, "dpo", base, QUIET)
+    assert stage is not None
+    roomy = plan.planned(careful, base, stage, Device("small", 1e12, 1e12, torch.float32, 0.0))
+    tight = replace(roomy, device=Device("small", roomy.total + 1e6, 1e12, torch.float32, 0.0))
+    assert tight.fits
+    assert not plan.quicker(careful, base, tight)
+
+
 def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> None:
     """However little is left to change: each is whole `--set KEY=VALUE`s that the recipe takes."""
     base = bases.find(project.base)
@@ -165,6 +181,10 @@ def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> Non
             assert words[::2] == ["--set"] * (len(words) // 2)
             recipe.load(recipe.builtin()["demo"], words[1::2])
     assert changes == [" --set lora.rank=4"]
+    with_moments = replace(
+        stage, settings=replace(settings, optimizer="adamw_torch_fused", gradient_checkpointing=True)
+    )
+    assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [said for said, *_ in plan._changes(with_moments)]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward", "rsf"])

@@ -22,6 +22,7 @@ from lora_align.stages.steps import Objective
 
 STAGES = ("sft", "dpo", "reward", "rsf")
 SHARE = 0.5  # of a device's matrix rate that training is taken to reach; not measured on any card yet
+SMALL_ADAM = "adamw_8bit"
 LOWEST_RANK = 4  # that is advised
 PLACES = 64  # of the lengths at which the fullest part is looked for
 MOMENTS = {"8bit": 2, "sgd": 0}  # bytes a trained value that optimisers of such a name keep; others: 8
@@ -120,7 +121,8 @@ def run(
             if measure and plan.fits:
                 screen.note(f"{name}: taking a step")
                 plan = replace(plan, measured=measured(base, stage, [stage.rows[i] for i in plan.part]))
-            found.append({**plan.facts(), "advice": "" if plan.fits else advice(recipe, base, plan)})
+            said = quicker(recipe, base, plan) if plan.fits else advice(recipe, base, plan)
+            found.append({**plan.facts(), "advice": said})
     if not found:
         raise UserError(f"the recipe has no {' or '.join(names)} to plan")
     return {
@@ -230,11 +232,24 @@ def advice(recipe: Recipe, base: Base, plan: Found) -> str:
         found = planned(recipe, base, changed, plan.device)
         if found.fits:
             return f"it fits with{said}: {_gigabytes(found.total)} GB, about {clock(found.seconds)}"
-    return "it does not fit with any of gradient_checkpointing, tokens_per_batch and lora.rank: a smaller base will"
+    return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit: a smaller base will"
+
+
+def quicker(recipe: Recipe, base: Base, plan: Found) -> str:
+    """What costs time and is not needed for it to fit."""
+    if not plan.stage.settings.gradient_checkpointing:
+        return ""
+    kept = replace(plan.stage, settings=replace(plan.stage.settings, gradient_checkpointing=False))
+    found = planned(recipe, base, kept, plan.device)
+    if not found.fits:
+        return ""
+    said = f"--set {plan.stage.name}.gradient_checkpointing=false"
+    return f"quicker, and it fits, with {said}: {_gigabytes(found.total)} GB, about {clock(found.seconds)}"
 
 
 def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:
-    """Smaller parts first, then checkpointing by itself, then both, then a lower rank with both; and how to say it."""
+    """Smaller parts, then checkpointing by itself, then both, then Adam's moments in 8 bit, then a lower rank as well;
+    and how to say it."""
     settings, lora = stage.settings, stage.lora
     parts, both = "", ""
     while settings.tokens_per_batch > settings.max_length:
@@ -245,6 +260,9 @@ def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:
         checkpointing = f" --set {stage.name}.gradient_checkpointing=true"
         yield checkpointing, replace(stage.settings, gradient_checkpointing=True), lora
         settings, both = replace(settings, gradient_checkpointing=True), parts + checkpointing
+        yield both, settings, lora
+    if settings.optimizer.startswith("adamw_torch"):
+        settings, both = replace(settings, optimizer=SMALL_ADAM), f"{both} --set {stage.name}.optimizer={SMALL_ADAM}"
         yield both, settings, lora
     table_of_its_own = f"{stage.name}." if getattr(settings, "lora", None) else ""
     while lora.rank > LOWEST_RANK:
