@@ -91,22 +91,24 @@ class References:
         screen: Screen,
     ) -> None:
         """Fill in what is not known of some rows, kept now and then."""
-        kept, kept_at = 0, time.monotonic()
+        fresh: list[Numbers] = []
+        kept_at = time.monotonic()
         with screen.progress(label, len(which)) as progress:
-            done = 0
             try:
                 for begin in range(0, len(which), AT_ONCE):
                     some = which[begin : begin + AT_ONCE]
                     found = answer_logprobs(
                         model, [rows[i] for i in some], room, lambda count, at=begin: progress.show(at + count, {})
                     )
-                    known[asked.answers(some)] = found.numpy()
-                    done = begin + len(some)
+                    at = asked.answers(some)
+                    new = np.isnan(known[at])  # what was known of a row stays as whoever asked before has heard it
+                    known[at[new]] = found.numpy()[new]
+                    fresh.append(at[new])
                     if time.monotonic() - kept_at > KEEP_EVERY:
-                        self._keep(asked, known, which[kept:done])
-                        kept, kept_at = done, time.monotonic()
+                        self._keep(asked, known, fresh)
+                        fresh, kept_at = [], time.monotonic()
             finally:  # a signal, too, ends it with what was done
-                self._keep(asked, known, which[kept:done])
+                self._keep(asked, known, fresh)
 
     def _read(self, asked: "_Asked", screen: Screen) -> Numbers:
         """What files hold of each answer; NaN where none does."""
@@ -125,13 +127,12 @@ class References:
             found[held] = table["logprob"].to_numpy()[at.drop_null().to_numpy()]
         return found
 
-    def _keep(self, asked: "_Asked", known: Numbers, which: Numbers) -> None:
-        """Answers of some rows, each once."""
+    def _keep(self, asked: "_Asked", known: Numbers, fresh: Sequence[Numbers]) -> None:
+        """Some answers, each once."""
         import pyarrow
         from pyarrow.parquet import write_table
 
-        at = asked.answers(which)
-        at = at[asked.first[at] == at]
+        at = np.concatenate([some[asked.first[some] == some] for some in fresh]) if fresh else np.empty(0)
         if not len(at):
             return
         with runs.writing(self.folder, "what was kept before stays; LORA_ALIGN_CACHE moves the cache"):

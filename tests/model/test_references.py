@@ -47,6 +47,18 @@ def test_it_is_computed_once(model: PreTrainedModel, tmp_path: Path, capsys: pyt
     assert not re.search(r"\d/\d", said), "nothing was left to compute"
 
 
+def test_what_one_has_heard_is_what_the_next_one_hears(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Also of an answer that is known where another one to its prompt is not, and of answers that stand twice."""
+    references = References(tmp_path)
+    [(prompt, [known, other])] = ROWS[:1]
+    first = asked(references, model, [(prompt, [known])])
+    longer = [(prompt, [known, other]), (prompt, [other, known]), *ROWS[1:]]
+    then = asked(references, model, longer)
+    assert torch.equal(then[0, :1], first[0])
+    assert torch.equal(then[0], then[1].flip(0))
+    assert torch.equal(asked(references, model, longer), then)
+
+
 def test_a_damaged_file_is_not_believed(
     model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
