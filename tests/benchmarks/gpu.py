@@ -197,6 +197,24 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     }
 
 
+def theirs(work: Path, length: int, batch: int) -> dict[str, Any]:
+    """What TRL's trainers are told; all else is as they come."""
+    import torch
+
+    return {
+        "output_dir": str(work / "trl"),
+        "max_length": length,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": batch // 2,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
     """One adapter by TRL's trainer on the same tokens: its plain defaults, or references computed before."""
     import torch
@@ -225,19 +243,7 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
         adapter = None
     trainer = tokenised()(
         model=model,
-        args=DPOConfig(
-            output_dir=str(work / "trl"),
-            max_length=length,
-            num_train_epochs=1,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=project.dpo.batch_size // 2,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=torch.cuda.is_available(),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        ),
+        args=DPOConfig(**theirs(work, length, project.dpo.batch_size), **settings),
         train_dataset=Dataset.from_list(columns(rows)),
         processing_class=base.chat.tokenizer,
         peft_config=adapter,
@@ -272,7 +278,6 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
 
 def their_sft(work: Path, length: int) -> dict[str, Any]:
     """The same texts by TRL's trainer, at its defaults."""
-    import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -285,18 +290,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
     texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(work / "trl"),
-            max_length=length,
-            num_train_epochs=1,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=project.sft.batch_size // 2,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=torch.cuda.is_available(),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        args=SFTConfig(**theirs(work, length, project.sft.batch_size)),
         train_dataset=Dataset.from_dict({"input_ids": texts}),
         processing_class=base.chat.tokenizer,
         peft_config=training.fresh_adapter(project.lora, base),
