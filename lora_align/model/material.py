@@ -274,14 +274,19 @@ def _schema(shape: type[Row]) -> "pyarrow.Schema":
 def _rows(file: Path, shape: type[Row]) -> View[Row]:
     import pyarrow
 
-    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
-    names = table.column_names
+    kept = pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
+    batches = [kept.get_batch(i) for i in range(kept.num_record_batches)]  # as a table, each look would go through all
 
-    def value(name: str, at: int) -> Any:
-        held = table[name][at]
-        return dict(held.as_py()) if name == "ratings" else held.values.to_numpy().tolist()
+    def made(batch: "pyarrow.RecordBatch", at: int) -> Row:
+        held = {name: batch[name][at] for name in batch.schema.names}
+        return shape(
+            **{
+                name: dict(value.as_py()) if name == "ratings" else value.values.to_numpy().tolist()
+                for name, value in held.items()
+            }
+        )
 
-    return View(len(table), lambda at: shape(**{name: value(name, at) for name in names}))
+    return joined([View(len(batch), partial(made, batch)) for batch in batches])
 
 
 @cache
