@@ -82,8 +82,10 @@ def test_memory_is_what_an_allocator_counts() -> None:
     assert highest(work) == pytest.approx(8e6, rel=0.01)
 
 
-def test_a_measured_step_is_what_times_go_by(cli: Cli) -> None:
-    words = ["plan", "--measure", "--json", "--set", "dpo.limit=60"]
+def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path) -> None:
+    axis = '[preferences.brief]\ndata = "demo:pairs?rows=200"\nrank = "shorter"\n'
+    (tmp_path / "one.toml").write_text(f'[base]\nmodel = "demo"\n{axis}')
+    words = ["plan", "--measure", "--json", "--recipe", str(tmp_path / "one.toml")]
     done = cli(*words)
     assert done.code == 0, done.err
     assert "dpo: taking a step" in done.err

@@ -154,7 +154,7 @@ made.room = Room(2**20, training.TOO_LONG)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
 try:
-    made.training_step(made.model, {"rows": [replace(pair, chosen=pair.chosen * 99) for pair in pairs[:1]]})
+    made.training_step(made.model, {"rows": [replace(pair, chosen=pair.chosen * 1000) for pair in pairs[:1]]})
 except RunFailedError as fault:
     print(fault)
 """
