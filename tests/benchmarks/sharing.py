@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from report import once, save
 
-BASES = {"the built-in base": None, "8 layers of 256": (8, 256), "12 layers of 512": (12, 512)}
+BASES = {"the built-in base": None, "8 layers of 256": (8, 256)}
 PROMPTS, ANSWERS = (32, 128, 256, 512, 1024), (32, 128, 384)  # tokens
 TOKENS = 4096  # of a step, about
 ROUNDS = 3
