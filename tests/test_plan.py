@@ -166,6 +166,9 @@ def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> No
     tight = replace(roomy, device=Device("small", roomy.total + 1e6, 1e12, torch.float32, 0.0))
     assert tight.fits
     assert not plan.quicker(careful, base, tight)
+    slow = replace(roomy, rate=roomy.cost.whole / 3600)  # as measured: an hour a part
+    assert slow.seconds > 3600
+    assert " h " in plan.quicker(careful, base, slow)
 
 
 def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> None:

@@ -38,6 +38,7 @@ class Found:
     lengths: Sequence[int]
     part: Sequence[int]  # which rows make the fullest part of a step
     device: Device
+    rate: float  # operations a second: the share of the device's that is assumed, or as measured
     measured: Measured | None = None  # that part
 
     @property
@@ -62,11 +63,6 @@ class Found:
     def fits(self) -> bool:
         """With all that is reserved."""
         return self.total <= self.device.memory
-
-    @property
-    def rate(self) -> float:
-        """Operations a second: as measured, or the share of the device's that is assumed."""
-        return self.cost.whole / self.measured.seconds if self.measured else SHARE * self.device.rate
 
     @property
     def seconds(self) -> float:
@@ -120,7 +116,8 @@ def run(
             plan = planned(recipe, base, replace(stage, passes=passes or stage.passes), device)
             if measure and plan.fits:
                 screen.note(f"{name}: taking a step")
-                plan = replace(plan, measured=measured(base, stage, [stage.rows[i] for i in plan.part]))
+                step = measured(base, stage, [stage.rows[i] for i in plan.part])
+                plan = replace(plan, measured=step, rate=plan.cost.whole / step.seconds)
             said = quicker(recipe, base, plan) if plan.fits else advice(recipe, base, plan)
             found.append({**plan.facts(), "advice": said})
     if not found:
@@ -197,12 +194,12 @@ def _shape(
     return Shape(config, device.dtype, packed, recipe.base.double_quant, adapter, checkpointing, several)
 
 
-def planned(recipe: Recipe, base: Base, stage: Stage, device: Device) -> Found:
-    """What the fullest part of a stage's steps takes."""
+def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None) -> Found:
+    """What the fullest part of a stage's steps takes; its rows' lengths, where they are known, are not looked up."""
     several = getattr(stage.settings, "packing", False)
     checkpointing = stage.settings.gradient_checkpointing
     shape = _shape(recipe, base, stage.lora, device, checkpointing=checkpointing, several=several)
-    lengths = _lengths(stage, stage.objective(shape.outline()))
+    lengths = lengths or _lengths(stage, stage.objective(shape.outline()))
     part = fullest(lengths, stage.settings.tokens_per_batch, stage.settings.batch_size)
     rows = [stage.rows[i] for i in part]
 
@@ -210,7 +207,7 @@ def planned(recipe: Recipe, base: Base, stage: Stage, device: Device) -> Found:
         objective = stage.objective(model)
         return objective.part(rows, objective.weights(rows)).loss
 
-    return Found(stage, shape.cost(step), sum(lengths), lengths, part, device)
+    return Found(stage, shape.cost(step), sum(lengths), lengths, part, device, SHARE * device.rate)
 
 
 def _lengths(stage: Stage, objective: Objective[Any]) -> list[int]:
@@ -229,7 +226,7 @@ def advice(recipe: Recipe, base: Base, plan: Found) -> str:
     """The first change that makes it fit."""
     for said, settings, lora in _changes(plan.stage):
         changed = replace(plan.stage, settings=settings, lora=lora)
-        found = planned(recipe, base, changed, plan.device)
+        found = replace(planned(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if found.fits:
             return f"it fits with{said}: {_gigabytes(found.total)} GB, about {clock(found.seconds)}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit: a smaller base will"
@@ -240,7 +237,7 @@ def quicker(recipe: Recipe, base: Base, plan: Found) -> str:
     if not plan.stage.settings.gradient_checkpointing:
         return ""
     kept = replace(plan.stage, settings=replace(plan.stage.settings, gradient_checkpointing=False))
-    found = planned(recipe, base, kept, plan.device)
+    found = replace(planned(recipe, base, kept, plan.device, plan.lengths), rate=plan.rate)
     if not found.fits:
         return ""
     said = f"--set {plan.stage.name}.gradient_checkpointing=false"
