@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors
 
-from lora_align import runs
+from lora_align import __version__, runs
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.runs import Run
@@ -94,7 +93,7 @@ def card(run: Run, repository: str) -> str:
         base=base,
         on_hub=on_hub,
         curve="curve.png" if "curve.png" in manifest.files else "",
-        version=version("lora-align"),
+        version=__version__,
         needs_start=bool(manifest.start) and not manifest.contains_start,
         start=manifest.start,
         repository=repository,

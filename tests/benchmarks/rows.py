@@ -1,4 +1,4 @@
-"""A million pairs: read, tokenised and kept; mapped again; and their start-policy log-probabilities looked up.
+"""A million pairs: read, tokenised and kept; mapped again; and looked for among references, of which none is kept.
 
 Each is a process of its own. Its peak above what the libraries take tells whether memory grows with the rows.
 """

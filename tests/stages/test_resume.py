@@ -149,7 +149,8 @@ def begun(tmp_path: Path) -> Path:
 
 def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
     folders = sorted(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    *_, before, newest = folders  # three, where the kill came before the oldest went
+    assert len(folders) in (2, 3)  # three, where the kill came before the oldest went
+    *_, before, newest = folders
     content = bytearray((newest / "optimizer.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(content)
