@@ -15,6 +15,7 @@ from lora_align import plan, recipe
 from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model.weightless import Shape
+from lora_align.plan import advice
 from lora_align.plan.device import Device, device_of
 from lora_align.plan.measure import highest, measured
 from lora_align.plan.stage import stage_of
@@ -82,22 +83,51 @@ def test_memory_is_what_an_allocator_counts() -> None:
     assert highest(work) == pytest.approx(8e6, rel=0.01)
 
 
-def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path) -> None:
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling for real takes longer than a test should; see `test_compiled`."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))
+
+
+def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compiler: None) -> None:
     axis = '[preferences.brief]\ndata = "demo:pairs?rows=200"\nrank = "shorter"\n'
-    (tmp_path / "one.toml").write_text(f'[base]\nmodel = "demo"\n{axis}')
+    (tmp_path / "one.toml").write_text(f'[base]\nmodel = "demo"\nattention = "eager"\n{axis}')
     words = ["plan", "--measure", "--json", "--recipe", str(tmp_path / "one.toml")]
     done = cli(*words)
     assert done.code == 0, done.err
     assert "dpo: taking a step" in done.err
-    stages = json.loads(done.out)["stages"]
-    for of in stages:
-        step = of["measured"]
-        assert of["rate"] * step["seconds"] == pytest.approx(of["operations_a_token"] * of["part"], rel=1e-6)
-        assert of["bytes"]["activations"] + of["bytes"]["logits"] == pytest.approx(step["taken"], rel=0.1)
-    assert "of the device's matrix rate" in cli(*words[:2], *words[3:]).out
+    [of] = json.loads(done.out)["stages"]
+    step = of["measured"]
+    assert of["rate"] * step["seconds"] == pytest.approx(of["operations_a_token"] * of["part"], rel=1e-6)
+    assert of["bytes"]["activations"] + of["bytes"]["logits"] == pytest.approx(step["taken"], rel=0.1)
+    compiling, kernel = of["switches"]
+    assert compiling["said"] == "dpo.compile=true"
+    assert "torch cannot compile the base here" in compiling["fault"]
+    assert (kernel["said"], kernel["fault"]) == ("base.attention=sdpa", "")
+    assert 0.1 < kernel["step"] < 3
+    worth = 0.97 * of["seconds"]  # to a second
+    assert kernel["pays"] or kernel["seconds"] > worth - 1
+    assert not kernel["pays"] or kernel["seconds"] < worth + 1
     refused = cli("plan", "--measure", "--card", "a100")
     assert refused.code == 2
     assert "--measure takes a step on this machine" in refused.err
+
+
+def test_what_was_measured_is_told_in_words(no_compiler: None, project: recipe.Recipe) -> None:
+    assert project.rsf is not None
+    few = replace(project.rsf, iterations=1, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
+    planned = plan.run(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
+    [of] = planned["stages"]
+    assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # of the first iteration, which learns from the policy before; then
+    assert of["drawing"] > 0
+    text = plan.told(planned)
+    assert "before that it draws 40 answers, about " in text
+    assert "of the device's matrix rate" in text
+    assert "\n--set rsf.compile=true: torch cannot compile" in text
+    assert "before that it draws 40 answers, which --measure tries" in plan.told(
+        plan.run(replace(project, rsf=few), ["rsf"], QUIET)
+    )
 
 
 def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recipe.Recipe) -> None:
@@ -149,7 +179,7 @@ def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> No
     tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
     found = plan.planned(project, base, stage, tight)
     assert not found.fits
-    assert "it fits with --set dpo.tokens_per_batch=1024: " in plan.advice(project, base, found)
+    assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.fitting(project, base, found)
 
 
 def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> None:
@@ -165,10 +195,10 @@ def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> No
     roomy = plan.planned(careful, base, stage, Device("small", 1e12, 1e12, torch.float32, 0.0))
     tight = replace(roomy, device=Device("small", roomy.total + 1e6, 1e12, torch.float32, 0.0))
     assert tight.fits
-    assert not plan.quicker(careful, base, tight)
+    assert not advice.quicker(careful, base, tight)
     slow = replace(roomy, rate=roomy.cost.whole / 3600)  # as measured: an hour a part
     assert slow.seconds > 3600
-    assert " h " in plan.quicker(careful, base, slow)
+    assert " h " in advice.quicker(careful, base, slow)
 
 
 def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> None:
@@ -179,7 +209,7 @@ def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> Non
         these = replace(project, dpo=replace(settings, gradient_checkpointing=checkpointing), lora=recipe.Lora(rank=8))
         stage = stage_of(these, "dpo", base, QUIET)
         assert stage is not None
-        changes = [said for said, *_ in plan._changes(stage)]
+        changes = [said for said, *_ in advice._changes(stage)]
         assert changes
         for said in changes:
             words = said.split()
@@ -189,7 +219,7 @@ def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> Non
     with_moments = replace(
         stage, settings=replace(settings, optimizer="adamw_torch_fused", gradient_checkpointing=True)
     )
-    assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [said for said, *_ in plan._changes(with_moments)]
+    assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [said for said, *_ in advice._changes(with_moments)]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward", "rsf"])

@@ -1,4 +1,4 @@
-"""One step that is really taken: how long, and how much memory beside the weights and the adapter."""
+"""Steps that are really taken: how long, and how much memory beside the weights and the adapter."""
 
 import os
 import time
@@ -11,7 +11,9 @@ from peft import get_peft_model
 
 from lora_align.model import base as bases
 from lora_align.model.base import Base, compute_dtype
-from lora_align.plan.stage import Stage
+from lora_align.model.compiled import compiled
+from lora_align.model.sampler import Embedded
+from lora_align.plan.stage import Drawing, Stage
 from lora_align.stages import training
 
 TIMES = 3  # a step is taken, and the quickest counts
@@ -22,6 +24,7 @@ class Measured:
     """A part of a step, forwards and backwards."""
 
     seconds: float
+    before: float  # seconds that the first one takes more, as what is made once
     taken: float  # bytes, at their highest
 
 
@@ -41,15 +44,21 @@ def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
         part.loss.backward()  # type: ignore[no-untyped-call]
         float(part.loss.detach())  # waits until it is there
 
-    step()  # what is made once and kept is not the step's
-    policy.zero_grad()
-    taken = highest(step)
-    seconds = []
-    for _ in range(TIMES):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    return Measured(min(seconds), taken)
+    with compiled(policy, wanted=stage.settings.compile):
+        first = _seconds(step)  # what is made once and kept is not the step's
+        policy.zero_grad()
+        taken = highest(step)
+        seconds = min(_seconds(step) for _ in range(TIMES))
+    return Measured(seconds, first - seconds, taken)
+
+
+def drawn(base: Base, drawing: Drawing) -> float:
+    """Answers a second: of some that the base draws on this device, as if it were the policy."""
+    sampler, answers = Embedded(base.load(), base), 0
+    began = time.perf_counter()
+    for batch in sampler.draw(drawing.asked, drawing.each, drawing.sampling):
+        answers += len(batch)
+    return answers / (time.perf_counter() - began)
 
 
 def highest(work: Callable[[], None]) -> float:
@@ -70,3 +79,9 @@ def highest(work: Callable[[], None]) -> float:
         held += event.nbytes()
         most = max(most, held)
     return float(most)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

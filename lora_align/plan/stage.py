@@ -7,18 +7,31 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_align.console import Screen
+from lora_align.data.rows import Prompt, under_system
 from lora_align.errors import NotFetchedError
 from lora_align.model import material as materials
 from lora_align.model.base import Base
+from lora_align.model.generate import Sampling
 from lora_align.model.logprobs import Reader
 from lora_align.model.material import View, joined
 from lora_align.model.reward_model import Heads
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.recipe import Lora, Recipe, Training
-from lora_align.stages import dpo, judging, reward, sft
+from lora_align.stages import asking, dpo, judging, reward, series, sft
+from lora_align.stages.collect import AT_ONCE
 from lora_align.stages.steps import Objective
 
 UNKNOWN_ROWS = 1000  # where neither data nor a limit says how many there are
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The answers a stage draws on the way, and some of the conversations it draws them to."""
+
+    answers: int  # of all its policies
+    asked: Sequence[Prompt]
+    each: int
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Stage:
     passes: int  # over them, an adapter each
     referenced: bool = False
     assumed: str = ""  # why the rows are not the real ones
+    drawing: Drawing | None = None
 
 
 def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | None:
@@ -79,13 +93,27 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
     settings = recipe.rsf
     if settings is None:
         return None
+    halves, _ = series.halves(settings, base)
+    asked = [
+        asking.for_directions(settings, asking.prompts(settings, halves[t % 2], t), t)
+        for t in range(settings.iterations + 1)
+    ]
+    answers = sum(len(requests) * asking.each(settings, t) for t, requests in enumerate(asked))
+    some = [under_system(of.system, of.prompt) for of in asked[-1][: max(1, AT_ONCE // settings.samples)]]
+    sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
+    drawing = Drawing(answers, some, asking.each(settings, settings.iterations), sampling)
+    why = "(rows of the greatest length are assumed, as they are drawn on the way)"
+    return replace(_learning(recipe, base, max(map(len, asked))), assumed=why, drawing=drawing)
+
+
+def _learning(recipe: Recipe, base: Base, rows: int) -> Stage:
+    """What the policies of an `rsf` learn, which is known when it was drawn: so many rows of the greatest length each,
+    the first of them included, that learns of answers there are."""
+    settings = recipe.rsf
+    assert settings is not None
     longest = min(settings.max_length, base.max_length)
-    count = (settings.prompts or settings.limit or UNKNOWN_ROWS) * settings.per_prompt
-    rows = View(count, lambda _: _texts(longest, several=settings.packing))
-    why = "(rows of the greatest length are assumed, as answers are drawn on the way; the drawing is not planned)"
-    return Stage(
-        "rsf", settings, settings.lora or recipe.lora, rows, _saying(base), settings.iterations + 1, False, why
-    )
+    same = View(rows, lambda _: _texts(longest, several=settings.packing))
+    return Stage("rsf", settings, settings.lora or recipe.lora, same, _saying(base), settings.iterations + 2)
 
 
 _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage | None]] = {
@@ -112,7 +140,16 @@ def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
     return Stage("dpo", recipe.dpo, recipe.lora, rows, _preferring(recipe, base), 2, referenced=True)
 
 
-_ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {"sft": _assumed_sft, "dpo": _assumed_dpo}
+def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
+    assert recipe.rsf is not None
+    return _learning(recipe, base, (recipe.rsf.prompts or recipe.rsf.limit or UNKNOWN_ROWS) * recipe.rsf.per_prompt)
+
+
+_ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
+    "sft": _assumed_sft,
+    "dpo": _assumed_dpo,
+    "rsf": _assumed_rsf,
+}
 
 
 def _texts(length: int, *, several: bool) -> list[TokenText]:

@@ -44,6 +44,7 @@ class Training:
     """What all training has in common. Batches count rows; `limit` stops reading after that many to train on.
 
     A batch is computed in parts of about `tokens_per_batch` tokens, which changes memory and speed and nothing else.
+    `compile` makes programs of the base's layers first, which takes a minute or so, and steps less time from then on.
     `warmup` below 1 is a share of the steps, from 1 on their number. A checkpoint is kept every `save_minutes`.
     """
 
@@ -58,6 +59,7 @@ class Training:
     max_length: Annotated[int, Ge(8)] = 1024
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     held_out: Share = 0.05
     save_minutes: Annotated[float, Ge(0)] = 10.0

@@ -46,6 +46,11 @@ def prompts(settings: Rsf, half: Sequence[Rated], t: int) -> list[Prompt]:
     return [found[index] for index in kept]
 
 
+def each(settings: Rsf, t: int) -> int:
+    """How many answers a request of an iteration gets."""
+    return settings.samples if t else max(1, settings.bootstrap // settings.per_prompt)
+
+
 def for_scores(settings: Rsf, asked: Sequence[Prompt], seen: Sequence[Scores]) -> list[Request]:
     """What the SteerLM-style policy is asked for: scores, each some answer's own, so that none is out of reach."""
     requests: list[Request] = []

@@ -20,7 +20,8 @@ from lora_align.runs import Run
 
 WHO, FILES, PREFIX = "who.json", "files.json", "checkpoint-"
 KEPT = 2
-FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "iterations"}  # change no result
+# change no result, but for rounding
+FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "compile", "iterations"}
 SHOWN = 4  # differences that an error tells
 
 

@@ -233,7 +233,7 @@ def _draw(
 ) -> None:
     """With the policy before, here or on a server; the judge is always here."""
     settings = plan.settings
-    n = settings.samples if t else max(1, settings.bootstrap // settings.per_prompt)
+    n = asking.each(settings, t)
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed + t)
     panel = Panel(plan.base, plan.reward, plan.start, None if plan.server else teacher)
     sampler: Sampler = panel

@@ -24,6 +24,7 @@ from lora_align import processes
 from lora_align.console import Progress, Screen
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
+from lora_align.model.compiled import compiled
 from lora_align.recipe import Lora, Training
 from lora_align.stages.checkpoints import KEPT, check_room
 from lora_align.stages.steps import METRICS, Stepping, trainable
@@ -216,7 +217,8 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(trainer.unfinished.events)
         try:
-            trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+            with compiled(trainer.model, wanted=settings.compile):
+                trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         except OSError as fault:
             raise RunFailedError(f"{fault}; of the checkpoints {trainer.unfinished.kept()}") from fault
     if trainer.state.global_step < trainer.state.max_steps:

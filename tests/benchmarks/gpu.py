@@ -52,6 +52,7 @@ SWITCHES = {  # of ours, each beside the recipe as it stands
     "parts of 2,048 tokens": ["tokens_per_batch=2048"],
     "parts of 8,192 tokens": ["tokens_per_batch=8192"],
     "8-bit Adam": ["optimizer=adamw_8bit"],
+    "compiled": ["compile=true"],
 }
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
 

@@ -1,0 +1,27 @@
+"""A model whose layers are compiled while it trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import Module
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_align.errors import RunFailedError, first_line
+
+
+@contextmanager
+def compiled(model: Module, *, wanted: bool = True) -> Iterator[None]:
+    """Each layer runs as a program made of it, one for all layers and lengths; afterwards as it did before."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    except BackendCompilerFailed as fault:
+        raise RunFailedError(
+            f"torch cannot compile the base here ({first_line(fault)}); set compile = false"
+        ) from fault
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None

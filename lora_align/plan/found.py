@@ -1,0 +1,136 @@
+"""What a stage takes: bytes by part, operations, seconds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from lora_align.model.base import Base
+from lora_align.model.weightless import Cost, Shape
+from lora_align.plan.device import Device
+from lora_align.plan.measure import Measured
+from lora_align.plan.stage import Stage
+from lora_align.recipe import Lora, Recipe
+from lora_align.stages import audit, training
+from lora_align.stages.steps import Objective
+
+SHARE = 0.5  # of a device's matrix rate that training is taken to reach; not measured on any card yet
+PLACES = 64  # of the lengths at which the fullest part is looked for
+MOMENTS = {"8bit": 2, "sgd": 0}  # bytes a trained value that optimisers of such a name keep; others: 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """A stage's plan: bytes by part, operations, seconds."""
+
+    stage: Stage
+    cost: Cost
+    tokens: int
+    lengths: Sequence[int]
+    part: Sequence[int]  # which rows make the fullest part of a step
+    device: Device
+    rate: float  # operations a second: the share of the device's that is assumed, or as measured
+    measured: Measured | None = None  # that part
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """By part."""
+        kept = next((each for name, each in MOMENTS.items() if name in self.stage.settings.optimizer), 8)
+        return {
+            "weights": self.cost.weights,
+            "adapters": self.cost.trained,
+            "optimiser": self.cost.trained * (1 + kept / 4),  # and the gradients
+            "activations": self.cost.activations,
+            "logits": self.cost.logits,
+            "reserved": self.device.reserved,
+        }
+
+    @property
+    def total(self) -> float:
+        """Bytes at their highest."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """With all that is reserved."""
+        return self.total <= self.device.memory
+
+    def by(self, step: Measured) -> "Found":
+        """As it is where a part of a step takes what was measured."""
+        return replace(self, measured=step, rate=self.cost.whole / step.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Of all the stage trains."""
+        tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
+        each = sum(self.lengths[i] for i in self.part)
+        operations = tokens * self.cost.whole / each
+        operations += self.tokens * self.cost.forward / each if self.stage.referenced else 0
+        return operations / self.rate + (self.measured.before if self.measured else 0)
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "stage": self.stage.name,
+            "rows": len(self.lengths),
+            "passes": self.stage.passes,
+            "tokens": self.tokens,
+            "histogram": audit.histogram(self.lengths),
+            "assumed": self.stage.assumed,
+            "answers": self.stage.drawing.answers if self.stage.drawing else 0,
+            "bytes": {name: round(value) for name, value in self.memory.items()},
+            "total": round(self.total),
+            "fits": self.fits,
+            "rate": self.rate,
+            "measured": asdict(self.measured) if self.measured else None,
+            "part": sum(self.lengths[i] for i in self.part),
+            "operations_a_token": self.cost.whole / sum(self.lengths[i] for i in self.part),
+            "seconds": round(self.seconds),
+        }
+
+
+def shape_of(
+    recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool = False, several: bool = False
+) -> Shape:
+    """A base with an adapter, by its configuration alone."""
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    if recipe.base.attention == "eager":  # the others keep as little as what runs on any device does
+        config._attn_implementation = "eager"
+    packed = recipe.base.quantization == "nf4"
+    adapter = training.fresh_adapter(lora, base)
+    return Shape(config, device.dtype, packed, recipe.base.double_quant, adapter, checkpointing, several)
+
+
+def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None) -> Found:
+    """What the fullest part of a stage's steps takes; its rows' lengths, where they are known, are not looked up."""
+    several = getattr(stage.settings, "packing", False)
+    checkpointing = stage.settings.gradient_checkpointing
+    shape = shape_of(recipe, base, stage.lora, device, checkpointing=checkpointing, several=several)
+    lengths = lengths or _lengths(stage, stage.objective(shape.outline()))
+    part = fullest(lengths, stage.settings.tokens_per_batch, stage.settings.batch_size)
+    rows = [stage.rows[i] for i in part]
+
+    def step(model: PreTrainedModel) -> torch.Tensor:
+        objective = stage.objective(model)
+        return objective.part(rows, objective.weights(rows)).loss
+
+    return Found(stage, shape.cost(step), sum(lengths), lengths, part, device, SHARE * device.rate)
+
+
+def gigabytes(count: float) -> str:
+    """As tables and advice give them."""
+    return f"{count / 1e9:,.2f}"
+
+
+def _lengths(stage: Stage, objective: Objective[Any]) -> list[int]:
+    return [objective.length(row) for row in stage.rows]
+
+
+def fullest(lengths: Sequence[int], budget: int, batch: int) -> list[int]:
+    """The rows of a step that make its fullest part: as many alike long ones as the budget takes."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    starts = sorted({len(order) * place // PLACES for place in range(PLACES)})
+    parts = (order[at : at + max(1, min(batch, budget // max(lengths[order[at]], 1)))] for at in starts)
+    return max(parts, key=lambda part: len(part) * lengths[part[0]])
