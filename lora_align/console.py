@@ -164,16 +164,21 @@ def clock(seconds: float) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A plain aligned table; numbers to the right."""
+    """A plain aligned table; columns that are numbers for the most part to the right."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    numbers = [2 * sum(map(_is_number, column)) > len(rows) for column in zip(*rows, strict=True)] or [False] * len(
+        columns
+    )
 
     def line(row: list[str]) -> str:
-        cells = [
-            c.rjust(w) if c and not any(map(str.isalpha, c)) else c.ljust(w) for c, w in zip(row, widths, strict=True)
-        ]
-        return "  ".join(cells).rstrip()
+        cells = zip(row, widths, numbers, strict=True)
+        return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()
 
     return "\n".join([line(columns), "  ".join("─" * w for w in widths), *(line(row) for row in rows)])
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and not any(map(str.isalpha, cell))
 
 
 class _LogFile(logging.FileHandler):

@@ -39,6 +39,8 @@ def test_progress_away_from_a_terminal_is_lines() -> None:
 
 def test_tables_and_clocks() -> None:
     assert table(["a", "n"], [["x", "-1"], ["long", "20"]]).splitlines()[2:] == ["x     -1", "long  20"]
+    assert table(["what", "found"], [["one", "1"], ["two", "a b c"], ["three", "2 of c"]]).splitlines()[2] == "one    1"
+    assert table(["name"], []).splitlines() == ["name", "────"]
     assert [clock(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
     assert [rate(s) for s in (0.004, 0.3125, 4.1)] == ["250/s", "3.2/s", "4.1 s each"]
 
