@@ -98,6 +98,12 @@ def test_rankers_that_do_not_exist(text: str) -> None:
         Ranker.parse(text)
 
 
+def test_a_folder_of_a_recipes_name_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert recipe.find("demo") == (recipe.builtin()["demo"], "")
+
+
 def test_unknown_recipes_and_files() -> None:
     with pytest.raises(UserError, match="did you mean 'demo'"):
         recipe.find("demmo")

@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lora_align import __version__, processes, runs
-from lora_align.cli import compose, look, train, use
+from lora_align.cli import compose, look, measure, train, use
 from lora_align.console import Screen, inert, library_log
 from lora_align.errors import RunFailedError, Stopped, UserError
 
@@ -42,6 +42,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": compose.inspect,
     "chat": use.chat,
     "generate": use.generate,
+    "eval": measure.evaluate,
+    "sweep": measure.sweep,
     "list": look.list_runs,
     "push": compose.push,
 }

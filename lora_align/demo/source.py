@@ -13,6 +13,8 @@ MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "demo:pairs": world.pairs,
     "demo:ratings": world.ratings,
     "demo:conversations": world.conversations,
+    "demo:prompts": world.questions,
+    "demo:reading": world.lines,
 }
 
 

@@ -161,7 +161,7 @@ def _draw(measured: Measured, runs_dir: Path) -> list[Path]:
     maps = {name: [[measured[a, b].own[name] for a in MAP] for b in MAP] for name in PREFERENCES}
     files = [runs_dir / "control.png", runs_dir / "map.png"]
     plots.control_curves(files[0], CURVE, own, formed)
-    plots.weight_map(files[1], PREFERENCES, MAP, maps)
+    plots.weight_map(files[1], PREFERENCES, (MAP, MAP), maps)
     return files
 
 

@@ -41,18 +41,21 @@ def control_curves(
     picture.savefig(file, dpi=150)
 
 
-def weight_map(file: Path, names: tuple[str, str], weights: Sequence[float], scores: Mapping[str, Grid]) -> None:
-    """One heat map a score over the weights of two preferences."""
+def weight_map(
+    file: Path, names: tuple[str, str], weights: tuple[Sequence[float], Sequence[float]], scores: Mapping[str, Grid]
+) -> None:
+    """One heat map a score over the weights of two preferences; shares on one scale, other scores on their own."""
     picture = Figure(figsize=(3.1 * len(scores), 3.1), layout="constrained")
     for panel, (score, grid) in zip(picture.subplots(1, len(scores), squeeze=False).flat, scores.items(), strict=True):
-        panel.imshow(grid, origin="lower", cmap=COLOURS, vmin=0, vmax=1)
+        flat = [value for values in grid for value in values]
+        low, high = (0.0, 1.0) if min(flat) >= 0 and max(flat) <= 1 else (min(flat), max(flat))
+        panel.imshow(grid, origin="lower", cmap=COLOURS, vmin=low, vmax=high)
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
-                colour = "white" if value > 0.6 else "black"
+                colour = "white" if value > low + 0.6 * (high - low) else "black"
                 panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-        labels = [f"{weight:g}" for weight in weights]
-        panel.set_xticks(range(len(weights)), labels, fontsize=8)
-        panel.set_yticks(range(len(weights)), labels, fontsize=8)
+        for set_ticks, values in zip((panel.set_xticks, panel.set_yticks), weights, strict=True):
+            set_ticks(range(len(values)), [f"{weight:g}" for weight in values], fontsize=8)
         panel.set_xlabel(f"weight of {names[0]}", fontsize=9)
         panel.set_ylabel(f"weight of {names[1]}", fontsize=9)
         panel.set_title(score, fontsize=10, pad=8)

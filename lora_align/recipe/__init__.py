@@ -10,10 +10,10 @@ from typing import Any
 from lora_align.errors import UserError, nearest
 from lora_align.preference import Preference
 from lora_align.recipe import faults
-from lora_align.recipe.tables import Base, Dpo, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
+from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
 
 __all__ = [
-    "LOCAL", "Base", "Dpo", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft", "Training",
+    "LOCAL", "Base", "Dpo", "Eval", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft", "Training",
     "builtin", "find", "from_dict", "load",
 ]  # fmt: skip
 
@@ -34,7 +34,7 @@ def find(name: str | None) -> tuple[Path, str]:
             return LOCAL, f"recipe: ./{LOCAL}"
         return builtin()["demo"], f"recipe: the built-in demo (no --recipe and no ./{LOCAL})"
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():  # a folder may have a recipe's name
         if path.is_file():
             return path, ""
         raise UserError(f"no recipe file {name!r}")

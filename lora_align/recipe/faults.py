@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_align.errors import nearest
 from lora_align.preference import NAME, Preference, Ranker
-from lora_align.recipe.tables import Base, Dpo, Lora, Ratings, Recipe, Reward, Rsf, Sft
+from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
 
 
 def described(fault: Mapping[str, Any]) -> str:
@@ -83,6 +83,7 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
         "reward": Reward,
         "ratings": Ratings,
         "rsf": Rsf,
+        "eval": Eval,
         "preferences": Preference,
     }
     parent = next((part for part in ("ratings", str(location[0])) if part in location[:-1]), "")

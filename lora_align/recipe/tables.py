@@ -157,6 +157,25 @@ class Rsf(Training):
 
 
 @dataclass(frozen=True)
+class Eval:
+    """What everyone who is measured is asked: `prompts` to answer, `risky` ones to refuse, `count` of each, `samples`
+    answers to every one; `text` whose loss should not rise; up to `pairs` held-out pairs of each preference.
+
+    Where no prompts are named, those of held-out pairs are asked.
+    """
+
+    prompts: str = ""
+    risky: str = ""
+    text: str = ""
+    count: Count = 64
+    samples: Count = 4
+    pairs: Count = 128
+    temperature: Positive = 1.0
+    max_new_tokens: Count = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole project, resolved: every default filled in."""
 
@@ -168,6 +187,7 @@ class Recipe:
     dpo: Dpo = field(default_factory=Dpo)
     reward: Reward | None = None
     rsf: Rsf | None = None
+    eval: Eval = field(default_factory=Eval)
 
     def preference(self, name: str) -> Preference:
         """The preference of that name, or an error that lists the known ones."""

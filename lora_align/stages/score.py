@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lora_align import runs
-from lora_align.adapters import peft_format, vectors
 from lora_align.console import Screen
 from lora_align.data import forms, shards, sources
 from lora_align.data.rows import Comparison, Rated
@@ -20,28 +17,14 @@ from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.logprobs import TOKENS, Answered, answer_logprobs
 from lora_align.model.mixer import Mixer
-from lora_align.model.room import Room
-from lora_align.preference import SCORE, Direction
+from lora_align.preference import SCORE
 from lora_align.recipe import Recipe
-from lora_align.runs import Run
-from lora_align.stages import reward
-from lora_align.stages import start as start_policy
+from lora_align.stages import judges
+from lora_align.stages.judges import Judge, Said, Scores
 
-PAIR = "pair:"
-TOGETHER = 16  # rows in one batch
 AT_ONCE = 256  # rows between two files: what a kill may cost
 SIDES = (("_0", "_1"), ("_chosen", "_rejected"))
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What scores: its name for each score, and scores [n, k] for prompts with answers."""
-
-    objectives: list[str]
-    score: Callable[[Sequence[Answered]], Tensor]
-    identity: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,9 @@ def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: S
     if not work:
         raise UserError(f"{data}: no rows to score")
     base = bases.find(recipe.base)
-    judge = _pair(base, recipe, runs_dir, by.removeprefix(PAIR)) if by.startswith(PAIR) else _reward(base, runs_dir, by)
+    judge = judges.find(by, base, recipe, runs_dir)
+    model = base.load()
+    mixer = Mixer(model, judge.updates, {})
     with shards.towards(out, {"data": data, "judge": judge.identity}) as store:
         done = store.keys()
         left = [item for item in work if item.key not in done]
@@ -83,7 +68,7 @@ def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: S
         with screen.progress("score", len(left)) as progress:
             for start in range(0, len(left), AT_ONCE):
                 items = left[start : start + AT_ONCE]
-                store.append(_scored(items, judge, base))
+                store.append(_scored(items, base, judge.objectives, lambda said: judge.says(model, mixer, said)))
                 progress.show(start + len(items), {})
         scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
@@ -107,53 +92,6 @@ def told(result: Mapping[str, Any]) -> str:
         agreed = (f"agrees with {label} {share:.0%}" for label, share in figures["agreement"].items())
         lines.append("  ".join([f"  {name}", f"mean {figures['mean']:.1f}", f"±{figures['deviation']:.1f}", *agreed]))
     return "\n".join(lines)
-
-
-# --- judges ---
-
-
-def _reward(base: Base, runs_dir: Path, name: str) -> Judge:
-    """The reward model of that name, or in that folder."""
-    folder = Path(name) if runs.is_run(Path(name)) else runs_dir / "reward" / name
-    if not runs.is_run(folder):
-        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `lora-align reward`")
-    run = runs.read(folder)
-    model = reward.load(base, run)
-    room = Room(TOGETHER)
-    return Judge(model.objectives, lambda rows: model.score(rows, room), _identity(run))
-
-
-def _pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
-    """β(log π₊ − log π₋) of a preference's two adapters: how much more the one likes an answer than the other."""
-    found = vectors.find(preference, runs_dir, recipe.preferences)
-    sides = {run.manifest.direction: run for run in found.known_runs()}
-    if set(sides) != {side.value for side in Direction}:
-        raise UserError(f"--by {PAIR}{preference}: both runs of the preference are needed")
-    start = start_policy.adapter(recipe, runs_dir)
-    for run in sides.values():
-        run.check_files()
-        if run.fingerprint != base.fingerprint:
-            raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
-        if run.manifest.start != start_policy.identity(start):
-            raise UserError(f"{run.path} stands on another start policy than the recipe has in {runs_dir}/sft")
-    model = start_policy.load(base, start)
-    mixer = Mixer(model, {side: peft_format.load(run.path, whole=True) for side, run in sides.items()}, {})
-    room = Room(TOKENS)
-    beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
-
-    def score(rows: Sequence[Answered]) -> Tensor:
-        likes = []
-        for side in Direction:
-            mixer.set({side.value: 1.0})
-            likes.append(answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], room))
-        return (beta * (likes[0] - likes[1]))[:, None]
-
-    return Judge([preference], score, " ".join(_identity(run) for run in sides.values()))
-
-
-def _identity(run: Run) -> str:
-    """Names the very files that score."""
-    return hashlib.sha256(json.dumps(run.manifest.files, sort_keys=True).encode()).hexdigest()
 
 
 # --- rows ---
@@ -180,23 +118,18 @@ def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], C
         yield row, shape
 
 
-def _scored(items: Sequence[Work], judge: Judge, base: Base) -> list[dict[str, Any]]:
+def _scored(
+    items: Sequence[Work], base: Base, objectives: Sequence[str], says: Callable[[Sequence[Said]], Sequence[Scores]]
+) -> list[dict[str, Any]]:
     """Each row's key, and its scores by column: nothing where the prompt leaves no room for an answer."""
-    rows: list[Answered] = []
-    places = []  # of each item's answers among the rows
-    for item in items:
-        prompt = base.chat.prompt_ids(item.shape.prompt)
-        room = base.max_length - len(prompt)
-        answers = item.answers() if room > 0 else ()
-        places.append(range(len(rows), len(rows) + len(answers)))
-        rows += [(prompt, base.chat.answer_ids(item.shape.prompt, answer)[:room]) for answer in answers]
-    scores = judge.score(rows).tolist() if rows else []
+    read = [[judges.read(base, item.shape.prompt, answer) for answer in item.answers()] for item in items]
+    scores = iter(says([said for answers in read for said in answers if said]))
     found = []
-    for item, own in zip(items, places, strict=True):
-        columns: dict[str, float | None] = {}
-        for number, name in enumerate(judge.objectives):
-            values = [scores[place][number] for place in own] or [None] * len(item.answers())
-            columns |= zip(item.columns(name), values, strict=True)
+    for item, answers in zip(items, read, strict=True):
+        own: list[Scores] = [next(scores) if said else {} for said in answers]
+        columns = {
+            column: one.get(name) for name in objectives for column, one in zip(item.columns(name), own, strict=True)
+        }
         found.append({KEY: item.key, "scores": json.dumps(columns)})
     return found
 

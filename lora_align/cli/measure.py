@@ -1,0 +1,95 @@
+"""Commands that measure: contestants side by side."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_align import runs
+from lora_align.cli.options import (
+    ForceOption,
+    JsonOption,
+    NameOption,
+    QuietOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    checked,
+    project_of,
+)
+from lora_align.console import Screen
+
+if TYPE_CHECKING:
+    from lora_align.model.base import Base
+    from lora_align.stages.judges import Judge
+
+ByOption = Annotated[
+    list[str] | None, typer.Option("--by", help="Who judges: a reward model, or pair:PREFERENCE. May be repeated.")
+]
+
+
+def evaluate(
+    contestants: Annotated[
+        list[str] | None,
+        typer.Argument(help="helpful=1,harmless=0.5 · want:verbosity=-1 · a run or adapter · mix · start · base"),
+    ] = None,
+    by: ByOption = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure contestants on the same prompts; the first is set against the others. Without any: mix and start."""
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, overrides, screen, runs_dir)
+    from lora_align.contest import run as contest
+
+    held = contest.opened(contestants or ["mix", "start"], project, runs_dir, screen, by or (), _oracle)
+    result = contest.run(held)
+    screen.result(contest.told(result), result)
+
+
+def sweep(
+    axes: Annotated[list[str], typer.Argument(help="As in helpful=-1:1:0.5: from, to, and in what steps.")],
+    also: Annotated[
+        list[str] | None, typer.Option("--also", help="A contestant beside the grid, as `eval` takes it. Repeatable.")
+    ] = None,
+    directions: Annotated[
+        int, typer.Option("--directions", min=0, help="As many directions of the newest policy, beside the grid.")
+    ] = 0,
+    by: ByOption = None,
+    name: NameOption = None,
+    force: ForceOption = False,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a grid of weights: tables, every answer, pictures, and a page of them. Goes on where it was stopped."""
+    screen = Screen(as_json, quiet)
+    called = checked(name) or "_".join(axis.partition("=")[0] for axis in axes)[:64]
+    project = project_of(recipe, overrides, screen, runs_dir)
+    from lora_align.contest import run as contest
+    from lora_align.contest import sweep as stage
+
+    asked = [*stage.directions(directions, runs_dir, screen)] if directions else []
+    made = stage.run(
+        axes,
+        [*asked, *(also or [])],
+        project,
+        runs_dir,
+        screen,
+        lambda words: contest.opened(words, project, runs_dir, screen, by or (), _oracle),
+        name=called,
+        force=force,
+    )
+    screen.result(stage.told(made), {"sweep": str(made.path), **made.manifest.metrics})
+
+
+def _oracle(base: "Base") -> "Mapping[str, Judge]":
+    """Who knows all about the built-in world."""
+    from lora_align.demo import grading
+
+    return {grading.NAME: grading.judge()} if base.recipe.model == "demo" else {}

@@ -1,0 +1,94 @@
+"""Who is measured: a mix, a run, an adapter, a direction that is asked for, the start policy, or the raw base."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs
+from lora_align.adapters import vectors
+from lora_align.adapters.vectors import Vector
+from lora_align.chat import session as sessions
+from lora_align.chat.session import Policy
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.model.base import Base
+from lora_align.preference import parse_weights
+from lora_align.recipe import Recipe
+from lora_align.runs import Run
+from lora_align.stages import start as start_policy
+
+BASE, START, MIX = "base", "start", "mix"  # words that name a contestant by themselves
+WANT = "want:"  # before a direction
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name, what lies over the base and how much of it, and the system message that asks for something."""
+
+    name: str
+    weights: Mapping[str, float]
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """All who are measured, on one base; `vectors` are what any of them is made of, the start adapter aside."""
+
+    base: Base
+    contestants: Sequence[Contestant]
+    vectors: Mapping[str, Vector]
+    start: Run | None
+
+    def lineage(self, contestant: Contestant) -> dict[str, Any]:
+        """What names a contestant, whatever it is called: the files of what lies over the base, and the weights."""
+        made = {
+            name: [parent.lineage() | {"folder": ""} for parent in self.vectors[name].parents]
+            for name, weight in contestant.weights.items()
+            if weight and name in self.vectors
+        }
+        start = start_policy.identity(self.start) if contestant.weights.get(START) else ""
+        parts = sorted(([contestant.weights[name], parents] for name, parents in made.items()), key=json.dumps)
+        return {"base": self.base.identity, "start": start, "made_of": parts, "system": contestant.system}
+
+
+def field_of(words: Sequence[str], recipe: Recipe, base: Base, runs_dir: Path, screen: Screen) -> Field:
+    """Those that words name: `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, a run's or an adapter's folder, `start`,
+    `base`, or `mix` for the newest one."""
+    start = start_policy.adapter(recipe, runs_dir)
+    found: dict[str, Vector] = {}
+    contestants = []
+    for word in words:
+        contestant, made_of = _contestant(word, recipe, runs_dir, screen)
+        contestants.append(contestant)
+        found |= made_of
+    sessions.check_stands_on(base, start_policy.identity(start), found.values())
+    for vector in found.values():
+        for doubt in vector.doubts():
+            screen.warn(doubt)
+    return Field(base, contestants, found, start)
+
+
+def _contestant(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> tuple[Contestant, Mapping[str, Vector]]:
+    if word == BASE:
+        return Contestant(word, {}), {}
+    if word == START:
+        return Contestant(word, {START: 1.0}), {}
+    if word.startswith(WANT):
+        policy = Policy.newest(runs_dir, word.removeprefix(WANT), screen)
+        name = policy.run.path.relative_to(runs_dir).as_posix()
+        return Contestant(word, {START: 1.0, name: 1.0}, policy.system()), {name: vectors.at(policy.run.path, name)}
+    if "=" in word and not Path(word).exists():
+        weights = parse_weights(word)
+        found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in weights}
+        vectors.refuse_start_inside(found.values())
+        return Contestant(word, {START: 1.0, **weights}), found
+    if word == MIX:
+        mixes = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "mix"]
+        if not mixes:
+            raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `lora-align merge` first")
+        word = mixes[-1].path.relative_to(runs_dir).as_posix()
+    vector = vectors.find(word, runs_dir, recipe.preferences)
+    holds_start = any(run.manifest.contains_start or run.manifest.stage == "sft" for run in vector.known_runs())
+    return Contestant(word, {START: 0.0 if holds_start else 1.0, word: 1.0}), {word: vector}

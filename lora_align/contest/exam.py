@@ -1,0 +1,99 @@
+"""What every contestant is asked, read once: prompts, pairs of answers that one should prefer, ordinary text."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from lora_align.console import Screen
+from lora_align.data import forms, sources
+from lora_align.data.pairs import read_pairs
+from lora_align.data.rows import Pair, Prompt, prompt_key
+from lora_align.errors import NotFetchedError, UserError
+from lora_align.model.generate import Sampling
+from lora_align.recipe import Eval, Recipe
+
+SAFE, RISKY, ANY = "safe", "risky", ""  # what is known of a prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and whether it is one to answer or to refuse."""
+
+    prompt: Prompt
+    kind: str
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The same for all."""
+
+    questions: Sequence[Question]
+    samples: int
+    sampling: Sampling
+    pairs: Mapping[str, Sequence[Pair]]
+    texts: Sequence[str]
+
+    @property
+    def key(self) -> str:
+        """Names what is asked, to the letter."""
+        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def exam_of(recipe: Recipe, screen: Screen) -> Exam:
+    """As the recipe's [eval] table says; prompts are those of held-out pairs where it names none."""
+    settings = recipe.eval
+    pairs = {}
+    for name in recipe.preferences:
+        try:
+            held_out = (pair for pair, aside in _pairs(recipe, name) if aside)
+            pairs[name] = list(islice(held_out, settings.pairs))
+        except NotFetchedError as fault:
+            screen.warn(f"{name}: its pairs are left out: {fault}")
+    named = {SAFE: settings.prompts, RISKY: settings.risky}
+    questions = [
+        Question(prompt, kind) for kind, data in named.items() if data for prompt in _prompts(data, settings.count)
+    ]
+    if not questions:
+        asked = dict.fromkeys(pair.prompt for some in pairs.values() for pair in some)
+        questions = [Question(prompt, ANY) for prompt in islice(asked, settings.count)]
+    if not questions:
+        raise UserError("nothing to ask: the recipe has no preference with held-out pairs and no eval.prompts")
+    texts = list(islice(_texts(settings), settings.count)) if settings.text else []
+    sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
+    return Exam(questions, settings.samples, sampling, pairs, texts)
+
+
+def _pairs(recipe: Recipe, name: str) -> Iterator[tuple[Pair, bool]]:
+    """As `dpo` reads them, the same ones held out."""
+    from collections import Counter
+
+    return read_pairs(recipe.preference(name), recipe.dpo.held_out, recipe.dpo.limit, Counter())
+
+
+def _prompts(data: str, count: int) -> list[Prompt]:
+    """Different ones."""
+    found: dict[str, Prompt] = {}
+    for where, row in sources.good_rows(data):
+        prompt = forms.prompt(row, where)
+        found.setdefault(prompt_key(prompt), prompt)
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(f"{data}: no prompts")
+    return list(found.values())
+
+
+def _texts(settings: Eval) -> Iterator[str]:
+    """A column `text`, or each line of a .txt file."""
+    for where, row in sources.good_rows(settings.text):
+        text: Any = row.get("prompt" if row.keys() == {"prompt"} else "text")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}: eval.text needs rows with a text column, or a .txt file (it has: {', '.join(row)})"
+            )
+        if text.strip():
+            yield text

@@ -1,0 +1,61 @@
+"""From tables to figures: means with intervals of one contestant, and how often one beats another."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_align.contest.exam import ANY, RISKY, SAFE
+from lora_align.contest.measure import SCORE, Measured, Row
+from lora_align.evaluate import estimates, texts
+from lora_align.evaluate.estimates import Estimate
+
+Figures = dict[str, Estimate]
+
+
+def figures(found: Measured) -> Figures:
+    """Everything there is to say of one contestant."""
+    told: Figures = {}
+    for column in _scores(found.answers):
+        told |= _of(column.removeprefix(SCORE), found.answers, lambda row, column=column: row[column])
+    for preference in dict.fromkeys(row["preference"] for row in found.margins):
+        rows = [row for row in found.margins if row["preference"] == preference]
+        pairs = [row["pair"] for row in rows]
+        told[f"margin {preference}"] = estimates.mean([row["margin"] for row in rows], pairs)
+        if any(row["margin"] for row in rows):  # the start policy has none
+            told[f"accuracy {preference}"] = estimates.mean([float(row["margin"] > 0) for row in rows], pairs)
+    for kind, name in ((SAFE, "refused safe"), (RISKY, "refused risky"), (ANY, "refused")):
+        told |= _of(name, [row for row in found.answers if row["kind"] == kind], lambda row: row["refused"])
+    told |= _of("words", found.answers, lambda row: row["words"])
+    told |= _of("ended", found.answers, lambda row: row["ended"])
+    told |= _of("repeated", found.answers, lambda row: row["repeated"])
+    answers: dict[int, list[str]] = {}
+    for row in found.answers:
+        answers.setdefault(row["prompt"], []).append(row["answer"])
+    told["distinct"] = estimates.mean([texts.distinct(several) for several in answers.values()], list(answers))
+    told |= _of("KL", found.answers, lambda row: row["kl"])
+    if found.texts:
+        nats, tokens = ([row[name] for row in found.texts] for name in ("nats", "tokens"))
+        told["text loss"] = estimates.ratio(nats, tokens, [row["text"] for row in found.texts])
+    return told
+
+
+def wins(one: Measured, other: Measured) -> Figures:
+    """How often one's answer to a prompt scores higher than the other's, by each score; ties count half."""
+    theirs = {(row["prompt"], row["number"]): row for row in other.answers}
+    both = [(row, theirs[place]) for row in one.answers if (place := (row["prompt"], row["number"])) in theirs]
+    found = {}
+    for column in _scores(one.answers):
+        scored = [(a, b) for a, b in both if a[column] is not None and b.get(column) is not None]
+        if scored:
+            won = [0.5 * ((a[column] > b[column]) + (a[column] >= b[column])) for a, b in scored]
+            found[column.removeprefix(SCORE)] = estimates.mean(won, [a["prompt"] for a, _ in scored])
+    return found
+
+
+def _of(name: str, rows: Sequence[Row], value: Callable[[Row], Any]) -> Figures:
+    """The mean over answers that have it."""
+    known = [(float(value(row)), row["prompt"]) for row in rows if value(row) is not None]
+    return {name: estimates.mean(*map(list, zip(*known, strict=True)))} if known else {}
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith(SCORE)]

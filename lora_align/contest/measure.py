@@ -1,0 +1,205 @@
+"""One contestant measured: what it answers, what it likes, what it forgets. Tables, kept on disk; no figure yet."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_align import runs
+from lora_align.adapters import peft_format, vectors
+from lora_align.console import Screen
+from lora_align.contest.contestants import START, Contestant, Field
+from lora_align.contest.exam import Exam
+from lora_align.data import shards
+from lora_align.data.rows import under_system
+from lora_align.evaluate import refusals, texts
+from lora_align.model import tokenise
+from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
+from lora_align.model.mixer import Mixer
+from lora_align.model.room import Room
+from lora_align.model.sampler import Embedded
+from lora_align.stages import judges
+from lora_align.stages.judges import Judge
+
+Row = dict[str, Any]
+TABLES = ("answers", "margins", "texts")
+SCORE = "score "  # before the name of a judge, in a column's name
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one contestant, a row for each answer, pair and text."""
+
+    name: str
+    answers: Sequence[Row]
+    margins: Sequence[Row]
+    texts: Sequence[Row]
+
+
+class Arena:
+    """One loaded base, and over it all that contestants and judges are made of."""
+
+    def __init__(self, field: Field, exam: Exam, judges_: Mapping[str, Judge], screen: Screen) -> None:
+        self.field, self.exam, self.judges, self.screen = field, exam, judges_, screen
+        self.base = field.base
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Loaded when somebody is measured who was not before."""
+        return self.base.load()
+
+    @cached_property
+    def mixer(self) -> Mixer:
+        """Everything over it, nothing of it in force."""
+        updates, _ = vectors.opened(self.field.vectors)
+        if self.field.start is not None:
+            updates[START] = peft_format.load(self.field.start.path, whole=True)
+        for judge in self.judges.values():
+            updates |= judge.updates
+        return Mixer(self.model, updates, {})
+
+    @cached_property
+    def start_margins(self) -> Mapping[str, Tensor]:
+        """log π of both answers of every pair under the start policy."""
+        return self._pairs(Contestant(START, {START: 1.0}))
+
+    def become(self, contestant: Contestant) -> None:
+        """From here on the model is this one."""
+        self.mixer.set(contestant.weights)
+
+    def measure(self, contestant: Contestant) -> Measured:
+        """Ask everything."""
+        margins = self._margins(contestant)
+        return Measured(contestant.name, self._answers(contestant), margins, self._texts(contestant))
+
+    # --- answers ---
+
+    def _answers(self, contestant: Contestant) -> list[Row]:
+        asked = [under_system(contestant.system, question.prompt) for question in self.exam.questions]
+        self.become(contestant)
+        rows: list[Row] = []
+        with self.screen.progress(contestant.name, len(asked) * self.exam.samples) as progress:
+            for batch in Embedded(self.model, self.base).draw(asked, self.exam.samples, self.exam.sampling):
+                for drawn in batch:
+                    question = self.exam.questions[drawn.prompt]
+                    rows.append(
+                        {
+                            "prompt": drawn.prompt,
+                            "asked": question.prompt[-1].content,
+                            "kind": question.kind,
+                            "number": drawn.number,
+                            "answer": drawn.text,
+                            "ended": drawn.ended,
+                            "words": len(drawn.text.split()),
+                            "repeated": texts.repeated(drawn.text),
+                            "refused": refusals.refuses(drawn.text),
+                        }
+                    )
+                progress.show(len(rows), {})
+        rows.sort(key=lambda row: (row["prompt"], row["number"]))
+        self._add_kl(contestant, rows)
+        self._add_scores(rows)
+        return rows
+
+    def _add_kl(self, contestant: Contestant, rows: Sequence[Row]) -> None:
+        """log π − log π_start of each answer; its mean over answers drawn at temperature 1 is the KL divergence."""
+        sides = []
+        for who, system in ((contestant, contestant.system), (Contestant(START, {START: 1.0}), "")):
+            self.become(who)
+            read = []
+            for row in rows:
+                prompt = under_system(system, self.exam.questions[row["prompt"]].prompt)
+                ids = self.base.chat.prompt_ids(prompt)
+                answer = self.base.chat.answer_ids(prompt, row["answer"])[: max(1, self.base.max_length - len(ids))]
+                read.append((ids, [answer]))
+                row["tokens"] = len(answer)
+            sides.append(answer_logprobs(self.model, read, Room(TOKENS)))
+        for row, found in zip(rows, (sides[0] - sides[1]).tolist(), strict=True):
+            row["kl"] = found
+
+    def _add_scores(self, rows: Sequence[Row]) -> None:
+        """What each judge says, who sees the prompt as it is, without what was asked for."""
+        said = [judges.read(self.base, self.exam.questions[row["prompt"]].prompt, row["answer"]) for row in rows]
+        for name, judge in self.judges.items():
+            places = [place for place, one in enumerate(said) if one]
+            found = judge.says(self.model, self.mixer, [one for one in said if one])
+            for place, scores in zip(places, found, strict=True):
+                own = {
+                    f"{name}: {objective}" if len(scores) > 1 else name: value for objective, value in scores.items()
+                }
+                rows[place] |= {SCORE + column: value for column, value in own.items()}
+
+    # --- likes ---
+
+    def _pairs(self, contestant: Contestant) -> dict[str, Tensor]:
+        """log π(chosen) − log π(rejected) of every preference's pairs."""
+        self.become(contestant)
+        found = {}
+        for name, pairs in self.exam.pairs.items():
+            asked = [
+                type(pair)(under_system(contestant.system, pair.prompt), pair.chosen, pair.rejected) for pair in pairs
+            ]
+            tokens = tokenise.pairs(asked, self.base.chat, self.base.max_length, Counter())
+            rows: list[Shared] = [row.shared() for row in tokens if row]
+            sums = answer_logprobs(self.model, rows, Room(TOKENS)).view(-1, 2)
+            found[name] = sums[:, 0] - sums[:, 1]
+        return found
+
+    def _margins(self, contestant: Contestant) -> list[Row]:
+        before, now = self.start_margins, self._pairs(contestant)
+        return [
+            {"preference": name, "pair": place, "margin": value}
+            for name, likes in now.items()
+            for place, value in enumerate((likes - before[name]).tolist())
+        ]
+
+    # --- forgets ---
+
+    def _texts(self, contestant: Contestant) -> list[Row]:
+        """Nats of ordinary text behind its first token, with nothing of a chat around it."""
+        self.become(contestant)
+        encode = self.base.chat.tokenizer
+        ids = [encode(text, add_special_tokens=False)["input_ids"][: self.base.max_length] for text in self.exam.texts]
+        ids = [row for row in ids if len(row) > 1]
+        if not ids:
+            return []
+        sums = answer_logprobs(self.model, [(row[:1], [row[1:]]) for row in ids], Room(TOKENS))
+        return [
+            {"text": place, "nats": -value, "tokens": len(row) - 1}
+            for place, (row, value) in enumerate(zip(ids, sums.tolist(), strict=True))
+        ]
+
+
+def measured(arena: Arena, contestant: Contestant, folder: Path) -> Measured:
+    """As it was measured before, if it was: by what it is made of, what it is asked, and who judges."""
+    identity = {
+        "contestant": arena.field.lineage(contestant),
+        "exam": arena.exam.key,
+        "judges": {name: judge.identity for name, judge in arena.judges.items()},
+        "versions": runs.library_versions(),
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    kept = folder / key
+    if not (kept / "measured.json").is_file():
+        found = arena.measure(contestant)
+        staging = folder / f".{key}.staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for table in TABLES:
+            shards.write(getattr(found, table), staging / f"{table}.parquet")
+        (staging / "measured.json").write_text(json.dumps({"name": contestant.name, **identity}, indent=2))
+        runs.sync(staging)
+        shutil.rmtree(kept, ignore_errors=True)
+        staging.rename(kept)
+    from pyarrow.parquet import read_table
+
+    tables = {table: read_table(kept / f"{table}.parquet").to_pylist() for table in TABLES}
+    return Measured(contestant.name, **tables)

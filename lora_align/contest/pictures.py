@@ -1,0 +1,135 @@
+"""Pictures of a sweep: what weights do, where the front lies, and what it costs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lora_align.contest.point import Point
+from lora_align.evaluate import pareto, plots
+from lora_align.evaluate.plots import BROKEN, INK, PALE
+
+OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # of scores beside the own one
+LOSS, TRUE = "text loss", "oracle: true facts"
+
+
+def draw(
+    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], points: Sequence[Point]
+) -> None:
+    """Each picture for which there is something to show."""
+    grid = [point for point in points if point.weights is not None]
+    curves(folder / "curves.png", values, scores, grid)
+    if len(values) == 2 and scores:
+        _map(folder / "map.png", values, scores, grid)
+    if len(scores) >= 2:
+        front(folder / "front.png", *list(scores.values())[:2], points)
+    lengths(folder / "length.png", scores, points)
+    costs(folder / "cost.png", scores, points)
+
+
+def curves(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], grid: Sequence[Point]) -> None:
+    """A panel an axis: its own score, with its interval, and the other axes' scores, all other weights 0."""
+    axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
+    if not axes:
+        return
+    picture = Figure(figsize=(3.4 * len(axes) + 0.4, 3.2), layout="constrained")
+    for panel, axis in zip(picture.subplots(1, len(axes), squeeze=False).flat, axes, strict=True):
+        alone = sorted(
+            (point for point in grid if all(not w for name, w in (point.weights or {}).items() if name != axis)),
+            key=lambda point: (point.weights or {})[axis],
+        )
+        places = [(point.weights or {})[axis] for point in alone]
+        for colour, (other, score) in zip((INK, *OTHERS), _first(axis, scores).items(), strict=False):
+            found = [point.figures[score] for point in alone]
+            heights = [figure.value for figure in found]
+            panel.plot(places, heights, color=colour, linewidth=2.2 if other == axis else 1.2, label=score)
+            panel.fill_between(
+                places, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.12, linewidth=0
+            )
+        panel.set_xlabel(f"weight of {axis}", fontsize=9)
+        panel.legend(frameon=False, fontsize=7.5)
+        _plain(panel)
+    picture.savefig(file, dpi=150)
+
+
+def front(file: Path, first: str, second: str, points: Sequence[Point]) -> None:
+    """Every point by two scores, those that no other beats joined, others than the grid's by name."""
+    picture = Figure(figsize=(5.2, 4.4), layout="constrained")
+    panel = picture.subplots()
+    known = [point for point in points if first in point.figures and second in point.figures]
+    places = [(point.figures[first].value, point.figures[second].value) for point in known]
+    best = sorted(places[i] for i in pareto.front(places))
+    for point, (x, y) in zip(known, places, strict=True):
+        inside = point.weights is not None
+        across, up = point.figures[first], point.figures[second]
+        panel.errorbar(
+            x, y, xerr=[[x - across.low], [across.high - x]], yerr=[[y - up.low], [up.high - y]],
+            color=INK if inside else BROKEN, ecolor=PALE, elinewidth=1, marker="o" if inside else "D", markersize=4.5,
+        )  # fmt: skip
+        if not inside or (x, y) in best:
+            panel.annotate(point.word, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=6.5, color="#555555")
+    panel.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle="--", zorder=1)
+    panel.set(xlabel=first, ylabel=second)
+    _plain(panel)
+    picture.savefig(file, dpi=150)
+
+
+def lengths(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> None:
+    """How often a point beats the start policy, against how much longer its answers are."""
+    judged = {axis: score for axis, score in scores.items() if any(score in point.wins for point in points)}
+    if not judged:
+        return
+    before = points[0].figures["words"].value
+    picture = Figure(figsize=(3.6 * len(judged) + 0.4, 3.4), layout="constrained")
+    for panel, score in zip(picture.subplots(1, len(judged), squeeze=False).flat, judged.values(), strict=True):
+        for point in points[1:]:
+            if score in point.wins:
+                x, won = point.figures["words"].value / before, point.wins[score]
+                colour = INK if point.weights is not None else BROKEN
+                panel.plot([x, x], [won.low, won.high], color=PALE, linewidth=1, zorder=1)
+                panel.plot(x, won.value, marker="o", color=colour, markersize=4)
+        panel.axhline(0.5, color="#bbbbbb", linewidth=1)
+        panel.axvline(1.0, color="#bbbbbb", linewidth=1)
+        panel.set(xlabel="words, of the start policy's", ylabel=f"wins by {score}", ylim=(-0.02, 1.02))
+        _plain(panel)
+    picture.savefig(file, dpi=150)
+
+
+def costs(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> None:
+    """What is gained of each score against what is lost: of ordinary text, and of the facts that are known."""
+    shown = [name for name in (LOSS, TRUE, "KL") if any(name in point.figures for point in points)]
+    if not shown or not scores:
+        return
+    picture = Figure(figsize=(3.4 * len(shown) + 0.4, 3.2), layout="constrained")
+    for panel, name in zip(picture.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+        for colour, score in zip((INK, *OTHERS), scores.values(), strict=False):
+            known = [point for point in points if name in point.figures and score in point.figures]
+            panel.scatter(
+                [point.figures[score].value for point in known],
+                [point.figures[name].value for point in known],
+                s=16, color=colour, label=score,
+            )  # fmt: skip
+        panel.set(xlabel="score", ylabel=name)
+        panel.legend(frameon=False, fontsize=7)
+        _plain(panel)
+    picture.savefig(file, dpi=150)
+
+
+def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], grid: Sequence[Point]) -> None:
+    """Each score over both weights."""
+    (one, ones), (other, others) = values.items()
+    at = {((point.weights or {})[one], (point.weights or {})[other]): point for point in grid}
+    found = {score: [[at[x, y].figures[score].value for x in ones] for y in others] for score in scores.values()}
+    plots.weight_map(file, (one, other), (ones, others), found)
+
+
+def _first(axis: str, scores: Mapping[str, str]) -> dict[str, str]:
+    return {axis: scores[axis], **scores}
+
+
+def _plain(panel: Axes) -> None:
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)
+    panel.xaxis.label.set_size(9)
+    panel.yaxis.label.set_size(9)

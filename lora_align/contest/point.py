@@ -1,0 +1,20 @@
+"""A point of a sweep: a contestant with its weights, and all that was found of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_align.contest.figures import Figures
+from lora_align.contest.measure import Measured
+
+Weights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """`weights` where it belongs to the grid; `wins` are those against the start policy."""
+
+    word: str
+    weights: Weights | None
+    measured: Measured
+    figures: Figures
+    wins: Figures

@@ -1,0 +1,89 @@
+"""Contestants side by side: every figure of each, and who wins against whom."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs
+from lora_align.console import Screen, table
+from lora_align.contest import contestants
+from lora_align.contest.exam import exam_of
+from lora_align.contest.figures import figures, wins
+from lora_align.contest.measure import Arena, Measured, measured
+from lora_align.evaluate.estimates import Estimate
+from lora_align.model import base as bases
+from lora_align.model.base import Base
+from lora_align.recipe import Recipe
+from lora_align.stages import judges, reward
+from lora_align.stages.judges import Judge
+
+FOLDER = "eval"  # of the runs folder: whom was measured stays there
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who is measured, and where what is found of them stays."""
+
+    arena: Arena
+    folder: Path
+
+    def measured(self) -> Iterator[Measured]:
+        """One after the other, in their order."""
+        for contestant in self.arena.field.contestants:
+            yield measured(self.arena, contestant, self.folder)
+
+
+def opened(
+    words: Sequence[str],
+    recipe: Recipe,
+    runs_dir: Path,
+    screen: Screen,
+    by: Sequence[str] = (),
+    others: Callable[[Base], Mapping[str, Judge]] = lambda base: {},
+) -> Contest:
+    """With everything read and checked; `others` judge beside those that are named."""
+    base = bases.find(recipe.base)
+    field = contestants.field_of(words, recipe, base, runs_dir, screen)
+    named = by or ([reward.NAME] if runs.is_run(runs_dir / "reward" / reward.NAME) else [])
+    panel = {name: judges.find(name, base, recipe, runs_dir) for name in named} | dict(others(base))
+    return Contest(Arena(field, exam_of(recipe, screen), panel, screen), runs_dir / FOLDER)
+
+
+def run(contest: Contest) -> dict[str, Any]:
+    """Measure all; the first is set against each of the rest."""
+    found, exam = list(contest.measured()), contest.arena.exam
+    return {
+        "prompts": len(exam.questions),
+        "answers": len(exam.questions) * exam.samples,
+        "contestants": {one.name: {name: asdict(figure) for name, figure in figures(one).items()} for one in found},
+        "wins": {
+            other.name: {name: asdict(figure) for name, figure in wins(found[0], other).items()} for other in found[1:]
+        },
+    }
+
+
+def told(result: Mapping[str, Any]) -> str:
+    """A line a figure, a column a contestant; then who wins how often, and how long the answers are."""
+    everyone = result["contestants"]
+    names = list(dict.fromkeys(name for figures_ in everyone.values() for name in figures_))
+    rows = [[name, *(_shown(figures_.get(name)) for figures_ in everyone.values())] for name in names]
+    parts = [
+        f"{result['prompts']} prompts, {result['answers']} answers each; in brackets, where 95 of 100 such means lie",
+        table(["", *everyone], rows),
+    ]
+    first = next(iter(everyone))
+    for other, by in result["wins"].items():
+        words = [everyone[name]["words"]["value"] for name in (first, other)]
+        rows = [[name, _shown(figure)] for name, figure in by.items()]
+        heading = f"{first} wins against {other} ({words[0]:.0f} words against {words[1]:.0f})"
+        parts.append("\n".join([heading, table(["by", "share"], rows)]) if rows else f"{heading}: nobody judges")
+    return "\n\n".join(parts)
+
+
+def _shown(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    estimate = Estimate(**figure)
+    digits = 2 if abs(estimate.value) < 100 else 0
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"

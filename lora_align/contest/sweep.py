@@ -1,0 +1,165 @@
+"""A grid of weights or of directions, every point measured like any contestant: files, pictures, a page."""
+
+import csv
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs, want
+from lora_align.console import Screen, table
+from lora_align.contest import page, pictures
+from lora_align.contest.contestants import START, WANT
+from lora_align.contest.figures import figures, wins
+from lora_align.contest.point import Point, Weights
+from lora_align.contest.run import Contest
+from lora_align.data import shards
+from lora_align.errors import UserError
+from lora_align.evaluate import pareto
+from lora_align.evaluate.estimates import Estimate
+from lora_align.preference import NAME
+from lora_align.recipe import Recipe
+from lora_align.runs import Manifest, Run
+
+MOST = 1000  # points
+
+
+def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
+    """`helpful=-1:1:0.5`, or `helpful=0:1` in steps of a half: the values of each axis, and every combination."""
+    values: dict[str, list[float]] = {}
+    for axis in axes:
+        name, _, span = axis.partition("=")
+        try:
+            low, high, step = (*map(float, span.split(":")), 0.5)[:3]
+            count = math.floor((high - low) / step + 1e-9) + 1
+        except (ValueError, ZeroDivisionError):
+            count = 0
+        if not NAME.fullmatch(name) or not span or not 1 <= count <= MOST:
+            raise UserError(f"sweep: {axis!r} is no axis; as in helpful=-1:1:0.5, from, to, and in what steps")
+        values[name] = [round(low + step * place, 6) for place in range(count)]
+    points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    if len(points) > MOST:
+        raise UserError(f"sweep: {len(points):,} points are more than {MOST:,}")
+    return values, points
+
+
+def said(weights: Weights) -> str:
+    """As `eval` takes it."""
+    live = {name: weight for name, weight in weights.items() if weight}
+    return ",".join(f"{name}={weight:g}" for name, weight in live.items()) or START
+
+
+def directions(count: int, runs_dir: Path, screen: Screen) -> Iterator[str]:
+    """Directions over the region the newest policy was trained on: evenly for two objectives, else drawn."""
+    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf"]
+    if not made:
+        raise UserError(f"--directions: no policy in {runs_dir}/rsf; `lora-align rsf` trains one")
+    region = made[-1].manifest.recipe["rsf"]["directions"]
+    draw = random.Random(0)
+    drawn = [want.drawn(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
+    if len(region) == 2:
+        drawn.sort(key=lambda one: math.atan2(*one.weights.values()))
+        drawn = [drawn[place * (len(drawn) - 1) // max(count - 1, 1)] for place in range(count)]
+    for one in drawn:
+        yield WANT + ",".join(f"{name}={weight:.3f}" for name, weight in one.weights.items())
+
+
+def run(
+    axes: Sequence[str],
+    also: Sequence[str],
+    recipe: Recipe,
+    runs_dir: Path,
+    screen: Screen,
+    contest: Callable[[Sequence[str]], Contest],
+    *,
+    name: str,
+    force: bool,
+) -> Run:
+    """Measure every point, then write what it comes to. What was measured before is not measured again."""
+    target = runs_dir / "sweep" / name
+    runs.refuse_existing(target, force)
+    values, points = grid(axes)
+    words = list(dict.fromkeys([START, *(said(point) for point in points), *also]))
+    of_word = {said(point): point for point in points}
+    of_word.setdefault(START, dict.fromkeys(values, 0.0))
+    held = contest(words)
+    with runs.claim(target, screen, force=force) as staging:
+        with screen.progress("sweep", len(words)) as progress:
+            found = []
+            for measured in held.measured():
+                found.append(measured)
+                progress.show(len(found), {})
+        start = found[0]
+        measured_points = [
+            Point(word, of_word.get(word), one, figures(one), wins(one, start))
+            for word, one in zip(words, found, strict=True)
+        ]
+        result = _written(values, measured_points, staging)
+        base = held.arena.base.identity
+        page.write(staging, f"sweep {name}", base["model"], result, measured_points)
+        manifest = Manifest(stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": values}, metrics=result)
+        return runs.publish(staging, target, manifest)
+
+
+def told(made: Run) -> str:
+    """The front, and where to look."""
+    result = made.manifest.metrics
+    names = list(result["scores"].values())
+    rows = [[point["word"], *(f"{point[name]:.2f}" for name in names)] for point in result["front"]]
+    volume = f"they cover {result['hypervolume']:.3f} above the worst of each" if result["hypervolume"] else ""
+    return "\n\n".join(
+        filter(None, ["points that no other beats:", table(["", *names], rows), volume, f"{made.path}/report.html"])
+    )
+
+
+def score_of(preference: str, names: Sequence[str]) -> str:
+    """By what a preference is best told: the oracle, its pair, a head of its name, or margins."""
+    wanted = (f"oracle: {preference}", f"pair:{preference}", f": {preference}", f"margin {preference}")
+    return next((name for end in wanted for name in names if name.endswith(end)), "")
+
+
+def _written(values: Mapping[str, Sequence[float]], points: Sequence[Point], folder: Path) -> dict[str, Any]:
+    """Tables and pictures; what they come to."""
+    names = list(dict.fromkeys(name for point in points for name in point.figures))
+    scores = {axis: score for axis in values if (score := score_of(axis, names))}
+    with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["contestant", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))])
+        for point in points:
+            weights = [point.weights[axis] if point.weights else "" for axis in values]
+            cells = [_cells(point.figures.get(name)) for name in names]
+            writer.writerow([point.word, *weights, *itertools.chain.from_iterable(cells)])
+    rows = [{"contestant": point.word, **row} for point in points for row in point.measured.answers]
+    shards.write(rows, folder / "answers.parquet")
+    facts = [
+        {
+            "contestant": point.word,
+            "weights": point.weights,
+            "figures": {name: asdict(figure) for name, figure in point.figures.items()},
+            "wins": {name: asdict(figure) for name, figure in point.wins.items()},
+        }
+        for point in points
+    ]
+    (folder / "points.json").write_text(json.dumps(facts, indent=1))
+    inside = [point for point in points if all(score in point.figures for score in scores.values())]
+    places = [[point.figures[score].value for score in scores.values()] for point in inside]
+    best = pareto.front(places) if scores else []
+    worst = [min(column) for column in zip(*places, strict=True)]
+    pictures.draw(folder, values, scores, points)
+    return {
+        "scores": scores,
+        "points": len(points),
+        "front": [
+            {"word": inside[i].word, **dict(zip(scores.values(), places[i], strict=True))}
+            for i in sorted(best, key=lambda i: places[i])
+        ],
+        "hypervolume": pareto.hypervolume(places, worst) if len(scores) > 1 else 0.0,
+    }
+
+
+def _cells(figure: Estimate | None) -> list[float | str]:
+    return [figure.value, figure.low, figure.high] if figure else ["", "", ""]

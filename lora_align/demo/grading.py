@@ -1,0 +1,36 @@
+"""The oracle as a judge beside others: it reads every answer of the built-in world and grades it."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from lora_align.demo import oracle, world
+from lora_align.demo.measure import ONLY_ON
+from lora_align.demo.oracle import AXES
+from lora_align.model.mixer import Mixer
+from lora_align.stages.judges import Judge, Said, Scores
+
+NAME = "oracle"
+FORMED, TRUE = "well-formed", "true facts"
+
+
+def judge() -> Judge:
+    """Each preference's own grade of well-formed answers to prompts it is about; and what of the facts is true."""
+    return Judge([*AXES, FORMED, TRUE], {}, NAME, _says)
+
+
+def _says(_model: PreTrainedModel, _mixer: Mixer, said: Sequence[Said]) -> list[Scores]:
+    return [_graded(one) for one in said]
+
+
+def _graded(said: Said) -> Scores:
+    prompt = world.prompt_of(said.prompt[-1].content)
+    if prompt is None:
+        return dict.fromkeys([*AXES, FORMED, TRUE])
+    read = oracle.score(prompt, said.text)
+    grades: dict[str, float | None] = dict.fromkeys([*AXES, TRUE])
+    if read.well_formed:
+        grades |= {name: read.own(name) for name in AXES if ONLY_ON.get(name, prompt.risky) == prompt.risky}
+        stated = read.true_facts + read.false_facts
+        grades[TRUE] = read.true_facts / stated if stated else None
+    return {**grades, FORMED: float(read.well_formed)}

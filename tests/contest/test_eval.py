@@ -1,0 +1,136 @@
+"""`eval`: every figure against an independent computation, and nobody measured twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pyarrow.parquet import read_table
+from transformers import AutoTokenizer
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.contest.exam import exam_of
+from lora_align.contest.figures import wins
+from lora_align.contest.measure import Measured
+from lora_align.data.rows import Pair, Prompt
+from lora_align.demo import world
+from lora_align.model import base as bases
+from support import Cli
+
+FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
+SMALL = [word for setting in FEW for word in ("--set", setting)]
+MIX = "helpful=1,harmless=0.5"
+
+
+@pytest.fixture
+def evaluated(workspace: Path, cli: Cli) -> dict[str, Any]:
+    done = cli("eval", MIX, "start", "base", "dpo/helpful/pos", "--json", *SMALL)
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def tables(workspace: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """By contestant and table."""
+    return {
+        json.loads((folder / "measured.json").read_text())["name"]: {
+            name: read_table(folder / f"{name}.parquet").to_pylist() for name in ("answers", "margins", "texts")
+        }
+        for folder in (workspace / "runs" / "eval").iterdir()
+    }
+
+
+def test_margins_are_what_stock_peft_says_of_the_merged_mix(
+    evaluated: dict[str, Any], workspace: Path, cli: Cli
+) -> None:
+    """One answer at a time, with none of our code but the template."""
+    merged = cli("merge", "--weights", MIX, "--out", "merged")
+    assert merged.code == 0, merged.err
+    project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
+    pairs = exam_of(project, Screen(quiet=True)).pairs["helpful"]
+    base = bases.find(project.base)
+    policy = PeftModel.from_pretrained(base.load(), workspace / "merged").eval()
+
+    def likes(prompt: Prompt, answer: str) -> float:
+        before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, answer)
+        with torch.no_grad():
+            logits = policy(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].double()
+        return float(logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum())
+
+    def prefers(pair: Pair) -> float:
+        return likes(pair.prompt, pair.chosen) - likes(pair.prompt, pair.rejected)
+
+    wanted = [prefers(pair) for pair in pairs]
+    with policy.disable_adapter():
+        wanted = [now - prefers(pair) for now, pair in zip(wanted, pairs, strict=True)]
+    found = [row["margin"] for row in tables(workspace)[MIX]["margins"] if row["preference"] == "helpful"]
+    assert len(found) > 0
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert max(map(abs, wanted)) > 0.01
+
+
+def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], workspace: Path) -> None:
+    assert set(evaluated["contestants"]) == {MIX, "start", "base", "dpo/helpful/pos"}
+    start, base = evaluated["contestants"]["start"], evaluated["contestants"]["base"]
+    assert start == base, "the demo's start policy is its base"
+    assert start["KL"]["value"] == pytest.approx(0, abs=1e-5)
+    assert start["margin helpful"]["value"] == 0
+    assert "accuracy helpful" not in start
+    mix = evaluated["contestants"][MIX]
+    assert mix["margin helpful"]["value"] != 0
+    assert mix["margin helpful"]["low"] <= mix["margin helpful"]["value"] <= mix["margin helpful"]["high"]
+    assert evaluated["answers"] == 24  # six prompts to answer, six to refuse, twice each
+    assert {row["kind"] for row in tables(workspace)[MIX]["answers"]} == {"safe", "risky"}
+
+
+def test_ordinary_text_costs_what_the_library_says(evaluated: dict[str, Any], workspace: Path) -> None:
+    model = bases.find(recipe.Base("demo")).load()
+    tokenizer = AutoTokenizer.from_pretrained(bases.DEMO)
+    for row, line in zip(tables(workspace)["start"]["texts"], world.lines(1, 6), strict=True):
+        ids = torch.tensor([tokenizer(line["text"], add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            assert row["nats"] / row["tokens"] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
+
+
+def test_who_was_measured_is_not_measured_again(evaluated: dict[str, Any], workspace: Path, cli: Cli) -> None:
+    def made() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in (workspace / "runs" / "eval").rglob("*") if file.is_file()}
+
+    before = made()
+    again = cli("eval", MIX, "start", "--json", *SMALL)
+    assert json.loads(again.out)["contestants"][MIX] == evaluated["contestants"][MIX]
+    assert made() == before
+    other = cli("eval", MIX, "--json", *SMALL, "--set", "eval.seed=1")
+    assert json.loads(other.out)["contestants"][MIX]["words"] != evaluated["contestants"][MIX]["words"]
+    assert made() != before
+
+
+def test_one_wins_as_often_as_the_other_loses(evaluated: dict[str, Any], workspace: Path) -> None:
+    found = {name: Measured(name, **of) for name, of in tables(workspace).items()}
+    there, back = wins(found[MIX], found["start"]), wins(found["start"], found[MIX])
+    assert set(there) >= {"oracle: helpful", "oracle: harmless", "oracle: well-formed"}
+    for name, share in there.items():
+        assert share.value + back[name].value == pytest.approx(1)
+    told = evaluated["wins"]["base"]["oracle: helpful"]
+    assert told["value"] == pytest.approx(there["oracle: helpful"].value)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["helpfull=1"], "did you mean 'helpful'?"),
+        (["nobody"], "no preference or run 'nobody'"),
+        (["mix"], "no mix in runs/"),
+        (["want:helpfulness=1"], "no policy in runs/rsf that can be asked"),
+        (["helpful=1", "--by", "pair:brief"], "brief is not trained"),
+        (["helpful=1", "--by", "nobody"], "no reward model 'nobody'"),
+        (["helpful=1", "--set", "eval.text=demo:pairs"], "eval.text needs rows with a text column"),
+    ],
+)
+def test_who_cannot_be_measured_is_refused(workspace: Path, cli: Cli, words: list[str], says: str) -> None:
+    done = cli("eval", *words, *SMALL)
+    assert done.code == 2
+    assert says in done.err

@@ -1,0 +1,109 @@
+"""`sweep`: a small grid, its files, its page, and going on where it was stopped."""
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from pyarrow.parquet import read_table
+
+from lora_align.contest.sweep import grid, said, score_of
+from lora_align.errors import UserError
+from support import COMMAND, Cli
+
+FEW = ["eval.count=4", "eval.samples=1", "eval.pairs=6", "eval.max_new_tokens=30"]
+SMALL = [word for setting in FEW for word in ("--set", setting)]
+AXES = ["helpful=-1:1:1", "harmless=0:1:1"]
+
+
+def test_an_axis_is_its_values() -> None:
+    values, points = grid(["helpful=-1:1", "brief=0:0.3:0.1"])
+    assert values == {"helpful": [-1.0, -0.5, 0.0, 0.5, 1.0], "brief": [0.0, 0.1, 0.2, 0.3]}
+    assert len(points) == 20
+    assert said(points[0]) == "helpful=-1"
+    assert said({"helpful": 0.0, "brief": 0.0}) == "start"
+
+
+@pytest.mark.parametrize("axis", ["helpful", "helpful=", "helpful=1:0", "helpful=0:1:0", "helpful=a:b", "../x=0:1"])
+def test_what_is_no_axis_is_refused(axis: str) -> None:
+    with pytest.raises(UserError, match="is no axis"):
+        grid([axis])
+
+
+def test_who_knows_best_tells_the_score() -> None:
+    names = ["margin helpful", "reward: helpful", "pair:helpful", "oracle: helpful", "words"]
+    for best in reversed(names[:-1]):
+        assert score_of("helpful", names) == best
+        names.remove(best)
+    assert score_of("helpful", names) == ""
+
+
+def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
+    done = cli("sweep", *AXES, "--also", "dpo/helpful/pos", *SMALL)
+    assert done.code == 0, done.err
+    assert "points that no other beats:" in done.out
+    folder = workspace / "runs" / "sweep" / "helpful_harmless"
+    assert f"{folder.relative_to(workspace)}/report.html" in done.out
+    points = json.loads((folder / "points.json").read_text())
+    assert [point["weights"] for point in points if point["weights"]][:2] == [
+        {"helpful": 0.0, "harmless": 0.0},
+        {"helpful": -1.0, "harmless": 0.0},
+    ]
+    assert len(points) == 3 * 2 + 1  # the start policy is a point of the grid
+    with (folder / "points.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row, point in zip(rows, points, strict=True):
+        assert row["contestant"] == point["contestant"]
+        assert float(row["words"]) == pytest.approx(point["figures"]["words"]["value"])
+    answers = read_table(folder / "answers.parquet").to_pylist()
+    assert len(answers) == len(points) * 8
+    assert {answer["contestant"] for answer in answers} == {point["contestant"] for point in points}
+    for name in ("curves", "map", "front", "length", "cost"):
+        assert imread(folder / f"{name}.png").std() > 0.02, name
+    page = _Page()
+    page.feed((folder / "report.html").read_text())
+    assert len(page.pictures) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in page.pictures)
+    assert not page.elsewhere
+    assert "sweep/helpful_harmless" in cli("list").out
+    again = cli("sweep", *AXES, *SMALL)
+    assert (again.code, "exists" in again.err) == (2, True)
+
+
+class _Page(HTMLParser):
+    """Its pictures, and whatever it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[str] = []
+        self.elsewhere: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if tag == "img" and name == "src":
+                self.pictures.append(value or "")
+            elif name in ("src", "href") or tag in ("script", "link"):
+                self.elsewhere.append(f"{tag} {name}={value}")
+
+
+def test_a_sweep_that_was_stopped_goes_on(workspace: Path, cli: Cli) -> None:
+    kept = workspace / "runs" / "eval"
+    words = [str(COMMAND), "sweep", *AXES, *SMALL]
+    child = subprocess.Popen(words, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(kept.glob("[0-9a-f]*/measured.json"))) < 2:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    before = {file: file.stat().st_mtime_ns for file in kept.glob("[0-9a-f]*/*")}
+    assert before
+    assert not (workspace / "runs" / "sweep" / "helpful_harmless").exists()
+    done = cli("sweep", *AXES, *SMALL)
+    assert done.code == 0, done.err
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert len(list(kept.glob("[0-9a-f]*"))) == 6
