@@ -34,6 +34,10 @@ def evaluate(
         typer.Argument(help="helpful=1,harmless=0.5 · want:verbosity=-1 · a run or adapter · mix · start · base"),
     ] = None,
     by: ByOption = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="An OpenAI-compatible server whose model reads both answers.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option("--judge-model", help="The model's name on that server.")] = "",
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
@@ -44,9 +48,11 @@ def evaluate(
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.contest import run as contest
+    from lora_align.model.endpoint import Endpoint
 
+    server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
     held = contest.opened(contestants or ["mix", "start"], project, runs_dir, screen, by or (), _oracle)
-    result = contest.run(held)
+    result = contest.run(held, screen, server)
     screen.result(contest.told(result), result)
 
 

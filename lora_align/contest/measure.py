@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from lora_align import runs
 from lora_align.adapters import peft_format, vectors
-from lora_align.console import Screen
 from lora_align.contest.contestants import START, Contestant, Field
 from lora_align.contest.exam import Exam
 from lora_align.data import shards
@@ -25,7 +24,7 @@ from lora_align.model import tokenise
 from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
 from lora_align.model.mixer import Mixer
 from lora_align.model.room import Room
-from lora_align.model.sampler import Embedded
+from lora_align.model.sampler import Drawn, Embedded
 from lora_align.stages import judges
 from lora_align.stages.judges import Judge
 
@@ -47,9 +46,8 @@ class Measured:
 class Arena:
     """One loaded base, and over it all that contestants and judges are made of."""
 
-    def __init__(self, field: Field, exam: Exam, judges_: Mapping[str, Judge], screen: Screen) -> None:
-        self.field, self.exam, self.judges, self.screen = field, exam, judges_, screen
-        self.base = field.base
+    def __init__(self, field: Field, exam: Exam, judges_: Mapping[str, Judge]) -> None:
+        self.field, self.exam, self.judges, self.base = field, exam, judges_, field.base
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -75,39 +73,38 @@ class Arena:
         """From here on the model is this one."""
         self.mixer.set(contestant.weights)
 
-    def measure(self, contestant: Contestant) -> Measured:
-        """Ask everything."""
-        margins = self._margins(contestant)
-        return Measured(contestant.name, self._answers(contestant), margins, self._texts(contestant))
+    def measure(self, contestant: Contestant, report: Callable[[int], None]) -> Measured:
+        """Ask everything; `report` hears of answers drawn."""
+        answers = self._answers(contestant, report)
+        return Measured(contestant.name, answers, self._margins(contestant), self._texts(contestant))
 
     # --- answers ---
 
-    def _answers(self, contestant: Contestant) -> list[Row]:
+    def _answers(self, contestant: Contestant, report: Callable[[int], None]) -> list[Row]:
         asked = [under_system(contestant.system, question.prompt) for question in self.exam.questions]
         self.become(contestant)
         rows: list[Row] = []
-        with self.screen.progress(contestant.name, len(asked) * self.exam.samples) as progress:
-            for batch in Embedded(self.model, self.base).draw(asked, self.exam.samples, self.exam.sampling):
-                for drawn in batch:
-                    question = self.exam.questions[drawn.prompt]
-                    rows.append(
-                        {
-                            "prompt": drawn.prompt,
-                            "asked": question.prompt[-1].content,
-                            "kind": question.kind,
-                            "number": drawn.number,
-                            "answer": drawn.text,
-                            "ended": drawn.ended,
-                            "words": len(drawn.text.split()),
-                            "repeated": texts.repeated(drawn.text),
-                            "refused": refusals.refuses(drawn.text),
-                        }
-                    )
-                progress.show(len(rows), {})
+        for batch in Embedded(self.model, self.base).draw(asked, self.exam.samples, self.exam.sampling):
+            rows += [self._read(drawn) for drawn in batch]
+            report(len(rows))
         rows.sort(key=lambda row: (row["prompt"], row["number"]))
         self._add_kl(contestant, rows)
         self._add_scores(rows)
         return rows
+
+    def _read(self, drawn: Drawn) -> Row:
+        question = self.exam.questions[drawn.prompt]
+        return {
+            "prompt": drawn.prompt,
+            "asked": question.prompt[-1].content,
+            "kind": question.kind,
+            "number": drawn.number,
+            "answer": drawn.text,
+            "ended": drawn.ended,
+            "words": len(drawn.text.split()),
+            "repeated": texts.repeated(drawn.text),
+            "refused": refusals.refuses(drawn.text),
+        }
 
     def _add_kl(self, contestant: Contestant, rows: Sequence[Row]) -> None:
         """log π − log π_start of each answer; its mean over answers drawn at temperature 1 is the KL divergence."""
@@ -178,7 +175,9 @@ class Arena:
         ]
 
 
-def measured(arena: Arena, contestant: Contestant, folder: Path) -> Measured:
+def measured(
+    arena: Arena, contestant: Contestant, folder: Path, report: Callable[[int], None] = lambda done: None
+) -> Measured:
     """As it was measured before, if it was: by what it is made of, what it is asked, and who judges."""
     identity = {
         "contestant": arena.field.lineage(contestant),
@@ -189,7 +188,7 @@ def measured(arena: Arena, contestant: Contestant, folder: Path) -> Measured:
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     kept = folder / key
     if not (kept / "measured.json").is_file():
-        found = arena.measure(contestant)
+        found = arena.measure(contestant, report)
         staging = folder / f".{key}.staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

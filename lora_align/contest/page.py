@@ -17,7 +17,7 @@ PICTURES = {
     "map.png": "Two weights together.",
     "front.png": "Every point by two scores; the dashed line joins those that no other beats.",
     "length.png": "How often a point beats the start policy, against how long its answers are.",
-    "cost.png": "What a score costs: loss of ordinary text, facts, distance from the start policy.",
+    "cost.png": "What far weights cost: loss of ordinary text, facts, distance from the start policy.",
 }
 TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

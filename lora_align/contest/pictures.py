@@ -1,5 +1,6 @@
 """Pictures of a sweep: what weights do, where the front lies, and what it costs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from lora_align.evaluate import pareto, plots
 from lora_align.evaluate.plots import BROKEN, INK, PALE
 
 OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # of scores beside the own one
-LOSS, TRUE = "text loss", "oracle: true facts"
+TICKS = 9  # weights that are written below an axis
+COSTS = {"text loss": None, "oracle: true facts": (-0.02, 1.04), "KL": None}  # and the range that each is drawn over
 
 
 def draw(
@@ -25,7 +27,7 @@ def draw(
     if len(scores) >= 2:
         front(folder / "front.png", *list(scores.values())[:2], points)
     lengths(folder / "length.png", scores, points)
-    costs(folder / "cost.png", scores, points)
+    costs(folder / "cost.png", grid)
 
 
 def curves(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], grid: Sequence[Point]) -> None:
@@ -47,7 +49,9 @@ def curves(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[st
             panel.fill_between(
                 places, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.12, linewidth=0
             )
-        panel.set_xlabel(f"weight of {axis}", fontsize=9)
+        panel.set_xlabel(f"weight of {axis}")
+        if len(places) <= TICKS:
+            panel.set_xticks(places, [f"{place:g}" for place in places])
         panel.legend(frameon=False, fontsize=7.5)
         _plain(panel)
     picture.savefig(file, dpi=150)
@@ -68,9 +72,12 @@ def front(file: Path, first: str, second: str, points: Sequence[Point]) -> None:
             color=INK if inside else BROKEN, ecolor=PALE, elinewidth=1, marker="o" if inside else "D", markersize=4.5,
         )  # fmt: skip
         if not inside or (x, y) in best:
-            panel.annotate(point.word, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=6.5, color="#555555")
+            name = ", ".join(f"{w:g}" for w in point.weights.values()) if point.weights is not None else point.word
+            panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
     panel.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle="--", zorder=1)
+    axes = next((list(point.weights) for point in known if point.weights is not None), [])
     panel.set(xlabel=first, ylabel=second)
+    panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
     _plain(panel)
     picture.savefig(file, dpi=150)
 
@@ -96,22 +103,18 @@ def lengths(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> N
     picture.savefig(file, dpi=150)
 
 
-def costs(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> None:
-    """What is gained of each score against what is lost: of ordinary text, and of the facts that are known."""
-    shown = [name for name in (LOSS, TRUE, "KL") if any(name in point.figures for point in points)]
-    if not shown or not scores:
+def costs(file: Path, grid: Sequence[Point]) -> None:
+    """What far weights cost: loss of ordinary text, facts that are true no more, distance from the start policy."""
+    shown = [name for name in COSTS if all(name in point.figures for point in grid)]
+    if not shown:
         return
-    picture = Figure(figsize=(3.4 * len(shown) + 0.4, 3.2), layout="constrained")
+    picture = Figure(figsize=(3.2 * len(shown) + 0.4, 3.0), layout="constrained")
+    far = [math.hypot(*(point.weights or {}).values()) for point in grid]
     for panel, name in zip(picture.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
-        for colour, score in zip((INK, *OTHERS), scores.values(), strict=False):
-            known = [point for point in points if name in point.figures and score in point.figures]
-            panel.scatter(
-                [point.figures[score].value for point in known],
-                [point.figures[name].value for point in known],
-                s=16, color=colour, label=score,
-            )  # fmt: skip
-        panel.set(xlabel="score", ylabel=name)
-        panel.legend(frameon=False, fontsize=7)
+        for x, figure in zip(far, (point.figures[name] for point in grid), strict=True):
+            panel.plot([x, x], [figure.low, figure.high], color=PALE, linewidth=1, zorder=1)
+            panel.plot(x, figure.value, marker="o", color=INK, markersize=4)
+        panel.set(xlabel="length of the weights", ylabel=name, ylim=COSTS[name])
         _plain(panel)
     picture.savefig(file, dpi=150)
 

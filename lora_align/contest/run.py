@@ -7,13 +7,14 @@ from typing import Any
 
 from lora_align import runs
 from lora_align.console import Screen, table
-from lora_align.contest import contestants
+from lora_align.contest import asked_judge, contestants
 from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import figures, wins
 from lora_align.contest.measure import Arena, Measured, measured
 from lora_align.evaluate.estimates import Estimate
 from lora_align.model import base as bases
 from lora_align.model.base import Base
+from lora_align.model.sampler import Sampler
 from lora_align.recipe import Recipe
 from lora_align.stages import judges, reward
 from lora_align.stages.judges import Judge
@@ -28,10 +29,17 @@ class Contest:
     arena: Arena
     folder: Path
 
-    def measured(self) -> Iterator[Measured]:
-        """One after the other, in their order."""
-        for contestant in self.arena.field.contestants:
-            yield measured(self.arena, contestant, self.folder)
+    def measured(self, screen: Screen) -> Iterator[Measured]:
+        """One after the other, in their order, with progress by answers."""
+        everyone, each = self.arena.field.contestants, len(self.arena.exam.questions) * self.arena.exam.samples
+        with screen.progress("answers", each * len(everyone)) as progress:
+            for number, contestant in enumerate(everyone):
+
+                def report(done: int, before: int = number * each) -> None:
+                    progress.show(before + done, {})
+
+                yield measured(self.arena, contestant, self.folder, report)
+                report(each)
 
 
 def opened(
@@ -47,20 +55,27 @@ def opened(
     field = contestants.field_of(words, recipe, base, runs_dir, screen)
     named = by or ([reward.NAME] if runs.is_run(runs_dir / "reward" / reward.NAME) else [])
     panel = {name: judges.find(name, base, recipe, runs_dir) for name in named} | dict(others(base))
-    return Contest(Arena(field, exam_of(recipe, screen), panel, screen), runs_dir / FOLDER)
+    return Contest(Arena(field, exam_of(recipe, screen), panel), runs_dir / FOLDER)
 
 
-def run(contest: Contest) -> dict[str, Any]:
-    """Measure all; the first is set against each of the rest."""
-    found, exam = list(contest.measured()), contest.arena.exam
+def run(contest: Contest, screen: Screen, server: Sampler | None = None) -> dict[str, Any]:
+    """Measure all; the first is set against each of the rest, by scores and by a language model if one is served."""
+    found, exam = list(contest.measured(screen)), contest.arena.exam
+    against = {other.name: wins(found[0], other) for other in found[1:]}
+    for other in found[1:] if server else ():
+        assert server is not None
+        against[other.name] |= asked_judge.compared(found[0], other, exam, server, screen)
+    everyone = {one.name: figures(one) for one in found}
     return {
         "prompts": len(exam.questions),
         "answers": len(exam.questions) * exam.samples,
-        "contestants": {one.name: {name: asdict(figure) for name, figure in figures(one).items()} for one in found},
-        "wins": {
-            other.name: {name: asdict(figure) for name, figure in wins(found[0], other).items()} for other in found[1:]
-        },
+        "contestants": {name: _plain(of) for name, of in everyone.items()},
+        "wins": {name: _plain(of) for name, of in against.items()},
     }
+
+
+def _plain(of: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: asdict(figure) for name, figure in of.items()}
 
 
 def told(result: Mapping[str, Any]) -> str:

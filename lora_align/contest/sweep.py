@@ -88,11 +88,7 @@ def run(
     of_word.setdefault(START, dict.fromkeys(values, 0.0))
     held = contest(words)
     with runs.claim(target, screen, force=force) as staging:
-        with screen.progress("sweep", len(words)) as progress:
-            found = []
-            for measured in held.measured():
-                found.append(measured)
-                progress.show(len(found), {})
+        found = list(held.measured(screen))
         start = found[0]
         measured_points = [
             Point(word, of_word.get(word), one, figures(one), wins(one, start))

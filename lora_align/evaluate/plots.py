@@ -45,7 +45,7 @@ def weight_map(
     file: Path, names: tuple[str, str], weights: tuple[Sequence[float], Sequence[float]], scores: Mapping[str, Grid]
 ) -> None:
     """One heat map a score over the weights of two preferences; shares on one scale, other scores on their own."""
-    picture = Figure(figsize=(3.1 * len(scores), 3.1), layout="constrained")
+    picture = Figure(figsize=(3.1 * len(scores), 3.3), layout="constrained")
     for panel, (score, grid) in zip(picture.subplots(1, len(scores), squeeze=False).flat, scores.items(), strict=True):
         flat = [value for values in grid for value in values]
         low, high = (0.0, 1.0) if min(flat) >= 0 and max(flat) <= 1 else (min(flat), max(flat))

@@ -39,19 +39,29 @@ class Endpoint:
 
     @classmethod
     def at(
-        cls, address: str, model: str = "", deadline: float = DEADLINE, template: Mapping[str, Any] | None = None
+        cls,
+        address: str,
+        model: str = "",
+        deadline: float = DEADLINE,
+        template: Mapping[str, Any] | None = None,
+        options: tuple[str, str] = ("--endpoint", "--model"),
     ) -> "Endpoint":
-        """The server at an address, with or without /v1 at its end; unnamed, the model is the only one it has."""
+        """The server at an address, with or without /v1 at its end; unnamed, the model is the only one it has.
+
+        `options` are what a person has given both by.
+        """
         url = address.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
-            raise UserError(f"--endpoint {address!r}: expected http://HOST:PORT or https://…")
+            raise UserError(f"{options[0]} {address!r}: expected http://HOST:PORT or https://…")
         answer = _reached(url, "/v1/models", min(deadline, PATIENCE))  # nobody waits for a server that is not there
         if not model:
             if answer.status_code != httpx.codes.OK:
-                raise UserError(f"{answer.url}: {answer.status_code} {_told(answer)}; name the model with --model NAME")
+                raise UserError(
+                    f"{answer.url}: {answer.status_code} {_told(answer)}; name the model with {options[1]} NAME"
+                )
             served = [str(entry["id"]) for entry in _json(answer)["data"]]
             if len(served) != 1:
-                raise UserError(f"{url} serves {', '.join(served) or 'no model'}: choose one with --model NAME")
+                raise UserError(f"{url} serves {', '.join(served) or 'no model'}: choose one with {options[1]} NAME")
             model = served[0]
         return cls(url, model, deadline, template or {})
 
