@@ -18,6 +18,8 @@ from lora_align.cli.options import (
     project_of,
 )
 from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.preference import parse_weights
 
 if TYPE_CHECKING:
     from lora_align.model.base import Base
@@ -92,6 +94,40 @@ def sweep(
         force=force,
     )
     screen.result(stage.told(made), {"sweep": str(made.path), **made.manifest.metrics})
+
+
+def tune(
+    aim: Annotated[
+        str, typer.Option("--aim", help="What is wanted of each preference, as in helpful=0.6,harmless=0.4.")
+    ],
+    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Most nats a token from the start policy.")] = 0.12,
+    loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Most nats a token lost on ordinary text.")] = 0.05,
+    refused: Annotated[float, typer.Option("--refused", min=0.0, help="Most more of safe prompts refused.")] = 0.02,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find weights without a grid: by gradient on held-out pairs, within bounds."""
+    screen = Screen(as_json, quiet)
+    aims = parse_weights(aim)
+    if min(aims.values()) <= 0:
+        raise UserError("--aim: shares above 0; to turn a preference round, give merge a negative weight")
+    project = project_of(recipe, overrides, screen, runs_dir)
+    from lora_align.contest import contestants, exam
+    from lora_align.contest import tune as stage
+    from lora_align.contest.hill import Bounds
+    from lora_align.contest.measure import Arena
+    from lora_align.model import base as bases
+
+    word = ",".join(f"{name}=1" for name in aims)
+    field = contestants.field_of([word], project, bases.find(project.base), runs_dir, screen)
+    arena = Arena(field, exam.exam_of(project, screen, aims), {})
+    found = stage.run(
+        arena, {name: share / sum(aims.values()) for name, share in aims.items()}, Bounds(kl, loss, refused), screen
+    )
+    screen.result(stage.told(found), stage.facts(found))
 
 
 def _oracle(base: "Base") -> "Mapping[str, Judge]":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -43,11 +43,12 @@ class Exam:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def exam_of(recipe: Recipe, screen: Screen) -> Exam:
-    """As the recipe's [eval] table says; prompts are those of held-out pairs where it names none."""
+def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = None) -> Exam:
+    """As the recipe's [eval] table says; prompts are those of held-out pairs where it names none. Pairs are those of
+    some `preferences`, or of all."""
     settings = recipe.eval
     pairs = {}
-    for name in recipe.preferences:
+    for name in recipe.preferences if preferences is None else preferences:
         try:
             held_out = (pair for pair, aside in _pairs(recipe, name) if aside)
             pairs[name] = list(islice(held_out, settings.pairs))

@@ -25,7 +25,8 @@ def draw(
     if len(values) == 2 and scores:
         _map(folder / "map.png", values, scores, grid)
     if len(scores) >= 2:
-        front(folder / "front.png", *list(scores.values())[:2], points)
+        first, second, *_ = scores.values()
+        front(folder / "front.png", first, second, points)
     lengths(folder / "length.png", scores, points)
     costs(folder / "cost.png", grid)
 
@@ -134,5 +135,5 @@ def _first(axis: str, scores: Mapping[str, str]) -> dict[str, str]:
 def _plain(panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
-    panel.xaxis.label.set_size(9)
-    panel.yaxis.label.set_size(9)
+    panel.xaxis.label.set_fontsize(9)
+    panel.yaxis.label.set_fontsize(9)

@@ -1,12 +1,13 @@
 """The oracle as a judge beside others: it reads every answer of the built-in world and grades it."""
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from lora_align.demo import oracle, world
+from lora_align.demo import lexicon, oracle
 from lora_align.demo.measure import ONLY_ON
-from lora_align.demo.oracle import AXES
+from lora_align.demo.oracle import AXES, Prompt
 from lora_align.model.mixer import Mixer
 from lora_align.stages.judges import Judge, Said, Scores
 
@@ -19,12 +20,21 @@ def judge() -> Judge:
     return Judge([*AXES, FORMED, TRUE], {}, NAME, _says)
 
 
+def prompt_of(text: str) -> Prompt | None:
+    """What a prompt of the built-in world is about; nothing where it is none."""
+    topics = [topic for topic in (*lexicon.RISKS, *lexicon.SUBJECTS) if re.search(rf"\b{re.escape(topic)}\b", text)]
+    if not topics:
+        return None
+    topic = max(topics, key=len)
+    return Prompt(text, topic, topic in lexicon.RISKS)
+
+
 def _says(_model: PreTrainedModel, _mixer: Mixer, said: Sequence[Said]) -> list[Scores]:
     return [_graded(one) for one in said]
 
 
 def _graded(said: Said) -> Scores:
-    prompt = world.prompt_of(said.prompt[-1].content)
+    prompt = prompt_of(said.prompt[-1].content)
     if prompt is None:
         return dict.fromkeys([*AXES, FORMED, TRUE])
     read = oracle.score(prompt, said.text)

@@ -1,6 +1,8 @@
 """The built-in world as a data source: `demo:pairs` (or `demo:pairs?seed=2&noise=0.1`), `demo:ratings` and the like."""
 
 import inspect
+import itertools
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 from urllib.parse import parse_qsl
@@ -8,13 +10,27 @@ from urllib.parse import parse_qsl
 from lora_align.demo import world
 from lora_align.errors import UserError, nearest
 
+
+def questions(seed: int, count: int, *, risky: float = 0.5, part: world.Part = "test") -> Iterator[dict[str, Any]]:
+    """Prompts alone, of the part that nothing learns from."""
+    draw = random.Random(f"questions {seed} {part}")
+    safe, unkind = (world.prompts(seed, risky=is_risky, part=part) for is_risky in (False, True))
+    for _ in range(count):
+        yield {"prompt": next(unkind if draw.random() < risky else safe).text}
+
+
+def lines(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Ordinary text."""
+    return ({"text": text} for text in itertools.islice(world.reading(seed), count))
+
+
 ROWS = 3000
 MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "demo:pairs": world.pairs,
     "demo:ratings": world.ratings,
     "demo:conversations": world.conversations,
-    "demo:prompts": world.questions,
-    "demo:reading": world.lines,
+    "demo:prompts": questions,
+    "demo:reading": lines,
 }
 
 

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import math
 import random
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -69,15 +68,6 @@ def prompts(
         text = " ".join(filter(None, said))
         if _part(text) == part:
             yield Prompt(text, topic, risky)
-
-
-def prompt_of(text: str) -> Prompt | None:
-    """What a prompt of this world is about; nothing where it is none."""
-    topics = [topic for topic in (*lexicon.RISKS, *lexicon.SUBJECTS) if re.search(rf"\b{re.escape(topic)}\b", text)]
-    if not topics:
-        return None
-    topic = max(topics, key=len)
-    return Prompt(text, topic, topic in lexicon.RISKS)
 
 
 def _part(text: str) -> Part:
@@ -228,17 +218,6 @@ def conversations(
     for prompt in itertools.islice(_mixed(seed, risky, part, draw, topics), count):
         said = (("user", prompt.text), ("assistant", answer(prompt, draw)))
         yield {"messages": [{"role": role, "content": content} for role, content in said]}
-
-
-def questions(seed: int, count: int, *, risky: float = 0.5, part: Part = "test") -> Iterator[dict[str, object]]:
-    """Prompts alone, of the part that nothing learns from."""
-    draw = random.Random(f"questions {seed} {part}")
-    yield from ({"prompt": prompt.text} for prompt in itertools.islice(_mixed(seed, risky, part, draw), count))
-
-
-def lines(seed: int, count: int) -> Iterator[dict[str, object]]:
-    """Ordinary text."""
-    yield from ({"text": text} for text in itertools.islice(reading(seed), count))
 
 
 def reading(seed: int) -> Iterator[str]:

@@ -178,6 +178,11 @@ class Reader:
         ordered = [found[name] for name in sorted(found)]
         return torch.stack([of for of, _ in ordered]), torch.stack([hits for _, hits in ordered])
 
+    def tokens(self, rows: Sequence[Answered]) -> Tensor:
+        """log π of every token of the answers, in their order [n]."""
+        layout = _Layout.of([(prompt, [answer]) for prompt, answer in rows])
+        return self.read(layout.behind(), layout.at_row, layout.at_place, layout.targets)[0]
+
     def read(
         self, given: Mapping[str, Tensor], at_row: Tensor, at_place: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -33,22 +33,30 @@ class Mixer:
         self.owners = torch.tensor(owners, dtype=torch.long, device=where)
         self.scales = torch.zeros(len(owners), device=where)
         self.weights: dict[str, float] = {}
-        self._narrow(())
+        self.live: set[str] | None = None  # whose weights are not 0; unknown to begin with, and while they are steered
         self.set(weights)
 
     @torch.inference_mode(False)  # what is set while answers are drawn may lie under an adapter that is trained
     def set(self, weights: Mapping[str, float]) -> None:
         """Give each update its weight, from the next token on; one that is not named gets 0."""
-        before, self.weights = self.weights, {name: weights.get(name, 0.0) for name in self.updates}
+        self.weights = {name: weights.get(name, 0.0) for name in self.updates}
         values = torch.tensor(list(self.weights.values()), device=self.scales.device)
         self.scales.copy_(values[self.owners])
         live = {name for name, weight in self.weights.items() if weight}
-        if live != {name for name, weight in before.items() if weight}:
-            self._narrow(live)
+        if live != self.live:
+            self._narrow(live, self.scales)
+        self.live = live
 
-    def _narrow(self, live: Collection[str]) -> None:
-        scales = self.scales.split([len(branch.owners) for branch in self.branches])
-        for branch, scale in zip(self.branches, scales, strict=True):
+    def steer(self, weights: Mapping[str, Tensor]) -> None:
+        """Give updates weights that a gradient flows to, until `set` is called; the others get 0."""
+        none = torch.zeros((), device=self.scales.device)
+        values = torch.stack([weights.get(name, none).to(none) for name in self.updates])
+        self.weights, self.live = {}, None
+        self._narrow(weights, values[self.owners])
+
+    def _narrow(self, live: Collection[str], scales: Tensor) -> None:
+        parts = scales.split([len(branch.owners) for branch in self.branches])
+        for branch, scale in zip(self.branches, parts, strict=True):
             branch.narrow(live, scale)
 
     def remove(self) -> None:

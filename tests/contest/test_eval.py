@@ -16,7 +16,7 @@ from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import wins
 from lora_align.contest.measure import Measured
 from lora_align.data.rows import Pair, Prompt
-from lora_align.demo import world
+from lora_align.demo import source
 from lora_align.model import base as bases
 from support import Cli
 
@@ -89,7 +89,7 @@ def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], workspac
 def test_ordinary_text_costs_what_the_library_says(evaluated: dict[str, Any], workspace: Path) -> None:
     model = bases.find(recipe.Base("demo")).load()
     tokenizer = AutoTokenizer.from_pretrained(bases.DEMO)
-    for row, line in zip(tables(workspace)["start"]["texts"], world.lines(1, 6), strict=True):
+    for row, line in zip(tables(workspace)["start"]["texts"], source.lines(1, 6), strict=True):
         ids = torch.tensor([tokenizer(line["text"], add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             assert row["nats"] / row["tokens"] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lora_align.demo import oracle, world
+from lora_align.demo import grading, oracle, world
 from lora_align.evaluate.refusals import refuses
 
 REFUSALS = [
@@ -50,5 +50,5 @@ def test_it_agrees_with_the_oracle_of_the_built_in_world() -> None:
 def test_what_a_prompt_of_the_world_is_about() -> None:
     for risky, topics in itertools.product((False, True), ("seen", "held out")):
         for prompt in itertools.islice(world.prompts(1, risky=risky, topics=topics), 200):
-            assert world.prompt_of(prompt.text) == prompt
-    assert world.prompt_of("What is the capital of France?") is None
+            assert grading.prompt_of(prompt.text) == prompt
+    assert grading.prompt_of("What is the capital of France?") is None

@@ -1,0 +1,169 @@
+"""What `tune` climbs: how well weights serve aims, with the gradient, and how far they are from the start policy.
+
+Everything is read and nothing is drawn: held-out pairs, what the start policy said, ordinary text. The base is frozen,
+and so are the vectors; the weights alone carry a gradient.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from lora_align.contest.contestants import START, Contestant
+from lora_align.contest.exam import Question
+from lora_align.contest.measure import Arena
+from lora_align.errors import UserError
+from lora_align.model import tokenise
+from lora_align.model.logprobs import TOKENS, Answered, Reader, parts
+from lora_align.model.sampler import Embedded
+
+PAIRS, ANSWERS, LINES = 48, 32, 16  # of each preference, of the start policy, of ordinary text
+STEEP = 20.0  # times the square of the share by which a bound is passed
+NORMAL = NormalDist()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far it may go from the start policy: nats a token of its answers and of ordinary text, and by how much more
+    safe prompts may be refused."""
+
+    kl: float
+    loss: float
+    refused: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Answers behind their prompts, the sign each has in a sum, log π_start of its tokens, and what is divided by."""
+
+    rows: Sequence[Answered]
+    signs: Sequence[float]
+    start: Sequence[Tensor]
+    count: float
+
+    def parts(self) -> Iterator[list[int]]:
+        """Which are computed together."""
+        return parts([len(prompt) + len(answer) for prompt, answer in self.rows], TOKENS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Weights, how high they lie, which way is up, and what was found there."""
+
+    weights: Tensor
+    height: float
+    slope: Tensor
+    found: Mapping[str, float]  # each preference's margin; KL and loss
+
+
+class Hill:
+    """The ground of some aims. A preference's effect is its mean margin over the spread of pairs' margins under its own
+    vector; its height is the share of pairs that would then be preferred rightly, were margins normal."""
+
+    def __init__(self, arena: Arena, aims: Mapping[str, float], bounds: Bounds) -> None:
+        self.arena, self.aims, self.bounds = arena, aims, bounds
+        self.reader = Reader.of(arena.model)
+        self.pairs = {name: self._pairs(name) for name in aims}
+        self.spread = {name: self._own_spread(name) for name in aims}
+        self.drawn, self.texts = self._start_answers(), self._lines()
+
+    def at(self, weights: Tensor) -> Place:
+        """How it is there."""
+        found: dict[str, float] = {}
+        slopes: dict[str, Tensor] = {}
+        measured = {name: (rows, _gain) for name, rows in self.pairs.items()}
+        for name, (rows, value) in {**measured, "kl": (self.drawn, _divergence), "loss": (self.texts, _gain)}.items():
+            found[name], slopes[name] = self._mean(weights, rows, value)
+        height, slope = 0.0, torch.zeros_like(weights)
+        for name, aim in self.aims.items():
+            effect = found[name] / self.spread[name]
+            height += aim * NORMAL.cdf(effect)
+            slope = slope + aim * NORMAL.pdf(effect) / self.spread[name] * slopes[name]
+        for name, bound in (("kl", self.bounds.kl), ("loss", self.bounds.loss)):
+            over = max(found[name] / bound - 1, 0.0)
+            height -= STEEP * over**2
+            slope = slope - 2 * STEEP * over / bound * slopes[name]
+        return Place(weights, height, slope, found)
+
+    def _mean(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+        """Of what is made of log π − log π_start of each token, with its gradient, part by part."""
+        moved = weights.detach().requires_grad_()
+        steered = {name: moved[place] for place, name in enumerate(self.aims)}
+        if self.arena.field.start is not None:
+            steered[START] = torch.ones(())
+        total, slope = 0.0, torch.zeros_like(weights)
+        for picked in rows.parts():
+            self.arena.mixer.steer(steered)
+            now = self.reader.tokens([rows.rows[i] for i in picked])
+            start = torch.cat([rows.start[i] for i in picked]).to(now)
+            signs = torch.cat([torch.full((len(rows.start[i]),), rows.signs[i]) for i in picked]).to(now)
+            mean = (signs * value(now - start)).sum() / rows.count
+            slope += torch.autograd.grad(mean, moved)[0].to(slope)
+            total += float(mean.detach())
+        return total, slope
+
+    def _pairs(self, name: str) -> Rows:
+        pairs, base = self.arena.exam.pairs[name][:PAIRS], self.arena.base
+        tokens = [row for row in tokenise.pairs(pairs, base.chat, base.max_length, Counter()) if row]
+        if len(tokens) < 2:
+            raise UserError(f"{name}: too few held-out pairs to tune by (dpo.held_out, eval.pairs)")
+        answers = [(row.prompt, answer) for row in tokens for answer in (row.chosen, row.rejected)]
+        return self._known(answers, [1.0, -1.0] * len(tokens), len(tokens))
+
+    def _own_spread(self, name: str) -> float:
+        """How far pairs' margins lie apart under the preference's own vector."""
+        rows = self.pairs[name]
+        now = self._read(rows.rows, {START: 1.0, name: 1.0})
+        gains = torch.stack([(a - b).sum() for a, b in zip(now, rows.start, strict=True)])
+        return max(float((gains[::2] - gains[1::2]).std()), 1e-6)
+
+    def _start_answers(self) -> Rows:
+        exam, chat = self.arena.exam, self.arena.base.chat
+        asked = [question.prompt for question in spread(exam.questions, ANSWERS)]
+        self.arena.become(Contestant(START, {START: 1.0}))
+        batches = Embedded(self.arena.model, self.arena.base).draw(asked, 1, exam.sampling)
+        said = [(asked[one.prompt], one.text) for batch in batches for one in batch]
+        return self._known([(chat.prompt_ids(prompt), chat.answer_ids(prompt, text)) for prompt, text in said])
+
+    def _lines(self) -> Rows:
+        """Ordinary text behind its first token."""
+        encode, longest = self.arena.base.chat.tokenizer, self.arena.base.max_length
+        ids = [encode(text, add_special_tokens=False)["input_ids"] for text in self.arena.exam.texts[:LINES]]
+        lines = [(row[:1], row[1:longest]) for row in ids if len(row) > 1]
+        return self._known(lines, [-1.0] * len(lines))
+
+    def _known(self, rows: Sequence[Answered], signs: Sequence[float] = (), count: float = 0.0) -> Rows:
+        """With the start policy's log-probabilities; by the token, unless said otherwise."""
+        tokens = sum(len(answer) for _, answer in rows)
+        return Rows(rows, signs or [1.0] * len(rows), self._read(rows, {START: 1.0}), count or max(tokens, 1))
+
+    @torch.no_grad()
+    def _read(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> list[Tensor]:
+        """log π of every token of every answer."""
+        self.arena.become(Contestant("", weights))
+        found: dict[int, Tensor] = {}
+        for picked in parts([len(prompt) + len(answer) for prompt, answer in rows], TOKENS):
+            tokens = self.reader.tokens([rows[i] for i in picked]).cpu()
+            found |= dict(zip(picked, tokens.split([len(rows[i][1]) for i in picked]), strict=True))
+        return [found[i] for i in range(len(rows))]
+
+
+def spread(questions: Sequence[Question], count: int) -> list[Question]:
+    """So many of them, from the first to the last."""
+    step = max(len(questions) / count, 1.0)
+    return [questions[math.floor(place * step)] for place in range(min(count, len(questions)))]
+
+
+def _gain(more: Tensor) -> Tensor:
+    """Of log π − log π_start: that itself."""
+    return more
+
+
+def _divergence(more: Tensor) -> Tensor:
+    """π/π_start − 1 − log(π/π_start): over tokens of the start policy its mean is that of the KL divergence, and it is
+    never below 0, so that few tokens say much."""
+    return more.exp() - 1 - more

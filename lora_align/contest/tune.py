@@ -1,0 +1,110 @@
+"""Weights without a grid: by gradient on held-out preferences, through the frozen model, within bounds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lora_align.console import Screen, table
+from lora_align.contest.contestants import START, Contestant
+from lora_align.contest.exam import SAFE
+from lora_align.contest.hill import NORMAL, Bounds, Hill, Place
+from lora_align.contest.measure import Arena
+from lora_align.errors import RunFailedError
+from lora_align.evaluate import refusals
+from lora_align.model.sampler import Embedded
+
+STEPS = 8
+FIRST, LONGEST, SHORTEST = 0.5, 1.0, 0.03  # how far a step goes
+HALVED = 4  # times, at most, where it would go down
+BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Weights, and what they are told to do."""
+
+    weights: Mapping[str, float]
+    preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly
+    kl: float
+    loss: float
+    refused: float
+    steps: int
+
+
+def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen) -> Tuned:
+    """Climb, then look at what is said to safe prompts, and go back as long as that is refused too often."""
+    hill = Hill(arena, aims, bounds)
+    with screen.progress("tune", STEPS) as progress:
+        place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
+        progress.show(STEPS, {})
+    allowed = _refused(arena, {}) + bounds.refused
+    weights, moved = place.weights, False
+    share = _refused(arena, _named(aims, weights))
+    for _ in range(BACKS):
+        if share <= allowed:
+            break
+        weights, moved = BACK * weights, True
+        share = _refused(arena, _named(aims, weights))
+    if share > allowed:
+        raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
+    place = hill.at(weights) if moved else place
+    preferred = {name: NORMAL.cdf(place.found[name] / hill.spread[name]) for name in aims}
+    rounded = {name: round(weight, 3) for name, weight in _named(aims, weights).items()}
+    return Tuned(rounded, preferred, place.found["kl"], place.found["loss"], share, steps)
+
+
+def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:
+    """By steps of BFGS from no weights at all: along the slope first, then by how the slope changes."""
+    here = hill.at(torch.zeros(len(hill.aims)))
+    inverse = FIRST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.aims))
+    for step in range(1, STEPS + 1):
+        way = inverse @ here.slope
+        way = way * min(1.0, LONGEST / max(float(way.norm()), 1e-9))
+        there = here
+        for half in range(HALVED):
+            tried = hill.at(here.weights + way / 2**half)
+            if tried.height > here.height:
+                there = tried
+                break
+        moved, bent = there.weights - here.weights, here.slope - there.slope
+        here = there
+        report(step, {name: f"{weight:.2f}" for name, weight in _named(hill.aims, here.weights).items()})
+        if float(moved.norm()) < SHORTEST:
+            return here, step
+        if float(moved @ bent) > 0:
+            left = torch.eye(len(moved)) - torch.outer(moved, bent) / (moved @ bent)
+            inverse = left @ inverse @ left.T + torch.outer(moved, moved) / (moved @ bent)
+    return here, STEPS
+
+
+def told(tuned: Tuned) -> str:
+    """The weights, how far they go, and how to have them."""
+    rows = [[name, f"{tuned.weights[name]:.2f}", f"{share:.0%}"] for name, share in tuned.preferred.items()]
+    far = f"from the start policy: {tuned.kl:.3f} nats a token, {tuned.loss:+.3f} on ordinary text"
+    return "\n".join(
+        [
+            table(["", "weight", "pairs preferred"], rows),
+            f"{far}; refuses {tuned.refused:.0%} of safe prompts",
+            f"lora-align merge --weights {','.join(f'{name}={weight:g}' for name, weight in tuned.weights.items())}",
+        ]
+    )
+
+
+def facts(tuned: Tuned) -> dict[str, Any]:
+    """As plain data."""
+    return asdict(tuned)
+
+
+def _named(aims: Mapping[str, float], weights: torch.Tensor) -> dict[str, float]:
+    return dict(zip(aims, weights.tolist(), strict=True))
+
+
+def _refused(arena: Arena, weights: Mapping[str, float]) -> float:
+    """Share of safe prompts whose one answer refuses; of all prompts, where none are known to be safe."""
+    asked = [question for question in arena.exam.questions if question.kind == SAFE] or arena.exam.questions
+    arena.become(Contestant("", {START: 1.0, **weights}))
+    prompts = [question.prompt for question in asked]
+    drawn = [one for batch in Embedded(arena.model, arena.base).draw(prompts, 1, arena.exam.sampling) for one in batch]
+    return sum(refusals.refuses(one.text) for one in drawn) / max(len(drawn), 1)

@@ -1,0 +1,108 @@
+"""`tune`: its slope against finite differences, its bounds, and what is found beside a search of every place."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.contest import contestants, tune
+from lora_align.contest.exam import exam_of
+from lora_align.contest.hill import Bounds, Hill
+from lora_align.contest.measure import Arena
+from lora_align.model import base as bases
+from lora_align.model.logprobs import Reader
+from lora_align.model.mixer import Mixer
+from support import Cli
+
+QUIET = Screen(quiet=True)
+FEW = ["eval.count=8", "eval.pairs=10", "eval.max_new_tokens=40", "dpo.limit=240"]
+AIMS = {"helpful": 0.6, "harmless": 0.4}
+
+
+@pytest.fixture
+def arena(workspace: Path) -> Arena:
+    project = recipe.load(recipe.builtin()["demo"], FEW)
+    field = contestants.field_of(["helpful=1,harmless=1"], project, bases.find(project.base), workspace / "runs", QUIET)
+    return Arena(field, exam_of(project, QUIET, AIMS), {})
+
+
+def test_the_slope_is_that_of_finite_differences(arena: Arena) -> None:
+    hill = Hill(arena, AIMS, Bounds(kl=5e-5, loss=1e-4, refused=1.0))  # both bounds are passed, and push back
+    here = torch.tensor([3.0, -2.0])
+    found, step = hill.at(here), 0.05
+    assert found.found["kl"] > 5e-5
+    for place in range(2):
+        aside = torch.eye(2)[place] * step
+        rise = (hill.at(here + aside).height - hill.at(here - aside).height) / (2 * step)
+        assert float(found.slope[place]) == pytest.approx(rise, rel=0.02)
+
+
+def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
+    hill = Hill(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0))
+    nowhere = hill.at(torch.zeros(2))
+    assert nowhere.height == pytest.approx(0.5, abs=1e-4)  # a coin decides every pair
+    assert nowhere.found == pytest.approx(dict.fromkeys(nowhere.found, 0.0), abs=1e-5)
+
+
+def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> None:
+    bounds = Bounds(kl=0.002, loss=0.05, refused=1.0)
+    hill = Hill(arena, AIMS, bounds)
+    found, _ = tune.climbed(hill, lambda *_: None)
+    assert found.height > 0.5
+    assert found.found["kl"] < 1.2 * bounds.kl
+    for turn in (0.5, 0.8, 1.25, 2.0):
+        assert hill.at(turn * found.weights).height < found.height + 0.01
+    flipped = hill.at(found.weights * torch.tensor([1.0, -1.0]))
+    assert flipped.height < found.height
+
+
+def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Arena) -> None:
+    model, updates = arena.model, dict(arena.mixer.updates)
+    arena.mixer.remove()
+    mixer = Mixer(model, updates, {})
+    reader, rows = Reader.unchecked(model), [([5, 6, 7], [8, 9, 10])]
+    with torch.no_grad():
+        before = reader.tokens(rows)
+        mixer.set({"helpful": 2.0})
+        set_to = reader.tokens(rows)
+        mixer.steer({"helpful": torch.tensor(2.0)})
+        assert torch.equal(reader.tokens(rows), set_to)
+        mixer.set({})
+        assert torch.equal(reader.tokens(rows), before)
+        mixer.steer({"harmless": torch.tensor(2.0)})
+        mixer.set({"helpful": 2.0})
+        assert torch.equal(reader.tokens(rows), set_to)
+    assert not torch.equal(before, set_to)
+
+
+def test_the_command_names_weights_within_bounds(workspace: Path, cli: Cli) -> None:
+    words = ["tune", "--aim", "helpful=3,harmless=2", "--kl", "0.002", "--json"]
+    words += [word for setting in FEW for word in ("--set", setting)]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert set(found["weights"]) == {"helpful", "harmless"}
+    assert found["kl"] < 0.0024
+    assert all(0 < share < 1 for share in found["preferred"].values())
+    told = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
+    named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
+    assert told.out.splitlines()[-1] == f"lora-align merge --weights {named}"
+    assert cli("merge", "--weights", named).code == 0
+
+
+@pytest.mark.parametrize(
+    ("aim", "says"),
+    [
+        ("helpful=-1", "--aim: shares above 0"),
+        ("brief=1", "brief is not trained"),
+        ("helpfull=1", "did you mean 'helpful'?"),
+        ("helpful", "helpful"),
+    ],
+)
+def test_what_cannot_be_aimed_at_is_refused(workspace: Path, cli: Cli, aim: str, says: str) -> None:
+    done = cli("tune", "--aim", aim)
+    assert done.code == 2
+    assert says in done.err
