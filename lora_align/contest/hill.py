@@ -23,6 +23,7 @@ from lora_align.model.sampler import Embedded
 
 PAIRS, ANSWERS, LINES = 48, 32, 16  # of each preference, of the start policy, of ordinary text
 STEEP = 20.0  # times the square of the share by which a bound is passed
+KL, LOSS = "KL", "text loss"  # beside names of preferences, of which none has a capital or a space
 NORMAL = NormalDist()
 
 
@@ -57,7 +58,7 @@ class Place:
     weights: Tensor
     height: float
     slope: Tensor
-    found: Mapping[str, float]  # each preference's margin; KL and loss
+    found: Mapping[str, float]  # each preference's margin, KL and LOSS
 
 
 class Hill:
@@ -76,14 +77,14 @@ class Hill:
         found: dict[str, float] = {}
         slopes: dict[str, Tensor] = {}
         measured = {name: (rows, _gain) for name, rows in self.pairs.items()}
-        for name, (rows, value) in {**measured, "kl": (self.drawn, _divergence), "loss": (self.texts, _gain)}.items():
+        for name, (rows, value) in {**measured, KL: (self.drawn, _divergence), LOSS: (self.texts, _gain)}.items():
             found[name], slopes[name] = self._mean(weights, rows, value)
         height, slope = 0.0, torch.zeros_like(weights)
         for name, aim in self.aims.items():
             effect = found[name] / self.spread[name]
             height += aim * NORMAL.cdf(effect)
             slope = slope + aim * NORMAL.pdf(effect) / self.spread[name] * slopes[name]
-        for name, bound in (("kl", self.bounds.kl), ("loss", self.bounds.loss)):
+        for name, bound in ((KL, self.bounds.kl), (LOSS, self.bounds.loss)):
             over = max(found[name] / bound - 1, 0.0)
             height -= STEEP * over**2
             slope = slope - 2 * STEEP * over / bound * slopes[name]

@@ -9,7 +9,7 @@ import torch
 from lora_align.console import Screen, table
 from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import SAFE
-from lora_align.contest.hill import NORMAL, Bounds, Hill, Place
+from lora_align.contest.hill import KL, LOSS, NORMAL, Bounds, Hill, Place
 from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.evaluate import refusals
@@ -52,7 +52,7 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
     place = hill.at(weights) if moved else place
     preferred = {name: NORMAL.cdf(place.found[name] / hill.spread[name]) for name in aims}
     rounded = {name: round(weight, 3) for name, weight in _named(aims, weights).items()}
-    return Tuned(rounded, preferred, place.found["kl"], place.found["loss"], share, steps)
+    return Tuned(rounded, preferred, place.found[KL], place.found[LOSS], share, steps)
 
 
 def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:

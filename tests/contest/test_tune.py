@@ -10,7 +10,7 @@ from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.contest import contestants, tune
 from lora_align.contest.exam import exam_of
-from lora_align.contest.hill import Bounds, Hill
+from lora_align.contest.hill import KL, Bounds, Hill
 from lora_align.contest.measure import Arena
 from lora_align.model import base as bases
 from lora_align.model.logprobs import Reader
@@ -33,7 +33,7 @@ def test_the_slope_is_that_of_finite_differences(arena: Arena) -> None:
     hill = Hill(arena, AIMS, Bounds(kl=5e-5, loss=1e-4, refused=1.0))  # both bounds are passed, and push back
     here = torch.tensor([3.0, -2.0])
     found, step = hill.at(here), 0.05
-    assert found.found["kl"] > 5e-5
+    assert found.found[KL] > 5e-5
     for place in range(2):
         aside = torch.eye(2)[place] * step
         rise = (hill.at(here + aside).height - hill.at(here - aside).height) / (2 * step)
@@ -52,7 +52,7 @@ def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> N
     hill = Hill(arena, AIMS, bounds)
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.height > 0.5
-    assert found.found["kl"] < 1.2 * bounds.kl
+    assert found.found[KL] < 1.2 * bounds.kl
     for turn in (0.5, 0.8, 1.25, 2.0):
         assert hill.at(turn * found.weights).height < found.height + 0.01
     flipped = hill.at(found.weights * torch.tensor([1.0, -1.0]))
