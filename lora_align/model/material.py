@@ -4,7 +4,6 @@ Rows lie in files that the system maps into memory as they are read, so that a m
 thousand. A folder is written whole or not at all, and believed by its hashes.
 """
 
-import bisect
 import hashlib
 import json
 import shutil
@@ -13,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from itertools import accumulate, islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -26,52 +25,21 @@ from lora_align.data.pairs import Split
 from lora_align.data.rows import Conversation, Pair, Rated
 from lora_align.data.sources import Source
 from lora_align.errors import UserError
-from lora_align.model import tokenise
+from lora_align.model import kept, tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
+from lora_align.model.kept import joined
 from lora_align.model.tokenise import CUT, TokenPair, TokenRated, TokenText
 from lora_align.preference import Preference
 from lora_align.recipe import Ratings, Sft
 
-if TYPE_CHECKING:
-    import pyarrow
-
 AT_ONCE = 256  # rows that are tokenised together
 UNUSED_DAYS = 30  # after which kept rows are deleted
-FACTS = "facts.json"
+PART = 1 << 16  # rows between two parts: what a kill may cost
+FACTS, PART_FACTS = "facts.json", "part.json"
 SIDES = ("train", "held_out")
 Row = TypeVar("Row", TokenPair, TokenRated, TokenText)
 Raw = TypeVar("Raw", Pair, Rated, Conversation)
-Out = TypeVar("Out", covariant=True)
-
-
-class View(Sequence[Out]):
-    """Rows that are made when they are asked for."""
-
-    def __init__(self, count: int, make: Callable[[int], Out]) -> None:
-        self.count, self.make = count, make
-
-    def __len__(self) -> int:
-        return self.count
-
-    @overload
-    def __getitem__(self, at: int) -> Out: ...
-    @overload
-    def __getitem__(self, at: slice) -> "View[Out]": ...
-    def __getitem__(self, at: int | slice) -> "Out | View[Out]":
-        picked = range(self.count)[at]  # raises IndexError, by which iteration ends
-        return self.make(picked) if isinstance(picked, int) else View(len(picked), lambda i: self.make(picked[i]))
-
-
-def joined(parts: Sequence[Sequence[Out]]) -> View[Out]:
-    """Rows of one after those of another."""
-    ends = list(accumulate(map(len, parts)))
-
-    def made(at: int) -> Out:
-        part = bisect.bisect_right(ends, at)
-        return parts[part][at - ends[part] + len(parts[part])]
-
-    return View(ends[-1] if ends else 0, made)
 
 
 @dataclass(frozen=True)
@@ -138,7 +106,8 @@ class _Keeping(Generic[Row]):
         """From disk, where they are kept from here on at the latest."""
         folder = runs.cache_folder() / "tokens" / self._key()
         facts = processes.first_here(lambda: self._made(folder, rows, tokenising))
-        train, held_out = (_rows(folder / f"{side}.arrow", self.shape) for side in SIDES)
+        parts = [folder / str(number) for number in range(facts["parts"])]
+        train, held_out = (joined([kept.rows(part / f"{side}.arrow", self.shape) for part in parts]) for side in SIDES)
         return Material(train, held_out, facts["rows"])
 
     def _made(
@@ -149,16 +118,16 @@ class _Keeping(Generic[Row]):
             facts = _facts(folder)
             if facts is None:
                 staging = folder.with_name(f".{folder.name}.staging")
-                for old in (staging, folder):
-                    shutil.rmtree(old, ignore_errors=True)
-                staging.mkdir()
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.mkdir(exist_ok=True)  # parts that were made before it was stopped are not made again
                 try:
                     with runs.writing(folder.parent, "rows are kept there; LORA_ALIGN_CACHE moves the cache"):
                         facts = self._written(staging, rows, tokenising)
                         runs.sync(staging)
                         staging.rename(folder)
-                finally:
+                except Exception:
                     shutil.rmtree(staging, ignore_errors=True)  # of what broke off, nothing stays
+                    raise
                 _sweep(folder.parent)
         return facts
 
@@ -172,34 +141,62 @@ class _Keeping(Generic[Row]):
     def _written(
         self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]
     ) -> dict[str, Any]:
-        dropped: Counter[str] = Counter()
-        found, read = rows(dropped), 0
-        with (
-            _Side(folder / f"{SIDES[0]}.arrow", self.shape) as train,
-            _Side(folder / f"{SIDES[1]}.arrow", self.shape) as held_out,
-            self.screen.progress(f"reading {self.source.data}", None) as progress,
-        ):
-            while some := list(islice(found, AT_ONCE)):
-                tokens = tokenising([row for row, _ in some], self.base.chat, self.max_length, dropped)
-                for side, wanted in ((train, False), (held_out, True)):
-                    side.add([(row, ids) for (row, aside), ids in zip(some, tokens, strict=True) if aside == wanted])
-                read += len(some)
-                progress.show(read, {})
+        unread: Counter[str] = Counter()
+        found, parts = rows(unread), list[_Part]()
+        with self.screen.progress(f"reading {self.source.data}", None) as progress:
+
+            def report(done: int) -> None:
+                progress.show(sum(sum(part.read) for part in parts) + done, {})
+
+            while part := self._part(folder / str(len(parts)), found, tokenising, report):
+                parts.append(part)
+        dropped = sum((Counter(part.dropped) for part in parts), unread)
         cut = dropped.pop(CUT, 0)
-        if not train.kept:
-            raise UserError(f"{self.source.data}: no rows left ({self._why(train.read, held_out.read, dropped)})")
+        (train, held_out), read = (
+            tuple(sum(column) for column in zip(*of, strict=True)) or (0, 0)
+            for of in ([part.kept for part in parts], [part.read for part in parts])
+        )
+        if not train:
+            raise UserError(f"{self.source.data}: no rows left ({self._why(*read, dropped)})")
+        digests = "".join(part.digest for part in parts)
         said = {
             "source": self.source.data,
-            "fingerprint": hashlib.sha256(train.digest.digest() + held_out.digest.digest()).hexdigest(),
-            "rows": train.kept,
-            "held_out": held_out.kept,
+            "fingerprint": digests if len(parts) == 1 else hashlib.sha256(digests.encode()).hexdigest(),
+            "rows": train,
+            "held_out": held_out,
             "dropped": dict(dropped),
             "answers_cut": cut,
             "max_length": self.max_length,
         }
-        facts = {"rows": said, "files": {side.file.name: runs.sha256(side.file) for side in (train, held_out)}}
+        files = {f"{number}/{name}": known for number, part in enumerate(parts) for name, known in part.files.items()}
+        facts = {"rows": said, "parts": len(parts), "files": files}
         (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         return facts
+
+    def _part(
+        self, folder: Path, found: Split[Raw], tokenising: Tokenising[Raw, Row], report: Callable[[int], None]
+    ) -> "_Part | None":
+        """The next rows, tokenised, or as they were before; None where there are no more."""
+        if before := _Part.whole(folder):
+            for _ in islice(found, sum(before.read)):
+                pass
+            report(sum(before.read))
+            return before
+        first = list(islice(found, AT_ONCE))
+        if not first:
+            return None
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        dropped: Counter[str] = Counter()
+        sides = [kept.Side(folder / f"{side}.arrow", self.shape) for side in SIDES]
+        with sides[0], sides[1]:
+            chunks = iter(lambda: list(islice(found, AT_ONCE)), [])
+            for done, some in enumerate(chain([first], islice(chunks, PART // AT_ONCE - 1)), 1):
+                tokens = tokenising([row for row, _ in some], self.base.chat, self.max_length, dropped)
+                for side, wanted in zip(sides, (False, True), strict=True):
+                    side.add([(row, ids) for (row, aside), ids in zip(some, tokens, strict=True) if aside == wanted])
+                report(done * AT_ONCE)
+        return _Part.written(folder, sides, dropped)
 
     def _why(self, train: int, held_out: int, dropped: Counter[str]) -> str:
         if train:
@@ -208,36 +205,37 @@ class _Keeping(Generic[Row]):
         return ", ".join(filter(None, (aside, pairs.reasons(dropped)))) or "the source is empty"
 
 
-class _Side:
-    """A file that rows are appended to; the digest is of what was read, before it was cut."""
+@dataclass(frozen=True)
+class _Part:
+    """So many rows in a row of a source, on disk; to train on and held out."""
 
-    def __init__(self, file: Path, shape: type[Row]) -> None:
-        import pyarrow
+    read: tuple[int, int]
+    kept: tuple[int, int]
+    digest: str
+    dropped: Mapping[str, int]
+    files: Mapping[str, str]
 
-        self.file, self.schema = file, _schema(shape)
-        self.read = self.kept = 0
-        self.digest = hashlib.sha256()
-        self.stream = pyarrow.OSFile(str(file), "wb")
-        self.writer = pyarrow.ipc.new_file(self.stream, self.schema)
+    @classmethod
+    def written(cls, folder: Path, sides: Sequence[kept.Side], dropped: Mapping[str, int]) -> "_Part":
+        """Whole from here on."""
+        train, held_out = sides
+        digest = hashlib.sha256(train.digest.digest() + held_out.digest.digest()).hexdigest()
+        files = {side.file.name: runs.sha256(side.file) for side in sides}
+        part = cls((train.read, held_out.read), (train.kept, held_out.kept), digest, dict(dropped), files)
+        runs.sync(folder)
+        unfinished = folder / f".{PART_FACTS}"
+        unfinished.write_text(json.dumps(asdict(part)), encoding="utf-8")
+        unfinished.rename(folder / PART_FACTS)
+        return part
 
-    def __enter__(self) -> "_Side":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
-        self.stream.close()
-
-    def add(self, rows: Sequence[tuple[Raw, Row | None]]) -> None:
-        """Rows as they were read, each with its tokens if any are left."""
-        import pyarrow
-
-        for raw, _ in rows:
-            self.digest.update(json.dumps(asdict(raw)).encode())
-        left = [vars(ids) for _, ids in rows if ids is not None]
-        columns = [pyarrow.array([row[field.name] for row in left], field.type) for field in self.schema]
-        self.writer.write_batch(pyarrow.record_batch(columns, schema=self.schema))
-        self.read += len(rows)
-        self.kept += len(left)
+    @classmethod
+    def whole(cls, folder: Path) -> "_Part | None":
+        """As it was written, if it is there and not damaged."""
+        try:
+            part = cls(**json.loads((folder / PART_FACTS).read_text(encoding="utf-8")))
+            return part if all(runs.sha256(folder / name) == of for name, of in part.files.items()) else None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
 
 
 def _facts(folder: Path) -> dict[str, Any] | None:
@@ -254,39 +252,9 @@ def _facts(folder: Path) -> dict[str, Any] | None:
 
 def _sweep(folder: Path) -> None:
     """Rows that nobody has asked for of late."""
-    for facts in folder.glob(f"*/{FACTS}"):
-        if time.time() - facts.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
-            shutil.rmtree(facts.parent, ignore_errors=True)
-
-
-def _schema(shape: type[Row]) -> "pyarrow.Schema":
-    import pyarrow
-
-    ids = pyarrow.list_(pyarrow.int32())
-    of = {
-        TokenPair: {"prompt": ids, "chosen": ids, "rejected": ids},
-        TokenRated: {"prompt": ids, "answer": ids, "ratings": pyarrow.map_(pyarrow.string(), pyarrow.float64())},
-        TokenText: {"ids": ids, "labels": ids},
-    }
-    return pyarrow.schema(of[shape])
-
-
-def _rows(file: Path, shape: type[Row]) -> View[Row]:
-    import pyarrow
-
-    kept = pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
-    batches = [kept.get_batch(i) for i in range(kept.num_record_batches)]  # as a table, each look would go through all
-
-    def made(batch: "pyarrow.RecordBatch", at: int) -> Row:
-        held = {name: batch[name][at] for name in batch.schema.names}
-        return shape(
-            **{
-                name: dict(value.as_py()) if name == "ratings" else value.values.to_numpy().tolist()
-                for name, value in held.items()
-            }
-        )
-
-    return joined([View(len(batch), partial(made, batch)) for batch in batches])
+    for last in (*folder.glob(f"*/{FACTS}"), *folder.glob(f".*.staging/0/{PART_FACTS}")):
+        if time.time() - last.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
+            shutil.rmtree(folder / last.relative_to(folder).parts[0], ignore_errors=True)
 
 
 @cache

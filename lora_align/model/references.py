@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from lora_align import processes, runs
 from lora_align.console import Screen
 from lora_align.model.base import Base, compute_dtype
+from lora_align.model.kept import View
 from lora_align.model.logprobs import Shared, answer_logprobs
-from lora_align.model.material import View
 from lora_align.model.room import Room
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from lora_align.errors import NotFetchedError
 from lora_align.model import material as materials
 from lora_align.model.base import Base
 from lora_align.model.generate import Sampling
+from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader
-from lora_align.model.material import View, joined
 from lora_align.model.reward_model import Heads
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.recipe import Lora, Recipe, Training

@@ -18,8 +18,9 @@ from lora_align.model import base as bases
 from lora_align.model import material as materials
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
+from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader, answer_logprobs
-from lora_align.model.material import Material, View, joined
+from lora_align.model.material import Material
 from lora_align.model.references import References
 from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair

@@ -16,8 +16,8 @@ from lora_align.evaluate import plots
 from lora_align.model import base as bases
 from lora_align.model import material as materials
 from lora_align.model.base import Base
+from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader
-from lora_align.model.material import View, joined
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair, TokenRated

@@ -19,8 +19,9 @@ from lora_align.model import material as materials
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
+from lora_align.model.kept import View
 from lora_align.model.logprobs import Reader, answer_logprobs
-from lora_align.model.material import Material, View
+from lora_align.model.material import Material
 from lora_align.model.room import Room
 from lora_align.model.tokenise import IGNORED, TokenText
 from lora_align.recipe import Lora, Recipe, Rsf, Sft

@@ -49,7 +49,7 @@ def child(what: str, file: Path) -> dict[str, Any]:
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.model import material
-    from lora_align.model.material import View
+    from lora_align.model.kept import View
     from lora_align.model.references import References, _Asked
     from lora_align.preference import Preference
 

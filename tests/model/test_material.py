@@ -18,7 +18,7 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import material, tokenise
 from lora_align.model.base import Base
-from lora_align.model.material import View, joined
+from lora_align.model.kept import View, joined
 from lora_align.preference import Preference
 from support import call, fill, pairs_of, small_disk
 
@@ -87,7 +87,7 @@ def test_rows_are_made_once_for_what_was_said_of_them(base: Base, cache: Path, t
 def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> None:
     whole = [row.shared() for row in material.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train]
     [folder] = (path for path in cache.iterdir() if path.is_dir())
-    rows, facts = folder / "train.arrow", folder / "facts.json"
+    rows, facts = folder / "0" / "train.arrow", folder / "facts.json"
     content = bytearray(rows.read_bytes())
     if damage == "a flipped bit":
         content[len(content) // 2] ^= 1
@@ -108,6 +108,49 @@ def test_of_what_broke_off_nothing_stays(base: Base, cache: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"pairs\.jsonl:601"):
         material.of_pairs(Preference(str(file)), base, 0.0, None, 64, QUIET)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+SLOWLY = """
+import sys
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.model import base, material
+from lora_align.preference import Preference
+
+material.PART = 256
+axis = Preference("demo:pairs?rows=4000", "label:better_response_id")
+found = material.of_pairs(axis, base.find(recipe.Base("demo")), 0.2, None, 512, Screen(quiet=True))
+print(found.facts["fingerprint"], len(found.train), len(found.held_out))
+"""
+
+
+def test_killed_while_rows_are_made_it_goes_on_with_the_parts_that_were(
+    base: Base, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = subprocess.Popen([sys.executable, "-c", SLOWLY], cwd=tmp_path)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(cache.glob(".*.staging/*/part.json"))) < 3:
+        time.sleep(0.001)
+    child.kill()
+    child.wait()
+    made = {file.parent.name: file.stat().st_mtime_ns for file in cache.glob(".*.staging/*/part.json")}
+    assert len(made) >= 3, "killed too late"
+    [damaged] = cache.glob(".*.staging/1/train.arrow")
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    done = subprocess.run([sys.executable, "-c", SLOWLY], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = list(cache.glob("*/*/part.json"))
+    assert len(parts) > len(made)
+    kept = [file.parent.name for file in parts if made.get(file.parent.name) == file.stat().st_mtime_ns]
+    assert sorted(kept) == sorted(set(made) - {"1"})
+    monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path / "another"))
+    whole = subprocess.run([sys.executable, "-c", SLOWLY], cwd=tmp_path, capture_output=True, text=True)
+    assert whole.stdout == done.stdout
+    fresh = {
+        file.relative_to(tmp_path / "another"): file.read_bytes()
+        for file in tmp_path.glob("another/tokens/*/*/*.arrow")
+    }
+    assert fresh == {file.relative_to(tmp_path / "cache"): file.read_bytes() for file in cache.glob("*/*/*.arrow")}
 
 
 def test_rows_that_nobody_asked_for_of_late_go(base: Base, cache: Path) -> None:
