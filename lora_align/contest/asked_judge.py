@@ -4,7 +4,7 @@ import re
 
 from lora_align.console import Screen
 from lora_align.contest.exam import Exam
-from lora_align.contest.figures import Figures
+from lora_align.contest.figures import Figures, side_by_side
 from lora_align.contest.measure import Measured, Row
 from lora_align.data.rows import Message, Prompt
 from lora_align.evaluate import estimates
@@ -31,8 +31,7 @@ SURE = Sampling(temperature=0.0, max_new_tokens=16)
 
 def compared(one: Measured, other: Measured, exam: Exam, judge: Sampler, screen: Screen) -> Figures:
     """The share one wins: 1 or 0 where the judge says the same in both orders, else a half."""
-    theirs = {(row["prompt"], row["number"]): row for row in other.answers}
-    both = [(row, theirs[place]) for row in one.answers if (place := (row["prompt"], row["number"])) in theirs]
+    both = side_by_side(one, other)
     asked = [_asked(exam, *pair) for pair in both] + [_asked(exam, b, a) for a, b in both]
     said: dict[int, str] = {}
     with screen.progress(f"{one.name} against {other.name}", len(asked)) as progress:

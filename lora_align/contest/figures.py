@@ -40,15 +40,19 @@ def figures(found: Measured) -> Figures:
 
 def wins(one: Measured, other: Measured) -> Figures:
     """How often one's answer to a prompt scores higher than the other's, by each score; ties count half."""
-    theirs = {(row["prompt"], row["number"]): row for row in other.answers}
-    both = [(row, theirs[place]) for row in one.answers if (place := (row["prompt"], row["number"])) in theirs]
-    found = {}
+    both, found = side_by_side(one, other), {}
     for column in _scores(one.answers):
         scored = [(a, b) for a, b in both if a[column] is not None and b.get(column) is not None]
         if scored:
             won = [0.5 * ((a[column] > b[column]) + (a[column] >= b[column])) for a, b in scored]
             found[column.removeprefix(SCORE)] = estimates.mean(won, [a["prompt"] for a, _ in scored])
     return found
+
+
+def side_by_side(one: Measured, other: Measured) -> list[tuple[Row, Row]]:
+    """Both answers of one number to each prompt, where both were given."""
+    theirs = {(row["prompt"], row["number"]): row for row in other.answers}
+    return [(row, theirs[place]) for row in one.answers if (place := (row["prompt"], row["number"])) in theirs]
 
 
 def _of(name: str, rows: Sequence[Row], value: Callable[[Row], Any]) -> Figures:

@@ -1,7 +1,7 @@
 """What `tune` climbs: how well weights serve aims, with the gradient, and how far they are from the start policy.
 
-Everything is read and nothing is drawn: held-out pairs, what the start policy said, ordinary text. The base is frozen,
-and so are the vectors; the weights alone carry a gradient.
+Everything is read: held-out pairs, ordinary text, and answers that the start policy gave once. The base is frozen, and
+so are the vectors; the weights alone carry a gradient.
 """
 
 import math

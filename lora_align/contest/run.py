@@ -62,9 +62,9 @@ def run(contest: Contest, screen: Screen, server: Sampler | None = None) -> dict
     """Measure all; the first is set against each of the rest, by scores and by a language model if one is served."""
     found, exam = list(contest.measured(screen)), contest.arena.exam
     against = {other.name: wins(found[0], other) for other in found[1:]}
-    for other in found[1:] if server else ():
-        assert server is not None
-        against[other.name] |= asked_judge.compared(found[0], other, exam, server, screen)
+    if server:
+        for other in found[1:]:
+            against[other.name] |= asked_judge.compared(found[0], other, exam, server, screen)
     everyone = {one.name: figures(one) for one in found}
     return {
         "prompts": len(exam.questions),

@@ -44,7 +44,7 @@ class Training:
     """What all training has in common. Batches count rows; `limit` stops reading after that many to train on.
 
     A batch is computed in parts of about `tokens_per_batch` tokens, which changes memory and speed and nothing else.
-    `compile` makes programs of the base's layers first, which takes a minute or so, and steps less time from then on.
+    `compile` makes programs of the base's layers first, which takes time; `plan --measure` says whether that pays.
     `warmup` below 1 is a share of the steps, from 1 on their number. A checkpoint is kept every `save_minutes`.
     """
 
