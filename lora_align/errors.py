@@ -17,6 +17,10 @@ class RunFailedError(UserError):
     exit_code = 1
 
 
+class OutOfStepError(RunFailedError):
+    """Failed amid what all processes do together: it cannot be told to the others, who end with this one."""
+
+
 class Stopped(BaseException):
     """A signal asked for the end; 128 + its number is the exit code."""
 

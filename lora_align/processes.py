@@ -6,10 +6,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-from lora_align.errors import UserError
+from lora_align.errors import OutOfStepError, UserError
 
 PATIENCE = timedelta(days=1)  # while the first one reads, or draws a picture
 Found = TypeVar("Found")
+in_step = False  # whether all of them go through the base at once, as each has a part of it
 
 
 def count() -> int:
@@ -28,15 +29,15 @@ def here() -> int:
 
 
 def check(command: str, *, trains: bool) -> None:
-    """Refuse to do together what one process does, and what would divide the base among cards: steps, checkpoints and
-    adapters are those of a whole one."""
+    """Refuse to do together what one process does, and to have the base divided by accelerate: its way is to divide
+    adapters, optimiser and checkpoints too."""
     if not trains and count() > 1:
         raise UserError(f"{command}: one process does this, and {count()} were launched")
     for divides in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{divides}", "").lower() == "true":
             raise UserError(
-                f"accelerate is configured for {divides}, which divides the base; here every card holds it whole: "
-                "accelerate launch --multi_gpu --num_processes N -m lora_align …"
+                f"accelerate is configured for {divides}; here the recipe says whether the base is divided: "
+                "accelerate launch --multi_gpu --num_processes N -m lora_align … --set base.fsdp=true"
             )
 
 
@@ -62,6 +63,8 @@ def together(work: Callable[[], Found]) -> list[Found]:
     found, fault = None, None
     try:
         found = work()
+    except OutOfStepError:
+        raise
     except UserError as failed:
         fault = failed
     told = gathered((found, fault))

@@ -170,6 +170,37 @@ def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> 
     assert 7e9 < found["total"] < 12e9
 
 
+def test_a_base_that_is_divided_weighs_its_part_and_two_layers(project: recipe.Recipe) -> None:
+    base = bases.find(project.base)
+    stage = stage_of(project, "dpo", base, QUIET)
+    assert stage is not None
+    divided = replace(project, base=replace(project.base, fsdp=True))
+    cards = [Device("four", 1e12, 1e12, torch.float32, 0.0, count) for count in (1, 4)]
+    (one, four), alone = ([plan.planned(of, base, stage, card) for card in cards] for of in (divided, project))
+    model = base.load()
+    linears = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    packed = sum(linear.weight.nbytes for linear in linears)
+    assert one.memory == alone[0].memory == alone[1].memory
+    layers = model.config.num_hidden_layers
+    assert four.memory["weights"] == pytest.approx(one.memory["weights"] - packed * 3 / 4 + 2 * packed / layers)
+    assert {**four.memory, "weights": 0.0} == {**one.memory, "weights": 0.0}
+    assert four.seconds == alone[1].seconds == pytest.approx(one.seconds / 4)
+
+
+def test_a_base_that_no_change_makes_fit_is_to_be_divided(project: recipe.Recipe) -> None:
+    short = replace(project, dpo=replace(project.dpo, tokens_per_batch=256, max_length=256), lora=recipe.Lora(rank=4))
+    base = bases.find(short.base)
+    stage = stage_of(short, "dpo", base, QUIET)
+    assert stage is not None
+    *_, (_, leanest, lora) = advice._changes(stage)
+    card = Device("small", 1e12, 1e12, torch.float32, 0.0)
+    least = plan.planned(short, base, replace(stage, settings=leanest, lora=lora), card)
+    found = plan.planned(short, base, stage, replace(card, memory=least.total - 50_000))
+    assert advice.fitting(short, base, found).startswith(
+        "it fits --cards 4 that divide the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
+    )
+
+
 def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> None:
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)

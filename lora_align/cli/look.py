@@ -69,6 +69,7 @@ def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, qui
 def plan(
     vram: Annotated[float | None, typer.Option("--vram", min=1, help="GB of a card; an RTX 4090's rate.")] = None,
     card: Annotated[str, typer.Option("--card", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")] = "",
+    cards: Annotated[int, typer.Option("--cards", min=1, help="That train together.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Take a step of each stage here; times go by it.")] = False,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -77,12 +78,12 @@ def plan(
 ) -> None:
     """What each stage of a recipe will take in memory and time, whether it fits, and what to change if not."""
     screen = Screen(as_json, quiet)
-    if measure and (card or vram):
-        raise UserError("--measure takes a step on this machine: not with --card or --vram")
+    if measure and (card or vram or cards > 1):
+        raise UserError("--measure takes a step on this machine: not with --card, --vram or --cards")
     project = project_of(recipe, overrides, screen)
     from lora_align import plan as plans
 
-    found = plans.run(project, plans.STAGES, screen, card=card, vram=vram, measure=measure)
+    found = plans.run(project, plans.STAGES, screen, card=card, vram=vram, cards=cards, measure=measure)
     screen.result(plans.told(found), found)
     if not all(stage["fits"] for stage in found["stages"]):
         raise typer.Exit(RunFailedError.exit_code)

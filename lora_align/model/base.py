@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lora_align import processes, recipe, runs
 from lora_align.errors import UserError, first_line
 from lora_align.model.chat_format import ChatFormat
+from lora_align.model.divided import divide
 
 DEMO = Path(__file__).parent.parent / "demo" / "base"
 KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; smaller bases quantise faster than they load
@@ -55,7 +56,11 @@ class Base:
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
             source = _quantized(self)
-        return _load(source, self.recipe)
+        if not self.recipe.fsdp or processes.count() == 1:
+            return _load(source, self.recipe, device())
+        processes.meet()  # who meet for the first time get acquainted
+        with FileLock(runs.cache_folder() / ".dividing.lock"):  # one whole base in a machine's memory, not several
+            return divide(_load(source, self.recipe, torch.device("cpu")), device())
 
 
 def find(base: recipe.Base, *, outline: bool = False) -> Base:
@@ -64,6 +69,8 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
     folder = _folder(base, outline)
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
+    if base.fsdp and base.quantization != "nf4":
+        raise UserError(f"base.fsdp divides weights in 4-bit, and base.quantization is {base.quantization!r}")
     weights = [] if outline else _weights(folder)
     if not weights and not outline:
         raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickled ones are not opened)")
@@ -144,7 +151,7 @@ def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
         raise UserError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault
 
 
-def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
+def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedModel:
     chosen: dict[str, Any] = {}  # what is not said is left to the model's own configuration
     if base.quantization == "nf4" and not _comes_quantized(source):
         chosen["quantization_config"] = BitsAndBytesConfig(
@@ -159,7 +166,7 @@ def _load(source: Path, base: recipe.Base) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=compute_dtype(base),
-            device_map={"": device()},
+            device_map={"": where},
             use_safetensors=True,
             trust_remote_code=False,
             **chosen,
@@ -202,7 +209,8 @@ def _quantized(base: Base) -> Path:
         if not folder.is_dir():
             staging = folder.with_name(f".{folder.name}.staging")
             shutil.rmtree(staging, ignore_errors=True)
-            _load(base.folder, base.recipe).save_pretrained(staging)
+            where = torch.device("cpu") if base.recipe.fsdp else device()
+            _load(base.folder, base.recipe, where).save_pretrained(staging)
             runs.sync(staging)
             staging.rename(folder)
     return folder

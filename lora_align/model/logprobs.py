@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_align.errors import UserError
+from lora_align.model.divided import is_divided
 from lora_align.model.room import Room
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
@@ -129,7 +130,7 @@ class Reader:
         """Finds out what the model bears."""
         alone = cls(model, Head.of(model))
         sharing = cls(model, alone.head, _window(model))
-        if not sharing.longest_shared:
+        if not sharing.longest_shared or is_divided(model):  # those who go in step read a part in one go
             return alone
         tried: list[Shared] = [(list(range(4, 9)), ([9, 10, 11, 12], [10, 4, 5]))]
         with torch.no_grad():

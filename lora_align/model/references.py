@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lora_align import processes, runs
 from lora_align.console import Screen
 from lora_align.model.base import Base, compute_dtype
+from lora_align.model.divided import in_step
 from lora_align.model.kept import View
 from lora_align.model.logprobs import Shared, answer_logprobs
 from lora_align.model.room import Room
@@ -71,8 +72,9 @@ class References:
             screen.note(f"{label}: {len(rows) - len(left):,} of {len(rows):,} rows were computed before")
         longest_first = left[np.argsort(-asked.lengths[left], kind="stable")]
         mine = longest_first[processes.number() :: processes.count()]
-        if len(mine):
-            self._compute(model, rows, asked, known, mine, Room(tokens), label, screen)
+        with in_step(model):
+            if len(mine):
+                self._compute(model, rows, asked, known, mine, Room(tokens), label, screen)
         own = asked.answers(mine)
         for at, found in processes.gathered((own, known[own])):
             known[at] = found

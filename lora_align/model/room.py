@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from lora_align.errors import RunFailedError
+from lora_align import processes
+from lora_align.errors import OutOfStepError, RunFailedError
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 Result = TypeVar("Result")
@@ -27,6 +28,11 @@ class Room:
         except (RuntimeError, MemoryError) as fault:
             if not _out_of_memory(fault):
                 raise
+            if processes.in_step:
+                raise OutOfStepError(
+                    f"memory ran out over {self.size:,} at once; processes that divide a base cannot go on with less: "
+                    "a smaller tokens_per_batch, or max_length"
+                ) from fault
             if self.size <= least:
                 remedy = f"; {self.advice}" if self.advice else ""
                 raise RunFailedError(f"memory ran out over the least that can be computed at once{remedy}") from fault

@@ -34,6 +34,7 @@ class Cost:
     """Bytes, and operations of one step: forward alone, and with its backward."""
 
     weights: float
+    packed: float  # of these, what can be divided among cards
     trained: float
     activations: float  # at their highest, without what the vocabulary takes
     logits: float
@@ -79,6 +80,7 @@ class Shape:
         whole, narrow = (self._run(layers, step, vocabulary) for vocabulary in (True, False))
         return Cost(
             weights=whole.weights,
+            packed=whole.packed,
             trained=whole.trained,
             activations=narrow.peak,
             logits=max(whole.peak - narrow.peak, 0),
@@ -90,7 +92,7 @@ class Shape:
         model = self.outline(layers)
         every = COLLECT_EVERY if self.checkpointing else 0
         with _texts_a_row(self.several), FakeTensorMode(), _Ledger(every) as ledger:
-            weights, trained = self._filled(model)
+            weights, packed, trained = self._filled(model)
             base: PreTrainedModel = model.get_base_model()
             head = base.get_output_embeddings()
             if not vocabulary:  # nobody looks at what is in it, so that targets beyond it do no harm
@@ -100,7 +102,7 @@ class Shape:
                 loss = step(base)
                 forward = counted.get_total_flops()
                 loss.backward()
-            return _Found(weights, trained, ledger.highest - began, forward, counted.get_total_flops())
+            return _Found(weights, packed, trained, ledger.highest - began, forward, counted.get_total_flops())
 
     @property
     def _mixes(self) -> bool:
@@ -123,9 +125,10 @@ class Shape:
             lora = copy.deepcopy(self.lora)  # into which PEFT writes the names of this cut's layers
             return get_peft_model(model, lora, low_cpu_mem_usage=True)
 
-    def _filled(self, model: nn.Module) -> tuple[float, float]:
-        """Give every parameter a shape where it will lie; bytes of the frozen ones and of those that are trained."""
-        frozen = trained = 0.0
+    def _filled(self, model: nn.Module) -> tuple[float, float, float]:
+        """Give every parameter a shape where it will lie; bytes of the frozen ones, of the 4-bit ones among them, and
+        of those that are trained."""
+        frozen = packed = trained = 0.0
         filled: dict[nn.Parameter, nn.Parameter] = {}  # the vocabulary's may be tied
         for module in model.modules():
             for name, given in module._parameters.items():
@@ -134,6 +137,7 @@ class Shape:
                 if isinstance(module, _Packed) and name == "weight":
                     held = torch.empty(given.numel() // 2, dtype=torch.uint8)
                     frozen += self._scales(given.numel())
+                    packed += held.nbytes
                 else:
                     held = torch.empty(given.shape, dtype=torch.float32 if given.requires_grad else given.dtype)
                 filled.setdefault(given, nn.Parameter(held, given.requires_grad))
@@ -146,7 +150,7 @@ class Shape:
                 trained += parameter.untyped_storage().nbytes()
             else:
                 frozen += parameter.untyped_storage().nbytes()
-        return frozen, trained
+        return frozen, packed, trained
 
     def _scales(self, weights: int) -> float:
         scales = weights / SCALES[0]
@@ -156,6 +160,7 @@ class Shape:
 @dataclass(frozen=True)
 class _Found:
     weights: float
+    packed: float
     trained: float
     peak: float
     forward: float

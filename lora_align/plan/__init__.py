@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from lora_align import processes
 from lora_align.console import Screen, clock, table
 from lora_align.errors import UserError
 from lora_align.model import base as bases
@@ -26,15 +27,16 @@ def run(
     *,
     card: str = "",
     vram: float | None = None,
+    cards: int = 0,
     passes: int | None = None,
     measure: bool = False,
 ) -> dict[str, Any]:
     """Plan the stages that a recipe has, or those of them that are named; how often over the rows, if not as usual.
 
-    To `measure`, a step of each is taken on this device.
+    To `measure`, a step of each is taken on this device. How many `cards`, if nobody says: one a process.
     """
     base = bases.find(recipe.base, outline=not measure)
-    device = device_of(recipe, card, vram)
+    device = device_of(recipe, card, vram, cards or processes.count())
     found = []
     for name in names:
         stage = stage_of(recipe, name, base, screen)
@@ -63,8 +65,9 @@ def run(
 def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
     """A table by part, then what it comes to; how long the rows are, if asked for."""
     device = plan["device"]
+    several = f"{device['count']} × " if device["count"] > 1 else ""
     parts = [
-        f"{plan['base']}: {plan['parameters'] / 1e9:,.3g} billion parameters, on {device['name']} with "
+        f"{plan['base']}: {plan['parameters'] / 1e9:,.3g} billion parameters, on {several}{device['name']} with "
         f"{device['memory'] / 1e9:,.0f} GB, in {device['dtype']}"
     ]
     names = list(plan["stages"][0]["bytes"])

@@ -15,6 +15,7 @@ from lora_align.plan.stage import Stage
 from lora_align.recipe import Lora, Recipe, Training
 
 SMALL_ADAM = "adamw_8bit"
+CARDS = (2, 4, 8)  # among which a base is divided that fits none
 LOWEST_RANK = 4  # that is advised
 WORTH = 0.03  # share of a stage's time that a switch has to save
 
@@ -60,12 +61,19 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
 
 
 def fitting(recipe: Recipe, base: Base, plan: Found) -> str:
-    """The first change that makes it fit."""
+    """The first change that makes it fit; or among how many cards."""
+    found, said = plan, ""
     for said, settings, lora in _changes(plan.stage):
         changed = replace(plan.stage, settings=settings, lora=lora)
         found = replace(planned(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if found.fits:
             return f"it fits with{said}: {gigabytes(found.total)} GB, about {clock(found.seconds)}"
+    if recipe.base.quantization == "nf4" and plan.device.count == 1:
+        divided = replace(recipe, base=replace(recipe.base, fsdp=True))
+        for count in CARDS:
+            several = replace(plan.device, count=count)
+            if planned(divided, base, found.stage, several, plan.lengths).fits:
+                return f"it fits --cards {count} that divide the base, with --set base.fsdp=true{said}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit: a smaller base will"
 
 

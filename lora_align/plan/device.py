@@ -32,24 +32,25 @@ class Device:
     rate: float  # operations a second
     dtype: torch.dtype
     reserved: float
+    count: int = 1  # of such devices, that train together
 
 
-def device_of(recipe: Recipe, card: str = "", vram: float | None = None) -> Device:
-    """The card that is named, or what this machine trains on."""
+def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: int = 1) -> Device:
+    """The card that is named, or what this machine trains on; so many of them."""
     if card or vram:
         card = card or "rtx-4090"
         if card not in CARDS:
             raise UserError(f"--card {card!r}: one of {', '.join(CARDS)}")
         memory, rate = CARDS[card]
         dtype = torch.bfloat16 if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
-        return Device(card, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER)
+        return Device(card, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER, count)
     dtype, where = compute_dtype(recipe.base), bases.device()
     if where.type == "cuda":
         properties = torch.cuda.get_device_properties(where)
-        return Device(properties.name, properties.total_memory, _rate(where, dtype), dtype, DRIVER)
+        return Device(properties.name, properties.total_memory, _rate(where, dtype), dtype, DRIVER, count)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # by the libraries
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("this CPU", memory, _rate(where, dtype), dtype, held)
+    return Device("this CPU", memory, _rate(where, dtype), dtype, held, count)
 
 
 def _rate(where: torch.device, dtype: torch.dtype) -> float:

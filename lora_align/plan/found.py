@@ -18,6 +18,7 @@ from lora_align.stages.steps import Objective
 
 SHARE = 0.5  # of a device's matrix rate that training is taken to reach; not measured on any card yet
 PLACES = 64  # of the lengths at which the fullest part is looked for
+GATHERED = 2  # layers of a divided base that are whole at once: one in use, and the next
 MOMENTS = {"8bit": 2, "sgd": 0}  # bytes a trained value that optimisers of such a name keep; others: 8
 
 
@@ -31,6 +32,7 @@ class Found:
     lengths: Sequence[int]
     part: Sequence[int]  # which rows make the fullest part of a step
     device: Device
+    gathered: float  # bytes of a base's layers that are whole at once where it is divided among devices; 0: it is not
     rate: float  # operations a second: the share of the device's that is assumed, or as measured
     measured: Measured | None = None  # that part
 
@@ -39,13 +41,19 @@ class Found:
         """By part."""
         kept = next((each for name, each in MOMENTS.items() if name in self.stage.settings.optimizer), 8)
         return {
-            "weights": self.cost.weights,
+            "weights": self._weights,
             "adapters": self.cost.trained,
             "optimiser": self.cost.trained * (1 + kept / 4),  # and the gradients
             "activations": self.cost.activations,
             "logits": self.cost.logits,
             "reserved": self.device.reserved,
         }
+
+    @property
+    def _weights(self) -> float:
+        if not self.gathered:
+            return self.cost.weights
+        return self.cost.weights - self.cost.packed * (1 - 1 / self.device.count) + self.gathered
 
     @property
     def total(self) -> float:
@@ -63,12 +71,12 @@ class Found:
 
     @property
     def seconds(self) -> float:
-        """Of all the stage trains."""
+        """Of all the stage trains; what devices take to tell each other is not in it."""
         tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
         each = sum(self.lengths[i] for i in self.part)
         operations = tokens * self.cost.whole / each
         operations += self.tokens * self.cost.forward / each if self.stage.referenced else 0
-        return operations / self.rate + (self.measured.before if self.measured else 0)
+        return operations / self.rate / self.device.count + (self.measured.before if self.measured else 0)
 
     def facts(self) -> dict[str, Any]:
         """As plain data."""
@@ -116,7 +124,9 @@ def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: S
         objective = stage.objective(model)
         return objective.part(rows, objective.weights(rows)).loss
 
-    return Found(stage, shape.cost(step), sum(lengths), lengths, part, device, SHARE * device.rate)
+    cost = shape.cost(step)
+    gathered = GATHERED * cost.packed / shape.layers if recipe.base.fsdp and device.count > 1 else 0.0
+    return Found(stage, cost, sum(lengths), lengths, part, device, gathered, SHARE * device.rate)
 
 
 def gigabytes(count: float) -> str:

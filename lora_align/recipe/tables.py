@@ -16,7 +16,8 @@ Count = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True)
 class Base:
-    """The model everything stands on. Empty text means the model's own."""
+    """The model everything stands on. Empty text means the model's own. With `fsdp`, processes that train together have
+    a part of a 4-bit base each, for one that no card holds."""
 
     model: str
     revision: str = ""
@@ -24,6 +25,7 @@ class Base:
     double_quant: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    fsdp: bool = False
     chat_template: str = ""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 

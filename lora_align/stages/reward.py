@@ -16,6 +16,7 @@ from lora_align.evaluate import plots
 from lora_align.model import base as bases
 from lora_align.model import material as materials
 from lora_align.model.base import Base
+from lora_align.model.divided import is_divided
 from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader
 from lora_align.model.reward_model import Heads, RewardModel
@@ -217,7 +218,9 @@ def train(
     training.save_adapter(policy, folder)
     policy.heads.save(folder)
     judge = RewardModel(base, policy.get_base_model().eval(), policy.heads, settings.objectives)
-    report = judging.measure(judge, judging.measured(material.held_out), Room(MEASURED_AT_ONCE))
+    known = max(1, settings.tokens_per_batch // settings.max_length)  # a divided base cannot find out how many fit
+    at_once = known if is_divided(judge.model) else MEASURED_AT_ONCE
+    report = judging.measure(judge, judging.measured(material.held_out), Room(at_once))
     training.draw_curve(watch.history, NAME, folder / "curve.png")
     if material.held_out:
         plots.reward_report(folder / "held_out.png", report)

@@ -55,6 +55,11 @@ def run(
     if recipe.rsf is None:
         raise UserError("the recipe has no [rsf] table: it names prompts, and bounds in [rsf.directions]")
     asking.check(recipe.rsf)
+    if recipe.base.fsdp and processes.count() > 1:
+        raise UserError(
+            "base.fsdp: rsf draws its answers token by token, and a divided base would be gathered anew for each; "
+            "take a base that a card holds whole"
+        )
     folder = runs_dir / "rsf" / (name or NAME)
     labels = [STEERLM, *(f"t{t}" for t in range(recipe.rsf.iterations + 1))]
     base = bases.find(recipe.base)

@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
 from lora_align.errors import RunFailedError
+from lora_align.model.divided import in_step
 from lora_align.model.logprobs import parts
 from lora_align.model.room import Room
 from lora_align.stages.checkpoints import PREFIX, Unfinished
@@ -119,9 +120,10 @@ class Stepping(Trainer, Generic[Row]):
         lengths = [self.objective.length(row) for row in rows]
         while True:
             before = self.room.size
-            found = self.room.attempt(
-                lambda budget: self._summed(rows, lengths, weights, budget), max(lengths, default=1)
-            )
+            with in_step(self.accelerator.unwrap_model(model), learning=True):
+                found = self.room.attempt(
+                    lambda budget: self._summed(rows, lengths, weights, budget), max(lengths, default=1)
+                )
             if found is not None:
                 return found
             model.zero_grad()  # nobody knows how much of it was summed

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -131,8 +132,9 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
 def _dense(layer: nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    state = getattr(layer.weight, "quant_state", None)
-    return layer.weight if state is None else dequantize_4bit(layer.weight.data, state)  # type: ignore[return-value]
+    weight = layer.weight.full_tensor() if isinstance(layer.weight, DTensor) else layer.weight.data
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    return weight if state is None else dequantize_4bit(weight, state)  # type: ignore[return-value]
 
 
 class Watch(TrainerCallback):
