@@ -40,6 +40,9 @@ def evaluate(
         str | None, typer.Option("--judge", help="An OpenAI-compatible server whose model reads both answers.")
     ] = None,
     judge_model: Annotated[str, typer.Option("--judge-model", help="The model's name on that server.")] = "",
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="Of lm-evaluation-harness: a name, or a .yaml file. Repeatable.")
+    ] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
@@ -50,21 +53,25 @@ def evaluate(
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.contest import run as contest
+    from lora_align.contest.tasks import figures as task_figures
     from lora_align.model.endpoint import Endpoint
 
     server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
     held = contest.opened(contestants or ["mix", "start"], project, runs_dir, screen, by or (), _oracle)
-    result = contest.run(held, screen, server)
+    asked = task_figures(tasks, held.arena, held.folder, screen) if tasks else {}
+    result = contest.run(held, screen, server, asked)
     screen.result(contest.told(result), result)
 
 
 def sweep(
-    axes: Annotated[list[str], typer.Argument(help="As in helpful=-1:1:0.5: from, to, and in what steps.")],
+    axes: Annotated[
+        list[str] | None, typer.Argument(help="As in helpful=-1:1:0.5: from, to, and in what steps.")
+    ] = None,
     also: Annotated[
         list[str] | None, typer.Option("--also", help="A contestant beside the grid, as `eval` takes it. Repeatable.")
     ] = None,
     directions: Annotated[
-        int, typer.Option("--directions", min=0, help="As many directions of the newest policy, beside the grid.")
+        int, typer.Option("--directions", min=0, help="As many directions of the newest policy.")
     ] = 0,
     by: ByOption = None,
     name: NameOption = None,
@@ -75,21 +82,21 @@ def sweep(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a grid of weights: tables, every answer, pictures, and a page of them. Goes on where it was stopped."""
+    """Measure a grid of weights, or directions: tables, answers, pictures, a page. Goes on where it was stopped."""
     screen = Screen(as_json, quiet)
-    called = checked(name) or "_".join(axis.partition("=")[0] for axis in axes)[:64]
+    called = checked(name) or "_".join(axis.partition("=")[0] for axis in axes or ["directions"])[:64]
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.contest import run as contest
     from lora_align.contest import sweep as stage
 
-    asked = [*stage.directions(directions, runs_dir, screen)] if directions else []
     made = stage.run(
-        axes,
-        [*asked, *(also or [])],
+        axes or [],
+        also or [],
         project,
         runs_dir,
         screen,
         lambda words: contest.opened(words, project, runs_dir, screen, by or (), _oracle),
+        asked=directions,
         name=called,
         force=force,
     )

@@ -198,6 +198,8 @@ def measured(
         runs.sync(staging)
         shutil.rmtree(kept, ignore_errors=True)
         staging.rename(kept)
+    else:
+        report(len(arena.exam.questions) * arena.exam.samples)
     from pyarrow.parquet import read_table
 
     tables = {table: read_table(kept / f"{table}.parquet").to_pylist() for table in TABLES}

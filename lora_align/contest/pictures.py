@@ -20,7 +20,7 @@ def draw(
     folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], points: Sequence[Point]
 ) -> None:
     """Each picture for which there is something to show."""
-    grid = [point for point in points if point.weights is not None]
+    grid = [point for point in points if point.weights is not None] if values else []
     curves(folder / "curves.png", values, scores, grid)
     if len(values) == 2 and scores:
         _map(folder / "map.png", values, scores, grid)
@@ -78,7 +78,8 @@ def front(file: Path, first: str, second: str, points: Sequence[Point]) -> None:
     panel.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle="--", zorder=1)
     axes = next((list(point.weights) for point in known if point.weights is not None), [])
     panel.set(xlabel=first, ylabel=second)
-    panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
+    if axes:
+        panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
     _plain(panel)
     picture.savefig(file, dpi=150)
 
@@ -107,7 +108,7 @@ def lengths(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> N
 def costs(file: Path, grid: Sequence[Point]) -> None:
     """What far weights cost: loss of ordinary text, facts that are true no more, distance from the start policy."""
     shown = [name for name in COSTS if all(name in point.figures for point in grid)]
-    if not shown:
+    if not shown or not grid:
         return
     picture = Figure(figsize=(3.2 * len(shown) + 0.4, 3.0), layout="constrained")
     far = [math.hypot(*(point.weights or {}).values()) for point in grid]

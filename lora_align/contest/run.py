@@ -9,7 +9,7 @@ from lora_align import runs
 from lora_align.console import Screen, table
 from lora_align.contest import asked_judge, contestants
 from lora_align.contest.exam import exam_of
-from lora_align.contest.figures import figures, wins
+from lora_align.contest.figures import Figures, figures, wins
 from lora_align.contest.measure import Arena, Measured, measured
 from lora_align.evaluate.estimates import Estimate
 from lora_align.model import base as bases
@@ -39,7 +39,6 @@ class Contest:
                     progress.show(before + done, {})
 
                 yield measured(self.arena, contestant, self.folder, report)
-                report(each)
 
 
 def opened(
@@ -58,14 +57,17 @@ def opened(
     return Contest(Arena(field, exam_of(recipe, screen), panel), runs_dir / FOLDER)
 
 
-def run(contest: Contest, screen: Screen, server: Sampler | None = None) -> dict[str, Any]:
-    """Measure all; the first is set against each of the rest, by scores and by a language model if one is served."""
+def run(
+    contest: Contest, screen: Screen, server: Sampler | None = None, asked: Mapping[str, Figures] | None = None
+) -> dict[str, Any]:
+    """Measure all; the first is set against each of the rest, by scores and by a language model if one is served.
+    What each was `asked` besides is told with the rest."""
     found, exam = list(contest.measured(screen)), contest.arena.exam
     against = {other.name: wins(found[0], other) for other in found[1:]}
     if server:
         for other in found[1:]:
             against[other.name] |= asked_judge.compared(found[0], other, exam, server, screen)
-    everyone = {one.name: figures(one) for one in found}
+    everyone = {one.name: {**figures(one), **(asked or {}).get(one.name, {})} for one in found}
     return {
         "prompts": len(exam.questions),
         "answers": len(exam.questions) * exam.samples,

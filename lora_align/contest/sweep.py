@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,9 @@ def said(weights: Weights) -> str:
     return ",".join(f"{name}={weight:g}" for name, weight in live.items()) or START
 
 
-def directions(count: int, runs_dir: Path, screen: Screen) -> Iterator[str]:
-    """Directions over the region the newest policy was trained on: evenly for two objectives, else drawn."""
+def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[list[str], list[str]]:
+    """Directions over the region the newest policy was trained on, evenly for two objectives, else drawn; and the
+    objectives."""
     made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf"]
     if not made:
         raise UserError(f"--directions: no policy in {runs_dir}/rsf; `lora-align rsf` trains one")
@@ -64,8 +65,8 @@ def directions(count: int, runs_dir: Path, screen: Screen) -> Iterator[str]:
     if len(region) == 2:
         drawn.sort(key=lambda one: math.atan2(*one.weights.values()))
         drawn = [drawn[place * (len(drawn) - 1) // max(count - 1, 1)] for place in range(count)]
-    for one in drawn:
-        yield WANT + ",".join(f"{name}={weight:.3f}" for name, weight in one.weights.items())
+    asked = [",".join(f"{name}={weight:.3f}" for name, weight in one.weights.items()) for one in drawn]
+    return [WANT + one for one in asked], list(region)
 
 
 def run(
@@ -76,14 +77,19 @@ def run(
     screen: Screen,
     contest: Callable[[Sequence[str]], Contest],
     *,
+    asked: int,
     name: str,
     force: bool,
 ) -> Run:
-    """Measure every point, then write what it comes to. What was measured before is not measured again."""
+    """Measure every point, and as many directions as are `asked`, then write what it comes to. What was measured before
+    is not measured again."""
     target = runs_dir / "sweep" / name
     runs.refuse_existing(target, force)
     values, points = grid(axes)
-    words = list(dict.fromkeys([START, *(said(point) for point in points), *also]))
+    wanted, objectives = directions(asked, runs_dir, screen) if asked else ([], [])
+    if not axes and not wanted:
+        raise UserError("sweep: over what? axes, as in helpful=-1:1:0.5, or --directions")
+    words = list(dict.fromkeys([START, *(said(point) for point in points), *wanted, *also]))
     of_word = {said(point): point for point in points}
     of_word.setdefault(START, dict.fromkeys(values, 0.0))
     held = contest(words)
@@ -94,7 +100,7 @@ def run(
             Point(word, of_word.get(word), one, figures(one), wins(one, start))
             for word, one in zip(words, found, strict=True)
         ]
-        result = _written(values, measured_points, staging)
+        result = _written(values, [*values, *objectives], measured_points, staging)
         base = held.arena.base.identity
         page.write(staging, f"sweep {name}", base["model"], result, measured_points)
         manifest = Manifest(stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": values}, metrics=result)
@@ -118,10 +124,12 @@ def score_of(preference: str, names: Sequence[str]) -> str:
     return next((name for end in wanted for name in names if name.endswith(end)), "")
 
 
-def _written(values: Mapping[str, Sequence[float]], points: Sequence[Point], folder: Path) -> dict[str, Any]:
-    """Tables and pictures; what they come to."""
+def _written(
+    values: Mapping[str, Sequence[float]], goals: Sequence[str], points: Sequence[Point], folder: Path
+) -> dict[str, Any]:
+    """Tables and pictures; what they come to, by the score of each goal."""
     names = list(dict.fromkeys(name for point in points for name in point.figures))
-    scores = {axis: score for axis in values if (score := score_of(axis, names))}
+    scores = {goal: score for goal in goals if (score := score_of(goal, names))}
     with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["contestant", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))])

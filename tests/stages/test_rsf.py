@@ -72,6 +72,24 @@ def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
     assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
 
 
+def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
+    small = [word for setting in few for word in ("--set", setting)]
+    assert call(tmp_path, "sweep", *small).code == 2
+    done = call(tmp_path, "sweep", "--directions", "3", *small)
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "sweep" / "directions"
+    points = json.loads((folder / "points.json").read_text())
+    assert [point["contestant"].partition(":")[0] for point in points] == ["start", "want", "want", "want"]
+    first, second = (point["figures"]["words"]["value"] for point in (points[1], points[3]))
+    assert first != second
+    found = runs.read(folder).manifest.metrics
+    assert found["scores"] == {"helpfulness": "reward: helpfulness", "verbosity": "reward: verbosity"}
+    assert (folder / "front.png").is_file()
+    assert not (folder / "curves.png").exists()
+
+
 def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
     prompts = {}
     for label in ("t0", "t1"):

@@ -1,0 +1,81 @@
+"""`eval --tasks`: a local task through lm-evaluation-harness, against the same question asked by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_align import recipe
+from lora_align.model import base as bases
+from support import Cli
+
+FEW = ["eval.count=2", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=10"]
+SMALL = [word for setting in FEW for word in ("--set", setting)]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: questions.jsonl}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+"""
+QUESTIONS = [
+    ("Tell me about bridges.", ["Bridges last many years.", "Bridges last many apples."], 0),
+    ("Tell me about bread.", ["Bread is made of flour and water.", "Bread is flour."], 1),
+    ("Tell me about gardens.", ["I would rather not.", "Gardens need water."], 1),
+    ("Tell me about tea.", ["Of course.", "No."], 0),
+]
+
+
+@pytest.fixture
+def task(workspace: Path) -> str:
+    rows = [dict(zip(("question", "choices", "answer"), row, strict=True)) for row in QUESTIONS]
+    (workspace / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (workspace / "mine.yaml").write_text(TASK.format(name="mine"))
+    return "mine.yaml"
+
+
+def by_hand() -> list[float]:
+    """Which answer the base finds likelier, with none of our code but its loading."""
+    base = bases.find(recipe.Base("demo"))
+    model, found = base.load(), []
+    for question, choices, right in QUESTIONS:
+        likes = []
+        for choice in choices:
+            before, whole = (base.chat.tokenizer(text)["input_ids"] for text in (question, f"{question} {choice}"))
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
+            likes.append(float(logits.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum()))
+        found.append(float(likes.index(max(likes)) == right))
+    return found
+
+
+def test_a_local_task_is_asked_of_every_contestant_once(task: str, workspace: Path, cli: Cli) -> None:
+    words = ["eval", "helpful=4", "base", "--tasks", task, "--json", *SMALL]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["contestants"]
+    answers = by_hand()
+    assert 0 < sum(answers) < len(answers)
+    assert told["base"]["mine: acc"]["value"] == pytest.approx(sum(answers) / len(answers))
+    assert told["base"]["mine: acc"]["low"] < told["base"]["mine: acc"]["high"]
+    kept = {json.loads(file.read_text())["contestant"]: file for file in (workspace / "runs" / "eval").glob("task-*")}
+    assert json.loads(kept["base"].read_text())["values"] == {"acc": answers}
+    assert set(kept) == {"helpful=4", "base"}
+    again = cli(*words)
+    assert json.loads(again.out)["contestants"] == told
+    assert "mine: base" in done.err
+    assert "mine: base" not in again.err
+
+
+def test_what_is_no_task_is_refused(task: str, workspace: Path, cli: Cli) -> None:
+    (workspace / "broken.yaml").write_text(TASK.format(name="broken").replace("questions", "no-such"))
+    for word, told in (("mine.yml", "is called 'mine.yml'"), ("broken.yaml", "broken.yaml could not be loaded")):
+        done = cli("eval", "base", "--tasks", word, *SMALL)
+        assert done.code == 2
+        assert told in done.err
