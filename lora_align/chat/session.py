@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_align import runs
-from lora_align.adapters import vectors
+from lora_align.adapters import ranges, vectors
 from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen
 from lora_align.data.rows import Message, under_system
@@ -144,6 +144,7 @@ class Session:
     sampling: Sampling
     start: str = ""
     fixed: bool = False
+    found: dict[str, Vector] = field(default_factory=dict)
     mixer: Mixer | None = None
     turns: list[Message] = field(default_factory=list)
     system: str = ""
@@ -162,7 +163,7 @@ class Session:
         return dict(self.policy.want.weights) if self.policy else None
 
     def turn(self, weights: Mapping[str, float]) -> list[str]:
-        """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts about it."""
+        """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts."""
         if self.fixed:
             raise UserError("this mix holds a start adapter that is not in the runs folder: it cannot be turned apart")
         loaded = self.mixer.updates if self.mixer else {}
@@ -181,7 +182,9 @@ class Session:
         elif self.mixer:
             self.mixer.set(merged)
         self.memory.forget()
-        return [doubt for vector in new.values() for doubt in vector.doubts()]
+        self.found |= new
+        far = ranges.beyond(merged, self.found, self.runs_dir)
+        return [*(doubt for vector in new.values() for doubt in vector.doubts()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """The assistant's next words, piece by piece; `tokens` counts them."""
@@ -223,10 +226,11 @@ def open_session(
         screen.note(
             "start adapter: " + ("part of the mix" if blend.contains_start or not start else f"{start.path}, added")
         )
-    for doubt in [*blend.doubts(), *_differences(base, blend.found.values())]:
+    far = ranges.beyond(blend.weights, blend.found, runs_dir)
+    for doubt in [*blend.doubts(), *_differences(base, blend.found.values()), *far]:
         screen.warn(doubt)
     model = start_policy.load(base, start)
-    session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, policy=blend.policy)
+    session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, dict(blend.found), policy=blend.policy)
     if found:
         session.mixer = Mixer(session.model, {n: v.load() for n, v in found.items()}, blend.weights)
     return session

@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": use.generate,
     "eval": measure.evaluate,
     "sweep": measure.sweep,
+    "reach": measure.reach,
     "tune": measure.tune,
     "list": look.list_runs,
     "push": compose.push,

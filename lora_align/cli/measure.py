@@ -1,6 +1,7 @@
 """Commands that measure: contestants side by side."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -107,9 +108,10 @@ def tune(
     aim: Annotated[
         str, typer.Option("--aim", help="What is wanted of each preference, as in helpful=0.6,harmless=0.4.")
     ],
-    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Most nats a token from the start policy.")] = 0.12,
+    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Most nats a token from the start policy.")] = 0.2,
     loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Most nats a token lost on ordinary text.")] = 0.05,
     refused: Annotated[float, typer.Option("--refused", min=0.0, help="Most more of safe prompts refused.")] = 0.02,
+    most: Annotated[float, typer.Option("--most", min=1e-6, help="The largest weight.")] = 1.0,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
@@ -124,17 +126,55 @@ def tune(
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.contest import contestants, exam
     from lora_align.contest import tune as stage
-    from lora_align.contest.hill import Bounds
+    from lora_align.contest.hill import PAIRS, Bounds
     from lora_align.contest.measure import Arena
     from lora_align.model import base as bases
 
+    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, PAIRS)))
     word = ",".join(f"{name}=1" for name in aims)
     field = contestants.field_of([word], project, bases.find(project.base), runs_dir, screen)
     arena = Arena(field, exam.exam_of(project, screen, aims), {})
     found = stage.run(
-        arena, {name: share / sum(aims.values()) for name, share in aims.items()}, Bounds(kl, loss, refused), screen
+        arena,
+        {name: share / sum(aims.values()) for name, share in aims.items()},
+        Bounds(kl, loss, refused, most),
+        screen,
     )
     screen.result(stage.told(found), stage.facts(found))
+
+
+def reach(
+    names: Annotated[list[str] | None, typer.Argument(help="Preferences; all trained ones if none is named.")] = None,
+    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Most nats a token from the start policy.")] = 0.2,
+    loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Most nats a token lost on ordinary text.")] = 0.1,
+    share: Annotated[
+        float, typer.Option("--share", min=1e-6, help="Most by which a share may be worse: of refusals, of true facts.")
+    ] = 0.1,
+    name: NameOption = None,
+    force: ForceOption = False,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """How far each vector goes, and every two, before something breaks; `merge` and `chat` warn beyond."""
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, overrides, screen, runs_dir)
+    from lora_align.adapters import vectors
+    from lora_align.contest import reach as stage
+    from lora_align.contest import run as contest
+
+    asked = list(dict.fromkeys(names or vectors.trained(runs_dir)))
+    if not asked:
+        raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `lora-align dpo` trains them")
+    held = contest.opened(
+        [",".join(f"{one}=1" for one in asked)], project, runs_dir, screen, [], _oracle, preferences=asked
+    )
+    limits = stage.Limits(kl, loss, share)
+    called = checked(name) or "_".join(asked)[:64]
+    made = stage.run(asked, limits, project, runs_dir, screen, held, name=called, force=force)
+    screen.result(stage.told(made), {"reach": str(made.path), **made.manifest.metrics})
 
 
 def _oracle(base: "Base") -> "Mapping[str, Judge]":

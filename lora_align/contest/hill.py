@@ -30,11 +30,13 @@ NORMAL = NormalDist()
 @dataclass(frozen=True)
 class Bounds:
     """How far it may go from the start policy: nats a token of its answers and of ordinary text, and by how much more
-    safe prompts may be refused."""
+    safe prompts may be refused. And the largest weight: beyond 1, which is as far as training went, margins still grow,
+    and answers hardly change."""
 
     kl: float
     loss: float
     refused: float
+    weight: float
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ class Arena:
         return Mixer(self.model, updates, {})
 
     @cached_property
-    def start_margins(self) -> Mapping[str, Tensor]:
+    def start_likes(self) -> Mapping[str, Tensor]:
         """log π of both answers of every pair under the start policy."""
-        return self._pairs(Contestant(START, {START: 1.0}))
+        return self.likes(Contestant(START, {START: 1.0}))
 
     def become(self, contestant: Contestant) -> None:
         """From here on the model is this one."""
@@ -136,7 +136,7 @@ class Arena:
 
     # --- likes ---
 
-    def _pairs(self, contestant: Contestant) -> dict[str, Tensor]:
+    def likes(self, contestant: Contestant) -> dict[str, Tensor]:
         """log π(chosen) − log π(rejected) of every preference's pairs."""
         self.become(contestant)
         found = {}
@@ -151,7 +151,7 @@ class Arena:
         return found
 
     def _margins(self, contestant: Contestant) -> list[Row]:
-        before, now = self.start_margins, self._pairs(contestant)
+        before, now = self.start_likes, self.likes(contestant)
         return [
             {"preference": name, "pair": place, "margin": value}
             for name, likes in now.items()

@@ -1,6 +1,6 @@
 """Contestants side by side: every figure of each, and who wins against whom."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,15 @@ def opened(
     screen: Screen,
     by: Sequence[str] = (),
     others: Callable[[Base], Mapping[str, Judge]] = lambda base: {},
+    preferences: Iterable[str] | None = None,
 ) -> Contest:
-    """With everything read and checked; `others` judge beside those that are named."""
+    """With everything read and checked; `others` judge beside those that are named. Held-out pairs are those of some
+    `preferences`, or of all."""
     base = bases.find(recipe.base)
     field = contestants.field_of(words, recipe, base, runs_dir, screen)
     named = by or ([reward.NAME] if runs.is_run(runs_dir / "reward" / reward.NAME) else [])
     panel = {name: judges.find(name, base, recipe, runs_dir) for name in named} | dict(others(base))
-    return Contest(Arena(field, exam_of(recipe, screen), panel), runs_dir / FOLDER)
+    return Contest(Arena(field, exam_of(recipe, screen, preferences), panel), runs_dir / FOLDER)
 
 
 def run(

@@ -16,7 +16,8 @@ from lora_align.evaluate import refusals
 from lora_align.model.sampler import Embedded
 
 STEPS = 8
-FIRST, LONGEST, SHORTEST = 0.5, 1.0, 0.03  # how far a step goes
+FIRST, LONGEST = 0.5, 1.0  # how far a step goes
+LEAST = 0.003  # share of pairs, by the aims, that a step has to gain for another to be taken
 HALVED = 4  # times, at most, where it would go down
 BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
 
@@ -56,22 +57,24 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
 
 
 def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:
-    """By steps of BFGS from no weights at all: along the slope first, then by how the slope changes."""
+    """By steps of BFGS from no weights at all: along the slope first, then by how the slope changes. A weight that has
+    come to its bound stays there while the slope leads beyond."""
+    most = hill.bounds.weight
     here = hill.at(torch.zeros(len(hill.aims)))
     inverse = FIRST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.aims))
     for step in range(1, STEPS + 1):
-        way = inverse @ here.slope
+        free = (here.weights.abs() < most) | (here.weights * here.slope < 0)
+        way = free * (inverse @ (free * here.slope))
         way = way * min(1.0, LONGEST / max(float(way.norm()), 1e-9))
-        there = here
-        for half in range(HALVED):
-            tried = hill.at(here.weights + way / 2**half)
-            if tried.height > here.height:
+        there, goals = here, [(here.weights + way / 2**half).clamp(-most, most) for half in range(HALVED)]
+        for goal, before in zip(goals, [here.weights, *goals], strict=False):
+            if not torch.equal(goal, before) and (tried := hill.at(goal)).height > here.height:
                 there = tried
                 break
-        moved, bent = there.weights - here.weights, here.slope - there.slope
+        moved, bent, gain = there.weights - here.weights, here.slope - there.slope, there.height - here.height
         here = there
         report(step, {name: f"{weight:.2f}" for name, weight in _named(hill.aims, here.weights).items()})
-        if float(moved.norm()) < SHORTEST:
+        if gain < LEAST:
             return here, step
         if float(moved @ bent) > 0:
             left = torch.eye(len(moved)) - torch.outer(moved, bent) / (moved @ bent)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_align import runs
-from lora_align.adapters import kin, merge, peft_format, vectors
+from lora_align.adapters import kin, merge, peft_format, ranges, vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge import Merge, Tally
 from lora_align.adapters.peft_config import About
@@ -91,9 +91,9 @@ def run(
     ready = prepare(weights, recipe, runs_dir, how)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
-    for vector in ready.vectors.values():
-        for doubt in vector.doubts():
-            screen.warn(doubt)
+    far = ranges.beyond(weights, ready.vectors, runs_dir) if how.method == EXACT.method else []
+    for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.doubts()), *far]:
+        screen.warn(doubt)
     tally, (rank, padded) = Tally(), ranks(ready.merge, how)
     with runs.claim(target, screen, force=force) as staging:
         modules = tally.counted(ready.merge.modules(rank), padded)

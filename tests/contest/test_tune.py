@@ -30,7 +30,8 @@ def arena(workspace: Path) -> Arena:
 
 
 def test_the_slope_is_that_of_finite_differences(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=5e-5, loss=1e-4, refused=1.0))  # both bounds are passed, and push back
+    both_are_passed = Bounds(kl=5e-5, loss=1e-4, refused=1.0, weight=9.0)  # and push back
+    hill = Hill(arena, AIMS, both_are_passed)
     here = torch.tensor([3.0, -2.0])
     found, step = hill.at(here), 0.05
     assert found.found[KL] > 5e-5
@@ -41,14 +42,14 @@ def test_the_slope_is_that_of_finite_differences(arena: Arena) -> None:
 
 
 def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0))
+    hill = Hill(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0))
     nowhere = hill.at(torch.zeros(2))
     assert nowhere.height == pytest.approx(0.5, abs=1e-4)  # a coin decides every pair
     assert nowhere.found == pytest.approx(dict.fromkeys(nowhere.found, 0.0), abs=1e-5)
 
 
 def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> None:
-    bounds = Bounds(kl=0.002, loss=0.05, refused=1.0)
+    bounds = Bounds(kl=0.002, loss=0.05, refused=1.0, weight=9.0)
     hill = Hill(arena, AIMS, bounds)
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.height > 0.5
@@ -57,6 +58,13 @@ def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> N
         assert hill.at(turn * found.weights).height < found.height + 0.01
     flipped = hill.at(found.weights * torch.tensor([1.0, -1.0]))
     assert flipped.height < found.height
+
+
+def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
+    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3))
+    found, _ = tune.climbed(hill, lambda *_: None)
+    assert found.weights.abs().max() == pytest.approx(0.3)
+    assert (found.slope * found.weights).min() > 0, "they would go on"
 
 
 def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Arena) -> None:

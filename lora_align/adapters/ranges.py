@@ -1,0 +1,65 @@
+"""What `reach` has found: how far vectors go before something breaks, for those who weigh them afterwards."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs
+from lora_align.adapters.vectors import Vector
+from lora_align.runs import Run
+
+FOLDER = "reach"  # of the runs folder
+
+
+def lineage(vector: Vector) -> list[list[Any]]:
+    """What a vector is made of, wherever its folders lie."""
+    return [[parent["sign"], parent["sha256"]] for parent in (parent.lineage() for parent in vector.parents)]
+
+
+def beyond(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: Path) -> list[str]:
+    """Which weights lie farther out than was found to be safe; nothing of vectors that nobody has measured."""
+    measured = _measured(runs_dir)
+    if not measured:
+        return []
+    made_of = {name: lineage(found[name]) for name, weight in weights.items() if weight and name in found}
+    told = {name: why for name, of in made_of.items() if (why := _alone(name, weights[name], of, measured))}
+    for one, other in combinations(made_of, 2):
+        if one not in told and other not in told:
+            told |= _together(one, other, weights, made_of, measured)
+    return list(told.values())
+
+
+def _measured(runs_dir: Path) -> list[Run]:
+    """The newest first."""
+    found = [runs.read(folder) for folder in (runs_dir / FOLDER).glob("*") if runs.is_run(folder)]
+    return sorted(found, key=lambda run: run.manifest.created, reverse=True)
+
+
+def _alone(name: str, weight: float, made_of: list[list[Any]], measured: list[Run]) -> str:
+    for run in measured:
+        for known, of in run.manifest.method["vectors"].items():
+            if of == made_of:
+                side = run.manifest.metrics["alone"][known]["up" if weight > 0 else "down"]
+                if abs(weight) > side["to"]:
+                    return f"{name}={weight:g} is {_told(side, run)}"
+                return ""
+    return ""
+
+
+def _together(
+    one: str, other: str, weights: Mapping[str, float], made_of: Mapping[str, list[list[Any]]], measured: list[Run]
+) -> Iterator[tuple[str, str]]:
+    least = min(weights[one], weights[other])
+    for run in measured:
+        of = run.manifest.method["vectors"]
+        for pair in run.manifest.metrics["together"]:
+            if sorted(of[name] for name in pair["names"]) == sorted((made_of[one], made_of[other])):
+                if least > pair["to"]:
+                    yield f"{one} {other}", f"{one} and {other} at {least:g} and more are {_told(pair, run)}"
+                return
+
+
+def _told(side: Mapping[str, Any], run: Run) -> str:
+    why = f": {side['breaks']}" if side["breaks"] else ", the farthest that was measured"
+    return f"farther out than {side['to']:g}{why} ({run.path})"
