@@ -158,4 +158,4 @@ def told(made: Run) -> str:
 
 
 def _side(side: Mapping[str, Any], sign: int) -> str:
-    return f"{sign * side['to']:g}" + (f" ({side['breaks']})" if side["breaks"] else " and more")
+    return f"{sign * side['to'] + 0.0:g}" + (f" ({side['breaks']})" if side["breaks"] else " and more")
