@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
@@ -154,6 +154,10 @@ class LoraDelta(Mapping[str, Factors]):
     def __sub__(self, other: LoraDelta) -> LoraDelta:
         return self + -other
 
+    def only(self, names: Collection[str]) -> LoraDelta:
+        """As far as it covers these modules."""
+        return LoraDelta(tuple((_Some(modules, frozenset(names)), weight) for modules, weight in self.terms))
+
     @property
     def rank(self) -> int:
         """The largest rank of a module."""
@@ -171,6 +175,26 @@ class LoraDelta(Mapping[str, Factors]):
         """The angle's cosine; nan where either is zero."""
         length = self.norm() * other.norm()
         return self.inner(other) / length if length else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class _Some(Mapping[str, Factors]):
+    modules: Modules
+    names: frozenset[str]
+
+    def __getitem__(self, name: str) -> Factors:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.modules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names and name in self.modules
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.modules if name in self.names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def total(deltas: Sequence[LoraDelta]) -> LoraDelta:

@@ -12,17 +12,12 @@ from lora_align.runs import Run
 FOLDER = "reach"  # of the runs folder
 
 
-def lineage(vector: Vector) -> list[list[Any]]:
-    """What a vector is made of, wherever its folders lie."""
-    return [[parent["sign"], parent["sha256"]] for parent in (parent.lineage() for parent in vector.parents)]
-
-
 def beyond(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: Path) -> list[str]:
     """Which weights lie farther out than was found to be safe; nothing of vectors that nobody has measured."""
     measured = _measured(runs_dir)
     if not measured:
         return []
-    made_of = {name: lineage(found[name]) for name, weight in weights.items() if weight and name in found}
+    made_of = {name: found[name].lineage() for name, weight in weights.items() if weight and name in found}
     told = {name: why for name, of in made_of.items() if (why := _alone(name, weights[name], of, measured))}
     for one, other in combinations(made_of, 2):
         if one not in told and other not in told:
@@ -36,7 +31,7 @@ def _measured(runs_dir: Path) -> list[Run]:
     return sorted(found, key=lambda run: run.manifest.created, reverse=True)
 
 
-def _alone(name: str, weight: float, made_of: list[list[Any]], measured: list[Run]) -> str:
+def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run]) -> str:
     for run in measured:
         for known, of in run.manifest.method["vectors"].items():
             if of == made_of:
@@ -48,7 +43,7 @@ def _alone(name: str, weight: float, made_of: list[list[Any]], measured: list[Ru
 
 
 def _together(
-    one: str, other: str, weights: Mapping[str, float], made_of: Mapping[str, list[list[Any]]], measured: list[Run]
+    one: str, other: str, weights: Mapping[str, float], made_of: Mapping[str, list[Any]], measured: list[Run]
 ) -> Iterator[tuple[str, str]]:
     least = min(weights[one], weights[other])
     for run in measured:

@@ -1,19 +1,24 @@
 """From the name of a preference, a run or a folder to the update it stands for."""
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.layers import place
 from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME
 from lora_align.recipe import LOCAL
 from lora_align.runs import Run
+
+STRETCH = re.compile(r"(\d+)(?:-(\d+))?")  # behind a name and @: layers
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,11 @@ class Parent:
 
 @dataclass(frozen=True)
 class Vector:
-    """A named direction: pos minus neg of a preference, or one adapter as it is."""
+    """A named direction: pos minus neg of a preference, or one adapter as it is. `helpful@0-3` is of these layers."""
 
     name: str
     parents: tuple[Parent, ...]
+    layers: tuple[int, int] | None = None  # the first and the last
 
     def load(self) -> LoraDelta:
         """The update itself."""
@@ -51,11 +57,28 @@ class Vector:
 
     def policy(self) -> "Vector":
         """Of a preference the adapter towards it alone; anything else is one policy already."""
-        return Vector(self.name, self.parents[:1])
+        return replace(self, parents=self.parents[:1])
 
     def without(self, run: Run) -> "Vector":
         """This minus a run's adapter, which it contains."""
-        return Vector(self.name, (*self.parents, Parent(run.path, -1.0, run)))
+        return replace(self, parents=(*self.parents, Parent(run.path, -1.0, run)))
+
+    def lineage(self) -> list[Any]:
+        """What it is made of, wherever that lies: signs, files, layers."""
+        parents = [parent.lineage() for parent in self.parents]
+        return [[[of["sign"], of["sha256"], of["config_sha256"]] for of in parents], list(self.layers or [])]
+
+    def reaching(self, update: LoraDelta) -> LoraDelta:
+        """As much of its parents' sum as lies in its layers."""
+        if self.layers is None:
+            return update
+        first, last = self.layers
+        inside = [name for name in update if (at := place(name)) and first <= at.layer <= last]
+        if not inside:
+            raise UserError(
+                f"{self.name}: nothing of it lies in layers {first} to {last} (its last is {layer_count(update) - 1})"
+            )
+        return update.only(inside)
 
     def known_runs(self) -> list[Run]:
         """The runs among its parents."""
@@ -81,6 +104,10 @@ class Vector:
 
 def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
     """The vector of that name; `preferences` are the recipe's, to tell untrained from unknown."""
+    whole, _, layers = name.rpartition("@")
+    if (stretch := STRETCH.fullmatch(layers)) and whole and not Path(name).exists():
+        first, last = int(stretch[1]), int(stretch[2] or stretch[1])
+        return replace(find(whole, runs_dir, preferences), name=name, layers=(first, last))
     if "/" in name or name.startswith("."):
         inside = runs_dir / name
         return at(inside if (inside / peft_format.CONFIG).is_file() else Path(name).expanduser(), name)
@@ -117,10 +144,23 @@ def opened(vectors: Mapping[str, Vector]) -> tuple[dict[str, LoraDelta], list[Ad
     parents = {parent.folder.resolve(): parent for vector in vectors.values() for parent in vector.parents}
     adapters = {folder: parent.open() for folder, parent in parents.items()}
     updates = {
-        key: total([LoraDelta.of(adapters[parent.folder.resolve()]) * parent.sign for parent in vector.parents])
+        key: vector.reaching(
+            total([LoraDelta.of(adapters[parent.folder.resolve()]) * parent.sign for parent in vector.parents])
+        )
         for key, vector in vectors.items()
     }
     return updates, list(adapters.values())
+
+
+def stretches(name: str, layers: int, count: int) -> list[str]:
+    """The names of a vector's parts: so many, of about as many layers each."""
+    ends = [layers * part // count for part in range(count + 1)]
+    return [f"{name}@{first}-{end - 1}" for first, end in pairwise(ends) if end > first]
+
+
+def layer_count(update: Iterable[str]) -> int:
+    """How many layers a model has at least, by the names of modules."""
+    return max((at.layer + 1 for at in map(place, update) if at), default=0)
 
 
 def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:

@@ -112,6 +112,9 @@ def tune(
     loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Most nats a token lost on ordinary text.")] = 0.05,
     refused: Annotated[float, typer.Option("--refused", min=0.0, help="Most more of safe prompts refused.")] = 0.02,
     most: Annotated[float, typer.Option("--most", min=1e-6, help="The largest weight.")] = 1.0,
+    groups: Annotated[
+        int, typer.Option("--groups", min=1, help="Weights for so many stretches of the layers each.")
+    ] = 1,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
@@ -131,7 +134,8 @@ def tune(
     from lora_align.model import base as bases
 
     project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, PAIRS)))
-    word = ",".join(f"{name}=1" for name in aims)
+    parts = aims if groups == 1 else [part for name in aims for part in stage.parts(name, groups, project, runs_dir)]
+    word = ",".join(f"{name}=1" for name in parts)
     field = contestants.field_of([word], project, bases.find(project.base), runs_dir, screen)
     arena = Arena(field, exam.exam_of(project, screen, aims), {})
     found = stage.run(

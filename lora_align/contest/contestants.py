@@ -43,13 +43,13 @@ class Field:
 
     def lineage(self, contestant: Contestant) -> dict[str, Any]:
         """What names a contestant, whatever it is called: the files of what lies over the base, and the weights."""
-        made = {
-            name: [parent.lineage() | {"folder": ""} for parent in self.vectors[name].parents]
+        made = [
+            [weight, self.vectors[name].lineage()]
             for name, weight in contestant.weights.items()
             if weight and name in self.vectors
-        }
+        ]
         start = start_policy.identity(self.start) if contestant.weights.get(START) else ""
-        parts = sorted(([contestant.weights[name], parents] for name, parents in made.items()), key=json.dumps)
+        parts = sorted(made, key=json.dumps)
         return {"base": self.base.identity, "start": start, "made_of": parts, "system": contestant.system}
 
 

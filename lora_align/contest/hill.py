@@ -69,6 +69,7 @@ class Hill:
 
     def __init__(self, arena: Arena, aims: Mapping[str, float], bounds: Bounds) -> None:
         self.arena, self.aims, self.bounds = arena, aims, bounds
+        self.names = list(arena.field.vectors)  # whose weights are sought: preferences, or stretches of their layers
         self.reader = Reader.of(arena.model)
         self.pairs = {name: self._pairs(name) for name in aims}
         self.spread = {name: self._own_spread(name) for name in aims}
@@ -95,7 +96,7 @@ class Hill:
     def _mean(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
         """Of what is made of log π − log π_start of each token, with its gradient, part by part."""
         moved = weights.detach().requires_grad_()
-        steered = {name: moved[place] for place, name in enumerate(self.aims)}
+        steered = {name: moved[place] for place, name in enumerate(self.names)}
         if self.arena.field.start is not None:
             steered[START] = torch.ones(())
         total, slope = 0.0, torch.zeros_like(weights)
@@ -120,7 +121,8 @@ class Hill:
     def _own_spread(self, name: str) -> float:
         """How far pairs' margins lie apart under the preference's own vector."""
         rows = self.pairs[name]
-        now = self._read(rows.rows, {START: 1.0, name: 1.0})
+        own = {part: 1.0 for part in self.names if part.partition("@")[0] == name}
+        now = self._read(rows.rows, {START: 1.0, **own})
         gains = torch.stack([(a - b).sum() for a, b in zip(now, rows.start, strict=True)])
         return max(float((gains[::2] - gains[1::2]).std()), 1e-6)
 

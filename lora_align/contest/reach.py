@@ -115,7 +115,7 @@ def run(
         ]
         progress.show(next(looks), {})
         found = {"alone": alone, "together": together, "limits": asdict(limits)}
-        made_of = {name: ranges.lineage(contest.arena.field.vectors[name]) for name in names}
+        made_of = {name: contest.arena.field.vectors[name].lineage() for name in names}
         base = contest.arena.base.identity
         manifest = Manifest(
             stage="reach", base=base, recipe=recipe.as_dict(), method={"vectors": made_of}, metrics=found

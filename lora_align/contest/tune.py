@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_align.adapters import vectors
 from lora_align.console import Screen, table
 from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import SAFE
@@ -14,6 +16,7 @@ from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.evaluate import refusals
 from lora_align.model.sampler import Embedded
+from lora_align.recipe import Recipe
 
 STEPS = 8
 FIRST, LONGEST = 0.5, 1.0  # how far a step goes
@@ -42,17 +45,17 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
         progress.show(STEPS, {})
     allowed = _refused(arena, {}) + bounds.refused
     weights, moved = place.weights, False
-    share = _refused(arena, _named(aims, weights))
+    share = _refused(arena, _named(hill, weights))
     for _ in range(BACKS):
         if share <= allowed:
             break
         weights, moved = BACK * weights, True
-        share = _refused(arena, _named(aims, weights))
+        share = _refused(arena, _named(hill, weights))
     if share > allowed:
         raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
     place = hill.at(weights) if moved else place
     preferred = {name: NORMAL.cdf(place.found[name] / hill.spread[name]) for name in aims}
-    rounded = {name: round(weight, 3) for name, weight in _named(aims, weights).items()}
+    rounded = {name: round(weight, 3) for name, weight in _named(hill, weights).items()}
     return Tuned(rounded, preferred, place.found[KL], place.found[LOSS], share, steps)
 
 
@@ -60,8 +63,8 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
     """By steps of BFGS from no weights at all: along the slope first, then by how the slope changes. A weight that has
     come to its bound stays there while the slope leads beyond."""
     most = hill.bounds.weight
-    here = hill.at(torch.zeros(len(hill.aims)))
-    inverse = FIRST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.aims))
+    here = hill.at(torch.zeros(len(hill.names)))
+    inverse = FIRST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.names))
     for step in range(1, STEPS + 1):
         free = (here.weights.abs() < most) | (here.weights * here.slope < 0)
         way = free * (inverse @ (free * here.slope))
@@ -73,7 +76,7 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
                 break
         moved, bent, gain = there.weights - here.weights, here.slope - there.slope, there.height - here.height
         here = there
-        report(step, {name: f"{weight:.2f}" for name, weight in _named(hill.aims, here.weights).items()})
+        report(step, {name: f"{weight:.2f}" for name, weight in _named(hill, here.weights).items()})
         if gain < LEAST:
             return here, step
         if float(moved @ bent) > 0:
@@ -82,13 +85,21 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
     return here, STEPS
 
 
+def parts(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
+    """The names of so many stretches of a preference's layers."""
+    update = vectors.find(name, runs_dir, recipe.preferences).load()
+    return vectors.stretches(name, vectors.layer_count(update), count)
+
+
 def told(tuned: Tuned) -> str:
     """The weights, how far they go, and how to have them."""
-    rows = [[name, f"{tuned.weights[name]:.2f}", f"{share:.0%}"] for name, share in tuned.preferred.items()]
+    weights = [[name, f"{weight:.2f}"] for name, weight in tuned.weights.items()]
+    shares = [[name, f"{share:.0%}"] for name, share in tuned.preferred.items()]
     far = f"from the start policy: {tuned.kl:.3f} nats a token, {tuned.loss:+.3f} on ordinary text"
     return "\n".join(
         [
-            table(["", "weight", "pairs preferred"], rows),
+            table(["", "weight"], weights) + "\n",
+            table(["", "pairs preferred"], shares) + "\n",
             f"{far}; refuses {tuned.refused:.0%} of safe prompts",
             f"lora-align merge --weights {','.join(f'{name}={weight:g}' for name, weight in tuned.weights.items())}",
         ]
@@ -100,8 +111,8 @@ def facts(tuned: Tuned) -> dict[str, Any]:
     return asdict(tuned)
 
 
-def _named(aims: Mapping[str, float], weights: torch.Tensor) -> dict[str, float]:
-    return dict(zip(aims, weights.tolist(), strict=True))
+def _named(hill: Hill, weights: torch.Tensor) -> dict[str, float]:
+    return dict(zip(hill.names, weights.tolist(), strict=True))
 
 
 def _refused(arena: Arena, weights: Mapping[str, float]) -> float:

@@ -101,6 +101,18 @@ def test_the_command_names_weights_within_bounds(workspace: Path, cli: Cli) -> N
     assert cli("merge", "--weights", named).code == 0
 
 
+def test_stretches_of_layers_have_weights_of_their_own(workspace: Path, cli: Cli) -> None:
+    words = ["tune", "--aim", "helpful=1", "--groups", "2", "--json"]
+    done = cli(*words, *(word for setting in FEW for word in ("--set", setting)))
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert set(found["weights"]) == {"helpful@0-1", "helpful@2-3"}
+    assert set(found["preferred"]) == {"helpful"}
+    assert found["preferred"]["helpful"] > 0.5
+    named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
+    assert cli("merge", "--weights", named).code == 0
+
+
 @pytest.mark.parametrize(
     ("aim", "says"),
     [
