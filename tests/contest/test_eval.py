@@ -1,6 +1,7 @@
 """`eval`: every figure against an independent computation, and nobody measured twice."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,29 @@ from lora_align.contest.measure import Measured
 from lora_align.data.rows import Pair, Prompt
 from lora_align.demo import source
 from lora_align.model import base as bases
-from support import Cli
+from support import Cli, call, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
 SMALL = [word for setting in FEW for word in ("--set", setting)]
 MIX = "helpful=1,harmless=0.5"
 
 
+@pytest.fixture(scope="module")
+def measured_once(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        shutil.copytree(trained / "runs", folder / "runs")
+        done = call(folder, "eval", MIX, "start", "base", "dpo/helpful/pos", "--json", *SMALL)
+        assert done.code == 0, done.err
+        (folder / "said.json").write_text(done.out)
+
+    return made_once(tmp_path_factory, "evaluated", make)
+
+
 @pytest.fixture
-def evaluated(workspace: Path, cli: Cli) -> dict[str, Any]:
-    done = cli("eval", MIX, "start", "base", "dpo/helpful/pos", "--json", *SMALL)
-    assert done.code == 0, done.err
-    found: dict[str, Any] = json.loads(done.out)
+def evaluated(measured_once: Path, tmp_path: Path) -> dict[str, Any]:
+    """In a folder that a test may spoil."""
+    shutil.copytree(measured_once / "runs", tmp_path / "runs")
+    found: dict[str, Any] = json.loads((measured_once / "said.json").read_text())
     return found
 
 
@@ -44,7 +56,7 @@ def tables(workspace: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def test_margins_are_what_stock_peft_says_of_the_merged_mix(
-    evaluated: dict[str, Any], workspace: Path, cli: Cli
+    evaluated: dict[str, Any], tmp_path: Path, cli: Cli
 ) -> None:
     """One answer at a time, with none of our code but the template."""
     merged = cli("merge", "--weights", MIX, "--out", "merged")
@@ -52,7 +64,7 @@ def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
     pairs = exam_of(project, Screen(quiet=True)).pairs["helpful"]
     base = bases.find(project.base)
-    policy = PeftModel.from_pretrained(base.load(), workspace / "merged").eval()
+    policy = PeftModel.from_pretrained(base.load(), tmp_path / "merged").eval()
 
     def likes(prompt: Prompt, answer: str) -> float:
         before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, answer)
@@ -66,13 +78,13 @@ def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     wanted = [prefers(pair) for pair in pairs]
     with policy.disable_adapter():
         wanted = [now - prefers(pair) for now, pair in zip(wanted, pairs, strict=True)]
-    found = [row["margin"] for row in tables(workspace)[MIX]["margins"] if row["preference"] == "helpful"]
+    found = [row["margin"] for row in tables(tmp_path)[MIX]["margins"] if row["preference"] == "helpful"]
     assert len(found) > 0
     assert found == pytest.approx(wanted, abs=1e-4)
     assert max(map(abs, wanted)) > 0.01
 
 
-def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], workspace: Path) -> None:
+def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], tmp_path: Path) -> None:
     assert set(evaluated["contestants"]) == {MIX, "start", "base", "dpo/helpful/pos"}
     start, base = evaluated["contestants"]["start"], evaluated["contestants"]["base"]
     assert start == base, "the demo's start policy is its base"
@@ -83,21 +95,21 @@ def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], workspac
     assert mix["margin helpful"]["value"] != 0
     assert mix["margin helpful"]["low"] <= mix["margin helpful"]["value"] <= mix["margin helpful"]["high"]
     assert evaluated["answers"] == 24  # six prompts to answer, six to refuse, twice each
-    assert {row["kind"] for row in tables(workspace)[MIX]["answers"]} == {"safe", "risky"}
+    assert {row["kind"] for row in tables(tmp_path)[MIX]["answers"]} == {"safe", "risky"}
 
 
-def test_ordinary_text_costs_what_the_library_says(evaluated: dict[str, Any], workspace: Path) -> None:
+def test_ordinary_text_costs_what_the_library_says(evaluated: dict[str, Any], tmp_path: Path) -> None:
     model = bases.find(recipe.Base("demo")).load()
     tokenizer = AutoTokenizer.from_pretrained(bases.DEMO)
-    for row, line in zip(tables(workspace)["start"]["texts"], source.lines(1, 6), strict=True):
+    for row, line in zip(tables(tmp_path)["start"]["texts"], source.lines(1, 6), strict=True):
         ids = torch.tensor([tokenizer(line["text"], add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             assert row["nats"] / row["tokens"] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
 
 
-def test_who_was_measured_is_not_measured_again(evaluated: dict[str, Any], workspace: Path, cli: Cli) -> None:
+def test_who_was_measured_is_not_measured_again(evaluated: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
     def made() -> dict[Path, int]:
-        return {file: file.stat().st_mtime_ns for file in (workspace / "runs" / "eval").rglob("*") if file.is_file()}
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "eval").rglob("*") if file.is_file()}
 
     before = made()
     again = cli("eval", MIX, "start", "--json", *SMALL)
@@ -108,8 +120,8 @@ def test_who_was_measured_is_not_measured_again(evaluated: dict[str, Any], works
     assert made() != before
 
 
-def test_one_wins_as_often_as_the_other_loses(evaluated: dict[str, Any], workspace: Path) -> None:
-    found = {name: Measured(name, **of) for name, of in tables(workspace).items()}
+def test_one_wins_as_often_as_the_other_loses(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    found = {name: Measured(name, **of) for name, of in tables(tmp_path).items()}
     there, back = wins(found[MIX], found["start"]), wins(found["start"], found[MIX])
     assert set(there) >= {"oracle: helpful", "oracle: harmless", "oracle: well-formed"}
     for name, share in there.items():
