@@ -7,6 +7,7 @@ oracle. Nothing is chosen by these figures: weights are 1 (of a soup, whose weig
 import argparse
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,14 +44,14 @@ class Way:
         """As it is typed."""
         return self.method + (f" --rank {self.rank}" if self.rank else "")
 
-    def mixed(self, folder: Path) -> tuple[LoraDelta, Tally]:
-        """The four as one update."""
-        found = {name: vectors.find(name, folder) for name in MIXED}
+    def mixed(self, folder: Path, names: Sequence[str] = MIXED) -> tuple[LoraDelta, Tally]:
+        """Preferences as one update."""
+        found = {name: vectors.find(name, folder) for name in names}
         of_policies = merge.METHODS[self.method].of_policies
         if of_policies:
             found = {name: vector.policy() for name, vector in found.items()}
-        weight = 1 / len(MIXED) if of_policies else 1.0
-        job = Merge({name: vector.load() for name, vector in found.items()}, dict.fromkeys(MIXED, weight), self.method)
+        weight = 1 / len(names) if of_policies else 1.0
+        job = Merge({name: vector.load() for name, vector in found.items()}, dict.fromkeys(names, weight), self.method)
         tally = Tally()
         return LoraDelta.of(dict(tally.counted(job.modules(self.rank)))), tally
 

@@ -1,0 +1,119 @@
+"""Two, four, six and eight preferences mixed at once: what each keeps of its gain alone, by plain addition and by the
+methods that know of interference; and how much of that there is (STI).
+
+Test prompts, graded by the oracle. Nothing is chosen by these figures: weights are 1, methods at their defaults.
+"""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from control import PROMPTS, SEEDS, Bench
+from methods import Way
+from report import once, save
+
+from lora_align import recipe
+from lora_align.adapters import vectors
+from lora_align.adapters.delta import LoraDelta
+from lora_align.adapters.geometry import Directions
+from lora_align.demo import measure
+from lora_align.demo.oracle import AXES
+from lora_align.model import base as bases
+from lora_align.model.mixer import Mixer
+
+ORDER = ("helpful", "harmless", "polite", "brief", "certain", "warm", "formal", "concrete")
+SIZES = (2, 4, 6, 8)
+WAYS = [Way("exact"), Way("tsv"), Way("ties"), Way("dare")]
+KEPT_RANK = 8  # directions of a vector that count as its own in the STI
+SAMPLES = 1
+
+
+def measured(work: Path, seed: int) -> dict[str, Any]:
+    """The start policy, every preference alone, and every number of them mixed in every way, of one data seed."""
+    folder = work / f"seed{seed}"
+    base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
+    prompts = measure.questions(seed, PROMPTS, part="test")
+    model = base.load()
+
+    def graded(update: LoraDelta) -> dict[str, Any]:
+        mixer = Mixer(model, {"mix": update}, {"mix": 1.0})
+        figures = measure.measure(model, base, prompts, SAMPLES).as_dict()
+        mixer.remove()
+        return figures
+
+    updates = {name: vectors.find(name, folder).load() for name in ORDER}
+    found: dict[str, Any] = {"start": graded(LoraDelta(()))}
+    found |= {name: graded(update) for name, update in updates.items()}
+    for size in SIZES:
+        some = {name: updates[name] for name in ORDER[:size]}
+        found[f"{size} STI"] = asdict(Directions.of(some, KEPT_RANK).interference())
+        for way in WAYS:
+            found[f"{size} {way.label}"] = graded(way.mixed(folder, ORDER[:size])[0])
+    return found
+
+
+def told(found: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, Any]:
+    """Over the seeds: the gain each preference keeps, as points of its grade; the worst; what it costs."""
+    label, names = f"{size} {way.label}", ORDER[:size]
+    gains = {name: [one[label][name] - one["start"][name] for one in found] for name in names}
+    worst = [min(gains[name][at] for name in names) for at in range(len(found))]
+    together = [mean(gains[name][at] for name in names) for at in range(len(found))]
+    return {
+        "gain": {name: round(mean(values), 3) for name, values in gains.items()},
+        "mean gain": round(mean(together), 3),
+        "mean gain, deviation over seeds": round(stdev(together), 3),
+        "worst": round(mean(worst), 3),
+        "worst, deviation over seeds": round(stdev(worst), 3),
+        **{name: round(mean(one[label][name] for one in found), 3) for name in ("well_formed", "safe_refused")},
+    }
+
+
+def main() -> None:
+    """Train what is missing, mix, measure, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("composition"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    work = options.work.resolve()
+    assert set(ORDER) == set(AXES)
+    bench = Bench(work=work, part="test", seeds=SEEDS, preferences=ORDER, overrides=())
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(partial(_trained, bench), SEEDS))
+        found = list(pool.map(partial(_once, work), SEEDS))
+    alone = {name: round(mean(one[name][name] - one["start"][name] for one in found), 3) for name in ORDER}
+    save(
+        "composition",
+        {
+            "prompts": f"{PROMPTS} safe and {PROMPTS} risky of part test, {SAMPLES} sample each at temperature 1",
+            "data seeds": list(SEEDS),
+            "gain alone, with weight 1": alone,
+            "STI": {
+                size: {name: round(mean(one[f"{size} STI"][name] for one in found), 3) for name in ("raw", "by_size")}
+                for size in SIZES
+            },
+            **{f"{size} preferences": {way.label: told(found, size, way) for way in WAYS} for size in SIZES},
+        },
+    )
+
+
+def _trained(bench: Bench, seed: int) -> None:
+    for name in bench.preferences:
+        bench.train(f"seed{seed}", name, f"demo:pairs?rows=8000&seed={seed}")
+
+
+def _once(work: Path, seed: int) -> Any:
+    return once(work, f"seed{seed}-composition", lambda: measured(work, seed))
+
+
+if __name__ == "__main__":
+    main()
