@@ -153,7 +153,9 @@ def _origin(run: runs.Run) -> str:
         parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
         return " ".join((["start"] if run.manifest.contains_start else []) + parts)
     base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
-    return f"{run.manifest.data.get('source', '')} ({base})"
+    measured = run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}  # by reach, by sweep
+    of = run.manifest.data.get("source") or " ".join(measured)
+    return f"{of} ({base})" if of else base
 
 
 def _worth(run: runs.Run) -> str:
@@ -164,4 +166,6 @@ def _worth(run: runs.Run) -> str:
         return f"accuracy {held_out['accuracy']:.2f}"
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method['rank']}"
+    if "points" in run.manifest.metrics:
+        return f"{run.manifest.metrics['points']} points"
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""
