@@ -56,6 +56,8 @@ def records(run: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in found:
         del record["tokens_per_second"]
+        if abs(record.get("margin", 1.0)) < 1e-4:  # nothing is learned yet: these are signs of rounding errors
+            del record["accuracy"]
     return found
 
 
@@ -111,8 +113,8 @@ def test_stopped_together_and_gone_on_with_by_one(more: tuple[str, ...], one: Pa
     assert "goes on after step" in done.err
     run = Path("runs") / "dpo" / "helpful" / "pos"
     for before, now in zip(records(one / run), records(tmp_path / run), strict=True):
-        if more:  # the answers to a prompt are read apart: more tokens, and margins of about 0 have another sign
-            before |= {name: now[name] for name in ("tokens", "accuracy")}
+        if more:  # the answers to a prompt are read apart, which takes more tokens
+            before["tokens"] = now["tokens"]
         assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
 
 

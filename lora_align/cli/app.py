@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": look.list_runs,
     "push": compose.push,
 }
-LAST_WORD = 5.0  # seconds for the first process to say why: once one has ended, its launcher ends all
+LAST_WORD = 30.0  # seconds that the others wait for the first one, whose end is theirs, to say why
 TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
