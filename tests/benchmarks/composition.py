@@ -19,17 +19,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from control import PROMPTS, SEEDS, Bench
-from methods import Way
+from methods import Way, grader
 from report import once, save
 
-from lora_align import recipe
 from lora_align.adapters import vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.geometry import Directions
-from lora_align.demo import measure
 from lora_align.demo.oracle import AXES
-from lora_align.model import base as bases
-from lora_align.model.mixer import Mixer
 
 ORDER = ("helpful", "harmless", "polite", "brief", "certain", "warm", "formal", "concrete")
 SIZES = (2, 4, 6, 8)
@@ -41,16 +37,7 @@ SAMPLES = 1
 def measured(work: Path, seed: int) -> dict[str, Any]:
     """The start policy, every preference alone, and every number of them mixed in every way, of one data seed."""
     folder = work / f"seed{seed}"
-    base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
-    prompts = measure.questions(seed, PROMPTS, part="test")
-    model = base.load()
-
-    def graded(update: LoraDelta) -> dict[str, Any]:
-        mixer = Mixer(model, {"mix": update}, {"mix": 1.0})
-        figures = measure.measure(model, base, prompts, SAMPLES).as_dict()
-        mixer.remove()
-        return figures
-
+    graded = grader(seed, SAMPLES)
     updates = {name: vectors.find(name, folder).load() for name in ORDER}
     found: dict[str, Any] = {"start": graded(LoraDelta(()))}
     found |= {name: graded(update) for name, update in updates.items()}

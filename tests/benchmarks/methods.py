@@ -7,7 +7,7 @@ oracle. Nothing is chosen by these figures: weights are 1 (of a soup, whose weig
 import argparse
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -59,19 +59,25 @@ class Way:
 WAYS = [Way("exact"), Way("exact", 16), Way("svd"), Way("soup"), Way("tsv"), Way("ties"), Way("dare")]
 
 
-def measured(work: Path, seed: int) -> dict[str, Any]:
-    """The start policy, each preference alone, and every way of mixing, with the vectors of one data seed."""
-    folder = work / f"seed{seed}"
+def grader(seed: int, samples: int) -> Callable[[LoraDelta], dict[str, Any]]:
+    """What the oracle says of answers to that seed's prompts, given with an update over the base."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     prompts = measure.questions(seed, PROMPTS, part="test")
     model = base.load()
 
     def graded(update: LoraDelta) -> dict[str, Any]:
         mixer = Mixer(model, {"mix": update}, {"mix": 1.0})
-        figures = measure.measure(model, base, prompts, SAMPLES).as_dict()
+        figures = measure.measure(model, base, prompts, samples).as_dict()
         mixer.remove()
         return figures
 
+    return graded
+
+
+def measured(work: Path, seed: int) -> dict[str, Any]:
+    """The start policy, each preference alone, and every way of mixing, with the vectors of one data seed."""
+    folder = work / f"seed{seed}"
+    graded = grader(seed, SAMPLES)
     found: dict[str, Any] = {"start": graded(LoraDelta(()))}
     found |= {name: graded(vectors.find(name, folder).load()) for name in MIXED}
     for way in WAYS:
