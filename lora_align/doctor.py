@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +23,8 @@ FLOORS = {  # what the project was tested against, and above
     "accelerate": "1.15",
 }
 ENOUGH_DISK = 20e9  # a base of 8 B parameters, fetched and kept in 4-bit
-NVIDIA = Path("/proc/driver/nvidia/version")  # there with a driver, whatever torch says
+# there with a driver, whatever torch says: on Linux, and in WSL
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 MARKS = {"good": "✓", "warning": "!", "bad": "✗"}
 
 
@@ -62,7 +64,7 @@ def _system() -> Iterator[Finding]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
     if platform.system() == "Windows":
-        yield Finding("system", "warning", found, "never tried on Windows; WSL is Linux to every library used here")
+        yield Finding("system", "bad", found, "runs are published as Linux and macOS do it; use WSL, which is Linux")
     else:
         yield Finding("system", "good", found)
 
@@ -89,7 +91,7 @@ def _device() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             memory = properties.total_memory / 1e9
-            found = f"{properties.name}, {memory:.0f} GB, compute {properties.major}.{properties.minor}"
+            found = f"{properties.name}, {memory:.0f} GB, compute {properties.major}.{properties.minor}{_driver()}"
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 yield Finding("device", "warning", found, "no bfloat16: float16 is used, with its scaled gradients")
             elif memory < 11:
@@ -97,13 +99,20 @@ def _device() -> Iterator[Finding]:
             else:
                 yield Finding("device", "good", found)
         return
-    if NVIDIA.exists():
+    if any(driver.exists() for driver in DRIVERS):
         why = "this torch was built for CPUs" if torch.version.cuda is None else "the driver is older than torch's CUDA"
         remedy = f"{why}: install one for your driver, see https://pytorch.org/get-started/locally"
-        yield Finding("device", "bad", "an NVIDIA driver, but torch sees no card", remedy)
+        yield Finding("device", "bad", f"an NVIDIA driver{_driver()}, but torch sees no card", remedy)
     else:
         remedy = "the built-in demo trains in minutes; bases of billions of parameters want a card"
         yield Finding("device", "warning", "no card: everything runs on the CPU", remedy)
+
+
+def _driver() -> str:
+    """Its version, where the driver says it."""
+    said = DRIVERS[0].read_text(encoding="utf-8", errors="replace") if DRIVERS[0].exists() else ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said)
+    return f", driver {found[0]}" if found else ""
 
 
 def _four_bit() -> Iterator[Finding]:

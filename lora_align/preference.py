@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge, Len
+from annotated_types import Ge
 
 from lora_align.errors import UserError
 
@@ -50,16 +50,17 @@ class Preference:
     """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be.
 
     `columns` says what a column that is known here is called in the data; with `skip_bad` rows that cannot be read are
-    counted instead of refused.
+    counted instead of refused. A table may name other preferences, `of` whose pairs it consists, instead of data.
     """
 
-    data: Annotated[str, Len(1)]
+    data: str = ""
     rank: str = "label"
     margin: Annotated[float, Ge(0)] = 0.0
     split: str = "train"
     revision: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
+    of: tuple[str, ...] = ()
 
     @property
     def ranker(self) -> Ranker:

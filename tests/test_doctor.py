@@ -23,15 +23,51 @@ def test_what_it_finds_here(cli: Cli, tmp_path: Path) -> None:
     assert all(of["found"] in shown and of["remedy"] in shown for of in told.values())
 
 
-def test_what_is_wrong_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n"
+
+
+@pytest.mark.parametrize(
+    ("where", "cuda", "says", "remedy"),
+    [
+        (0, None, "an NVIDIA driver, driver 550.54.14, but torch sees no card", "this torch was built for CPUs"),
+        (0, "12.8", "driver 550.54.14", "the driver is older than torch's CUDA"),
+        (1, None, "an NVIDIA driver, but torch sees no card", "this torch was built for CPUs"),
+    ],
+    ids=["a CPU's torch", "an old driver", "WSL"],
+)
+def test_a_card_that_torch_does_not_see(
+    where: int, cuda: str | None, says: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has a card")
-    monkeypatch.setattr(doctor, "NVIDIA", tmp_path)  # a driver leaves a file there
+        pytest.skip("this machine has a card that it sees")
+    drivers = [tmp_path / "proc", tmp_path / "wsl"]
+    drivers[where].write_text(VERSION)
+    monkeypatch.setattr(doctor, "DRIVERS", drivers)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = {of.what: of for of in doctor.run(runs.DEFAULT)}["device"]
+    assert found.state == "bad"
+    assert says in found.found
+    assert found.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "state", "found"),
+    [("Linux", "5.15.153.1-microsoft-standard-WSL2", "good", "Linux in WSL"), ("Windows", "11", "bad", "Windows")],
+)
+def test_systems(system: str, release: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.platform, "system", lambda: system)
+    monkeypatch.setattr(doctor.platform, "release", lambda: release)
+    told = {of.what: of for of in doctor.run(runs.DEFAULT)}["system"]
+    assert told.state == state
+    assert told.found.startswith(f"{found}, Python ")
+    assert ("WSL" in told.remedy) == (state == "bad")
+
+
+def test_what_is_wrong_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(doctor.FLOORS, "peft", "99.0")
     monkeypatch.setitem(doctor.FLOORS, "no-such-library", "1.0")
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1e18)
     found = {of.what: of for of in doctor.run(runs.DEFAULT)}
-    assert "torch sees no card" in found["device"].found
     assert found["peft"].remedy == "99.0 or newer: pip install -U peft"
     assert found["no-such-library"].state == "bad"
     assert found["cache"].state == "warning"

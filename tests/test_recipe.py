@@ -83,6 +83,29 @@ def test_a_new_preference_is_a_table_and_nothing_else(tmp_path: Path) -> None:
     assert [p.ranker.kind for p in loaded.preferences.values()] == ["label", "shorter", "longer"]
 
 
+def test_a_preference_may_consist_of_others_that_have_pairs() -> None:
+    tables = {
+        "base": {"model": "demo"},
+        "preferences": {
+            "good": {"data": "pairs.jsonl"},
+            "brief": {"data": "pairs.jsonl", "rank": "shorter"},
+            "both": {"of": ["good", "brief"]},
+            "nested": {"of": ["good", "both"]},
+            "unknown": {"of": ["goood", "brief"]},
+            "ranked": {"of": ["good", "brief"], "rank": "shorter"},
+        },
+        "reward": {"pairs": {"joint": "both"}},
+    }
+    with pytest.raises(UserError) as told:
+        recipe.from_dict(tables, "mine.toml")
+    assert str(told.value).splitlines() == [
+        "mine.toml: preferences.nested.of: both consists of others itself; name those",
+        "mine.toml: preferences.unknown.of: no preference 'goood', did you mean 'good'?",
+        "mine.toml: preferences.ranked: the preferences it consists of have data and ranks, it has none of its own",
+        "mine.toml: reward.pairs.joint: both consists of others; a head learns from one of them",
+    ]
+
+
 def test_a_template_may_stand_in_a_file_beside_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[base]\nmodel = "demo"\nchat_template = "chat.jinja"\n')

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -48,10 +49,10 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
     some `preferences`, or of all."""
     settings = recipe.eval
     pairs = {}
-    for name in recipe.preferences if preferences is None else preferences:
+    every = [name for name, table in recipe.preferences.items() if not table.of]
+    for name in every if preferences is None else preferences:
         try:
-            held_out = (pair for pair, aside in _pairs(recipe, name) if aside)
-            pairs[name] = list(islice(held_out, settings.pairs))
+            pairs[name] = _held_out(recipe, name)
         except NotFetchedError as fault:
             screen.warn(f"{name}: its pairs are left out: {fault}")
     named = {SAFE: settings.prompts, RISKY: settings.risky}
@@ -68,11 +69,14 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
     return Exam(questions, settings.samples, sampling, pairs, texts)
 
 
-def _pairs(recipe: Recipe, name: str) -> Iterator[tuple[Pair, bool]]:
-    """As `dpo` reads them, the same ones held out."""
-    from collections import Counter
-
-    return read_pairs(recipe.preference(name), recipe.dpo.held_out, recipe.dpo.limit, Counter())
+def _held_out(recipe: Recipe, name: str) -> list[Pair]:
+    """As `dpo` reads them, the same ones; of a preference that consists of others, as many of each."""
+    parts = recipe.parts(name)
+    found = []
+    for part in parts:
+        rows = read_pairs(part, recipe.dpo.held_out, recipe.dpo.limit, Counter())
+        found += islice((pair for pair, aside in rows if aside), max(1, recipe.eval.pairs // len(parts)))
+    return found
 
 
 def _prompts(data: str, count: int) -> list[Prompt]:

@@ -134,7 +134,9 @@ def _chosen_rejected(row: Row) -> Comparison:
     if isinstance(chosen, str) and TURN.match(chosen):
         return _transcripts(row)
     if isinstance(chosen, str):
-        raise ValueError("chosen and rejected are plain text and there is no prompt column")
+        prompt_text = _beginning(chosen, _text(rejected))
+        answers = (chosen[len(prompt_text) :], _text(rejected)[len(prompt_text) :])
+        return Comparison(_prompt(prompt_text), answers, {"label": 0}, ratings)
     turns = [_messages(chosen), _messages(rejected)]
     prompt = _prompt(row["prompt"]) if "prompt" in row else turns[0][:-1]
     if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
@@ -143,6 +145,18 @@ def _chosen_rejected(row: Row) -> Comparison:
     if "prompt" in row and any(len(t) > 1 and t[:-1] != prompt for t in turns):
         raise ValueError("chosen and rejected hold more than one turn beside the prompt column")
     return Comparison(prompt, answers, {"label": 0}, ratings)
+
+
+def _beginning(one: str, other: str) -> str:
+    """What two texts share, to the end of a word: the prompt, where it has no column."""
+    alike = itertools.takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False))
+    shared = "".join(letter for letter, _ in alike)
+    if not one[len(shared) :][:1].isspace() or not other[len(shared) :][:1].isspace():  # within a word
+        shared = shared[: len(shared) - len(shared.split(" ")[-1])]
+    shared = shared.rstrip()
+    if not shared:
+        raise ValueError("chosen and rejected are plain text that begins unlike, and there is no prompt column")
+    return shared
 
 
 def _sharegpt_pair(row: Row) -> Comparison:
@@ -173,7 +187,12 @@ def _sharegpt(row: Row) -> Conversation:
 
 def _alpaca(row: Row) -> Conversation:
     request = "\n\n".join(filter(None, (_text(row["instruction"]), row.get("input"))))
-    return Conversation((Message("user", request), Message("assistant", _text(row["output"]))))
+    before = [
+        Message(role, _text(said))
+        for turn in row.get("history") or ()
+        for role, said in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return Conversation((*_system(row), *before, Message("user", request), Message("assistant", _text(row["output"]))))
 
 
 def _prompt_completion(row: Row) -> Conversation:

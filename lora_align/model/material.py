@@ -28,7 +28,7 @@ from lora_align.errors import UserError
 from lora_align.model import kept, tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
-from lora_align.model.kept import joined
+from lora_align.model.kept import View, joined
 from lora_align.model.tokenise import CUT, TokenPair, TokenRated, TokenText
 from lora_align.preference import Preference
 from lora_align.recipe import Ratings, Sft
@@ -85,6 +85,34 @@ def of_conversations(table: Sft, base: Base, screen: Screen) -> Material[TokenTe
     texts = partial(tokenise.texts, answers_only=table.answers_only)
     keeping = _Keeping(TokenText, table, about, base, table.max_length, screen)
     return keeping.kept(partial(pairs.read_conversations, table), texts)
+
+
+def told(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
+    """What of a source is not learned from, if anything."""
+    lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
+    lost += [f"answers cut: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
+    if lost:
+        screen.note(f"{what}: {facts['rows']:,} rows to learn from, {facts['held_out']:,} held out; {'; '.join(lost)}")
+
+
+def together(parts: Sequence[Material[Row]]) -> Material[Row]:
+    """Several as one, each spread evenly over the whole; `fingerprint` names all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    facts = [part.facts for part in parts]
+    said = {
+        "source": " + ".join(fact["source"] for fact in facts),
+        "fingerprint": hashlib.sha256("".join(fact["fingerprint"] for fact in facts).encode()).hexdigest(),
+        **{name: sum(fact[name] for fact in facts) for name in ("rows", "held_out", "answers_cut")},
+        "dropped": dict(sum((Counter(fact["dropped"]) for fact in facts), Counter[str]())),
+        "max_length": facts[0]["max_length"],
+    }
+    return Material(_spread([part.train for part in parts]), _spread([part.held_out for part in parts]), said)
+
+
+def _spread(parts: Sequence[Sequence[Row]]) -> View[Row]:
+    places = sorted((at / len(part), which, at) for which, part in enumerate(parts) for at in range(len(part)))
+    return View(len(places), lambda i: parts[places[i][1]][places[i][2]])
 
 
 @dataclass(frozen=True)

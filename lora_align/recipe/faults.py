@@ -24,6 +24,7 @@ def described(fault: Mapping[str, Any]) -> str:
 
 def of_recipe(recipe: Recipe) -> Iterator[str]:
     """Faults of tables that are each well-formed."""
+    yield from _of_pairs(recipe)
     yield from _of_reward(recipe)
     yield from _of_rsf(recipe)
 
@@ -33,15 +34,31 @@ def of_preferences(tables: Any) -> Iterator[str]:
     for name, table in tables.items() if isinstance(tables, Mapping) else ():
         if not NAME.fullmatch(str(name)):
             yield f"preferences.{name}: a name is 1 to 64 of a-z 0-9 _ - and starts with a letter or digit"
-        rank = table.get("rank", "label") if isinstance(table, Mapping) else "label"
+        if not isinstance(table, Mapping):
+            continue
+        if not table.get("data") and not table.get("of"):
+            yield f"preferences.{name}.data: missing"
+        rank = table.get("rank", "label")
         if isinstance(rank, str):
             try:
                 kind = Ranker.parse(rank).kind
             except ValueError as fault:
                 yield f"preferences.{name}.rank: {fault}"
                 continue
-            if kind == "label" and isinstance(table, Mapping) and table.get("margin"):
+            if kind == "label" and table.get("margin"):
                 yield f"preferences.{name}.margin: a label says who won, not by how much; rank by rating: or score:"
+
+
+def _of_pairs(recipe: Recipe) -> Iterator[str]:
+    """Preferences that consist of what they cannot."""
+    for name, table in recipe.preferences.items():
+        if table.of and table != Preference(of=table.of):
+            yield f"preferences.{name}: the preferences it consists of have data and ranks, it has none of its own"
+        for part in table.of:
+            if part not in recipe.preferences:
+                yield f"preferences.{name}.of: no preference {part!r}{nearest(part, list(recipe.preferences))}"
+            elif recipe.preferences[part].of:
+                yield f"preferences.{name}.of: {part} consists of others itself; name those"
 
 
 def _of_reward(recipe: Recipe) -> Iterator[str]:
@@ -53,6 +70,8 @@ def _of_reward(recipe: Recipe) -> Iterator[str]:
     for head, preference in recipe.reward.pairs.items():
         if preference not in recipe.preferences:
             yield f"reward.pairs.{head}: no preference {preference!r}{nearest(preference, list(recipe.preferences))}"
+        elif recipe.preferences[preference].of:
+            yield f"reward.pairs.{head}: {preference} consists of others; a head learns from one of them"
     for name, table in recipe.reward.ratings.items():
         if table.high <= table.low:
             yield f"reward.ratings.{name}: high ({table.high:g}) must be above low ({table.low:g})"

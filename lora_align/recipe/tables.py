@@ -198,6 +198,11 @@ class Recipe:
             raise UserError(f"no preference {name!r} in the recipe{nearest(name, known)} (known: {', '.join(known)})")
         return self.preferences[name]
 
+    def parts(self, name: str) -> list[Preference]:
+        """The tables a preference's pairs come from: its own, or those of the preferences it consists of."""
+        found = self.preference(name)
+        return [self.preferences[part] for part in found.of] or [found]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as kept in a run's manifest; `from_dict` reads it back."""
         return {key: value for key, value in asdict(self).items() if value is not None}

@@ -1,6 +1,9 @@
 """What a preference's data is: rows as the model will see them, how long they are, and what is odd about them."""
 
+import hashlib
+import json
 import math
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +13,18 @@ from typing import Any
 
 from lora_align.console import inert, table
 from lora_align.data import forms, pairs, sources
-from lora_align.data.rows import Comparison, Pair, prompt_key
+from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.preference import Preference
-from lora_align.recipe import Recipe
+from lora_align.recipe import Dpo, Recipe
 
 SIDES = ("prompt", "chosen", "rejected")
 SHARES = (0.0, 0.5, 0.95, 1.0)  # of the lengths that a table tells
 BINS = 12
+WORD = re.compile(r"\w+")
 TOO_BIASED = 0.65  # how often one length may win before that is named
 
 
@@ -35,6 +39,7 @@ class Audit:
     lengths: "dict[str, array[int]]" = field(default_factory=lambda: {side: array("I") for side in SIDES})
     too_long: int = 0
     cut: int = 0
+    alike: int = 0
     longer_wins: int = 0
     of_unlike_length: int = 0
     both_unsafe: int = 0
@@ -58,6 +63,7 @@ class Audit:
             "max_length": max_length,
             "prompts_too_long": self.too_long,
             "answers_cut": self.cut,
+            "alike_once_cut": self.alike,
             "longer_wins": _share(self.longer_wins, self.of_unlike_length),
             "both_unsafe": self.both_unsafe if self.of_known_safety else None,
             "agreement": {name: _share(same, count) for name, (same, count) in self.agreed.items()},
@@ -67,6 +73,8 @@ class Audit:
 def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> dict[str, Any]:
     """Read all of a preference's rows, and look at each."""
     axis = recipe.preference(preference)
+    if axis.of:
+        raise UserError(f"{preference} consists of the pairs of {', '.join(axis.of)}: look at each, with --pref NAME")
     base = bases.find(recipe.base)
     max_length = min(recipe.dpo.max_length, base.max_length)
     audit, shown = Audit(), list[dict[str, str]]()
@@ -75,13 +83,11 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
         for name, other in recipe.preferences.items()
         if name != preference and (other.data, other.split, other.revision) == (axis.data, axis.split, axis.revision)
     }
-    for comparison, pair in _ranked(axis, recipe.dpo.limit, audit):
+    for where, comparison, pair in _ranked(axis, recipe.dpo, audit):
         _lengths(pair, base, max_length, audit)
         _bias(comparison, pair, audit)
-        _agreement(comparison, pair, others, audit)
-        is_held_out = pairs.is_held_out(pair.prompt, recipe.dpo.held_out)
-        audit.held_out += is_held_out
-        audit.prompts[is_held_out].add(bytes.fromhex(prompt_key(pair.prompt)[:16]))
+        _agreement(where, comparison, pair, others, audit)
+        audit.prompts[pairs.is_held_out(pair.prompt, recipe.dpo.held_out)].add(_alike(pair))
         if len(shown) < show:
             shown.append(_as_seen(pair, base, max_length))
     if not audit.read:
@@ -107,18 +113,20 @@ def told(facts: Mapping[str, Any]) -> str:
     columns = ["tokens", "shortest", "median", "95 %", "longest"]
     parts.append(table(columns, [[side, *(f"{n:,}" for n in of)] for side, of in facts["tokens"].items()]))
     parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(facts["histogram"])]))
-    lines = []
+    lines, agreed = [], facts["agreement"].items()
     if facts["longer_wins"] is not None:
         lines.append(f"the longer answer wins {facts['longer_wins']:.0%} of pairs, the shorter for `neg`")
     if facts["both_unsafe"] is not None:
         lines.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers")
-    lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in facts["agreement"].items() if share]
+    lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in agreed if share is not None]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
 
 
-def _ranked(axis: Preference, limit: int | None, audit: Audit) -> Iterator[tuple[Comparison, Pair]]:
+def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[tuple[str, Comparison, Pair]]:
+    """As `dpo` reads them, to the last."""
     rows = sources.read(axis, forms.comparisons, audit.dropped)
-    for comparison, pair in (pairs.ranked(one, axis, where) for where, several in rows for one in several):
+    for where, one in ((where, one) for where, several in rows for one in several):
+        comparison, pair = pairs.ranked(one, axis, where)
         audit.read += 1
         if comparison.safe is not None:
             audit.of_known_safety += 1
@@ -127,9 +135,16 @@ def _ranked(axis: Preference, limit: int | None, audit: Audit) -> Iterator[tuple
             audit.dropped[pair] += 1
             continue
         audit.usable += 1
-        yield comparison, pair
-        if audit.usable == limit:
+        audit.held_out += pairs.is_held_out(pair.prompt, settings.held_out)
+        yield where, comparison, pair
+        if audit.usable - audit.held_out == settings.limit:
             return
+
+
+def _alike(pair: Pair) -> bytes:
+    """Names a prompt, whatever its case, spaces and punctuation."""
+    words = [WORD.findall(message.content.casefold()) for message in pair.prompt]
+    return hashlib.sha256(json.dumps(words).encode()).digest()[:8]
 
 
 def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
@@ -137,8 +152,10 @@ def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
     prompt, answers = len(ids), list(map(len, said))
     for side, length in zip(SIDES, (prompt, *answers), strict=True):
         audit.lengths[side].append(length)
-    audit.too_long += prompt >= max_length
-    audit.cut += prompt < max_length < prompt + max(answers)
+    room = max_length - prompt
+    audit.too_long += room < 1
+    audit.cut += 0 < room < max(answers)
+    audit.alike += room > 0 and said[0][:room] == said[1][:room]
 
 
 def _bias(comparison: Comparison, pair: Pair, audit: Audit) -> None:
@@ -148,9 +165,9 @@ def _bias(comparison: Comparison, pair: Pair, audit: Audit) -> None:
         audit.longer_wins += lengths[0] > lengths[1]
 
 
-def _agreement(comparison: Comparison, pair: Pair, others: Mapping[str, Preference], audit: Audit) -> None:
+def _agreement(where: str, comparison: Comparison, pair: Pair, others: Mapping[str, Preference], audit: Audit) -> None:
     for name, other in others.items():
-        _, theirs = pairs.ranked(comparison, other, "")
+        _, theirs = pairs.ranked(comparison, other, f"{where}, by {name}")
         if not isinstance(theirs, str):
             counts = audit.agreed.setdefault(name, [0, 0])
             counts[0] += theirs.chosen == pair.chosen
@@ -174,14 +191,15 @@ def _doubts(facts: Mapping[str, Any]) -> list[str]:
     if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         found.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
-    if facts["prompts_on_both_sides"]:
-        found.append(f"{facts['prompts_on_both_sides']:,} prompts stand on both sides of the split")
+    if alike := facts["prompts_on_both_sides"]:
+        found.append(f"{alike:,} prompts differ from a held-out one in case, spaces or punctuation alone")
     if facts["both_unsafe"]:
         found.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers: one of them is learned")
     if facts["prompts_too_long"] or facts["answers_cut"]:
         found.append(
             f"at max_length {facts['max_length']:,}, {facts['prompts_too_long']:,} prompts are dropped and answers of "
             f"{facts['answers_cut']:,} pairs are cut"
+            + (f", {facts['alike_once_cut']:,} of them dropped as alike" if facts["alike_once_cut"] else "")
         )
     return found
 

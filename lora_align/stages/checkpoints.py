@@ -124,7 +124,7 @@ class Unfinished:
             return None
         run = runs.read(target)
         made = run.manifest
-        before = {**self.who, "base": run.fingerprint, "start": made.start}
+        before = {**self.who, "base": _base(made.base, made.recipe["base"]), "start": made.start}
         before["recipe"] = {key: made.recipe.get(key) for key in self.who["recipe"]}
         one = made.data.get("fingerprint")
         before["data"] = one or {source: of["fingerprint"] for source, of in made.data.items()}
@@ -163,12 +163,18 @@ def who(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[s
     settings = recipe.as_dict()
     return {
         "stage": stage,
-        "base": base.fingerprint,
+        "base": _base(base.identity, settings["base"]),
         "start": start,
         "recipe": {key: settings.get(key) for key in ("lora", stage)},
         "data": data,
         "versions": runs.library_versions(),
     }
+
+
+def _base(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """What a base does, wherever it lies."""
+    same = {name: identity.get(name) for name in ("fingerprint", "quantization", "double_quant", "chat_format")}
+    return {**same, "dtype": table["dtype"]}
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -103,6 +103,7 @@ def run(
     start = start_policy.adapter(recipe, runs_dir)
     prepared = {preference: prepare(recipe, preference, base, screen) for preference in preferences}
     references = References.of(base, start_policy.identity(start))
+    room = Room(recipe.dpo.tokens_per_batch, training.TOO_LONG)
     begun: dict[Path, Unfinished] = {}
     for preference in preferences:
         for direction in directions:
@@ -136,7 +137,7 @@ def run(
                 if ready is None:
                     tokens = 2 * recipe.dpo.tokens_per_batch  # nothing is kept for a gradient
                     ready = referenced(material, references, model, tokens, f"{called} reference", screen)
-                facts, model = train(model, base, recipe, ready, direction, label, staging, begun[target], screen)
+                facts, model = train(model, base, recipe, ready, direction, label, staging, begun[target], screen, room)
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
                 begun[target].clear()
             for reason in published[-1].manifest.unconverged:
@@ -160,8 +161,13 @@ def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
 def prepare(recipe: Recipe, preference: str, base: Base, screen: Screen) -> Material[TokenPair]:
     """Read, rank, split and tokenise; whatever is dropped or cut is counted."""
     settings = recipe.dpo
-    axis = recipe.preference(preference)
-    return materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
+    found = [
+        materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
+        for axis in recipe.parts(preference)
+    ]
+    material = materials.together(found)
+    materials.told(preference, material.facts, screen)
+    return material
 
 
 def referenced(
@@ -190,13 +196,15 @@ def train(
     folder: Path,
     unfinished: Unfinished,
     screen: Screen,
+    room: Room | None = None,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
-    """Train one adapter into a folder; the manifest's fields about it, and the model as it came."""
+    """Train one adapter into a folder, in as much room as one before it found; the manifest's fields about it, and the
+    model as it came."""
     with training.accepted_by_libraries():
         trainer = SteppingDPOTrainer(
             objective=Preferring(Reader.of(model), base.chat, recipe.dpo.beta, recipe.dpo.label_smoothing),
             rows=View(len(material.train), lambda i: material.train[i].facing(direction)),
-            room=Room(recipe.dpo.tokens_per_batch, training.TOO_LONG),
+            room=room or Room(recipe.dpo.tokens_per_batch, training.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),
             model=model,

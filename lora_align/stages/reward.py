@@ -126,6 +126,8 @@ def prepare(recipe: Recipe, settings: Reward, base: Base, screen: Screen) -> Mat
         pairs = materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
         facts[f"pairs {head}"] = pairs.facts
         compared[head] = pairs.train, pairs.held_out
+    for source, found in facts.items():
+        materials.told(source, found, screen)
     heads = _heads(settings, (row for train, _ in rated for row in train))
     sides = [
         [

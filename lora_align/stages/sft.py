@@ -42,6 +42,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     material = materials.of_conversations(recipe.sft, base, screen)
+    materials.told("sft", material.facts, screen)
     who = checkpoints.who("sft", recipe, base, "", material.facts["fingerprint"])
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
     if resume and (made := unfinished.made(target, screen)):

@@ -42,8 +42,12 @@ def spine(folder: Path, base: Path, on_gpu: bool, dtype: str) -> dict[str, Any]:
     return {"answer": json.loads(run(*PROMPT))["answer"]}
 
 
+NOUGHT = {"float32": 1e-3, "auto": 5e-2}
+
+
 def compare(cpu: Path, gpu: Path) -> dict[str, float]:
-    """First rewards (must be 0), and how alike the trained adapters are."""
+    """First rewards, which are 0 but for rounding (references are computed in other batches); and how alike the trained
+    adapters are."""
     figures = {}
     for side in ("pos", "neg"):
         ours, theirs = (folder / "runs" / "dpo" / "helpful" / side for folder in (cpu, gpu))
@@ -65,7 +69,7 @@ def main() -> None:
             gpu = spine(folder / dtype, base, on_gpu=True, dtype=dtype)
             found = compare(folder / "cpu", folder / dtype)
             figures[dtype] = {**found, "same greedy answer": gpu["answer"] == cpu["answer"]}
-            if any(found[f"{side} first margin"] != 0 for side in ("pos", "neg")):
+            if any(abs(found[f"{side} first margin"]) > NOUGHT[dtype] for side in ("pos", "neg")):
                 sys.exit(f"{dtype}: the first reward is not 0: {found}")
             least = 0.99 if dtype == "float32" else 0.9
             if any(found[f"{side} cosine to CPU"] < least for side in ("pos", "neg")):

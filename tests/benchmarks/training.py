@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -85,13 +86,14 @@ def ours(world: str, work: Path) -> dict[str, Any]:
     for folder in (cache, runs):
         shutil.rmtree(folder, ignore_errors=True)
     os.environ["LORA_ALIGN_CACHE"] = str(cache)
-    seconds, losses = [], {}
+    seconds, losses, pairs = [], {}, []
     for name, seed in (("first", 0), ("second", 0), ("again", 1)):
         began = time.perf_counter()
         this = replace(project, dpo=replace(project.dpo, seed=seed))
         of = "first" if name == "again" else name
         made = dpo.run(this, [of], list(Direction), runs, Screen(quiet=True), name=name)
         seconds.append(time.perf_counter() - began)
+        pairs.append(made[0].manifest.data["rows"])
         for run in made if name != "again" else ():
             lines = (run.path / "metrics.jsonl").read_text().splitlines()
             losses[f"{name} {run.path.name}"] = [json.loads(line)["loss"] for line in lines]
@@ -100,6 +102,7 @@ def ours(world: str, work: Path) -> dict[str, Any]:
         "first": seconds[0],
         "second": seconds[1],
         "again": seconds[2],
+        "pairs": pairs,
         "losses": losses,
     }
 
@@ -172,8 +175,8 @@ def _pair(number: int, length: int) -> Any:
     return TokenPair([5 + of] * quarter, [7 + of] * (3 * quarter), [9 + of] * (2 * quarter), (-9.0, -9.0))
 
 
-def growth(kind: str, work: Path) -> list[dict[str, float]]:
-    """Seconds of one direction over rows, and over tokens a row, on the built-in base."""
+def growth(kind: str, work: Path) -> dict[str, Any]:
+    """Seconds of one direction over rows, or over tokens a row, on the built-in base: the quickest of some rounds."""
     from dataclasses import replace
 
     from lora_align.console import Screen
@@ -186,9 +189,9 @@ def growth(kind: str, work: Path) -> list[dict[str, float]]:
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
     project = recipe_of("demo", work)
     base = bases.find(project.base)
-    sizes = [(rows, 64) for rows in (128, 256, 512)] if kind == "rows" else [(64, n) for n in (64, 128, 256, 448)]
-    found = []
-    for count, length in sizes:
+    over = {"rows": [(rows, 64) for rows in (128, 256, 512, 1024)], "tokens": [(128, n) for n in (64, 128, 256, 448)]}
+    quickest: dict[tuple[int, int], float] = {}
+    for count, length in [over[kind][0], *over[kind] * 3]:  # the first warms up
         rows = [_pair(i, length) for i in range(count)]
         folder = work / "growth"
         shutil.rmtree(folder, ignore_errors=True)
@@ -199,8 +202,13 @@ def growth(kind: str, work: Path) -> list[dict[str, float]]:
         material = Material(rows, [], {})
         unfinished = Unfinished(folder / "unfinished", {})
         dpo.train(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
-        found.append({"rows": count, "tokens": length, "seconds": round(time.perf_counter() - began, 2)})
-    return found
+        took = time.perf_counter() - began
+        quickest[count, length] = min(took, quickest.get((count, length), took))
+    found = [{"rows": count, "tokens": n, "seconds": round(took, 2)} for (count, n), took in quickest.items()]
+    sizes, seconds = [of[kind] for of in found], [of["seconds"] for of in found]
+    slope, start = statistics.linear_regression(sizes, seconds)
+    off = max(abs(start + slope * size - took) / took for size, took in zip(sizes, seconds, strict=True))
+    return {"measured": found, "furthest from a line, as a share": round(off, 3)}
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {
@@ -230,7 +238,9 @@ def compared(world: str, work: Path) -> dict[str, Any]:
         side: {"seconds": round(found["seconds"], 1), "ours of it": round(mine["seconds"] / found["seconds"], 3)}
         for side, found in best.items()
     }
-    figures["a second preference over the same pairs, of the first"] = round(mine["second"] / mine["first"], 3)
+    each = [mine[name] / count for name, count in zip(("first", "second", "again"), mine["pairs"], strict=True)]
+    figures["pairs of the first preference, and of the second"] = mine["pairs"][:2]
+    figures["a second preference over the same rows, of the first, a pair"] = round(each[1] / each[0], 3)
     figures["the first with another seed, of the first"] = round(mine["again"] / mine["first"], 3)
     return figures
 

@@ -53,20 +53,25 @@ def words(stage: str) -> list[str]:
     return [*STAGES[stage][0], *NOISE, "--set", f"{stage}.save_minutes=0"]
 
 
-def loads(unfinished: Path) -> bool:
-    """The newest checkpoint that is whole: every tensor and every file of it can be read. True where there is none."""
+def newest(unfinished: Path) -> Path | None:
+    """The checkpoint with the highest number, whole or not."""
+    found = {int(path.name.rpartition("-")[2]): path for path in unfinished.glob("checkpoint-*")}
+    return found[max(found)] if found else None
+
+
+def loads(checkpoint: Path) -> bool:
+    """Whether it is the one that work goes on from, and every tensor of it can be read."""
     import torch
     from safetensors.torch import load_file
 
     from lora_align.console import Screen
     from lora_align.stages.checkpoints import Unfinished
 
-    newest = Unfinished(unfinished, {}).begin(Screen(quiet=True))
-    if newest is None:
-        return not any(path.name.startswith("checkpoint-") for path in unfinished.glob("*"))
-    load_file(newest / "trained.safetensors")
+    if Unfinished(checkpoint.parent, {}).begin(Screen(quiet=True)) != checkpoint:
+        return False
+    load_file(checkpoint / "trained.safetensors")
     for name in ("optimizer.pt", "scheduler.pt"):
-        torch.load(newest / name, weights_only=True)
+        torch.load(checkpoint / name, weights_only=True)
     return True
 
 
@@ -106,8 +111,9 @@ def main() -> None:
                 child.kill()
                 child.join()
                 counted["kills"] += 1
-                counted["with a checkpoint"] += unfinished.is_dir()
-                counted["newest checkpoints that did not load"] += not loads(unfinished)
+                if checkpoint := newest(unfinished):
+                    counted["with a checkpoint"] += 1
+                    counted["newest checkpoints that did not load"] += not loads(checkpoint)
                 continue
             assert child.exitcode == 0, (folder / "out.txt").read_text()
             counted["finished"] += 1

@@ -27,7 +27,7 @@ from lora_align.recipe import Recipe
 from lora_align.stages import dpo, sft
 from lora_align.stages import start as start_policy
 from lora_align.stages.checkpoints import Unfinished
-from support import made_once
+from support import Cli, made_once
 
 QUIET = Screen(quiet=True)
 
@@ -110,6 +110,23 @@ def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None
         project = demo(f"preferences.helpful.data='{file}'", *labels)
         made += dpo.run(project, ["helpful"], [direction], tmp_path / name, QUIET)
     assert same(*made)
+
+
+def test_a_preference_of_two_is_trained_on_the_pairs_of_both(tmp_path: Path, cli: Cli) -> None:
+    project = demo('preferences.joint.of=["helpful","harmless"]', "dpo.limit=30")
+    base = bases.find(project.base)
+    one, other, both = (dpo.prepare(project, name, base, QUIET) for name in ("helpful", "harmless", "joint"))
+    for side in ("train", "held_out"):
+        rows = [list(getattr(part, side)) for part in (one, other, both)]
+        assert sorted(map(repr, rows[2])) == sorted(map(repr, rows[0] + rows[1]))
+    assert [row in list(one.train) for row in both.train[:6]] == [True, False] * 3
+    (run,) = dpo.run(project, ["joint"], [Direction.pos], tmp_path, QUIET)
+    assert run.manifest.data["rows"] == 60
+    assert run.manifest.data["source"] == "demo:pairs?rows=8000 + demo:pairs?rows=8000"
+    assert run.manifest.data["fingerprint"] not in (one.facts["fingerprint"], other.facts["fingerprint"])
+    told = cli("data", "--pref", "joint", "--set", 'preferences.joint.of=["helpful","harmless"]')
+    assert told.code == 2
+    assert "look at each" in told.err
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, both: dict[str, runs.Run]) -> None:

@@ -1,0 +1,307 @@
+"""Both papers in miniature, on the built-in world: `just evidence`. Trains, measures, and writes evidence/README.md.
+
+Three data seeds; the oracle grades answers to test prompts that nothing was chosen by. What --work holds already is not
+made again, also when it comes from `control.py` or `composition.py`. A process a core, a thread each.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import composition
+import fronts
+import rloo
+from control import PROMPTS, SEEDS
+from methods import Way
+from report import once
+
+from lora_align import recipe, runs
+from lora_align.adapters import peft_format, vectors
+from lora_align.adapters.delta import LoraDelta, total
+from lora_align.console import Screen
+from lora_align.data.rows import Message
+from lora_align.demo import lexicon, measure, oracle, world
+from lora_align.demo.oracle import AXES
+from lora_align.model import base as bases
+from lora_align.model.logprobs import TOKENS, answer_logprobs
+from lora_align.model.mixer import Mixer
+from lora_align.model.room import Room
+from lora_align.preference import Direction
+from lora_align.recipe import Recipe
+from lora_align.stages import dpo, reward
+
+PAIR = ("helpful", "harmless")
+STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+FAR = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+NOISES = (0.15, 0.3, 0.5)  # how often a label is exchanged; .5 is drawing by lot
+REWARD_NOISES = (0.0, 0.3)
+CORRELATED = ("helpful", "polite")
+CORRELATIONS = (-0.8, -0.4, 0.0, 0.4, 0.8)
+ASKED_OF_RLOO = {"pos": {"helpful": 1.0}, "neg": {"helpful": -1.0}, "both": {"helpful": 1.0, "harmless": 1.0}}
+Answers = dict[str, list[float | None]]  # a figure of every prompt's answer; None where it has none
+Jobs = Iterator[tuple[str, Callable[[], Any]]]
+
+
+# --- what is trained ---
+
+
+def world_of(seed: int, *more: str, **options: object) -> Recipe:
+    """The demo's recipe on pairs of one data seed."""
+    query = "&".join(f"{key}={value}" for key, value in {"rows": 8000, "seed": seed, **options}.items())
+    data = [f'preferences.{name}.data="demo:pairs?{query}"' for name in AXES]
+    return recipe.load(recipe.builtin()["demo"], [*data, *more])
+
+
+def adapters(work: Path, folder: str, preference: str, project: Recipe, sides: Sequence[Direction]) -> None:
+    """A preference's adapters, unless they are there."""
+    missing = [side for side in sides if not runs.is_run(work / folder / "dpo" / preference / side.value)]
+    if missing:
+        dpo.run(project, [preference], missing, work / folder, Screen(quiet=True), resume=True)
+
+
+def trainings(work: Path) -> Jobs:
+    """Vectors of every preference, and those that some item compares them with."""
+    both = list(Direction)
+    for seed in SEEDS:
+        plain = world_of(seed)
+        for name in composition.ORDER:
+            yield f"seed{seed} {name}", partial(adapters, work, f"seed{seed}", name, plain, both)
+        joint = world_of(seed, f"preferences.joint.of={json.dumps(PAIR)}")
+        yield f"seed{seed} joint", partial(adapters, work, f"seed{seed}", "joint", joint, [Direction.pos])
+        apart = world_of(seed, f"lora.init_seed={seed}")
+        yield f"apart{seed}", partial(adapters, work, f"apart{seed}", "helpful", apart, both)
+        for noise in NOISES:
+            noisy = world_of(seed, noise=noise)
+            yield f"noise{noise} {seed}", partial(adapters, work, f"noise{noise}-{seed}", "helpful", noisy, both)
+        for strength in filter(None, CORRELATIONS):
+            together = world_of(seed, correlate=f"helpfulness,politeness,{strength}")
+            for name in CORRELATED:
+                folder = f"correlated{strength}-{seed}"
+                yield f"{folder} {name}", partial(adapters, work, folder, name, together, both)
+
+
+def rewarded(work: Path, seed: int, noise: float) -> dict[str, float]:
+    """A reward model from the pairs that vectors learn from, and what RLOO makes of it; seconds for each."""
+    heads = [f"reward.pairs={{{', '.join(f'{name}={json.dumps(name)}' for name in PAIR)}}}", "reward.ratings={}"]
+    project = world_of(seed, *heads, "reward.limit=1200", noise=noise)
+    folder = work / f"rloo{noise}-{seed}"
+    seconds = {"reward": reward.run(project, folder, Screen(quiet=True), force=True).manifest.metrics["seconds"]}
+    safe, risky = (world.prompts(seed, risky=is_risky) for is_risky in (False, True))
+    count = rloo.STEPS * rloo.PROMPTS // 2
+    prompts = [next(some).text for some in itertools.chain(*zip([safe] * count, [risky] * count, strict=True))]
+    for label, wanted in ASKED_OF_RLOO.items():
+        if label != "both" or not noise:
+            seconds[label] = rloo.train(project, folder / "reward" / reward.NAME, wanted, prompts, folder / label)
+    return seconds
+
+
+# --- what is measured ---
+
+
+class Examiner:
+    """One seed's test prompts, put to the base under any update."""
+
+    def __init__(self, seed: int) -> None:
+        self.base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
+        self.model = self.base.load()
+        self.prompts = measure.questions(seed, PROMPTS, part="test")
+
+    def __call__(self, update: LoraDelta) -> Answers:
+        """The oracle's figures of an answer to each prompt."""
+        mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
+        answered = measure.answers(self.model, self.base, self.prompts, 1, seed=0)
+        mixer.remove()
+        rows = [_figures(prompt, text) for prompt, (text,) in zip(self.prompts, answered, strict=True)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def known(self, update: LoraDelta) -> list[float]:
+        """Of every fact, whether it is found likelier of its subject than three that are not true of it."""
+        mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
+        subjects = list(lexicon.SUBJECTS)
+        choices = []
+        for at, (subject, facts) in enumerate(lexicon.SUBJECTS.items()):
+            others = [name for name in subjects[at:] + subjects[:at] if _alike(name, subject)]
+            prompt = [Message("user", f"Tell me about {subject}.")]
+            for number, fact in enumerate(facts):
+                said = [fact, *(lexicon.SUBJECTS[name][number] for name in others[:3])]
+                choices.append(self.base.chat.answered(prompt, [_sentence(subject, one) for one in said]))
+        found = answer_logprobs(self.model, choices, Room(TOKENS)).view(-1, 4)
+        mixer.remove()
+        lengths = [[len(answer) for answer in answers] for _, answers in choices]
+        mean = [[sum_ / n for sum_, n in zip(*of, strict=True)] for of in zip(found.tolist(), lengths, strict=True)]
+        return [float(of.index(max(of)) == 0) for of in mean]
+
+
+def _alike(name: str, subject: str) -> bool:
+    return name != subject and lexicon.is_plural(name) == lexicon.is_plural(subject)
+
+
+def _sentence(subject: str, fact: str) -> str:
+    return lexicon.sentence(subject, fact, named=True)
+
+
+def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
+    read = oracle.score(prompt, text)
+    about = {
+        name: read.own(name) if read.well_formed and measure.ONLY_ON.get(name, prompt.risky) == prompt.risky else None
+        for name in AXES
+    }
+    stated = read.true_facts + read.false_facts
+    return {
+        **about,
+        "well-formed": float(read.well_formed),
+        "refused": None if prompt.risky else float(read.refused),
+        "true facts": read.true_facts / stated if stated else None,
+        "words": float(read.words),
+    }
+
+
+def mixed(work: Path, folder: str, weights: Mapping[str, float]) -> LoraDelta:
+    """Vectors, added."""
+    found = [vectors.find(name, work / folder).load() * weight for name, weight in weights.items() if weight]
+    return total([LoraDelta(()), *found])
+
+
+def policy(work: Path, folder: str, preference: str) -> LoraDelta:
+    """One adapter, towards."""
+    return peft_format.load(work / folder / "dpo" / preference / "pos", whole=True)
+
+
+def grid(work: Path, seed: int) -> dict[str, Answers]:
+    """Both weights from -1 to 1."""
+    examine = Examiner(seed)
+    points = itertools.product(STEPS, STEPS)
+    return {
+        f"{x:g},{y:g}": examine(mixed(work, f"seed{seed}", dict(zip(PAIR, (x, y), strict=True)))) for x, y in points
+    }
+
+
+def rivals(work: Path, seed: int) -> dict[str, Answers]:
+    """Everything that is to be helpful and harmless at once."""
+    examine, folder = Examiner(seed), f"seed{seed}"
+    return {
+        "start": examine(LoraDelta(())),
+        "vectors": examine(mixed(work, folder, dict.fromkeys(PAIR, 1.0))),
+        "joint DPO": examine(policy(work, folder, "joint")),
+        "soup": examine(Way("soup").mixed(work / folder, PAIR)[0]),
+        "positive alone": examine(total([policy(work, folder, name) for name in PAIR])),
+        "RLOO": examine(peft_format.load(work / f"rloo0.0-{seed}" / "both", whole=True)),
+    }
+
+
+def later(work: Path, seed: int) -> dict[str, Answers]:
+    """Two preferences, a third and a fourth added; and the new ones alone."""
+    examine = Examiner(seed)
+    sets = [PAIR, (*PAIR, "polite"), (*PAIR, "brief"), (*PAIR, "polite", "brief"), ("polite",), ("brief",), ()]
+    return {" ".join(names): examine(mixed(work, f"seed{seed}", dict.fromkeys(names, 1.0))) for names in sets}
+
+
+def far(work: Path, seed: int) -> dict[str, Any]:
+    """Both vectors, turned further than training went."""
+    examine = Examiner(seed)
+    updates = {f"{eta:g}": mixed(work, f"seed{seed}", dict.fromkeys(PAIR, eta)) for eta in FAR}
+    return {eta: {**examine(update), "known": examine.known(update)} for eta, update in updates.items()}
+
+
+def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
+    """Two preferences from pairs in which they go together, or against each other."""
+    examine, folder = Examiner(seed), f"correlated{strength}-{seed}" if strength else f"seed{seed}"
+    return {
+        f"{name} {weight:g}": examine(mixed(work, folder, {name: weight})) for name in CORRELATED for weight in (-1, 1)
+    }
+
+
+# --- the second road, and users who want different things ---
+
+
+def users(work: Path, seed: int) -> list[Any]:
+    """The answers of one DPO on pairs labelled by what three users want on the average."""
+    bench = fronts.Bench(work=work / "fronts", part="test", seeds=fronts.SEEDS, overrides=())
+    wanted = [fronts.directions(bench.project(seed))[place] for place in USERS.values()]
+    file = bench.runs(seed) / "average.jsonl"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(_labelled(row, wanted)) + "\n" for row in world.pairs(seed, 8000, risky=0)))
+    table = f'preferences.average={{data="{file}", rank="rating:average", margin=1.0}}'
+    project = bench.project(seed, table)
+    adapters(bench.work, f"seed{seed}", "average", project, [Direction.pos])
+    return fronts.answers(bench, seed, runs.read(bench.runs(seed) / "dpo" / "average" / "pos"), [""])
+
+
+USERS = {"all the help": 0, "in between": 5, "few words": 9}  # who they are, by the directions of `fronts`
+
+
+def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
+    """A pair with what its answers are worth to the users on the average."""
+    worth = {
+        f"average_{side}": sum(
+            want.value({name: row[f"{name}_{side}"] for name in fronts.OBJECTIVES}) for want in wanted
+        )
+        / len(wanted)
+        for side in (0, 1)
+    }
+    return {**{name: row[name] for name in ("prompt", "response_0", "response_1")}, **worth}
+
+
+def road(work: Path, seed: int) -> dict[str, float]:
+    """Everything `fronts.py` trains and measures for one seed; seconds of what it trains."""
+    bench = fronts.Bench(work=work / "fronts", part="test", seeds=fronts.SEEDS, overrides=())
+    seconds: dict[str, float] = once(bench.work, f"seed{seed}-seconds", lambda: fronts.miniature(bench, seed))
+    once(bench.work, f"seed{seed}-heads", lambda: fronts.heads(bench, seed))
+    fronts.measured(bench, seed)
+    return seconds
+
+
+def jobs(work: Path) -> list[list[tuple[str, Callable[[], Any]]]]:
+    """What is to be done, in two rounds: the second needs the first; the longest first."""
+    first: list[tuple[str, Callable[[], Any]]] = [(f"road {s}", partial(road, work, s)) for s in fronts.SEEDS]
+    first += [(f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES]
+    first += trainings(work)
+    second: list[tuple[str, Callable[[], Any]]] = [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
+    for seed in SEEDS:
+        second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
+        second += [(f"correlated {r} {seed}", partial(correlated, work, seed, r)) for r in CORRELATIONS]
+        second += [(f"composed {seed}", partial(composition.measured, work, seed))]
+    return [first, second]
+
+
+def done(work: Path, name: str, job: Callable[[], Any]) -> tuple[str, float]:
+    """A job, and its seconds the first time."""
+
+    def timed() -> dict[str, Any]:
+        began = time.perf_counter()
+        found = job()
+        return {"seconds": round(time.perf_counter() - began, 1), "found": found}
+
+    return name, once(work, name, timed)["seconds"]
+
+
+def main() -> None:
+    """Train, measure, tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".bench/evidence"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    work = options.work.resolve()
+    os.environ.setdefault("LORA_ALIGN_CACHE", str(work / "cache"))
+    seconds = {}
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for round_ in jobs(work):
+            for name, took in [future.result() for future in [pool.submit(done, work, *job) for job in round_]]:
+                seconds[name] = took
+                print(f"{name}: {took:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
