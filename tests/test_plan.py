@@ -253,9 +253,10 @@ def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> Non
     assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [said for said, *_ in advice._changes(with_moments)]
 
 
-@pytest.mark.parametrize("stage", ["dpo", "reward", "rsf"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "rsf"])
 def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, cli: Cli, tmp_path: Path) -> None:
-    words = [stage, *(["--all"] if stage == "dpo" else []), "--limit", "40", "--dry-run"]
+    more = {"dpo": ["--all"], "sft": ["--set", "sft.data=demo:conversations?rows=60"]}
+    words = [stage, *more.get(stage, []), "--limit", "40", "--dry-run"]
     done = cli(*words)
     assert done.code == 0, done.err
     assert f"{stage}.limit=40" in done.out.splitlines()

@@ -129,6 +129,7 @@ def rsf(
     runs_dir: RunsOption = runs.DEFAULT,
     name: NameOption = None,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     limit: LimitOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -136,6 +137,7 @@ def rsf(
 ) -> None:
     """Train one policy that is asked for a direction, by rejection sampling; goes on where it was stopped."""
     screen = Screen(as_json, quiet)
+    either(force, resume)  # it goes on in any case, unless it is to begin anew
     settings = limited(overrides, "rsf", limit)
     settings += [f"rsf.iterations={iterations}"] if iterations is not None else []
     project = project_of(recipe, settings, screen)

@@ -134,9 +134,9 @@ def _chosen_rejected(row: Row) -> Comparison:
     if isinstance(chosen, str) and TURN.match(chosen):
         return _transcripts(row)
     if isinstance(chosen, str):
-        prompt_text = _beginning(chosen, _text(rejected))
-        answers = (chosen[len(prompt_text) :], _text(rejected)[len(prompt_text) :])
-        return Comparison(_prompt(prompt_text), answers, {"label": 0}, ratings)
+        shared = _beginning(chosen, _text(rejected))
+        answers = (chosen.removeprefix(shared).lstrip(), rejected.removeprefix(shared).lstrip())
+        return Comparison(_prompt(shared), answers, {"label": 0}, ratings)
     turns = [_messages(chosen), _messages(rejected)]
     prompt = _prompt(row["prompt"]) if "prompt" in row else turns[0][:-1]
     if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
@@ -152,7 +152,7 @@ def _beginning(one: str, other: str) -> str:
     alike = itertools.takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False))
     shared = "".join(letter for letter, _ in alike)
     if not one[len(shared) :][:1].isspace() or not other[len(shared) :][:1].isspace():  # within a word
-        shared = shared[: len(shared) - len(shared.split(" ")[-1])]
+        shared = re.sub(r"\S+$", "", shared)
     shared = shared.rstrip()
     if not shared:
         raise ValueError("chosen and rejected are plain text that begins unlike, and there is no prompt column")

@@ -139,14 +139,14 @@ class Unfinished:
             before = json.loads((self.folder / WHO).read_text())
         except (OSError, ValueError) as fault:
             raise UserError(f"{self.folder / WHO}: {fault}; --force begins anew") from fault
-        versions = list(_differences(before.pop("versions", {}), self.who["versions"]))
+        versions = list(_unlike(before.pop("versions", {}), self.who["versions"]))
         if versions:
             screen.warn(f"{target} was begun with " + ", ".join(f"{name} {was}" for name, was, _ in versions))
         self._refuse(before, f"{target} was begun")
 
     def _refuse(self, before: Mapping[str, Any], what: str) -> None:
         now = {key: value for key, value in self.who.items() if key in before}
-        told = [f"{key} was {was}, is {is_}" for key, was, is_ in _differences(before, now) if _last(key) not in FREE]
+        told = list(differences(before, now))
         if told:
             more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
             told_all = "; ".join(told[:SHOWN])
@@ -185,13 +185,16 @@ def check_room(folder: Path, needed: int) -> None:
         raise UserError(f"{there}: about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free")
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any) -> Iterator[str]:
+    """What is not as it was, in words, of what may change a result."""
+    for key, was, is_ in _unlike(before, now):
+        if key.rpartition(".")[2] not in FREE:
+            yield f"{key} was {was}, is {is_}"
+
+
+def _unlike(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*before, *now)):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            yield from _unlike(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]

@@ -15,7 +15,7 @@ from lora_align.model.endpoint import Endpoint
 from lora_align.model.reward_model import Heads
 from lora_align.recipe import Lora, Recipe, Rsf
 from lora_align.runs import Run
-from lora_align.stages import asking
+from lora_align.stages import asking, checkpoints
 from lora_align.stages import start as start_policy
 
 STEERLM = "steerlm"  # the first of a series; t0, t1 and so on follow
@@ -51,14 +51,17 @@ def made_alike(folder: Path, recipe: Recipe, start: Run | None, reward: Run, tea
     """A published policy of this series, if it was made of the same things; more iterations may follow it."""
     run = runs.read(folder)
     recipes = (run.manifest.recipe, json.loads(json.dumps(recipe.as_dict())))
-    before, now = ({**r["rsf"], "iterations": 0, "lora": r["rsf"].get("lora") or r["lora"]} for r in recipes)
-    changed = [f"rsf.{key}" for key in now if before.get(key) != now[key]]
-    changed += ["reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
-    changed += ["start policy"] if run.manifest.start != start_policy.identity(start) else []
-    changed += [teacher.path.name] if teacher and run.manifest.method["teacher"] != teacher.manifest.files else []
+    before, now = ({"rsf": {**r["rsf"], "lora": r["rsf"].get("lora") or r["lora"]}} for r in recipes)
+    changed = list(checkpoints.differences(before, now))
+    changed += ["another reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
+    changed += ["another start policy"] if run.manifest.start != start_policy.identity(start) else []
+    changed += (
+        [f"another {teacher.path.name}"] if teacher and run.manifest.method["teacher"] != teacher.manifest.files else []
+    )
     if changed:
         raise UserError(
-            f"{folder} was made with another {changed[0]}; --name NEW keeps both, --force moves the old one aside"
+            f"{folder} was made differently: {'; '.join(changed)}; "
+            "--name NEW keeps both, --force moves the old one aside"
         )
     return run
 

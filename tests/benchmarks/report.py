@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ def save(name: str, figures: dict[str, Any]) -> None:
     }
     record = {
         "made": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
         "machine": machine,
         "versions": library_versions(),
         "figures": figures,
@@ -31,6 +33,14 @@ def save(name: str, figures: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
+
+
+def _commit() -> str:
+    """Of the code that was measured, where it is known; of what a resumed benchmark ended with."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()
 
 
 def once(work: Path, name: str, make: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ BASES = {"the built-in base": None, "8 layers of 256": (8, 256)}
 PROMPTS, ANSWERS = (32, 128, 256, 512, 1024), (32, 128, 384)  # tokens
 TOKENS = 4096  # of a step, about
 ROUNDS = 3
+SOME = 24  # real conversations
 
 
 def compared(size: tuple[int, int] | None, work: Path) -> dict[str, Any]:
@@ -70,12 +71,53 @@ def compared(size: tuple[int, int] | None, work: Path) -> dict[str, Any]:
     return found
 
 
+def conversations(work: Path) -> dict[str, Any]:
+    """Real pairs behind several turns, on a base they fit: each way's time, of that with nothing shared."""
+    from collections import Counter
+
+    from peft import get_peft_model
+    from training import recipe_of
+
+    from lora_align.data.pairs import read_pairs
+    from lora_align.model import base as bases
+    from lora_align.model import tokenise
+    from lora_align.model.logprobs import Reader
+    from lora_align.stages import training
+    from lora_align.stages.dpo import Preferring
+
+    project = recipe_of("real", work)
+    base = bases.find(project.base)
+    read = read_pairs(project.preference("first"), 0.0, None, Counter())
+    several = [pair for pair, _ in read if sum(message.role == "user" for message in pair.prompt) > 1]
+    rows = [row for row in tokenise.pairs(several, base.chat, project.dpo.max_length, Counter()) if row]
+    rows = [replace(row, reference=(-9.0, -9.0)) for row in rows[:SOME]]
+    policy = get_peft_model(base.load(), training.fresh_adapter(project.lora, base)).train()
+    rule = Reader.of(policy.get_base_model())
+    ways = {"never": replace(rule, longest_shared=0), "by the rule": rule, "always": replace(rule, look=0.0)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS + 1):
+        for way, reader in ways.items():
+            objective = Preferring(reader, base.chat, 0.1)
+            began = time.perf_counter()
+            for row in rows:
+                policy.zero_grad()
+                objective.part([row], [1.0]).loss.backward()
+            seconds[way].append(time.perf_counter() - began)
+    best = {way: min(taken[1:]) for way, taken in seconds.items()}
+    shared = sum(rule.shares(row.shared()) for row in rows)
+    times = {f"{way}, of never": round(took / best["never"], 3) for way, took in best.items() if way != "never"}
+    return {"pairs": len(rows), "of which the rule shares": shared, **times}
+
+
 def main() -> None:
     """Each base."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("sharing"))
     work = parser.parse_args().work
-    save("sharing", {name: once(work, name, lambda size=size: compared(size, work)) for name, size in BASES.items()})
+    found = {name: once(work, name, lambda size=size: compared(size, work)) for name, size in BASES.items()}
+    if os.environ.get("LORA_ALIGN_REAL_DATA"):
+        found["real conversations"] = once(work, "conversations", lambda: conversations(work))
+    save("sharing", found)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ FORMS: dict[str, Mapping[str, Any]] = {
         "chosen": [*ASK, {"role": "assistant", "content": GOOD}],
         "rejected": [*ASK, {"role": "assistant", "content": BAD}],
     },
+    "implicit prompt in text": {"chosen": f"Hi? {GOOD}", "rejected": f"Hi? {BAD}"},
     "prompt twice": {
         "prompt": "Hi?",
         "chosen": [*ASK, {"role": "assistant", "content": GOOD}],
@@ -92,6 +93,26 @@ def test_every_kind_of_file_keeps_every_character(suffix: str, tmp_path: Path) -
     assert read[1].answers == ("3", "4")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize("text", ["2024-01-01", "1e5", "true", "a\x00b", "a\r\nb", "\u00e9", "e\u0301", " a "])
+def test_text_that_looks_like_something_else_stays_text(text: str, suffix: str, tmp_path: Path) -> None:
+    _write(tmp_path / f"pairs{suffix}", [{"prompt": text, "chosen": GOOD, "rejected": BAD}])
+    [(where, row)] = sources.good_rows(str(tmp_path / f"pairs{suffix}"))
+    assert only(row).prompt[0].content == text, where
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"pairs{suffix}"
+    rows = [{"prompt": f"Hi {n}?", "chosen": GOOD, "rejected": BAD} for n in range(3)]
+    _write(file, rows)
+    lines = file.read_text(encoding="utf-8").replace("\r\n", "\n").replace("\n", "\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    read = [only(row) for _, row in sources.good_rows(str(file))]
+    assert [pair.prompt[0].content for pair in read] == ["Hi 0?", "Hi 1?", "Hi 2?"]
+    assert {pair.answers for pair in read} == {(GOOD, BAD)}
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -100,7 +121,9 @@ def test_every_kind_of_file_keeps_every_character(suffix: str, tmp_path: Path) -
         ('{"question": "a"}', ":1: no pair of answers in columns question"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "expected text or a list of turns, found int"),
         ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogates"),
-        ('{"chosen": "b", "rejected": "c"}', "no prompt column"),
+        ('{"chosen": "b", "rejected": "c"}', "begins unlike, and there is no prompt column"),
+        ('{"chosen": "better", "rejected": "best"}', "begins unlike, and there is no prompt column"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}', ":2: "),
         ('{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}', "better_response_id is 2"),
         ("", "no rows left"),
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "1 equal answers"),
@@ -215,6 +238,15 @@ def test_unlabelled_ties_are_ties() -> None:
     row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
     found = only(row)
     assert found.ranked(Ranker.parse("label")) == "tie"
+
+
+def test_an_instruction_with_what_went_before() -> None:
+    row = {"instruction": "And?", "input": "x", "output": GOOD, "system": "Be kind.", "history": [["Hi?", BAD]]}
+    said = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
+    before = [("system", "Be kind."), ("user", "Hi?"), ("assistant", BAD)]
+    assert said == [*before, ("user", "And?\n\nx"), ("assistant", GOOD)]
+    with pytest.raises(UserError, match="here: "):
+        forms.conversation({**row, "history": [["Hi?"]]}, "here")
 
 
 RATED: dict[str, Mapping[str, Any]] = {

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.data import forms, pairs, sources
+from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.stages import dpo
 from support import Cli
@@ -29,7 +30,6 @@ def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
     assert told["usable"] == len(material.train) + len(material.held_out) == sum(n for *_, n in told["histogram"])
     assert told["held_out"] == len(material.held_out)
     assert told["dropped"] == material.facts["dropped"]
-    assert told["prompts_on_both_sides"] == 0
     longest = max(len(pair.rejected) for pair in (*material.train, *material.held_out))
     assert told["tokens"]["rejected"][-1] == longest
     first = material.train[0] if told["shown"][0]["chosen"] == _marked(base, material.train[0].chosen) else None
@@ -54,6 +54,33 @@ def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
     assert "⟦" in shown.out
     assert "the longer answer wins" in shown.out
     assert max(map(len, shown.out.split("\n\n", 2)[2].splitlines())) <= 100
+
+
+def test_no_agreement_at_all_is_told_and_so_are_prompts_that_are_nearly_alike(cli: Cli, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"What is {i // 2}{'?' if i % 2 else ' ?!'}", "chosen": "no" + " no" * i, "rejected": "yes"}
+        for i in range(60)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = [f'preferences.{name}={{data="pairs.jsonl", rank="{name}er"}}' for name in ("short", "long")]
+    words = ["data", "--pref", "short", *(word for table in tables for word in ("--set", table))]
+    done = cli(*words, "--set", "dpo.held_out=0.5")
+    assert done.code == 0, done.err
+    assert "long prefers the same answer in 0%" in done.out
+    sides = [pairs.is_held_out((Message("user", str(row["prompt"])),), 0.5) for row in rows]
+    parted = sum(sides[i] != sides[i + 1] for i in range(0, 60, 2))
+    assert parted > 5
+    assert f"{parted} prompts differ from a held-out one in case, spaces or punctuation alone" in done.err
+
+
+def test_limits_count_as_in_training(cli: Cli) -> None:
+    words = ["data", "--pref", "helpful", "--set", "dpo.limit=100", "--set", "dpo.held_out=0.3", "--json"]
+    told = json.loads(cli(*words).out)
+    project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=100", "dpo.held_out=0.3"])
+    facts = dpo.prepare(project, "helpful", bases.find(project.base), Screen(quiet=True)).facts
+    assert told["usable"] - told["held_out"] == facts["rows"] == 100
+    assert told["held_out"] == facts["held_out"] > 0
+    assert told["dropped"] == facts["dropped"]
 
 
 def _marked(base: bases.Base, ids: list[int]) -> str:

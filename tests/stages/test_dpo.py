@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lora_align.data.rows import Conversation, Message, Pair
 from lora_align.demo import world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
+from lora_align.model import material as materials
 from lora_align.model import tokenise
 from lora_align.model.references import References
 from lora_align.model.tokenise import IGNORED, TokenPair
@@ -78,6 +80,29 @@ def test_the_first_reward_is_nought(both: dict[str, runs.Run]) -> None:
 def test_every_preference_and_direction_starts_from_one_adapter_in_float32(both: dict[str, runs.Run]) -> None:
     assert len({run.manifest.initial_adapter for run in both.values()}) == 1
     assert all(tensor.dtype == torch.float32 for run in both.values() for tensor in tensors(run).values())
+
+
+def test_both_directions_take_one_load_one_pass_over_references_and_one_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: Counter[str] = Counter()
+
+    def counting(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def called(*given: Any, **named: Any) -> Any:
+            counted[name] += 1
+            return real(*given, **named)
+
+        monkeypatch.setattr(owner, name, called)
+
+    counting(bases.Base, "load")
+    counting(References, "logprobs")
+    counting(materials, "of_pairs")
+    counting(dpo, "Room")
+    monkeypatch.setattr(dpo, "held_out_margins", lambda *_: {"pairs": 0})  # which has a room of its own
+    dpo.run(demo(), ["helpful"], list(Direction), tmp_path, QUIET)
+    assert counted == {"load": 1, "logprobs": 1, "of_pairs": 1, "Room": 1}
 
 
 def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802

@@ -1,6 +1,8 @@
 """Work that was stopped, killed or damaged goes on to the very bits it would have come to."""
 
 import json
+import random
+import re
 import shlex
 import signal
 import socket
@@ -29,6 +31,12 @@ STAGES = {
     ),
 }
 NOISE = ["--set", "lora.dropout=0.1"]  # so that the order of chance counts, too
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant> {% endif %}"
+)
 
 
 def words(stage: str) -> list[str]:
@@ -69,6 +77,7 @@ def stopped(folder: Path, stage: str, number: int, after: int, *more: str) -> Do
         until = time.monotonic() + 120
         while child.poll() is None and time.monotonic() < until:
             if any(int(path.name.rpartition("-")[2]) >= after for path in unfinished.glob("checkpoint-*")):
+                time.sleep(random.Random(f"{stage} {after}").uniform(0, 0.2) if number == signal.SIGKILL else 0)
                 child.send_signal(number)
                 break
             time.sleep(0.005)
@@ -131,7 +140,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str
     [
         ("dpo --pref helpful --force", "lora-align dpo --pref helpful --resume"),
         ("sft --set 'sft.data=my file.jsonl'", "lora-align sft --set 'sft.data=my file.jsonl' --resume"),
-        ("rsf --iterations 2 --force", "lora-align rsf --iterations 2"),
+        ("rsf --iterations 2 --force", "lora-align rsf --iterations 2 --resume"),
         ("demo", "lora-align demo"),
     ],
 )
@@ -169,6 +178,9 @@ def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
         (["--set", "dpo.beta=3"], "recipe.dpo.beta was 1.5, is 3.0"),
         (["--set", "lora.rank=8"], "recipe.lora.rank was 4, is 8"),
         (["--set", "preferences.helpful.margin=1"], "data was"),
+        (["--set", "base.double_quant=false"], "base.double_quant was True, is False"),
+        (["--set", "base.dtype=bfloat16"], "base.dtype was auto, is bfloat16"),
+        (["--set", f"base.chat_template={TEMPLATE}"], "base.chat_format was"),
     ],
 )
 def test_what_was_begun_otherwise_is_not_gone_on_with(changed: list[str], told: str, begun: Path) -> None:
@@ -247,6 +259,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> N
         _, said = child.communicate(timeout=60)
         assert child.returncode == 1
         assert "No space left" in said
+        assert re.search(r"a checkpoint of about [\d.,]+ MB broke off after [\d.,]+ MB \(.*No space left", said), said
         assert "is whole, --resume goes on from it" in said
         (disk / "filler").unlink()
         done = call(disk, *words("dpo"), "--resume")

@@ -104,14 +104,14 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     shutil.copytree(made / "runs", tmp_path / "runs")
     changed = rsf(tmp_path, "--iterations", "2", samples="4")
     assert changed.code == 2
-    assert "was made with another rsf.samples" in changed.err
+    assert "was made differently: rsf.samples was " in changed.err
     judged = call(
         tmp_path, "reward", "--force", "--limit", "40", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"'
     )
     assert judged.code == 0, judged.err
     other = rsf(tmp_path, "--iterations", "2")
     assert other.code == 2
-    assert "was made with another reward model" in other.err
+    assert "was made differently: another reward model" in other.err
     shutil.rmtree(tmp_path / "runs" / "reward")
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
     before = (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes()
@@ -165,24 +165,31 @@ def test_a_series_has_one_start_and_each_policy_its_own_teacher(
     file.write_text(json.dumps({**said, **changed}))
     done = rsf(tmp_path, "--iterations", "2")
     assert done.code == 2
-    assert f"{label} was made with {told}" in done.err
+    assert f"{label} was made differently: {told}" in done.err
 
 
-def test_killed_while_it_learns_it_does_not_draw_again(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "while_it", [".t1.samples/part-*.parquet", ".t1.unfinished/checkpoint-*"], ids=["draws", "learns"]
+)
+def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     policy = tmp_path / "runs" / "rsf" / "policy"
     shutil.rmtree(policy / "t1")
     words = [word for pair in SMALL.items() for word in ("--set", "=".join(pair))]
     until = time.monotonic() + 120
+    words += ["--set", "rsf.save_minutes=0"]
     child = subprocess.Popen([str(COMMAND), "rsf", "--iterations", "1", "--quiet", *words], cwd=tmp_path)
-    while not list((policy / ".t1.samples").glob("part-*.parquet")) and time.monotonic() < until:
-        time.sleep(0.01)
+    while not list(policy.glob(while_it)) and time.monotonic() < until:
+        time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not runs.is_run(policy / "t1")
-    again = rsf(tmp_path, "--iterations", "1")
+    again = rsf(tmp_path, "--iterations", "1", "--resume")
     assert again.code == 0, again.err
     assert "requests were answered before" in again.err
+    assert ("goes on after step" in again.err) == ("checkpoint" in while_it)
+    weights = [folder / "rsf/policy/t1/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     samples = [
         {(row["key"], row["number"]): row["response"] for row in read_table(folder / "samples.parquet").to_pylist()}
         for folder in (made / "runs" / "rsf" / "policy" / "t1", policy / "t1")
