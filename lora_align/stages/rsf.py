@@ -170,8 +170,8 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
         if plan.force:
             processes.by_first(lambda: shutil.rmtree(parts, ignore_errors=True))
         with shards.opened(parts) as store:
-            work = {**asdict(settings), "iterations": 0}  # more of them may follow
-            shards.same_work(parts, {"teacher": teacher.manifest.files, "rsf": work})
+            drawn_by = {f"rsf.{key}": of for key, of in asdict(settings).items() if key not in checkpoints.FREE}
+            shards.same_work(parts, {"teacher": teacher.manifest.files, **drawn_by})
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
             candidates = candidates_of(store.rows())
             shards.write(list(store.rows()), staging / SAMPLES)
