@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -222,21 +223,28 @@ def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
     }
 
 
-# --- the second road, and users who want different things ---
+# --- users who want different things ---
 
 
-def users(work: Path, seed: int) -> list[Any]:
-    """The answers of one DPO on pairs labelled by what three users want on the average."""
+def users(work: Path, seed: int) -> dict[str, float]:
+    """What one DPO answers, on pairs labelled by what three users want on the average; and how many were well-formed."""
     bench = fronts.Bench(work=work / "fronts", part="test", seeds=fronts.SEEDS, overrides=())
     wanted = [fronts.directions(bench.project(seed))[place] for place in USERS.values()]
     file = bench.runs(seed) / "average.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(_labelled(row, wanted)) + "\n" for row in world.pairs(seed, 8000, risky=0)))
-    table = f'preferences.average={{data="{file}", rank="rating:average", margin=1.0}}'
-    project = bench.project(seed, table)
+    project = bench.project(seed, f'preferences.average={{data="{file}", rank="rating:average", margin=1.0}}')
     adapters(bench.work, f"seed{seed}", "average", project, [Direction.pos])
-    return fronts.answers(bench, seed, runs.read(bench.runs(seed) / "dpo" / "average" / "pos"), [""])
+    base = bases.find(project.base)
+    model = base.load()
+    Mixer(model, {"average": policy(bench.work, f"seed{seed}", "average")}, {"average": 1.0})
+    asked = [prompt for prompt in measure.questions(seed, fronts.PROMPTS, part="test") if not prompt.risky]
+    answered = measure.answers(model, base, asked, fronts.SAMPLES, seed)
+    read = [oracle.score(prompt, text) for prompt, texts in zip(asked, answered, strict=True) for text in texts]
+    formed = [score for score in read if score.well_formed]
+    figures = {name: mean(score.grades[name] for score in formed) for name in fronts.OBJECTIVES}
+    return {**figures, "well-formed": len(formed) / len(read)}
 
 
 USERS = {"all the help": 0, "in between": 5, "few words": 9}  # who they are, by the directions of `fronts`
@@ -254,20 +262,10 @@ def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
     return {**{name: row[name] for name in ("prompt", "response_0", "response_1")}, **worth}
 
 
-def road(work: Path, seed: int) -> dict[str, float]:
-    """Everything `fronts.py` trains and measures for one seed; seconds of what it trains."""
-    bench = fronts.Bench(work=work / "fronts", part="test", seeds=fronts.SEEDS, overrides=())
-    seconds: dict[str, float] = once(bench.work, f"seed{seed}-seconds", lambda: fronts.miniature(bench, seed))
-    once(bench.work, f"seed{seed}-heads", lambda: fronts.heads(bench, seed))
-    fronts.measured(bench, seed)
-    return seconds
-
-
 def jobs(work: Path) -> list[list[tuple[str, Callable[[], Any]]]]:
-    """What is to be done, in two rounds: the second needs the first; the longest first."""
-    first: list[tuple[str, Callable[[], Any]]] = [(f"road {s}", partial(road, work, s)) for s in fronts.SEEDS]
+    """What is to be done, in two rounds: the second needs the first."""
+    first = [*trainings(work)]
     first += [(f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES]
-    first += trainings(work)
     second: list[tuple[str, Callable[[], Any]]] = [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
     for seed in SEEDS:
         second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
