@@ -69,10 +69,8 @@ def fitting(recipe: Recipe, base: Base, plan: Found) -> str:
         if found.fits:
             return f"it fits with{said}: {gigabytes(found.total)} GB, about {clock(found.seconds)}"
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
-        divided = replace(recipe, base=replace(recipe.base, fsdp=True))
         for count in CARDS:
-            several = replace(plan.device, count=count)
-            if planned(divided, base, found.stage, several, plan.lengths).fits:
+            if replace(found, device=replace(plan.device, count=count), divided=True).fits:
                 return f"it fits --cards {count} that divide the base, with --set base.fsdp=true{said}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit: a smaller base will"
 

@@ -32,7 +32,8 @@ class Found:
     lengths: Sequence[int]
     part: Sequence[int]  # which rows make the fullest part of a step
     device: Device
-    gathered: float  # bytes of a base's layers that are whole at once where it is divided among devices; 0: it is not
+    gathered: float  # bytes of a base's layers that are whole at once where it is divided
+    divided: bool  # among the devices
     rate: float  # operations a second: the share of the device's that is assumed, or as measured
     measured: Measured | None = None  # that part
 
@@ -51,7 +52,7 @@ class Found:
 
     @property
     def _weights(self) -> float:
-        if not self.gathered:
+        if not self.divided or self.device.count == 1:
             return self.cost.weights
         return self.cost.weights - self.cost.packed * (1 - 1 / self.device.count) + self.gathered
 
@@ -125,8 +126,8 @@ def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: S
         return objective.part(rows, objective.weights(rows)).loss
 
     cost = shape.cost(step)
-    gathered = GATHERED * cost.packed / shape.layers if recipe.base.fsdp and device.count > 1 else 0.0
-    return Found(stage, cost, sum(lengths), lengths, part, device, gathered, SHARE * device.rate)
+    gathered = GATHERED * cost.packed / shape.layers
+    return Found(stage, cost, sum(lengths), lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate)
 
 
 def gigabytes(count: float) -> str:

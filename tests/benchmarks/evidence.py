@@ -140,8 +140,8 @@ class Examiner:
         found = answer_logprobs(self.model, choices, Room(TOKENS)).view(-1, 4)
         mixer.remove()
         lengths = [[len(answer) for answer in answers] for _, answers in choices]
-        mean = [[sum_ / n for sum_, n in zip(*of, strict=True)] for of in zip(found.tolist(), lengths, strict=True)]
-        return [float(of.index(max(of)) == 0) for of in mean]
+        each = [[sum_ / n for sum_, n in zip(*of, strict=True)] for of in zip(found.tolist(), lengths, strict=True)]
+        return [float(of.index(max(of)) == 0) for of in each]
 
 
 def _alike(name: str, subject: str) -> bool:
@@ -227,7 +227,7 @@ def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
 
 
 def users(work: Path, seed: int) -> dict[str, float]:
-    """What one DPO answers, on pairs labelled by what three users want on the average; and how many were well-formed."""
+    """What one DPO answers whose pairs are labelled by what three users want on the average."""
     bench = fronts.Bench(work=work / "fronts", part="test", seeds=fronts.SEEDS, overrides=())
     wanted = [fronts.directions(bench.project(seed))[place] for place in USERS.values()]
     file = bench.runs(seed) / "average.jsonl"
@@ -287,6 +287,8 @@ def done(work: Path, name: str, job: Callable[[], Any]) -> tuple[str, float]:
 
 def main() -> None:
     """Train, measure, tell."""
+    import evidence_page  # which reads what was measured here
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".bench/evidence"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -299,6 +301,7 @@ def main() -> None:
             for name, took in [future.result() for future in [pool.submit(done, work, *job) for job in round_]]:
                 seconds[name] = took
                 print(f"{name}: {took:.0f} s", flush=True)
+    evidence_page.write(work, seconds)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def save(name: str, figures: dict[str, Any]) -> None:
     """Print and keep one benchmark's figures."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record(figures), indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+def record(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures beside where, when and by which code they were measured."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     machine = {
@@ -23,16 +30,13 @@ def save(name: str, figures: dict[str, Any]) -> None:
         "cores": os.cpu_count(),
         "system": platform.system(),
     }
-    record = {
+    return {
         "made": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "machine": machine,
         "versions": library_versions(),
         "figures": figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
 
 
 def _commit() -> str:
