@@ -58,6 +58,7 @@ class Walk:
     def __init__(self, contest: Contest, limits: Limits, report: Callable[[str], None]) -> None:
         self.arena, self.folder, self.limits, self.report = contest.arena, contest.folder, limits, report
         self.start = self._look({})
+        self.liked: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
 
     def side(self, one: Weights) -> Side:
         """How many times these weights: as what breaks stays broken farther out, the half is looked at first."""
@@ -73,9 +74,13 @@ class Walk:
         return Side(STEP * good, breaks)
 
     def margins(self, weights: Weights) -> dict[str, float]:
-        """Each preference's mean margin on held-out pairs."""
-        now = self.arena.likes(Contestant("", {START: 1.0, **weights}))
-        return {name: float((likes - self.arena.start_likes[name]).mean()) for name, likes in now.items()}
+        """Each preference's mean margin on held-out pairs; read once, as every pair asks for those of its two."""
+        key = frozenset(weights.items())
+        if key not in self.liked:
+            now = self.arena.likes(Contestant("", {START: 1.0, **weights}))
+            before = self.arena.start_likes
+            self.liked[key] = {name: float((likes - before[name]).mean()) for name, likes in now.items()}
+        return self.liked[key]
 
     def _look(self, weights: Weights) -> dict[str, float]:
         name = ",".join(f"{name}={weight:g}" for name, weight in weights.items()) or START

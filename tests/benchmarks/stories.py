@@ -1,0 +1,189 @@
+"""The page that `sweep` makes, on a real trained Llama: 260,032 parameters that tell small stories.
+
+Its pairs are its own stories, two to each beginning, ranked by which is shorter and by a reward model that has learned
+to count who speaks. Everything is typed as anyone would type it; the page goes to evidence/stories.html.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from report import once, save
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ bos_token }}{% endif %}{% endfor %}"
+)
+RECIPE = """
+about = "stories of a Llama of 260,032 parameters"
+
+[base]
+model = "{model}"
+chat_template = "{template}"
+
+[lora]
+rank = 8
+alpha = 16
+
+[preferences.brief]
+data = "scored.jsonl"
+rank = "shorter"
+margin = 100
+
+[preferences.talkative]
+data = "scored.jsonl"
+rank = "score:speech"
+margin = 15
+
+[dpo]
+beta = 0.1
+learning_rate = 3e-3
+max_length = 400
+limit = 600
+
+[reward.ratings.stories]
+data = "rated.jsonl"
+
+[reward]
+learning_rate = 3e-3
+max_length = 400
+
+[eval]
+prompts = "fresh.txt"
+text = "text.txt"
+max_new_tokens = 320
+count = 48
+samples = 2
+pairs = 64
+"""
+WHO = {
+    "little girl": ("She", ("Lily", "Sue", "Mia", "Amy")),
+    "little boy": ("He", ("Tim", "Tom", "Ben", "Sam")),
+    "big dog": ("He", ("Max", "Spot", "Rex", "Bob")),
+    "small bird": ("She", ("Kiki", "Tweety", "Lulu", "Bella")),
+}
+STARTS = (
+    "Once upon a time, there was a {who} named {name}. {they}",
+    "One day, a {who} named {name} went to the park. {they}",
+    "There was a {who}. The {who} was called {name}. {they}",
+)
+GOES_ON = (
+    "liked to",
+    "saw a",
+    "wanted",
+    "was very",
+    "had a",
+    "did not",
+    "found a",
+    "and a friend",
+    "said",
+    "was playing",
+)
+STORIES, LONGEST = 4, 320  # told to each beginning, and their tokens
+SPEECH = re.compile(r'"[^"]+"')
+GRID = ["brief=-1:1:0.5", "talkative=-1:1:0.5"]
+
+
+def beginnings() -> tuple[list[str], list[str]]:
+    """To learn from, and fresh ones."""
+    made = [
+        f"{start.format(who=who, name=name, they=they)} {on}"
+        for start, (who, (they, names)), on in itertools.product(STARTS, WHO.items(), GOES_ON)
+        for name in names
+    ]
+    return [text for i, text in enumerate(made) if i % 6], made[::6]
+
+
+def command(folder: Path, *words: str) -> dict[str, Any]:
+    """What a command says as JSON."""
+    line = [sys.executable, "-m", "lora_align", *words, "--json", "--quiet"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """Stories to every beginning, rated and in pairs."""
+    learned, fresh = beginnings()
+    (folder / "learned.txt").write_text("\n".join(learned) + "\n")
+    (folder / "fresh.txt").write_text("\n".join(fresh) + "\n")
+    (folder / "stories.jsonl").unlink(missing_ok=True)
+    words = ["generate", "--prompts", "learned.txt", "--out", "stories.jsonl", "-n", str(STORIES)]
+    command(folder, *words, "--max-new-tokens", str(LONGEST))
+    stories = [json.loads(line) for line in (folder / "stories.jsonl").read_text().splitlines()]
+    ended = [row for row in stories if row["ended"]]
+    rated = [{**_said(row), "speech": min(len(SPEECH.findall(row["response"])), 4)} for row in ended]
+    pairs = []
+    for prompt, some in itertools.groupby(ended, key=lambda row: row["prompt"]):
+        texts = [row["response"] for row in some]
+        pairs += [{"prompt": prompt, "chosen": one, "rejected": other} for one, other in itertools.pairwise(texts)]
+    _write(folder / "rated.jsonl", rated)
+    _write(folder / "pairs.jsonl", pairs)
+    (folder / "text.txt").write_text("\n".join(row["response"].replace("\n", " ") for row in ended[::20]) + "\n")
+    return {"stories": len(stories), "ended by themselves": len(ended), "pairs": len(pairs)}
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("prompt", "response")}
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    """The reward model, and what it says of all pairs."""
+    made = command(folder, "reward", "--force")
+    (folder / "scored.jsonl").unlink(missing_ok=True)
+    command(folder, "score", "--data", "pairs.jsonl", "--out", "scored.jsonl")
+    heads: dict[str, Any] = made["metrics"]["held_out"]["heads"]["speech"]
+    return {name: heads[name] for name in ("spearman", "rated")}
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """Both directions of both."""
+    made = command(folder, "dpo", "--all", "--force")
+    return [{**run["metrics"]["held_out"], "run": Path(run["path"]).as_posix()} for run in made["runs"]]
+
+
+def swept(folder: Path) -> dict[str, Any]:
+    """The grid, its page copied."""
+    command(folder, "sweep", *GRID, "--also", "base", "--by", "reward", "--force")
+    (report,) = (folder / "runs" / "sweep").iterdir()
+    shutil.copyfile(report / "report.html", Path(__file__).parent / "evidence" / "stories.html")
+    points: dict[str, Any] = json.loads((report / "points.json").read_text())
+    return points
+
+
+def main() -> None:
+    """One after the other; goes on where it was."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("stories"))
+    work = parser.parse_args().work.resolve()
+    folder = work / "project"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    model = Path(os.environ["LORA_ALIGN_REAL_DATA"]).resolve() / "stories260k"
+    (folder / "lora-align.toml").write_text(RECIPE.format(model=model, template=TEMPLATE))
+    began = time.perf_counter()
+    figures = {
+        item.__name__: once(work, item.__name__, lambda item=item: item(folder))
+        for item in (told, judged, trained, swept)
+    }
+    save("stories", {**figures, "seconds of what was not there": round(time.perf_counter() - began)})
+
+
+if __name__ == "__main__":
+    main()
