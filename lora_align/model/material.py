@@ -16,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy
 from filelock import FileLock
 
 from lora_align import processes, runs
@@ -111,8 +112,9 @@ def together(parts: Sequence[Material[Row]]) -> Material[Row]:
 
 
 def _spread(parts: Sequence[Sequence[Row]]) -> View[Row]:
-    places = sorted((at / len(part), which, at) for which, part in enumerate(parts) for at in range(len(part)))
-    return View(len(places), lambda i: parts[places[i][1]][places[i][2]])
+    rows = joined(parts)
+    order = numpy.concatenate([numpy.arange(len(part)) / max(len(part), 1) for part in parts]).argsort(kind="stable")
+    return View(len(rows), lambda i: rows[int(order[i])])
 
 
 @dataclass(frozen=True)
