@@ -38,6 +38,7 @@ bench:
     .venv/bin/python tests/benchmarks/algebra.py --work .bench/algebra
     .venv/bin/python tests/benchmarks/planning.py --work .bench/planning
     .venv/bin/python tests/benchmarks/training.py --work .bench/training
+    .venv/bin/python tests/benchmarks/growth.py --work .bench/growth
     .venv/bin/python tests/benchmarks/sharing.py --work .bench/planning
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
 

@@ -47,8 +47,8 @@ rank = "score:speech"
 margin = 15
 
 [dpo]
-beta = 0.1
-learning_rate = 3e-3
+beta = 0.3
+learning_rate = 5e-4
 max_length = 400
 limit = 600
 
