@@ -48,7 +48,7 @@ margin = 15
 
 [dpo]
 beta = 0.3
-learning_rate = 5e-4
+learning_rate = 1.2e-3
 max_length = 400
 limit = 600
 
