@@ -1,4 +1,4 @@
-"""How training time grows, with rows and with their length: seconds of one direction, and how far they lie from a line."""
+"""How training time grows with rows and with their length: seconds of one direction, and how far off a line."""
 
 import argparse
 import os
