@@ -269,6 +269,16 @@ def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, 
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_a_dry_run_of_what_consists_of_others_plans_their_pairs(cli: Cli) -> None:
+    rows = []
+    for pref in ("helpful", "harmless", "joint"):
+        words = ["dpo", "--pref", pref, "--limit", "40", "--dry-run", "--json"]
+        done = cli(*words, "--set", 'preferences.joint.of=["helpful","harmless"]')
+        assert done.code == 0, done.err
+        rows.append(json.loads(done.out)["stages"][0]["rows"])
+    assert rows[0] + rows[1] == rows[2] == 80
+
+
 def test_a_card_that_is_not_known_is_refused_with_those_that_are(cli: Cli) -> None:
     done = cli("plan", "--card", "rtx-9999")
     assert (done.code, "rtx-4090" in done.err) == (2, True)

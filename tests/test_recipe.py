@@ -72,6 +72,14 @@ def test_bad_overrides_are_refused(override: str) -> None:
         recipe.load(recipe.builtin()["demo"], [override])
 
 
+def test_a_fault_that_was_typed_is_not_the_files() -> None:
+    with pytest.raises(UserError) as told:
+        recipe.load(recipe.builtin()["demo"], ["dpo.betta=1", "lora.rank=0"])
+    lines = str(told.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("--set: ") for line in lines), lines
+
+
 def test_a_new_preference_is_a_table_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     tables = "".join(

@@ -169,7 +169,10 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
         (["dpo", "--pref", "helpfull"], "did you mean 'helpful'? (known: helpful, harmless, brief, polite"),
         (["dpo"], "either --pref NAME or --all"),
         (["dpo", "--pref", "helpful", "--direction", "up"], "pos, neg or both"),
-        (["dpo", "--pref", "helpful", "--direction", "pos"], "--name NEW keeps both, --force moves the old one aside"),
+        (
+            ["dpo", "--pref", "helpful", "--direction", "pos"],
+            "--resume keeps it and goes on with what is missing, --force",
+        ),
         (["dpo", "--pref", "helpful", "--name", "../up"], "a-z 0-9"),
         (["dpo", "--pref", "brief", "--set", "dpo.beta=-1", "--set", "dpo.x=1"], "dpo.beta"),
         (["merge", "--weights", "brief=1"], "lora-align dpo --pref brief --direction both"),

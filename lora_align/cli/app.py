@@ -49,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": look.list_runs,
     "push": compose.push,
 }
+SIGNALLED = 128  # exit codes above it name a signal
 LAST_WORD = 30.0  # seconds that the others wait for the first one, whose end is theirs, to say why
 TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
 for _name, _command in COMMANDS.items():
@@ -128,6 +129,6 @@ def _complain(text: str, code: int) -> None:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # the others were refused, or stopped, just as the first one was
         print(inert(f"process {processes.number()}: {text}"), file=sys.stderr, flush=True)  # noqa: T201
-    if processes.number():
+    if processes.number() and code < SIGNALLED:  # all know of a signal: nobody has to be heard first
         time.sleep(LAST_WORD)
     sys.exit(code)

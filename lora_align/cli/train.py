@@ -85,8 +85,10 @@ def dpo(
     for preference in names:  # before anything heavy is imported
         project.preference(preference)
     if dry_run:
-        chosen = {preference: project.preferences[preference] for preference in names}
-        planned(replace(project, preferences=chosen), "dpo", screen, passes=len(directions))
+        if pref is not None:  # of one that consists of others, theirs
+            chosen = {name: project.preferences[name] for name in project.preferences[pref].of or (pref,)}
+            project = replace(project, preferences=chosen)
+        planned(project, "dpo", screen, passes=len(directions))
         return
     from lora_align.stages import dpo as stage
 

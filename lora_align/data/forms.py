@@ -55,8 +55,11 @@ def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
                 return read(row)
             except (ValueError, TypeError, KeyError, IndexError, AttributeError) as fault:
                 raise UserError(f"{where}: {fault}") from fault
-    known = " | ".join(" ".join(sorted(columns)) for columns, _ in forms)
-    raise UserError(f"{where}: no {what} in columns {', '.join(map(str, row))} (known: {known})")
+    missing = min((sorted(columns - row.keys()) for columns, _ in forms), key=len)  # of the form that is nearest
+    raise UserError(
+        f"{where}: no {what} in columns {', '.join(map(str, row))} (nearest: with {' and '.join(missing)}); "
+        "`columns` names them otherwise, skip_bad = true counts such rows"
+    )
 
 
 # --- forms of comparison ---

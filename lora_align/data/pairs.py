@@ -60,7 +60,7 @@ def is_held_out(prompt: tuple[Message, ...], share: float) -> bool:
 
 def reasons(dropped: Counter[str]) -> str:
     """`3 tie, 1 empty answer`."""
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
 
 
 def _check_ranker(comparison: Comparison, ranker: Ranker, where: str) -> None:

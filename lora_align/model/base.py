@@ -123,10 +123,13 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     return _from_hub(base.model, base.revision or None, outline)
 
 
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # what is known of a base without its weights
+
+
 def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", *([] if outline else ["*.safetensors"])]
+    wanted = [*SMALL_FILES, *([] if outline else ["*.safetensors"])]
     try:
         # consolidated: Mistral's repositories hold every weight a second time in a form of their own
         unwanted = ["original/*", "consolidated*"]
@@ -143,9 +146,10 @@ def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
     except errors.HFValidationError as fault:
         raise UserError(f"base.model {name!r} is no hub id: {fault}") from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
+        only = "".join(f" --include '{files}'" for files in SMALL_FILES) if outline else ""
         raise UserError(
-            f"base {name!r} is not in the cache and the hub cannot be reached; with a network: `hf download {name}`, "
-            "or name a local folder in base.model"
+            f"base {name!r} is not in the cache and the hub cannot be reached; with a network: "
+            f"`hf download {name}{only}`, or name a local folder in base.model"
         ) from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise UserError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault

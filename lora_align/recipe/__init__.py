@@ -76,7 +76,10 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
     if recipe is not None:
         found += faults.of_recipe(recipe)
     if found or recipe is None:
-        raise UserError("\n".join(f"{source}: {fault}" for fault in found))
+        typed = [override.partition("=")[0].strip() for override in overrides]
+        raise UserError(
+            "\n".join(f"{'--set' if any(key in fault for key in typed) else source}: {fault}" for fault in found)
+        )
     return recipe
 
 

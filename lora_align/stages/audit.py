@@ -45,6 +45,9 @@ class Audit:
     both_unsafe: int = 0
     of_known_safety: int = 0
     prompts: dict[bool, set[bytes]] = field(default_factory=lambda: {True: set(), False: set()})
+    seen: set[bytes] = field(default_factory=set)
+    repeated: int = 0
+    contradicted: int = 0
     agreed: dict[str, list[int]] = field(default_factory=dict)
 
     def facts(self, max_length: int) -> dict[str, Any]:
@@ -65,6 +68,8 @@ class Audit:
             "answers_cut": self.cut,
             "alike_once_cut": self.alike,
             "longer_wins": _share(self.longer_wins, self.of_unlike_length),
+            "repeated": self.repeated,
+            "contradicted": self.contradicted,
             "both_unsafe": self.both_unsafe if self.of_known_safety else None,
             "agreement": {name: _share(same, count) for name, (same, count) in self.agreed.items()},
         }
@@ -87,6 +92,7 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
         _lengths(pair, base, max_length, audit)
         _bias(comparison, pair, audit)
         _agreement(where, comparison, pair, others, audit)
+        _repetition(pair, audit)
         audit.prompts[pairs.is_held_out(pair.prompt, recipe.dpo.held_out)].add(_alike(pair))
         if len(shown) < show:
             shown.append(_as_seen(pair, base, max_length))
@@ -115,7 +121,8 @@ def told(facts: Mapping[str, Any]) -> str:
     parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(facts["histogram"])]))
     lines, agreed = [], facts["agreement"].items()
     if facts["longer_wins"] is not None:
-        lines.append(f"the longer answer wins {facts['longer_wins']:.0%} of pairs, the shorter for `neg`")
+        wins = facts["longer_wins"]
+        lines.append(f"the longer answer wins {wins:.0%} of pairs, and {1 - wins:.0%} for `neg`")
     if facts["both_unsafe"] is not None:
         lines.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers")
     lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in agreed if share is not None]
@@ -141,10 +148,23 @@ def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[tuple[str
             return
 
 
+def _repetition(pair: Pair, audit: Audit) -> None:
+    """Whether the pair stood there before, and whether its answers did the other way round."""
+    same, switched = (
+        _digest([pair.prompt, *answers]) for answers in ((pair.chosen, pair.rejected), (pair.rejected, pair.chosen))
+    )
+    audit.repeated += same in audit.seen
+    audit.contradicted += switched in audit.seen
+    audit.seen.add(same)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(json.dumps(value, default=vars).encode()).digest()[:8]
+
+
 def _alike(pair: Pair) -> bytes:
     """Names a prompt, whatever its case, spaces and punctuation."""
-    words = [WORD.findall(message.content.casefold()) for message in pair.prompt]
-    return hashlib.sha256(json.dumps(words).encode()).digest()[:8]
+    return _digest([WORD.findall(message.content.casefold()) for message in pair.prompt])
 
 
 def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
@@ -187,10 +207,16 @@ def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
 def _doubts(facts: Mapping[str, Any]) -> list[str]:
     """What may spoil an adapter."""
     found = []
-    longer = facts["longer_wins"]
+    longer = None if facts["rank"] in ("shorter", "longer") else facts["longer_wins"]
     if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         found.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
+    if facts["repeated"]:
+        found.append(f"{facts['repeated']:,} pairs stood there before, word for word")
+    if facts["contradicted"]:
+        found.append(f"{facts['contradicted']:,} pairs are ones that stood there before, the other way round")
+    if facts["usable"] and not facts["held_out"]:
+        found.append("no pair is held out, so nothing will be measured: more prompts, or a larger dpo.held_out")
     if alike := facts["prompts_on_both_sides"]:
         found.append(f"{alike:,} prompts differ from a held-out one in case, spaces or punctuation alone")
     if facts["both_unsafe"]:

@@ -92,12 +92,13 @@ def run(
 
     Everything that can be refused is, for all of them, before the first one trains.
     """
+    training.check_trackers(recipe.dpo)
     for preference in preferences:
         recipe.preference(preference)
         for direction in directions:
             target = _target(runs_dir, name or preference, direction)
             if not (resume and runs.is_run(target)):
-                runs.refuse_existing(target, force)
+                runs.refuse_existing(target, force, "--resume keeps it and goes on with what is missing")
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)

@@ -58,6 +58,7 @@ def run(
         raise UserError(
             "the recipe has no [reward] table: name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]"
         )
+    training.check_trackers(recipe.reward)
     target = runs_dir / "reward" / (name or NAME)
     if not resume:
         runs.refuse_existing(target, force)

@@ -31,7 +31,7 @@ from lora_align.model.sampler import Sampler
 from lora_align.preference import SCORE
 from lora_align.recipe import Recipe
 from lora_align.runs import LOG, Manifest, Run
-from lora_align.stages import asking, checkpoints, learn, series
+from lora_align.stages import asking, checkpoints, learn, series, training
 from lora_align.stages import start as start_policy
 from lora_align.stages.collect import Panel, Request, candidates_of, collect
 from lora_align.stages.learn import Learned
@@ -54,6 +54,7 @@ def run(
     """Train and publish what is not there yet of the SteerLM-style policy and the iterations."""
     if recipe.rsf is None:
         raise UserError("the recipe has no [rsf] table: it names prompts, and bounds in [rsf.directions]")
+    training.check_trackers(recipe.rsf)
     asking.check(recipe.rsf)
     if recipe.base.fsdp and processes.count() > 1:
         raise UserError(

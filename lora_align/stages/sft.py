@@ -36,6 +36,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     """Train and publish the adapter every preference then starts from."""
     if recipe.sft is None:
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
+    training.check_trackers(recipe.sft)
     target = start_policy.folder(runs_dir)
     if not resume:
         runs.refuse_existing(target, force, "--runs DIR keeps both")
@@ -181,7 +182,7 @@ def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> 
 def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
     """A start policy that finds unseen answers no likelier than the base did has learned nothing."""
     if held_out["rows"] and held_out["loss"] >= held_out["loss_before"]:
-        return (f"held-out loss rose from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}",)
+        return (f"held-out loss did not fall: from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}",)
     return ()
 
 

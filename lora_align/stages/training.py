@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
@@ -94,6 +94,13 @@ def accepted_by_libraries() -> Iterator[None]:
         if "requires" not in str(fault):  # a tracker that is not installed, and nothing else
             raise
         raise UserError(f"the recipe cannot be trained: {fault}") from fault
+
+
+def check_trackers(settings: Training) -> None:
+    """Refuse what `report_to` names and is not there, before anything is read."""
+    with accepted_by_libraries():
+        for tracker in get_reporting_integration_callbacks(list(settings.report_to)):
+            tracker()
 
 
 def initialise(model: nn.Module, seed: int) -> str:

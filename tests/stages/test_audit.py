@@ -73,6 +73,22 @@ def test_no_agreement_at_all_is_told_and_so_are_prompts_that_are_nearly_alike(cl
     assert f"{parted} prompts differ from a held-out one in case, spaces or punctuation alone" in done.err
 
 
+def test_pairs_that_stood_there_before_are_named(cli: Cli, tmp_path: Path) -> None:
+    one = {"prompt": "Hi?", "chosen": "A long answer.", "rejected": "No."}
+    rows = [one] * 4 + [{**one, "chosen": one["rejected"], "rejected": one["chosen"]}] * 2
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", "--pref", "own", "--set", 'preferences.own.data="pairs.jsonl"']
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert "4 pairs stood there before, word for word" in done.err
+    assert "2 pairs are ones that stood there before, the other way round" in done.err
+    assert "no pair is held out, so nothing will be measured" in done.err
+    assert "the longer answer wins 67% of pairs, and 33% for `neg`" in done.out
+    by_length = cli(*words, "--set", "preferences.own.rank=shorter")
+    assert "the longer answer wins 0% of pairs, and 100% for `neg`" in by_length.out
+    assert "length is learned with it" not in by_length.err, "that is what was asked for"
+
+
 def test_limits_count_as_in_training(cli: Cli) -> None:
     words = ["data", "--pref", "helpful", "--set", "dpo.limit=100", "--set", "dpo.held_out=0.3", "--json"]
     told = json.loads(cli(*words).out)

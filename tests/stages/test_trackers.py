@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_align import runs
-from support import call
+from support import Cli, call
 
 
 def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
@@ -28,3 +28,15 @@ def test_nobody_is_told_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.code == 0, done.err
     assert sorted(path.name for path in (tmp_path / "runs" / "dpo" / "helpful").glob("[!.]*")) == ["pos"]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(("named", "told"), [("no-such-tracker", "no-such-tracker"), ("comet_ml", "comet")])
+def test_a_tracker_that_is_not_there_is_refused_before_anything_is_read(
+    named: str, told: str, cli: Cli, tmp_path: Path
+) -> None:
+    done = cli("dpo", "--pref", "helpful", "--set", f'dpo.report_to=["{named}"]')
+    assert done.code == 2
+    assert "error: the recipe cannot be trained: " in done.err
+    assert told in done.err
+    assert "rows to learn from" not in done.err
+    assert not list(tmp_path.glob("runs/**/*"))
