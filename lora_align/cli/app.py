@@ -104,7 +104,8 @@ def main() -> None:
     except UserError as fault:
         _complain(str(fault), fault.exit_code)
     except Stopped as stop:
-        goes_on = f"; to go on: {_going_on()}" if stop.kept else ""
+        launched = " (or under the launcher again)" if processes.count() > 1 else ""
+        goes_on = f"; to go on: {_going_on()}{launched}" if stop.kept else ""
         _complain(f"stopped; nothing unfinished was published{goes_on}", stop.exit_code)
     except TyperException as fault:
         told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
