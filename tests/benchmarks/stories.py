@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -92,6 +91,8 @@ GOES_ON = (
 )
 STORIES, LONGEST = 4, 320  # told to each beginning, and their tokens
 SPEECH = re.compile(r'"[^"]+"')
+NAME = "stories"
+TOLD = ("reward", "words", "ended", "distinct", "KL", "text loss")
 GRID = ["brief=-1:1:0.5", "talkative=-1:1:0.5"]
 
 
@@ -158,13 +159,20 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     return [{**run["metrics"]["held_out"], "run": Path(run["path"]).as_posix()} for run in made["runs"]]
 
 
-def swept(folder: Path) -> dict[str, Any]:
-    """The grid, its page copied."""
-    command(folder, "sweep", *GRID, "--also", "base", "--by", "reward", "--force")
-    (report,) = (folder / "runs" / "sweep").iterdir()
-    shutil.copyfile(report / "report.html", Path(__file__).parent / "evidence" / "stories.html")
-    points: dict[str, Any] = json.loads((report / "points.json").read_text())
-    return points
+def swept(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """The grid: of each point some figures, mean and interval. Its page is copied."""
+    report = folder / "runs" / "sweep" / NAME
+    command(folder, "sweep", *GRID, "--also", "base", "--by", "reward", "--name", NAME, "--force")
+    page = (report / "report.html").read_text(encoding="utf-8")
+    where = json.loads((report / "manifest.json").read_text())["base"]["model"]
+    published = Path(__file__).parent / "evidence" / "stories.html"
+    published.write_text(page.replace(where, Path(where).name), encoding="utf-8")
+    points = json.loads((report / "points.json").read_text())
+    return {point["contestant"]: {name: _mean(point["figures"][name]) for name in TOLD} for point in points}
+
+
+def _mean(figure: dict[str, float]) -> list[float]:
+    return [round(figure[name], 3) for name in ("value", "low", "high")]
 
 
 def main() -> None:
