@@ -42,6 +42,14 @@ bench:
     .venv/bin/python tests/benchmarks/sharing.py --work .bench/planning
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
 
+# Both papers in miniature: two hours on two cores; goes on where it was stopped. Writes tests/benchmarks/evidence/.
+evidence:
+    .venv/bin/python tests/benchmarks/evidence.py --work .bench/evidence
+
+# A sweep's page on a real Llama, where LORA_ALIGN_REAL_DATA names a folder that has one.
+stories:
+    .venv/bin/python tests/benchmarks/stories.py --work .bench/stories
+
 # The spine on a CUDA card, compared with the CPU.
 gpu-check:
     .venv/bin/python tests/benchmarks/gpu_check.py
