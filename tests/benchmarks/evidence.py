@@ -9,6 +9,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -263,8 +265,9 @@ def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
 
 
 def jobs(work: Path) -> list[list[tuple[str, Callable[[], Any]]]]:
-    """What is to be done, in two rounds: the second needs the first."""
-    first = [*trainings(work)]
+    """What is to be done, in two rounds: the second needs the first; the longest first."""
+    first = [(f"fronts {s}", partial(other, "fronts", work, "--only", str(s))) for s in fronts.SEEDS]
+    first += [("tune", partial(other, "tune", work)), *trainings(work)]
     first += [(f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES]
     second: list[tuple[str, Callable[[], Any]]] = [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
     for seed in SEEDS:
@@ -272,6 +275,12 @@ def jobs(work: Path) -> list[list[tuple[str, Callable[[], Any]]]]:
         second += [(f"correlated {r} {seed}", partial(correlated, work, seed, r)) for r in CORRELATIONS]
         second += [(f"composed {seed}", partial(composition.measured, work, seed))]
     return [first, second]
+
+
+def other(script: str, work: Path, *words: str) -> None:
+    """Another benchmark, in a folder of its own; it goes on where it was and saves what it found."""
+    line = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), "--work", str(work / script), *words]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
 
 
 def done(work: Path, name: str, job: Callable[[], Any]) -> tuple[str, float]:
@@ -301,6 +310,7 @@ def main() -> None:
             for name, took in [future.result() for future in [pool.submit(done, work, *job) for job in round_]]:
                 seconds[name] = took
                 print(f"{name}: {took:.0f} s", flush=True)
+    other("fronts", work)  # all of it is measured: what is left is to compare
     evidence_page.write(work, seconds)
 
 

@@ -71,6 +71,11 @@ def short(value: float) -> str:
     return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
+def yes(holds: bool) -> str:
+    """Or no."""
+    return "yes" if holds else "no"
+
+
 def above(one: Estimate, other: Estimate) -> bool:
     """Whether intervals lie apart."""
     return one.low > other.high
@@ -101,8 +106,8 @@ def control(work: Path) -> Item:
         "The weights control it",
         "Over η in {−1, −.5, 0, .5, 1}² both rewards rise with their weights (Llama-3.1-8B, reward models).",
         YES if both else OTHERWISE,
-        f"each grade rises with its own weight, averaged over the other (Spearman {short(ranks[PAIR[0]])} and "
-        f"{short(ranks[PAIR[1]])}), and from (−1, −1) by (0, 0) to (1, 1) both do",
+        f"Spearman of each grade with its own weight, averaged over the other: {short(ranks[PAIR[0]])} and "
+        f"{short(ranks[PAIR[1]])}; both rise from (−1, −1) by (0, 0) to (1, 1): {yes(better)}",
         [[["η of helpful, harmless", *PAIR, "the paper's rewards"], *rows]],
         {"control.png": "helpfulness and harmlessness over both weights"},
         {key: {name: asdict(of) for name, of in both_.items()} for key, both_ in at.items()},
@@ -151,7 +156,7 @@ def rivals(work: Path) -> Item:
         "Vectors are more helpful and refuse less than the RLHF ones, but are less harmless; better than the positive "
         "adapter alone; a few hours in place of a day.",
         YES if all(claims.values()) else NO if not any(claims.values()) else OTHERWISE,
-        "; ".join(f"{claim}: {'yes' if holds else 'no'}" for claim, holds in claims.items())
+        "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
         + ". The start policy is the raw base here, as the built-in recipe has no SFT; soup and vectors are of DPO's "
         "adapters, the paper's soup of PPO's",
         [[["", "helpful", "harmless", "safe prompts refused", "well-formed", "seconds", "the paper's"], *rows]],
@@ -231,11 +236,10 @@ def geometry(work: Path) -> Item:
         ".98 to 1.00 "
         "(trained by PPO: .21 to .26); STI .41 for two preferences, 2.33 for four. Why DPO's agree is left open.",
         YES if opposed and ordered and grows else OTHERWISE,
-        f"Δ₊ and Δ₋ oppose each other; helpful and harmless stand at {_span(between)}; three data seeds agree to "
-        f"{short(least)} or more for all eight, where the paper's seeds share their data; independent A: "
-        f"{_span(apart)}, "
-        f"labels by lot: {_span(noisy[0.5])}. RLOO's vectors agree {'less' if ordered else 'as much'}. A shared A "
-        "inflates cosines and the part of STI that compares inputs",
+        f"Δ₊ and Δ₋ oppose each other: {yes(opposed)}; helpful and harmless stand at {_span(between)}; three data seeds "
+        f"agree to {short(least)} or more for all eight, where the paper's seeds share their data; with an A of its own "
+        f"for each: {_span(apart)}, labels by lot: {_span(noisy[0.5])}. RLOO's agree less: {yes(ordered)}; STI grows "
+        f"with the number: {yes(grows)}. A shared A inflates cosines and the part of STI that compares inputs",
         [
             [["", *AXES], ["cos(Δ₊, Δ₋)", *(_span(of) for of in sides.values())],
              ["over data seeds", *(_span(of) for of in across.values())]],
@@ -381,7 +385,7 @@ def fronts(work: Path) -> Item:
         "From t ≥ 1 the front of the policy that is asked dominates SFT, DPO and SteerLM, and each front the "
         "one before.",
         YES if best and order and first else OTHERWISE,
-        f"each iteration covers more than the one before: {'yes' if order else 'no'}; point by point above "
+        f"each iteration covers more than the one before: {yes(order)}; point by point above "
         "all three from "
         f"t = {1 if first else 2} on. Vectors, which need no sampling, cover more than SteerLM and less than t1. "
         "The paper could not compare with vectors, nor grade by an oracle",

@@ -289,6 +289,20 @@ def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
     }
 
 
+def wins(found: Sequence[Mapping[str, Answers]]) -> dict[str, list[list[float]]]:
+    """Of each policy and thing asked of it: how often it helps more than the start policy, and how verbose it is."""
+    told: dict[str, list[list[float]]] = {}
+    for label in found[0]:
+        better = [
+            (seed[label][..., 0] > seed["SFT"][..., 0]) + 0.5 * (seed[label][..., 0] == seed["SFT"][..., 0])
+            for seed in found
+        ]
+        rates = np.mean([of.mean((1, 2)) for of in better], 0)
+        lengths = np.mean([points(seed[label])[:, 1] for seed in found], 0)
+        told[label] = np.round(np.stack([rates, lengths], 1), 4).tolist()
+    return told
+
+
 def obeyed(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
     """Whether more brevity asked for is less of both: Spearman of the angle with the oracle's grades, sign reversed."""
     by_seed = [points(seed[label]) for seed in found]
@@ -405,6 +419,7 @@ def main() -> None:
         "reward heads": {name: [round(one[name], 3) for one in reward_heads] for name in reward_heads[0]},
         "compared": compared(steered),
         "obeyed": {label: obeyed(found, label) for label in ITERATIONS},
+        "wins against SFT, and verbosity": wins(found),
         "infeasible": infeasible(found, ITERATIONS[-1]),
         "rewards": told,
         "points": {label: [np.round(points(seed[label]), 3).tolist() for seed in found] for label in found[0]},
