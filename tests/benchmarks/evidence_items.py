@@ -236,10 +236,10 @@ def geometry(work: Path) -> Item:
         ".98 to 1.00 "
         "(trained by PPO: .21 to .26); STI .41 for two preferences, 2.33 for four. Why DPO's agree is left open.",
         YES if opposed and ordered and grows else OTHERWISE,
-        f"Δ₊ and Δ₋ oppose each other: {yes(opposed)}; helpful and harmless stand at {_span(between)}; three data seeds "
-        f"agree to {short(least)} or more for all eight, where the paper's seeds share their data; with an A of its own "
-        f"for each: {_span(apart)}, labels by lot: {_span(noisy[0.5])}. RLOO's agree less: {yes(ordered)}; STI grows "
-        f"with the number: {yes(grows)}. A shared A inflates cosines and the part of STI that compares inputs",
+        f"Δ₊ and Δ₋ oppose each other: {yes(opposed)}; helpful and harmless stand at {_span(between)}; three data "
+        f"seeds agree to {short(least)} or more for all eight, where the paper's seeds share their data; with an A of "
+        f"its own for each: {_span(apart)}, labels by lot: {_span(noisy[0.5])}. RLOO's agree less: {yes(ordered)}; STI "
+        f"grows with the number: {yes(grows)}. A shared A inflates cosines and the part of STI that compares inputs",
         [
             [["", *AXES], ["cos(Δ₊, Δ₋)", *(_span(of) for of in sides.values())],
              ["over data seeds", *(_span(of) for of in across.values())]],
