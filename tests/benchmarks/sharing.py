@@ -18,7 +18,7 @@ BASES = {"the built-in base": None, "8 layers of 256": (8, 256)}
 PROMPTS, ANSWERS = (32, 128, 256, 512, 1024), (32, 128, 384)  # tokens
 TOKENS = 4096  # of a step, about
 ROUNDS = 3
-SOME = 24  # real conversations
+SOME = 12  # real conversations
 
 
 def compared(size: tuple[int, int] | None, work: Path) -> dict[str, Any]:
