@@ -113,11 +113,13 @@ def main() -> None:
     """Each base."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("sharing"))
-    work = parser.parse_args().work
-    found = {name: once(work, name, lambda size=size: compared(size, work)) for name, size in BASES.items()}
-    if os.environ.get("LORA_ALIGN_REAL_DATA"):
-        found["real conversations"] = once(work, "conversations", lambda: conversations(work))
-    save("sharing", found)
+    parser.add_argument("--conversations", action="store_true", help="real pairs of several turns, and nothing else")
+    options = parser.parse_args()
+    work = options.work
+    if options.conversations:
+        save("sharing_conversations", once(work, "conversations", lambda: conversations(work)))
+        return
+    save("sharing", {name: once(work, name, lambda size=size: compared(size, work)) for name, size in BASES.items()})
 
 
 if __name__ == "__main__":
