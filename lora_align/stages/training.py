@@ -90,17 +90,16 @@ def accepted_by_libraries() -> Iterator[None]:
         yield
     except (ValueError, ImportError, NotImplementedError) as fault:
         raise UserError(f"the recipe cannot be trained: {first_line(fault)}") from fault
-    except RuntimeError as fault:
-        if "requires" not in str(fault):  # a tracker that is not installed, and nothing else
-            raise
-        raise UserError(f"the recipe cannot be trained: {fault}") from fault
 
 
 def check_trackers(settings: Training) -> None:
     """Refuse what `report_to` names and is not there, before anything is read."""
-    with accepted_by_libraries():
-        for tracker in get_reporting_integration_callbacks(list(settings.report_to)):
-            tracker()
+    for tracker in settings.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([tracker]):
+                callback()
+        except (ValueError, ImportError, RuntimeError) as fault:  # how each library says that it is not there
+            raise UserError(f"the recipe cannot be trained: report_to {tracker!r}: {first_line(fault)}") from fault
 
 
 def initialise(model: nn.Module, seed: int) -> str:
