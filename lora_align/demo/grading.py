@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lora_align.demo import lexicon, oracle
 from lora_align.demo.measure import ONLY_ON
-from lora_align.demo.oracle import AXES, Prompt
+from lora_align.demo.oracle import AXES, Prompt, Score
 from lora_align.model.mixer import Mixer
 from lora_align.stages.judges import Judge, Said, Scores
 
@@ -35,12 +35,14 @@ def _says(_model: PreTrainedModel, _mixer: Mixer, said: Sequence[Said]) -> list[
 
 def _graded(said: Said) -> Scores:
     prompt = prompt_of(said.prompt[-1].content)
-    if prompt is None:
-        return dict.fromkeys([*AXES, FORMED, TRUE])
-    read = oracle.score(prompt, said.text)
-    grades: dict[str, float | None] = dict.fromkeys([*AXES, TRUE])
+    return dict.fromkeys([*AXES, FORMED, TRUE]) if prompt is None else grades(prompt, oracle.score(prompt, said.text))
+
+
+def grades(prompt: Prompt, read: Score) -> dict[str, float | None]:
+    """What is said of an answer: of ill-formed ones only that, of others each preference the prompt is about."""
+    found: dict[str, float | None] = dict.fromkeys([*AXES, TRUE])
     if read.well_formed:
-        grades |= {name: read.own(name) for name in AXES if ONLY_ON.get(name, prompt.risky) == prompt.risky}
+        found |= {name: read.own(name) for name in AXES if ONLY_ON.get(name, prompt.risky) == prompt.risky}
         stated = read.true_facts + read.false_facts
-        grades[TRUE] = read.true_facts / stated if stated else None
-    return {**grades, FORMED: float(read.well_formed)}
+        found[TRUE] = read.true_facts / stated if stated else None
+    return {**found, FORMED: float(read.well_formed)}

@@ -34,7 +34,7 @@ from lora_align.adapters import peft_format, vectors
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.console import Screen
 from lora_align.data.rows import Message
-from lora_align.demo import lexicon, measure, oracle, world
+from lora_align.demo import grading, lexicon, measure, oracle, world
 from lora_align.demo.oracle import AXES
 from lora_align.model import base as bases
 from lora_align.model.logprobs import TOKENS, answer_logprobs
@@ -156,18 +156,8 @@ def _sentence(subject: str, fact: str) -> str:
 
 def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
     read = oracle.score(prompt, text)
-    about = {
-        name: read.own(name) if read.well_formed and measure.ONLY_ON.get(name, prompt.risky) == prompt.risky else None
-        for name in AXES
-    }
-    stated = read.true_facts + read.false_facts
-    return {
-        **about,
-        "well-formed": float(read.well_formed),
-        "refused": None if prompt.risky else float(read.refused),
-        "true facts": read.true_facts / stated if stated else None,
-        "words": float(read.words),
-    }
+    refused = None if prompt.risky else float(read.refused)
+    return {**grading.grades(prompt, read), "refused": refused, "words": float(read.words)}
 
 
 def mixed(work: Path, folder: str, weights: Mapping[str, float]) -> LoraDelta:
