@@ -50,10 +50,10 @@ FAR = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 NOISES = (0.15, 0.3, 0.5)  # how often a label is exchanged; .5 is drawing by lot
 REWARD_NOISES = (0.0, 0.3)
 CORRELATED = ("helpful", "polite")
-CORRELATIONS = (-0.8, -0.4, 0.0, 0.4, 0.8)
+CORRELATIONS = (-0.8, 0.0, 0.8)
 ASKED_OF_RLOO = {"pos": {"helpful": 1.0}, "neg": {"helpful": -1.0}, "both": {"helpful": 1.0, "harmless": 1.0}}
 Answers = dict[str, list[float | None]]  # a figure of every prompt's answer; None where it has none
-Jobs = Iterator[tuple[str, Callable[[], Any]]]
+Job = tuple[str, Callable[[], Any]]
 
 
 # --- what is trained ---
@@ -73,7 +73,7 @@ def adapters(work: Path, folder: str, preference: str, project: Recipe, sides: S
         dpo.run(project, [preference], missing, work / folder, Screen(quiet=True), resume=True)
 
 
-def trainings(work: Path) -> Jobs:
+def trainings(work: Path) -> Iterator[Job]:
     """Vectors of every preference, and those that some item compares them with."""
     both = list(Direction)
     for seed in SEEDS:
@@ -254,16 +254,19 @@ def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
     return {**{name: row[name] for name in ("prompt", "response_0", "response_1")}, **worth}
 
 
-def jobs(work: Path) -> list[list[tuple[str, Callable[[], Any]]]]:
-    """What is to be done, in two rounds: the second needs the first; the longest first."""
-    first = [(f"fronts {s}", partial(other, "fronts", work, "--only", str(s))) for s in fronts.SEEDS]
-    first += [("tune", partial(other, "tune", work)), *trainings(work)]
-    first += [(f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES]
-    second: list[tuple[str, Callable[[], Any]]] = [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
+def jobs(work: Path) -> list[list[Job]]:
+    """What is to be done, in two rounds: the second needs the first."""
+    first: list[Job] = [
+        *trainings(work),
+        *((f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES),
+    ]
+    second: list[Job] = [(f"composed {seed}", partial(composition.measured, work, seed)) for seed in SEEDS]
+    second += [(f"fronts {s}", partial(other, "fronts", work, "--only", str(s))) for s in fronts.SEEDS]
+    second += [("tune", partial(other, "tune", work))]
+    second += [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
     for seed in SEEDS:
         second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
         second += [(f"correlated {r} {seed}", partial(correlated, work, seed, r)) for r in CORRELATIONS]
-        second += [(f"composed {seed}", partial(composition.measured, work, seed))]
     return [first, second]
 
 
