@@ -49,6 +49,13 @@ RESAMPLED = 2000  # times the prompts are drawn anew, for intervals
 Answers = NDArray[np.float64]  # [things asked for, prompts, samples, FIELDS]
 FIELDS = ("helpfulness", "verbosity", "well-formed", "judged helpfulness", "judged verbosity")
 Front = NDArray[np.float64]  # [points, (helpfulness, verbosity)]
+STYLES = {  # a policy's colour, and how its points are marked
+    **{f"t{t}": (shade, "o-") for t, shade in enumerate(["#c6d4ea", "#98b3d9", "#6a91c8", "#3f6cb0", "#1f4e9c"])},
+    "SteerLM": ("#c2410c", "s--"),
+    "vectors": ("#4d7c0f", "d--"),
+    "SFT": ("black", "*"),
+    "DPO": ("#7c3aed", "P"),
+}
 
 
 @dataclass(frozen=True)
@@ -356,15 +363,12 @@ def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Ma
     picture = Figure(figsize=(11, 3.8), layout="constrained")
     fronts_of, angles_of, rewards_of = picture.subplots(1, 3, width_ratios=(1.4, 1, 1))
     mean = {label: np.mean([points(seed[label]) for seed in found], 0) for label in found[0]}
-    shades = ["#c6d4ea", "#98b3d9", "#6a91c8", "#3f6cb0", "#1f4e9c"]
-    for label, shade in zip(ITERATIONS, shades, strict=True):
-        fronts_of.plot(mean[label][:, 1], mean[label][:, 0], "o-", color=shade, markersize=3.5, label=label)
-    steered = mean["SteerLM"][:TARGETS]
-    fronts_of.plot(steered[:, 1], steered[:, 0], "s--", color="#c2410c", markersize=4, linewidth=1, label="SteerLM")
-    fronts_of.plot(*mean["SteerLM"][-1][::-1], "x", color="#c2410c", label="SteerLM, asked for 100 and 0")
-    fronts_of.plot(*mean["vectors"].T[::-1], "d--", color="#4d7c0f", markersize=4, linewidth=1, label="vectors mixed")
-    fronts_of.plot(*mean["SFT"][0][::-1], "*", color="black", markersize=9, label="SFT")
-    fronts_of.plot(*mean["DPO"][0][::-1], "P", color="#7c3aed", markersize=7, label="DPO, helpful")
+    lines = {**mean, "SteerLM": mean["SteerLM"][:TARGETS]}
+    for label, (colour, mark) in STYLES.items():
+        size, name = (8 if len(lines[label]) == 1 else 4), {"DPO": "DPO, helpful"}.get(label, label)
+        fronts_of.plot(*lines[label].T[::-1], mark, color=colour, markersize=size, linewidth=1.3, label=name)
+    asked_too_much = mean["SteerLM"][-1]
+    fronts_of.plot(*asked_too_much[::-1], "x", color=STYLES["SteerLM"][0], label="SteerLM, asked for 100 and 0")
     fronts_of.set_xlabel("verbosity")
     fronts_of.set_ylabel("helpfulness")
     fronts_of.legend(frameon=False, fontsize=7, loc="lower right")

@@ -52,5 +52,7 @@ def once(work: Path, name: str, make: Callable[[], Any]) -> Any:
     file = work / "measured" / f"{name}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(make()))
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(make()))
+        part.replace(file)
     return json.loads(file.read_text())
