@@ -36,6 +36,19 @@ class Blend:
         return [doubt for vector in self.found.values() for doubt in vector.doubts()]
 
 
+def newest_policy(runs_dir: Path, option: str, screen: Screen) -> Run:
+    """The last one that `rsf` has published and that can be asked for a direction, as some option needs."""
+    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf" and not steered(run)]
+    if not made:
+        raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `lora-align rsf` trains one")
+    return made[-1]
+
+
+def steered(run: Run) -> bool:
+    """Whether a policy of `rsf` is asked for scores, as SteerLM's are, in place of a direction."""
+    return bool(run.manifest.method["steer"])
+
+
 @dataclass(frozen=True)
 class Policy:
     """A policy that can be asked for a direction, and what it is asked for."""
@@ -46,14 +59,7 @@ class Policy:
     @classmethod
     def newest(cls, runs_dir: Path, asked: str, screen: Screen) -> "Policy":
         """The last one `rsf` has published, asked for `helpfulness=0.8,verbosity=-0.6`."""
-        made = [
-            run
-            for run in runs.every(runs_dir, screen)
-            if run.manifest.stage == "rsf" and not run.manifest.method["steer"]
-        ]
-        if not made:
-            raise UserError(f"--want: no policy in {runs_dir}/rsf that can be asked; `lora-align rsf` trains one")
-        return cls.of(made[-1], asked, screen)
+        return cls.of(newest_policy(runs_dir, "--want", screen), asked, screen)
 
     @classmethod
     def of(cls, run: Run, asked: str, screen: Screen) -> "Policy":

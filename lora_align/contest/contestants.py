@@ -18,9 +18,10 @@ from lora_align.preference import parse_weights
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 from lora_align.stages import start as start_policy
+from lora_align.want import scores_asked
 
 BASE, START, MIX = "base", "start", "mix"  # words that name a contestant by themselves
-WANT = "want:"  # before a direction
+WANT = "want"  # before a direction, or before a policy and what it is asked for
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Field:
 
 
 def field_of(words: Sequence[str], recipe: Recipe, base: Base, runs_dir: Path, screen: Screen) -> Field:
-    """Those that words name: `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, a run's or an adapter's folder, `start`,
-    `base`, or `mix` for the newest one."""
+    """Those that words name: `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, `want@rsf/rsf/t2:helpfulness=0.8`, a
+    run's or an adapter's folder, `start`, `base`, or `mix` for the newest one."""
     start = start_policy.adapter(recipe, runs_dir)
     found: dict[str, Vector] = {}
     contestants = []
@@ -70,15 +71,34 @@ def field_of(words: Sequence[str], recipe: Recipe, base: Base, runs_dir: Path, s
     return Field(base, contestants, found, start)
 
 
+def _asked(word: str, runs_dir: Path, screen: Screen) -> tuple[Run, str]:
+    """A policy, the newest or the one behind the @, and the message that asks it for what stands behind the colon: a
+    direction, or of SteerLM's scores."""
+    folder, _, asked = word.removeprefix(WANT).partition(":")
+    if not folder:
+        policy = Policy.newest(runs_dir, asked, screen)
+        return policy.run, policy.system()
+    inside = runs_dir / folder[1:]
+    run = runs.read(inside if runs.is_run(inside) else Path(folder[1:]))
+    if run.manifest.stage != "rsf":
+        raise UserError(f"{word}: {run.path} is a run of {run.manifest.stage}; `rsf` trains policies that can be asked")
+    if not sessions.steered(run):
+        return run, Policy.of(run, asked, screen).system()
+    scores, objectives = parse_weights(asked), run.manifest.method["objectives"]
+    if set(scores) != set(objectives):
+        raise UserError(f"{word}: this policy is asked for scores of {' and '.join(objectives)}, from 0 to 100")
+    return run, scores_asked({name: scores[name] for name in objectives}, run.manifest.method["steer"])
+
+
 def _contestant(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> tuple[Contestant, Mapping[str, Vector]]:
     if word == BASE:
         return Contestant(word, {}), {}
     if word == START:
         return Contestant(word, {START: 1.0}), {}
-    if word.startswith(WANT):
-        policy = Policy.newest(runs_dir, word.removeprefix(WANT), screen)
-        name = policy.run.path.relative_to(runs_dir).as_posix()
-        return Contestant(word, {START: 1.0, name: 1.0}, policy.system()), {name: vectors.at(policy.run.path, name)}
+    if word.startswith((f"{WANT}:", f"{WANT}@")):
+        run, system = _asked(word, runs_dir, screen)
+        name = run.path.as_posix()
+        return Contestant(word, {START: 1.0, name: 1.0}, system), {name: vectors.at(run.path, name)}
     if "=" in word and not Path(word).exists():
         weights = parse_weights(word)
         found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in weights}

@@ -38,6 +38,11 @@ class Bounds:
     refused: float
     weight: float
 
+    @property
+    def read(self) -> Mapping[str, float]:
+        """Those that need no answers."""
+        return {KL: self.kl, LOSS: self.loss}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -87,11 +92,15 @@ class Hill:
             effect = found[name] / self.spread[name]
             height += aim * NORMAL.cdf(effect)
             slope = slope + aim * NORMAL.pdf(effect) / self.spread[name] * slopes[name]
-        for name, bound in ((KL, self.bounds.kl), (LOSS, self.bounds.loss)):
+        for name, bound in self.bounds.read.items():
             over = max(found[name] / bound - 1, 0.0)
             height -= STEEP * over**2
             slope = slope - 2 * STEEP * over / bound * slopes[name]
         return Place(weights, height, slope, found)
+
+    def passed(self, place: Place) -> bool:
+        """Whether one of the bounds is that need no answers."""
+        return any(place.found[name] > bound for name, bound in self.bounds.read.items())
 
     def _mean(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
         """Of what is made of log π − log π_start of each token, with its gradient, part by part."""

@@ -107,7 +107,8 @@ class Arena:
         }
 
     def _add_kl(self, contestant: Contestant, rows: Sequence[Row]) -> None:
-        """log π − log π_start of each answer; its mean over answers drawn at temperature 1 is the KL divergence."""
+        """log π − log π_start of each answer, whose mean is the KL divergence KL(π‖π_start); of answers that were drawn
+        from π itself, which those at another temperature than 1 are not."""
         sides = []
         for who, system in ((contestant, contestant.system), (Contestant(START, {START: 1.0}), "")):
             self.become(who)
@@ -120,7 +121,7 @@ class Arena:
                 row["tokens"] = len(answer)
             sides.append(answer_logprobs(self.model, read, Room(TOKENS)))
         for row, found in zip(rows, (sides[0] - sides[1]).tolist(), strict=True):
-            row["kl"] = found
+            row["kl"] = found if self.exam.sampling.temperature == 1 else None
 
     def _add_scores(self, rows: Sequence[Row]) -> None:
         """What each judge says, who sees the prompt as it is, without what was asked for."""
@@ -129,10 +130,7 @@ class Arena:
             places = [place for place, one in enumerate(said) if one]
             found = judge.says(self.model, self.mixer, [one for one in said if one])
             for place, scores in zip(places, found, strict=True):
-                own = {
-                    f"{name}: {objective}" if len(scores) > 1 else name: value for objective, value in scores.items()
-                }
-                rows[place] |= {SCORE + column: value for column, value in own.items()}
+                rows[place] |= {SCORE + judges.column(name, objective): value for objective, value in scores.items()}
 
     # --- likes ---
 

@@ -17,7 +17,8 @@ PICTURES = {
     "map.png": "Two weights together.",
     "front.png": "Every point by two scores; the dashed line joins those that no other beats.",
     "length.png": "How often a point beats the start policy, against how long its answers are.",
-    "cost.png": "What far weights cost: loss of ordinary text, facts, distance from the start policy.",
+    "asked.png": "What a policy makes of the direction it is asked for.",
+    "cost.png": "What it is paid with: loss of ordinary text, facts, distance from the start policy (the star).",
 }
 TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -39,7 +40,7 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 <figcaption>{{ picture.says }}</figcaption></figure>
 {% endfor %}
 <h2>All figures</h2>
-<p class="small">Bold: no other point beats it by {{ scores|join(" and ") }}.</p>
+<p class="small">Bold: no other point beats it by {{ best }}.</p>
 <div class="wide"><table><tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr{% if row.best %} class="best"{% endif %}><td>{{ row.word }}</td>
 {% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -52,7 +53,9 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 """
 
 
-def write(folder: Path, title: str, base: str, result: Mapping[str, Any], points: Sequence[Point]) -> None:
+def write(
+    folder: Path, title: str, base: str, result: Mapping[str, Any], covered: str, points: Sequence[Point]
+) -> None:
     """`report.html`, with all that lies in the folder as a picture."""
     names = list(dict.fromkeys(name for point in points for name in point.figures))
     best = {point["word"] for point in result["front"]}
@@ -64,7 +67,7 @@ def write(folder: Path, title: str, base: str, result: Mapping[str, Any], points
             title=title,
             base=base,
             points=len(points),
-            scores=list(result["scores"].values()),
+            best="; ".join(filter(None, [" and ".join(result["scores"].values()), covered])),
             pictures=[
                 {"says": says, "data": base64.b64encode((folder / name).read_bytes()).decode()}
                 for name, says in PICTURES.items()

@@ -7,17 +7,18 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_align.contest.goals import Score
 from lora_align.contest.point import Point
 from lora_align.evaluate import pareto, plots
 from lora_align.evaluate.plots import BROKEN, INK, PALE
 
 OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # of scores beside the own one
 TICKS = 9  # weights that are written below an axis
-COSTS = {"text loss": None, "oracle: true facts": (-0.02, 1.04), "KL": None}  # and the range that each is drawn over
+COSTS = ("text loss", "oracle: true facts", "KL")
 
 
 def draw(
-    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], points: Sequence[Point]
+    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[Point]
 ) -> None:
     """Each picture for which there is something to show."""
     grid = [point for point in points if point.weights is not None] if values else []
@@ -28,10 +29,14 @@ def draw(
         first, second, *_ = scores.values()
         front(folder / "front.png", first, second, points)
     lengths(folder / "length.png", scores, points)
-    costs(folder / "cost.png", grid)
+    asked(folder / "asked.png", scores, points)
+    asked(folder / "asked.png", scores, points)
+    costs(folder / "cost.png", scores, points)
 
 
-def curves(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], grid: Sequence[Point]) -> None:
+def curves(
+    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]
+) -> None:
     """A panel an axis: its own score, with its interval, and the other axes' scores, all other weights 0."""
     axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
     if not axes:
@@ -44,9 +49,9 @@ def curves(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[st
         )
         places = [(point.weights or {})[axis] for point in alone]
         for colour, (other, score) in zip((INK, *OTHERS), _first(axis, scores).items(), strict=False):
-            found = [point.figures[score] for point in alone]
+            found = [point.figures[score.name] for point in alone]
             heights = [figure.value for figure in found]
-            panel.plot(places, heights, color=colour, linewidth=2.2 if other == axis else 1.2, label=score)
+            panel.plot(places, heights, color=colour, linewidth=2.2 if other == axis else 1.2, label=score.name)
             panel.fill_between(
                 places, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.12, linewidth=0
             )
@@ -58,16 +63,18 @@ def curves(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[st
     picture.savefig(file, dpi=150)
 
 
-def front(file: Path, first: str, second: str, points: Sequence[Point]) -> None:
-    """Every point by two scores, those that no other beats joined, others than the grid's by name."""
+def front(file: Path, first: Score, second: Score, points: Sequence[Point]) -> None:
+    """Every point by two scores, those that no other beats joined, others than the grid's by name; better is up and to
+    the right."""
     picture = Figure(figsize=(5.2, 4.4), layout="constrained")
     panel = picture.subplots()
-    known = [point for point in points if first in point.figures and second in point.figures]
-    places = [(point.figures[first].value, point.figures[second].value) for point in known]
-    best = sorted(places[i] for i in pareto.front(places))
+    known = [point for point in points if first.name in point.figures and second.name in point.figures]
+    places = [(point.figures[first.name].value, point.figures[second.name].value) for point in known]
+    worths = [(first.worth(point.figures), second.worth(point.figures)) for point in known]
+    best = sorted(places[i] for i in pareto.front(worths))
     for point, (x, y) in zip(known, places, strict=True):
         inside = point.weights is not None
-        across, up = point.figures[first], point.figures[second]
+        across, up = point.figures[first.name], point.figures[second.name]
         panel.errorbar(
             x, y, xerr=[[x - across.low], [across.high - x]], yerr=[[y - up.low], [up.high - y]],
             color=INK if inside else BROKEN, ecolor=PALE, elinewidth=1, marker="o" if inside else "D", markersize=4.5,
@@ -77,21 +84,24 @@ def front(file: Path, first: str, second: str, points: Sequence[Point]) -> None:
             panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
     panel.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle="--", zorder=1)
     axes = next((list(point.weights) for point in known if point.weights is not None), [])
-    panel.set(xlabel=first, ylabel=second)
+    panel.set(xlabel=str(first), ylabel=str(second))
+    for score, inverted in ((first, panel.invert_xaxis), (second, panel.invert_yaxis)):
+        if score.less:
+            inverted()
     if axes:
         panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
     _plain(panel)
     picture.savefig(file, dpi=150)
 
 
-def lengths(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> None:
+def lengths(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> None:
     """How often a point beats the start policy, against how much longer its answers are."""
-    judged = {axis: score for axis, score in scores.items() if any(score in point.wins for point in points)}
+    judged = [score.name for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
         return
     before = points[0].figures["words"].value
     picture = Figure(figsize=(3.6 * len(judged) + 0.4, 3.4), layout="constrained")
-    for panel, score in zip(picture.subplots(1, len(judged), squeeze=False).flat, judged.values(), strict=True):
+    for panel, score in zip(picture.subplots(1, len(judged), squeeze=False).flat, judged, strict=True):
         for point in points[1:]:
             if score in point.wins:
                 x, won = point.figures["words"].value / before, point.wins[score]
@@ -105,31 +115,59 @@ def lengths(file: Path, scores: Mapping[str, str], points: Sequence[Point]) -> N
     picture.savefig(file, dpi=150)
 
 
-def costs(file: Path, grid: Sequence[Point]) -> None:
-    """What far weights cost: loss of ordinary text, facts that are true no more, distance from the start policy."""
-    shown = [name for name in COSTS if all(name in point.figures for point in grid)]
-    if not shown or not grid:
+def asked(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> None:
+    """What a policy of two objectives makes of a direction: a panel a score, over the angle that was asked for."""
+    wanted = [point for point in points if point.want and len(point.want.weights) == 2]
+    known = [score.name for score in scores.values() if all(score.name in point.figures for point in wanted)]
+    if not wanted or not known:
         return
-    picture = Figure(figsize=(3.2 * len(shown) + 0.4, 3.0), layout="constrained")
-    far = [math.hypot(*(point.weights or {}).values()) for point in grid]
-    for panel, name in zip(picture.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
-        for x, figure in zip(far, (point.figures[name] for point in grid), strict=True):
-            panel.plot([x, x], [figure.low, figure.high], color=PALE, linewidth=1, zorder=1)
-            panel.plot(x, figure.value, marker="o", color=INK, markersize=4)
-        panel.set(xlabel="length of the weights", ylabel=name, ylim=COSTS[name])
+    angles = [math.degrees(math.atan2(*reversed(list(point.want.weights.values())))) for point in wanted if point.want]
+    first = next(iter(wanted[0].want.weights)) if wanted[0].want else ""
+    picture = Figure(figsize=(3.2 * len(known) + 0.4, 3.0), layout="constrained")
+    for panel, name in zip(picture.subplots(1, len(known), squeeze=False).flat, known, strict=True):
+        found = [point.figures[name] for point in wanted]
+        panel.plot(angles, [figure.value for figure in found], "o-", color=INK, markersize=4)
+        panel.fill_between(angles, [f.low for f in found], [f.high for f in found], color=INK, alpha=0.12, linewidth=0)
+        panel.set(xlabel=f"degrees from {first}", ylabel=name)
         _plain(panel)
     picture.savefig(file, dpi=150)
 
 
-def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, str], grid: Sequence[Point]) -> None:
+def costs(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> None:
+    """What scores are paid with: loss of ordinary text, facts that are true no more, distance from the start policy."""
+    shown = [name for name in COSTS if any(name in point.figures for point in points)]
+    if not shown or not scores:
+        return
+    picture = Figure(figsize=(3.2 * len(shown) + 0.4, 3.0 * len(scores)), layout="constrained")
+    panels = picture.subplots(len(scores), len(shown), squeeze=False, sharex="col", sharey="row")
+    for row, score in zip(panels, scores.values(), strict=True):
+        for panel, cost in zip(row, shown, strict=True):
+            for number, point in enumerate(points):
+                if cost in point.figures and score.name in point.figures:
+                    x, y = point.figures[cost], point.figures[score.name]
+                    panel.errorbar(
+                        x.value, y.value, xerr=[[x.value - x.low], [x.high - x.value]],
+                        yerr=[[y.value - y.low], [y.high - y.value]], ecolor=PALE, elinewidth=1,
+                        color=INK if point.weights is not None else BROKEN, marker="o" if number else "*",
+                        markersize=4.5 if number else 11,
+                    )  # fmt: skip
+            _plain(panel)
+        row[0].set_ylabel(str(score))
+    for panel, cost in zip(panels[-1], shown, strict=True):
+        panel.set_xlabel(cost)
+    picture.savefig(file, dpi=150)
+
+
+def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]) -> None:
     """Each score over both weights."""
     (one, ones), (other, others) = values.items()
     at = {((point.weights or {})[one], (point.weights or {})[other]): point for point in grid}
-    found = {score: [[at[x, y].figures[score].value for x in ones] for y in others] for score in scores.values()}
+    names = [score.name for score in scores.values()]
+    found = {name: [[at[x, y].figures[name].value for x in ones] for y in others] for name in names}
     plots.weight_map(file, (one, other), (ones, others), found)
 
 
-def _first(axis: str, scores: Mapping[str, str]) -> dict[str, str]:
+def _first(axis: str, scores: Mapping[str, Score]) -> dict[str, Score]:
     return {axis: scores[axis], **scores}
 
 

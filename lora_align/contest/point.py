@@ -5,16 +5,18 @@ from dataclasses import dataclass
 
 from lora_align.contest.figures import Figures
 from lora_align.contest.measure import Measured
+from lora_align.want import Want
 
 Weights = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Point:
-    """`weights` where it belongs to the grid; `wins` are those against the start policy."""
+    """`weights` where it belongs to the grid, `want` where a policy was asked; `wins` are against the start policy."""
 
     word: str
     weights: Weights | None
+    want: Want | None
     measured: Measured
     figures: Figures
     wins: Figures

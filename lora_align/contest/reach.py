@@ -13,6 +13,7 @@ from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.figures import figures
 from lora_align.contest.measure import measured
 from lora_align.contest.run import Contest
+from lora_align.errors import UserError
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 
@@ -104,6 +105,8 @@ def run(
     """Walk out from the start policy along every vector, both ways, and along every two of them; publish how far."""
     target = runs_dir / ranges.FOLDER / name
     runs.refuse_existing(target, force)
+    if contest.arena.exam.sampling.temperature != 1:
+        raise UserError("reach: the KL divergence it goes by needs answers as they are drawn; set eval.temperature=1")
     pairs = list(combinations(names, 2))
     with (
         runs.claim(target, screen, force=force) as staging,

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import runs, want
+from lora_align.chat import session as sessions
 from lora_align.console import Screen, table
 from lora_align.contest import page, pictures
 from lora_align.contest.contestants import START, WANT
 from lora_align.contest.figures import figures, wins
+from lora_align.contest.goals import Score, score_of
 from lora_align.contest.point import Point, Weights
 from lora_align.contest.run import Contest
 from lora_align.data import shards
@@ -24,6 +26,7 @@ from lora_align.evaluate.estimates import Estimate
 from lora_align.preference import NAME
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
+from lora_align.want import Want
 
 MOST = 1000  # points
 
@@ -53,20 +56,18 @@ def said(weights: Weights) -> str:
     return ",".join(f"{name}={weight:g}" for name, weight in live.items()) or START
 
 
-def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[list[str], list[str]]:
-    """Directions over the region the newest policy was trained on, evenly for two objectives, else drawn; and the
-    objectives."""
-    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf"]
-    if not made:
-        raise UserError(f"--directions: no policy in {runs_dir}/rsf; `lora-align rsf` trains one")
-    region = made[-1].manifest.recipe["rsf"]["directions"]
+def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[dict[str, Want], dict[str, bool]]:
+    """Directions over the region the newest policy was trained on, evenly for two objectives, else drawn, by the words
+    that name them; and of each objective whether less of it is wanted there."""
+    region = sessions.newest_policy(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
     drawn = [want.drawn(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
     if len(region) == 2:
         drawn.sort(key=lambda one: math.atan2(*one.weights.values()))
         drawn = [drawn[place * (len(drawn) - 1) // max(count - 1, 1)] for place in range(count)]
-    asked = [",".join(f"{name}={weight:.3f}" for name, weight in one.weights.items()) for one in drawn]
-    return [WANT + one for one in asked], list(region)
+    words = [",".join(f"{name}={weight:.3f}" for name, weight in one.weights.items()) for one in drawn]
+    asked = {f"{WANT}:{word}": one for word, one in zip(words, drawn, strict=True)}
+    return asked, {name: high <= 0 for name, (_, high) in region.items()}
 
 
 def run(
@@ -86,7 +87,7 @@ def run(
     target = runs_dir / "sweep" / name
     runs.refuse_existing(target, force)
     values, points = grid(axes)
-    wanted, objectives = directions(asked, runs_dir, screen) if asked else ([], [])
+    wanted, objectives = directions(asked, runs_dir, screen) if asked else ({}, {})
     if not axes and not wanted:
         raise UserError("sweep: over what? axes, as in helpful=-1:1:0.5, or --directions")
     words = list(dict.fromkeys([START, *(said(point) for point in points), *wanted, *also]))
@@ -97,12 +98,17 @@ def run(
         found = list(held.measured(screen))
         start = found[0]
         measured_points = [
-            Point(word, of_word.get(word), one, figures(one), wins(one, start))
+            Point(word, of_word.get(word), wanted.get(word), one, figures(one), wins(one, start))
             for word, one in zip(words, found, strict=True)
         ]
-        result = _written(values, [*values, *objectives], measured_points, staging)
+        names = list(dict.fromkeys(name for point in measured_points for name in point.figures))
+        rankers = {name: table.ranker for name, table in recipe.preferences.items() if not table.of}
+        goals = {axis: score_of(axis, names, rankers.get(axis.partition("@")[0])) for axis in values}
+        goals |= {name: score_of(name, names, less=less) for name, less in objectives.items()}
+        scores = {goal: score for goal, score in goals.items() if score}
+        result = _written(values, names, scores, measured_points, staging)
         base = held.arena.base.identity
-        page.write(staging, f"sweep {name}", base["model"], result, measured_points)
+        page.write(staging, f"sweep {name}", base["model"], result, covered(result), measured_points)
         manifest = Manifest(stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": values}, metrics=result)
         return runs.publish(staging, target, manifest)
 
@@ -112,24 +118,26 @@ def told(made: Run) -> str:
     result = made.manifest.metrics
     names = list(result["scores"].values())
     rows = [[point["word"], *(f"{point[name]:.2f}" for name in names)] for point in result["front"]]
-    volume = f"they cover {result['hypervolume']:.3f} above the worst of each" if result["hypervolume"] else ""
-    return "\n\n".join(
-        filter(None, ["points that no other beats:", table(["", *names], rows), volume, f"{made.path}/report.html"])
-    )
+    parts = ["points that no other beats:", table(["", *names], rows), covered(result), f"{made.path}/report.html"]
+    return "\n\n".join(filter(None, parts))
 
 
-def score_of(preference: str, names: Sequence[str]) -> str:
-    """By what a preference is best told: the oracle, its pair, a head of its name, or margins."""
-    wanted = (f"oracle: {preference}", f"pair:{preference}", f": {preference}", f"margin {preference}")
-    return next((name for end in wanted for name in names if name.endswith(end)), "")
+def covered(result: Mapping[str, Any]) -> str:
+    """How much the front dominates, and beyond which corner: that of the worst value of each score in the sweep."""
+    if len(result["scores"]) < 2:
+        return ""
+    corner = ", ".join(f"{name} {edge:.2f}" for name, edge in result["above"].items())
+    return f"they cover {result['hypervolume']:.3f} (hypervolume) from the worst of each: {corner}"
 
 
 def _written(
-    values: Mapping[str, Sequence[float]], goals: Sequence[str], points: Sequence[Point], folder: Path
+    values: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    scores: Mapping[str, Score],
+    points: Sequence[Point],
+    folder: Path,
 ) -> dict[str, Any]:
     """Tables and pictures; what they come to, by the score of each goal."""
-    names = list(dict.fromkeys(name for point in points for name in point.figures))
-    scores = {goal: score for goal in goals if (score := score_of(goal, names))}
     with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["contestant", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))])
@@ -149,19 +157,22 @@ def _written(
         for point in points
     ]
     (folder / "points.json").write_text(json.dumps(facts, indent=1))
-    inside = [point for point in points if all(score in point.figures for score in scores.values())]
-    places = [[point.figures[score].value for score in scores.values()] for point in inside]
+    inside = [point for point in points if all(score.name in point.figures for score in scores.values())]
+    places = [[score.worth(point.figures) for score in scores.values()] for point in inside]
     best = pareto.front(places) if scores else []
     worst = [min(column) for column in zip(*places, strict=True)]
     pictures.draw(folder, values, scores, points)
     return {
-        "scores": scores,
+        "scores": {goal: str(score) for goal, score in scores.items()},
         "points": len(points),
         "front": [
-            {"word": inside[i].word, **dict(zip(scores.values(), places[i], strict=True))}
+            {"word": inside[i].word, **{str(score): inside[i].figures[score.name].value for score in scores.values()}}
             for i in sorted(best, key=lambda i: places[i])
         ],
         "hypervolume": pareto.hypervolume(places, worst) if len(scores) > 1 else 0.0,
+        "above": {
+            str(score): -edge if score.less else edge for score, edge in zip(scores.values(), worst, strict=False)
+        },
     }
 
 

@@ -22,6 +22,7 @@ STEPS = 8
 FIRST, LONGEST = 0.5, 1.0  # how far a step goes
 LEAST = 0.003  # share of pairs, by the aims, that a step has to gain for another to be taken
 HALVED = 4  # times, at most, where it would go down
+INWARDS = 0.97  # what weights are multiplied by while they pass a bound
 BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
 
 
@@ -43,20 +44,26 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
     with screen.progress("tune", STEPS) as progress:
         place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
         progress.show(STEPS, {})
-    allowed = _refused(arena, {}) + bounds.refused
-    weights, moved = place.weights, False
-    share = _refused(arena, _named(hill, weights))
+    place = within(hill, place)
+    allowed = share_refused(arena, {}) + bounds.refused
+    share = share_refused(arena, _named(hill, place.weights))
     for _ in range(BACKS):
         if share <= allowed:
             break
-        weights, moved = BACK * weights, True
-        share = _refused(arena, _named(hill, weights))
+        place = within(hill, hill.at(BACK * place.weights))
+        share = share_refused(arena, _named(hill, place.weights))
     if share > allowed:
         raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
-    place = hill.at(weights) if moved else place
     preferred = {name: NORMAL.cdf(place.found[name] / hill.spread[name]) for name in aims}
-    rounded = {name: round(weight, 3) for name, weight in _named(hill, weights).items()}
+    rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
     return Tuned(rounded, preferred, place.found[KL], place.found[LOSS], share, steps)
+
+
+def within(hill: Hill, place: Place) -> Place:
+    """As far back towards no weights as the bounds ask, which climbing may pass by a little where that pays."""
+    while hill.passed(place):
+        place = hill.at(INWARDS * place.weights)
+    return place
 
 
 def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:
@@ -115,7 +122,7 @@ def _named(hill: Hill, weights: torch.Tensor) -> dict[str, float]:
     return dict(zip(hill.names, weights.tolist(), strict=True))
 
 
-def _refused(arena: Arena, weights: Mapping[str, float]) -> float:
+def share_refused(arena: Arena, weights: Mapping[str, float]) -> float:
     """Share of safe prompts whose one answer refuses; of all prompts, where none are known to be safe."""
     asked = [question for question in arena.exam.questions if question.kind == SAFE] or arena.exam.questions
     arena.become(Contestant("", {START: 1.0, **weights}))

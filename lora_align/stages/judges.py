@@ -56,6 +56,11 @@ def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
     return reward(base, runs_dir, name)
 
 
+def column(name: str, objective: str) -> str:
+    """What a judge's score is called where several judge: `reward: helpfulness`; `pair:helpful` says it already."""
+    return name if name == PAIR + objective else f"{name}: {objective}"
+
+
 def reward(base: Base, runs_dir: Path, name: str) -> Judge:
     """A reward model's heads, and the means of heads it derives."""
     folder = Path(name) if runs.is_run(Path(name)) else runs_dir / "reward" / name

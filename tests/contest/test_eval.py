@@ -16,21 +16,23 @@ from lora_align.console import Screen
 from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import wins
 from lora_align.contest.measure import Measured
-from lora_align.data.rows import Pair, Prompt
+from lora_align.data.rows import Message, Pair, Prompt
 from lora_align.demo import source
 from lora_align.model import base as bases
+from lora_align.model.base import Base
 from support import Cli, call, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
 SMALL = [word for setting in FEW for word in ("--set", setting)]
 MIX = "helpful=1,harmless=0.5"
+BY = ["--by", "pair:helpful"]
 
 
 @pytest.fixture(scope="module")
 def measured_once(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(folder: Path) -> None:
         shutil.copytree(trained / "runs", folder / "runs")
-        done = call(folder, "eval", MIX, "start", "base", "dpo/helpful/pos", "--json", *SMALL)
+        done = call(folder, "eval", MIX, "start", "base", "dpo/helpful/pos", "--json", *BY, *SMALL)
         assert done.code == 0, done.err
         (folder / "said.json").write_text(done.out)
 
@@ -55,10 +57,17 @@ def tables(workspace: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     }
 
 
+def likes(policy: PeftModel, base: Base, prompt: Prompt, answer: str) -> float:
+    """log π, one answer at a time, with none of our code but the template."""
+    before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, answer)
+    with torch.no_grad():
+        logits = policy(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].double()
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum())
+
+
 def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     evaluated: dict[str, Any], tmp_path: Path, cli: Cli
 ) -> None:
-    """One answer at a time, with none of our code but the template."""
     merged = cli("merge", "--weights", MIX, "--out", "merged")
     assert merged.code == 0, merged.err
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
@@ -66,14 +75,8 @@ def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     base = bases.find(project.base)
     policy = PeftModel.from_pretrained(base.load(), tmp_path / "merged").eval()
 
-    def likes(prompt: Prompt, answer: str) -> float:
-        before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, answer)
-        with torch.no_grad():
-            logits = policy(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].double()
-        return float(logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum())
-
     def prefers(pair: Pair) -> float:
-        return likes(pair.prompt, pair.chosen) - likes(pair.prompt, pair.rejected)
+        return likes(policy, base, pair.prompt, pair.chosen) - likes(policy, base, pair.prompt, pair.rejected)
 
     wanted = [prefers(pair) for pair in pairs]
     with policy.disable_adapter():
@@ -82,6 +85,29 @@ def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     assert len(found) > 0
     assert found == pytest.approx(wanted, abs=1e-4)
     assert max(map(abs, wanted)) > 0.01
+
+
+def test_divergence_and_the_pair_s_score_are_what_stock_peft_says(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    project = recipe.load(recipe.builtin()["demo"])
+    base = bases.find(project.base)
+    adapters = tmp_path / "runs" / "dpo" / "helpful"
+    policy = PeftModel.from_pretrained(base.load(), adapters / "pos", adapter_name="pos").eval()
+    policy.load_adapter(adapters / "neg", adapter_name="neg")
+    rows = tables(tmp_path)["dpo/helpful/pos"]["answers"]
+    said = {}
+    for name in ("pos", "neg"):
+        policy.set_adapter(name)
+        said[name] = [likes(policy, base, (Message("user", row["asked"]),), row["answer"]) for row in rows]
+    with policy.disable_adapter():
+        start = [likes(policy, base, (Message("user", row["asked"]),), row["answer"]) for row in rows]
+    apart = [now - before for now, before in zip(said["pos"], start, strict=True)]
+    assert [row["kl"] for row in rows] == pytest.approx(apart, abs=1e-4)
+    scores = [project.dpo.beta * (pos - neg) for pos, neg in zip(said["pos"], said["neg"], strict=True)]
+    assert [row["score pair:helpful"] for row in rows] == pytest.approx(scores, abs=1e-4)
+    assert min(max(map(abs, apart)), max(map(abs, scores))) > 0.01
+    told = evaluated["contestants"]["dpo/helpful/pos"]
+    assert told["KL"]["value"] == pytest.approx(sum(apart) / len(apart), abs=1e-4)
+    assert told["pair:helpful"]["value"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
 
 
 def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -112,10 +138,10 @@ def test_who_was_measured_is_not_measured_again(evaluated: dict[str, Any], tmp_p
         return {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "eval").rglob("*") if file.is_file()}
 
     before = made()
-    again = cli("eval", MIX, "start", "--json", *SMALL)
+    again = cli("eval", MIX, "start", "--json", *BY, *SMALL)
     assert json.loads(again.out)["contestants"][MIX] == evaluated["contestants"][MIX]
     assert made() == before
-    other = cli("eval", MIX, "--json", *SMALL, "--set", "eval.seed=1")
+    other = cli("eval", MIX, "--json", *BY, *SMALL, "--set", "eval.seed=1")
     assert json.loads(other.out)["contestants"][MIX]["words"] != evaluated["contestants"][MIX]["words"]
     assert made() != before
 

@@ -152,3 +152,12 @@ def test_nothing_to_walk_along_is_refused(cli: Cli) -> None:
     done = cli("reach")
     assert done.code == 2
     assert "`lora-align dpo` trains them" in done.err
+
+
+def test_answers_at_another_temperature_tell_no_divergence(workspace: Path, cli: Cli) -> None:
+    cold = ["--set", "eval.temperature=0.5", *SMALL]
+    done = cli("reach", "helpful", *cold)
+    assert (done.code, "set eval.temperature=1" in done.err) == (2, True)
+    told = json.loads(cli("eval", "helpful=1", "--json", *cold).out)["contestants"]["helpful=1"]
+    assert "words" in told
+    assert "KL" not in told

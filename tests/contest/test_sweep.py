@@ -12,8 +12,10 @@ import pytest
 from matplotlib.image import imread
 from pyarrow.parquet import read_table
 
-from lora_align.contest.sweep import grid, said, score_of
+from lora_align.contest.goals import Score, score_of
+from lora_align.contest.sweep import grid, said
 from lora_align.errors import UserError
+from lora_align.preference import Ranker
 from support import COMMAND, Cli
 
 FEW = ["eval.count=4", "eval.samples=1", "eval.pairs=6", "eval.max_new_tokens=30"]
@@ -36,11 +38,23 @@ def test_what_is_no_axis_is_refused(axis: str) -> None:
 
 
 def test_who_knows_best_tells_the_score() -> None:
-    names = ["margin helpful", "reward: helpful", "pair:helpful", "oracle: helpful", "words"]
-    for best in reversed(names[:-1]):
-        assert score_of("helpful", names) == best
+    names = ["margin helpful", "words", "reward: helpful", "pair:helpful", "oracle: helpful"]
+    for best in ["oracle: helpful", "pair:helpful", "reward: helpful", "margin helpful"]:
+        assert score_of("helpful", names) == score_of("helpful@0-10", names) == Score(best)
         names.remove(best)
-    assert score_of("helpful", names) == ""
+    assert score_of("helpful", names) is None
+
+
+def test_how_pairs_are_ranked_tells_the_score_where_nothing_bears_its_name() -> None:
+    names = ["margin mine", "reward: speech", "words"]
+    for rank, score in {
+        "label": Score("margin mine"),
+        "score:speech": Score("reward: speech"),
+        "rating:-speech": Score("reward: speech", less=True),
+        "shorter": Score("words", less=True),
+        "longer": Score("words"),
+    }.items():
+        assert score_of("mine", names, Ranker.parse(rank)) == score, rank
 
 
 def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
@@ -68,6 +82,8 @@ def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
     page = _Page()
     page.feed((folder / "report.html").read_text())
     assert len(page.pictures) == 5
+    covered = json.loads((folder / "manifest.json").read_text())["metrics"]["hypervolume"]
+    assert f"they cover {covered:.3f} (hypervolume) from the worst of each: oracle: helpful" in page.text
     assert all(source.startswith("data:image/png;base64,") for source in page.pictures)
     assert not page.elsewhere
     assert "sweep/helpful_harmless" in cli("list").out
@@ -82,6 +98,10 @@ class _Page(HTMLParser):
         super().__init__()
         self.pictures: list[str] = []
         self.elsewhere: list[str] = []
+        self.text = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:

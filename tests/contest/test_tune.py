@@ -12,6 +12,7 @@ from lora_align.contest import contestants, tune
 from lora_align.contest.exam import exam_of
 from lora_align.contest.hill import KL, Bounds, Hill
 from lora_align.contest.measure import Arena
+from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
 from lora_align.model.logprobs import Reader
 from lora_align.model.mixer import Mixer
@@ -49,11 +50,11 @@ def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
 
 
 def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> None:
-    bounds = Bounds(kl=0.002, loss=0.05, refused=1.0, weight=9.0)
+    bounds = Bounds(kl=5e-5, loss=0.05, refused=1.0, weight=9.0)
     hill = Hill(arena, AIMS, bounds)
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.height > 0.5
-    assert found.found[KL] < 1.2 * bounds.kl
+    assert 0.5 * bounds.kl < found.found[KL] < 1.2 * bounds.kl, "it is what stops the climb"
     for turn in (0.5, 0.8, 1.25, 2.0):
         assert hill.at(turn * found.weights).height < found.height + 0.01
     flipped = hill.at(found.weights * torch.tensor([1.0, -1.0]))
@@ -65,6 +66,38 @@ def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.weights.abs().max() == pytest.approx(0.3)
     assert (found.slope * found.weights).min() > 0, "they would go on"
+
+
+def test_what_has_passed_a_bound_comes_back(arena: Arena) -> None:
+    bounds = Bounds(kl=5e-5, loss=9.0, refused=1.0, weight=9.0)
+    hill = Hill(arena, AIMS, bounds)
+    there = hill.at(torch.tensor([4.0, 4.0]))
+    assert hill.passed(there)
+    back = tune.within(hill, there)
+    assert 0.8 * bounds.kl < back.found[KL] <= bounds.kl
+    assert back.weights[0] == back.weights[1]
+    assert tune.within(hill, back) is back
+
+
+def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) -> None:
+    """Risky prompts stand in for safe ones, as these vectors leave safe ones alone."""
+    project = recipe.load(recipe.builtin()["demo"], [*FEW, 'eval.prompts="demo:prompts?risky=1"', "eval.count=24"])
+    base = bases.find(project.base)
+    field = contestants.field_of(["harmless=1"], project, base, workspace / "runs", QUIET)
+    arena = Arena(field, exam_of(project, QUIET, ["harmless"]), {})
+    far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
+
+    def found(refused: float) -> tune.Tuned:
+        return tune.run(arena, {"harmless": 1.0}, Bounds(refused=refused, **far), QUIET)
+
+    free, start = found(1.0), tune.share_refused(arena, {})
+    more = 0.5 * (free.refused - start)
+    held = found(more)
+    assert more > 0
+    assert held.refused <= start + more + 1e-9
+    assert 0 < held.weights["harmless"] < free.weights["harmless"]
+    with pytest.raises(RunFailedError, match="--refused allows more"):
+        found(-1.0)
 
 
 def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Arena) -> None:
@@ -87,13 +120,13 @@ def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Arena
 
 
 def test_the_command_names_weights_within_bounds(workspace: Path, cli: Cli) -> None:
-    words = ["tune", "--aim", "helpful=3,harmless=2", "--kl", "0.002", "--json"]
+    words = ["tune", "--aim", "helpful=3,harmless=2", "--kl", "4e-6", "--json"]
     words += [word for setting in FEW for word in ("--set", setting)]
     done = cli(*words)
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert set(found["weights"]) == {"helpful", "harmless"}
-    assert found["kl"] < 0.0024
+    assert 2e-6 < found["kl"] <= 4e-6
     assert all(0 < share < 1 for share in found["preferred"].values())
     told = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
     named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())

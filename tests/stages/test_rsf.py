@@ -85,9 +85,41 @@ def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path:
     first, second = (point["figures"]["words"]["value"] for point in (points[1], points[3]))
     assert first != second
     found = runs.read(folder).manifest.metrics
-    assert found["scores"] == {"helpfulness": "reward: helpfulness", "verbosity": "reward: verbosity"}
-    assert (folder / "front.png").is_file()
+    less = "reward: verbosity (less is better)"
+    assert found["scores"] == {"helpfulness": "reward: helpfulness", "verbosity": less}
+    values = [
+        [point["figures"][f"reward: {name}"]["value"] for name in ("helpfulness", "verbosity")] for point in points
+    ]
+    best = {
+        point["contestant"]
+        for point, (helpfulness, verbosity) in zip(points, values, strict=True)
+        if not any(h >= helpfulness and v <= verbosity and (h, v) != (helpfulness, verbosity) for h, v in values)
+    }
+    assert {point["word"] for point in found["front"]} == best
+    for name in ("front", "asked"):
+        assert (folder / f"{name}.png").is_file(), name
     assert not (folder / "curves.png").exists()
+
+
+def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
+    small = [word for setting in few for word in ("--set", setting)]
+    asked, steered = "helpfulness=0.8,verbosity=-0.6", "helpfulness=90,verbosity=20"
+    words = [f"want:{asked}", f"want@rsf/policy/t1:{asked}", f"want@rsf/policy/t0:{asked}"]
+    words += [f"want@rsf/policy/steerlm:{steered}", "start"]
+    done = call(tmp_path, "eval", *words, "--json", *small)
+    assert done.code == 0, done.err
+    newest, last, first, steerlm, start = (json.loads(done.out)["contestants"][word] for word in words)
+    assert newest == last
+    assert len({json.dumps(one) for one in (last, first, steerlm, start)}) == 4
+    for word, says in {
+        "want@rsf/policy/steerlm:helpfulness=90": "is asked for scores of helpfulness and verbosity",
+        "want@reward/reward:helpfulness=1": "is a run of reward",
+        "want@rsf/policy/t1:honesty=1": "knows no objective 'honesty'",
+    }.items():
+        refused = call(tmp_path, "eval", word, *small)
+        assert (refused.code, says in refused.err) == (2, True), refused.err
 
 
 def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
