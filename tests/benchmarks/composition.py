@@ -7,7 +7,7 @@ Test prompts, graded by the oracle. Nothing is chosen by these figures: weights 
 import argparse
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +25,7 @@ from report import once, save
 from lora_align.adapters import vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.geometry import Directions
+from lora_align.adapters.merge import Merge, Tally
 from lora_align.demo.oracle import AXES
 
 ORDER = ("helpful", "harmless", "polite", "brief", "certain", "warm", "formal", "concrete")
@@ -42,11 +43,32 @@ def measured(work: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"start": graded(LoraDelta(()))}
     found |= {name: graded(update) for name, update in updates.items()}
     for size in SIZES:
-        some = {name: updates[name] for name in ORDER[:size]}
-        found[f"{size} STI"] = asdict(Directions.of(some, KEPT_RANK).interference())
         for way in WAYS:
             found[f"{size} {way.label}"] = graded(way.mixed(folder, ORDER[:size])[0])
     return found
+
+
+def interference(work: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """The STI of every number of vectors, as they are and as they are in a mix by `tsv`."""
+    updates = {name: vectors.find(name, work / f"seed{seed}").load() for name in ORDER}
+    found = {}
+    for size in SIZES:
+        before = {name: updates[name] for name in ORDER[:size]}
+        found[str(size)] = {
+            "before": asdict(Directions.of(before, KEPT_RANK).interference()),
+            "in tsv": asdict(Directions.of(parts(before, "tsv"), KEPT_RANK).interference()),
+        }
+    return found
+
+
+def parts(updates: Mapping[str, LoraDelta], method: str) -> dict[str, LoraDelta]:
+    """What each vector is in a mix by a method that adds up: the mix with twice as much of it, less the mix."""
+
+    def mixed(twice: str = "") -> LoraDelta:
+        weights = {name: 2.0 if name == twice else 1.0 for name in updates}
+        return LoraDelta.of(dict(Tally().counted(Merge(updates, weights, method).modules(None))))
+
+    return {name: mixed(name) - mixed() for name in updates}
 
 
 def told(found: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, Any]:
@@ -77,6 +99,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(_trained, bench), SEEDS))
         found = list(pool.map(partial(_once, work), SEEDS))
+        between = list(pool.map(partial(interference, work), SEEDS))
     alone = {name: round(mean(one[name][name] - one["start"][name] for one in found), 3) for name in ORDER}
     save(
         "composition",
@@ -85,8 +108,11 @@ def main() -> None:
             "data seeds": list(SEEDS),
             "gain alone, with weight 1": alone,
             "STI": {
-                size: {name: round(mean(one[f"{size} STI"][name] for one in found), 3) for name in ("raw", "by_size")}
-                for size in SIZES
+                size: {
+                    when: {name: round(mean(one[size][when][name] for one in between), 3) for name in of}
+                    for when, of in between[0][size].items()
+                }
+                for size in between[0]
             },
             **{f"{size} preferences": {way.label: told(found, size, way) for way in WAYS} for size in SIZES},
         },

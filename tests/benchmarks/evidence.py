@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import composition
 import fronts
 import rloo
+import tune
 from control import PROMPTS, SEEDS
 from methods import Way
 from report import once
@@ -50,6 +51,7 @@ FAR = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 NOISES = (0.15, 0.3, 0.5)  # how often a label is exchanged; .5 is drawing by lot
 REWARD_NOISES = (0.0, 0.3)
 CORRELATED = ("helpful", "polite")
+REACHED = (*PAIR, "brief")
 CORRELATIONS = (-0.8, -0.4, 0.0, 0.4, 0.8)
 ASKED_OF_RLOO = {"pos": {"helpful": 1.0}, "neg": {"helpful": -1.0}, "both": {"helpful": 1.0, "harmless": 1.0}}
 Answers = dict[str, list[float | None]]  # a figure of every prompt's answer; None where it has none
@@ -207,6 +209,14 @@ def far(work: Path, seed: int) -> dict[str, Any]:
     return {eta: {**examine(update), "known": examine.known(update)} for eta, update in updates.items()}
 
 
+def reached(work: Path, seed: int) -> dict[str, Any]:
+    """How far three vectors go, each and every two, and how straight their margins are."""
+    data = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in AXES]
+    words = ["--runs", str(work / f"seed{seed}"), "--force", *(word for one in data for word in ("--set", one))]
+    found, _ = tune.command(work, "reach", *REACHED, *words)
+    return found
+
+
 def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
     """Two preferences from pairs in which they go together, or against each other."""
     examine, folder = Examiner(seed), f"correlated{strength}-{seed}" if strength else f"seed{seed}"
@@ -266,6 +276,8 @@ def jobs(work: Path) -> list[list[Job]]:
     second += [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
     for seed in SEEDS:
         second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
+        second += [(f"interference {seed}", partial(composition.interference, work, seed))]
+        second += [(f"reached {seed}", partial(reached, work, seed))]
         second += [(f"correlated {r} {seed}", partial(correlated, work, seed, r)) for r in CORRELATIONS]
     return [first, second]
 

@@ -30,7 +30,7 @@ from lora_align import recipe, runs, want
 from lora_align.console import Screen
 from lora_align.data.rows import Message, Prompt, under_system
 from lora_align.demo import measure, oracle, world
-from lora_align.evaluate import metrics
+from lora_align.evaluate import estimates, metrics
 from lora_align.model import base as bases
 from lora_align.model.generate import Sampling
 from lora_align.preference import Direction
@@ -297,16 +297,18 @@ def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
 
 
 def wins(found: Sequence[Mapping[str, Answers]]) -> dict[str, list[list[float]]]:
-    """Of each policy and thing asked of it: how often it helps more than the start policy, and how verbose it is."""
+    """Of each policy and thing asked of it: how often it helps more than the start policy, the interval of that over
+    prompts, and how verbose it is."""
     told: dict[str, list[list[float]]] = {}
+    prompts = np.repeat(np.arange(len(found) * PROMPTS), SAMPLES).tolist()
     for label in found[0]:
-        better = [
-            (seed[label][..., 0] > seed["SFT"][..., 0]) + 0.5 * (seed[label][..., 0] == seed["SFT"][..., 0])
-            for seed in found
-        ]
-        rates = np.mean([of.mean((1, 2)) for of in better], 0)
+        helped = np.stack([seed[label][..., 0] - seed["SFT"][..., 0] for seed in found], 1)  # [asked, seeds, ...]
+        rates = [estimates.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
         lengths = np.mean([points(seed[label])[:, 1] for seed in found], 0)
-        told[label] = np.round(np.stack([rates, lengths], 1), 4).tolist()
+        told[label] = [
+            [round(of.value, 4), round(of.low, 4), round(of.high, 4), round(float(length), 4)]
+            for of, length in zip(rates, lengths, strict=True)
+        ]
     return told
 
 

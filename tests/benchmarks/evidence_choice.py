@@ -1,0 +1,162 @@
+"""Items about whoever wants something: users, directions, and weights that nobody has to search for."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import evidence
+from composition import ORDER, SIZES, WAYS
+from composition import told as kept
+from evidence import USERS
+from evidence_item import FOLDER, OTHERWISE, Item, each, found, short, span, verdict, yes
+from matplotlib.figure import Figure
+from report import RESULTS
+
+
+def three_users(work: Path) -> Item:
+    """What each of three users gets of one average policy, of weights, of a direction."""
+    published = _published("fronts")
+    angles = {who: math.radians(published["angles"][place]) for who, place in USERS.items()}
+    average = [found(work, f"users {seed}") for seed in evidence.fronts.SEEDS]
+
+    def worth(angle: float, helpfulness: float, verbosity: float) -> float:
+        return math.cos(angle) * helpfulness - math.sin(angle) * verbosity
+
+    rows, figures = [], {}
+    for who, place in USERS.items():
+        got = {
+            "one DPO for all": [
+                worth(angles[who], *(of[name] for name in evidence.fronts.OBJECTIVES)) for of in average
+            ],
+            "weights of one's own": [worth(angles[who], *of[place]) for of in published["points"]["vectors"]],
+            "a direction of one's own": [worth(angles[who], *of[place]) for of in published["points"]["t4"]],
+        }
+        rows.append([who, *(f"{short(mean(values))} ({span(values)})" for values in got.values())])
+        figures[who] = got
+
+    def served(how: str) -> list[str]:
+        return [who for who, of in figures.items() if min(of[how]) > max(of["one DPO for all"])]
+
+    directed, weighed = served("a direction of one's own"), served("weights of one's own")
+    return Item(
+        "Users who want different things",
+        "One reward for all serves nobody whose wish is not the average; a direction does (figure 2).",
+        verdict(*(who in directed for who in USERS)),
+        "served better than by one DPO on every pair of seeds: by a direction of one's own "
+        f"{', '.join(directed) or 'nobody'}; by weights of one's own {', '.join(weighed) or 'nobody'}",
+        [[["vᵀ(helpfulness, verbosity), mean and span of three seeds", *figures["few words"]], *rows]],
+        figures=figures,
+    )
+
+
+def fronts(work: Path) -> Item:
+    """What `fronts.py` has published."""
+    published = _published("fronts")
+    compared, wins = published["compared"], published["wins against SFT, and verbosity"]
+    volumes = {name.removeprefix("volume "): of for name, of in compared.items() if name.startswith("volume ")}
+    areas = {name: of for name, of in volumes.items() if " - " not in name}
+    rows = [[name, f"{of['mean']:.3f} ({_within(of)})"] for name, of in areas.items()]
+    others, iterations = ("SFT", "DPO", "SteerLM"), evidence.fronts.ITERATIONS[1:]
+    beaten = {t: [of for of in others if compared[f"{t} above {of}"]["interval"][0] > 0] for t in iterations}
+    grown = [t for t, before in zip(iterations, evidence.fronts.ITERATIONS, strict=False)
+             if volumes[f"{t} - {before}"]["interval"][0] > 0]  # fmt: skip
+    gains = [
+        [t, *(f"{compared[f'{t} above {of}']['mean']:.3f} ({_within(compared[f'{t} above {of}'])})" for of in
+              (*others, "vectors"))]
+        for t in iterations
+    ]  # fmt: skip
+    lines = {name: of[: evidence.fronts.TARGETS] if name == "SteerLM" else of for name, of in wins.items()}
+    _wins(FOLDER / "wins.png", lines)
+    most = {name: max(of, key=lambda point: point[0]) for name, of in lines.items()}
+    rates = [[name, f"{short(of[0])} ({short(of[1])} to {short(of[2])})", short(of[3])] for name, of in most.items()]
+    return Item(
+        "Fronts",
+        "From t ≥ 1 the front of the policy that is asked dominates SFT, DPO and SteerLM, and each front the one "
+        "before (figure 4); figure 5 sets wins beside lengths. Vectors were not compared.",
+        verdict(*(len(of) == len(others) for of in beaten.values()), len(grown) == len(iterations)),
+        "above at their own verbosities, with intervals apart from 0: "
+        + "; ".join(f"{t} above {', '.join(of) or 'none'}" for t, of in beaten.items())
+        + f". Covering more than the one before, likewise: {', '.join(grown) or 'none'}",
+        [
+            [["", "area dominated (95 %)"], *rows],
+            [["more helpfulness than", *others, "vectors"], *gains],
+            [["where it wins most", "wins against SFT", "verbosity there"], *rates],
+        ],
+        {
+            "../results/fronts.png": "fronts, what an angle does, reward model against oracle",
+            "wins.png": "how often an answer is more helpful than the start policy's, against how verbose it is",
+        },
+        {"areas": volumes, "wins against SFT, and verbosity": wins},
+    )
+
+
+def _within(of: Mapping[str, Any]) -> str:
+    low, high = of["interval"]
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _wins(file: Path, wins: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    picture = Figure(figsize=(5.4, 3.8), layout="constrained")
+    panel = picture.subplots()
+    for name, of in wins.items():
+        rates, low, high, lengths = zip(*of, strict=True)
+        colour, mark = evidence.fronts.STYLES[name]
+        panel.vlines(lengths, low, high, color=colour, alpha=0.3, linewidth=1)
+        panel.plot(lengths, rates, mark, color=colour, markersize=4.5, linewidth=1.2, label=name)
+    panel.axhline(0.5, color="#bbbbbb", linewidth=1, zorder=0)
+    panel.set(xlabel="verbosity", ylabel="wins against SFT, by helpfulness")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=7.5)
+    picture.savefig(file, dpi=150)
+
+
+def open_questions(work: Path) -> Item:
+    """Weights without a sweep, and composition that knows of interference."""
+    tuned = {name: of for name, of in _published("tune").items() if name.startswith("seed")}
+    shares = [of["tune's share of the grid's time"] for of in tuned.values()]
+    equal = [of["tune: score"] >= of["grid: score"] - 1e-9 for of in tuned.values()]
+    choices = [
+        [name, *(f"{of[way]['weights']}: {short(of[f'{way}: score'])}" for way in ("grid", "tune")),
+         short(of["tune's share of the grid's time"])]
+        for name, of in tuned.items()
+    ]  # fmt: skip
+    composed = each(work, "composed")
+    figures = {size: {way.label: kept(composed, size, way) for way in WAYS} for size in SIZES}
+    rows = [
+        [
+            f"{size}, {label}", *(short(of["gain"][name]) if name in of["gain"] else "" for name in ORDER),
+            f"{short(of['mean gain'])} ± {short(of['mean gain, deviation over seeds'])}",
+            f"{short(of['worst'])} ± {short(of['worst, deviation over seeds'])}", f"{of['well_formed']:.0%}",
+        ]
+        for size, ways in figures.items() for label, of in ways.items()
+    ]  # fmt: skip
+    beaten = {
+        size: [label for label, of in ways.items() if _beyond(of, ways["exact"])] for size, ways in figures.items()
+    }
+    told = "; ".join(f"of {size}: {', '.join(labels) or 'none'}" for size, labels in beaten.items())
+    return Item(
+        "Weights without sweeps, and composition",
+        "Open questions of the first paper: how to choose η without a sweep; how to compose knowing of interference.",
+        "Answered in small" if all(equal) and max(shares) <= 0.1 else OTHERWISE,
+        f"`tune` scored no less than the best of a grid of 25 points: {yes(all(equal))}, {sum(equal)} of {len(equal)}; "
+        f"in at most a tenth of its time: {yes(max(shares) <= 0.1)}, {span(shares)}. By the worst preference's gain, "
+        f"beyond both deviations over seeds, plain addition is beaten by, {told}",
+        [
+            [["", "the grid chose, and scored", "`tune` chose, and scored", "of the grid's time"], *choices],
+            [["mixed at once, gains", *ORDER, "mean", "worst", "well-formed"], *rows],
+        ],
+        figures={"tune": tuned, "composition": figures},
+    )
+
+
+def _beyond(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    spread = one["worst, deviation over seeds"] + other["worst, deviation over seeds"]
+    return bool(one["worst"] - other["worst"] > spread)
+
+
+def _published(name: str) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["figures"]
+    return figures

@@ -1,0 +1,114 @@
+"""What an item of the evidence is made of: figures with intervals, tables, pictures, a verdict."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from control import SEEDS
+
+from lora_align import runs
+from lora_align.evaluate import estimates
+
+FOLDER = Path(__file__).parent / "evidence"
+YES, NO, OTHERWISE = "Reproduced", "Not reproduced", "Different"
+Table = list[list[str]]
+
+
+@dataclass
+class Item:
+    """One question: what the paper says, what was found, and what that amounts to."""
+
+    title: str
+    claim: str
+    verdict: str
+    because: str
+    tables: list[Table] = field(default_factory=list)
+    pictures: Mapping[str, str] = field(default_factory=dict)  # a file, and what is to be seen on it
+    figures: Any = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mean over all seeds' answers, where 95 of 100 such means lie, other prompts drawn, and each seed's own."""
+
+    value: float
+    low: float
+    high: float
+    seeds: Sequence[float]
+
+    @classmethod
+    def of(cls, seeds: Sequence[Sequence[float | None]]) -> "Found":
+        """Of a figure a prompt, seed by seed; a prompt whose answer has none does not count."""
+        known = [[(value, 10_000 * at + i) for i, value in enumerate(of) if value is not None] for at, of in
+                 enumerate(seeds)]  # fmt: skip
+        rows = [row for of in known for row in of]
+        if not rows:
+            return cls(math.nan, math.nan, math.nan, [math.nan] * len(seeds))
+        all_ = estimates.mean(*map(list, zip(*rows, strict=True)))  # type: ignore[arg-type]
+        own = [mean(value for value, _ in of) if of else math.nan for of in known]
+        return cls(all_.value, all_.low, all_.high, own)
+
+    def above(self, other: "Found") -> bool:
+        """Whether intervals lie apart, and every seed says the same."""
+        return self.low > other.high and all(a > b for a, b in zip(self.seeds, other.seeds, strict=True))
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "none"
+        return f"{short(self.value)} ({short(self.low)} to {short(self.high)})"
+
+
+def figure(seeds: Sequence[Mapping[str, Any]], name: str) -> Found:
+    """Of what a job found, seed by seed."""
+    return Found.of([of[name] for of in seeds])
+
+
+def moved(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], name: str) -> Found:
+    """How much it rose from one to the other, prompt by prompt."""
+    return Found.of(
+        [
+            [None if b is None or a is None else b - a for a, b in zip(one[name], other[name], strict=True)]
+            for one, other in zip(before, after, strict=True)
+        ]
+    )
+
+
+def found(work: Path, name: str) -> Any:
+    """What a job has measured."""
+    return json.loads((work / "measured" / f"{name}.json").read_text())["found"]
+
+
+def each(work: Path, name: str) -> list[Any]:
+    """A job of every seed."""
+    return [found(work, f"{name} {seed}") for seed in SEEDS]
+
+
+def seconds(folder: Path) -> float:
+    """What a run took to train, also where it was trained for another benchmark."""
+    return float(runs.read(folder).manifest.metrics["seconds"])
+
+
+def short(value: float) -> str:
+    """Two decimals, without the nought before them."""
+    sign, size = "−" if value < 0 else "", f"{abs(value):.2f}"
+    return sign + (size.removeprefix("0") if size != "0.00" else "0")
+
+
+def span(values: Sequence[float]) -> str:
+    """`.34 to .40`."""
+    low, high = short(min(values)), short(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def yes(holds: bool) -> str:
+    """Or no."""
+    return "yes" if holds else "no"
+
+
+def verdict(*claims: bool) -> str:
+    """All of them held, none, or some."""
+    return YES if all(claims) else OTHERWISE if any(claims) else NO

@@ -1,0 +1,313 @@
+"""The first paper's items: what weights do, what vectors rival, how they lie to each other, what they cost."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import evidence
+from control import SEEDS, agreement, spearman
+from evidence import CORRELATED, CORRELATIONS, FAR, NOISES, PAIR, REACHED, STEPS
+from evidence_item import FOLDER, Item, each, figure, found, moved, seconds, short, span, verdict, yes
+from matplotlib.figure import Figure
+
+from lora_align.adapters import peft_format, vectors
+from lora_align.adapters.delta import LoraDelta
+from lora_align.demo.oracle import AXES
+from lora_align.evaluate import plots
+from lora_align.preference import Direction
+
+
+def control(work: Path) -> Item:
+    """Both weights from -1 to 1."""
+    seeds = each(work, "grid")
+    at = {key: {name: figure([of[key] for of in seeds], name) for name in PAIR} for key in seeds[0]}
+    grids = {name: [[at[f"{x:g},{y:g}"][name].value for x in STEPS] for y in STEPS] for name in PAIR}
+    own = {
+        name: [mean(at[f"{x:g},{y:g}"][name].value for x, y in _line(name, step)) for step in STEPS] for name in PAIR
+    }
+    plots.weight_map(FOLDER / "control.png", PAIR, (STEPS, STEPS), grids)
+    ranks = {name: spearman(STEPS, own[name]) for name in PAIR}
+    rise = {name: at["1,1"][name].above(at["0,0"][name]) and at["0,0"][name].above(at["-1,-1"][name]) for name in PAIR}
+    papers = {"-1,-1": "−1.07, −3.78", "0,0": ".20, −2.12", "1,1": "1.99, 3.20"}
+    rows = [
+        [f"({key.replace(',', ', ').replace('-', '−')})", *(str(at[key][name]) for name in PAIR), papers[key]]
+        for key in papers
+    ]
+    return Item(
+        "The weights control it",
+        "Over η in {−1, −.5, 0, .5, 1}² both rewards rise with their weights (Llama-3.1-8B, reward models).",
+        verdict(*rise.values(), *(rank == 1 for rank in ranks.values())),
+        "; ".join(
+            f"{name}: Spearman with its own weight, averaged over the other, {short(ranks[name])}, and it rises from "
+            f"(−1, −1) by (0, 0) to (1, 1): {yes(rise[name])}"
+            for name in PAIR
+        ),
+        [[["η of helpful, harmless", *PAIR, "the paper's rewards"], *rows]],
+        {"control.png": "helpfulness and harmlessness over both weights"},
+        {key: {name: asdict(of) for name, of in both.items()} for key, both in at.items()},
+    )
+
+
+def _line(name: str, step: float) -> list[tuple[float, float]]:
+    return [(step, other) if name == PAIR[0] else (other, step) for other in STEPS]
+
+
+RIVALS = {  # the paper's helpful, harmless, hours, refusals
+    "vectors": "2.003, 3.250; 4 h; .101",
+    "soup": "1.814, 5.573; 31 h; .189 (of PPO's policies)",
+    "RLOO": "1.577, 5.444; 19 h; .212 (Safe-RLHF)",
+    "joint DPO": ".718, −.445; 1 h; .067 (safe first)",
+    "positive alone": "1.454, 1.265",
+    "start": ".20, −2.12 (η = 0)",
+}
+
+
+def rivals(work: Path) -> Item:
+    """The main table."""
+    seeds = each(work, "rivals")
+    names = (*PAIR, "refused", "well-formed")
+    at = {label: {name: figure([of[label] for of in seeds], name) for name in names} for label in RIVALS}
+    took = {label: mean(_seconds(work, label, seed) for seed in SEEDS) for label in RIVALS}
+    rows = [
+        [{"start": "start, which is the raw base"}.get(label, label), *(str(at[label][name]) for name in names),
+         f"{took[label]:.0f}", paper]
+        for label, paper in RIVALS.items()
+    ]  # fmt: skip
+    ours = at["vectors"]
+    claims = {
+        "more helpful than the soup": ours["helpful"].above(at["soup"]["helpful"]),
+        "more helpful than online RL": ours["helpful"].above(at["RLOO"]["helpful"]),
+        "less harmless than the soup": at["soup"]["harmless"].above(ours["harmless"]),
+        "less harmless than online RL": at["RLOO"]["harmless"].above(ours["harmless"]),
+        "refuses less than the soup": at["soup"]["refused"].above(ours["refused"]),
+        "refuses less than online RL": at["RLOO"]["refused"].above(ours["refused"]),
+        "better at both than the positive adapters alone": all(
+            ours[name].above(at["positive alone"][name]) for name in PAIR
+        ),
+        "better at both than joint DPO": all(ours[name].above(at["joint DPO"][name]) for name in PAIR),
+        "trained in less time than the soup": took["vectors"] < took["soup"],
+        "trained in less time than online RL": took["vectors"] < took["RLOO"],
+    }
+    return Item(
+        "Against other ways to be helpful and harmless",
+        "Vectors are more helpful and refuse less than the RLHF ones, but are less harmless; better than the positive "
+        "adapter alone; a few hours in place of a day.",
+        verdict(*claims.values()),
+        "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
+        + ". This soup is of DPO's adapters and so needs half of what vectors do, the paper's of policies trained by "
+        "PPO. Seconds are those of training, with a core each. Safe-RLHF, BFPO and MODPO were not tested",
+        [[["", "helpful", "harmless", "safe prompts refused", "well-formed", "seconds", "the paper's"], *rows]],
+        figures={label: {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()},
+    )
+
+
+def _seconds(work: Path, label: str, seed: int) -> float:
+    """What a contestant took to train."""
+    both = {side: sum(seconds(work / f"seed{seed}/dpo/{name}/{side.value}") for name in PAIR) for side in Direction}
+    if label in ("soup", "positive alone"):
+        return both[Direction.pos]
+    if label == "RLOO":
+        return sum(found(work, f"rloo 0.0 {seed}")[name] for name in ("reward", "both"))
+    joint = seconds(work / f"seed{seed}/dpo/joint/pos")
+    return {"vectors": sum(both.values()), "joint DPO": joint, "start": 0.0}[label]
+
+
+def later(work: Path) -> Item:
+    """A third and a fourth preference, added."""
+    seeds = each(work, "later")
+    names = (*PAIR, "polite", "brief", "well-formed")
+    by_label = {label: [of[label] for of in seeds] for label in seeds[0]}
+    at = {label: {name: figure(of, name) for name in names} for label, of in by_label.items()}
+    two, four, start = " ".join(PAIR), " ".join((*PAIR, "polite", "brief")), ""
+    gains = {name: at[four][name].above(at[start][name]) for name in ("polite", "brief")}
+    price = {new: {name: moved(by_label[f"{two} {new}"], by_label[two], name) for name in PAIR} for new in gains} | {
+        "both": {name: moved(by_label[four], by_label[two], name) for name in PAIR}
+    }
+    pays = any(of.high < 0 for of in price["both"].values())
+    rows = [[label or "none", *(str(of[name]) for name in names)] for label, of in at.items()]
+    prices = [[f"adding {new}", *(str(of[name]) for name in PAIR)] for new, of in price.items()]
+    return Item(
+        "More preferences, added later",
+        "Two more vectors are added without training the first two again; those pay for it (3B: helpful 1.385 → 1.01, "
+        "harmless 3.585 → 2.67, with psychological −4.57 → 6.10 and honest −1.58 → −.07).",
+        verdict(*gains.values(), pays),
+        "; ".join(f"{name} gains: {yes(holds)}" for name, holds in gains.items())
+        + f"; the first two pay for it: {yes(pays)}, each of the new ones as the second table says",
+        [[["vectors, with weight 1", *names], *rows], [["rise of, by", *PAIR], *prices]],
+        figures={label or "none": {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()},
+    )
+
+
+def geometry(work: Path) -> Item:
+    """Angles, interference, and agreement under noise."""
+    loaded = {name: [vectors.find(name, work / f"seed{seed}").load() for seed in SEEDS] for name in AXES}
+    between = [helpful.cosine(harmless) for helpful, harmless in zip(*(loaded[name] for name in PAIR), strict=True)]
+    sides = {name: [_opposed(work / f"seed{seed}/dpo/{name}") for seed in SEEDS] for name in AXES}
+    across = {name: agreement(of) for name, of in loaded.items()}
+    apart = agreement([vectors.find("helpful", work / f"apart{seed}").load() for seed in SEEDS])
+    noisy = {0.0: across["helpful"]}
+    noisy |= {
+        n: agreement([vectors.find("helpful", work / f"noise{n}-{seed}").load() for seed in SEEDS]) for n in NOISES
+    }
+    rewarded = {n: agreement([_difference(work / f"rloo{n}-{seed}") for seed in SEEDS]) for n in evidence.REWARD_NOISES}
+    interference = each(work, "interference")
+    sti = {
+        label: {size: mean(one[size][when][key] for one in interference) for size in interference[0]}
+        for label, (when, key) in STI.items()
+    }
+    agreed = [["labels exchanged", *(f"{n:g}" for n in noisy)]]
+    agreed.append(["vectors of DPO", *(span(of) for of in noisy.values())])
+    agreed.append(["of RLOO", *(span(rewarded[n]) if n in rewarded else "" for n in noisy)])
+    _noise(FOLDER / "noise.png", noisy, rewarded)
+    raw = list(sti["STI"].values())
+    claims = {
+        "Δ₊ and Δ₋ oppose each other for all eight": all(value < 0 for of in sides.values() for value in of),
+        "helpful and harmless stand at an acute angle": min(between) > 0,
+        "RLOO's agree less over seeds than DPO's": min(across["helpful"]) > max(rewarded[0.0]),
+        "STI grows with the number": all(a < b for a, b in itertools.pairwise(raw)),
+    }
+    return Item(
+        "Angles and interference",
+        "cos(Δ₊, Δ₋) −.47 to −.71; cos of helpful and harmless .34 to .40; the same vector from three seeds "
+        ".98 to 1.00 (trained by PPO: .21 to .26); STI .41 for two preferences, 2.33 for four. Why DPO's agree is "
+        "left open.",
+        verdict(*claims.values()),
+        "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
+        + f". Helpful and harmless: {span(between)}. Helpful over three seeds, each with its own pairs: "
+        f"{span(across['helpful'])}; with an A of its own, too: {span(apart)}; with labels by lot: {span(noisy[0.5])}. "
+        "So much of the agreement comes from one A, so much from the labels",
+        [
+            [["", *AXES], ["cos(Δ₊, Δ₋)", *(span(of) for of in sides.values())],
+             ["over data seeds", *(span(of) for of in across.values())]],
+            [["preferences", *sti["STI"]], ["the paper's STI", ".41", "2.33", "", ""],
+             *([label, *(f"{value:.3f}" for value in of.values())] for label, of in sti.items())],
+            agreed,
+        ],
+        {"noise.png": "agreement over seeds against label noise"},
+        {"cos of directions": sides, "over seeds": across, "helpful, harmless": between, "A apart": apart,
+         "noise": noisy, "noise, RLOO": rewarded, "STI": sti},
+    )  # fmt: skip
+
+
+STI = {"STI": ("before", "raw"), "by size": ("before", "by_size"), "STI as `tsv` mixes them": ("in tsv", "raw")}
+
+
+def _opposed(folder: Path) -> float:
+    pos, neg = (peft_format.load(folder / side.value) for side in Direction)
+    return pos.cosine(neg)
+
+
+def _difference(folder: Path) -> LoraDelta:
+    pos, neg = (peft_format.load(folder / side.value) for side in Direction)
+    return pos - neg
+
+
+def _noise(file: Path, noisy: Mapping[float, list[float]], rewarded: Mapping[float, list[float]]) -> None:
+    picture = Figure(figsize=(4.6, 3.2), layout="constrained")
+    panel = picture.subplots()
+    for label, colour, of in (("DPO", plots.INK, noisy), ("RLOO, reward model", plots.BROKEN, rewarded)):
+        panel.plot(list(of), [mean(values) for values in of.values()], "o-", color=colour, label=label)
+        for place, values in of.items():
+            panel.plot([place] * len(values), values, "_", color=colour, alpha=0.6)
+    panel.set(xlabel="share of labels exchanged", ylabel="cosine of helpful over data seeds", ylim=(-0.05, 1.05))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    picture.savefig(file, dpi=150)
+
+
+def knowledge(work: Path) -> Item:
+    """How far both vectors may be turned until facts go, and how straight what they do is."""
+    seeds = each(work, "far")
+    names = ("known", "true facts", "well-formed", *PAIR)
+    at = {f"{eta:g}": {name: figure([of[f"{eta:g}"] for of in seeds], name) for name in names} for eta in FAR}
+    papers = {"0": ".65", "1": ".65", "1.5": ".65", "2": ".60", "4": ".25"}
+    rows = [[eta, *(str(of[name]) for name in names), papers.get(eta, "")] for eta, of in at.items()]
+    known = {eta: of["known"] for eta, of in at.items()}
+    claims = {
+        "flat, within .05, up to 1.5": all(
+            abs(known[eta].value - known["0"].value) < 0.05 for eta in ("0.5", "1", "1.5")
+        ),
+        "less at 4 than at 0": known["0"].above(known["4"]),
+        "by chance at 4": known["4"].low <= 0.25 <= known["4"].high,
+    }
+    reached = each(work, "reached")
+    return Item(
+        "Knowledge kept",
+        "CommonsenseQA is flat at .65 up to η = 1.5, .60 at 2 and .25 at 4.",
+        verdict(*claims.values()),
+        "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
+        + f"; here {short(known['0'].value)} at 0, {short(known['2'].value)} at 2, {short(known['4'].value)} at 4. "
+        "*known* is the share of facts found likelier than three that are not true of their subject (by chance .25), "
+        "*true facts* that of the facts stated in well-formed answers; both weights are η. Below: how far "
+        "`reach` finds each of three vectors, and each two, to go, and how straight margins are",
+        [[["η", *names, "the paper's"], *rows], *_reached(reached)],
+        figures={eta: {name: asdict(of) for name, of in all_.items()} for eta, all_ in at.items()} | {"reach": reached},
+    )
+
+
+def _reached(seeds: list[Any]) -> list[list[list[str]]]:
+    """What `reach` says, seed by seed: how far, what breaks next, and how straight."""
+
+    def far(sides: list[Any], sign: int) -> str:
+        return "; ".join(f"{sign * side['to']:g} ({side['breaks'] or 'nothing breaks'})" for side in sides)
+
+    alone = [
+        [name, far([of["alone"][name]["down"] for of in seeds], -1), far([of["alone"][name]["up"] for of in seeds], 1),
+         span([of["alone"][name]["r2"] for of in seeds])]
+        for name in REACHED
+    ]  # fmt: skip
+    together = [
+        [" and ".join(pairs[0]["names"]), far(list(pairs), 1),
+         *(span([pair["term"][pair["names"][side]] for pair in pairs]) for side in (0, 1))]
+        for pairs in zip(*(of["together"] for of in seeds), strict=True)
+    ]  # fmt: skip
+    return [
+        [["three seeds", "down to", "up to", "R² of its margin against η"], *alone],
+        [["at once, alike", "up to", "η₁η₂ in the first's margin, nats", "in the second's"], *together],
+    ]
+
+
+def correlation(work: Path) -> Item:
+    """Axes that go together in the data."""
+    first, second = CORRELATED
+    both = list(itertools.product(CORRELATED, repeat=2))
+    rows: list[list[str]] = []
+    figures: dict[float, dict[str, Any]] = {}
+    for strength in CORRELATIONS:
+        seeds = [found(work, f"correlated {strength} {seed}") for seed in SEEDS]
+        cosines = [_together(work / (f"correlated{strength}-{seed}" if strength else f"seed{seed}")) for seed in SEEDS]
+        spans = {
+            f"{one} moves {other}": moved([of[f"{one} 1"] for of in seeds], [of[f"{one} -1"] for of in seeds], other)
+            for one, other in both
+        }
+        rows.append([short(strength), span(cosines), *map(str, spans.values())])
+        figures[strength] = {"cosines": cosines, "spans": spans}
+    ends = [figures[strength] for strength in (CORRELATIONS[0], CORRELATIONS[-1])]
+    turned = max(ends[0]["cosines"]) < min(ends[1]["cosines"])
+    leaks = {name: ends[1]["spans"][name].above(ends[0]["spans"][name]) for name in
+             (f"{first} moves {second}", f"{second} moves {first}")}  # fmt: skip
+    return Item(
+        "Two axes that go together",
+        "Not in the paper: pairs in which two axes are correlated, from −.8 to .8.",
+        "They come together"
+        if turned and all(leaks.values())
+        else "Mixed"
+        if turned or any(leaks.values())
+        else "Apart",
+        f"the vectors' cosine is larger at .8 than at −.8 on every seed: {yes(turned)}; "
+        + "; ".join(f"{name} more at .8 than at −.8: {yes(holds)}" for name, holds in leaks.items())
+        + ". *moves* is what turning a weight from −1 to 1 adds to a grade",
+        [[["correlation", f"cos of {first} and {second}", *(f"{one} moves {other}" for one, other in both)], *rows]],
+        figures={
+            strength: {**of, "spans": {name: asdict(one) for name, one in of["spans"].items()}}
+            for strength, of in figures.items()
+        },
+    )
+
+
+def _together(folder: Path) -> float:
+    first, second = (vectors.find(name, folder).load() for name in CORRELATED)
+    return first.cosine(second)
