@@ -115,7 +115,7 @@ def _wins(file: Path, wins: Mapping[str, Sequence[Sequence[float]]]) -> None:
 
 def open_questions(work: Path) -> Item:
     """Weights without a sweep, and composition that knows of interference."""
-    tuned = {name: of for name, of in _published("tune").items() if name.startswith("seed")}
+    tuned = {f"{aims}, {seed}": of for aims, seeds in _published("tune").items() for seed, of in seeds.items()}
     shares = [of["tune's share of the grid's time"] for of in tuned.values()]
     equal = [of["tune: score"] >= of["grid: score"] - 1e-9 for of in tuned.values()]
     choices = [

@@ -29,9 +29,9 @@ def lines(items: Sequence[Item], seconds: float) -> Iterator[str]:
     yield (
         "The built-in world, its base of 0.9 M parameters in 4-bit, graded by its oracle: three data seeds, "
         "test prompts that nothing was chosen by, 95 % intervals over prompts. What is said to be higher than "
-        "something else is so on every seed, with intervals apart. `just evidence` makes this page; the figures behind it are in "
-        "[evidence.json](evidence.json). A verdict says whether a claim held here, by a rule written before it was "
-        f"looked at. All jobs took {seconds / 60:.0f} minutes of one core, on two cores {seconds / 120:.0f}."
+        "something else is so on every seed, with intervals apart. `just evidence` makes this page; the figures "
+        "behind it are in [evidence.json](evidence.json). A verdict says whether a claim held here, by a rule "
+        f"written before it was looked at. All jobs took {seconds / 60:.0f} minutes of one core, on two cores {seconds / 120:.0f}."
     )
     yield ""
     yield "| | verdict |"

@@ -1,17 +1,20 @@
 """Weights by gradient beside the best of a grid: `tune` and `sweep` as anyone would run them, on the built-in world.
 
 Each seed has vectors of its own, from its own pairs. Both ways choose by one set of prompts; what they chose answers
-others, and the oracle grades it: Σ aim · its score.
+others, and the oracle grades it: Σ aim · its score. Of the first two preferences both can be had whole; help needs
+words, so that of the others more of one is less of the other.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from report import once, save
 
-AIMS = {"helpful": 0.6, "harmless": 0.4}
+AIMS = ({"helpful": 0.6, "harmless": 0.4}, {"helpful": 0.6, "brief": 0.4})
+Aims = dict[str, float]
 SEEDS = (401, 402, 403)  # settings were chosen on 301
-GRID = [f"{name}=-1:1:0.5" for name in AIMS]
 FRESH = ["demo:prompts?risky=0&seed=9", "demo:prompts?risky=1&seed=9"]  # whom nothing was chosen by
 PROMPTS, TRIED = 256, 3  # of each kind, and seeds that the fresh answers are drawn with
 
@@ -36,37 +39,41 @@ def command(folder: Path, *words: str) -> tuple[dict[str, Any], float]:
     return json.loads(done.stdout), time.perf_counter() - began
 
 
-def trained(seed: int, work: Path) -> tuple[Path, list[str]]:
+def said(aims: Aims) -> str:
+    """As `tune` takes them."""
+    return ",".join(f"{name}={aim}" for name, aim in aims.items())
+
+
+def trained(seed: int, aims: Aims, work: Path) -> tuple[Path, list[str]]:
     """A folder with vectors of that seed, and what commands there are told of their pairs."""
     folder = work / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in AIMS]
+    pairs = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in aims]
     data = [word for value in pairs for word in ("--set", value)]
-    for name in AIMS:
+    for name in aims:
         command(folder, "dpo", "--pref", name, "--direction", "both", "--resume", *data)
     return folder, data
 
 
-def swept(seed: int, work: Path) -> dict[str, Any]:
+def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     """The best point of the grid, with nothing known before."""
-    folder, data = trained(seed, work)
+    folder, data = trained(seed, aims, work)
     shutil.rmtree(folder / "runs" / "eval", ignore_errors=True)
-    _, seconds = command(folder, "sweep", *GRID, "--force", *data)
-    (report,) = (folder / "runs" / "sweep").glob("*/points.csv")
-    points = list(csv.DictReader(report.open(encoding="utf-8")))
-    best = max(points, key=lambda row: sum(aim * float(row[f"oracle: {name}"]) for name, aim in AIMS.items()))
+    made, seconds = command(folder, "sweep", *(f"{name}=-1:1:0.5" for name in aims), "--force", *data)
+    points = list(csv.DictReader((folder / made["sweep"] / "points.csv").open(encoding="utf-8")))
+    best = max(points, key=lambda row: sum(aim * float(row[f"oracle: {name}"]) for name, aim in aims.items()))
     return {"weights": best["contestant"], "points": len(points), "seconds": round(seconds, 1)}
 
 
-def tuned(seed: int, work: Path) -> dict[str, Any]:
+def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     """By gradient."""
-    folder, data = trained(seed, work)
-    found, seconds = command(folder, "tune", "--aim", ",".join(f"{name}={aim}" for name, aim in AIMS.items()), *data)
+    folder, data = trained(seed, aims, work)
+    found, seconds = command(folder, "tune", "--aim", said(aims), *data)
     weights = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
     return {"weights": weights, "steps": found["steps"], "seconds": round(seconds, 1)}
 
 
-def graded(seed: int, work: Path, everyone: dict[str, str], draw: int) -> dict[str, float]:
+def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: int) -> dict[str, float]:
     """Σ aim · oracle of what each way has chosen, on fresh prompts; and how far that is from the start policy."""
     safe, risky = FRESH
     settings = [f'eval.prompts="{safe}"', f'eval.risky="{risky}"', f"eval.count={PROMPTS}", f"eval.seed={draw}"]
@@ -75,7 +82,7 @@ def graded(seed: int, work: Path, everyone: dict[str, str], draw: int) -> dict[s
     sums = {}
     for name, word in everyone.items():
         scores = told["contestants"][word]
-        sums[f"{name}: score"] = sum(aim * scores[f"oracle: {axis}"]["value"] for axis, aim in AIMS.items())
+        sums[f"{name}: score"] = sum(aim * scores[f"oracle: {axis}"]["value"] for axis, aim in aims.items())
         sums[f"{name}: KL"] = scores["KL"]["value"]
     return sums
 
@@ -86,19 +93,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("tuning"))
     work = parser.parse_args().work.resolve()
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
-    figures: dict[str, Any] = {"aims": AIMS}
-    for seed in SEEDS:
-        grid = once(work, f"swept {seed}", lambda seed=seed: swept(seed, work))
-        climb = once(work, f"tuned {seed}", lambda seed=seed: tuned(seed, work))
+    figures: dict[str, Any] = {said(aims): {} for aims in AIMS}
+    for aims, seed in itertools.product(AIMS, SEEDS):
+        name = f"{seed} {said(aims)}"
+        grid = once(work, f"swept {name}", partial(swept, seed, aims, work))
+        climb = once(work, f"tuned {name}", partial(tuned, seed, aims, work))
         everyone = {"grid": grid["weights"], "tune": climb["weights"], "start": "start"}
         sums = [
-            once(work, f"graded {seed} {draw}", lambda seed=seed, draw=draw, of=everyone: graded(seed, work, of, draw))
+            once(work, f"graded {name} {draw}", partial(graded, seed, aims, work, everyone, draw))
             for draw in range(100, 100 + TRIED)
         ]
-        means = {name: round(sum(of[name] for of in sums) / len(sums), 4) for name in sums[0]}
+        means = {of: round(sum(one[of] for one in sums) / len(sums), 4) for of in sums[0]}
         share = round(climb["seconds"] / grid["seconds"], 3)
-        figures[f"seed {seed}"] = {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means}
-        print(seed, figures[f"seed {seed}"], flush=True)
+        told = {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means}
+        figures[said(aims)][f"seed {seed}"] = told
+        print(name, told, flush=True)
     save("tune", figures)
 
 
