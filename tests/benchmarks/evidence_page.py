@@ -31,7 +31,8 @@ def lines(items: Sequence[Item], seconds: float) -> Iterator[str]:
         "test prompts that nothing was chosen by, 95 % intervals over prompts. What is said to be higher than "
         "something else is so on every seed, with intervals apart. `just evidence` makes this page; the figures "
         "behind it are in [evidence.json](evidence.json). A verdict says whether a claim held here, by a rule "
-        f"written before it was looked at. All jobs took {seconds / 60:.0f} minutes of one core, on two cores {seconds / 120:.0f}."
+        f"written before it was looked at. All jobs took {seconds / 60:.0f} minutes of one core, on two cores "
+        f"{seconds / 120:.0f}."
     )
     yield ""
     yield "| | verdict |"
