@@ -94,8 +94,8 @@ def seconds(folder: Path) -> float:
 
 def short(value: float) -> str:
     """Two decimals, without the nought before them."""
-    sign, size = "−" if value < 0 else "", f"{abs(value):.2f}"
-    return sign + (size.removeprefix("0") if size != "0.00" else "0")
+    size = f"{abs(value):.2f}"
+    return "0" if size == "0.00" else ("−" if value < 0 else "") + size.removeprefix("0")
 
 
 def span(values: Sequence[float]) -> str:

@@ -252,7 +252,8 @@ def _reached(seeds: list[Any]) -> list[list[list[str]]]:
     """What `reach` says, seed by seed: how far, what breaks next, and how straight."""
 
     def far(sides: list[Any], sign: int) -> str:
-        return "; ".join(f"{sign * side['to']:g} ({side['breaks'] or 'nothing breaks'})" for side in sides)
+        ends = [f"{sign * side['to'] + 0.0:g}".replace("-", "−") for side in sides]
+        return "; ".join(f"{to} ({side['breaks'] or 'and more'})" for to, side in zip(ends, sides, strict=True))
 
     alone = [
         [name, far([of["alone"][name]["down"] for of in seeds], -1), far([of["alone"][name]["up"] for of in seeds], 1),

@@ -92,7 +92,7 @@ GOES_ON = (
 STORIES, LONGEST = 4, 320  # told to each beginning, and their tokens
 SPEECH = re.compile(r'"[^"]+"')
 NAME = "stories"
-TOLD = ("reward", "words", "ended", "distinct", "KL", "text loss")
+TOLD = ("reward: speech", "words", "ended", "distinct", "KL", "text loss")
 GRID = ["brief=-1:1:0.5", "talkative=-1:1:0.5"]
 
 
