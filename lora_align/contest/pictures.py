@@ -22,25 +22,25 @@ def draw(
 ) -> None:
     """Each picture for which there is something to show."""
     grid = [point for point in points if point.weights is not None] if values else []
-    curves(folder / "curves.png", values, scores, grid)
     if len(values) == 2 and scores:
         _map(folder / "map.png", values, scores, grid)
-    if len(scores) >= 2:
-        first, second, *_ = scores.values()
-        front(folder / "front.png", first, second, points)
-    lengths(folder / "length.png", scores, points)
-    asked(folder / "asked.png", scores, points)
-    asked(folder / "asked.png", scores, points)
-    costs(folder / "cost.png", scores, points)
+    pictures = {
+        "curves": curves(values, scores, grid),
+        "front": front(scores, points),
+        "length": lengths(scores, points),
+        "asked": asked(scores, points),
+        "cost": costs(scores, points),
+    }
+    for name, picture in pictures.items():
+        if picture:
+            picture.savefig(folder / f"{name}.png", dpi=150)
 
 
-def curves(
-    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]
-) -> None:
+def curves(values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]) -> Figure | None:
     """A panel an axis: its own score, with its interval, and the other axes' scores, all other weights 0."""
     axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
     if not axes:
-        return
+        return None
     picture = Figure(figsize=(3.4 * len(axes) + 0.4, 3.2), layout="constrained")
     for panel, axis in zip(picture.subplots(1, len(axes), squeeze=False).flat, axes, strict=True):
         alone = sorted(
@@ -60,12 +60,15 @@ def curves(
             panel.set_xticks(places, [f"{place:g}" for place in places])
         panel.legend(frameon=False, fontsize=7.5)
         _plain(panel)
-    picture.savefig(file, dpi=150)
+    return picture
 
 
-def front(file: Path, first: Score, second: Score, points: Sequence[Point]) -> None:
-    """Every point by two scores, those that no other beats joined, others than the grid's by name; better is up and to
-    the right."""
+def front(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
+    """Every point by the first two scores, those that no other beats joined, others than the grid's by name; better is
+    up and to the right."""
+    if len(scores) < 2:
+        return None
+    first, second, *_ = scores.values()
     picture = Figure(figsize=(5.2, 4.4), layout="constrained")
     panel = picture.subplots()
     known = [point for point in points if first.name in point.figures and second.name in point.figures]
@@ -91,14 +94,14 @@ def front(file: Path, first: Score, second: Score, points: Sequence[Point]) -> N
     if axes:
         panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
     _plain(panel)
-    picture.savefig(file, dpi=150)
+    return picture
 
 
-def lengths(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> None:
+def lengths(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
     """How often a point beats the start policy, against how much longer its answers are."""
     judged = [score.name for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
-        return
+        return None
     before = points[0].figures["words"].value
     picture = Figure(figsize=(3.6 * len(judged) + 0.4, 3.4), layout="constrained")
     for panel, score in zip(picture.subplots(1, len(judged), squeeze=False).flat, judged, strict=True):
@@ -112,32 +115,32 @@ def lengths(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) ->
         panel.axvline(1.0, color="#bbbbbb", linewidth=1)
         panel.set(xlabel="words, of the start policy's", ylabel=f"wins by {score}", ylim=(-0.02, 1.02))
         _plain(panel)
-    picture.savefig(file, dpi=150)
+    return picture
 
 
-def asked(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> None:
+def asked(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
     """What a policy of two objectives makes of a direction: a panel a score, over the angle that was asked for."""
-    wanted = [point for point in points if point.want and len(point.want.weights) == 2]
-    known = [score.name for score in scores.values() if all(score.name in point.figures for point in wanted)]
+    wanted = [(point, point.want.weights) for point in points if point.want and len(point.want.weights) == 2]
+    known = [score.name for score in scores.values() if all(score.name in point.figures for point, _ in wanted)]
     if not wanted or not known:
-        return
-    angles = [math.degrees(math.atan2(*reversed(list(point.want.weights.values())))) for point in wanted if point.want]
-    first = next(iter(wanted[0].want.weights)) if wanted[0].want else ""
+        return None
+    angles = [math.degrees(math.atan2(second, first)) for first, second in (of.values() for _, of in wanted)]
+    first = next(iter(wanted[0][1]))
     picture = Figure(figsize=(3.2 * len(known) + 0.4, 3.0), layout="constrained")
     for panel, name in zip(picture.subplots(1, len(known), squeeze=False).flat, known, strict=True):
-        found = [point.figures[name] for point in wanted]
+        found = [point.figures[name] for point, _ in wanted]
         panel.plot(angles, [figure.value for figure in found], "o-", color=INK, markersize=4)
         panel.fill_between(angles, [f.low for f in found], [f.high for f in found], color=INK, alpha=0.12, linewidth=0)
         panel.set(xlabel=f"degrees from {first}", ylabel=name)
         _plain(panel)
-    picture.savefig(file, dpi=150)
+    return picture
 
 
-def costs(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> None:
+def costs(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
     """What scores are paid with: loss of ordinary text, facts that are true no more, distance from the start policy."""
     shown = [name for name in COSTS if any(name in point.figures for point in points)]
     if not shown or not scores:
-        return
+        return None
     picture = Figure(figsize=(3.2 * len(shown) + 0.4, 3.0 * len(scores)), layout="constrained")
     panels = picture.subplots(len(scores), len(shown), squeeze=False, sharex="col", sharey="row")
     for row, score in zip(panels, scores.values(), strict=True):
@@ -155,7 +158,7 @@ def costs(file: Path, scores: Mapping[str, Score], points: Sequence[Point]) -> N
         row[0].set_ylabel(str(score))
     for panel, cost in zip(panels[-1], shown, strict=True):
         panel.set_xlabel(cost)
-    picture.savefig(file, dpi=150)
+    return picture
 
 
 def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]) -> None:
