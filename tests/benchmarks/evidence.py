@@ -271,8 +271,8 @@ def jobs(work: Path) -> list[list[Job]]:
         *((f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES),
     ]
     second: list[Job] = [(f"composed {seed}", partial(composition.measured, work, seed)) for seed in SEEDS]
-    second += [(f"fronts {s}", partial(other, "fronts", work, "--only", str(s))) for s in fronts.SEEDS]
-    second += [("tune", partial(other, "tune", work))]
+    second += [(f"fronts {s}", partial(compare_fronts, work, "--only", str(s))) for s in fronts.SEEDS]
+    second += [(f"tune {s}", partial(tune.compared, s, tune.AIMS[0], work / "tune")) for s in tune.SEEDS]
     second += [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
     for seed in SEEDS:
         second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
@@ -282,9 +282,9 @@ def jobs(work: Path) -> list[list[Job]]:
     return [first, second]
 
 
-def other(script: str, work: Path, *words: str) -> None:
-    """Another benchmark, in a folder of its own; it goes on where it was and saves what it found."""
-    line = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), "--work", str(work / script), *words]
+def compare_fronts(work: Path, *words: str) -> None:
+    """The benchmark of that name, in a folder of its own; it goes on where it was."""
+    line = [sys.executable, str(Path(fronts.__file__)), "--work", str(work / "fronts"), *words]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -315,7 +315,7 @@ def main() -> None:
             for name, took in [future.result() for future in [pool.submit(done, work, *job) for job in round_]]:
                 seconds[name] = took
                 print(f"{name}: {took:.0f} s", flush=True)
-    other("fronts", work)  # all of it is measured: what is left is to compare
+    compare_fronts(work)  # all of it is measured: what is left is to compare, and to publish
     evidence_page.write(work, seconds)
 
 

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 import evidence
+import tune
 from composition import ORDER, SIZES, WAYS
 from composition import told as kept
 from evidence import USERS
@@ -18,7 +19,7 @@ from report import RESULTS
 
 def three_users(work: Path) -> Item:
     """What each of three users gets of one average policy, of weights, of a direction."""
-    published = _published("fronts")
+    published = _published()
     angles = {who: math.radians(published["angles"][place]) for who, place in USERS.items()}
     average = [found(work, f"users {seed}") for seed in evidence.fronts.SEEDS]
 
@@ -54,7 +55,7 @@ def three_users(work: Path) -> Item:
 
 def fronts(work: Path) -> Item:
     """What `fronts.py` has published."""
-    published = _published("fronts")
+    published = _published()
     compared, wins = published["compared"], published["wins against SFT, and verbosity"]
     volumes = {name.removeprefix("volume "): of for name, of in compared.items() if name.startswith("volume ")}
     areas = {name: of for name, of in volumes.items() if " - " not in name}
@@ -115,13 +116,13 @@ def _wins(file: Path, wins: Mapping[str, Sequence[Sequence[float]]]) -> None:
 
 def open_questions(work: Path) -> Item:
     """Weights without a sweep, and composition that knows of interference."""
-    tuned = {f"{aims}, {seed}": of for aims, seeds in _published("tune").items() for seed, of in seeds.items()}
+    tuned = {seed: found(work, f"tune {seed}") for seed in tune.SEEDS}
     shares = [of["tune's share of the grid's time"] for of in tuned.values()]
     equal = [of["tune: score"] >= of["grid: score"] - 1e-9 for of in tuned.values()]
     choices = [
-        [name, *(f"{of[way]['weights']}: {short(of[f'{way}: score'])}" for way in ("grid", "tune")),
+        [str(seed), *(f"{of[way]['weights']}: {short(of[f'{way}: score'])}" for way in ("grid", "tune")),
          short(of["tune's share of the grid's time"])]
-        for name, of in tuned.items()
+        for seed, of in tuned.items()
     ]  # fmt: skip
     composed = each(work, "composed")
     figures = {size: {way.label: kept(composed, size, way) for way in WAYS} for size in SIZES}
@@ -145,7 +146,15 @@ def open_questions(work: Path) -> Item:
         f"in at most a tenth of its time: {yes(max(shares) <= 0.1)}, {span(shares)}. By the worst preference's gain, "
         f"beyond both deviations over seeds, plain addition is beaten by, {told}",
         [
-            [["", "the grid chose, and scored", "`tune` chose, and scored", "of the grid's time"], *choices],
+            [
+                [
+                    f"seed, for {tune.said(tune.AIMS[0])}",
+                    "the grid chose, and scored",
+                    "`tune` chose, and scored",
+                    "of the grid's time",
+                ],
+                *choices,
+            ],
             [["mixed at once, gains", *ORDER, "mean", "worst", "well-formed"], *rows],
         ],
         figures={"tune": tuned, "composition": figures},
@@ -157,6 +166,6 @@ def _beyond(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return bool(one["worst"] - other["worst"] > spread)
 
 
-def _published(name: str) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["figures"]
+def _published() -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((RESULTS / "fronts.json").read_text())["figures"]
     return figures

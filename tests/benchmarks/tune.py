@@ -7,7 +7,6 @@ words, so that of the others more of one is less of the other.
 
 import argparse
 import csv
-import itertools
 import json
 import os
 import shutil
@@ -87,28 +86,28 @@ def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: in
     return sums
 
 
+def compared(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
+    """Both ways, and the start policy; goes on where it was."""
+    name = f"{seed} {said(aims)}"
+    grid = once(work, f"swept {name}", partial(swept, seed, aims, work))
+    climb = once(work, f"tuned {name}", partial(tuned, seed, aims, work))
+    everyone = {"grid": grid["weights"], "tune": climb["weights"], "start": "start"}
+    sums = [
+        once(work, f"graded {name} {draw}", partial(graded, seed, aims, work, everyone, draw))
+        for draw in range(100, 100 + TRIED)
+    ]
+    means = {of: round(sum(one[of] for one in sums) / len(sums), 4) for of in sums[0]}
+    share = round(climb["seconds"] / grid["seconds"], 3)
+    return {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means}
+
+
 def main() -> None:
-    """Seed by seed; goes on where it was."""
+    """Seed by seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("tuning"))
     work = parser.parse_args().work.resolve()
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
-    figures: dict[str, Any] = {said(aims): {} for aims in AIMS}
-    for aims, seed in itertools.product(AIMS, SEEDS):
-        name = f"{seed} {said(aims)}"
-        grid = once(work, f"swept {name}", partial(swept, seed, aims, work))
-        climb = once(work, f"tuned {name}", partial(tuned, seed, aims, work))
-        everyone = {"grid": grid["weights"], "tune": climb["weights"], "start": "start"}
-        sums = [
-            once(work, f"graded {name} {draw}", partial(graded, seed, aims, work, everyone, draw))
-            for draw in range(100, 100 + TRIED)
-        ]
-        means = {of: round(sum(one[of] for one in sums) / len(sums), 4) for of in sums[0]}
-        share = round(climb["seconds"] / grid["seconds"], 3)
-        told = {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means}
-        figures[said(aims)][f"seed {seed}"] = told
-        print(name, told, flush=True)
-    save("tune", figures)
+    save("tune", {said(aims): {f"seed {seed}": compared(seed, aims, work) for seed in SEEDS} for aims in AIMS})
 
 
 if __name__ == "__main__":
