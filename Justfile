@@ -42,7 +42,7 @@ bench:
     .venv/bin/python tests/benchmarks/sharing.py --work .bench/planning
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
 
-# Both papers in miniature; goes on where it was stopped. Writes tests/benchmarks/evidence/. Not run to its end yet.
+# Both papers in miniature; goes on where it was stopped. Writes tests/benchmarks/evidence/. Two hours on two cores.
 evidence:
     .venv/bin/python tests/benchmarks/evidence.py --work .bench/evidence
 
