@@ -239,8 +239,8 @@ def knowledge(work: Path) -> Item:
         "CommonsenseQA is flat at .65 up to η = 1.5, .60 at 2 and .25 at 4.",
         verdict(*claims.values()),
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
-        + f"; here {short(known['0'].value)} at 0, {short(known['2'].value)} at 2, {short(known['4'].value)} at 4, where "
-        f"{short(at['4']['well-formed'].value)} of the answers are well-formed. "
+        + f"; here {short(known['0'].value)} at 0, {short(known['2'].value)} at 2, {short(known['4'].value)} at 4, "
+        f"where {short(at['4']['well-formed'].value)} of the answers are well-formed. "
         "*known* is the share of facts found likelier than three that are not true of their subject (by chance .25), "
         "*true facts* that of the facts stated in well-formed answers; both weights are η. Below: how far "
         "`reach` finds each of three vectors, and each two, to go, and how straight margins are",
