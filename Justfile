@@ -35,6 +35,7 @@ bench:
     .venv/bin/python tests/benchmarks/control.py --work .bench
     .venv/bin/python tests/benchmarks/fronts.py --work .bench/fronts
     .venv/bin/python tests/benchmarks/methods.py --work .bench
+    .venv/bin/python tests/benchmarks/tune.py --work .bench/tune
     .venv/bin/python tests/benchmarks/algebra.py --work .bench/algebra
     .venv/bin/python tests/benchmarks/planning.py --work .bench/planning
     .venv/bin/python tests/benchmarks/training.py --work .bench/training
