@@ -214,7 +214,7 @@ def reached(work: Path, seed: int) -> dict[str, Any]:
     data = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in AXES]
     words = ["--runs", str(work / f"seed{seed}"), "--force", *(word for one in data for word in ("--set", one))]
     found, _ = tune.command(work, "reach", *REACHED, *words)
-    return found
+    return {name: found[name] for name in ("alone", "together", "limits")}
 
 
 def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
