@@ -31,7 +31,7 @@ def figures(found: Measured) -> Figures:
     for row in found.answers:
         answers.setdefault(row["prompt"], []).append(row["answer"])
     told["distinct"] = estimates.mean([texts.distinct(several) for several in answers.values()], list(answers))
-    told |= _of("KL", found.answers, lambda row: row["kl"])
+    told |= _of("KL", found.answers, lambda row: row.get("kl"))
     if found.texts:
         nats, tokens = ([row[name] for row in found.texts] for name in ("nats", "tokens"))
         told["text loss"] = estimates.ratio(nats, tokens, [row["text"] for row in found.texts])

@@ -88,7 +88,8 @@ class Arena:
             rows += [self._read(drawn) for drawn in batch]
             report(len(rows))
         rows.sort(key=lambda row: (row["prompt"], row["number"]))
-        self._add_kl(contestant, rows)
+        if self.exam.sampling.temperature == 1:
+            self._add_kl(contestant, rows)
         self._add_scores(rows)
         return rows
 
@@ -107,8 +108,8 @@ class Arena:
         }
 
     def _add_kl(self, contestant: Contestant, rows: Sequence[Row]) -> None:
-        """log π − log π_start of each answer, whose mean is the KL divergence KL(π‖π_start); of answers that were drawn
-        from π itself, which those at another temperature than 1 are not."""
+        """log π − log π_start of each answer. As answers at temperature 1 are drawn from π itself, the mean is the KL
+        divergence KL(π‖π_start)."""
         sides = []
         for who, system in ((contestant, contestant.system), (Contestant(START, {START: 1.0}), "")):
             self.become(who)
@@ -121,7 +122,7 @@ class Arena:
                 row["tokens"] = len(answer)
             sides.append(answer_logprobs(self.model, read, Room(TOKENS)))
         for row, found in zip(rows, (sides[0] - sides[1]).tolist(), strict=True):
-            row["kl"] = found if self.exam.sampling.temperature == 1 else None
+            row["kl"] = found
 
     def _add_scores(self, rows: Sequence[Row]) -> None:
         """What each judge says, who sees the prompt as it is, without what was asked for."""

@@ -22,7 +22,7 @@ STEPS = 8
 FIRST, LONGEST = 0.5, 1.0  # how far a step goes
 LEAST = 0.003  # share of pairs, by the aims, that a step has to gain for another to be taken
 HALVED = 4  # times, at most, where it would go down
-INWARDS = 0.97  # what weights are multiplied by while they pass a bound
+HALVINGS = 7  # of how far weights go, where a bound is passed there
 BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
 
 
@@ -60,10 +60,18 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
 
 
 def within(hill: Hill, place: Place) -> Place:
-    """As far back towards no weights as the bounds ask, which climbing may pass by a little where that pays."""
-    while hill.passed(place):
-        place = hill.at(INWARDS * place.weights)
-    return place
+    """As far out towards these weights as the bounds allow, which climbing may pass by a little where that pays."""
+    if not hill.passed(place):
+        return place
+    good, bad, held = 0.0, 1.0, hill.at(0 * place.weights)
+    for _ in range(HALVINGS):
+        middle = (good + bad) / 2
+        tried = hill.at(middle * place.weights)
+        if hill.passed(tried):
+            bad = middle
+        else:
+            good, held = middle, tried
+    return held
 
 
 def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:

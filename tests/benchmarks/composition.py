@@ -68,7 +68,8 @@ def parts(updates: Mapping[str, LoraDelta], method: str) -> dict[str, LoraDelta]
         weights = {name: 2.0 if name == twice else 1.0 for name in updates}
         return LoraDelta.of(dict(Tally().counted(Merge(updates, weights, method).modules(None))))
 
-    return {name: mixed(name) - mixed() for name in updates}
+    once_each = mixed()
+    return {name: mixed(name) - once_each for name in updates}
 
 
 def told(found: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, Any]:
