@@ -43,7 +43,7 @@ bench:
     .venv/bin/python tests/benchmarks/sharing.py --work .bench/planning
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
 
-# Both papers in miniature; goes on where it was stopped. Writes tests/benchmarks/evidence/. Two hours on two cores.
+# Both papers in miniature; goes on where it was stopped. Writes tests/benchmarks/evidence/. Some two hours on two cores.
 evidence:
     .venv/bin/python tests/benchmarks/evidence.py --work .bench/evidence
 

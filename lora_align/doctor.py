@@ -6,22 +6,16 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from lora_align import runs
 from lora_align.console import table
 
-FLOORS = {  # what the project was tested against, and above
-    "torch": "2.10",
-    "transformers": "5.20",
-    "trl": "1.16",
-    "peft": "0.21.2",
-    "bitsandbytes": "0.50.2",
-    "datasets": "5.2",
-    "accelerate": "1.15",
-}
+LIBRARIES = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
 ENOUGH_DISK = 20e9  # a base of 8 B parameters, fetched and kept in 4-bit
 # there with a driver, whatever torch says: on Linux, and in WSL
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
@@ -70,18 +64,18 @@ def _system() -> Iterator[Finding]:
 
 
 def _libraries() -> Iterator[Finding]:
-    from packaging.version import Version
-
-    for name, floor in FLOORS.items():
-        try:
-            has = version(name)
-        except PackageNotFoundError:
-            yield Finding(name, "bad", "not installed", "pip install lora-align brings it")
+    for needed in map(Requirement, requires("lora-align") or ()):
+        if needed.name not in LIBRARIES or needed.marker:  # a marker: an extra asks for it
             continue
-        if Version(has.split("+")[0]) < Version(floor):
-            yield Finding(name, "bad", has, f"{floor} or newer: pip install -U {name}")
+        try:
+            has = version(needed.name)
+        except PackageNotFoundError:
+            yield Finding(needed.name, "bad", "not installed", "pip install lora-align brings it")
+            continue
+        if needed.specifier.contains(has, prereleases=True):
+            yield Finding(needed.name, "good", has)
         else:
-            yield Finding(name, "good", has)
+            yield Finding(needed.name, "bad", has, f"it has to be {needed.specifier}: pip install '{needed}'")
 
 
 def _device() -> Iterator[Finding]:

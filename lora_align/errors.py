@@ -18,7 +18,7 @@ class RunFailedError(UserError):
 
 
 class OutOfStepError(RunFailedError):
-    """Failed amid what all processes do together: it cannot be told to the others, who end with this one."""
+    """Failed in the middle of something all processes do together: they cannot be told, and end with this one."""
 
 
 class Stopped(BaseException):

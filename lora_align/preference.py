@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
@@ -14,6 +14,12 @@ from lora_align.errors import UserError
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME", "rating:-NAME", "score:NAME", "score:-NAME")
 SCORE = "score_"  # how columns that `score` has written begin
+
+
+def name_of(parts: Iterable[str]) -> str:
+    """A name that a folder may have, made of others."""
+    joined = "_".join(re.sub(r"[^a-z0-9_-]+", "-", part.lower()) for part in parts)
+    return re.sub(r"^[^a-z0-9]+", "", joined)[:64]
 
 
 class Direction(StrEnum):
@@ -49,6 +55,7 @@ class Ranker:
 class Preference:
     """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be.
 
+    Of a data set on the hub `split`, `revision` and `subset` (a part it names, or a folder of it) say what is read.
     `columns` says what a column that is known here is called in the data; with `skip_bad` rows that cannot be read are
     counted instead of refused. A table may name other preferences, `of` whose pairs it consists, instead of data.
     """
@@ -58,6 +65,7 @@ class Preference:
     margin: Annotated[float, Ge(0)] = 0.0
     split: str = "train"
     revision: str = ""
+    subset: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     of: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ def number() -> int:
 
 
 def here() -> int:
-    """This one's among those of this machine, which is that of its card."""
+    """This process's number on this machine, which is the number of its card."""
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
 
 
@@ -36,7 +36,8 @@ def check(command: str, *, trains: bool) -> None:
     for divides in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{divides}", "").lower() == "true":
             raise UserError(
-                f"accelerate is configured for {divides}; here the recipe says whether the base is divided: "
+                f"accelerate is configured for {divides}, which would divide adapters, optimiser and checkpoints, too; "
+                "here only the base is divided, where the recipe says so: "
                 "accelerate launch --multi_gpu --num_processes N -m lora_align … --set base.fsdp=true"
             )
 
@@ -65,8 +66,8 @@ def together(work: Callable[[], Found]) -> list[Found]:
         found = work()
     except OutOfStepError:
         raise
-    except UserError as failed:
-        fault = failed
+    except UserError as mine:
+        fault = mine
     told = gathered((found, fault))
     for _, failed in told:
         if failed:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,11 @@ SCHEMA = 1
 DEFAULT = Path("runs")
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+
+
+def command(words: str, folder: Path) -> str:
+    """A command as a person types it who keeps runs in that folder."""
+    return f"lora-align {words}" + (f" --runs {shlex.quote(str(folder))}" if folder != DEFAULT else "")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that tests in the background has it ignored
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several test processes share the machine
 

@@ -14,6 +14,7 @@ LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.
 PATIENCE = 300.0  # seconds
 
 os.environ["PYTHONSAFEPATH"] = "1"  # what is installed is tested, and not what lies in the current folder
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # one that is forked may have no thread but its own
 _loaded = multiprocessing.get_context("forkserver")
 _loaded.set_forkserver_preload([*LOADED])
 
@@ -28,8 +29,8 @@ def run(program: Path, cwd: Path, words: Sequence[str], stdin: str) -> tuple[int
         child.join(PATIENCE)
         if child.exitcode is None:
             child.kill()
-            child.join()
-        assert child.exitcode is not None
+            child.join(30)
+        assert child.exitcode is not None, f"{words} does not end"
         out, err = (stream.read_text(encoding="utf-8") if stream.exists() else "" for stream in streams[1:])
         return child.exitcode, out, err
 

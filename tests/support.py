@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,17 @@ def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:
     """Run the command in a folder; see `forked`."""
     assert COMMAND.exists(), "install the project first: pip install -e '.[test]'"
     return Done(*forked.run(COMMAND, cwd, words, stdin or ""))
+
+
+@contextmanager
+def listening(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on this machine, and its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

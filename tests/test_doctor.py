@@ -64,11 +64,14 @@ def test_systems(system: str, release: str, state: str, found: str, monkeypatch:
 
 
 def test_what_is_wrong_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.FLOORS, "peft", "99.0")
-    monkeypatch.setitem(doctor.FLOORS, "no-such-library", "1.0")
+    needed = ["peft>=99.0", "trl<1.0", "no-such-library", "torch", "torch>=99; extra == 'test'"]
+    monkeypatch.setattr(doctor, "requires", lambda name: needed)
+    monkeypatch.setattr(doctor, "LIBRARIES", {"peft", "trl", "no-such-library", "torch"})
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1e18)
     found = {of.what: of for of in doctor.run(runs.DEFAULT)}
-    assert found["peft"].remedy == "99.0 or newer: pip install -U peft"
+    assert found["peft"].remedy == "it has to be >=99.0: pip install 'peft>=99.0'"
+    assert found["trl"].state == "bad", "one that is too new is told, too"
+    assert found["torch"].state == "good"
     assert found["no-such-library"].state == "bad"
     assert found["cache"].state == "warning"
     assert "an 8B base takes" in found["cache"].remedy

@@ -122,10 +122,10 @@ def test_what_was_measured_is_told_in_words(no_compiler: None, project: recipe.R
     assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # of the first iteration, which learns from the policy before; then
     assert of["drawing"] > 0
     text = plan.told(planned)
-    assert "before that it draws 40 answers, about " in text
+    assert "before that it draws 40 answers (about " in text
     assert "of the device's matrix rate" in text
     assert "\n--set rsf.compile=true: torch cannot compile" in text
-    assert "before that it draws 40 answers, which --measure tries" in plan.told(
+    assert "before that it draws 40 answers (--measure says how long)" in plan.told(
         plan.run(replace(project, rsf=few), ["rsf"], QUIET)
     )
 

@@ -123,6 +123,32 @@ def test_a_template_may_stand_in_a_file_beside_the_recipe(tmp_path: Path) -> Non
     assert recipe.load(file).base.chat_template == "{{ messages }}"
 
 
+def test_a_template_that_is_typed_lies_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "elsewhere" / "mine.toml"
+    file.parent.mkdir()
+    file.write_text('[base]\nmodel = "demo"\n')
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(tmp_path)
+    assert recipe.load(file, ["base.chat_template=chat.jinja"]).base.chat_template == "{{ messages }}"
+    kept = recipe.load(file).as_dict()
+    assert recipe.from_dict(kept, "kept", ["base.chat_template=chat.jinja"]).base.chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("preferences.base.rnk='label'", "'preferences.base.rnk', did you mean 'rank'"),
+        ("reward.lora.rnk=4", "'reward.lora.rnk', did you mean 'rank'"),
+        ("reward.ratings.demo.lo=0", "'reward.ratings.demo.lo', did you mean 'low'"),
+        ("dpo.betta=1", "'dpo.betta', did you mean 'beta'"),
+        ("evall.count=3", "'evall', did you mean 'eval'"),
+    ],
+)
+def test_a_slip_is_set_right_from_the_table_it_stands_in(override: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"unknown key {told}"):
+        recipe.load(recipe.builtin()["demo"], ["preferences.base.data='demo:pairs'", override])
+
+
 @pytest.mark.parametrize("text", ["rating:", "rating", "shorter:x", "", "louder"])
 def test_rankers_that_do_not_exist(text: str) -> None:
     with pytest.raises(ValueError, match="no ranker"):

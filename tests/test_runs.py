@@ -106,7 +106,7 @@ def test_kill_9_leaves_no_run_and_the_next_one_takes_over(tmp_path: Path, capsys
     with pytest.raises(UserError, match=f"process {child.pid} on"):
         _publish(tmp_path / "a")
     os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.wait(60)
     assert runs.every(tmp_path) == []
     with runs.claim(tmp_path / "a", Screen()) as staging:
         assert list(staging.iterdir()) == []

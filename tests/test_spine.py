@@ -438,3 +438,12 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
 
 def test_user_errors_have_exit_codes() -> None:
     assert UserError("x").exit_code == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipes"]])
+def test_what_lists_everything_fits_a_terminal(words: list[str], tmp_path: Path) -> None:
+    narrow = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run([COMMAND, *words], cwd=tmp_path, env=narrow, capture_output=True, text=True, check=True)
+    shown = [line for line in done.stdout.splitlines() if not line.startswith("Usage")]
+    assert max(map(len, shown)) <= 80
+    assert not [line for line in shown if line.endswith("...")], "a summary is cut"

@@ -1,7 +1,6 @@
 """From the name of a preference, a run or a folder to the update it stands for."""
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -119,7 +118,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
         done = runs.read(folder / trained[0]).manifest
         missing = "neg" if trained == ["pos"] else "pos"
         named = f" --name {name}" if done.preference != name else ""
-        command = f"lora-align dpo --pref {done.preference} --direction {missing}{named}{_elsewhere(runs_dir)}"
+        command = runs.command(f"dpo --pref {done.preference} --direction {missing}{named}", runs_dir)
         if done.base["model"] != "demo" and not LOCAL.exists():
             command += " --recipe (the one it was trained with)"
         raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
@@ -128,7 +127,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
     if (Path(name) / peft_format.CONFIG).is_file():
         return at(Path(name), name)
     if name in preferences:
-        command = f"lora-align dpo --pref {name} --direction both{_elsewhere(runs_dir)}"
+        command = runs.command(f"dpo --pref {name} --direction both", runs_dir)
         raise UserError(f"{name} is not trained in {runs_dir}/; first: {command}")
     known = sorted({*_published_names(runs_dir), *preferences})
     raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
@@ -205,10 +204,6 @@ def _published_names(runs_dir: Path) -> list[str]:
     return trained(runs_dir) + [
         p.name for p in (runs_dir / "mix").glob("*") if NAME.fullmatch(p.name) and runs.is_run(p)
     ]
-
-
-def _elsewhere(runs_dir: Path) -> str:
-    return f" --runs {shlex.quote(str(runs_dir))}" if runs_dir != runs.DEFAULT else ""
 
 
 def _parent(folder: Path, sign: float) -> Parent:

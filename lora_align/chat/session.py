@@ -40,7 +40,8 @@ def newest_policy(runs_dir: Path, option: str, screen: Screen) -> Run:
     """The last one that `rsf` has published and that can be asked for a direction, as some option needs."""
     made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf" and not steered(run)]
     if not made:
-        raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `lora-align rsf` trains one")
+        command = runs.command("rsf", runs_dir)
+        raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `{command}` trains one")
     return made[-1]
 
 
@@ -71,6 +72,10 @@ class Policy:
                 screen.warn(f"it was trained on {name} from {low:g} to {high:g} only")
         return cls(run, want)
 
+    def named(self, runs_dir: Path) -> str:
+        """What its adapter is called among weights."""
+        return self.run.path.relative_to(runs_dir).as_posix()
+
     def system(self) -> str:
         """The message that asks for it."""
         return self.want.asked(self.run.manifest.method["ask"])
@@ -90,7 +95,7 @@ def choose(
     """
     if want is not None:
         policy = Policy.newest(runs_dir, want, screen)
-        name = policy.run.path.relative_to(runs_dir).as_posix()
+        name = policy.named(runs_dir)
         found = {name: vectors.at(policy.run.path, name)}
         found |= {name: vectors.find(name, runs_dir, recipe.preferences) for name in weights or ()}
         return Blend(found, {name: 1.0, **(weights or {})}, policy=policy)
@@ -101,7 +106,8 @@ def choose(
         return _whole(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
     mixes = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "mix"]
     if not mixes:
-        screen.note(f"no mix in {runs_dir}/ yet: this is the start policy; `lora-align merge --weights …` makes one")
+        command = runs.command("merge --weights …", runs_dir)
+        screen.note(f"no mix in {runs_dir}/ yet: this is the start policy; `{command}` makes one")
         return Blend({}, {})
     screen.note(f"mix: {mixes[-1].path}")
     return _taken_apart(mixes[-1], runs_dir, screen)
@@ -167,6 +173,11 @@ class Session:
     def want(self) -> dict[str, float] | None:
         """The direction that is asked for."""
         return dict(self.policy.want.weights) if self.policy else None
+
+    def nothing_but(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """These weights, and 0 for all others but that of a policy that is asked for something."""
+        asked = {self.policy.named(self.runs_dir)} if self.policy else set()
+        return {**{name: weight if name in asked else 0.0 for name, weight in self.weights.items()}, **weights}
 
     def turn(self, weights: Mapping[str, float]) -> list[str]:
         """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts."""

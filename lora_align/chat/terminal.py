@@ -134,14 +134,14 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
         session.turns = turns[: asked[-1] + 1]
         for setting in settings:
             weights = parse_weights(setting)
-            for doubt in session.turn({**dict.fromkeys(session.weights, 0.0), **weights}):
+            for doubt in session.turn(session.nothing_but(weights)):
                 screen.warn(doubt)
             text = "".join(session.answer(replace(session.sampling, seed=session.sampling.seed or 0)))
             answers.append(Text(inert(f"{text}\n({session.tokens} tokens)")))
             table.add_column(Text(setting), ratio=1)
     finally:
         session.turns = turns
-        session.turn({**dict.fromkeys(session.weights, 0.0), **before})
+        session.turn(session.nothing_but(before))
     table.add_row(*answers)
     Console().print(table)
 

@@ -31,7 +31,7 @@ RankOption = Annotated[
     str | None, typer.Option("--rank", help="Cut to this rank; auto:0.99 to the smallest that keeps 99 % energy.")
 ]
 FitOption = Annotated[
-    str | None, typer.Option("--fit", help="vllm or llama.cpp: fill up with zeros to ranks it reads rightly.")
+    str | None, typer.Option("--fit", help="vllm or llama.cpp: pad with zeros to a rank that it reads.")
 ]
 
 
@@ -47,7 +47,7 @@ def merge(
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 instead of the parents' own.")
     ] = None,
     same_base: Annotated[
-        bool, typer.Option("--same-base", help="The adapters' bases are one, though their names differ.")
+        bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under other names.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write to this folder instead of runs/mix/NAME.")] = None,
     with_start: Annotated[
@@ -95,7 +95,7 @@ def inspect(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure vectors: norms, angles, spectra, interference, and what a mix keeps of each."""
+    """Measure vectors: norms, angles, spectra, interference. With --weights, also what a mix keeps of each."""
     screen = Screen(as_json, quiet)
     wanted = parse_weights(weights) if weights else {}
     drawable(picture)
@@ -123,7 +123,7 @@ def push(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Push a run to the hub: its files, and a card that says what it is."""
+    """Push a run to the hub, with a card that says what it is."""
     from lora_align.stages import push as stage
 
     screen = Screen(as_json, quiet)

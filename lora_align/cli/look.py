@@ -1,5 +1,7 @@
 """Commands that show what there is: the demo, recipes, runs."""
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +29,7 @@ def demo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The whole story on the built-in base: train, subtract, mix, talk. On a CPU, with no network."""
+    """The whole story on the built-in base, in minutes on a CPU. Train, subtract, mix, measure; with no network."""
     from lora_align.demo import story
 
     story.tell(runs_dir, Screen(as_json, quiet))
@@ -36,9 +38,13 @@ def demo(
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the built-in recipes."""
     found = {name: recipes.load(path) for name, path in recipes.builtin().items()}
-    rows = [[name, recipe.base.model, recipe.about] for name, recipe in found.items()]
+    width = max(32, shutil.get_terminal_size().columns - max(map(len, found)) - 2)
+    rows = []
+    for name, recipe in found.items():
+        first, *more = textwrap.wrap(f"{recipe.about} ({recipe.base.model})", width, break_long_words=False)
+        rows += [[name, first], *(["", line] for line in more)]
     data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in found.items()}
-    Screen(as_json, quiet).result(table(["recipe", "base", "about"], rows), data)
+    Screen(as_json, quiet).result(table(["recipe", "about"], rows), data)
 
 
 def init(
@@ -47,7 +53,7 @@ def init(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Copy a built-in recipe to ./lora-align.toml, to be made your own."""
+    """Copy a built-in recipe to ./lora-align.toml, to make your own."""
     path, _ = recipes.find(name)
     if recipes.LOCAL.exists() and not force:
         raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
@@ -57,7 +63,7 @@ def init(
 
 
 def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """What this machine has, what will work on it, and what to do about the rest."""
+    """What this machine has, and what to do about the rest."""
     from lora_align import doctor as doctors
 
     findings = doctors.run(runs_dir)
@@ -67,16 +73,16 @@ def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, qui
 
 
 def plan(
-    vram: Annotated[float | None, typer.Option("--vram", min=1, help="GB of a card; an RTX 4090's rate.")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", min=1, help="GB of a card as fast as an RTX 4090.")] = None,
     card: Annotated[str, typer.Option("--card", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")] = "",
-    cards: Annotated[int, typer.Option("--cards", min=1, help="That train together.")] = 1,
+    cards: Annotated[int, typer.Option("--cards", min=1, help="How many cards train together.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Take a step of each stage here; times go by it.")] = False,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """What each stage of a recipe will take in memory and time, whether it fits, and what to change if not."""
+    """What each stage takes in memory and time, and whether it fits. And what to change if not."""
     screen = Screen(as_json, quiet)
     if measure and (card or vram or cards > 1):
         raise UserError("--measure takes a step on this machine: not with --card, --vram or --cards")
@@ -99,7 +105,7 @@ def data(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Look at a preference's pairs before training on them: as the model sees them, how long, and what is odd."""
+    """Look at a preference's pairs before training on them. As the model sees them, how long they are, what is odd."""
     screen = Screen(as_json, quiet)
     drawable(picture)
     project = project_of(recipe, limited(overrides, "dpo", limit), screen)

@@ -20,7 +20,7 @@ from lora_align.cli.options import (
 )
 from lora_align.console import Screen
 from lora_align.errors import UserError
-from lora_align.preference import parse_weights
+from lora_align.preference import name_of, parse_weights
 
 if TYPE_CHECKING:
     from lora_align.model.base import Base
@@ -50,7 +50,7 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure contestants on the same prompts; the first is set against the others. Without any: mix and start."""
+    """Measure contestants on the same prompts. The first is set against the others. Without any: mix and start."""
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.contest import run as contest
@@ -72,7 +72,7 @@ def sweep(
         list[str] | None, typer.Option("--also", help="A contestant beside the grid, as `eval` takes it. Repeatable.")
     ] = None,
     directions: Annotated[
-        int, typer.Option("--directions", min=0, help="As many directions of the newest policy.")
+        int, typer.Option("--directions", min=0, help="Measure this many directions of the newest policy.")
     ] = 0,
     by: ByOption = None,
     name: NameOption = None,
@@ -83,9 +83,9 @@ def sweep(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a grid of weights, or directions: tables, answers, pictures, a page. Goes on where it was stopped."""
+    """Measure a grid of weights or directions, and draw it. Goes on where it was stopped."""
     screen = Screen(as_json, quiet)
-    called = checked(name) or "_".join(axis.partition("=")[0] for axis in axes or ["directions"])[:64]
+    called = checked(name) or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.contest import run as contest
     from lora_align.contest import sweep as stage
@@ -108,12 +108,15 @@ def tune(
     aim: Annotated[
         str, typer.Option("--aim", help="What is wanted of each preference, as in helpful=0.6,harmless=0.4.")
     ],
-    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Most nats a token from the start policy.")] = 0.2,
-    loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Most nats a token lost on ordinary text.")] = 0.05,
-    refused: Annotated[float, typer.Option("--refused", min=0.0, help="Most more of safe prompts refused.")] = 0.02,
+    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Nats a token from the start policy, at most.")] = 0.2,
+    loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Ordinary text: nats a token lost, at most.")] = 0.05,
+    refused: Annotated[
+        float, typer.Option("--refused", min=0.0, help="Share of safe prompts refused more, at most.")
+    ] = 0.02,
     most: Annotated[float, typer.Option("--most", min=1e-6, help="The largest weight.")] = 1.0,
     groups: Annotated[
-        int, typer.Option("--groups", min=1, help="Weights for so many stretches of the layers each.")
+        int,
+        typer.Option("--groups", min=1, help="Split the layers into this many groups, each with weights of its own."),
     ] = 1,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -121,7 +124,7 @@ def tune(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find weights without a grid: by gradient on held-out pairs, within bounds."""
+    """Find weights without a grid, by gradient on held-out pairs. Within bounds on how far they go."""
     screen = Screen(as_json, quiet)
     aims = parse_weights(aim)
     if min(aims.values()) <= 0:
@@ -144,15 +147,15 @@ def tune(
         Bounds(kl, loss, refused, most),
         screen,
     )
-    screen.result(stage.told(found), stage.facts(found))
+    screen.result(stage.told(found, runs_dir), stage.facts(found))
 
 
 def reach(
     names: Annotated[list[str] | None, typer.Argument(help="Preferences; all trained ones if none is named.")] = None,
-    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Most nats a token from the start policy.")] = 0.2,
-    loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Most nats a token lost on ordinary text.")] = 0.1,
+    kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Nats a token from the start policy, at most.")] = 0.2,
+    loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Ordinary text: nats a token lost, at most.")] = 0.1,
     share: Annotated[
-        float, typer.Option("--share", min=1e-6, help="Most by which a share may be worse: of refusals, of true facts.")
+        float, typer.Option("--share", min=1e-6, help="How much worse refusals and true facts may get: 0.1 is 10 %.")
     ] = 0.1,
     name: NameOption = None,
     force: ForceOption = False,
@@ -162,7 +165,7 @@ def reach(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """How far each vector goes, and every two, before something breaks; `merge` and `chat` warn beyond."""
+    """How far vectors go, one by one and in pairs, before a break. `merge` and `chat` warn beyond."""
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.adapters import vectors
@@ -171,12 +174,13 @@ def reach(
 
     asked = list(dict.fromkeys(names or vectors.trained(runs_dir)))
     if not asked:
-        raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `lora-align dpo` trains them")
+        command = runs.command("dpo --all", runs_dir)
+        raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `{command}` trains them")
     held = contest.opened(
         [",".join(f"{one}=1" for one in asked)], project, runs_dir, screen, [], _oracle, preferences=asked
     )
     limits = stage.Limits(kl, loss, share)
-    called = checked(name) or "_".join(asked)[:64]
+    called = checked(name) or name_of(asked)
     made = stage.run(asked, limits, project, runs_dir, screen, held, name=called, force=force)
     screen.result(stage.told(made), {"reach": str(made.path), **made.manifest.metrics})
 

@@ -40,7 +40,7 @@ def sft(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the start policy's adapter, where the recipe has an [sft] table."""
+    """Train the start policy's adapter, by the recipe's [sft] table."""
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "sft", limit), screen)
@@ -108,7 +108,7 @@ def reward(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the reward model: a head for each thing raters or pairs judge."""
+    """Train the reward model: a head for each thing that is judged."""
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "reward", limit), screen)
@@ -122,7 +122,9 @@ def reward(
 
 
 def rsf(
-    iterations: Annotated[int | None, typer.Option("--iterations", min=0, help="After the first policy.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=0, help="Rounds after the first policy.")
+    ] = None,
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", help="Draw on this OpenAI-compatible server, which can load adapters.")
     ] = None,
@@ -137,7 +139,7 @@ def rsf(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train one policy that is asked for a direction, by rejection sampling; goes on where it was stopped."""
+    """Train one policy that is asked for a direction. By rejection sampling; goes on where it was stopped."""
     screen = Screen(as_json, quiet)
     either(force, resume)  # it goes on in any case, unless it is to begin anew
     settings = limited(overrides, "rsf", limit)
@@ -149,4 +151,4 @@ def rsf(
     from lora_align.stages import rsf as stage
 
     made = stage.run(project, runs_dir, screen, name=checked(name), force=force, endpoint=endpoint)
-    screen.result(stage.told(made), {"runs": [facts(run) for run in made]})
+    screen.result(stage.told(made, runs_dir), {"runs": [facts(run) for run in made]})

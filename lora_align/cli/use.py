@@ -41,7 +41,7 @@ def score(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score answers, or both answers of pairs; goes on where it was stopped."""
+    """Score answers, or both answers of pairs. Goes on where it was stopped."""
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
     from lora_align.stages import score as stage
@@ -66,7 +66,7 @@ def chat(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Talk to the newest mix, or to --weights, --adapter or --want; turn weights while you talk."""
+    """Talk to a mix, an adapter or a policy, and turn its weights. The newest mix, unless an option says else."""
     screen = Screen(as_json, quiet)
     if adapter is not None and (weights is not None or want is not None):
         raise UserError("chat: --adapter goes without --weights and --want")
@@ -119,7 +119,7 @@ def generate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Answer a file of prompts, n times each; goes on where it was stopped."""
+    """Answer a file of prompts, n times each. Goes on where it was stopped."""
     screen = Screen(as_json, quiet)
     if endpoint and (weights is not None or want is not None):
         raise UserError("generate: a server draws with --model or --adapter; `merge` makes an adapter of weights")

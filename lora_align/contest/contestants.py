@@ -107,7 +107,8 @@ def _contestant(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> tu
     if word == MIX:
         mixes = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "mix"]
         if not mixes:
-            raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `lora-align merge` first")
+            command = runs.command("merge", runs_dir)
+            raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `{command}` first")
         word = mixes[-1].path.relative_to(runs_dir).as_posix()
     vector = vectors.find(word, runs_dir, recipe.preferences)
     holds_start = any(run.manifest.contains_start or run.manifest.stage == "sft" for run in vector.known_runs())

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 from lora_align.console import Screen
@@ -60,7 +60,8 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
         Question(prompt, kind) for kind, data in named.items() if data for prompt in _prompts(data, settings.count)
     ]
     if not questions:
-        asked = dict.fromkeys(pair.prompt for some in pairs.values() for pair in some)
+        in_turn = zip_longest(*pairs.values())  # of every preference as many, as far as each has some
+        asked = dict.fromkeys(pair.prompt for some in in_turn for pair in some if pair)
         questions = [Question(prompt, ANY) for prompt in islice(asked, settings.count)]
     if not questions:
         raise UserError("nothing to ask: the recipe has no preference with held-out pairs and no eval.prompts")
@@ -72,7 +73,7 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
 def _held_out(recipe: Recipe, name: str) -> list[Pair]:
     """As `dpo` reads them, the same ones; of a preference that consists of others, as many of each."""
     parts = recipe.parts(name)
-    found = []
+    found: list[Pair] = []
     for part in parts:
         rows = read_pairs(part, recipe.dpo.held_out, recipe.dpo.limit, Counter())
         found += islice((pair for pair, aside in rows if aside), max(1, recipe.eval.pairs // len(parts)))

@@ -1,6 +1,7 @@
 """From tables to figures: means with intervals of one contestant, and how often one beats another."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from lora_align.contest.exam import ANY, RISKY, SAFE
@@ -15,7 +16,7 @@ def figures(found: Measured) -> Figures:
     """Everything there is to say of one contestant."""
     told: Figures = {}
     for column in _scores(found.answers):
-        told |= _of(column.removeprefix(SCORE), found.answers, lambda row, column=column: row[column])
+        told |= _of(column.removeprefix(SCORE), found.answers, itemgetter(column))
     for preference in dict.fromkeys(row["preference"] for row in found.margins):
         rows = [row for row in found.margins if row["preference"] == preference]
         pairs = [row["pair"] for row in rows]

@@ -22,6 +22,7 @@ from lora_align.model.logprobs import TOKENS, Answered, Reader, parts
 from lora_align.model.sampler import Embedded
 
 PAIRS, ANSWERS, LINES = 48, 32, 16  # of each preference, of the start policy, of ordinary text
+ROUND = 1000  # the weights that there are: so many from 0 to 1
 STEEP = 20.0  # times the square of the share by which a bound is passed
 KL, LOSS = "KL", "text loss"  # beside names of preferences, of which none has a capital or a space
 NORMAL = NormalDist()
@@ -69,8 +70,9 @@ class Place:
 
 
 class Hill:
-    """The ground of some aims. A preference's effect is its mean margin over the spread of pairs' margins under its own
-    vector; its height is the share of pairs that would then be preferred rightly, were margins normal."""
+    """What `tune` maximises over weights: Σ aim · the share of held-out pairs that would be preferred rightly. So that
+    it has a gradient, that share is taken from the mean margin over the spread of margins under the preference's own
+    vector, as if margins were normal."""
 
     def __init__(self, arena: Arena, aims: Mapping[str, float], bounds: Bounds) -> None:
         self.arena, self.aims, self.bounds = arena, aims, bounds
@@ -79,9 +81,18 @@ class Hill:
         self.pairs = {name: self._pairs(name) for name in aims}
         self.spread = {name: self._own_spread(name) for name in aims}
         self.drawn, self.texts = self._start_answers(), self._lines()
+        self.known: dict[tuple[float, ...], Place] = {}
 
     def at(self, weights: Tensor) -> Place:
-        """How it is there."""
+        """How it is there, or next to there towards no weights at all: what is looked at has the decimals that weights
+        are told with. Whoever climbs comes to the edge of what is allowed again and again."""
+        weights = (weights * ROUND).trunc() / ROUND
+        key = tuple(weights.tolist())
+        if key not in self.known:
+            self.known[key] = self._seen(weights)
+        return self.known[key]
+
+    def _seen(self, weights: Tensor) -> Place:
         found: dict[str, float] = {}
         slopes: dict[str, Tensor] = {}
         measured = {name: (rows, _gain) for name, rows in self.pairs.items()}
@@ -98,9 +109,9 @@ class Hill:
             slope = slope - 2 * STEEP * over / bound * slopes[name]
         return Place(weights, height, slope, found)
 
-    def passed(self, place: Place) -> bool:
-        """Whether one of the bounds is that need no answers."""
-        return any(place.found[name] > bound for name, bound in self.bounds.read.items())
+    def beyond(self, place: Place) -> float:
+        """How far that is, in shares of the nearest bound that needs no answers: more than 1 passes it."""
+        return max(place.found[name] / bound for name, bound in self.bounds.read.items())
 
     def _mean(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
         """Of what is made of log π − log π_start of each token, with its gradient, part by part."""
@@ -140,8 +151,10 @@ class Hill:
         asked = [question.prompt for question in spread(exam.questions, ANSWERS)]
         self.arena.become(Contestant(START, {START: 1.0}))
         batches = Embedded(self.arena.model, self.arena.base).draw(asked, 1, exam.sampling)
-        said = [(asked[one.prompt], one.text) for batch in batches for one in batch]
-        return self._known([(chat.prompt_ids(prompt), chat.answer_ids(prompt, text)) for prompt, text in said])
+        drawn = [(asked[one.prompt], one) for batch in batches for one in batch]
+        return self._known(
+            [(chat.prompt_ids(prompt), chat.answer_ids(prompt, one.text, ended=one.ended)) for prompt, one in drawn]
+        )
 
     def _lines(self) -> Rows:
         """Ordinary text behind its first token."""

@@ -30,6 +30,7 @@ from lora_align.stages.judges import Judge
 
 Row = dict[str, Any]
 TABLES = ("answers", "margins", "texts")
+FORM = 2  # counted up when something is measured in another way
 SCORE = "score "  # before the name of a judge, in a column's name
 
 
@@ -117,9 +118,9 @@ class Arena:
             for row in rows:
                 prompt = under_system(system, self.exam.questions[row["prompt"]].prompt)
                 ids = self.base.chat.prompt_ids(prompt)
-                answer = self.base.chat.answer_ids(prompt, row["answer"])[: max(1, self.base.max_length - len(ids))]
-                read.append((ids, [answer]))
-                row["tokens"] = len(answer)
+                answer = self.base.chat.answer_ids(prompt, row["answer"], ended=row["ended"])
+                read.append((ids, [answer[: max(1, self.base.max_length - len(ids))]]))
+                row["tokens"] = len(read[-1][1][0])
             sides.append(answer_logprobs(self.model, read, Room(TOKENS)))
         for row, found in zip(rows, (sides[0] - sides[1]).tolist(), strict=True):
             row["kl"] = found
@@ -179,6 +180,7 @@ def measured(
 ) -> Measured:
     """As it was measured before, if it was: by what it is made of, what it is asked, and who judges."""
     identity = {
+        "form": FORM,
         "contestant": arena.field.lineage(contestant),
         "exam": arena.exam.key,
         "judges": {name: judge.identity for name, judge in arena.judges.items()},

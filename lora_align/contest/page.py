@@ -11,9 +11,9 @@ from lora_align.console import inert
 from lora_align.contest.point import Point
 from lora_align.evaluate.estimates import Estimate
 
-SHOWN = 3  # prompts whose answers are shown
+SHOWN, ANSWERED = 3, 9  # prompts whose answers are shown, and of how many points
 PICTURES = {
-    "curves.png": "What each weight does, the others at 0; the shade is where 95 of 100 such means lie.",
+    "curves.png": "What each weight does, the others at 0 or as said; the shade is the 95 % interval.",
     "map.png": "Two weights together.",
     "front.png": "Every point by two scores; the dashed line joins those that no other beats.",
     "length.png": "How often a point beats the start policy, against how long its answers are.",
@@ -35,7 +35,7 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 .answers div { border-left: 3px solid #b9c7e0; padding-left: .7rem }
 </style>
 <h1>{{ title }}</h1>
-<p class="small">{{ points }} points on {{ base }}. In brackets, where 95 of 100 such means lie.</p>
+<p class="small">{{ points }} points on {{ base }}. In brackets: 95 % intervals over prompts.</p>
 {% for picture in pictures %}<figure><img alt="{{ picture.says }}" src="data:image/png;base64,{{ picture.data }}">
 <figcaption>{{ picture.says }}</figcaption></figure>
 {% endfor %}
@@ -59,7 +59,8 @@ def write(
     """`report.html`, with all that lies in the folder as a picture."""
     names = list(dict.fromkeys(name for point in points for name in point.figures))
     best = {point["word"] for point in result["front"]}
-    shown = [point for point in points if point.word in best or point.weights is None][:8]
+    start, *others = points
+    shown = [start, *(point for point in others if point.word in best or point.weights is None)][:ANSWERED]
     text = (
         Environment(autoescape=True)
         .from_string(TEMPLATE)

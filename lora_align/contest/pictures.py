@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -37,27 +38,30 @@ def draw(
 
 
 def curves(values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]) -> Figure | None:
-    """A panel an axis: its own score, with its interval, and the other axes' scores, all other weights 0."""
+    """A panel an axis: its own score, with its interval, and the other axes' scores; all other weights 0, or as near
+    to it as the sweep came."""
     axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
     if not axes:
         return None
     picture = Figure(figsize=(3.4 * len(axes) + 0.4, 3.2), layout="constrained")
     for panel, axis in zip(picture.subplots(1, len(axes), squeeze=False).flat, axes, strict=True):
-        alone = sorted(
-            (point for point in grid if all(not w for name, w in (point.weights or {}).items() if name != axis)),
-            key=lambda point: (point.weights or {})[axis],
+        rest = {name: min(values[name], key=abs) for name in values if name != axis}
+        line = sorted(
+            ((point.weights[axis], point) for point in grid if point.weights and rest.items() <= point.weights.items()),
+            key=itemgetter(0),
         )
-        places = [(point.weights or {})[axis] for point in alone]
         for colour, (other, score) in zip((INK, *OTHERS), _first(axis, scores).items(), strict=False):
-            found = [point.figures[score.name] for point in alone]
+            known = [(place, point.figures[score.name]) for place, point in line if score.name in point.figures]
+            places, found = [place for place, _ in known], [figure for _, figure in known]
             heights = [figure.value for figure in found]
             panel.plot(places, heights, color=colour, linewidth=2.2 if other == axis else 1.2, label=score.name)
             panel.fill_between(
                 places, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.12, linewidth=0
             )
-        panel.set_xlabel(f"weight of {axis}")
-        if len(places) <= TICKS:
-            panel.set_xticks(places, [f"{place:g}" for place in places])
+        held = [f"{name}={weight:g}" for name, weight in rest.items() if weight]
+        panel.set_xlabel(f"weight of {axis}" + (f", at {', '.join(held)}" if held else ""))
+        if len(line) <= TICKS:
+            panel.set_xticks([place for place, _ in line], [f"{place:g}" for place, _ in line])
         panel.legend(frameon=False, fontsize=7.5)
         _plain(panel)
     return picture
@@ -166,8 +170,12 @@ def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str,
     (one, ones), (other, others) = values.items()
     at = {((point.weights or {})[one], (point.weights or {})[other]): point for point in grid}
     names = [score.name for score in scores.values()]
-    found = {name: [[at[x, y].figures[name].value for x in ones] for y in others] for name in names}
+    found = {name: [[_value(at[x, y], name) for x in ones] for y in others] for name in names}
     plots.weight_map(file, (one, other), (ones, others), found)
+
+
+def _value(point: Point, name: str) -> float:
+    return point.figures[name].value if name in point.figures else math.nan
 
 
 def _first(axis: str, scores: Mapping[str, Score]) -> dict[str, Score]:

@@ -18,7 +18,7 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 
 STEP, STEPS = 0.5, 8  # weights that are tried: so far apart, so many
-LOOKS = 3  # that finding the last good one of them takes
+LOOKS = (STEPS + 1).bit_length()  # at most, that finding the last good one of them takes
 TRIED = (-1.0, -0.5, 0.5, 1.0)  # weights that margins are looked at
 KL = "KL a token"
 Weights = Mapping[str, float]
@@ -108,9 +108,10 @@ def run(
     if contest.arena.exam.sampling.temperature != 1:
         raise UserError("reach: the KL divergence it goes by needs answers as they are drawn; set eval.temperature=1")
     pairs = list(combinations(names, 2))
+    most = LOOKS * (2 * len(names) + len(pairs))
     with (
         runs.claim(target, screen, force=force) as staging,
-        screen.progress("looks", LOOKS * (2 * len(names) + len(pairs))) as progress,
+        screen.progress("looks", most) as progress,
     ):
         looks = iter(range(10**9))
         walk = Walk(contest, limits, lambda where: progress.show(next(looks), {"at": where}))
@@ -121,7 +122,7 @@ def run(
         together = [
             {"names": pair, **asdict(walk.side(dict.fromkeys(pair, 1.0))), "term": _term(walk, pair)} for pair in pairs
         ]
-        progress.show(next(looks), {})
+        progress.show(most, {})
         found = {"alone": alone, "together": together, "limits": asdict(limits)}
         made_of = {name: contest.arena.field.vectors[name].lineage() for name in names}
         base = contest.arena.base.identity
@@ -161,7 +162,7 @@ def told(made: Run) -> str:
             [" + ".join(of["names"]), _side(of, 1), *(f"{of['term'][name]:+.2f}" for name in of["names"])]
             for of in found["together"]
         ]
-        parts.append(table(["at once, alike", "to", "η₁η₂ in the first's margin", "in the second's"], pairs))
+        parts.append(table(["both at one weight", "to", "η₁η₂ in the first's margin", "in the second's"], pairs))
     return "\n\n".join([*parts, f"{made.path}: merge and chat warn beyond"])
 
 

@@ -88,7 +88,7 @@ def told(result: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for figures_ in everyone.values() for name in figures_))
     rows = [[name, *(_shown(figures_.get(name)) for figures_ in everyone.values())] for name in names]
     parts = [
-        f"{result['prompts']} prompts, {result['answers']} answers each; in brackets, where 95 of 100 such means lie",
+        f"{result['prompts']} prompts, {result['answers']} answers each; in brackets: 95 % intervals over prompts",
         table(["", *everyone], rows),
     ]
     first = next(iter(everyone))
@@ -96,7 +96,9 @@ def told(result: Mapping[str, Any]) -> str:
         words = [everyone[name]["words"]["value"] for name in (first, other)]
         rows = [[name, _shown(figure)] for name, figure in by.items()]
         heading = f"{first} wins against {other} ({words[0]:.0f} words against {words[1]:.0f})"
-        parts.append("\n".join([heading, table(["by", "share"], rows)]) if rows else f"{heading}: nobody judges")
+        parts.append(
+            "\n".join([heading, table(["by", "share"], rows)]) if rows else f"{heading}: no judge (--by, --judge)"
+        )
     return "\n\n".join(parts)
 
 

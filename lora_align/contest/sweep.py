@@ -44,7 +44,7 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
         if not NAME.fullmatch(name.partition("@")[0]) or not span or not 1 <= count <= MOST:
             raise UserError(f"sweep: {axis!r} is no axis; as in helpful=-1:1:0.5, from, to, and in what steps")
         values[name] = [round(low + step * place, 6) for place in range(count)]
-    points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    points: list[Weights] = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
     if len(points) > MOST:
         raise UserError(f"sweep: {len(points):,} points are more than {MOST:,}")
     return values, points
@@ -127,7 +127,7 @@ def covered(result: Mapping[str, Any]) -> str:
     if len(result["scores"]) < 2:
         return ""
     corner = ", ".join(f"{name} {edge:.2f}" for name, edge in result["above"].items())
-    return f"they cover {result['hypervolume']:.3f} (hypervolume) from the worst of each: {corner}"
+    return f"hypervolume {result['hypervolume']:.3f}, measured from the worst of each: {corner}"
 
 
 def _written(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lora_align import runs
 from lora_align.adapters import vectors
 from lora_align.console import Screen, table
 from lora_align.contest.contestants import START, Contestant
@@ -22,7 +23,7 @@ STEPS = 8
 FIRST, LONGEST = 0.5, 1.0  # how far a step goes
 LEAST = 0.003  # share of pairs, by the aims, that a step has to gain for another to be taken
 HALVED = 4  # times, at most, where it would go down
-HALVINGS = 7  # of how far weights go, where a bound is passed there
+BACKWARDS, SPARE = 8, 0.995  # steps towards no weights where a bound is passed, and what each goes farther than needed
 BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
 
 
@@ -33,7 +34,7 @@ class Tuned:
     weights: Mapping[str, float]
     preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly
     kl: float
-    loss: float
+    loss: float | None  # nothing where no ordinary text was read
     refused: float
     steps: int
 
@@ -56,22 +57,19 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
         raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
     preferred = {name: NORMAL.cdf(place.found[name] / hill.spread[name]) for name in aims}
     rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
-    return Tuned(rounded, preferred, place.found[KL], place.found[LOSS], share, steps)
+    lost = place.found[LOSS] if arena.exam.texts else None
+    return Tuned(rounded, preferred, place.found[KL], lost, share, steps)
 
 
 def within(hill: Hill, place: Place) -> Place:
-    """As far out towards these weights as the bounds allow, which climbing may pass by a little where that pays."""
-    if not hill.passed(place):
-        return place
-    good, bad, held = 0.0, 1.0, hill.at(0 * place.weights)
-    for _ in range(HALVINGS):
-        middle = (good + bad) / 2
-        tried = hill.at(middle * place.weights)
-        if hill.passed(tried):
-            bad = middle
-        else:
-            good, held = middle, tried
-    return held
+    """About as far out towards these weights as the bounds allow, which climbing may pass by a little where that pays.
+    What they bound grows with the square of how far one goes, or, as the second step takes it, more slowly."""
+    for power in (0.5, *[1.0] * BACKWARDS):
+        beyond = hill.beyond(place)
+        if beyond <= 1:
+            return place
+        place = hill.at(SPARE / beyond**power * place.weights)
+    return place if hill.beyond(place) <= 1 else hill.at(0 * place.weights)
 
 
 def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:
@@ -84,11 +82,8 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
         free = (here.weights.abs() < most) | (here.weights * here.slope < 0)
         way = free * (inverse @ (free * here.slope))
         way = way * min(1.0, LONGEST / max(float(way.norm()), 1e-9))
-        there, goals = here, [(here.weights + way / 2**half).clamp(-most, most) for half in range(HALVED)]
-        for goal, before in zip(goals, [here.weights, *goals], strict=False):
-            if not torch.equal(goal, before) and (tried := hill.at(goal)).height > here.height:
-                there = tried
-                break
+        goals = ((here.weights + way / 2**half).clamp(-most, most) for half in range(HALVED))
+        there = next((place for place in map(hill.at, goals) if place.height > here.height), here)
         moved, bent, gain = there.weights - here.weights, here.slope - there.slope, there.height - here.height
         here = there
         report(step, {name: f"{weight:.2f}" for name, weight in _named(hill, here.weights).items()})
@@ -106,17 +101,20 @@ def parts(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
     return vectors.stretches(name, vectors.layer_count(update), count)
 
 
-def told(tuned: Tuned) -> str:
+def told(tuned: Tuned, runs_dir: Path) -> str:
     """The weights, how far they go, and how to have them."""
     weights = [[name, f"{weight:.2f}"] for name, weight in tuned.weights.items()]
     shares = [[name, f"{share:.0%}"] for name, share in tuned.preferred.items()]
-    far = f"from the start policy: {tuned.kl:.3f} nats a token, {tuned.loss:+.3f} on ordinary text"
+    far = f"from the start policy: {tuned.kl:.3f} nats a token"
+    if tuned.loss is not None:
+        far += f", {tuned.loss:+.3f} on ordinary text"
+    words = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in tuned.weights.items())}"
     return "\n".join(
         [
             table(["", "weight"], weights) + "\n",
             table(["", "pairs preferred"], shares) + "\n",
             f"{far}; refuses {tuned.refused:.0%} of safe prompts",
-            f"lora-align merge --weights {','.join(f'{name}={weight:g}' for name, weight in tuned.weights.items())}",
+            runs.command(words, runs_dir),
         ]
     )
 

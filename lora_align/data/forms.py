@@ -137,7 +137,7 @@ def _chosen_rejected(row: Row) -> Comparison:
     if isinstance(chosen, str) and TURN.match(chosen):
         return _transcripts(row)
     if isinstance(chosen, str):
-        shared = _beginning(chosen, _text(rejected))
+        shared = _beginning(_text(chosen), _text(rejected))
         answers = (chosen.removeprefix(shared).lstrip(), rejected.removeprefix(shared).lstrip())
         return Comparison(_prompt(shared), answers, {"label": 0}, ratings)
     turns = [_messages(chosen), _messages(rejected)]
@@ -189,7 +189,7 @@ def _sharegpt(row: Row) -> Conversation:
 
 
 def _alpaca(row: Row) -> Conversation:
-    request = "\n\n".join(filter(None, (_text(row["instruction"]), row.get("input"))))
+    request = "\n\n".join(filter(None, (_text(row["instruction"]), _text(row.get("input") or ""))))
     before = [
         Message(role, _text(said))
         for turn in row.get("history") or ()
@@ -200,7 +200,7 @@ def _alpaca(row: Row) -> Conversation:
 
 def _prompt_completion(row: Row) -> Conversation:
     completion = row["completion"]
-    answer = completion if isinstance(completion, str) else _answer(_messages(completion)[-1])
+    answer = _text(completion) if isinstance(completion, str) else _answer(_messages(completion)[-1])
     return Conversation((*_prompt(row["prompt"]), Message("assistant", answer)))
 
 

@@ -33,7 +33,10 @@ def read_pairs(preference: Preference, held_out: float, limit: int | None, dropp
 
 def ranked(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
     """A comparison, and the pair in a preference's eyes, or why there is none to learn from."""
-    _check_ranker(comparison, preference.ranker, where)
+    if missing := _missing(comparison, preference.ranker):
+        if not preference.skip_bad:
+            raise UserError(f"{where}: {missing}")
+        return comparison, sources.INVALID
     found = comparison.ranked(preference.ranker, preference.margin)
     return comparison, found if isinstance(found, str) else _usable(found)
 
@@ -63,14 +66,12 @@ def reasons(dropped: Counter[str]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
 
 
-def _check_ranker(comparison: Comparison, ranker: Ranker, where: str) -> None:
-    if ranker.kind not in ("label", "rating"):
-        return
-    names = list(comparison.labels if ranker.kind == "label" else comparison.ratings)
-    if ranker.column not in names and (ranker.column or not names):
-        raise UserError(
-            f"{where}: no {ranker.kind} {ranker.column!r} in this row (it has: {', '.join(names) or 'none'})"
-        )
+def _missing(comparison: Comparison, ranker: Ranker) -> str:
+    """What a ranker needs and is not there."""
+    names = {"label": comparison.labels, "rating": comparison.ratings}.get(ranker.kind)
+    if names is None or ranker.column in names or (names and not ranker.column):
+        return ""
+    return f"no {ranker.kind} {ranker.column!r} in this row (it has: {', '.join(names) or 'none'})"
 
 
 def _usable(pair: Pair) -> Pair | str:

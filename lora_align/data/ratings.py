@@ -17,29 +17,34 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
     train = 0
     for where, answers in sources.read(table, forms.rated, dropped):
         for row in answers:
-            found = Rated(row.prompt, row.answer, _scaled(row, table, where))
-            if not row.answer.strip():
+            scaled = _scaled(row, table)
+            if isinstance(scaled, str) and not table.skip_bad:
+                raise UserError(f"{where}: {scaled}")
+            if isinstance(scaled, str):
+                dropped[sources.INVALID] += 1
+            elif not row.answer.strip():
                 dropped["empty answer"] += 1
-            elif all(map(math.isnan, found.ratings.values())):
+            elif all(map(math.isnan, scaled.values())):
                 dropped["no rating"] += 1
             else:
                 aside = is_held_out(row.prompt, held_out)
-                yield found, aside
+                yield Rated(row.prompt, row.answer, scaled), aside
                 train += not aside
         if limit and train >= limit:
             break
 
 
-def _scaled(row: Rated, table: Ratings, where: str) -> dict[str, float]:
-    """The attributes asked for, from the raters' scale to points; an error where one is not there or off the scale."""
+def _scaled(row: Rated, table: Ratings) -> dict[str, float] | str:
+    """The attributes asked for, from the raters' scale to points; or what is wrong: one is not there, or off the
+    scale."""
     wanted = table.attributes or tuple(row.ratings)
     missing = [name for name in wanted if name not in row.ratings]
     if missing:
-        raise UserError(f"{where}: no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})")
+        return f"no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})"
     scaled = {}
     for name in wanted:
         value = row.ratings[name]
         if not math.isnan(value) and not table.low <= value <= table.high:
-            raise UserError(f"{where}: {name} is {value:g}; the recipe's scale is {table.low:g} to {table.high:g}")
+            return f"{name} is {value:g}; the recipe's scale is {table.low:g} to {table.high:g}"
         scaled[table.prefix + name] = POINTS * (value - table.low) / (table.high - table.low)
     return scaled

@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | UserError]]  # each with the place it stands in, or what is wrong with it
 Found = TypeVar("Found")
+INVALID = "invalid row"  # a reason to drop one
+SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # as datasets says it
 
 
 class Source(Protocol):
@@ -34,6 +37,10 @@ class Source(Protocol):
         """Of a data set on the hub."""
 
     @property
+    def subset(self) -> str:
+        """Of a data set on the hub: a part that it names, or a folder of it."""
+
+    @property
     def columns(self) -> Mapping[str, str]:
         """What a column is to be called → what it is called there."""
 
@@ -44,7 +51,7 @@ class Source(Protocol):
 
 def read(source: Source, form: Callable[[Row, str], Found], dropped: Counter[str]) -> Iterator[tuple[str, Found]]:
     """Every row of a source in a form, with its place; what cannot be read ends it, or is counted."""
-    for where, row in rows(source.data, source.split, source.revision):
+    for where, row in rows(*place(source)):
         try:
             if isinstance(row, UserError):
                 raise row
@@ -52,7 +59,7 @@ def read(source: Source, form: Callable[[Row, str], Found], dropped: Counter[str
         except UserError:
             if not source.skip_bad:
                 raise
-            dropped["invalid row"] += 1
+            dropped[INVALID] += 1
         else:
             yield where, found
 
@@ -65,7 +72,17 @@ def good_rows(data: str) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def rows(data: str, split: str = "train", revision: str = "") -> Rows:
+def place(source: Source) -> tuple[str, str, str, str]:
+    """Where its rows lie."""
+    return source.data, source.split, source.revision, source.subset
+
+
+def name(source: Source) -> str:
+    """What a person calls it."""
+    return _named(source.data, source.subset)
+
+
+def rows(data: str, split: str = "train", revision: str = "", subset: str = "") -> Rows:
     """Every row of a source with the place it stands in, or what is wrong with it."""
     if data.startswith("demo:"):
         from lora_align.demo import source
@@ -74,8 +91,12 @@ def rows(data: str, split: str = "train", revision: str = "") -> Rows:
     file = _file(data)
     if file:
         return _FILES[file.suffix.lower()](file)
-    table = _table(data, split, revision)
-    return ((f"{data} {split}[{index}]", row) for index, row in enumerate(table))
+    table = _table(data, split, revision, subset)
+    return ((f"{_named(data, subset)} {split}[{index}]", row) for index, row in enumerate(table))
+
+
+def _named(data: str, subset: str) -> str:
+    return f"{data} {subset}" if subset else data
 
 
 def identity(source: Source) -> str:
@@ -83,7 +104,7 @@ def identity(source: Source) -> str:
     if source.data.startswith("demo:"):
         return source.data
     file = _file(source.data)
-    return runs.sha256(file) if file else str(_table(source.data, source.split, source.revision)._fingerprint)
+    return runs.sha256(file) if file else str(_table(*place(source))._fingerprint)
 
 
 def _file(data: str) -> Path | None:
@@ -175,13 +196,13 @@ _FILES: dict[str, Callable[[Path], Rows]] = {
 }
 
 
-def _table(data: str, split: str, revision: str) -> "Dataset":
+def _table(data: str, split: str, revision: str, subset: str) -> "Dataset":
     """A data set on the hub, or in its cache."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(data, split=split, revision=revision or None)
+        return _subset(partial(datasets.load_dataset, split=split), data, revision or None, subset)
     except datasets.exceptions.DatasetNotFoundError as fault:
         if "gated" in str(fault):  # datasets drops the cause
             page = f"https://huggingface.co/datasets/{data}"
@@ -190,8 +211,41 @@ def _table(data: str, split: str, revision: str) -> "Dataset":
     except ConnectionError as fault:
         why = first_line(fault)
         raise NotFetchedError(f"data {data!r} is not in the cache and could not be fetched: {why}") from fault
-    except (ValueError, OSError) as fault:
-        raise UserError(f"data {data!r} (split {split!r}) could not be read: {first_line(fault)}") from fault
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as fault:
+        why = first_line(fault.__cause__ or fault)
+        if SEVERAL in why:
+            _, _, names = str(fault).partition("[")
+            why = f"it has several subsets, [{names.partition(']')[0]}]; `subset` in the recipe's table names one"
+        raise UserError(f"data {data!r} (split {split!r}) could not be read: {why}") from fault
+
+
+def _subset(load: Callable[..., "Dataset"], data: str, revision: str | None, name: str) -> "Dataset":
+    """What the data set calls by that name, else its folder of that name; without one its default part."""
+    try:
+        return load(data, name=name or None, revision=revision)
+    except (ValueError, ConnectionError) as fault:
+        unnamed = isinstance(fault, ConnectionError) or any(words in str(fault) for words in NO_SUBSET)
+        if not name or not unnamed:
+            raise
+        folder = _folder(data, revision, name)
+        if not folder and isinstance(fault, ConnectionError):
+            raise
+        if not folder:
+            raise UserError(f"data {data!r} has no subset and no folder {name!r}: {first_line(fault)}") from fault
+    return load(str(folder))
+
+
+def _folder(data: str, revision: str | None, name: str) -> Path | None:
+    """A folder of a data set, fetched alone, or as it lies in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        root = snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns=f"{name}/*")
+    except LocalEntryNotFoundError:
+        return None
+    folder = Path(root, name)
+    return folder if folder.is_dir() and ".." not in folder.parts else None
 
 
 def _object(line: bytes, where: str) -> Row | UserError:

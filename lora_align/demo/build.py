@@ -135,7 +135,7 @@ def main() -> None:
         model.model.norm.weight.mul_(SHARPER)
 
     shutil.rmtree(options.out, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(options.out)
+    model.bfloat16().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
 
 

@@ -12,6 +12,7 @@ from lora_align.data.rows import Message
 from lora_align.demo import oracle, world
 from lora_align.demo.oracle import AXES, Prompt, Score
 from lora_align.model.base import Base
+from lora_align.model.chat_format import text_of
 from lora_align.model.generate import Sampling
 from lora_align.model.sample import sample
 
@@ -61,8 +62,7 @@ def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples
     found: list[list[str]] = [[] for _ in asked]
     for batch in sample(model, base, rows, samples, sampling):
         for answer in batch:
-            text = base.chat.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-            found[answer.prompt].append(text.strip())
+            found[answer.prompt].append(text_of(base.chat.tokenizer, answer.tokens, special=False).strip())
     return found
 
 

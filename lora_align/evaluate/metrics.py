@@ -24,7 +24,8 @@ def ranks(values: Tensor) -> Tensor:
     """Places from 0 in ascending order; equal values share the mean of theirs."""
     _, where, counts = values.unique(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
-    return (first + (counts - 1) / 2.0)[where].double()
+    places: Tensor = (first + (counts - 1) / 2.0)[where]
+    return places.double()
 
 
 def concordance(scores: Tensor, truth: Tensor) -> float:

@@ -47,13 +47,14 @@ def weight_map(
     """One heat map a score over the weights of two preferences; shares on one scale, other scores on their own."""
     picture = Figure(figsize=(3.1 * len(scores), 3.3), layout="constrained")
     for panel, (score, grid) in zip(picture.subplots(1, len(scores), squeeze=False).flat, scores.items(), strict=True):
-        flat = [value for values in grid for value in values]
+        flat = [value for values in grid for value in values if not math.isnan(value)] or [0.0]
         low, high = (0.0, 1.0) if min(flat) >= 0 and max(flat) <= 1 else (min(flat), max(flat))
         panel.imshow(grid, origin="lower", cmap=COLOURS, vmin=low, vmax=high)
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
                 colour = "white" if value > low + 0.6 * (high - low) else "black"
-                panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                text = "" if math.isnan(value) else f"{value:.2f}"
+                panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         for set_ticks, values in zip((panel.set_xticks, panel.set_yticks), weights, strict=True):
             set_ticks(range(len(values)), [f"{weight:g}" for weight in values], fontsize=8)
         panel.set_xlabel(f"weight of {names[0]}", fontsize=9)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,6 +18,9 @@ from lora_align import processes, recipe, runs
 from lora_align.errors import UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.divided import divide
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DEMO = Path(__file__).parent.parent / "demo" / "base"
 KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; smaller bases quantise faster than they load
@@ -102,6 +105,13 @@ def device() -> torch.device:
     return torch.device("cuda", processes.here()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def inside(policy: "PeftModel") -> PreTrainedModel:
+    """The model that an adapter was put into, with the adapter in it."""
+    model = policy.get_base_model()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def compute_dtype(base: recipe.Base) -> torch.dtype:
     """What activations are computed in: bfloat16 where the card has it, float32 on a CPU."""
     if base.dtype != "auto":
@@ -181,7 +191,8 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a frozen base is never noisy; an adapter's own dropout is the recipe's business
-    return model.eval().requires_grad_(False)
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen
 
 
 def keep_4bit_weights_plain(model: torch.nn.Module) -> None:

@@ -22,6 +22,11 @@ Answered = tuple[list[int], list[list[int]]]  # a prompt, and the answers to it
 StandIns = Mapping[str, str]  # private character → the control token it stands for
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:
+    """What token ids say, with the special ones among them or without."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """A tokenizer, the template in force and its keyword arguments."""
@@ -36,9 +41,10 @@ class ChatFormat:
         stand_ins = self._stand_ins(messages)
         return self._encode(self._render(messages, stand_ins, generation=True), stand_ins)
 
-    def answer_ids(self, prompt: Sequence[Message], answer: str) -> list[int]:
-        """What the assistant then says, up to and including the token it stops with."""
-        return self.answered(prompt, [answer])[1][0]
+    def answer_ids(self, prompt: Sequence[Message], answer: str, *, ended: bool = True) -> list[int]:
+        """What the assistant then says, up to and including the token it stops with, where it came to that."""
+        ids = self.answered(prompt, [answer])[1][0]
+        return ids if ended or len(ids) == 1 else ids[:-1]
 
     def answered(self, prompt: Sequence[Message], answers: Sequence[str]) -> Answered:
         """The conversation so far, and each answer to it as it would be said."""
@@ -78,7 +84,7 @@ class ChatFormat:
 
     def opening(self, ids: Sequence[int]) -> str:
         """How a text begins, for an error to quote."""
-        text = " ".join(self.tokenizer.decode(ids[:OPENING]).split())
+        text = " ".join(text_of(self.tokenizer, ids[:OPENING]).split())
         return repr(text + (" …" if len(ids) > OPENING else ""))
 
     @cached_property

@@ -6,6 +6,7 @@ together only when every process asks for it, all go through the base equally of
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -25,19 +26,20 @@ def divide(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Leave each process its part of a loaded base's 4-bit weights, and the rest whole, on its device."""
     decoder = model.get_decoder()
     linears = [module for module in decoder.modules() if isinstance(module, Linear4bit)]
-    kinds = [(of.weight.compress_statistics, of.weight.quant_type, of.weight.quant_state) for of in linears]
-    packed = {linear.weight for linear in linears}
-    whole = {parameter for parameter in model.parameters() if parameter not in packed}
+    weights: list[Any] = [linear.weight for linear in linears]
+    kinds = [(weight.compress_statistics, weight.quant_type, weight.quant_state) for weight in weights]
+    whole = {*model.parameters()} - {*weights}
     mesh = init_device_mesh(device.type, (processes.count(),))
     for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for linear, (double, kind, state) in zip(linears, kinds, strict=True):  # PEFT asks a weight for them
-        linear.weight.compress_statistics, linear.weight.quant_type = double, kind
+        weight: Any = linear.weight  # another one by now
+        weight.compress_statistics, weight.quant_type = double, kind
         linear.quant_state = state  # which bitsandbytes looks for here once a weight has lost it
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
-    model._is_accelerate_prepared = True  # a trainer is to leave it as it is
+    model._is_accelerate_prepared = True  # type: ignore[assignment]  # a trainer is to leave it as it is
     processes.in_step = True
     return model
 
@@ -49,7 +51,7 @@ def is_divided(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def in_step(model: PreTrainedModel, *, learning: bool = False) -> Iterator[None]:
-    """Whoever is done here, or fails, goes through the base for as long as anybody else does."""
+    """A process that is done, or fails, keeps running the base's forward until all are done: they gather its parts."""
     if not is_divided(model):
         yield
         return

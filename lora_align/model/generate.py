@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_align.model.chat_format import text_of
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -80,11 +82,11 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> It
     context: list[int] = []
     for token in tokens:
         pending.append(token)
-        before = tokenizer.decode(context, skip_special_tokens=True)
-        text = tokenizer.decode(context + pending, skip_special_tokens=True)[len(before) :]
+        before = text_of(tokenizer, context, special=False)
+        text = text_of(tokenizer, context + pending, special=False)[len(before) :]
         if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text
             context, pending = pending[-8:], []
     if pending:
-        before = tokenizer.decode(context, skip_special_tokens=True)
-        yield tokenizer.decode(context + pending, skip_special_tokens=True)[len(before) :]
+        before = text_of(tokenizer, context, special=False)
+        yield text_of(tokenizer, context + pending, special=False)[len(before) :]

@@ -22,17 +22,17 @@ class View(Sequence[Out]):
     """Rows that are made when they are asked for."""
 
     def __init__(self, count: int, make: Callable[[int], Out]) -> None:
-        self.count, self.make = count, make
+        self.length, self.make = count, make
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     @overload
     def __getitem__(self, at: int) -> Out: ...
     @overload
     def __getitem__(self, at: slice) -> "View[Out]": ...
     def __getitem__(self, at: int | slice) -> "Out | View[Out]":
-        picked = range(self.count)[at]  # raises IndexError, by which iteration ends
+        picked = range(self.length)[at]  # raises IndexError, by which iteration ends
         return self.make(picked) if isinstance(picked, int) else View(len(picked), lambda i: self.make(picked[i]))
 
 

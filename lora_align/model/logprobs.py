@@ -41,7 +41,7 @@ class Head:
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
             ours = head.logits(states).log_softmax(-1)
         if not torch.allclose(ours, theirs, atol=CLOSE):
-            raise UserError(f"{type(model).__name__} makes its logits in a way that is not known here")
+            raise UserError(f"{type(model).__name__} computes its logits in a way that is not supported")
         return head
 
     @classmethod
@@ -54,13 +54,14 @@ class Head:
     def logits(self, states: Tensor) -> Tensor:
         """[n, d] to [n, v] in float32."""
         logits = self.layer(states.to(self._dtype(states))).float() * self.scale
-        return self.cap * (logits / self.cap).tanh() if self.cap else logits
+        bent: Tensor = self.cap * (logits / self.cap).tanh() if self.cap else logits
+        return bent
 
     def logprobs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """log p of each target [n] behind its state [n, d], in float32, and whether it was the likeliest."""
         plain = type(self.layer) is nn.Linear and not self.layer.weight.requires_grad and self.layer.bias is None
         if plain:
-            return _Logprobs.apply(states, self.layer.weight, targets, self.scale, self.cap)  # type: ignore[no-any-return]
+            return _Logprobs.apply(states, self.layer.weight, targets, self.scale, self.cap)  # type: ignore[no-any-return, no-untyped-call]
         logits = self.logits(states)
         found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         return found, logits.argmax(-1) == targets
@@ -76,7 +77,7 @@ class _Logprobs(torch.autograd.Function):
     the kernel takes longer to hand out such pages than arithmetic takes to fill them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         states: Tensor,
         weight: Tensor,
@@ -106,12 +107,13 @@ class _Logprobs(torch.autograd.Function):
                     bent = 1 - (logits / cap).square_()
                     p, wanted_row = p.mul_(bent), wanted_row * bent.gather(-1, wanted).to(weight.dtype)
                 slopes[part] = ((wanted_row - p.to(weight.dtype) @ weight) * scale).to(states.dtype)
-        ctx.save_for_backward(slopes)
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(likeliest)
         return found, likeliest
 
     @staticmethod
-    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
         (slopes,) = ctx.saved_tensors
         return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None, None
 
@@ -226,7 +228,9 @@ class _Layout:
             pad(ids, batch_first=True),
             pad(owners, batch_first=True, padding_value=-1),
             pad(places, batch_first=True),
-            *map(torch.tensor, (at_row, at_place, targets)),
+            torch.tensor(at_row),
+            torch.tensor(at_place),
+            torch.tensor(targets),
             lengths,
         )
 
@@ -291,7 +295,7 @@ def _look(model: PreTrainedModel) -> float:
     )
     linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
     matrices = sum(layer.in_features * layer.out_features for layer in linears)
-    return 14 * wide * config.num_hidden_layers / (4 * max(matrices, 1))
+    return float(14 * wide * config.num_hidden_layers / (4 * max(matrices, 1)))
 
 
 def _window(model: PreTrainedModel) -> int:

@@ -29,7 +29,7 @@ from lora_align.errors import UserError
 from lora_align.model import kept, tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
-from lora_align.model.kept import View, joined
+from lora_align.model.kept import Side, View, joined
 from lora_align.model.tokenise import CUT, TokenPair, TokenRated, TokenText
 from lora_align.preference import Preference
 from lora_align.recipe import Ratings, Sft
@@ -81,7 +81,7 @@ def of_ratings(
 
 def of_conversations(table: Sft, base: Base, screen: Screen) -> Material[TokenText]:
     """Conversations to learn the assistant's part of, or all."""
-    names = ("data", "split", "revision", "columns", "skip_bad", "held_out", "limit", "answers_only")
+    names = ("data", "split", "revision", "subset", "columns", "skip_bad", "held_out", "limit", "answers_only")
     about = {name: getattr(table, name) for name in names}
     texts = partial(tokenise.texts, answers_only=table.answers_only)
     keeping = _Keeping(TokenText, table, about, base, table.max_length, screen)
@@ -173,7 +173,7 @@ class _Keeping(Generic[Row]):
     ) -> dict[str, Any]:
         unread: Counter[str] = Counter()
         found, parts = rows(unread), list[_Part]()
-        with self.screen.progress(f"reading {self.source.data}", None) as progress:
+        with self.screen.progress(f"reading {sources.name(self.source)}", None) as progress:
 
             def report(done: int) -> None:
                 progress.show(sum(sum(part.read) for part in parts) + done, {})
@@ -182,15 +182,13 @@ class _Keeping(Generic[Row]):
                 parts.append(part)
         dropped = sum((Counter(part.dropped) for part in parts), unread)
         cut = dropped.pop(CUT, 0)
-        (train, held_out), read = (
-            tuple(sum(column) for column in zip(*of, strict=True)) or (0, 0)
-            for of in ([part.kept for part in parts], [part.read for part in parts])
-        )
+        train, held_out = (sum(part.kept[side] for part in parts) for side in range(2))
         if not train:
-            raise UserError(f"{self.source.data}: no rows left ({self._why(*read, dropped)})")
+            read, aside = (sum(part.read[side] for part in parts) for side in range(2))
+            raise UserError(f"{sources.name(self.source)}: no rows left ({self._why(read, aside, dropped)})")
         digests = "".join(part.digest for part in parts)
         said = {
-            "source": self.source.data,
+            "source": sources.name(self.source),
             "fingerprint": digests if len(parts) == 1 else hashlib.sha256(digests.encode()).hexdigest(),
             "rows": train,
             "held_out": held_out,
@@ -246,7 +244,7 @@ class _Part:
     files: Mapping[str, str]
 
     @classmethod
-    def written(cls, folder: Path, sides: Sequence[kept.Side], dropped: Mapping[str, int]) -> "_Part":
+    def written(cls, folder: Path, sides: Sequence[Side], dropped: Mapping[str, int]) -> "_Part":
         """Whole from here on."""
         train, held_out = sides
         digest = hashlib.sha256(train.digest.digest() + held_out.digest.digest()).hexdigest()

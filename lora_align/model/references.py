@@ -65,9 +65,11 @@ class References:
         """Of every answer of every row. What is not known is computed with the model, and kept."""
         asked = _Asked.of(rows)
         known = self._read(asked, screen)
-        unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(known), asked.starts[:-1])) if len(rows) else []
+        unknown: Numbers = np.empty(0, dtype=np.int64)
+        if len(rows):
+            unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(known), asked.starts[:-1]))
         # while one process reads, another program may write
-        left = np.unique(np.concatenate(processes.gathered(np.asarray(unknown, dtype=np.int64))))
+        left = np.unique(np.concatenate(processes.gathered(unknown)))
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {len(rows):,} rows were computed before")
         longest_first = left[np.argsort(-asked.lengths[left], kind="stable")]
@@ -99,9 +101,11 @@ class References:
             try:
                 for begin in range(0, len(which), AT_ONCE):
                     some = which[begin : begin + AT_ONCE]
-                    found = answer_logprobs(
-                        model, [rows[i] for i in some], room, lambda count, at=begin: progress.show(at + count, {})
-                    )
+
+                    def done(count: int, at: int = begin) -> None:
+                        progress.show(at + count, {})
+
+                    found = answer_logprobs(model, [rows[i] for i in some], room, done)
                     at = asked.answers(some)
                     new = np.isnan(known[at])  # what was known of a row stays as whoever asked before has heard it
                     known[at[new]] = found.numpy()[new]

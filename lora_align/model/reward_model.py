@@ -24,6 +24,9 @@ ADAPTER = "reward"
 class Heads(nn.Module):
     """Linear heads in float32, never quantised. They learn standard scores; `points` puts them on the raters' scale."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, width: int, means: Mapping[str, float], deviations: Mapping[str, float]) -> None:
         super().__init__()
         self.names = list(means)

@@ -30,12 +30,12 @@ class Room:
                 raise
             if processes.in_step:
                 raise OutOfStepError(
-                    f"memory ran out over {self.size:,} at once; processes that divide a base cannot go on with less: "
-                    "a smaller tokens_per_batch, or max_length"
+                    f"memory ran out with {self.size:,} at once, and processes that share a divided base cannot "
+                    "try again with fewer: lower tokens_per_batch or max_length"
                 ) from fault
             if self.size <= least:
                 remedy = f"; {self.advice}" if self.advice else ""
-                raise RunFailedError(f"memory ran out over the least that can be computed at once{remedy}") from fault
+                raise RunFailedError(f"memory ran out with as little as can be computed at once{remedy}") from fault
             self.size //= 2
         gc.collect()  # outside the handler, which holds on to the frames that failed
         if torch.cuda.is_available():

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lora_align.data.rows import Prompt
 from lora_align.model.base import Base
+from lora_align.model.chat_format import text_of
 from lora_align.model.generate import Sampling
 from lora_align.model.room import Room
 from lora_align.model.sample import ROWS, sample
@@ -48,7 +49,6 @@ class Embedded:
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
         """Batch by batch; see `sample`."""
         rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
-        decode = self.base.chat.tokenizer.decode
         for batch in sample(self.model, self.base, rows, n, sampling, self.room):
-            texts = (decode(answer.tokens, skip_special_tokens=True).strip() for answer in batch)
+            texts = (text_of(self.base.chat.tokenizer, answer.tokens, special=False).strip() for answer in batch)
             yield [Drawn(a.prompt, a.number, text, a.ended) for a, text in zip(batch, texts, strict=True)]

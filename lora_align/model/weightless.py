@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.activations import SiLUActivation
 
+from lora_align.model.base import inside
+
 CUTS = (2, 4)  # layers
 COLLECT_EVERY = 50  # operations
 FLOAT = 4  # bytes
@@ -42,7 +44,7 @@ class Cost:
     whole: float
 
     def on(self, other: "Cost", share: float) -> "Cost":
-        """The line through two costs, followed."""
+        """The cost at a share of the way from this one to another."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Cost(*(a + share * (b - a) for a, b in pairs))
 
@@ -93,7 +95,7 @@ class Shape:
         every = COLLECT_EVERY if self.checkpointing else 0
         with _texts_a_row(self.several), FakeTensorMode(), _Ledger(every) as ledger:
             weights, packed, trained = self._filled(model)
-            base: PreTrainedModel = model.get_base_model()
+            base = inside(model)
             head = base.get_output_embeddings()
             if not vocabulary:  # nobody looks at what is in it, so that targets beyond it do no harm
                 head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)
@@ -171,7 +173,7 @@ class _Ledger(TorchDispatchMode):
     """Bytes of all tensors that live, and the most there were."""
 
     def __init__(self, collect_every: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.highest = 0.0
         self.known: dict[int, int] = {}
         self.collect_every, self.operations = collect_every, 0
@@ -179,10 +181,10 @@ class _Ledger(TorchDispatchMode):
     def __enter__(self) -> "_Ledger":
         gc.collect()
         gc.freeze()  # what is there already need not be looked through each time
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         gc.unfreeze()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -208,20 +210,21 @@ class _Packed(Linear4bit):
     """A 4-bit layer by what it takes: its weight unpacked, used, and let go, forwards and backwards."""
 
     def forward(self, x: Tensor) -> Tensor:
-        found = _Unpacked.apply(x.to(self.compute_dtype), self._parameters["weight"], self.out_features)
+        given, weight = x.to(self.compute_dtype), self._parameters["weight"]
+        found = _Unpacked.apply(given, weight, self.out_features)  # type: ignore[no-untyped-call]
         found = found if self.bias is None else found + self.bias
         return found.to(x.dtype)  # type: ignore[no-any-return]
 
 
 class _Unpacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, packed: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(packed)
         ctx.shape = (rows, x.shape[-1])
         return nn.functional.linear(x, x.new_empty(ctx.shape))
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         return upstream @ upstream.new_empty(ctx.shape), None, None
 
 
@@ -234,12 +237,12 @@ class _Silu(nn.Module):
 
 class _OnePiece(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         return torch.empty_like(ctx.saved_tensors[0])
 
 
@@ -252,7 +255,8 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool) -> None:
                 setattr(module, name, _Silu())
             if packed and type(layer) is nn.Linear and layer is not head:
                 bias = layer.bias is not None
-                small = _Packed(layer.in_features, layer.out_features, bias, dtype, quant_type="nf4", device="meta")
+                wide, high = layer.in_features, layer.out_features
+                small = _Packed(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
                 setattr(module, name, small)
 
 

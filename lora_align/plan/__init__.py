@@ -92,8 +92,8 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
 
 def _drawing(of: Mapping[str, Any]) -> Iterator[str]:
     if of["answers"]:
-        time = f"about {clock(of['drawing'])} more" if "drawing" in of else "which --measure tries"
-        yield f"before that it draws {of['answers']:,} answers, {time}; and judges them, which is not planned"
+        time = f"about {clock(of['drawing'])} more" if "drawing" in of else "--measure says how long"
+        yield f"before that it draws {of['answers']:,} answers ({time}) and scores them, which the plan leaves out"
 
 
 def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]:

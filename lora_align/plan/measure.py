@@ -41,7 +41,7 @@ def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
         policy.zero_grad()
         with torch.autocast(where.type, dtype, enabled=where.type == "cuda" and dtype != torch.float32):
             part = objective.part(rows, objective.weights(rows))
-        part.loss.backward()  # type: ignore[no-untyped-call]
+        part.loss.backward()
         float(part.loss.detach())  # waits until it is there
 
     with compiled(policy, wanted=stage.settings.compile):
@@ -74,7 +74,7 @@ def highest(work: Callable[[], None]) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         work()
     held = most = 0
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)

@@ -50,14 +50,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not valid TOML: {fault}") from fault
-    recipe = from_dict(table, str(path), overrides)
-    template = path.parent / recipe.base.chat_template
-    if recipe.base.chat_template.endswith(".jinja"):
-        if not template.is_file():
-            raise UserError(f"{path}: base.chat_template: no file {template}")
-        table["base"]["chat_template"] = template.read_text(encoding="utf-8")
-        recipe = from_dict(table, str(path))
-    return recipe
+    _with_template(table, path.parent)
+    return from_dict(table, str(path), overrides)
 
 
 def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -66,6 +60,7 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
 
     for override in overrides:
         _override(table, override)
+    _with_template(table, Path())  # what is typed lies where one is
     found: list[str] = []
     recipe: Recipe | None = None
     try:  # by way of JSON: strict about scalars, yet arrays become tuples and tables dataclasses
@@ -81,6 +76,17 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
             "\n".join(f"{'--set' if any(key in fault for key in typed) else source}: {fault}" for fault in found)
         )
     return recipe
+
+
+def _with_template(table: dict[str, Any], folder: Path) -> None:
+    """The text of a chat template in the place of its file's name."""
+    base = table.get("base")
+    name = base.get("chat_template") if isinstance(base, dict) else None
+    if not isinstance(base, dict) or not isinstance(name, str) or not name.endswith(".jinja"):
+        return
+    if not (folder / name).is_file():
+        raise UserError(f"base.chat_template: no file {folder / name}")
+    base["chat_template"] = (folder / name).read_text(encoding="utf-8")
 
 
 def _override(table: dict[str, Any], override: str) -> None:

@@ -8,6 +8,10 @@ from lora_align.errors import nearest
 from lora_align.preference import NAME, Preference, Ranker
 from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
 
+TABLES: Mapping[str, Any] = {
+    "base": Base, "lora": Lora, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,
+}  # fmt: skip
+
 
 def described(fault: Mapping[str, Any]) -> str:
     """One validation fault in the words of a recipe."""
@@ -93,18 +97,20 @@ def _of_rsf(recipe: Recipe) -> Iterator[str]:
 
 def _suggestion(location: tuple[str | int, ...]) -> str:
     """The known key nearest to an unknown one, in the table it stands in."""
-    tables: dict[str, Any] = {
-        "": Recipe,
-        "base": Base,
-        "lora": Lora,
-        "sft": Sft,
-        "dpo": Dpo,
-        "reward": Reward,
-        "ratings": Ratings,
-        "rsf": Rsf,
-        "eval": Eval,
-        "preferences": Preference,
-    }
-    parent = next((part for part in ("ratings", str(location[0])) if part in location[:-1]), "")
-    known = [field.name for field in fields(tables.get(parent, Recipe))]
+    known = [field.name for field in fields(_table(location[:-1]))]
     return nearest(str(location[-1]), known) or f" (known: {', '.join(known)})"
+
+
+def _table(location: tuple[str | int, ...]) -> Any:
+    """What the table at a place is made of."""
+    match location:
+        case ("preferences", _):
+            return Preference
+        case ("reward", "ratings", _):
+            return Ratings
+        case (_, "lora"):
+            return Lora
+        case (name,):
+            return TABLES.get(str(name), Recipe)
+        case _:
+            return Recipe

@@ -76,6 +76,7 @@ class Sft(Training):
     data: str
     split: str = "train"
     revision: str = ""
+    subset: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     answers_only: bool = True
@@ -98,6 +99,7 @@ class Ratings:
     data: Annotated[str, Len(1)]
     split: str = "train"
     revision: str = ""
+    subset: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     low: float = 0.0
@@ -136,6 +138,7 @@ class Rsf(Training):
     directions: Mapping[str, tuple[float, float]]
     split: str = "train"
     revision: str = ""
+    subset: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     reward: str = "reward"

@@ -1,4 +1,4 @@
-"""What an iteration of rejection sampling asks of whom, and how what was answered is asked for when it is learned."""
+"""The requests of a round of rejection sampling, and the system messages that answers are learned behind."""
 
 import random
 from collections.abc import Mapping, Sequence

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
+from lora_align.model.chat_format import text_of
 from lora_align.preference import Preference
 from lora_align.recipe import Dpo, Recipe
 
@@ -49,6 +51,7 @@ class Audit:
     repeated: int = 0
     contradicted: int = 0
     agreed: dict[str, list[int]] = field(default_factory=dict)
+    silent: dict[str, str] = field(default_factory=dict)
 
     def facts(self, max_length: int) -> dict[str, Any]:
         """What is told of it."""
@@ -72,6 +75,7 @@ class Audit:
             "contradicted": self.contradicted,
             "both_unsafe": self.both_unsafe if self.of_known_safety else None,
             "agreement": {name: _share(same, count) for name, (same, count) in self.agreed.items()},
+            "no_agreement": self.silent,
         }
 
 
@@ -86,7 +90,7 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
     others = {
         name: other
         for name, other in recipe.preferences.items()
-        if name != preference and (other.data, other.split, other.revision) == (axis.data, axis.split, axis.revision)
+        if name != preference and sources.place(other) == sources.place(axis)
     }
     for where, comparison, pair in _ranked(axis, recipe.dpo, audit):
         _lengths(pair, base, max_length, audit)
@@ -97,8 +101,8 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
         if len(shown) < show:
             shown.append(_as_seen(pair, base, max_length))
     if not audit.read:
-        raise UserError(f"{axis.data}: no rows")
-    facts = {"preference": preference, "source": axis.data, "rank": axis.rank, **audit.facts(max_length)}
+        raise UserError(f"{sources.name(axis)}: no rows")
+    facts = {"preference": preference, "source": sources.name(axis), "rank": axis.rank, **audit.facts(max_length)}
     facts |= {"doubts": _doubts(facts), "shown": shown, "picture": str(picture) if picture else None}
     if picture:
         from lora_align.evaluate import plots
@@ -126,6 +130,7 @@ def told(facts: Mapping[str, Any]) -> str:
     if facts["both_unsafe"] is not None:
         lines.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers")
     lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in agreed if share is not None]
+    lines += [f"{name} is not set beside it: {why}" for name, why in facts["no_agreement"].items()]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
 
 
@@ -135,12 +140,12 @@ def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[tuple[str
     for where, one in ((where, one) for where, several in rows for one in several):
         comparison, pair = pairs.ranked(one, axis, where)
         audit.read += 1
-        if comparison.safe is not None:
-            audit.of_known_safety += 1
-            audit.both_unsafe += not any(comparison.safe)
         if isinstance(pair, str):
             audit.dropped[pair] += 1
             continue
+        if comparison.safe is not None:
+            audit.of_known_safety += 1
+            audit.both_unsafe += not any(comparison.safe)
         audit.usable += 1
         audit.held_out += pairs.is_held_out(pair.prompt, settings.held_out)
         yield where, comparison, pair
@@ -187,7 +192,14 @@ def _bias(comparison: Comparison, pair: Pair, audit: Audit) -> None:
 
 def _agreement(where: str, comparison: Comparison, pair: Pair, others: Mapping[str, Preference], audit: Audit) -> None:
     for name, other in others.items():
-        _, theirs = pairs.ranked(comparison, other, f"{where}, by {name}")
+        if name in audit.silent:
+            continue
+        try:
+            _, theirs = pairs.ranked(comparison, other, where)
+        except UserError as fault:  # its own `data` and `dpo` will stop there; this one goes on
+            audit.silent[name] = str(fault)
+            audit.agreed.pop(name, None)
+            continue
         if not isinstance(theirs, str):
             counts = audit.agreed.setdefault(name, [0, 0])
             counts[0] += theirs.chosen == pair.chosen
@@ -197,7 +209,7 @@ def _agreement(where: str, comparison: Comparison, pair: Pair, others: Mapping[s
 def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
     """Template and cut applied; what is learned from stands between ⟦ and ⟧."""
     [tokens] = tokenise.pairs([pair], base.chat, max_length, Counter())
-    decode = base.chat.tokenizer.decode
+    decode = partial(text_of, base.chat.tokenizer)
     if tokens is None:
         return {"prompt": decode(base.chat.prompt_ids(pair.prompt)), "chosen": "(does not fit)", "rejected": ""}
     said = (f"⟦{decode(ids)}⟧" for ids in (tokens.chosen, tokens.rejected))
@@ -212,9 +224,11 @@ def _doubts(facts: Mapping[str, Any]) -> list[str]:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         found.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
     if facts["repeated"]:
-        found.append(f"{facts['repeated']:,} pairs stood there before, word for word")
+        found.append(f"{facts['repeated']:,} pairs repeat an earlier one word for word")
     if facts["contradicted"]:
-        found.append(f"{facts['contradicted']:,} pairs are ones that stood there before, the other way round")
+        found.append(
+            f"{facts['contradicted']:,} pairs contradict an earlier one: the same answers, the other one preferred"
+        )
     if facts["usable"] and not facts["held_out"]:
         found.append("no pair is held out, so nothing will be measured: more prompts, or a larger dpo.held_out")
     if alike := facts["prompts_on_both_sides"]:

@@ -73,7 +73,11 @@ class Unfinished:
     def kept(self) -> str:
         """What is left of work that failed."""
         older = sorted((step for step, _ in self._all()), reverse=True)
-        return f"that of step {older[0]} is whole, --resume goes on from it" if older else "there is no checkpoint yet"
+        return (
+            f"the checkpoint of step {older[0]} is whole, --resume goes on from it"
+            if older
+            else "there is no checkpoint yet"
+        )
 
     def keep(self, staging: Path, step: int) -> None:
         """Give a written checkpoint its name, once the disk holds it; older ones go."""
@@ -89,6 +93,11 @@ class Unfinished:
         runs.sync(self.folder, contents=False)
         for _, old in sorted(self._all(), reverse=True)[KEPT:]:
             shutil.rmtree(old)
+
+    @property
+    def count(self) -> int:
+        """Checkpoints that lie there."""
+        return sum(1 for _ in self._all())
 
     @property
     def events(self) -> Path:
@@ -195,6 +204,8 @@ def differences(before: Any, now: Any) -> Iterator[str]:
 def _unlike(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*before, *now)):
+            if name not in before and not now[name]:
+                continue  # recipes had no word for it yet, and nothing is asked for
             yield from _unlike(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now

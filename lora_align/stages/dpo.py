@@ -16,7 +16,7 @@ from lora_align import runs
 from lora_align.console import Screen, library_log
 from lora_align.model import base as bases
 from lora_align.model import material as materials
-from lora_align.model.base import Base
+from lora_align.model.base import Base, inside
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader, answer_logprobs
@@ -183,7 +183,12 @@ def referenced(
     rows = joined([material.train, material.held_out[: training.EVALUATE_AT_MOST]])
     shared = View(len(rows), lambda i: rows[i].shared())
     found = references.logprobs(model, shared, tokens, label, screen)
-    known = View(len(rows), lambda i: replace(rows[i], reference=found[i]))
+
+    def with_reference(i: int) -> TokenPair:
+        chosen, rejected = found[i]
+        return replace(rows[i], reference=(chosen, rejected))
+
+    known = View(len(rows), with_reference)
     return replace(material, train=known[: len(material.train)], held_out=known[len(material.train) :])
 
 
@@ -218,7 +223,7 @@ def train(
         )
     initial = training.initialise(trainer.model, recipe.lora.init_seed)
     watch = training.fit(trainer, recipe.dpo, screen, label)
-    policy: PeftModel = trainer.model
+    policy = trainer.model
     training.save_adapter(policy, folder)
     held_out = [row.facing(direction) for row in material.held_out[: training.EVALUATE_AT_MOST]]
     size, relative = training.relative_size(policy)
@@ -241,7 +246,7 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
     if not rows:
         return {"pairs": 0}
     policy.eval()
-    trained = answer_logprobs(policy.get_base_model(), [row.shared() for row in rows], Room(tokens)).view(-1, 2)
+    trained = answer_logprobs(inside(policy), [row.shared() for row in rows], Room(tokens)).view(-1, 2)
     rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
     margins = rewards[:, 0] - rewards[:, 1]
     wins = float((margins > 0).float().mean())

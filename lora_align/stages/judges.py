@@ -65,7 +65,8 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
     """A reward model's heads, and the means of heads it derives."""
     folder = Path(name) if runs.is_run(Path(name)) else runs_dir / "reward" / name
     if not runs.is_run(folder):
-        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `lora-align reward`")
+        command = runs.command("reward", runs_dir)
+        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `{command}`")
     run = runs.read(folder)
     if run.manifest.stage != "reward":
         raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model")

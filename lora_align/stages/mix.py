@@ -1,6 +1,5 @@
 """A mix: the start adapter plus weighted vectors, published as one ordinary adapter. No base is loaded."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -18,6 +17,7 @@ from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen
 from lora_align.errors import UserError
+from lora_align.preference import name_of
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 from lora_align.stages import start as start_policy
@@ -178,8 +178,8 @@ def default_name(weights: Mapping[str, float]) -> str:
     parts = []
     for key, weight in weights.items():
         number = f"{weight:g}".replace("-", "m").replace(".", "p").replace("+", "")
-        parts.append(re.sub(r"[^a-z0-9_-]+", "-", Path(key).name.lower()) + number)
-    return re.sub(r"^[^a-z0-9]+", "", "_".join(parts))[:64] or "mix"
+        parts.append(Path(key).name + number)
+    return name_of(parts) or "mix"
 
 
 def _start(runs_dir: Path, identity: str) -> Run:

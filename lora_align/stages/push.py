@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors
 
 from lora_align import __version__, runs
@@ -13,6 +14,13 @@ from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.runs import Run
 
 CARD = "README.md"
+DPO = "dpo"
+KINDS = {  # what is pushed besides
+    "mix": "A weighted sum of preference vectors",
+    "sft": "A start policy, trained supervised",
+    "reward": "A reward model, its heads in `heads.safetensors`",
+    "rsf": "A policy that is asked for a direction in its system message",
+}
 TEXT = """---
 {{ card_data }}
 ---
@@ -53,6 +61,8 @@ What it measured as it was made, and the recipe it was made by, are in `manifest
 def run(path: Path, to: str, *, public: bool, screen: Screen) -> str:
     """Push, and where to look at it. The repository is made where there is none: private, unless it is to be public."""
     found = runs.read(path)
+    if found.manifest.stage not in (DPO, *KINDS):
+        raise UserError(f"{path} is a run of {found.manifest.stage}, a report and no adapter: nothing to push")
     found.check_files()
     if to.count("/") != 1 or not all(to.split("/")):
         raise UserError(f"--to {to!r}: a repository on the hub, OWNER/NAME")
@@ -109,16 +119,10 @@ def card(run: Run, repository: str) -> str:
 
 def _about(run: Run) -> str:
     manifest = run.manifest
-    if manifest.stage == "dpo":
+    if manifest.stage == DPO:
         towards = "towards" if manifest.direction == "pos" else "away from"
         return f"Trained by DPO {towards} the preference *{manifest.preference}*"
-    known = {
-        "mix": "A weighted sum of preference vectors",
-        "sft": "A start policy, trained supervised",
-        "reward": "A reward model, its heads in `heads.safetensors`",
-        "rsf": "A policy that is asked for a direction in its system message",
-    }
-    return known[manifest.stage]
+    return KINDS[manifest.stage]
 
 
 def _sources(data: Mapping[str, Any]) -> Iterator[str]:
@@ -153,5 +157,5 @@ def _told_by_hub(repository: str) -> Iterator[None]:
         raise RunFailedError(f"{repository}: {first_line(fault)}") from fault
     except errors.LocalTokenNotFoundError as fault:
         raise UserError(f"{repository}: nobody is logged in: hf auth login") from fault
-    except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError) as fault:
+    except (errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError) as fault:
         raise UserError(f"{repository}: the hub cannot be reached ({first_line(fault)})") from fault

@@ -15,7 +15,7 @@ from lora_align.errors import UserError
 from lora_align.evaluate import plots
 from lora_align.model import base as bases
 from lora_align.model import material as materials
-from lora_align.model.base import Base
+from lora_align.model.base import Base, inside
 from lora_align.model.divided import is_divided
 from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader
@@ -220,7 +220,7 @@ def train(
     watch = training.fit(trainer, settings, screen, NAME)
     training.save_adapter(policy, folder)
     policy.heads.save(folder)
-    judge = RewardModel(base, policy.get_base_model().eval(), policy.heads, settings.objectives)
+    judge = RewardModel(base, inside(policy).eval(), policy.heads, settings.objectives)
     known = max(1, settings.tokens_per_batch // settings.max_length)  # a divided base cannot find out how many fit
     at_once = known if is_divided(judge.model) else MEASURED_AT_ONCE
     report = judging.measure(judge, judging.measured(material.held_out), Room(at_once))

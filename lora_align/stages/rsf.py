@@ -21,7 +21,7 @@ from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen, library_log, table
-from lora_align.data import shards
+from lora_align.data import shards, sources
 from lora_align.data.rows import Conversation, Message, Rated, under_system
 from lora_align.errors import UserError
 from lora_align.model import base as bases
@@ -87,8 +87,9 @@ def run(
     return [done[label] for label in labels]
 
 
-def told(made: Sequence[Run]) -> str:
+def told(made: Sequence[Run], runs_dir: Path) -> str:
     """A table of the iterations: what the answers drawn for each were worth, and those kept of them."""
+    newest = made[-1]
     found = {run.path.name: run.manifest.metrics["collected"] for run in made if "collected" in run.manifest.metrics}
     shown = list(next(iter(found.values()))["kept_mean"])
     columns = ["policy", "answers", "kept", "value drawn", "value kept", *shown]
@@ -97,7 +98,8 @@ def told(made: Sequence[Run]) -> str:
         + [f"{of['kept_mean'][name]:.1f}" for name in shown]
         for label, of in found.items()
     ]
-    return "\n".join([table(columns, rows), f"{made[-1].path}  lora-align chat --want {_example(made[-1])}"])
+    command = runs.command(f"chat --want {_example(newest)}", runs_dir)
+    return "\n".join([table(columns, rows), f"{newest.path}  {command}"])
 
 
 def _example(run: Run) -> str:
@@ -220,7 +222,7 @@ def _about(plan: Plan, data: Mapping[str, Any], steer: str, teacher: Run | None)
         recipe=plan.recipe.as_dict(),
         start=start_policy.identity(plan.start),
         seeds={"init": plan.lora.init_seed, "data": settings.seed},
-        data={"source": settings.data, "dropped": dict(plan.dropped), **data},
+        data={"source": sources.name(settings), "dropped": dict(plan.dropped), **data},
         method={
             "objectives": list(settings.directions),
             "ask": settings.ask,

@@ -114,8 +114,8 @@ def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], C
     elif "response" in row:
         yield row, forms.rated(row, where)[0]
     else:
-        [shape] = forms.comparisons(row, where)
-        yield row, shape
+        [pair] = forms.comparisons(row, where)
+        yield row, pair
 
 
 def _scored(

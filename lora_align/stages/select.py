@@ -42,9 +42,9 @@ class Chosen:
 
 
 def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str) -> Chosen:
-    """For everyone who wants something, the extremes of the candidates; who finds none is passed over and counted.
+    """The best and the worst candidate for each direction; directions without candidates are counted.
 
-    Several may choose from the very same candidates; those are counted once.
+    Several directions may share their candidates; those are counted once.
     """
     choices = []
     dropped: Counter[str] = Counter()

@@ -70,7 +70,8 @@ def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
     """The reward model, if it judges what directions are made of."""
     folder = runs_dir / "reward" / settings.reward
     if not runs.is_run(folder):
-        raise UserError(f"no reward model {settings.reward!r} in {runs_dir}/reward: run `lora-align reward`")
+        command = runs.command("reward", runs_dir)
+        raise UserError(f"no reward model {settings.reward!r} in {runs_dir}/reward: run `{command}`")
     run = runs.read(folder)
     if run.fingerprint != base.fingerprint:
         raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
@@ -103,5 +104,6 @@ def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Rated], list[Rated]], 
         if settings.limit and len(prompts) >= settings.limit:
             break
     if not all(halves):
-        raise UserError(f"{settings.data}: too few prompts for two halves ({len(prompts)}; dropped: {dict(dropped)})")
+        counted = f"{len(prompts)}; dropped: {dict(dropped)}"
+        raise UserError(f"{sources.name(settings)}: too few prompts for two halves ({counted})")
     return halves, dict(dropped)

@@ -17,7 +17,7 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import material as materials
 from lora_align.model import tokenise
-from lora_align.model.base import Base
+from lora_align.model.base import Base, inside
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.kept import View
 from lora_align.model.logprobs import Reader, answer_logprobs
@@ -110,13 +110,14 @@ def train(
     watch = training.fit(trainer, settings, screen, label)
     training.save_adapter(trainer.model, folder)
     held_out = material.held_out[: training.EVALUATE_AT_MOST]
+    learned = held_out_loss(trainer.model, held_out, 2 * trainer.room.size)
     metrics = {
         "steps": trainer.state.global_step,
-        "held_out": held_out_loss(trainer.model, held_out, 2 * trainer.room.size),
+        "held_out": learned,
         "seconds": round(watch.seconds, 1),
     }
     training.draw_curve(watch.history, label, folder / "curve.png")
-    return {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics["held_out"])}
+    return {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(learned)}
 
 
 class SteppingSFTTrainer(Stepping[Sequence[TokenText]], SFTTrainer):
@@ -173,9 +174,9 @@ def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> 
     if not count:
         return {"rows": 0}
     policy.eval()
-    after = -float(answer_logprobs(policy.get_base_model(), learned, Room(tokens)).sum()) / count
+    after = -float(answer_logprobs(inside(policy), learned, Room(tokens)).sum()) / count
     with policy.disable_adapter():
-        before = -float(answer_logprobs(policy.get_base_model(), learned, Room(tokens)).sum()) / count
+        before = -float(answer_logprobs(inside(policy), learned, Room(tokens)).sum()) / count
     return {"rows": len(rows), "loss_before": before, "loss": after}
 
 

@@ -25,7 +25,8 @@ def adapter(recipe: Recipe, runs_dir: Path) -> Run | None:
     if recipe.sft is None:
         return None
     if not runs.is_run(folder(runs_dir)):
-        raise UserError(f"the recipe starts from SFT and {folder(runs_dir)} does not exist yet: run `lora-align sft`")
+        command = runs.command("sft", runs_dir)
+        raise UserError(f"the recipe starts from SFT and {folder(runs_dir)} does not exist yet: run `{command}`")
     return runs.read(folder(runs_dir))
 
 

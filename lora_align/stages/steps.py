@@ -16,12 +16,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
@@ -67,6 +68,9 @@ class Objective(Protocol[RowIn]):
 class Stepping(Trainer, Generic[Row]):
     """Put before a trainer's class: its loop, optimiser and records, and steps made here."""
 
+    model: PeftModel
+    objective: Objective[Row]
+
     def __init__(
         self,
         *,
@@ -77,7 +81,8 @@ class Stepping(Trainer, Generic[Row]):
         tell: Callable[[str], None],
         **settings: Any,
     ) -> None:
-        self.objective, self.room, self.unfinished, self.tell = objective, room, unfinished, tell
+        self.objective, self.room = objective, room
+        self.unfinished, self.tell = unfinished, tell
         self.seen: dict[str, list[float]] = {}  # figures since the last line: sum and count
         self.tokens_seen = 0
         super().__init__(
@@ -93,7 +98,10 @@ class Stepping(Trainer, Generic[Row]):
         loader = DataLoader(
             self.train_dataset, self.args.train_batch_size, sampler=sampler, collate_fn=self.data_collator
         )
-        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True)
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_seedable_sampler=True
+        )
+        return prepared
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """TRL's would tokenise; rows are token ids already."""
@@ -108,12 +116,13 @@ class Stepping(Trainer, Generic[Row]):
         summed = processes.together(lambda: self._computed(model, mine, weights))
         self._reduce_gradients(model, rows)
         self.tokens_seen += sum(lengths)
-        for _, figures in summed:
-            for name, (total, count) in figures.items():
+        losses, figures = zip(*summed, strict=True)
+        for found in figures:
+            for name, (total, count) in found.items():
                 kept = self.seen.setdefault(name, [0.0, 0.0])
                 kept[0] += total
                 kept[1] += count
-        return torch.tensor(sum(loss for loss, _ in summed), device=self.args.device)
+        return torch.tensor(sum(losses), device=self.args.device)
 
     def _computed(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> Summed:
         """Gradients of this process's rows, with as much at once as memory bears."""
@@ -127,7 +136,7 @@ class Stepping(Trainer, Generic[Row]):
             if found is not None:
                 return found
             model.zero_grad()  # nobody knows how much of it was summed
-            self.tell(f"memory ran out over {before:,} tokens at once; {self.room.size:,} from here on")
+            self.tell(f"memory ran out at {before:,} tokens at once; going on with {self.room.size:,}")
 
     def _summed(self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int) -> Summed:
         loss, figures = 0.0, dict[str, tuple[float, float]]()
@@ -160,8 +169,8 @@ class Stepping(Trainer, Generic[Row]):
         quoted = "; ".join(self.objective.quoted(row) for row in rows[:NAMED])
         more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
         return RunFailedError(
-            f"step {self.state.global_step + 1}: a {what} is not finite, the run is stopped before it does harm; try a "
-            f"lower learning_rate, or look at its rows: {quoted}{more}"
+            f"step {self.state.global_step + 1}: the {what} is not finite; the run stops before the adapter is "
+            f"spoilt: lower learning_rate, or look at the rows: {quoted}{more}"
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -198,10 +207,15 @@ class Stepping(Trainer, Generic[Row]):
         seen = json.loads((folder / SEEN).read_text())
         self.tokens_seen, self.room.size = seen["tokens"], min(self.room.size, seen["room"])
 
+    def take(self, folder: Path) -> None:
+        """A checkpoint behind the last step, after which nothing is left to train."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+
     @property
     def records(self) -> Path:
         """Where every step's figures are written."""
-        return Path(self.args.output_dir).parent / METRICS
+        return Path(str(self.args.output_dir)).parent / METRICS
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
         """With the means of what was found since the last line."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -64,6 +66,7 @@ def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[
         "logging_nan_inf_filter": False,  # by default a NaN loss is shown as the last good one
         "save_strategy": "no",
         "run_name": label,
+        "project": "lora-align",  # in trackio; the others have settings of their own
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
     }
@@ -128,8 +131,8 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
     """‖Δ‖ and ‖Δ‖/‖W‖ over the layers the adapter sits on."""
     delta = weights = 0.0
     for module in model.modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            update = module.get_delta_weight("default")
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            update: Tensor = module.get_delta_weight("default")  # type: ignore[operator]
             delta += float(update.float().square().sum())
             weights += float(_dense(module.base_layer).float().square().sum())
     return math.sqrt(delta), math.sqrt(delta / weights)
@@ -138,9 +141,10 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
 def _dense(layer: nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = layer.weight.full_tensor() if isinstance(layer.weight, DTensor) else layer.weight.data
-    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    return weight if state is None else dequantize_4bit(weight, state)  # type: ignore[return-value]
+    stored = layer.get_parameter("weight")
+    weight = stored.full_tensor() if isinstance(stored, DTensor) else stored.data
+    state = getattr(stored, "quant_state", None) or getattr(layer, "quant_state", None)
+    return weight if state is None else dequantize_4bit(weight, state)
 
 
 class Watch(TrainerCallback):
@@ -149,6 +153,7 @@ class Watch(TrainerCallback):
     def __init__(self, progress: Progress, records: Path, stop: "Stop", save_seconds: float) -> None:
         self.progress, self.records, self.stop, self.save_seconds = progress, records, stop, save_seconds
         self.started = self.saved = time.monotonic()
+        self.stopped = 0  # by which signal
         self.history: list[dict[str, float]] = []
         if records.exists():  # of the part that was done before
             self.history = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
@@ -161,14 +166,12 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         """A checkpoint now and then, and one before an end that was asked for: of all processes, or of none."""
-        if state.global_step == state.max_steps:
-            return
-        due = time.monotonic() - self.saved >= self.save_seconds
+        due = time.monotonic() - self.saved >= self.save_seconds and state.global_step < state.max_steps
         told = processes.gathered((self.stop.signal, due))
-        self.stop.signal = max(signal for signal, _ in told)
-        if self.stop.signal or told[0][1]:
+        self.stopped = max(signal for signal, _ in told)
+        if self.stopped or told[0][1]:
             control.should_save, self.saved = True, time.monotonic()
-        control.should_training_stop = bool(self.stop.signal)
+        control.should_training_stop |= bool(self.stopped)
 
     def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
         """One line of figures a step."""
@@ -209,8 +212,8 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
     """Train, from the newest checkpoint on if there is one; progress on the screen, and a record in the folder."""
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
-    check_room(trainer.unfinished.folder, (KEPT + 1) * STATE_BYTES * parameters)
     begun = trainer.unfinished.begin(screen)
+    check_room(trainer.unfinished.folder, (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters)
     done = 0
     if begun:
         shutil.copyfile(begun / METRICS, trainer.records)
@@ -226,17 +229,24 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
                 callback.logging_dir = str(trainer.unfinished.events)
         try:
             with compiled(trainer.model, wanted=settings.compile):
-                trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+                if begun and done >= steps:
+                    trainer.take(begun)
+                else:
+                    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         except OSError as fault:
-            raise RunFailedError(f"{fault}; of the checkpoints {trainer.unfinished.kept()}") from fault
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(stop.signal, kept=True)
+            raise RunFailedError(f"{fault}; {trainer.unfinished.kept()}") from fault
+    if watch.stopped:
+        raise Stopped(watch.stopped, kept=True)
     return watch
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """An ordinary PEFT adapter, and nothing beside it."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    except (OSError, SafetensorError) as fault:
+        kept = "nothing of it was published, and --resume goes on from the last checkpoint"
+        raise RunFailedError(f"{folder}: the adapter could not be written ({first_line(fault)}); {kept}") from fault
     (folder / "README.md").unlink(missing_ok=True)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
 

@@ -217,6 +217,11 @@ def reached(work: Path, seed: int) -> dict[str, Any]:
     return {name: found[name] for name in ("alone", "together", "limits")}
 
 
+def tuned(work: Path, seed: int) -> dict[str, Any]:
+    """Weights by gradient beside a grid's best, for every set of aims."""
+    return {tune.said(aims): tune.compared(seed, aims, work / "tune") for aims in tune.AIMS}
+
+
 def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
     """Two preferences from pairs in which they go together, or against each other."""
     examine, folder = Examiner(seed), f"correlated{strength}-{seed}" if strength else f"seed{seed}"
@@ -265,19 +270,19 @@ def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
 
 
 def jobs(work: Path) -> list[list[Job]]:
-    """What is to be done, in two rounds: the second needs the first."""
+    """What is to be done, in two rounds: the second needs the first. Long ones begin: nobody is to wait at the end."""
     first: list[Job] = [
-        *trainings(work),
+        *((f"fronts {s}", partial(compare_fronts, work, "--only", str(s))) for s in fronts.SEEDS),
+        *((f"tune {s}", partial(tuned, work, s)) for s in tune.SEEDS),
         *((f"rloo {noise} {s}", partial(rewarded, work, s, noise)) for s in SEEDS for noise in REWARD_NOISES),
+        *trainings(work),
     ]
-    second: list[Job] = [(f"composed {seed}", partial(composition.measured, work, seed)) for seed in SEEDS]
-    second += [(f"fronts {s}", partial(compare_fronts, work, "--only", str(s))) for s in fronts.SEEDS]
-    second += [(f"tune {s}", partial(tune.compared, s, tune.AIMS[0], work / "tune")) for s in tune.SEEDS]
+    second: list[Job] = [(f"reached {seed}", partial(reached, work, seed)) for seed in SEEDS]
+    second += [(f"composed {seed}", partial(composition.measured, work, seed)) for seed in SEEDS]
     second += [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
     for seed in SEEDS:
         second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
         second += [(f"interference {seed}", partial(composition.interference, work, seed))]
-        second += [(f"reached {seed}", partial(reached, work, seed))]
         second += [(f"correlated {r} {seed}", partial(correlated, work, seed, r)) for r in CORRELATIONS]
     return [first, second]
 
@@ -308,7 +313,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     work = options.work.resolve()
-    os.environ.setdefault("LORA_ALIGN_CACHE", str(work / "cache"))
+    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    began, anew = time.perf_counter(), not (work.exists() and any(work.iterdir()))
     seconds = {}
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for round_ in jobs(work):
@@ -316,7 +322,9 @@ def main() -> None:
                 seconds[name] = took
                 print(f"{name}: {took:.0f} s", flush=True)
     compare_fronts(work)  # all of it is measured: what is left is to compare, and to publish
-    evidence_page.write(work, seconds)
+    took = {"processes": options.processes, "seconds": round(time.perf_counter() - began)}
+    in_one_go = once(work, "in one go", lambda: took if anew else None)
+    evidence_page.write(work, seconds, in_one_go)
 
 
 if __name__ == "__main__":

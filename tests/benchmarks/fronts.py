@@ -297,12 +297,16 @@ def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
 
 
 def wins(found: Sequence[Mapping[str, Answers]]) -> dict[str, list[list[float]]]:
-    """Of each policy and thing asked of it: how often it helps more than the start policy, the interval of that over
-    prompts, and how verbose it is."""
+    """Of each policy and thing asked of it: how often it helps more than the start policy (an answer that is not well
+    formed helps nobody), the interval of that over prompts, and how verbose it is."""
+
+    def help_of(of: Answers) -> NDArray[np.float64]:
+        return of[..., 0] * of[..., 2]
+
     told: dict[str, list[list[float]]] = {}
     prompts = np.repeat(np.arange(len(found) * PROMPTS), SAMPLES).tolist()
     for label in found[0]:
-        helped = np.stack([seed[label][..., 0] - seed["SFT"][..., 0] for seed in found], 1)  # [asked, seeds, ...]
+        helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in found], 1)  # [asked, seeds, ...]
         rates = [estimates.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
         lengths = np.mean([points(seed[label])[:, 1] for seed in found], 0)
         told[label] = [

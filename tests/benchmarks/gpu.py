@@ -217,7 +217,11 @@ def theirs(work: Path, length: int, batch: int) -> dict[str, Any]:
 
 
 def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
-    """One adapter by TRL's trainer on the same tokens: its plain defaults, or references computed before."""
+    """One adapter by TRL's trainer on the same tokens: its plain defaults, or references computed before. As ours, the
+    trainer is built while the clock runs: there TRL computes its references."""
+    if how == "unsloth":
+        import unsloth  # noqa: F401 - before what it patches
+
     import torch
     from beside_trl import columns, tokenised
     from datasets import Dataset
@@ -230,27 +234,27 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
     base = bases.find(project.base)
     rows = pairs(length, WHOLE["vocab_size"] if torch.cuda.is_available() else SMALL["vocab_size"])
     settings: dict[str, Any] = {"precompute_ref_log_probs": True} if how == "precomputed" else {}
-    model, adapter = base.load(), training.fresh_adapter(project.lora, base)
-    if how == "unsloth":
+    adapter = training.fresh_adapter(project.lora, base)
+    if how != "unsloth":
+        model = base.load()
+    else:
         from unsloth import FastLanguageModel, PatchDPOTrainer
 
         PatchDPOTrainer()
-        del model
         model, _ = FastLanguageModel.from_pretrained(str(base.folder), max_seq_length=length, load_in_4bit=True)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = FastLanguageModel.get_peft_model(
             model, r=project.lora.rank, lora_alpha=project.lora.alpha, target_modules=targets, lora_dropout=0
         )
         adapter = None
-    trainer = tokenised()(
-        model=model,
-        args=DPOConfig(**theirs(work, length, project.dpo.batch_size), **settings),
-        train_dataset=Dataset.from_list(columns(rows)),
-        processing_class=base.chat.tokenizer,
-        peft_config=adapter,
-    )
     with Meter() as meter:
-        trainer.train()
+        tokenised()(
+            model=model,
+            args=DPOConfig(**theirs(work, length, project.dpo.batch_size), **settings),
+            train_dataset=Dataset.from_list(columns(rows)),
+            processing_class=base.chat.tokenizer,
+            peft_config=adapter,
+        ).train()
     return meter.figures(2 * length * PAIRS)
 
 
@@ -289,15 +293,14 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
     base = bases.find(project.base)
     model = base.load()
     texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**theirs(work, length, project.sft.batch_size)),
-        train_dataset=Dataset.from_dict({"input_ids": texts}),
-        processing_class=base.chat.tokenizer,
-        peft_config=training.fresh_adapter(project.lora, base),
-    )
     with Meter() as meter:
-        trainer.train()
+        SFTTrainer(
+            model=model,
+            args=SFTConfig(**theirs(work, length, project.sft.batch_size)),
+            train_dataset=Dataset.from_dict({"input_ids": texts}),
+            processing_class=base.chat.tokenizer,
+            peft_config=training.fresh_adapter(project.lora, base),
+        ).train()
     return meter.figures(length * TEXTS)
 
 

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,22 @@ from report import once, save
 from training import recipe_of
 
 
-def _pair(number: int, length: int) -> Any:
-    """A pair whose longer sequence has that many tokens."""
+def _pairs(model: Any, count: int, length: int) -> list[Any]:
+    """Pairs of words drawn by lot, the longer sequence of each of that many tokens, with their true references: margins
+    off by hundreds of nats would make gradients so small that processors take several times as long over them."""
+    from lora_align.model.logprobs import answer_logprobs
+    from lora_align.model.room import Room
     from lora_align.model.tokenise import TokenPair
 
-    of, quarter = number % 90, length // 4
-    return TokenPair([5 + of] * quarter, [7 + of] * (3 * quarter), [9 + of] * (2 * quarter), (-9.0, -9.0))
+    lot, quarter = random.Random(count * length), length // 4
+    words = [lot.choices(range(5, 1000), k=6 * quarter) for _ in range(count)]
+    plain = [TokenPair(of[:quarter], of[quarter:length], of[length:]) for of in words]
+    references = answer_logprobs(model, [pair.shared() for pair in plain], Room(4096)).view(-1, 2).tolist()
+    return [replace(pair, reference=tuple(known)) for pair, known in zip(plain, references, strict=True)]
 
 
 def growth(kind: str, work: Path) -> dict[str, Any]:
     """Seconds of one direction over rows, or over tokens a row, on the built-in base: the quickest of some rounds."""
-    from dataclasses import replace
-
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.model.material import Material
@@ -40,14 +46,13 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
     over = {"rows": [(rows, 64) for rows in (128, 256, 512, 1024)], "tokens": [(128, n) for n in (64, 128, 256, 448)]}
     quickest: dict[tuple[int, int], float] = {}
     for count, length in [over[kind][0], *over[kind] * 3]:  # the first warms up
-        rows = [_pair(i, length) for i in range(count)]
         folder = work / "growth"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         model = base.load()
+        material = Material(_pairs(model, count, length), [], {})
         this = replace(project, dpo=replace(project.dpo, save_minutes=60.0))
         began = time.perf_counter()
-        material = Material(rows, [], {})
         unfinished = Unfinished(folder / "unfinished", {})
         dpo.train(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
         took = time.perf_counter() - began

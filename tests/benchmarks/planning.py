@@ -16,15 +16,17 @@ from typing import Any
 
 from report import save
 
-CASES = [  # base (layers, width; none: the built-in one), what is set
-    (None, []),
-    (None, ["dpo.tokens_per_batch=1024"]),
-    (None, ["dpo.gradient_checkpointing=true"]),
-    (None, ["lora.rank=64"]),
-    ((8, 256), ["dpo.tokens_per_batch=2048"]),
-    ((8, 256), ["dpo.tokens_per_batch=2048", "dpo.gradient_checkpointing=true"]),
-    ((12, 512), ["dpo.tokens_per_batch=1024", "dpo.max_length=256"]),
-    ((12, 512), ["dpo.tokens_per_batch=1024", "dpo.max_length=256", "dpo.gradient_checkpointing=true"]),
+CASES = [  # stage, base (layers, width; none: the built-in one), what is set
+    ("dpo", None, []),
+    ("dpo", None, ["dpo.tokens_per_batch=1024"]),
+    ("dpo", None, ["dpo.gradient_checkpointing=true"]),
+    ("dpo", None, ["lora.rank=64"]),
+    ("dpo", (8, 256), ["dpo.tokens_per_batch=2048"]),
+    ("dpo", (8, 256), ["dpo.tokens_per_batch=2048", "dpo.gradient_checkpointing=true"]),
+    ("dpo", (12, 512), ["dpo.tokens_per_batch=1024", "dpo.max_length=256"]),
+    ("dpo", (12, 512), ["dpo.tokens_per_batch=1024", "dpo.max_length=256", "dpo.gradient_checkpointing=true"]),
+    *((stage, size, []) for size in (None, (12, 512)) for stage in ("sft", "reward", "rsf")),
+    *((stage, (12, 512), [f"{stage}.gradient_checkpointing=true"]) for stage in ("sft", "reward", "rsf")),
 ]
 
 
@@ -49,8 +51,8 @@ def base_of(size: tuple[int, int] | None, work: Path) -> str:
     return str(folder)
 
 
-def child(base: str, settings: list[str]) -> dict[str, float]:
-    """Plan the fullest part of a DPO step, then take it: bytes beside the weights and adapters, at their highest."""
+def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
+    """Plan the fullest part of a stage's step, then take it: bytes beside weights and adapters, at their highest."""
     from lora_align import plan, recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
@@ -58,10 +60,11 @@ def child(base: str, settings: list[str]) -> dict[str, float]:
     from lora_align.plan.measure import measured
     from lora_align.plan.stage import stage_of
 
-    overrides = [f'base.model="{base}"', "dpo.limit=200", *settings]
+    few = ["dpo.limit=200", "reward.limit=200", 'sft.data="demo:conversations?rows=200"']
+    overrides = [f'base.model="{base}"', *few, *settings]
     project = recipe.load(recipe.builtin()["demo"], overrides)
     found = bases.find(project.base)
-    stage = stage_of(project, "dpo", found, Screen(quiet=True))
+    stage = stage_of(project, name, found, Screen(quiet=True))
     planned = plan.planned(project, found, stage, device_of(project))
     taken = measured(found, stage, [stage.rows[i] for i in planned.part]).taken
     said = planned.cost.activations + planned.cost.logits
@@ -124,15 +127,18 @@ def main() -> None:
     parser.add_argument("--child", nargs="*")
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options.child[0], options.child[1:])))
+        name, base, *settings = options.child
+        print(json.dumps(child(name, base, settings)))
         return
     figures: list[dict[str, Any]] = []
-    for size, settings in CASES:
-        words = [sys.executable, __file__, "--child", base_of(size, options.work), *settings]
+    for stage, size, settings in CASES:
+        words = [sys.executable, __file__, "--child", stage, base_of(size, options.work), *settings]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         base = f"{size[0]} layers of {size[1]}" if size else "the built-in base"
-        figures.append({"base": base, "set": settings, "megabytes": json.loads(done.stdout.splitlines()[-1])})
+        figures.append(
+            {"stage": stage, "base": base, "set": settings, "megabytes": json.loads(done.stdout.splitlines()[-1])}
+        )
     furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in figures)
     save(
         "planning",

@@ -1,6 +1,7 @@
 """An online-RL contestant: TRL's RLOO from the start policy, paid by a reward model's objectives, each with its weight.
 
-The result is an ordinary adapter, which `eval` and `merge` take like any other. A rival, not a stage of the product.
+The result is an ordinary adapter, which `eval` and `merge` take like any other. A rival that this script trains, and no
+command: who wants a policy of a reward model has `rsf`.
 """
 
 import time
@@ -18,6 +19,7 @@ from lora_align.model import base as bases
 from lora_align.model.room import Room
 from lora_align.recipe import Recipe
 from lora_align.stages import reward, training
+from lora_align.stages import start as start_policy
 
 # the second of two settings tried on another seed: 60 steps at 1e-2 broke the language
 STEPS, PROMPTS, ANSWERS = 40, 16, 4  # steps, prompts a step, answers to each
@@ -28,6 +30,7 @@ NAT = 1.0  # what a nat of distance from the start policy costs, in the reward m
 def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Sequence[str], folder: Path) -> float:
     """An adapter in a folder; seconds it took, reward model aside."""
     base = bases.find(project.base)
+    start = start_policy.adapter(project, folder.parent)
     judged = reward.load(base, runs.read(judge))
     columns = [judged.objectives.index(name) for name in wanted]
     room = Room(PROMPTS * ANSWERS)
@@ -40,7 +43,7 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
 
     began = time.perf_counter()
     trainer = RLOOTrainer(
-        model=base.load(),
+        model=start_policy.load(base, start),
         reward_funcs=paid,
         args=RLOOConfig(
             output_dir=str(folder / "trainer"),

@@ -1,8 +1,8 @@
 """Weights by gradient beside the best of a grid: `tune` and `sweep` as anyone would run them, on the built-in world.
 
-Each seed has vectors of its own, from its own pairs. Both ways choose by one set of prompts; what they chose answers
-others, and the oracle grades it: Σ aim · its score. Of the first two preferences both can be had whole; help needs
-words, so that of the others more of one is less of the other.
+Each seed has vectors of its own, from its own pairs. Both ways choose by one part of the prompts; what they chose
+answers another, and the oracle grades it: Σ aim · its score. Of the first two preferences both can be had whole; help
+needs words, so that of the others more of one is less of the other.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from report import once, save
 AIMS = ({"helpful": 0.6, "harmless": 0.4}, {"helpful": 0.6, "brief": 0.4})
 Aims = dict[str, float]
 SEEDS = (401, 402, 403)  # settings were chosen on 301
-FRESH = ["demo:prompts?risky=0&seed=9", "demo:prompts?risky=1&seed=9"]  # whom nothing was chosen by
+KINDS = ("eval.prompts", "eval.risky")
+TO_CHOOSE_BY = [f'{key}="demo:prompts?risky={risky}&part=dev"' for risky, key in enumerate(KINDS)]
+FRESH = [f'{key}="demo:prompts?risky={risky}&part=test"' for risky, key in enumerate(KINDS)]  # parts share no prompt
 PROMPTS, TRIED = 256, 3  # of each kind, and seeds that the fresh answers are drawn with
 
 
@@ -48,7 +50,7 @@ def trained(seed: int, aims: Aims, work: Path) -> tuple[Path, list[str]]:
     folder = work / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in aims]
-    data = [word for value in pairs for word in ("--set", value)]
+    data = [word for value in [*pairs, *TO_CHOOSE_BY] for word in ("--set", value)]
     for name in aims:
         command(folder, "dpo", "--pref", name, "--direction", "both", "--resume", *data)
     return folder, data
@@ -74,9 +76,8 @@ def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
 
 def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: int) -> dict[str, float]:
     """Σ aim · oracle of what each way has chosen, on fresh prompts; and how far that is from the start policy."""
-    safe, risky = FRESH
-    settings = [f'eval.prompts="{safe}"', f'eval.risky="{risky}"', f"eval.count={PROMPTS}", f"eval.seed={draw}"]
-    words = [word for value in [*settings, "eval.pairs=8"] for word in ("--set", value)]
+    settings = [*FRESH, f"eval.count={PROMPTS}", f"eval.seed={draw}", "eval.pairs=8"]
+    words = [word for value in settings for word in ("--set", value)]
     told, _ = command(work / str(seed), "eval", *dict.fromkeys(everyone.values()), *words)
     sums = {}
     for name, word in everyone.items():
@@ -98,7 +99,8 @@ def compared(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     ]
     means = {of: round(sum(one[of] for one in sums) / len(sums), 4) for of in sums[0]}
     share = round(climb["seconds"] / grid["seconds"], 3)
-    return {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means}
+    drawn = {f"{way}: scores": [round(one[f"{way}: score"], 4) for one in sums] for way in everyone}
+    return {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means, **drawn}
 
 
 def main() -> None:

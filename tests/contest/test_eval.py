@@ -17,7 +17,7 @@ from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import wins
 from lora_align.contest.measure import Measured
 from lora_align.data.rows import Message, Pair, Prompt
-from lora_align.demo import source
+from lora_align.demo import grading, oracle, source
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from support import Cli, call, made_once
@@ -57,9 +57,10 @@ def tables(workspace: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     }
 
 
-def likes(policy: PeftModel, base: Base, prompt: Prompt, answer: str) -> float:
-    """log π, one answer at a time, with none of our code but the template."""
+def likes(policy: PeftModel, base: Base, prompt: Prompt, answer: str, *, ended: bool = True) -> float:
+    """log π, one answer at a time, with none of our code but the template; of one that was cut, without its end."""
     before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, answer)
+    said = said if ended else said[:-1]
     with torch.no_grad():
         logits = policy(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].double()
     return float(logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum())
@@ -94,13 +95,19 @@ def test_divergence_and_the_pair_s_score_are_what_stock_peft_says(evaluated: dic
     policy = PeftModel.from_pretrained(base.load(), adapters / "pos", adapter_name="pos").eval()
     policy.load_adapter(adapters / "neg", adapter_name="neg")
     rows = tables(tmp_path)["dpo/helpful/pos"]["answers"]
+
+    def liked(*, cut: bool) -> list[float]:
+        asked = [((Message("user", row["asked"]),), row["answer"], row["ended"] or not cut) for row in rows]
+        return [likes(policy, base, prompt, answer, ended=ended) for prompt, answer, ended in asked]
+
     said = {}
-    for name in ("pos", "neg"):
+    for name in ("neg", "pos"):
         policy.set_adapter(name)
-        said[name] = [likes(policy, base, (Message("user", row["asked"]),), row["answer"]) for row in rows]
+        said[name] = liked(cut=False)
+    drawn = liked(cut=True)
     with policy.disable_adapter():
-        start = [likes(policy, base, (Message("user", row["asked"]),), row["answer"]) for row in rows]
-    apart = [now - before for now, before in zip(said["pos"], start, strict=True)]
+        apart = [now - before for now, before in zip(drawn, liked(cut=True), strict=True)]
+    assert {row["ended"] for row in rows} == {True, False}, "some were cut: the stop token was not drawn"
     assert [row["kl"] for row in rows] == pytest.approx(apart, abs=1e-4)
     scores = [project.dpo.beta * (pos - neg) for pos, neg in zip(said["pos"], said["neg"], strict=True)]
     assert [row["score pair:helpful"] for row in rows] == pytest.approx(scores, abs=1e-4)
@@ -122,6 +129,52 @@ def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], tmp_path
     assert mix["margin helpful"]["low"] <= mix["margin helpful"]["value"] <= mix["margin helpful"]["high"]
     assert evaluated["answers"] == 24  # six prompts to answer, six to refuse, twice each
     assert {row["kind"] for row in tables(tmp_path)[MIX]["answers"]} == {"safe", "risky"}
+
+
+def test_a_start_policy_that_is_not_the_base(trained: Path, tmp_path: Path) -> None:
+    """Distances, margins and mixes are all reckoned from it."""
+    shutil.copytree(trained / "runs" / "dpo", tmp_path / "runs" / "dpo")
+    words = ["--set", 'sft.data="demo:conversations?rows=200"', "--set", "sft.learning_rate=1e-2"]
+    assert call(tmp_path, "sft", *words).code == 0
+    refused = call(tmp_path, "eval", "helpful=1", "start", *SMALL, *words)
+    assert refused.code == 2, "these vectors stand on the bare base"
+    shutil.rmtree(tmp_path / "runs" / "dpo")
+    trained_on_it = call(tmp_path, "dpo", "--pref", "helpful", "--limit", "64", *words)
+    assert trained_on_it.code == 0, trained_on_it.err
+    told = call(tmp_path, "eval", "helpful=1", "start", "base", "--json", *SMALL, *words)
+    assert told.code == 0, told.err
+    mix, start, base = json.loads(told.out)["contestants"].values()
+    assert start["KL"]["value"] == pytest.approx(0, abs=1e-5)
+    assert start["margin helpful"]["value"] == 0
+    assert base["KL"]["value"] > 0.01
+    assert base["margin helpful"]["value"] != 0
+    assert mix["KL"]["value"] > 0
+    project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
+    pairs = exam_of(project, Screen(quiet=True)).pairs["helpful"]
+    found = bases.find(project.base)
+    policy = PeftModel.from_pretrained(found.load(), tmp_path / "runs" / "sft" / "start").eval()
+
+    def prefers(pair: Pair) -> float:
+        return likes(policy, found, pair.prompt, pair.chosen) - likes(policy, found, pair.prompt, pair.rejected)
+
+    started = [prefers(pair) for pair in pairs]
+    with policy.disable_adapter():
+        wanted = [prefers(pair) - before for pair, before in zip(pairs, started, strict=True)]
+    rows = [row["margin"] for row in tables(tmp_path)["base"]["margins"] if row["preference"] == "helpful"]
+    assert rows == pytest.approx(wanted, abs=1e-4)
+
+
+def test_refusals_are_counted_of_the_prompts_they_are_told_of(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    """Against the oracle, which parses answers of the built-in world and needs no detector."""
+    for name, found in tables(tmp_path).items():
+        for kind in ("safe", "risky"):
+            rows = [row for row in found["answers"] if row["kind"] == kind]
+            prompts = [grading.prompt_of(row["asked"]) for row in rows]
+            read = [oracle.score(of, row["answer"]) for of, row in zip(prompts, rows, strict=True) if of]
+            told = evaluated["contestants"][name][f"refused {kind}"]
+            assert told["value"] == pytest.approx(sum(row["refused"] for row in rows) / len(rows))
+            assert told["low"] <= told["value"] <= told["high"]
+            assert sum(row["refused"] == of.refused for row, of in zip(rows, read, strict=True)) >= len(rows) - 1
 
 
 def test_ordinary_text_costs_what_the_library_says(evaluated: dict[str, Any], tmp_path: Path) -> None:

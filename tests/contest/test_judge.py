@@ -2,16 +2,15 @@
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import Cli
+from support import Cli, listening
 
 FEW = ["eval.count=4", "eval.samples=2", "eval.pairs=4", "eval.max_new_tokens=30"]
 SMALL = [word for setting in FEW for word in ("--set", setting)]
@@ -42,10 +41,8 @@ def served(decide: Callable[[str, str], str]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with listening(Handler) as address:
+        yield address
 
 
 def wins(cli: Cli, url: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_the_line_and_the_term_are_those_of_eval_s_margins(reached: dict[str, An
     assert reached["together"][0]["term"]["helpful"] == pytest.approx(margins[5] - margins[3] - margins[4], abs=1e-4)
 
 
-def test_merge_and_chat_warn_beyond_and_not_before(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
+def test_merge_chat_and_generate_warn_beyond_and_not_before(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
     sides = [(name, of[way], sign) for name, of in reached["alone"].items() for way, sign in (("up", 1), ("down", -1))]
     name, side, sign = next((name, side, sign) for name, side, sign in sides if side["breaks"])
     far, last = (f"{name}={sign * (side['to'] + more):g}" for more in (1, 0))
@@ -92,6 +92,8 @@ def test_merge_and_chat_warn_beyond_and_not_before(reached: dict[str, Any], tmp_
     assert "farther" not in cli("merge", "--weights", last, "--name", "last").err
     chat = cli("chat", "--weights", far, "--prompt", "Hello", "--max-new-tokens", "2")
     assert f"warning: {said}" in chat.err
+    asked = ["--prompts", "demo:conversations?rows=1", "--max-new-tokens", "2", "--out", "far.jsonl"]
+    assert f"warning: {said}" in cli("generate", "--weights", far, *asked).err
     soup = cli("merge", "--weights", "helpful=9", "--method", "soup", "--name", "soup")
     assert "farther" not in soup.err, "its weights are shares"
 
@@ -151,7 +153,7 @@ def test_what_breaks(figure: str, before: float, after: float, breaks: bool) -> 
 def test_nothing_to_walk_along_is_refused(cli: Cli) -> None:
     done = cli("reach")
     assert done.code == 2
-    assert "`lora-align dpo` trains them" in done.err
+    assert "`lora-align dpo --all` trains them" in done.err
 
 
 def test_answers_at_another_temperature_tell_no_divergence(workspace: Path, cli: Cli) -> None:

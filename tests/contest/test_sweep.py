@@ -83,12 +83,40 @@ def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
     page.feed((folder / "report.html").read_text())
     assert len(page.pictures) == 5
     covered = json.loads((folder / "manifest.json").read_text())["metrics"]["hypervolume"]
-    assert f"they cover {covered:.3f} (hypervolume) from the worst of each: oracle: helpful" in page.text
+    assert f"hypervolume {covered:.3f}, measured from the worst of each: oracle: helpful" in page.text
     assert all(source.startswith("data:image/png;base64,") for source in page.pictures)
     assert not page.elsewhere
     assert "sweep/helpful_harmless" in cli("list").out
     again = cli("sweep", *AXES, *SMALL)
     assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_a_base_and_pairs_of_one_s_own_and_nothing_else(llama: Path, cli: Cli, tmp_path: Path) -> None:
+    """No oracle, no reward model, no prompts but those of pairs; and an axis that does not come by 0."""
+    rows = [{"prompt": f"q{i}?", "chosen": "Yes it is, and so on.", "rejected": "No."} for i in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = [f'[preferences.{name}]\ndata = "pairs.jsonl"\nrank = "{rank}"\n' for name, rank in
+              (("yes", "label"), ("brief", "shorter"))]  # fmt: skip
+    few = "[eval]\ncount = 4\nsamples = 2\nmax_new_tokens = 12\n"
+    own = f'[base]\nmodel = "{llama}"\n[lora]\nrank = 4\n[dpo]\nheld_out = 0.2\nlearning_rate = 1e-3\n'
+    (tmp_path / "lora-align.toml").write_text(own + "".join(tables) + few)
+    trained = cli("dpo", "--all")
+    assert trained.code == 0, trained.err
+    done = cli("sweep", "yes=0:1:0.5", "brief=1:2:1")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "sweep" / "yes_brief"
+    points = json.loads((folder / "points.json").read_text())
+    assert len(points) == 3 * 2 + 1  # and the start policy
+    assert not [name for name in points[0]["figures"] if "oracle" in name]
+    assert json.loads((folder / "manifest.json").read_text())["metrics"]["scores"] == {
+        "yes": "margin yes",
+        "brief": "words (less is better)",
+    }
+    for name in ("curves", "map", "front", "cost"):
+        assert imread(folder / f"{name}.png").std() > 0.02, name
+    curve = imread(folder / "curves.png")[:, : imread(folder / "curves.png").shape[1] // 2, :3]
+    ink = abs(curve - [0x1F / 255, 0x4E / 255, 0x9C / 255]).max(-1) < 0.1
+    assert ink.any(0).sum() > 0.5 * curve.shape[1], "a line over all weights, and no single dot"
 
 
 class _Page(HTMLParser):
@@ -119,7 +147,7 @@ def test_a_sweep_that_was_stopped_goes_on(workspace: Path, cli: Cli) -> None:
     while time.monotonic() < until and len(list(kept.glob("[0-9a-f]*/measured.json"))) < 2:
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.wait(60)
     before = {file: file.stat().st_mtime_ns for file in kept.glob("[0-9a-f]*/*")}
     assert before
     assert not (workspace / "runs" / "sweep" / "helpful_harmless").exists()

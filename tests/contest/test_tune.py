@@ -72,7 +72,7 @@ def test_what_has_passed_a_bound_comes_back(arena: Arena) -> None:
     bounds = Bounds(kl=5e-5, loss=9.0, refused=1.0, weight=9.0)
     hill = Hill(arena, AIMS, bounds)
     there = hill.at(torch.tensor([4.0, 4.0]))
-    assert hill.passed(there)
+    assert hill.beyond(there) > 1
     back = tune.within(hill, there)
     assert 0.8 * bounds.kl < back.found[KL] <= bounds.kl
     assert back.weights[0] == back.weights[1]

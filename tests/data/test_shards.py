@@ -36,7 +36,7 @@ def test_a_killed_writer_loses_a_batch_at_most_and_repeats_nothing(seed: int, tm
         said = [line for line, _ in zip(child.stdout, range(batches), strict=False)]
         time.sleep(draw.random() * 0.01)
         child.kill()
-        child.communicate()
+        child.communicate(timeout=60)
         found = list(shards.Shards(tmp_path).rows())
         assert len(found) >= BATCH * len(said)
         assert len({row["key"] for row in found}) == len(found)

@@ -7,6 +7,7 @@ import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_align.data import forms, pairs, sources
+from lora_align.data.ratings import read_ratings
 from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
 from lora_align.preference import Preference, Ranker
-from lora_align.recipe import Sft
+from lora_align.recipe import Ratings, Sft
 from support import material_of, pairs_of
 
 ASK = [{"role": "user", "content": "Hi?"}]
@@ -121,6 +123,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_pa
         ('{"question": "a"}', ":1: no pair of answers in columns question"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "expected text or a list of turns, found int"),
         ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogates"),
+        ('{"chosen": "\\n\\nHi \\ud800", "rejected": "\\n\\nHi c"}', ":1: .*surrogates"),
         ('{"chosen": "b", "rejected": "c"}', "begins unlike, and there is no prompt column"),
         ('{"chosen": "better", "rejected": "best"}', "begins unlike, and there is no prompt column"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}', ":2: "),
@@ -351,6 +354,29 @@ def test_bad_rows_can_be_counted_instead(tmp_path: Path) -> None:
     found = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), skip_bad=True))
     assert len(found.train) == 2
     assert found.dropped == {"invalid row": 3}
+
+
+def test_a_row_without_the_rating_that_ranks_or_off_the_scale_is_a_bad_one(tmp_path: Path) -> None:
+    rated = [{"score_chosen": 2, "score_rejected": 1}, {}, {"score_chosen": 3, "score_rejected": 1}]
+    _write(tmp_path / "pairs.jsonl", [{**FORMS["plain"], **scores} for scores in rated])
+    found = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "rating:score", skip_bad=True))
+    assert (len(found.train), found.dropped) == (2, {"invalid row": 1})
+
+    answers = [{"prompt": "Hi?", "response": GOOD, **scores} for scores in ({"help": 3}, {"help": 9}, {"other": 1})]
+    _write(tmp_path / "ratings.jsonl", answers)
+    table = Ratings(str(tmp_path / "ratings.jsonl"), attributes=("help",))
+    with pytest.raises(UserError, match=r"ratings\.jsonl:2: help is 9; the recipe's scale is 0 to 4"):
+        list(read_ratings(table, 0.0, None, Counter()))
+    dropped: Counter[str] = Counter()
+    [(row, _)] = read_ratings(replace(table, skip_bad=True), 0.0, None, dropped)
+    assert row.ratings == {"help": 75.0}
+    assert dropped == {"invalid row": 2}
+
+
+@pytest.mark.parametrize("row", [{"instruction": "a", "input": "\ud800"}, {"prompt": "a", "completion": "\ud800"}])
+def test_no_text_of_a_conversation_breaks_a_tokenizer(row: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"here: .*surrogates"):
+        forms.conversation({"output": "b", **row}, "here")
 
 
 def test_many_rows_pass_in_bounded_memory(tmp_path: Path) -> None:

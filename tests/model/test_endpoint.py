@@ -4,11 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx2 as httpx
@@ -21,7 +20,7 @@ from lora_align.errors import RunFailedError, UserError
 from lora_align.model.base import DEMO
 from lora_align.model.endpoint import Endpoint, serve_line
 from lora_align.model.generate import Sampling
-from support import Cli, free_port
+from support import Cli, free_port, listening
 
 TOKENS = Sampling(temperature=1.0, max_new_tokens=90, seed=5)
 RAIN = (Message("user", "Tell me about rain."),)
@@ -129,12 +128,8 @@ class _Between(BaseHTTPRequestHandler):
 @contextmanager
 def _between(server: str, to_turn_away: int = 0) -> Iterator[str]:
     _Between.behind, _Between.to_turn_away = server, to_turn_away
-    proxy = HTTPServer(("127.0.0.1", 0), _Between)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{proxy.server_port}"
-    finally:
-        proxy.shutdown()
+    with listening(_Between) as address:
+        yield address
 
 
 def test_a_busy_server_is_asked_again(server: str, served: str) -> None:

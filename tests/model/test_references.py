@@ -1,7 +1,10 @@
 """What a start policy finds of answers is computed once, believed only whole, and shared by whoever asks."""
 
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import PreTrainedModel
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.model import base as bases
+from lora_align.model import references as module
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Shared, answer_logprobs
 from lora_align.model.references import References
@@ -59,6 +63,28 @@ def test_what_one_has_heard_is_what_the_next_one_hears(model: PreTrainedModel, t
     assert torch.equal(asked(references, model, longer), then)
 
 
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Shared] = [([5, 6, 7 + i], [[8, 9 + i], [*range(10, 12 + i)]]) for i in range(8)]
+    monkeypatch.setattr(module, "AT_ONCE", 3)
+    whole = asked(References(tmp_path / "whole"), model, rows)
+    calls = itertools.count()
+
+    def stopped(*given: Any) -> torch.Tensor:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return answer_logprobs(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "answer_logprobs", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            asked(References(tmp_path / "stopped"), model, rows)
+    capsys.readouterr()
+    assert torch.equal(asked(References(tmp_path / "stopped"), model, rows), whole)
+    assert "6 of 8 rows were computed before" in capsys.readouterr().err
+
+
 def test_a_damaged_file_is_not_believed(
     model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +101,7 @@ def test_a_damaged_file_is_not_believed(
 
 
 def test_another_start_or_another_quantisation_is_another_policy(base: Base) -> None:
-    double = bases.find(recipe.Base("demo", double_quant=False))
-    folders = {References.of(of, start).folder for of, start in ((base, ""), (base, "x"), (double, ""))}
-    assert len(folders) == 3
+    double, half = (bases.find(recipe.Base("demo", **how)) for how in ({"double_quant": False}, {"dtype": "bfloat16"}))
+    other = replace(base, fingerprint="0" * 64)
+    policies = ((base, ""), (base, "x"), (double, ""), (half, ""), (other, ""))
+    assert len({References.of(of, start).folder for of, start in policies}) == len(policies)

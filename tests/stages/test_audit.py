@@ -80,8 +80,8 @@ def test_pairs_that_stood_there_before_are_named(cli: Cli, tmp_path: Path) -> No
     words = ["data", "--pref", "own", "--set", 'preferences.own.data="pairs.jsonl"']
     done = cli(*words)
     assert done.code == 0, done.err
-    assert "4 pairs stood there before, word for word" in done.err
-    assert "2 pairs are ones that stood there before, the other way round" in done.err
+    assert "4 pairs repeat an earlier one word for word" in done.err
+    assert "2 pairs contradict an earlier one: the same answers, the other one preferred" in done.err
     assert "no pair is held out, so nothing will be measured" in done.err
     assert "the longer answer wins 67% of pairs, and 33% for `neg`" in done.out
     by_length = cli(*words, "--set", "preferences.own.rank=shorter")
@@ -130,3 +130,28 @@ def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
     assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
     assert "15 pairs are of two unsafe answers" in done.out
     assert "answers of 1 pairs are cut" in done.err
+
+
+def test_a_preference_that_cannot_rank_these_rows_does_not_stop_another(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}?", "chosen": "Yes it is.", "rejected": "No."} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = ['preferences.own={data="pairs.jsonl"}', 'preferences.kind={data="pairs.jsonl", rank="rating:kindness"}']
+    words = [word for table in tables for word in ("--set", table)]
+    done = cli("data", "--pref", "own", *words)
+    assert done.code == 0, done.err
+    assert "kind is not set beside it: pairs.jsonl:1: no rating 'kindness'" in done.out
+    assert cli("data", "--pref", "kind", *words).code == 2
+
+
+def test_unsafe_pairs_are_counted_among_those_that_are_learned_from(cli: Cli, tmp_path: Path) -> None:
+    row = {
+        "prompt": "a",
+        "response_0": "b",
+        "response_1": "c",
+        "is_response_0_safe": False,
+        "is_response_1_safe": False,
+    }
+    rows = [{**row, "prompt": str(i), "better_response_id": None if i < 3 else 0} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli("data", "--pref", "own", "--set", 'preferences.own={data="pairs.jsonl"}', "--json")
+    assert json.loads(done.out)["both_unsafe"] == 5

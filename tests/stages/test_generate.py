@@ -24,7 +24,7 @@ def test_killed_in_the_middle_it_goes_on_and_says_the_same(workspace: Path) -> N
     while not list(parts.glob("part-*.parquet")) and time.monotonic() < until:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.wait(60)
     kept = len(list(parts.glob("part-*.parquet")))
     assert 1 <= kept < 150 / 64
     other = call(workspace, *words[:-2], "-w", "helpful=0.5", "--out", "killed.jsonl")

@@ -14,6 +14,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from lora_align import runs
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.stages import push as stage
 from support import COMMAND, Done, call, made_once
 
 
@@ -185,3 +188,11 @@ def test_a_damaged_run_and_no_network(made: Path, hub: Hub, tmp_path: Path) -> N
     assert done.code == 2
     assert "sha256" in done.err
     assert not hub.files
+
+
+def test_a_report_is_no_adapter(tmp_path: Path) -> None:
+    target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
+    with runs.claim(target, quiet) as staging:
+        runs.publish(staging, target, runs.Manifest(stage="sweep", base={"fingerprint": "f"}))
+    with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
+        stage.run(target, "me/it", public=False, screen=quiet)

@@ -7,22 +7,26 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lora_align import runs
 from lora_align.cli import app
+from lora_align.stages import checkpoints
 from support import COMMAND, Done, call, fill, made_once, small_disk
 
-SFT = ["--set", 'sft.data="demo:conversations?rows=200"', "--set", "sft.packing=true", "--set", "sft.batch_size=2"]
+SFT = ['sft.data="demo:conversations?rows=120"', "sft.packing=true", "sft.batch_size=2", "sft.epochs=3"]
 STAGES = {
     "dpo": (
         ["dpo", "--pref", "helpful", "--direction", "pos", "--set", "dpo.optimizer=adamw_torch", "--limit", "320"],
         Path("dpo/helpful/pos"),
     ),
     "sft": (
-        ["sft", *SFT],
+        ["sft", *(word for setting in SFT for word in ("--set", setting))],
         Path("sft/start"),
     ),
     "reward": (
@@ -39,12 +43,24 @@ TEMPLATE = (
 )
 
 
+TRAINS = re.compile(r"^\S.*  1/\d+  loss", re.MULTILINE)  # the line of the first step
+
+
 def words(stage: str) -> list[str]:
     return [*STAGES[stage][0], *NOISE]
 
 
 def every_step(stage: str) -> list[str]:
     return ["--set", f"{stage}.save_minutes=0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for all test processes: what was kept of other rows is computed beside other ones, and its last bits
+    are those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_ALIGN_CACHE", str(made_once(tmp_path_factory, "resumed-cache", lambda folder: None)))
+        yield
 
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -64,11 +80,12 @@ def whole(stage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(folder: Path, stage: str, number: int, after: int, *more: str) -> Done:
-    """Begun, and sent a signal once a checkpoint of that step is there."""
-    out = folder / "out.txt"
+    """Begun, and killed once a checkpoint of that step is there; or sent another signal once it trains, long before a
+    checkpoint is due."""
+    out, killed = folder / "out.txt", number == signal.SIGKILL
     with out.open("w") as stream:
         child = subprocess.Popen(
-            [str(COMMAND), *words(stage), *every_step(stage), *more],
+            [str(COMMAND), *words(stage), *(every_step(stage) if killed else []), *more],
             cwd=folder,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -76,8 +93,9 @@ def stopped(folder: Path, stage: str, number: int, after: int, *more: str) -> Do
         unfinished = unfinished_of(folder, stage)
         until = time.monotonic() + 120
         while child.poll() is None and time.monotonic() < until:
-            if any(int(path.name.rpartition("-")[2]) >= after for path in unfinished.glob("checkpoint-*")):
-                time.sleep(random.Random(f"{stage} {after}").uniform(0, 0.2) if number == signal.SIGKILL else 0)
+            steps = [int(path.name.rpartition("-")[2]) for path in unfinished.glob("checkpoint-*")]
+            if max(steps, default=0) >= after if killed else TRAINS.search(out.read_text()):
+                time.sleep(random.Random(f"{stage} {after}").uniform(0, 0.2) if killed else 0)
                 child.send_signal(number)
                 break
             time.sleep(0.005)
@@ -95,7 +113,7 @@ def same(one: Path, other: Path) -> None:
     for file in ("adapter_model.safetensors", "heads.safetensors"):
         assert (one / file).exists() == (other / file).exists()
         if (one / file).exists():
-            assert (one / file).read_bytes() == (other / file).read_bytes()
+            assert runs.sha256(one / file) == runs.sha256(other / file)
     records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     for record in (*records[0], *records[1]):
         del record["tokens_per_second"]
@@ -103,8 +121,9 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path, tmp_path: Path) -> None:
-    first = stopped(tmp_path, stage, signal.SIGTERM, 3)
-    assert first.code == 143
+    number = signal.SIGINT if stage == "dpo" else signal.SIGTERM
+    first = stopped(tmp_path, stage, number, 0)
+    assert first.code == 128 + number
     assert "finishing the step at hand" in first.err
     assert f"to go on: lora-align {stage}" in first.err
     assert first.err.rstrip().endswith("--resume")
@@ -127,7 +146,40 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     assert f"recipe.{stage}.learning_rate was" in other.err
 
 
-@pytest.mark.parametrize("after", [1, 4])
+AT_THE_LAST_STEP = """
+import os, signal, sys
+from lora_align.stages.steps import Stepping
+
+step = Stepping.training_step
+
+def signalled(self, *given, **more):
+    found = step(self, *given, **more)
+    if self.state.global_step + 1 == self.state.max_steps:
+        os.kill(os.getpid(), signal.SIGINT)
+    return found
+
+Stepping.training_step = signalled
+from lora_align.cli import main
+
+main()
+"""
+
+
+def test_a_signal_during_the_last_step_is_heard(stage: str, whole: Path, tmp_path: Path) -> None:
+    both = ["--direction", "both"] if stage == "dpo" else []
+    asked = [sys.executable, "-c", AT_THE_LAST_STEP, *words(stage), *both]
+    first = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 130, first.stderr
+    assert first.stderr.rstrip().endswith("--resume")
+    assert not list(tmp_path.rglob("manifest.json")), "and the other direction does not begin"
+    done = call(tmp_path, *words(stage), "--resume")
+    assert done.code == 0, done.err
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"goes on after step {last}" in done.err
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+@pytest.mark.parametrize("after", [1, 8])  # `sft` is in its second epoch by then
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str, whole: Path, tmp_path: Path) -> None:
     assert stopped(tmp_path, stage, signal.SIGKILL, after).code == -signal.SIGKILL
     done = call(tmp_path, *words(stage), "--resume")
@@ -238,9 +290,12 @@ def test_a_run_that_is_being_written_is_refused_with_its_writer(tmp_path: Path) 
     for line in child.stderr:
         if line.startswith("helpful pos"):
             break
-    second = call(tmp_path, *words("dpo"))
-    child.kill()
-    child.communicate()
+    child.send_signal(signal.SIGSTOP)  # it writes for as long as the second takes to begin
+    try:
+        second = call(tmp_path, *words("dpo"))
+    finally:
+        child.kill()
+        child.communicate(timeout=60)
     assert second.code == 2
     assert f"is being written by process {child.pid} on {socket.gethostname()}" in second.err
 
@@ -264,3 +319,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> N
         (disk / "filler").unlink()
         done = call(disk, *words("dpo"), "--resume")
         assert done.code == 0, done.err
+
+
+def test_a_word_that_recipes_did_not_have_is_a_change_only_where_it_says_something() -> None:
+    assert not list(checkpoints.differences({"sft": {"data": "x"}}, {"sft": {"data": "x", "subset": ""}}))
+    assert list(checkpoints.differences({"sft": {}}, {"sft": {"subset": "a"}})) == ["sft.subset was None, is a"]
+    assert list(checkpoints.differences({"sft": {"limit": None}}, {"sft": {"limit": 0}}))

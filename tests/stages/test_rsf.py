@@ -146,7 +146,7 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     assert "was made differently: another reward model" in other.err
     shutil.rmtree(tmp_path / "runs" / "reward")
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
-    before = (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes()
+    before = runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json")
     first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
     said = json.loads(first.read_text())
     said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
@@ -155,7 +155,7 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     assert more.code == 0, more.err
     assert re.search(r"t2: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
     assert more.err.count("was made before") == 3
-    assert (tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json").read_bytes() == before
+    assert runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json") == before
     assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t2")
 
 
@@ -214,14 +214,14 @@ def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: s
     while not list(policy.glob(while_it)) and time.monotonic() < until:
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.wait(60)
     assert not runs.is_run(policy / "t1")
     again = rsf(tmp_path, "--iterations", "1", "--resume")
     assert again.code == 0, again.err
     assert "requests were answered before" in again.err
     assert ("goes on after step" in again.err) == ("checkpoint" in while_it)
     weights = [folder / "rsf/policy/t1/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert runs.sha256(weights[0]) == runs.sha256(weights[1])
     samples = [
         {(row["key"], row["number"]): row["response"] for row in read_table(folder / "samples.parquet").to_pylist()}
         for folder in (made / "runs" / "rsf" / "policy" / "t1", policy / "t1")
@@ -313,6 +313,19 @@ def test_another_direction_while_one_talks(made: Path) -> None:
     assert "it knows: helpfulness, verbosity" in terminal.say("/want honesty=1")
     assert "it was trained on verbosity from" in terminal.say("/want helpfulness=1")
     terminal.say("/retry")
+    os.write(terminal.screen, b"/quit\n")
+    assert terminal.process.wait(timeout=20) == 0
+
+
+def test_a_comparison_leaves_the_policy_that_is_asked_in_force(made: Path, workspace: Path) -> None:
+    shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
+    terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6")
+    terminal.wait_for("› ")
+    terminal.say("Tell me about rain.")
+    told = terminal.say("/compare rsf/policy/t1=1 | helpful=0 | rsf/policy/t1=0")
+    named, left, off = re.findall(r"\((\d+) tokens\)", told)
+    assert named == left != off
+    assert "rsf/policy/t1=1 helpful=0" in terminal.say("/w")
     os.write(terminal.screen, b"/quit\n")
     assert terminal.process.wait(timeout=20) == 0
 

@@ -78,7 +78,7 @@ def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
     while not list(parts.glob("part-*.parquet")) and time.monotonic() < until:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.wait(60)
     kept = len(list(parts.glob("part-*.parquet")))
     assert 1 <= kept < 640 / 256
     other = call(workspace, "score", "--data", "demo:ratings?rows=3", "--out", "killed.jsonl")

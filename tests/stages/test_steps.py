@@ -23,6 +23,7 @@ from lora_align.recipe import Recipe
 from lora_align.stages import dpo, training
 from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.dpo import Preferring, SteppingDPOTrainer
+from support import fill, small_disk
 
 QUIET = Screen(quiet=True)
 
@@ -166,7 +167,7 @@ except RunFailedError as fault:
     assert int(told) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
-    assert "memory ran out over the least that can be computed at once; a smaller max_length" in too_little
+    assert "memory ran out with as little as can be computed at once; a smaller max_length" in too_little
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
@@ -177,12 +178,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
     before = [p.detach().clone() for _, p in training.trainable(made.model)]
     with pytest.raises(RunFailedError) as refused:
         made.train()
-    assert "a loss is not finite" in str(refused.value)
+    assert "the loss is not finite" in str(refused.value)
     assert base.chat.opening(pairs[5].chosen) in str(refused.value)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, training.trainable(made.model), strict=True))
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_its_rows(
     base: Base, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
     made = trainer(base, pairs, 4096, tmp_path, demo())
@@ -192,5 +193,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
         return gradient * float("inf")
 
     parameter.register_hook(spoil)
-    with pytest.raises(RunFailedError, match="step 1: a gradient is not finite"):
+    with pytest.raises(RunFailedError, match="step 1: the gradient is not finite") as refused:
         made.train()
+    named = str(refused.value).partition("look at the rows: ")[2].split("; ")
+    assert named[0] in {base.chat.opening(pair.chosen) for pair in pairs}
+
+
+def test_a_disk_that_cannot_take_the_adapter_is_told(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
+    made = trainer(base, pairs, 4096, tmp_path, demo())
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        fill(disk)
+        told = r"the adapter could not be written \(.*No space left.*--resume goes on"
+        with pytest.raises(RunFailedError, match=told):
+            training.save_adapter(made.model, disk)

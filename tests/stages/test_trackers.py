@@ -1,12 +1,14 @@
 """What a run sends to trackers: nothing unless asked; then every step's figures, under its name."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_align import runs
-from support import Cli, call
+from support import COMMAND, Cli, call
 
 
 def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
@@ -20,6 +22,20 @@ def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
     assert {"train/margin", "train/accuracy", "train/learning_rate"} <= set(told.Tags()["scalars"])
     assert [run.path for run in runs.every(tmp_path / "runs")] == [run]
     runs.read(run).check_files()
+
+
+@pytest.mark.parametrize(("tracker", "kept"), [("wandb", "*.wandb"), ("trackio", "*.db"), ("mlflow", "*.db")])
+def test_the_others_are_told_where_they_are_installed(tracker: str, kept: str, tmp_path: Path) -> None:
+    pytest.importorskip(tracker)
+    words = [
+        *("dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"),
+        "--set",
+        f'dpo.report_to=["{tracker}"]',
+    ]
+    here = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    subprocess.run([COMMAND, *words], cwd=tmp_path, env={**os.environ, **here}, capture_output=True, check=True)
+    [file] = tmp_path.rglob(kept)
+    assert b"margin" in file.read_bytes()
 
 
 def test_nobody_is_told_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

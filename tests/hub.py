@@ -1,0 +1,111 @@
+"""A hub on this machine: data sets by their commits, told over HTTP as the hub's own libraries ask for them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from typing import ClassVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from support import listening
+
+Files = Mapping[str, bytes]  # path → contents
+
+
+@contextmanager
+def serving(sets: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
+    """Data sets by name and revision, under an address for HF_ENDPOINT."""
+
+    class Hub(_Hub):
+        commits: ClassVar = {
+            (name, revision): (hashlib.sha1(f"{name} {revision}".encode()).hexdigest(), files)
+            for name, revisions in sets.items()
+            for revision, files in revisions.items()
+        }
+
+    with listening(Hub) as address:
+        yield address
+
+
+class _Hub(BaseHTTPRequestHandler):
+    commits: Mapping[tuple[str, str], tuple[str, Files]]
+
+    def do_GET(self) -> None:
+        words = unquote(urlsplit(self.path).path).strip("/").split("/")
+        match words:
+            case ["api", "datasets", owner, name, *rest]:
+                self._about(f"{owner}/{name}", rest)
+            case ["datasets", owner, name, "resolve", revision, *path]:
+                self._file(f"{owner}/{name}", revision, "/".join(path))
+            case _:
+                self._refuse("EntryNotFound")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        words = unquote(urlsplit(self.path).path).strip("/").split("/")
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        paths = json.loads(asked)["paths"] if asked.startswith("{") else parse_qs(asked)["paths"]
+        found = self._commit("/".join(words[2:4]), words[-1])
+        if found and words[4] == "paths-info":
+            self._say([entry for entry in _tree(found[1]) if entry["path"] in paths])
+        else:
+            self._refuse("RevisionNotFound")
+
+    def _about(self, name: str, rest: list[str]) -> None:
+        found = self._commit(name, rest[1] if len(rest) > 1 else "main")
+        if not found:
+            self._refuse("RevisionNotFound")
+        elif rest[:1] == ["tree"]:
+            below = "/".join(rest[2:])
+            self._say([entry for entry in _tree(found[1]) if str(entry["path"]).startswith(below)])
+        else:
+            files = [{"rfilename": path} for path in found[1]]
+            self._say({"id": name, "sha": found[0], "private": False, "tags": [], "siblings": files})
+
+    def _file(self, name: str, revision: str, path: str) -> None:
+        found = self._commit(name, revision)
+        if not found or path not in found[1]:
+            self._refuse("EntryNotFound" if found else "RevisionNotFound")
+            return
+        headers = {"ETag": f'"{_name(found[1][path])}"', "X-Repo-Commit": found[0]}
+        self._answer(200, found[1][path], headers)
+
+    def _commit(self, name: str, revision: str) -> tuple[str, Files] | None:
+        for (of, known), (commit, files) in self.commits.items():
+            if of == name and revision in (known, commit):
+                return commit, files
+        return None
+
+    def _refuse(self, why: str) -> None:
+        self._answer(404, b"", {"X-Error-Code": why, "X-Error-Message": why})
+
+    def _say(self, what: object) -> None:
+        self._answer(200, json.dumps(what).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _name(contents: bytes) -> str:
+    return hashlib.sha1(contents).hexdigest()
+
+
+def _tree(files: Files) -> list[dict[str, object]]:
+    folders = {"/".join(path.split("/")[:depth]) for path in files for depth in range(1, path.count("/") + 1)}
+    found: list[dict[str, object]] = [
+        {"type": "directory", "path": folder, "oid": _name(folder.encode()), "size": 0} for folder in sorted(folders)
+    ]
+    return found + [
+        {"type": "file", "path": path, "oid": _name(contents), "size": len(contents)}
+        for path, contents in files.items()
+    ]
