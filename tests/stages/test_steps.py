@@ -122,13 +122,13 @@ def test_smoothed_labels_are_a_mean_of_both_ways_round(base: Base, pairs: list[T
     assert abs(float(losses[0] - losses[1])) > 0.01
 
 
-def test_memory_that_runs_out_halves_the_parts_and_the_step_is_what_it_was() -> None:
+def test_memory_that_runs_out_halves_the_parts_and_the_step_is_what_it_was(tmp_path: Path) -> None:
     """Under a limit on address space, in a process of its own."""
     program = """
 import resource, sys
 from dataclasses import replace
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 import torch
 torch.set_num_threads(1)
 from test_steps import QUIET, References, bases, demo, dpo, gradients, recipe, trainer
@@ -140,7 +140,7 @@ settings = demo("dpo.limit=400")
 references = References.of(base, "")
 material = dpo.prepare(settings, "helpful", base, QUIET)
 pairs = list(dpo.referenced(material, references, base.load(), 4096, "reference", QUIET).train)
-made = trainer(base, pairs, 1000, Path(sys.argv[2]), settings)
+made = trainer(base, pairs, 1000, Path(sys.argv[1]), settings)
 made.training_step(made.model, {"rows": pairs})
 wanted = gradients(made.model)
 said = []
@@ -159,8 +159,9 @@ try:
 except RunFailedError as fault:
     print(fault)
 """
-    folder = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", program, folder, "/tmp"], capture_output=True, text=True, check=False)
+    beside = Path(__file__).parent
+    command = [sys.executable, "-c", program, tmp_path, beside, beside.parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures, too_little = done.stdout.splitlines()
     told, size, off = figures.split()
