@@ -24,9 +24,9 @@ class OutOfStepError(RunFailedError):
 class Stopped(BaseException):
     """A signal asked for the end; 128 + its number is the exit code."""
 
-    def __init__(self, signal_number: int, *, kept: bool = False) -> None:
+    def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
-        self.exit_code, self.kept = 128 + signal_number, kept  # kept: there is a checkpoint to go on from
+        self.exit_code = 128 + signal_number
 
 
 def first_line(fault: BaseException) -> str:

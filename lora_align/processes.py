@@ -30,7 +30,8 @@ def here() -> int:
 
 def check(command: str, *, trains: bool) -> None:
     """Refuse to do together what one process does, and to have the base divided by accelerate: its way is to divide
-    adapters, optimiser and checkpoints too."""
+    adapters, optimiser and checkpoints too. What it would compute in, the recipe says."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which trainers believe more than their own settings
     if not trains and count() > 1:
         raise UserError(f"{command}: one process does this, and {count()} were launched")
     for divides in ("FSDP", "DEEPSPEED"):

@@ -136,6 +136,12 @@ def refuse_existing(target: Path, force: bool, keep_both: str = "--name NEW keep
         raise UserError(f"{target} exists; {keep_both}, --force moves the old one aside")
 
 
+def refuse_busy(target: Path) -> None:
+    """Refuse a target that another process is writing."""
+    if (target.parent / f".{target.name}.lock").exists():
+        processes.by_first(lambda: _lock(target).release())
+
+
 @contextmanager
 def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path]:
     """Hold a target's lock and yield an empty staging folder beside it; `publish` turns it into the run.
@@ -166,6 +172,16 @@ def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path
 
 
 def _locked(target: Path, force: bool) -> "FileLock":
+    lock = _lock(target)
+    try:
+        refuse_existing(target, force)
+    except UserError:
+        lock.release()
+        raise
+    return lock
+
+
+def _lock(target: Path) -> "FileLock":
     from filelock import FileLock, Timeout
 
     try:
@@ -176,11 +192,6 @@ def _locked(target: Path, force: bool) -> "FileLock":
         raise UserError(f"{target} is being written by {_holder(target)}; wait for it, or choose --name NEW") from None
     except OSError as fault:
         raise UserError(f"cannot write {target.parent}: {fault.strerror}; choose another folder") from fault
-    try:
-        refuse_existing(target, force)
-    except UserError:
-        lock.release()
-        raise
     return lock
 
 
@@ -221,6 +232,14 @@ def writing(folder: Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as fault:
         raise RunFailedError(f"{folder}: {fault.strerror or first_line(fault)}; {remedy}") from fault
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin where the disk cannot hold what will be written."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(f"{there}: about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free")
 
 
 def library_versions() -> dict[str, str]:

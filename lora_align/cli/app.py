@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": look.list_runs,
     "push": compose.push,
 }
-REPEATED = {"demo", "score", "rsf", "generate", "eval", "sweep", "reach"}  # which go on by themselves, said once more
+REPEATED = {"demo", "score", "generate", "eval", "sweep", "reach"}  # which go on by themselves, said once more
 SIGNALLED = 128  # exit codes above it name a signal
 LAST_WORD = 30.0  # seconds that the others wait for the first one, whose end is theirs, to say why
 TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
@@ -107,8 +107,7 @@ def main() -> None:
     except Stopped as stop:
         launched = " (or under the launcher again)" if processes.count() > 1 else ""
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        kept = stop.kept or command in REPEATED
-        goes_on = f"; to go on: {_going_on()}{launched}" if kept else ""
+        goes_on = f"; to go on: {_going_on()}{launched}" if command in REPEATED | TRAINING else ""
         _complain(f"stopped; nothing unfinished was published{goes_on}", stop.exit_code)
     except TyperException as fault:
         told = fault.format_message() if hasattr(fault, "format_message") else str(fault)

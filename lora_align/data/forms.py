@@ -13,6 +13,8 @@ from lora_align.errors import UserError
 Shape = TypeVar("Shape", Comparison, list[Comparison], Conversation, list[Rated], Prompt)
 Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV have them
+UNREAD = ("query", "input", "context")  # columns that may be what is asked
 TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # of an HH-RLHF transcript
 
 
@@ -71,7 +73,7 @@ def _pku(row: Row) -> Comparison:
     if "label" in row:
         labels = {"label": row["label"], **labels}
     return Comparison(
-        prompt=_prompt(row["prompt"]),
+        prompt=_request(row),
         answers=(_text(row["response_0"]), _text(row["response_1"])),
         labels={name: _label(value, name) for name, value in labels.items()},
         ratings=_ratings(row, "{}_0", "{}_1"),
@@ -81,8 +83,8 @@ def _pku(row: Row) -> Comparison:
 
 def _safe(row: Row) -> tuple[bool, bool] | None:
     """PKU-SafeRLHF's own word on each response."""
-    found = (row.get("is_response_0_safe"), row.get("is_response_1_safe"))
-    return (found[0], found[1]) if isinstance(found[0], bool) and isinstance(found[1], bool) else None
+    first, second = (TRUTHS.get(str(row.get(f"is_response_{side}_safe")).lower()) for side in (0, 1))
+    return None if first is None or second is None else (first, second)
 
 
 def _strengths(row: Row, prompt: str, first: str, second: str, strength: str) -> Comparison:
@@ -92,7 +94,7 @@ def _strengths(row: Row, prompt: str, first: str, second: str, strength: str) ->
         raise ValueError(f"{strength} is {value:g}; expected -3 to 3")
     winner = None if value == 0 else int(value > 0)
     answers = (_text(row[first]), _text(row[second]))
-    return Comparison(_prompt(row[prompt]), answers, {strength: winner}, {strength: (0.0, value)})
+    return Comparison(_request(row, prompt), answers, {strength: winner}, {strength: (0.0, value)})
 
 
 def _helpsteer2_pair(row: Row) -> Comparison:
@@ -130,22 +132,23 @@ def _chosen_rejected(row: Row) -> Comparison:
     """TRL's preference form, standard or conversational, with the prompt apart or shared by both."""
     chosen, rejected = row["chosen"], row["rejected"]
     ratings = {**_ratings(row, "chosen_{}", "rejected_{}"), **_ratings(row, "{}_chosen", "{}_rejected")}
-    if isinstance(chosen, str) and "question" in row and "prompt" not in row:  # PsychoCounsel-Preference
-        row = {**row, "prompt": row["question"]}
-    if isinstance(chosen, str) and "prompt" in row:
-        return Comparison(_prompt(row["prompt"]), (_text(chosen), _text(rejected)), {"label": 0}, ratings)
+    asked = next((name for name in ("prompt", "question") if name in row), "")  # question: PsychoCounsel-Preference
+    if isinstance(chosen, str) and asked:
+        return Comparison(_request(row, asked), (_text(chosen), _text(rejected)), {"label": 0}, ratings)
     if isinstance(chosen, str) and TURN.match(chosen):
         return _transcripts(row)
     if isinstance(chosen, str):
+        if unread := [name for name in UNREAD if row.get(name)]:
+            raise ValueError(f"no prompt column, but {unread[0]!r}: is it one? columns = {{ prompt = {unread[0]!r} }}")
         shared = _beginning(_text(chosen), _text(rejected))
         answers = (chosen.removeprefix(shared).lstrip(), rejected.removeprefix(shared).lstrip())
-        return Comparison(_prompt(shared), answers, {"label": 0}, ratings)
+        return Comparison(_system(row) + _prompt(shared), answers, {"label": 0}, ratings)
     turns = [_messages(chosen), _messages(rejected)]
-    prompt = _prompt(row["prompt"]) if "prompt" in row else turns[0][:-1]
+    prompt = _request(row) if "prompt" in row else _behind_system(row, turns[0][:-1])
     if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
     answers = (_answer(turns[0][-1]), _answer(turns[1][-1]))
-    if "prompt" in row and any(len(t) > 1 and t[:-1] != prompt for t in turns):
+    if "prompt" in row and any(len(t) > 1 and t[:-1] not in (prompt, _prompt(row["prompt"])) for t in turns):
         raise ValueError("chosen and rejected hold more than one turn beside the prompt column")
     return Comparison(prompt, answers, {"label": 0}, ratings)
 
@@ -162,6 +165,14 @@ def _beginning(one: str, other: str) -> str:
     return shared
 
 
+def _alpaca_pair(row: Row) -> Comparison:
+    """Alpaca's columns, with two answers to choose from; where they hold whole conversations, those."""
+    if not isinstance(row["chosen"], str):
+        return _chosen_rejected(row)
+    answers = (_text(row["chosen"]), _text(row["rejected"]))
+    return Comparison(_alpaca_asked(row), answers, {"label": 0}, _ratings(row, "{}_chosen", "{}_rejected"))
+
+
 def _sharegpt_pair(row: Row) -> Comparison:
     """ShareGPT with two last turns: conversations, chosen, rejected."""
     answers = (_answer(_turn(row["chosen"])), _answer(_turn(row["rejected"])))
@@ -174,6 +185,7 @@ _COMPARISONS: Forms[Comparison] = [
     (frozenset({"prompt", "response_1", "response_2", "preference_strength"}), _helpsteer2_pair),
     (frozenset({"context", "response1", "response2", "overall_preference"}), _helpsteer3),
     (frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
+    (frozenset({"instruction", "chosen", "rejected"}), _alpaca_pair),
     (frozenset({"chosen", "rejected"}), _chosen_rejected),
 ]
 
@@ -200,8 +212,8 @@ def _alpaca(row: Row) -> Conversation:
 
 def _prompt_completion(row: Row) -> Conversation:
     completion = row["completion"]
-    answer = _text(completion) if isinstance(completion, str) else _answer(_messages(completion)[-1])
-    return Conversation((*_prompt(row["prompt"]), Message("assistant", answer)))
+    said = (Message("assistant", _text(completion)),) if isinstance(completion, str) else _messages(completion)
+    return Conversation(_ending_in_answer(_request(row) + said))
 
 
 _CONVERSATIONS: Forms[Conversation] = [
@@ -218,7 +230,7 @@ def _helpsteer(row: Row) -> list[Rated]:
     """HelpSteer: one answer a row, and a column of numbers for each attribute."""
     others = {name: value for name, value in row.items() if name not in ("prompt", "response")}
     ratings = {name: _number(value) for name, value in others.items() if _is_number(value)}
-    return [Rated(_prompt(row["prompt"]), _text(row["response"]), ratings)]
+    return [Rated(_request(row), _text(row["response"]), ratings)]
 
 
 def _ultrafeedback(row: Row) -> list[Rated]:
@@ -251,7 +263,7 @@ _RATED: Forms[list[Rated]] = [
 
 
 def _asked(row: Row) -> Prompt:
-    return _prompt(row["prompt"])
+    return _request(row)
 
 
 def _alpaca_asked(row: Row) -> Prompt:
@@ -300,6 +312,15 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 def _prompt(value: Any) -> tuple[Message, ...]:
     return (Message("user", _text(value)),) if isinstance(value, str) else _messages(value)
+
+
+def _request(row: Row, column: str = "prompt") -> tuple[Message, ...]:
+    """What is asked, behind the system message where a column holds one."""
+    return _behind_system(row, _prompt(row[column]))
+
+
+def _behind_system(row: Row, turns: Prompt) -> tuple[Message, ...]:
+    return (*turns,) if turns[:1] and turns[0].role == "system" else (*_system(row), *turns)
 
 
 def _answer(message: Message) -> str:

@@ -14,10 +14,11 @@ POINTS = 100.0
 
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
     """Rated answers, nan where raters did not say; `limit` to train on, and the rest of the row they came in."""
-    train = 0
+    train, names = 0, frozenset[str]()
     for where, answers in sources.read(table, forms.rated, dropped):
         for row in answers:
-            scaled = _scaled(row, table)
+            names = names or frozenset(table.attributes or row.ratings)
+            scaled = _scaled(row, table, names)
             if isinstance(scaled, str) and not table.skip_bad:
                 raise UserError(f"{where}: {scaled}")
             if isinstance(scaled, str):
@@ -34,13 +35,14 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
             break
 
 
-def _scaled(row: Rated, table: Ratings) -> dict[str, float] | str:
-    """The attributes asked for, from the raters' scale to points; or what is wrong: one is not there, or off the
-    scale."""
+def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, float] | str:
+    """The attributes asked for, or all that the first row has, from the raters' scale to points; or what is wrong: one
+    is no number, not there, not in the first row, or off the scale."""
     wanted = table.attributes or tuple(row.ratings)
-    missing = [name for name in wanted if name not in row.ratings]
-    if missing:
+    if missing := sorted(names - row.ratings.keys()):
         return f"no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})"
+    if further := [name for name in wanted if name not in names]:
+        return f"a rating {further[0]!r}, which the first row has not; `attributes` says which are meant"
     scaled = {}
     for name in wanted:
         value = row.ratings[name]

@@ -158,7 +158,7 @@ def _parquet(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
-    except ArrowInvalid as fault:
+    except (ArrowInvalid, OSError) as fault:
         raise UserError(f"{path}: not a whole Parquet file: {fault}") from fault
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_align import processes, recipe, runs
-from lora_align.errors import UserError, first_line
+from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.divided import divide
 
@@ -225,8 +226,15 @@ def _quantized(base: Base) -> Path:
             staging = folder.with_name(f".{folder.name}.staging")
             shutil.rmtree(staging, ignore_errors=True)
             where = torch.device("cpu") if base.recipe.fsdp else device()
-            _load(base.folder, base.recipe, where).save_pretrained(staging)
-            runs.sync(staging)
+            model = _load(base.folder, base.recipe, where)
+            runs.check_room(folder.parent, model.get_memory_footprint())
+            try:
+                model.save_pretrained(staging)
+                runs.sync(staging)
+            except (OSError, SafetensorError) as fault:
+                shutil.rmtree(staging, ignore_errors=True)
+                why = f"the base in 4-bit could not be kept ({first_line(fault)})"
+                raise RunFailedError(f"{folder.parent}: {why}; LORA_ALIGN_CACHE moves the cache") from fault
             staging.rename(folder)
     return folder
 

@@ -57,7 +57,7 @@ class TokenText:
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
     """Both answers behind their prompt, each cut at `max_length`; None where cutting leaves nothing to learn."""
     found: list[TokenPair | None] = []
-    asked = _short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
+    asked = short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
     for prompt, answers in chat.answered_each(asked):
         room = max_length - len(prompt)
         chosen, rejected = (ids[: max(room, 0)] for ids in answers)
@@ -73,7 +73,7 @@ def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Count
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
     """Answers behind their prompts, cut at `max_length`; None where the prompt leaves no room."""
     found: list[TokenRated | None] = []
-    tokens = chat.answered_each(_short(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
+    tokens = chat.answered_each(short(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         room = max_length - len(prompt)
         if room < 1:
@@ -91,7 +91,7 @@ def texts(
     """Whole conversations; with `answers_only` the loss sees what the assistant says and nothing else."""
     found: list[TokenText | None] = []
     said = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
-    tokens = chat.answered_each(_short(said, chat, max_length))
+    tokens = chat.answered_each(short(said, chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         if len(prompt) >= max_length:
             counts["prompt too long"] += 1
@@ -122,7 +122,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return packs
 
 
-def _short(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
+def short(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
     """Of each text as much as is certainly too long: of megabytes, tokenizers would make gigabytes."""
     most = (max_length + 1) * chat.longest_token
     return [

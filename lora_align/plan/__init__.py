@@ -99,7 +99,7 @@ def _drawing(of: Mapping[str, Any]) -> Iterator[str]:
 def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]:
     if not of["measured"]:
         return
-    said, took = of["bytes"]["activations"] + of["bytes"]["logits"], of["measured"]["taken"]
+    said, took = of["measured"]["planned"], of["measured"]["taken"]
     yield (
         f"a step's fullest part took {of['measured']['seconds']:,.2f} s, {of['rate'] / device['rate']:.0%} of the "
         f"device's matrix rate; activations and logits {gigabytes(took)} GB, planned {gigabytes(said)} GB"

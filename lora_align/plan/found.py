@@ -36,6 +36,7 @@ class Found:
     divided: bool  # among the devices
     rate: float  # operations a second: the share of the device's that is assumed, or as measured
     measured: Measured | None = None  # that part
+    counted: float = 0.0  # the activations and logits that were planned before it was measured
 
     @property
     def memory(self) -> dict[str, float]:
@@ -68,7 +69,10 @@ class Found:
 
     def by(self, step: Measured) -> "Found":
         """As it is where a part of a step takes what was measured."""
-        return replace(self, measured=step, rate=self.cost.whole / step.seconds)
+        counted = self.cost.activations + self.cost.logits
+        share = step.taken / counted
+        taken = replace(self.cost, activations=share * self.cost.activations, logits=share * self.cost.logits)
+        return replace(self, cost=taken, counted=counted, measured=step, rate=self.cost.whole / step.seconds)
 
     @property
     def seconds(self) -> float:
@@ -93,7 +97,7 @@ class Found:
             "total": round(self.total),
             "fits": self.fits,
             "rate": self.rate,
-            "measured": asdict(self.measured) if self.measured else None,
+            "measured": {**asdict(self.measured), "planned": round(self.counted)} if self.measured else None,
             "part": sum(self.lengths[i] for i in self.part),
             "operations_a_token": self.cost.whole / sum(self.lengths[i] for i in self.part),
             "seconds": round(self.seconds),

@@ -93,7 +93,7 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
     settings = recipe.rsf
     if settings is None:
         return None
-    halves, _ = series.halves(settings, base)
+    halves = series.answers_of(settings, base).halves
     asked = [
         asking.for_directions(settings, asking.prompts(settings, halves[t % 2], t), t)
         for t in range(settings.iterations + 1)

@@ -87,11 +87,13 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
     base = bases.find(recipe.base)
     max_length = min(recipe.dpo.max_length, base.max_length)
     audit, shown = Audit(), list[dict[str, str]]()
-    others = {
+    beside = {
         name: other
         for name, other in recipe.preferences.items()
         if name != preference and sources.place(other) == sources.place(axis)
     }
+    others = {name: other for name, other in beside.items() if other.columns == axis.columns}
+    audit.silent |= dict.fromkeys(beside.keys() - others.keys(), "it goes by other columns")
     for where, comparison, pair in _ranked(axis, recipe.dpo, audit):
         _lengths(pair, base, max_length, audit)
         _bias(comparison, pair, audit)
@@ -173,7 +175,8 @@ def _alike(pair: Pair) -> bytes:
 
 
 def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
-    ids, said = base.chat.answered(pair.prompt, (pair.chosen, pair.rejected))
+    [asked] = tokenise.short([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
+    ids, said = base.chat.answered(*asked)
     prompt, answers = len(ids), list(map(len, said))
     for side, length in zip(SIDES, (prompt, *answers), strict=True):
         audit.lengths[side].append(length)

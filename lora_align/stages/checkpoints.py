@@ -133,7 +133,7 @@ class Unfinished:
             return None
         run = runs.read(target)
         made = run.manifest
-        before = {**self.who, "base": _base(made.base, made.recipe["base"]), "start": made.start}
+        before = {**self.who, "base": base_of(made.base, made.recipe["base"]), "start": made.start}
         before["recipe"] = {key: made.recipe.get(key) for key in self.who["recipe"]}
         one = made.data.get("fingerprint")
         before["data"] = one or {source: of["fingerprint"] for source, of in made.data.items()}
@@ -172,7 +172,7 @@ def who(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[s
     settings = recipe.as_dict()
     return {
         "stage": stage,
-        "base": _base(base.identity, settings["base"]),
+        "base": base_of(base.identity, settings["base"]),
         "start": start,
         "recipe": {key: settings.get(key) for key in ("lora", stage)},
         "data": data,
@@ -180,18 +180,10 @@ def who(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[s
     }
 
 
-def _base(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+def base_of(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
     """What a base does, wherever it lies."""
     same = {name: identity.get(name) for name in ("fingerprint", "quantization", "double_quant", "chat_format")}
     return {**same, "dtype": table["dtype"]}
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Refuse to begin where the disk cannot hold what will be written."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(f"{there}: about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free")
 
 
 def differences(before: Any, now: Any) -> Iterator[str]:

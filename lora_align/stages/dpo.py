@@ -97,6 +97,7 @@ def run(
         recipe.preference(preference)
         for direction in directions:
             target = _target(runs_dir, name or preference, direction)
+            runs.refuse_busy(target)
             if not (resume and runs.is_run(target)):
                 runs.refuse_existing(target, force, "--resume keeps it and goes on with what is missing")
     base = bases.find(recipe.base)

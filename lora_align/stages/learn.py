@@ -55,6 +55,7 @@ def preferred(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, 
     longest = min(settings.max_length, plan.base.max_length)
     pairs = [Pair(asking.as_asked(settings, of), of.best.text, of.worst.text) for of in choices]
     unlike = [i for i, pair in enumerate(pairs) if pair.chosen != pair.rejected]
+    counts["best and worst are equal"] = len(pairs) - len(unlike)
     rows = tokenise.pairs([pairs[i] for i in unlike], plan.base.chat, longest, counts)
     material = _split([choices[i].prompt for i in unlike], rows, settings.held_out, label)
     model = start_policy.load(plan.base, plan.start)

@@ -60,6 +60,7 @@ def run(
         )
     training.check_trackers(recipe.reward)
     target = runs_dir / "reward" / (name or NAME)
+    runs.refuse_busy(target)
     if not resume:
         runs.refuse_existing(target, force)
     base = bases.find(recipe.base)

@@ -67,16 +67,17 @@ def run(
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
     reward = series.reward_run(recipe.rsf, base, runs_dir)
+    answers = series.answers_of(recipe.rsf, base)
     done: dict[str, Run] = {}
     for label in labels if not force else ():
         if runs.is_run(folder / label):
-            done[label] = series.made_alike(folder / label, recipe, start, reward, done.get(series.teacher_of(label)))
+            teacher = done.get(series.teacher_of(label))
+            done[label] = series.made_alike(folder / label, recipe, base, start, reward, answers.fingerprint, teacher)
     # each policy is loaded under its own name
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # one that cannot load adapters is refused before anything is trained
         server.load_adapter(reward.path, reward.path.name, recipe)
-    halves, dropped = series.halves(recipe.rsf, base)
-    plan = Plan(recipe, recipe.rsf, base, start, reward, halves, dropped, folder, force, server)
+    plan = Plan(recipe, recipe.rsf, base, start, reward, answers, folder, force, server)
     for label in labels:
         if label in done:
             screen.note(f"{folder / label} was made before")
@@ -117,7 +118,7 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
     """Learns answers of the second half, each under a system message that asks for its own scores."""
     settings, target = plan.settings, plan.folder / STEERLM
     with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
-        rows = plan.halves[1]
+        rows = plan.answers.halves[1]
         scores = _scores(plan, rows, screen)
         sound = [i for i, score in enumerate(scores) if all(map(math.isfinite, score.values()))]
         rows, scores = [rows[i] for i in sound], [scores[i] for i in sound]
@@ -131,7 +132,7 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
         if len(watched) > 1:
             facts["metrics"]["watched"] = spread(watched)
         (staging / SCORES).write_text(json.dumps(targets))
-        data = {"rows": len(rows), "score not finite": len(plan.halves[1]) - len(rows)}
+        data = {"rows": len(rows), "score not finite": len(plan.answers.halves[1]) - len(rows)}
         about = _about(plan, data, settings.steer, None)
         return _published(staging, target, replace(about, **facts), screen)
 
@@ -163,7 +164,7 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
     settings, label = plan.settings, f"t{t}"
     teacher = done[series.teacher_of(label)]
     target, parts = plan.folder / label, plan.folder / f".{label}.samples"
-    half = plan.halves[t % 2]
+    half = plan.answers.halves[t % 2]
     prompts = asking.prompts(settings, half, t)
     if t == 0:
         requests = asking.for_scores(settings, prompts, json.loads((teacher.path / SCORES).read_text()))
@@ -174,7 +175,8 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
             processes.by_first(lambda: shutil.rmtree(parts, ignore_errors=True))
         with shards.opened(parts) as store:
             drawn_by = {f"rsf.{key}": of for key, of in asdict(settings).items() if key not in checkpoints.FREE}
-            shards.same_work(parts, {"teacher": teacher.manifest.files, **drawn_by})
+            made_of = {"teacher": teacher.manifest.files, "data": plan.answers.fingerprint}
+            shards.same_work(parts, {**made_of, **drawn_by})
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
             candidates = candidates_of(store.rows())
             shards.write(list(store.rows()), staging / SAMPLES)
@@ -222,7 +224,12 @@ def _about(plan: Plan, data: Mapping[str, Any], steer: str, teacher: Run | None)
         recipe=plan.recipe.as_dict(),
         start=start_policy.identity(plan.start),
         seeds={"init": plan.lora.init_seed, "data": settings.seed},
-        data={"source": sources.name(settings), "dropped": dict(plan.dropped), **data},
+        data={
+            "source": sources.name(settings),
+            "fingerprint": plan.answers.fingerprint,
+            "dropped": dict(plan.answers.dropped),
+            **data,
+        },
         method={
             "objectives": list(settings.directions),
             "ask": settings.ask,

@@ -1,10 +1,12 @@
 """What the policies of an `rsf` series have in common, found and checked before any of them is made."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_align import runs
 from lora_align.data import forms, sources
@@ -30,8 +32,7 @@ class Plan:
     base: Base
     start: Run | None
     reward: Run
-    halves: tuple[list[Rated], list[Rated]]
-    dropped: Mapping[str, int]
+    answers: "Answers"
     folder: Path
     force: bool
     server: Endpoint | None
@@ -42,16 +43,27 @@ class Plan:
         return self.settings.lora or self.recipe.lora
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a series is made from: in two halves that share no prompt, what was dropped by reason, and its name."""
+
+    halves: tuple[list[Rated], list[Rated]]
+    dropped: Mapping[str, int]
+    fingerprint: str
+
+
 def teacher_of(label: str) -> str:
     """Whose answers a policy learns from."""
     return "" if label == STEERLM else STEERLM if label == "t0" else f"t{int(label[1:]) - 1}"
 
 
-def made_alike(folder: Path, recipe: Recipe, start: Run | None, reward: Run, teacher: Run | None) -> Run:
+def made_alike(
+    folder: Path, recipe: Recipe, base: Base, start: Run | None, reward: Run, data: str, teacher: Run | None
+) -> Run:
     """A published policy of this series, if it was made of the same things; more iterations may follow it."""
     run = runs.read(folder)
-    recipes = (run.manifest.recipe, json.loads(json.dumps(recipe.as_dict())))
-    before, now = ({"rsf": {**r["rsf"], "lora": r["rsf"].get("lora") or r["lora"]}} for r in recipes)
+    before = _made_of(run.manifest.recipe, run.manifest.base, run.manifest.data.get("fingerprint"))
+    now = _made_of(json.loads(json.dumps(recipe.as_dict())), base.identity, data)
     changed = list(checkpoints.differences(before, now))
     changed += ["another reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
     changed += ["another start policy"] if run.manifest.start != start_policy.identity(start) else []
@@ -64,6 +76,11 @@ def made_alike(folder: Path, recipe: Recipe, start: Run | None, reward: Run, tea
             "--name NEW keeps both, --force moves the old one aside"
         )
     return run
+
+
+def _made_of(recipe: Mapping[str, Any], base: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+    lora = recipe["rsf"].get("lora") or recipe["lora"]
+    return {"rsf": {**recipe["rsf"], "lora": lora}, "base": checkpoints.base_of(base, recipe["base"]), "data": data}
 
 
 def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
@@ -84,8 +101,9 @@ def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
     return run
 
 
-def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Rated], list[Rated]], dict[str, int]]:
-    """Answers in two halves that share no prompt, as its text decides; and what was dropped, by reason."""
+def answers_of(settings: Rsf, base: Base) -> Answers:
+    """In two halves, as a prompt's text decides."""
+    digest = hashlib.sha256()
     halves: tuple[list[Rated], list[Rated]] = ([], [])
     dropped: Counter[str] = Counter()
     prompts: set[str] = set()
@@ -101,9 +119,10 @@ def halves(settings: Rsf, base: Base) -> tuple[tuple[list[Rated], list[Rated]], 
                 key = prompt_key(found.prompt)
                 prompts.add(key)
                 halves[int(key[-1], 16) % 2].append(found)  # the first digits say what is held out
+                digest.update(json.dumps(asdict(found)).encode())
         if settings.limit and len(prompts) >= settings.limit:
             break
     if not all(halves):
         counted = f"{len(prompts)}; dropped: {dict(dropped)}"
         raise UserError(f"{sources.name(settings)}: too few prompts for two halves ({counted})")
-    return halves, dict(dropped)
+    return Answers(halves, dict(dropped), digest.hexdigest())

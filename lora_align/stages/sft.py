@@ -38,6 +38,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
     training.check_trackers(recipe.sft)
     target = start_policy.folder(runs_dir)
+    runs.refuse_busy(target)
     if not resume:
         runs.refuse_existing(target, force, "--runs DIR keeps both")
     base = bases.find(recipe.base)

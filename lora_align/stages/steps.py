@@ -27,7 +27,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
 from lora_align.errors import RunFailedError
-from lora_align.model.divided import in_step
+from lora_align.model.base import inside
+from lora_align.model.divided import in_step, is_divided
 from lora_align.model.logprobs import parts
 from lora_align.model.room import Room
 from lora_align.stages.checkpoints import PREFIX, Unfinished
@@ -114,7 +115,7 @@ class Stepping(Trainer, Generic[Row]):
         model.train()
         mine, weights = [rows[i] for i in share(lengths)], self.objective.weights(rows)
         summed = processes.together(lambda: self._computed(model, mine, weights))
-        self._reduce_gradients(model, rows)
+        self._reduce_gradients(model, rows, weights)
         self.tokens_seen += sum(lengths)
         losses, figures = zip(*summed, strict=True)
         for found in figures:
@@ -146,7 +147,7 @@ class Stepping(Trainer, Generic[Row]):
                 part = self.objective.part(some, weights)
             value = float(part.loss.detach())
             if not math.isfinite(value):
-                raise self._not_finite("loss", some)
+                raise self._not_finite("loss", some, weights)
             self.accelerator.backward(part.loss)
             loss += value
             for name, (total, count) in part.figures.items():
@@ -154,7 +155,7 @@ class Stepping(Trainer, Generic[Row]):
                 figures[name] = (before[0] + float(total), before[1] + count)
         return loss, figures
 
-    def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row]) -> None:
+    def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> None:
         """Over processes: the sum, as every loss was divided by what all of them have. And a look whether it is one."""
         if processes.count() > 1:
             for _, parameter in trainable(model):
@@ -163,15 +164,32 @@ class Stepping(Trainer, Generic[Row]):
                 torch.distributed.all_reduce(parameter.grad)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not self.args.fp16 and not get_total_norm(gradients).isfinite():  # fp16 is scaled, and skips such steps
-            raise self._not_finite("gradient", rows)
+            raise self._not_finite("gradient", rows, weights)
 
-    def _not_finite(self, what: str, rows: Sequence[Row]) -> RunFailedError:
-        quoted = "; ".join(self.objective.quoted(row) for row in rows[:NAMED])
-        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    def _not_finite(self, what: str, rows: Sequence[Row], weights: Sequence[float]) -> RunFailedError:
+        found = self._spoiling(rows, weights)
+        quoted = "; ".join(self.objective.quoted(row) for row in found[:NAMED])
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         return RunFailedError(
             f"step {self.state.global_step + 1}: the {what} is not finite; the run stops before the adapter is "
             f"spoilt: lower learning_rate, or look at the rows: {quoted}{more}"
         )
+
+    def _spoiling(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
+        """Those whose own loss or gradient is not finite; all of them, where none is by itself, or where the base is
+        divided and the others do not go through it again."""
+        if is_divided(inside(self.model)):
+            return rows
+        found = []
+        for row in rows:
+            self.model.zero_grad()
+            with self.accelerator.autocast():
+                loss = self.objective.part([row], weights).loss
+            loss.backward()
+            norm = get_total_norm([p.grad for _, p in trainable(self.model) if p.grad is not None])
+            if not (loss.isfinite() and norm.isfinite()):
+                found.append(row)
+        return found or rows
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """All that going on takes; by transformers' own means it would not be whole or nothing."""

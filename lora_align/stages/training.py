@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lora_align import processes
+from lora_align import processes, runs
 from lora_align.console import Progress, Screen
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled import compiled
 from lora_align.recipe import Lora, Training
-from lora_align.stages.checkpoints import KEPT, check_room
+from lora_align.stages.checkpoints import KEPT
 from lora_align.stages.steps import METRICS, Stepping, trainable
 
 STATE_BYTES = 12  # a trained value, and the two moments that Adam keeps of it
@@ -165,8 +165,9 @@ class Watch(TrainerCallback):
         return time.monotonic() - self.started
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        """A checkpoint now and then, and one before an end that was asked for: of all processes, or of none."""
-        due = time.monotonic() - self.saved >= self.save_seconds and state.global_step < state.max_steps
+        """A checkpoint now and then, one behind the last step, as measuring may fail, and one before an end that was
+        asked for: of all processes, or of none."""
+        due = time.monotonic() - self.saved >= self.save_seconds or state.global_step >= state.max_steps
         told = processes.gathered((self.stop.signal, due))
         self.stopped = max(signal for signal, _ in told)
         if self.stopped or told[0][1]:
@@ -213,7 +214,7 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     begun = trainer.unfinished.begin(screen)
-    check_room(trainer.unfinished.folder, (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters)
+    runs.check_room(trainer.unfinished.folder, (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters)
     done = 0
     if begun:
         shutil.copyfile(begun / METRICS, trainer.records)
@@ -236,7 +237,7 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
         except OSError as fault:
             raise RunFailedError(f"{fault}; {trainer.unfinished.kept()}") from fault
     if watch.stopped:
-        raise Stopped(watch.stopped, kept=True)
+        raise Stopped(watch.stopped)
     return watch
 
 

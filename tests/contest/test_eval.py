@@ -9,6 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from pyarrow.parquet import read_table
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lora_align import recipe
@@ -26,6 +28,7 @@ FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=4
 SMALL = [word for setting in FEW for word in ("--set", setting)]
 MIX = "helpful=1,harmless=0.5"
 BY = ["--by", "pair:helpful"]
+JUDGE = ['reward.ratings.demo.data="demo:ratings?rows=160"', "reward.max_length=128", "reward.learning_rate=5e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,31 @@ def test_divergence_and_the_pair_s_score_are_what_stock_peft_says(evaluated: dic
     told = evaluated["contestants"]["dpo/helpful/pos"]
     assert told["KL"]["value"] == pytest.approx(sum(apart) / len(apart), abs=1e-4)
     assert told["pair:helpful"]["value"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+
+
+def test_a_reward_model_s_scores_are_those_of_its_adapter_and_heads(workspace: Path, cli: Cli) -> None:
+    few = [word for setting in JUDGE for word in ("--set", setting)]
+    made = cli("reward", *few)
+    assert made.code == 0, made.err
+    done = cli("eval", "helpful=1", "--json", *few, *SMALL)
+    assert done.code == 0, done.err
+    base = bases.find(recipe.Base("demo"))
+    folder = workspace / "runs" / "reward" / "reward"
+    model = PeftModel.from_pretrained(base.load(), folder).eval().get_base_model().get_decoder()
+    heads = load_file(folder / "heads.safetensors")
+    with safe_open(folder / "heads.safetensors", "pt") as file:
+        place = file.metadata()["names"].split("\n").index("verbosity")
+    rows, wanted = tables(workspace)["helpful=1"]["answers"], []
+    for row in rows:
+        ids = base.chat.prompt_ids((Message("user", row["asked"]),)) + base.chat.answer_ids((), row["answer"])
+        with torch.no_grad():
+            last = model(torch.tensor([ids])).last_hidden_state[0, -1].double()
+        standard = last @ heads["weight"][place].double() + heads["bias"][place].double()
+        wanted.append(float(heads["mean"][place] + heads["deviation"][place] * standard))
+    assert [row["score verbosity"] for row in rows] == pytest.approx(wanted, abs=0.01)  # points out of 100
+    assert max(wanted) - min(wanted) > 1
+    told = json.loads(done.out)["contestants"]["helpful=1"]["verbosity"]["value"]
+    assert told == pytest.approx(sum(wanted) / len(wanted), abs=0.01)
 
 
 def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`tune`: its slope against finite differences, its bounds, and what is found beside a search of every place."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.contest import contestants, tune
 from lora_align.contest.exam import exam_of
-from lora_align.contest.hill import KL, Bounds, Hill
+from lora_align.contest.hill import KL, LOSS, Bounds, Hill
 from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
@@ -25,19 +26,28 @@ AIMS = {"helpful": 0.6, "harmless": 0.4}
 
 @pytest.fixture
 def arena(workspace: Path) -> Arena:
+    return arena_of("helpful=1,harmless=1", workspace)
+
+
+def arena_of(vectors: str, workspace: Path) -> Arena:
     project = recipe.load(recipe.builtin()["demo"], FEW)
-    field = contestants.field_of(["helpful=1,harmless=1"], project, bases.find(project.base), workspace / "runs", QUIET)
+    field = contestants.field_of([vectors], project, bases.find(project.base), workspace / "runs", QUIET)
     return Arena(field, exam_of(project, QUIET, AIMS), {})
 
 
-def test_the_slope_is_that_of_finite_differences(arena: Arena) -> None:
+@pytest.mark.parametrize(
+    ("vectors", "weights"),
+    [("helpful=1,harmless=1", [3.0, -2.0]), ("helpful@0-1=1,helpful@2-3=1,harmless=1", [3.0, 1.0, -2.0])],
+)
+def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
     both_are_passed = Bounds(kl=5e-5, loss=1e-4, refused=1.0, weight=9.0)  # and push back
-    hill = Hill(arena, AIMS, both_are_passed)
-    here = torch.tensor([3.0, -2.0])
-    found, step = hill.at(here), 0.05
+    hill = Hill(arena_of(vectors, workspace), AIMS, both_are_passed)
+    here, step = torch.tensor(weights), 0.05
+    found = hill.at(here)
     assert found.found[KL] > 5e-5
-    for place in range(2):
-        aside = torch.eye(2)[place] * step
+    assert found.found[LOSS] > 1e-4
+    for place in range(len(weights)):
+        aside = torch.eye(len(weights))[place] * step
         rise = (hill.at(here + aside).height - hill.at(here - aside).height) / (2 * step)
         assert float(found.slope[place]) == pytest.approx(rise, rel=0.02)
 
@@ -68,13 +78,17 @@ def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
     assert (found.slope * found.weights).min() > 0, "they would go on"
 
 
-def test_what_has_passed_a_bound_comes_back(arena: Arena) -> None:
-    bounds = Bounds(kl=5e-5, loss=9.0, refused=1.0, weight=9.0)
-    hill = Hill(arena, AIMS, bounds)
-    there = hill.at(torch.tensor([4.0, 4.0]))
-    assert hill.beyond(there) > 1
+@pytest.mark.parametrize("name", [KL, LOSS])
+def test_what_has_passed_a_bound_comes_back(arena: Arena, name: str) -> None:
+    far = torch.tensor([4.0, 4.0])
+    free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
+    bound = Hill(arena, AIMS, free).at(far).found[name] / 3
+    assert bound > 0
+    hill = Hill(arena, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}))
+    there = hill.at(far)
+    assert hill.beyond(there) == pytest.approx(3)
     back = tune.within(hill, there)
-    assert 0.8 * bounds.kl < back.found[KL] <= bounds.kl
+    assert 0.8 * bound < back.found[name] <= bound
     assert back.weights[0] == back.weights[1]
     assert tune.within(hill, back) is back
 

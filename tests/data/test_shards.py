@@ -20,6 +20,7 @@ with shards.opened(Path(sys.argv[1])) as store:
     done = store.keys()
     todo = [i for i in range(400) if str(i) not in done]
     for start in range(0, len(todo), 10):
+        sys.stdin.readline()  # as often as it is told to, however slow its killer is
         store.append([{"key": str(i), "text": "word " * i, "score": float(i)} for i in todo[start:start + 10]])
         print(start, flush=True)
 """
@@ -30,10 +31,15 @@ def test_a_killed_writer_loses_a_batch_at_most_and_repeats_nothing(seed: int, tm
     draw = random.Random(seed)
     kills = 0
     while True:
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdin is not None
         assert child.stdout is not None
         batches = draw.randint(1, 15)
-        said = [line for line, _ in zip(child.stdout, range(batches), strict=False)]
+        child.stdin.write("\n" * (batches + 1))
+        child.stdin.flush()
+        said = [line for _, line in zip(range(batches), child.stdout, strict=False)]
         time.sleep(draw.random() * 0.01)
         child.kill()
         child.communicate(timeout=60)

@@ -42,6 +42,7 @@ FORMS: dict[str, Mapping[str, Any]] = {
         "chosen": [*ASK, {"role": "assistant", "content": GOOD}],
         "rejected": [*ASK, {"role": "assistant", "content": BAD}],
     },
+    "alpaca": {"instruction": "Hi?", "input": "", "chosen": GOOD, "rejected": BAD},
     "sharegpt": {
         "conversations": [{"from": "human", "value": "Hi?"}],
         "chosen": {"from": "gpt", "value": GOOD},
@@ -176,6 +177,57 @@ def test_rankers_give_three_axes_from_one_file(suffix: str, tmp_path: Path) -> N
     assert not held[0] & {pair.prompt for pair in found["label"].train}
 
 
+@pytest.mark.parametrize("form", ["plain", "psychocounsel", "implicit prompt", "alpaca", "sharegpt", "pku"])
+def test_a_system_message_in_a_column_is_part_of_what_is_asked(form: str) -> None:
+    found = only({**FORMS[form], "system": "Be kind."})
+    assert found.prompt == (Message("system", "Be kind."), Message("user", "Hi?"))
+    assert only({**FORMS[form], "system": ""}).prompt == (Message("user", "Hi?"),)
+
+
+def test_a_question_in_a_column_of_another_name_is_not_lost() -> None:
+    row = {"query": "What is it?", "chosen": "It is Paris.", "rejected": "It is Lyon."}
+    with pytest.raises(UserError, match="no prompt column, but 'query': is it one"):
+        only(row)
+    turns = [[*ASK, {"role": "assistant", "content": answer}] for answer in (GOOD, BAD)]
+    whole = {"instruction": "Hi?", "chosen": turns[0], "rejected": turns[1]}
+    assert only(whole) == only(FORMS["implicit prompt"])
+
+
+def test_all_turns_of_a_completion_are_read() -> None:
+    said = [("assistant", "Well?"), ("user", "So?"), ("assistant", GOOD)]
+    row = {"prompt": "Hi?", "completion": [{"role": role, "content": text} for role, text in said]}
+    turns = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
+    assert turns == [("user", "Hi?"), *said]
+
+
+@pytest.mark.parametrize(("said", "read"), [("False", False), ("true", True), (True, True), (1, True), ("", None)])
+def test_safety_is_known_from_any_kind_of_file(said: object, read: bool | None) -> None:
+    found = only({**FORMS["pku"], "is_response_0_safe": said, "is_response_1_safe": said})
+    assert found.safe == (None if read is None else (read, read))
+
+
+def test_a_rating_that_becomes_text_is_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi?", "response": GOOD, "helpfulness": said, "verbosity": 1} for said in (3, 3, "three")]
+    _write(tmp_path / "ratings.jsonl", rows)
+    table = Ratings(str(tmp_path / "ratings.jsonl"))
+    with pytest.raises(UserError, match=r"ratings\.jsonl:3: no rating 'helpfulness' \(it has: verbosity\)"):
+        list(read_ratings(table, 0.0, None, Counter()))
+    _write(tmp_path / "ratings.jsonl", rows[::-1])
+    with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row has not"):
+        list(read_ratings(table, 0.0, None, Counter()))
+
+
+def test_a_damaged_page_of_a_parquet_file_is_the_file_s_fault(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    _write(file, [{**FORMS["plain"], "chosen": f"{GOOD} {i * 7919 % 1000}"} for i in range(3000)])
+    content = bytearray(file.read_bytes())
+    content[200:400] = bytes(byte ^ 0x5A for byte in content[200:400])
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"pairs\.parquet: not a whole Parquet file") as refused:
+        material_of(Preference(str(file)))
+    assert refused.value.exit_code == 2
+
+
 def test_labels_in_csv_are_labels(tmp_path: Path) -> None:
     _write(
         tmp_path / "pairs.csv",
@@ -228,6 +280,7 @@ def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
         {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": GOOD}]},
         {"instruction": "Hi?", "input": "", "output": GOOD},
         {"prompt": "Hi?", "completion": GOOD},
+        {"prompt": ASK, "completion": [{"role": "assistant", "content": GOOD}]},
     ],
 )
 def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:

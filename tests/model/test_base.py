@@ -11,11 +11,12 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_align import recipe
+from lora_align import recipe, runs
 from lora_align.data.rows import Message
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.generate import Sampling, stream
+from support import small_disk
 
 IDS = torch.arange(5, 45).view(2, 20)
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -94,6 +95,19 @@ def test_a_large_base_is_quantised_once_and_kept(llama: Path, monkeypatch: pytes
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
     assert json.loads((kept[0] / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_disk_that_cannot_keep_a_base_is_told(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base = bases.find(recipe.Base(str(llama)))
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        monkeypatch.setenv("LORA_ALIGN_CACHE", str(disk))
+        with pytest.raises(UserError, match="MB will be written") as refused:
+            base.load(keep_from=0)
+        assert refused.value.exit_code == 2
+        monkeypatch.setattr(runs, "check_room", lambda *_: None)  # as if another program had filled it meanwhile
+        with pytest.raises(RunFailedError, match=r"could not be kept .*LORA_ALIGN_CACHE moves the cache"):
+            base.load(keep_from=0)
+        assert [path for path in (disk / "bases").iterdir() if path.is_dir()] == []
 
 
 def test_sixteen_bit_is_a_choice(llama: Path) -> None:

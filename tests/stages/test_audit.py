@@ -143,6 +143,31 @@ def test_a_preference_that_cannot_rank_these_rows_does_not_stop_another(cli: Cli
     assert cli("data", "--pref", "kind", *words).code == 2
 
 
+def test_one_that_goes_by_other_columns_is_not_said_to_agree(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}?", "a": "Yes it is.", "b": "No."} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turned = (("one", "a", "b"), ("two", "b", "a"))
+    tables = [
+        f'preferences.{name}={{data="pairs.jsonl", columns={{chosen="{chosen}", rejected="{rejected}"}}}}'
+        for name, chosen, rejected in turned
+    ]
+    done = cli("data", "--pref", "one", *(word for table in tables for word in ("--set", table)))
+    assert done.code == 0, done.err
+    assert "two is not set beside it: it goes by other columns" in done.out
+    assert "two prefers" not in done.out
+
+
+def test_a_row_of_megabytes_takes_no_more_memory_than_is_read_of_it(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}?", "chosen": "Yes it is. " * (1 if i else 10**6), "rejected": "No."} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", "--pref", "own", "--set", 'preferences.own.data="pairs.jsonl"', "--json"]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["answers_cut"] == 1
+    assert 512 < told["tokens"]["chosen"][-1] < 50_000, "of 3,000,000"
+
+
 def test_unsafe_pairs_are_counted_among_those_that_are_learned_from(cli: Cli, tmp_path: Path) -> None:
     row = {
         "prompt": "a",

@@ -147,7 +147,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
 
 
 AT_THE_LAST_STEP = """
-import os, signal, sys
+import os, signal
 from lora_align.stages.steps import Stepping
 
 step = Stepping.training_step
@@ -159,23 +159,43 @@ def signalled(self, *given, **more):
     return found
 
 Stepping.training_step = signalled
+"""
+BEHIND_IT = """
+import os, signal
+from lora_align.stages import training
+
+training.draw_curve = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # all is trained and measured
+"""
+PROGRAM = """
 from lora_align.cli import main
 
 main()
 """
 
 
-def test_a_signal_during_the_last_step_is_heard(stage: str, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moment", "code"), [(AT_THE_LAST_STEP, 130), (BEHIND_IT, 143)], ids=["in it", "behind it"])
+def test_a_signal_at_the_last_step_loses_nothing(
+    moment: str, code: int, stage: str, whole: Path, tmp_path: Path
+) -> None:
     both = ["--direction", "both"] if stage == "dpo" else []
-    asked = [sys.executable, "-c", AT_THE_LAST_STEP, *words(stage), *both]
+    asked = [sys.executable, "-c", moment + PROGRAM, *words(stage), *both]
     first = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert first.returncode == 130, first.stderr
+    assert first.returncode == code, first.stderr
     assert first.stderr.rstrip().endswith("--resume")
     assert not list(tmp_path.rglob("manifest.json")), "and the other direction does not begin"
     done = call(tmp_path, *words(stage), "--resume")
     assert done.code == 0, done.err
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert f"goes on after step {last}" in done.err
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+def test_the_recipe_says_what_is_computed_in(
+    stage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher says it
+    done = call(tmp_path, *words(stage))
+    assert done.code == 0, done.err
     same(whole, tmp_path / "runs" / STAGES[stage][1])
 
 
@@ -242,6 +262,19 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(changed: list[str], told: 
     assert "--force begins anew" in done.err
 
 
+def test_what_memory_bears_is_remembered(begun: Path) -> None:
+    """A step that was halved once is not tried whole again by who goes on."""
+    newest = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert json.loads((newest / "seen.json").read_text())["room"] == 4096
+    (newest / "seen.json").write_text(json.dumps({"tokens": 0, "room": 300}))
+    files = json.loads((newest / "files.json").read_text())
+    (newest / "files.json").write_text(json.dumps({**files, "seen.json": runs.sha256(newest / "seen.json")}))
+    stopped(begun, "dpo", signal.SIGKILL, int(newest.name[11:]) + 2, "--resume")
+    later = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert later != newest
+    assert json.loads((later / "seen.json").read_text())["room"] == 300
+
+
 def test_what_changes_no_result_may_change(begun: Path) -> None:
     done = call(begun, *words("dpo"), "--set", "dpo.tokens_per_batch=600", "--resume")
     assert done.code == 0, done.err
@@ -284,20 +317,29 @@ def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -
     assert "passed over" not in done.err
 
 
-def test_a_run_that_is_being_written_is_refused_with_its_writer(tmp_path: Path) -> None:
-    child = subprocess.Popen([str(COMMAND), *words("dpo")], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("helpful pos"):
-            break
-    child.send_signal(signal.SIGSTOP)  # it writes for as long as the second takes to begin
+@pytest.mark.parametrize("how", [[], ["--resume"], ["--force"]], ids=["anew", "resume", "force"])
+@pytest.mark.parametrize("made", ["begun", "published"])
+def test_a_run_that_is_being_written_is_refused_with_its_writer(made: str, how: list[str], tmp_path: Path) -> None:
+    """Whether there is a checkpoint already, and whatever stood there before."""
+    if made == "published":
+        assert call(tmp_path, *words("dpo")).code == 0
+    child = subprocess.Popen(
+        [str(COMMAND), *words("dpo"), *every_step("dpo"), "--force"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(unfinished_of(tmp_path, "dpo").glob("checkpoint-*")) and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGSTOP)  # it writes for as long as the second takes
+    kept = sorted(unfinished_of(tmp_path, "dpo").iterdir())
     try:
-        second = call(tmp_path, *words("dpo"))
+        second = call(tmp_path, *words("dpo"), *how)
+        assert second.code == 2
+        assert f"is being written by process {child.pid} on {socket.gethostname()}" in second.err
+        assert sorted(unfinished_of(tmp_path, "dpo").iterdir()) == kept
     finally:
         child.kill()
-        child.communicate(timeout=60)
-    assert second.code == 2
-    assert f"is being written by process {child.pid} on {socket.gethostname()}" in second.err
+        child.wait(60)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> None:

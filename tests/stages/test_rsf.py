@@ -8,14 +8,20 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from pyarrow.parquet import read_table
 
 from lora_align import recipe, runs
+from lora_align.chat.session import Policy
+from lora_align.console import Screen
 from lora_align.data.rows import Message, prompt_key
+from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.want import Want
 from support import COMMAND, Done, Terminal, call, made_once
@@ -122,6 +128,47 @@ def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
         assert (refused.code, says in refused.err) == (2, True), refused.err
 
 
+def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_path: Path) -> None:
+    """Through the chat template; the choices' likelihoods by hand, with stock PEFT."""
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    pairs = list(world.pairs(seed=8, count=16))
+    rows = [{"said": row["prompt"], "choices": [row["response_0"], row["response_1"]], "right": 0} for row in pairs]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "first.yaml").write_text(
+        "task: first\ndataset_path: json\ndataset_kwargs: {data_files: rows.jsonl}\ntest_split: train\n"
+        "output_type: multiple_choice\ndoc_to_text: said\ndoc_to_choice: choices\ndoc_to_target: right\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    few = ["eval.count=2", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=5"]
+    small = [word for setting in few for word in ("--set", setting)]
+    asked = "want@rsf/policy/t1:helpfulness=0.8,verbosity=-0.6"
+    done = call(tmp_path, "eval", asked, "start", "--tasks", "first.yaml", "--json", *small)
+    assert done.code == 0, done.err
+
+    base = bases.find(recipe.Base("demo"))
+    run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t1")
+    system = Policy.of(run, asked.partition(":")[2], Screen(quiet=True)).system()
+    policy = PeftModel.from_pretrained(base.load(), run.path).eval()
+
+    def first_is_likelier(row: dict[str, Any], before: Sequence[Message]) -> tuple[float, float]:
+        prompt = base.chat.prompt_ids([*before, Message("user", row["said"])])
+        likes = []
+        for choice in row["choices"]:
+            ids = base.chat.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+            likes.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
+        return float(likes[0] > likes[1]), likes[0] - likes[1]
+
+    wanted = [first_is_likelier(row, [Message("system", system)]) for row in rows]
+    with policy.disable_adapter():
+        start = [first_is_likelier(row, []) for row in rows]
+    assert max(abs(now - before) for (_, now), (_, before) in zip(wanted, start, strict=True)) > 0.1
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "eval").glob("task-*")]
+    found = {one["contestant"]: one["values"]["acc"] for one in kept}
+    assert found == {asked: [first for first, _ in wanted], "start": [first for first, _ in start]}
+
+
 def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
     prompts = {}
     for label in ("t0", "t1"):
@@ -198,6 +245,22 @@ def test_a_series_has_one_start_and_each_policy_its_own_teacher(
     done = rsf(tmp_path, "--iterations", "2")
     assert done.code == 2
     assert f"{label} was made differently: {told}" in done.err
+
+
+def test_answers_that_are_not_what_they_were_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "2", data='"demo:conversations?rows=60&seed=5"')
+    assert done.code == 2
+    assert "steerlm was made differently: rsf.data was" in done.err
+    manifest = tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**said, "data": {**said["data"], "fingerprint": "of a file that was edited"}}))
+    done = rsf(tmp_path, "--iterations", "2")
+    assert done.code == 2
+    assert "t1 was made differently: data was of a file that was edited, is " in done.err
+    done = rsf(tmp_path, "--iterations", "2", "--set", "base.double_quant=false")
+    assert done.code == 2
+    assert "steerlm was made differently: base.double_quant was True, is False" in done.err
 
 
 @pytest.mark.parametrize(

@@ -171,16 +171,17 @@ except RunFailedError as fault:
     assert "memory ran out with as little as can be computed at once; a smaller max_length" in too_little
 
 
+@pytest.mark.parametrize("budget", [1, 4096])
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
-    base: Base, pairs: list[TokenPair], tmp_path: Path
+    budget: int, base: Base, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
     spoilt = [*pairs[:5], dataclasses.replace(pairs[5], reference=(float("nan"), 0.0)), *pairs[6:]]
-    made = trainer(base, spoilt, 1, tmp_path, demo())
+    made = trainer(base, spoilt, budget, tmp_path, demo())
     before = [p.detach().clone() for _, p in training.trainable(made.model)]
     with pytest.raises(RunFailedError) as refused:
         made.train()
     assert "the loss is not finite" in str(refused.value)
-    assert base.chat.opening(pairs[5].chosen) in str(refused.value)
+    assert str(refused.value).endswith(f"look at the rows: {base.chat.opening(pairs[5].chosen)}")
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, training.trainable(made.model), strict=True))
 
 
