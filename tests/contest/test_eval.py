@@ -134,14 +134,15 @@ def test_a_reward_model_s_scores_are_those_of_its_adapter_and_heads(workspace: P
         place = file.metadata()["names"].split("\n").index("verbosity")
     rows, wanted = tables(workspace)["helpful=1"]["answers"], []
     for row in rows:
-        ids = base.chat.prompt_ids((Message("user", row["asked"]),)) + base.chat.answer_ids((), row["answer"])
+        asked = (Message("user", row["asked"]),)
+        ids = base.chat.prompt_ids(asked) + base.chat.answer_ids(asked, row["answer"])
         with torch.no_grad():
             last = model(torch.tensor([ids])).last_hidden_state[0, -1].double()
         standard = last @ heads["weight"][place].double() + heads["bias"][place].double()
         wanted.append(float(heads["mean"][place] + heads["deviation"][place] * standard))
-    assert [row["score verbosity"] for row in rows] == pytest.approx(wanted, abs=0.01)  # points out of 100
+    assert [row["score reward: verbosity"] for row in rows] == pytest.approx(wanted, abs=0.01)  # points out of 100
     assert max(wanted) - min(wanted) > 1
-    told = json.loads(done.out)["contestants"]["helpful=1"]["verbosity"]["value"]
+    told = json.loads(done.out)["contestants"]["helpful=1"]["reward: verbosity"]["value"]
     assert told == pytest.approx(sum(wanted) / len(wanted), abs=0.01)
 
 

@@ -37,19 +37,18 @@ def arena_of(vectors: str, workspace: Path) -> Arena:
 
 @pytest.mark.parametrize(
     ("vectors", "weights"),
-    [("helpful=1,harmless=1", [3.0, -2.0]), ("helpful@0-1=1,helpful@2-3=1,harmless=1", [3.0, 1.0, -2.0])],
+    [("helpful=1,harmless=1", [-3.0, 2.0]), ("helpful@0-1=1,helpful@2-3=1,harmless=1", [-3.0, -2.0, 2.0])],
 )
 def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
-    both_are_passed = Bounds(kl=5e-5, loss=1e-4, refused=1.0, weight=9.0)  # and push back
-    hill = Hill(arena_of(vectors, workspace), AIMS, both_are_passed)
-    here, step = torch.tensor(weights), 0.05
+    arena, here, step = arena_of(vectors, workspace), torch.tensor(weights), 0.05
+    free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
+    passed = Hill(arena, AIMS, free).at(here).found
+    assert passed[LOSS] > 5e-4
+    hill = Hill(arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5))  # both push back
     found = hill.at(here)
-    assert found.found[KL] > 5e-5
-    assert found.found[LOSS] > 1e-4
-    for place in range(len(weights)):
-        aside = torch.eye(len(weights))[place] * step
-        rise = (hill.at(here + aside).height - hill.at(here - aside).height) / (2 * step)
-        assert float(found.slope[place]) == pytest.approx(rise, rel=0.02)
+    aside = torch.eye(len(weights)) * step
+    rises = torch.tensor([hill.at(here + one).height - hill.at(here - one).height for one in aside]) / (2 * step)
+    assert (found.slope - rises).norm() < 0.02 * rises.norm()
 
 
 def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:

@@ -154,7 +154,7 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
         prompt = base.chat.prompt_ids([*before, Message("user", row["said"])])
         likes = []
         for choice in row["choices"]:
-            ids = base.chat.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            ids = base.chat.tokenizer(choice, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
             likes.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
