@@ -26,6 +26,7 @@ led by length or order.
 
 Reply with 1, 2, or 0 if neither is better, and nothing else."""
 VERDICT = re.compile(r"\b[012]\b")
+BEGINNING = re.compile(r"\W*([012])\b")
 SURE = Sampling(temperature=0.0, max_new_tokens=16)
 
 
@@ -43,7 +44,7 @@ def compared(one: Measured, other: Measured, exam: Exam, judge: Sampler, screen:
         for place, (row, _) in enumerate(both)
     ]
     groups = [prompt for *_, prompt in rows]
-    unread = [float(not VERDICT.search(said.get(place, ""))) for place in range(len(asked))]
+    unread = [float(not _verdict(said.get(place, ""))) for place in range(len(asked))]
     return {
         "judge": estimates.mean([_agreed(first, second) for first, second, _ in rows], groups),
         "judge: order decided": estimates.mean([float(first != second) for first, second, _ in rows], groups),
@@ -58,8 +59,15 @@ def _asked(exam: Exam, first: Row, second: Row) -> Prompt:
 
 def _share(text: str) -> float:
     """What the first answer gets."""
-    found = VERDICT.search(text)
-    return {"1": 1.0, "2": 0.0}.get(found.group(), 0.5) if found else 0.5
+    return {"1": 1.0, "2": 0.0}.get(_verdict(text), 0.5)
+
+
+def _verdict(text: str) -> str:
+    """The number it begins with, else the only one it names; of "of the 2, answer 1 is better" nobody knows."""
+    if begins := BEGINNING.match(text):
+        return begins.group(1)
+    named = set(VERDICT.findall(text))
+    return named.pop() if len(named) == 1 else ""
 
 
 def _agreed(first: float, second: float) -> float:

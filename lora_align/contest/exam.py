@@ -38,6 +38,16 @@ class Exam:
     texts: Sequence[str]
 
     @property
+    def lacks(self) -> list[str]:
+        """What nobody can be held to, as the recipe names nothing to look at."""
+        lacking = {
+            "eval.prompts names no safe prompts: how many of them are refused is not looked at": SAFE
+            not in {question.kind for question in self.questions},
+            "eval.text names no ordinary text: its loss is not looked at": not self.texts,
+        }
+        return [what for what, true in lacking.items() if true]
+
+    @property
     def key(self) -> str:
         """Names what is asked, to the letter."""
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)

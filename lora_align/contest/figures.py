@@ -1,6 +1,6 @@
 """From tables to figures: means with intervals of one contestant, and how often one beats another."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -39,14 +39,16 @@ def figures(found: Measured) -> Figures:
     return told
 
 
-def wins(one: Measured, other: Measured) -> Figures:
-    """How often one's answer to a prompt scores higher than the other's, by each score; ties count half."""
+def wins(one: Measured, other: Measured, less: Collection[str] = ()) -> Figures:
+    """How often one's answer to a prompt scores higher than the other's, by each score, or lower, where `less` is
+    better; ties count half, and an answer that has no score is not compared."""
     both, found = side_by_side(one, other), {}
     for column in _scores(one.answers):
-        scored = [(a, b) for a, b in both if a[column] is not None and b.get(column) is not None]
+        name, scored = column.removeprefix(SCORE), [(a, b) for a, b in both if None not in (a[column], b.get(column))]
         if scored:
-            won = [0.5 * ((a[column] > b[column]) + (a[column] >= b[column])) for a, b in scored]
-            found[column.removeprefix(SCORE)] = estimates.mean(won, [a["prompt"] for a, _ in scored])
+            ahead = [(a[column] - b[column]) * (-1 if name in less else 1) for a, b in scored]
+            won = [0.5 * ((by > 0) + (by >= 0)) for by in ahead]
+            found[name] = estimates.mean(won, [a["prompt"] for a, _ in scored])
     return found
 
 

@@ -140,11 +140,19 @@ class Hill:
 
     def _own_spread(self, name: str) -> float:
         """How far pairs' margins lie apart under the preference's own vector."""
-        rows = self.pairs[name]
         own = {part: 1.0 for part in self.names if part.partition("@")[0] == name}
-        now = self._read(rows.rows, {START: 1.0, **own})
+        return max(float(self._margins(name, own).std()), 1e-6)
+
+    def preferred(self, weights: Tensor) -> dict[str, float]:
+        """The share of each preference's pairs that is preferred rightly, counted."""
+        named = dict(zip(self.names, weights.tolist(), strict=True))
+        return {name: float((self._margins(name, named) > 0).float().mean()) for name in self.aims}
+
+    def _margins(self, name: str, weights: Mapping[str, float]) -> Tensor:
+        rows = self.pairs[name]
+        now = self._read(rows.rows, {START: 1.0, **weights})
         gains = torch.stack([(a - b).sum() for a, b in zip(now, rows.start, strict=True)])
-        return max(float((gains[::2] - gains[1::2]).std()), 1e-6)
+        return gains[::2] - gains[1::2]
 
     def _start_answers(self) -> Rows:
         exam, chat = self.arena.exam, self.arena.base.chat

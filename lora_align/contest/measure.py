@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -137,7 +139,7 @@ class Arena:
     # --- likes ---
 
     def likes(self, contestant: Contestant) -> dict[str, Tensor]:
-        """log π(chosen) − log π(rejected) of every preference's pairs."""
+        """log π(chosen) − log π(rejected) of every preference's pairs; nan where they do not fit."""
         self.become(contestant)
         found = {}
         for name, pairs in self.exam.pairs.items():
@@ -147,15 +149,18 @@ class Arena:
             tokens = tokenise.pairs(asked, self.base.chat, self.base.max_length, Counter())
             rows: list[Shared] = [row.shared() for row in tokens if row]
             sums = answer_logprobs(self.model, rows, Room(TOKENS)).view(-1, 2)
-            found[name] = sums[:, 0] - sums[:, 1]
+            found[name] = torch.full((len(pairs),), torch.nan)
+            found[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(found[name])
         return found
 
     def _margins(self, contestant: Contestant) -> list[Row]:
+        """Of pairs that fit behind what the contestant is asked for, and without it."""
         before, now = self.start_likes, self.likes(contestant)
         return [
             {"preference": name, "pair": place, "margin": value}
             for name, likes in now.items()
             for place, value in enumerate((likes - before[name]).tolist())
+            if math.isfinite(value)
         ]
 
     # --- forgets ---

@@ -103,15 +103,15 @@ def front(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
 
 def lengths(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
     """How often a point beats the start policy, against how much longer its answers are."""
-    judged = [score.name for score in scores.values() if any(score.name in point.wins for point in points)]
+    judged = [score for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
         return None
     before = points[0].figures["words"].value
     picture = Figure(figsize=(3.6 * len(judged) + 0.4, 3.4), layout="constrained")
     for panel, score in zip(picture.subplots(1, len(judged), squeeze=False).flat, judged, strict=True):
         for point in points[1:]:
-            if score in point.wins:
-                x, won = point.figures["words"].value / before, point.wins[score]
+            if score.name in point.wins:
+                x, won = point.figures["words"].value / before, point.wins[score.name]
                 colour = INK if point.weights is not None else BROKEN
                 panel.plot([x, x], [won.low, won.high], color=PALE, linewidth=1, zorder=1)
                 panel.plot(x, won.value, marker="o", color=colour, markersize=4)

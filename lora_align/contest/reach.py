@@ -27,7 +27,8 @@ Weights = Mapping[str, float]
 @dataclass(frozen=True)
 class Limits:
     """What breaks: so many nats a token from the start policy, so many lost on ordinary text, and by how much a share
-    may be worse: of answers that end, repeat themselves, are well formed, of facts that are true, of refusals."""
+    may be worse: of answers that end, repeat themselves, are well formed, of facts that are true, of safe prompts that
+    are refused."""
 
     kl: float
     loss: float
@@ -35,8 +36,7 @@ class Limits:
 
     def broken(self, start: Mapping[str, float], now: Mapping[str, float]) -> str:
         """The first that is, or nothing; figures that are not known are not looked at."""
-        worse = {KL: self.kl, "text loss": self.loss, "repeated": self.share}
-        worse |= {"refused safe" if "refused safe" in start else "refused": self.share}
+        worse = {KL: self.kl, "text loss": self.loss, "repeated": self.share, "refused safe": self.share}
         worse |= dict.fromkeys(("ended", "oracle: well-formed", "oracle: true facts"), -self.share)
         for name, most in worse.items():
             before, after = start.get(name), now.get(name)
@@ -80,7 +80,7 @@ class Walk:
         if key not in self.liked:
             now = self.arena.likes(Contestant("", {START: 1.0, **weights}))
             before = self.arena.start_likes
-            self.liked[key] = {name: float((likes - before[name]).mean()) for name, likes in now.items()}
+            self.liked[key] = {name: float((likes - before[name]).nanmean()) for name, likes in now.items()}
         return self.liked[key]
 
     def _look(self, weights: Weights) -> dict[str, float]:
@@ -107,6 +107,8 @@ def run(
     runs.refuse_existing(target, force)
     if contest.arena.exam.sampling.temperature != 1:
         raise UserError("reach: the KL divergence it goes by needs answers as they are drawn; set eval.temperature=1")
+    for lack in contest.arena.exam.lacks:
+        screen.warn(lack)
     pairs = list(combinations(names, 2))
     most = LOOKS * (2 * len(names) + len(pairs))
     with (

@@ -96,16 +96,17 @@ def run(
     held = contest(words)
     with runs.claim(target, screen, force=force) as staging:
         found = list(held.measured(screen))
-        start = found[0]
-        measured_points = [
-            Point(word, of_word.get(word), wanted.get(word), one, figures(one), wins(one, start))
-            for word, one in zip(words, found, strict=True)
-        ]
-        names = list(dict.fromkeys(name for point in measured_points for name in point.figures))
+        told_of = [figures(one) for one in found]
+        names = list(dict.fromkeys(name for of in told_of for name in of))
         rankers = {name: table.ranker for name, table in recipe.preferences.items() if not table.of}
         goals = {axis: score_of(axis, names, rankers.get(axis.partition("@")[0])) for axis in values}
         goals |= {name: score_of(name, names, less=less) for name, less in objectives.items()}
         scores = {goal: score for goal, score in goals.items() if score}
+        less = {score.name for score in scores.values() if score.less}
+        measured_points = [
+            Point(word, of_word.get(word), wanted.get(word), one, of, wins(one, found[0], less))
+            for word, one, of in zip(words, found, told_of, strict=True)
+        ]
         result = _written(values, names, scores, measured_points, staging)
         base = held.arena.base.identity
         page.write(staging, f"sweep {name}", base["model"], result, covered(result), measured_points)

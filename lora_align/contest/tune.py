@@ -12,7 +12,7 @@ from lora_align.adapters import vectors
 from lora_align.console import Screen, table
 from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import SAFE
-from lora_align.contest.hill import KL, LOSS, NORMAL, Bounds, Hill, Place
+from lora_align.contest.hill import KL, LOSS, Bounds, Hill, Place
 from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.evaluate import refusals
@@ -35,30 +35,40 @@ class Tuned:
     preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly
     kl: float
     loss: float | None  # nothing where no ordinary text was read
-    refused: float
+    refused: float | None  # nothing where no prompt is known to be safe
     steps: int
 
 
 def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen) -> Tuned:
     """Climb, then look at what is said to safe prompts, and go back as long as that is refused too often."""
+    for lack in arena.exam.lacks:
+        screen.warn(lack)
     hill = Hill(arena, aims, bounds)
     with screen.progress("tune", STEPS) as progress:
         place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
         progress.show(STEPS, {})
-    place = within(hill, place)
-    allowed = share_refused(arena, {}) + bounds.refused
+    place, share = _less_refused(hill, within(hill, place))
+    preferred = hill.preferred(place.weights)
+    rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
+    lost = place.found[LOSS] if arena.exam.texts else None
+    return Tuned(rounded, preferred, place.found[KL], lost, share, steps)
+
+
+def _less_refused(hill: Hill, place: Place) -> tuple[Place, float | None]:
+    """Back towards no weights until no more safe prompts are refused than is allowed, and the share that is."""
+    arena = hill.arena
+    if not any(question.kind == SAFE for question in arena.exam.questions):
+        return place, None
+    allowed = share_refused(arena, {}) + hill.bounds.refused
     share = share_refused(arena, _named(hill, place.weights))
     for _ in range(BACKS):
         if share <= allowed:
-            break
+            return place, share
         place = within(hill, hill.at(BACK * place.weights))
         share = share_refused(arena, _named(hill, place.weights))
     if share > allowed:
         raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
-    preferred = {name: NORMAL.cdf(place.found[name] / hill.spread[name]) for name in aims}
-    rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
-    lost = place.found[LOSS] if arena.exam.texts else None
-    return Tuned(rounded, preferred, place.found[KL], lost, share, steps)
+    return place, share
 
 
 def within(hill: Hill, place: Place) -> Place:
@@ -108,12 +118,14 @@ def told(tuned: Tuned, runs_dir: Path) -> str:
     far = f"from the start policy: {tuned.kl:.3f} nats a token"
     if tuned.loss is not None:
         far += f", {tuned.loss:+.3f} on ordinary text"
+    if tuned.refused is not None:
+        far += f"; refuses {tuned.refused:.0%} of safe prompts"
     words = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in tuned.weights.items())}"
     return "\n".join(
         [
             table(["", "weight"], weights) + "\n",
             table(["", "pairs preferred"], shares) + "\n",
-            f"{far}; refuses {tuned.refused:.0%} of safe prompts",
+            far,
             runs.command(words, runs_dir),
         ]
     )
@@ -129,9 +141,8 @@ def _named(hill: Hill, weights: torch.Tensor) -> dict[str, float]:
 
 
 def share_refused(arena: Arena, weights: Mapping[str, float]) -> float:
-    """Share of safe prompts whose one answer refuses; of all prompts, where none are known to be safe."""
-    asked = [question for question in arena.exam.questions if question.kind == SAFE] or arena.exam.questions
+    """Share of safe prompts whose one answer refuses."""
     arena.become(Contestant("", {START: 1.0, **weights}))
-    prompts = [question.prompt for question in asked]
+    prompts = [question.prompt for question in arena.exam.questions if question.kind == SAFE]
     drawn = [one for batch in Embedded(arena.model, arena.base).draw(prompts, 1, arena.exam.sampling) for one in batch]
     return sum(refusals.refuses(one.text) for one in drawn) / max(len(drawn), 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import AutoTokenizer
 
 from lora_align import recipe
 from lora_align.console import Screen
+from lora_align.contest import contestants
+from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import wins
-from lora_align.contest.measure import Measured
+from lora_align.contest.measure import Arena, Measured
 from lora_align.data.rows import Message, Pair, Prompt
 from lora_align.demo import grading, oracle, source
 from lora_align.model import base as bases
@@ -236,6 +239,31 @@ def test_one_wins_as_often_as_the_other_loses(evaluated: dict[str, Any], tmp_pat
         assert share.value + back[name].value == pytest.approx(1)
     told = evaluated["wins"]["base"]["oracle: helpful"]
     assert told["value"] == pytest.approx(there["oracle: helpful"].value)
+
+
+def test_less_wins_where_less_is_better() -> None:
+    rows = [{"prompt": i, "number": 0, "score long": float(i), "score good": 1.0} for i in range(4)]
+    more = [{**row, "score long": row["score long"] + (1 if row["prompt"] else -1)} for row in rows]
+    one, other = Measured("one", rows, [], []), Measured("other", more, [], [])
+    assert {name: figure.value for name, figure in wins(one, other).items()} == {"long": 0.25, "good": 0.5}
+    assert {name: figure.value for name, figure in wins(one, other, {"long"}).items()} == {"long": 0.75, "good": 0.5}
+
+
+def test_a_pair_that_does_not_fit_behind_what_is_asked_for_is_nobody_s(workspace: Path) -> None:
+    project = recipe.load(recipe.builtin()["demo"], FEW)
+    base = bases.find(project.base)
+    field = contestants.field_of(["helpful=1"], project, base, workspace / "runs", Screen(quiet=True))
+    exam = exam_of(project, Screen(quiet=True), ["helpful"])
+    first, *_, last = exam.pairs["helpful"]
+    room = base.max_length - 40 - max(len(base.chat.prompt_ids(pair.prompt)) for pair in (first, last))
+    long = replace(first, prompt=(Message("user", "rain " * room + first.prompt[0].content),))
+    arena = Arena(field, replace(exam, pairs={"helpful": [long, first, last]}), {})
+    asked = Contestant("asked", {START: 1.0, "helpful": 1.0}, "help " * 60)
+    found = arena._margins(asked)
+    assert [row["pair"] for row in found] == [1, 2]
+    now = arena.likes(asked)["helpful"][1:] - arena.start_likes["helpful"][1:]
+    assert [row["margin"] for row in found] == now.tolist()
+    assert len(arena._margins(replace(asked, system=""))) == 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lora_align.contest import asked_judge
 from support import Cli, listening
 
 FEW = ["eval.count=4", "eval.samples=2", "eval.pairs=4", "eval.max_new_tokens=30"]
@@ -78,6 +79,14 @@ def test_one_that_goes_by_order_decides_nothing(workspace: Path, cli: Cli) -> No
         found = wins(cli, url)
     assert found["judge"]["value"] == 0.5
     assert found["judge: order decided"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "share"),
+    [("1", 1.0), ("**2**.", 0.0), ("0", 0.5), ("Answer 2 is better.", 0.0), ("Of the 2, answer 1.", 0.5), ("Ok", 0.5)],
+)
+def test_a_verdict_is_what_the_reply_begins_with_or_the_only_number_in_it(said: str, share: float) -> None:
+    assert asked_judge._share(said) == share
 
 
 def test_one_that_says_nothing_is_told_of(workspace: Path, cli: Cli) -> None:

@@ -10,6 +10,7 @@ import torch
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.contest import contestants, tune
+from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import exam_of
 from lora_align.contest.hill import KL, LOSS, Bounds, Hill
 from lora_align.contest.measure import Arena
@@ -140,11 +141,29 @@ def test_the_command_names_weights_within_bounds(workspace: Path, cli: Cli) -> N
     found = json.loads(done.out)
     assert set(found["weights"]) == {"helpful", "harmless"}
     assert 2e-6 < found["kl"] <= 4e-6
-    assert all(0 < share < 1 for share in found["preferred"].values())
+    assert all(0.5 <= share <= 1 for share in found["preferred"].values())
     told = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
     named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
     assert told.out.splitlines()[-1] == f"lora-align merge --weights {named}"
     assert cli("merge", "--weights", named).code == 0
+
+
+def test_what_the_recipe_names_nothing_for_is_not_held_to_and_said(workspace: Path, cli: Cli) -> None:
+    nothing = ['eval.prompts=""', 'eval.risky=""', 'eval.text=""']
+    done = cli("tune", "--aim", "helpful=1", "--json", *(word for said in (*FEW, *nothing) for word in ("--set", said)))
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["refused"], found["loss"]) == (None, None)
+    assert "eval.prompts names no safe prompts: how many of them are refused is not looked at" in done.err
+    assert "eval.text names no ordinary text: its loss is not looked at" in done.err
+
+
+def test_what_is_told_as_preferred_was_counted(arena: Arena) -> None:
+    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0))
+    likes, before = arena.likes(Contestant("", {START: 1.0, "helpful": 1.0, "harmless": -0.5})), arena.start_likes
+    found = hill.preferred(torch.tensor([1.0, -0.5]))
+    assert found == {name: float((likes[name] > before[name]).float().mean()) for name in AIMS}
+    assert len(set(found.values())) == 2
 
 
 def test_stretches_of_layers_have_weights_of_their_own(workspace: Path, cli: Cli) -> None:
