@@ -146,9 +146,11 @@ class Meter:
         }
 
 
-def limit(base: Any, project: Any, tokens: int, seconds: float, *, checkpointing: bool) -> float:
-    """The share of the device's measured matrix rate: 4 operations a weight of the matrices and token, 6 where
-    activations are computed anew."""
+FORWARD, LEARNING, ANEW = 2, 4, 6  # operations a weight and token: read, learned from, and with activations made anew
+
+
+def share(base: Any, project: Any, each: int, tokens: int, seconds: float) -> dict[str, float]:
+    """Of the device's measured matrix rate, at so many operations a weight of the matrices and token."""
     from transformers import AutoConfig
 
     from lora_align.plan.device import device_of
@@ -158,8 +160,7 @@ def limit(base: Any, project: Any, tokens: int, seconds: float, *, checkpointing
     attention = config.hidden_size**2 * 2 + config.hidden_size * head * config.num_key_value_heads * 2
     weights = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
     weights += config.vocab_size * config.hidden_size
-    operations = (6 if checkpointing else 4) * weights * tokens
-    return round(operations / seconds / device_of(project).rate, 3)
+    return {"of the matrix rate": round(each * weights * tokens / seconds / device_of(project).rate, 3)}
 
 
 def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
@@ -186,14 +187,13 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
         staging = folder / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        unfinished = Unfinished(folder / "unfinished", {}, anew=True)
         with Meter() as training:
-            unfinished = Unfinished(folder / "unfinished", {})
             facts, model = dpo.train(model, base, project, ready, Direction.pos, "pos", staging, unfinished, screen)
-    checkpointing = project.dpo.gradient_checkpointing
+    each = ANEW if project.dpo.gradient_checkpointing else LEARNING
     return {
-        "references": reading.figures(tokens),
-        "direction": training.figures(tokens),
-        "of the limit": limit(base, project, tokens, training.seconds, checkpointing=checkpointing),
+        "references": reading.figures(tokens) | share(base, project, FORWARD, tokens, reading.seconds),
+        "direction": training.figures(tokens) | share(base, project, each, tokens, training.seconds),
         "steps": facts["metrics"]["steps"],
     }
 
@@ -247,15 +247,17 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
             model, r=project.lora.rank, lora_alpha=project.lora.alpha, target_modules=targets, lora_dropout=0
         )
         adapter = None
+    args = DPOConfig(**theirs(work, length, project.dpo.batch_size), **settings)
     with Meter() as meter:
         tokenised()(
             model=model,
-            args=DPOConfig(**theirs(work, length, project.dpo.batch_size), **settings),
+            args=args,
             train_dataset=Dataset.from_list(columns(rows)),
             processing_class=base.chat.tokenizer,
             peft_config=adapter,
         ).train()
-    return meter.figures(2 * length * PAIRS)
+    tokens, each = 2 * length * PAIRS, FORWARD + (ANEW if args.gradient_checkpointing else LEARNING)  # references first
+    return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)
 
 
 def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
@@ -278,7 +280,8 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     unfinished = Unfinished(folder / "unfinished", {})
     with Meter() as meter:
         sft.train(model, base, project.lora, project.sft, material, "sft", folder, unfinished, Screen(quiet=True))
-    return meter.figures(length * TEXTS)
+    tokens, each = length * TEXTS, ANEW if project.sft.gradient_checkpointing else LEARNING
+    return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)
 
 
 def their_sft(work: Path, length: int) -> dict[str, Any]:
@@ -293,15 +296,17 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
     base = bases.find(project.base)
     model = base.load()
     texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
+    args = SFTConfig(**theirs(work, length, project.sft.batch_size))
     with Meter() as meter:
         SFTTrainer(
             model=model,
-            args=SFTConfig(**theirs(work, length, project.sft.batch_size)),
+            args=args,
             train_dataset=Dataset.from_dict({"input_ids": texts}),
             processing_class=base.chat.tokenizer,
             peft_config=training.fresh_adapter(project.lora, base),
         ).train()
-    return meter.figures(length * TEXTS)
+    tokens, each = length * TEXTS, ANEW if args.gradient_checkpointing else LEARNING
+    return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)
 
 
 def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
@@ -329,7 +334,7 @@ def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
                     num_return_sequences=ANSWERS, pad_token_id=0,
                 )  # fmt: skip
                 tokens += said[:, len(prompt) :].numel()
-    return meter.figures(tokens)
+    return meter.figures(tokens) | share(base, project, FORWARD, tokens, meter.seconds)
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {
