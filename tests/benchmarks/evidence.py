@@ -131,7 +131,7 @@ class Examiner:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def known(self, update: LoraDelta) -> list[float]:
-        """Of every fact, whether it is found likelier of its subject than three that are not true of it."""
+        """Of every fact, whether it is found likelier of its subject than three that are true of others alone."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
         subjects = list(lexicon.SUBJECTS)
         choices = []
@@ -139,7 +139,8 @@ class Examiner:
             others = [name for name in subjects[at:] + subjects[:at] if _alike(name, subject)]
             prompt = [Message("user", f"Tell me about {subject}.")]
             for number, fact in enumerate(facts):
-                said = [fact, *(lexicon.SUBJECTS[name][number] for name in others[:3])]
+                untrue = dict.fromkeys(lexicon.SUBJECTS[name][number] for name in others)
+                said = [fact, *itertools.islice((one for one in untrue if one not in facts), 3)]
                 choices.append(self.base.chat.answered(prompt, [_sentence(subject, one) for one in said]))
         found = answer_logprobs(self.model, choices, Room(TOKENS)).view(-1, 4)
         mixer.remove()

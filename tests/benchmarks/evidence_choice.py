@@ -16,6 +16,8 @@ from evidence_item import FOLDER, OTHERWISE, Item, each, found, short, span, ver
 from matplotlib.figure import Figure
 from report import RESULTS
 
+MIDDLE = USERS["in between"]
+
 
 def three_users(work: Path) -> Item:
     """What each of three users gets of one average policy, of weights, of a direction."""
@@ -32,22 +34,28 @@ def three_users(work: Path) -> Item:
             "one DPO for all": [
                 worth(angles[who], *(of[name] for name in evidence.fronts.OBJECTIVES)) for of in average
             ],
+            "one mix for all": [worth(angles[who], *of[MIDDLE]) for of in published["points"]["vectors"]],
+            "one direction for all": [worth(angles[who], *of[MIDDLE]) for of in published["points"]["t4"]],
             "weights of one's own": [worth(angles[who], *of[place]) for of in published["points"]["vectors"]],
             "a direction of one's own": [worth(angles[who], *of[place]) for of in published["points"]["t4"]],
         }
         rows.append([who, *(f"{short(mean(values))} ({span(values)})" for values in got.values())])
         figures[who] = got
 
-    def served(how: str) -> list[str]:
-        return [who for who, of in figures.items() if min(of[how]) > max(of["one DPO for all"])]
+    def served(how: str, than: str) -> list[str]:
+        return [who for who, of in figures.items() if min(of[how]) > max(of[than])]
 
-    directed, weighed = served("a direction of one's own"), served("weights of one's own")
+    directed, weighed = (served(how, "one DPO for all") for how in ("a direction of one's own", "weights of one's own"))
+    better = served("a direction of one's own", "one direction for all")
+    others = [who for who, place in USERS.items() if place != MIDDLE]
     return Item(
         "Users who want different things",
         "One reward for all serves nobody whose wish is not the average; a direction does (figure 2, a drawing).",
-        verdict(*(who in directed for who in USERS)),
+        verdict(*(who in directed for who in USERS), *(who in better for who in others)),
         "served better than by one DPO on every pair of seeds: by a direction of one's own "
-        f"{', '.join(directed) or 'nobody'}; by weights of one's own {', '.join(weighed) or 'nobody'}",
+        f"{', '.join(directed) or 'nobody'}; by weights of one's own {', '.join(weighed) or 'nobody'}. By a direction "
+        "of one's own better than by the middle one, which is one for all from the same policy: "
+        f"{', '.join(better) or 'nobody'} (of {' and '.join(others)})",
         [[["vᵀ(helpfulness, verbosity), mean and span of three seeds", *figures["few words"]], *rows]],
         figures=figures,
     )
@@ -85,13 +93,13 @@ def fronts(work: Path) -> Item:
         [
             [["", "area dominated (95 %)"], *rows],
             [["more helpfulness than", *others, "vectors"], *gains],
-            [["where it wins most", "wins against SFT", "verbosity there"], *rates],
+            [["where it wins most, by the oracle's helpfulness", "wins against SFT", "verbosity there"], *rates],
         ],
         {
             "../results/fronts.png": "fronts, what an angle does, reward model against oracle",
             "wins.png": "how often an answer is more helpful than the start policy's, against how verbose it is",
         },
-        {"areas": volumes, "wins against SFT, and verbosity": wins},
+        {"compared": compared, "wins against SFT, and verbosity": wins},
     )
 
 

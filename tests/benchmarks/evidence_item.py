@@ -4,13 +4,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from control import SEEDS
+from control import PROMPTS, SEEDS
 
 from lora_align import runs
+from lora_align.demo import measure
 from lora_align.evaluate import estimates
 
 FOLDER = Path(__file__).parent / "evidence"
@@ -42,9 +44,13 @@ class Found:
 
     @classmethod
     def of(cls, seeds: Sequence[Sequence[float | None]]) -> "Found":
-        """Of a figure a prompt, seed by seed; a prompt whose answer has none does not count."""
-        known = [[(value, 10_000 * at + i) for i, value in enumerate(of) if value is not None] for at, of in
-                 enumerate(seeds)]  # fmt: skip
+        """Of a figure a prompt, or a fact, seed by seed; a prompt whose answer has none does not count. Some prompts,
+        and all facts, are those of more than one seed, and are drawn together."""
+        asked = _prompts()
+        known = [
+            [(value, which[i] if len(of) == len(which) else i) for i, value in enumerate(of) if value is not None]
+            for of, which in zip(seeds, asked, strict=True)
+        ]
         rows = [row for of in known for row in of]
         if not rows:
             return cls(math.nan, math.nan, math.nan, [math.nan] * len(seeds))
@@ -59,7 +65,17 @@ class Found:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "none"
-        return f"{short(self.value)} ({short(self.low)} to {short(self.high)})"
+        without = sum(map(math.isnan, self.seeds))
+        left = f", {len(self.seeds) - without} seeds" if without else ""
+        return f"{short(self.value)} ({short(self.low)} to {short(self.high)}{left})"
+
+
+@cache
+def _prompts() -> list[list[int]]:
+    """Which prompt each seed's are."""
+    texts = [[prompt.text for prompt in measure.questions(seed, PROMPTS, part="test")] for seed in SEEDS]
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for of in texts for text in of))}
+    return [[number[text] for text in of] for of in texts]
 
 
 def figure(seeds: Sequence[Mapping[str, Any]], name: str) -> Found:

@@ -99,9 +99,11 @@ def rivals(work: Path) -> Item:
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
         + ". RLOO has the second of two settings that were tried, on another seed. This soup is of DPO's adapters and "
         "so needs half of what vectors do, the paper's of policies trained by PPO. Seconds are those of training, with "
-        "a core each. Safe-RLHF, BFPO and MODPO were not tested",
+        "a core each, without loading and what the start policy makes of the answers. Safe-RLHF, BFPO and MODPO were "
+        "not tested",
         [[["", "helpful", "harmless", "safe prompts refused", "well-formed", "seconds", "the paper's"], *rows]],
-        figures={label: {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()},
+        figures={label: {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()}
+        | {"seconds": took},
     )
 
 
@@ -140,7 +142,8 @@ def later(work: Path) -> Item:
         + "; ".join(f"{name} pays for both: {yes(of)}" for name, of in pays.items())
         + ", each of the new ones as the second table says",
         [[["vectors, with weight 1", *names], *rows], [["rise of, by", *PAIR], *prices]],
-        figures={label or "none": {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()},
+        figures={label or "none": {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()}
+        | {"price": {new: {name: asdict(one) for name, one in of.items()} for new, of in price.items()}},
     )
 
 

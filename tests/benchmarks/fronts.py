@@ -249,10 +249,11 @@ def volume(front: Front) -> float:
 
 
 def above(front: Front, others: Front) -> float:
-    """How much more helpfulness a front has at the others' verbosities, on the average."""
+    """How much more helpfulness a front has at the others' verbosities, on the average of those it comes down to."""
     ordered = front[front[:, 1].argsort()]
-    reached = np.interp(others[:, 1], ordered[:, 1], np.maximum.accumulate(ordered[:, 0]))
-    return float((reached - others[:, 0]).mean())
+    compared = others[others[:, 1] >= ordered[0, 1]]
+    reached = np.interp(compared[:, 1], ordered[:, 1], np.maximum.accumulate(ordered[:, 0]))
+    return float((reached - compared[:, 0]).mean())
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -260,18 +261,31 @@ def interval(values: Sequence[float]) -> list[float]:
     return [round(float(edge), 4) for edge in np.quantile(values, (0.025, 0.975))]
 
 
-def resampled(found: Sequence[Mapping[str, Answers]]) -> Iterator[list[dict[str, Front]]]:
-    """Every policy's points, seed by seed, with the prompts drawn anew; the same ones for all policies of a seed."""
-    draw = np.random.default_rng(0)
+def prompts_of(bench: Bench) -> NDArray[np.int64]:
+    """Which prompt each is, [seeds, prompts]: some were drawn for more than one seed."""
+    texts = [
+        prompt.text
+        for seed in bench.seeds
+        for prompt in measure.questions(seed, PROMPTS, part=bench.part)
+        if not prompt.risky
+    ]
+    _, which = np.unique(texts, return_inverse=True)
+    return which.reshape(len(bench.seeds), PROMPTS)
+
+
+def resampled(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> Iterator[list[dict[str, Front]]]:
+    """Every policy's points, seed by seed, with the prompts drawn anew; the same ones for all policies, and for all
+    seeds that ask them."""
+    draw, count = np.random.default_rng(0), int(which.max()) + 1
     for _ in range(RESAMPLED):
-        drawn = [draw.multinomial(PROMPTS, np.full(PROMPTS, 1 / PROMPTS)).astype(float) for _ in found]
+        drawn = draw.multinomial(count, np.full(count, 1 / count)).astype(float)
         yield [
-            {label: points(one, weights) for label, one in seed.items()}
-            for seed, weights in zip(found, drawn, strict=True)
+            {label: points(one, drawn[asked]) for label, one in seed.items()}
+            for seed, asked in zip(found, which, strict=True)
         ]
 
 
-def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
+def compared(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, Any]:
     """Volumes and gains, means over the seeds, with intervals over prompts."""
     figures: dict[str, Callable[[Mapping[str, Front]], float]] = {}
     for label in ("SFT", "DPO", "vectors", "SteerLM", *ITERATIONS):
@@ -283,7 +297,7 @@ def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
             figures[f"{label} above {rival}"] = lambda of, a=label, b=rival: above(of[a], of[b])
     fronts = [{label: points(one) for label, one in seed.items()} for seed in found]
     samples: dict[str, list[float]] = {name: [] for name in figures}
-    for drawn in resampled(found):
+    for drawn in resampled(found, which):
         for name, figure in figures.items():
             samples[name].append(float(np.mean([figure(seed) for seed in drawn])))
     return {
@@ -296,7 +310,7 @@ def compared(found: Sequence[Mapping[str, Answers]]) -> dict[str, Any]:
     }
 
 
-def wins(found: Sequence[Mapping[str, Answers]]) -> dict[str, list[list[float]]]:
+def wins(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, list[list[float]]]:
     """Of each policy and thing asked of it: how often it helps more than the start policy (an answer that is not well
     formed helps nobody), the interval of that over prompts, and how verbose it is."""
 
@@ -304,7 +318,7 @@ def wins(found: Sequence[Mapping[str, Answers]]) -> dict[str, list[list[float]]]
         return of[..., 0] * of[..., 2]
 
     told: dict[str, list[list[float]]] = {}
-    prompts = np.repeat(np.arange(len(found) * PROMPTS), SAMPLES).tolist()
+    prompts = np.repeat(which.ravel(), SAMPLES).tolist()
     for label in found[0]:
         helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in found], 1)  # [asked, seeds, ...]
         rates = [estimates.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
@@ -419,7 +433,7 @@ def main() -> None:
     found = [measured(bench, seed) for seed in bench.seeds]
     if options.only:
         return
-    told = judged(found, wants)
+    told, which = judged(found, wants), prompts_of(bench)
     steered = [{**seed, "SteerLM": seed["SteerLM"][:TARGETS]} for seed in found]
     figures = {
         "prompts": f"{PROMPTS} safe prompts of part {bench.part}, {SAMPLES} answers each at temperature 1",
@@ -427,9 +441,9 @@ def main() -> None:
         "angles": [math.degrees(math.acos(wanted.weights["helpfulness"])) for wanted in wants],
         "seconds": [{stage: round(seconds) for stage, seconds in one.items()} for one in took],
         "reward heads": {name: [round(one[name], 3) for one in reward_heads] for name in reward_heads[0]},
-        "compared": compared(steered),
+        "compared": compared(steered, which),
         "obeyed": {label: obeyed(found, label) for label in ITERATIONS},
-        "wins against SFT, and verbosity": wins(found),
+        "wins against SFT, and verbosity": wins(found, which),
         "infeasible": infeasible(found, ITERATIONS[-1]),
         "rewards": told,
         "points": {label: [np.round(points(seed[label]), 3).tolist() for seed in found] for label in found[0]},

@@ -28,7 +28,7 @@ NAT = 1.0  # what a nat of distance from the start policy costs, in the reward m
 
 
 def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Sequence[str], folder: Path) -> float:
-    """An adapter in a folder; seconds it took, reward model aside."""
+    """An adapter in a folder; seconds it took to train, reward model aside."""
     base = bases.find(project.base)
     start = start_policy.adapter(project, folder.parent)
     judged = reward.load(base, runs.read(judge))
@@ -41,7 +41,6 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
         points = judged.score(rows, room)[:, columns].tolist()
         return [sum(weight * one for weight, one in zip(wanted.values(), of, strict=True)) for of in points]
 
-    began = time.perf_counter()
     trainer = RLOOTrainer(
         model=start_policy.load(base, start),
         reward_funcs=paid,
@@ -71,6 +70,7 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
         peft_config=training.fresh_adapter(project.lora, base),
     )
     training.initialise(trainer.model, project.lora.init_seed)
+    began = time.perf_counter()
     trainer.train()
     training.save_adapter(trainer.model, folder)
     return time.perf_counter() - began
