@@ -1,5 +1,6 @@
 """What `reach` has found: how far vectors go before something breaks, for those who weigh them afterwards."""
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -45,14 +46,19 @@ def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run]) ->
 def _together(
     one: str, other: str, weights: Mapping[str, float], made_of: Mapping[str, list[Any]], measured: list[Run]
 ) -> Iterator[tuple[str, str]]:
-    least = min(weights[one], weights[other])
+    """Of two that are turned alike: by the one that is turned less, in the quarter that both lie in."""
+    least = min(abs(weights[one]), abs(weights[other]))
+    up = {json.dumps(made_of[name]): weights[name] > 0 for name in (one, other)}
     for run in measured:
-        of = run.manifest.method["vectors"]
+        known = {name: json.dumps(of) for name, of in run.manifest.method["vectors"].items()}
         for pair in run.manifest.metrics["together"]:
-            if sorted(of[name] for name in pair["names"]) == sorted((made_of[one], made_of[other])):
-                if least > pair["to"]:
-                    yield f"{one} {other}", f"{one} and {other} at {least:g} and more are {_told(pair, run)}"
-                return
+            if {known[name] for name in pair["names"]} != up.keys():
+                continue
+            quarter = [up[known[name]] for name in pair["names"]]
+            side = next(side for side in pair["sides"] if [sign > 0 for sign in side["signs"]] == quarter)
+            if least > side["to"]:
+                yield f"{one} {other}", f"{one}={weights[one]:g} with {other}={weights[other]:g} is {_told(side, run)}"
+            return
 
 
 def _told(side: Mapping[str, Any], run: Run) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_align.runs import Manifest, Run
 
 STEP, STEPS = 0.5, 8  # weights that are tried: so far apart, so many
 LOOKS = (STEPS + 1).bit_length()  # at most, that finding the last good one of them takes
+SIGNS = tuple(product((1.0, -1.0), repeat=2))  # of two weights that are turned alike
 TRIED = (-1.0, -0.5, 0.5, 1.0)  # weights that margins are looked at
 KL = "KL a token"
 Weights = Mapping[str, float]
@@ -110,7 +111,7 @@ def run(
     for lack in contest.arena.exam.lacks:
         screen.warn(lack)
     pairs = list(combinations(names, 2))
-    most = LOOKS * (2 * len(names) + len(pairs))
+    most = LOOKS * (2 * len(names) + len(SIGNS) * len(pairs))
     with (
         runs.claim(target, screen, force=force) as staging,
         screen.progress("looks", most) as progress,
@@ -121,9 +122,7 @@ def run(
             one: {"up": asdict(walk.side({one: 1.0})), "down": asdict(walk.side({one: -1.0}))} | _line(walk, one)
             for one in names
         }
-        together = [
-            {"names": pair, **asdict(walk.side(dict.fromkeys(pair, 1.0))), "term": _term(walk, pair)} for pair in pairs
-        ]
+        together = [{"names": pair, "sides": _quarters(walk, pair), "term": _term(walk, pair)} for pair in pairs]
         progress.show(most, {})
         found = {"alone": alone, "together": together, "limits": asdict(limits)}
         made_of = {name: contest.arena.field.vectors[name].lineage() for name in names}
@@ -132,6 +131,11 @@ def run(
             stage="reach", base=base, recipe=recipe.as_dict(), method={"vectors": made_of}, metrics=found
         )
         return runs.publish(staging, target, manifest)
+
+
+def _quarters(walk: Walk, pair: tuple[str, str]) -> list[dict[str, Any]]:
+    """How far two weights may be turned alike, each up or down."""
+    return [{"signs": signs, **asdict(walk.side(dict(zip(pair, signs, strict=True))))} for signs in SIGNS]
 
 
 def _line(walk: Walk, name: str) -> dict[str, float]:
@@ -155,18 +159,32 @@ def told(made: Run) -> str:
     """A line a vector, a line a pair."""
     found = made.manifest.metrics
     rows = [
-        [name, _side(of["down"], -1), _side(of["up"], 1), f"{of['slope']:.2f}", f"{of['r2']:.3f}"]
+        [name, _side(of["down"], -1), _side(of["up"]), f"{of['slope']:.2f}", f"{of['r2']:.3f}"]
         for name, of in found["alone"].items()
     ]
     parts = [table(["", "from", "to", "margin by weight", "R²"], rows)]
     if found["together"]:
-        pairs = [
-            [" + ".join(of["names"]), _side(of, 1), *(f"{of['term'][name]:+.2f}" for name in of["names"])]
+        sides = [
+            [
+                ", ".join(f"{name} {way(sign)}" for name, sign in zip(of["names"], side["signs"], strict=True)),
+                _side(side),
+            ]
+            for of in found["together"]
+            for side in of["sides"]
+        ]
+        terms = [
+            [" and ".join(of["names"]), *(f"{of['term'][name]:+.2f}" for name in of["names"])]
             for of in found["together"]
         ]
-        parts.append(table(["both at one weight", "to", "η₁η₂ in the first's margin", "in the second's"], pairs))
+        parts.append(table(["turned alike", "to"], sides))
+        parts.append(table(["η₁η₂", "in the first's margin", "in the second's"], terms))
     return "\n\n".join([*parts, f"{made.path}: merge and chat warn beyond"])
 
 
-def _side(side: Mapping[str, Any], sign: int) -> str:
+def way(sign: float) -> str:
+    """As tables have it."""
+    return "up" if sign > 0 else "down"
+
+
+def _side(side: Mapping[str, Any], sign: int = 1) -> str:
     return f"{sign * side['to'] + 0.0:g}" + (f" ({side['breaks']})" if side["breaks"] else " and more")

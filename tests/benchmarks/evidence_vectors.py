@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from lora_align.adapters import peft_format, vectors
 from lora_align.adapters.delta import LoraDelta
+from lora_align.contest.reach import way
 from lora_align.demo.oracle import AXES
 from lora_align.evaluate import plots
 from lora_align.preference import Direction
@@ -272,14 +273,21 @@ def _reached(seeds: list[Any]) -> list[list[list[str]]]:
          span([of["alone"][name]["r2"] for of in seeds])]
         for name in REACHED
     ]  # fmt: skip
-    together = [
-        [" and ".join(pairs[0]["names"]), far(list(pairs), 1),
+    together = list(zip(*(of["together"] for of in seeds), strict=True))
+    turned = [
+        [", ".join(f"{name} {way(sign)}" for name, sign in zip(pairs[0]["names"], side["signs"], strict=True)),
+         far([pair["sides"][at] for pair in pairs], 1)]
+        for pairs in together for at, side in enumerate(pairs[0]["sides"])
+    ]  # fmt: skip
+    terms = [
+        [" and ".join(pairs[0]["names"]),
          *(span([pair["term"][pair["names"][side]] for pair in pairs]) for side in (0, 1))]
-        for pairs in zip(*(of["together"] for of in seeds), strict=True)
+        for pairs in together
     ]  # fmt: skip
     return [
         [["three seeds", "down to", "up to", "R² of its margin against η"], *alone],
-        [["at once, alike", "up to", "η₁η₂ in the first's margin, nats", "in the second's"], *together],
+        [["two, turned alike", "to"], *turned],
+        [["η₁η₂", "in the first's margin, nats", "in the second's"], *terms],
     ]
 
 

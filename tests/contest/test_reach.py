@@ -67,7 +67,13 @@ def test_it_ends_where_the_next_step_breaks_something(reached: dict[str, Any], t
             else:
                 assert abs(good) == 4
     assert ends, "NATS is to be so small that something breaks"
-    assert [pair["names"] for pair in reached["together"]] == [NAMES]
+    (pair,) = reached["together"]
+    assert pair["names"] == NAMES
+    assert [side["signs"] for side in pair["sides"]] == [[1, 1], [1, -1], [-1, 1], [-1, -1]]
+    for side in pair["sides"]:
+        at = [f"{name}={sign * (side['to'] + 0.5):g}" for name, sign in zip(NAMES, side["signs"], strict=True)]
+        assert bool(side["breaks"]) == (known.get(",".join(at), 0.0) > NATS)
+    assert len({side["to"] for side in pair["sides"]}) > 1
 
 
 def test_the_line_and_the_term_are_those_of_eval_s_margins(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
@@ -114,14 +120,21 @@ def test_two_that_are_good_alone_may_not_be_so_together(reached: dict[str, Any],
     manifest = json.loads(file.read_text())
     for name in NAMES:
         manifest["metrics"]["alone"][name]["up"] = {"to": 4.0, "breaks": ""}
-    manifest["metrics"]["together"][0] |= {"to": 1.0, "breaks": "ended 1.00 → 0.50"}
+        manifest["metrics"]["alone"][name]["down"] = {"to": 4.0, "breaks": ""}
+    for side, to in zip(manifest["metrics"]["together"][0]["sides"], (1.0, 3.0, 2.0, 4.0), strict=True):
+        side |= {"to": to, "breaks": "ended 1.00 → 0.50"}
     file.write_text(json.dumps(manifest))
-    said = "harmless and helpful at 1.5 and more are farther out than 1: ended"
-    warned = {
-        weights: said in cli("merge", "--weights", weights, "--name", f"mix{number}").err
-        for number, weights in enumerate(["harmless=2,helpful=1.5", "helpful=3,harmless=1", "helpful=3"])
-    }
-    assert list(warned.values()) == [True, False, False]
+    for weights, told in {
+        "harmless=2,helpful=1.5": "harmless=2 with helpful=1.5 is farther out than 1: ended",
+        "helpful=3,harmless=-4": "",
+        "helpful=3.5,harmless=-4": "helpful=3.5 with harmless=-4 is farther out than 3: ended",
+        "helpful=-3,harmless=2.5": "helpful=-3 with harmless=2.5 is farther out than 2: ended",
+        "harmless=-4,helpful=-4": "",
+        "helpful=3,harmless=1": "",
+        "helpful=3": "",
+    }.items():
+        err = cli("merge", "--weights", weights, "--name", "mix", "--force").err
+        assert told in err if told else "farther" not in err, weights
     assert "helpful=5 is farther out than 4, the farthest" in cli("merge", "--weights", "helpful=5").err
 
 
