@@ -234,12 +234,13 @@ def writing(folder: Path, remedy: str) -> Iterator[None]:
         raise RunFailedError(f"{folder}: {fault.strerror or first_line(fault)}; {remedy}") from fault
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int, remedy: str) -> None:
     """Refuse to begin where the disk cannot hold what will be written."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise UserError(f"{there}: about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free")
+        told = f"about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free"
+        raise UserError(f"{there}: {told}; {remedy}")
 
 
 def library_versions() -> dict[str, str]:

@@ -40,12 +40,12 @@ class Exam:
     @property
     def lacks(self) -> list[str]:
         """What nobody can be held to, as the recipe names nothing to look at."""
-        lacking = {
-            "eval.prompts names no safe prompts: how many of them are refused is not looked at": SAFE
-            not in {question.kind for question in self.questions},
-            "eval.text names no ordinary text: its loss is not looked at": not self.texts,
-        }
-        return [what for what, true in lacking.items() if true]
+        lacking = []
+        if SAFE not in {question.kind for question in self.questions}:
+            lacking.append("eval.prompts names no safe prompts: how many of them are refused is not looked at")
+        if not self.texts:
+            lacking.append("eval.text names no ordinary text: its loss is not looked at")
+        return lacking
 
     @property
     def key(self) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parent.parent / "demo" / "base"
 KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; smaller bases quantise faster than they load
+MOVED = "LORA_ALIGN_CACHE moves the cache"
 HASH_ONCE_FROM = 1 << 26  # bytes; smaller files are hashed every time
 
 transformers.utils.logging.disable_default_handler()
@@ -227,14 +228,14 @@ def _quantized(base: Base) -> Path:
             shutil.rmtree(staging, ignore_errors=True)
             where = torch.device("cpu") if base.recipe.fsdp else device()
             model = _load(base.folder, base.recipe, where)
-            runs.check_room(folder.parent, model.get_memory_footprint())
+            runs.check_room(folder.parent, model.get_memory_footprint(), MOVED)
             try:
                 model.save_pretrained(staging)
                 runs.sync(staging)
             except (OSError, SafetensorError) as fault:
                 shutil.rmtree(staging, ignore_errors=True)
                 why = f"the base in 4-bit could not be kept ({first_line(fault)})"
-                raise RunFailedError(f"{folder.parent}: {why}; LORA_ALIGN_CACHE moves the cache") from fault
+                raise RunFailedError(f"{folder.parent}: {why}; {MOVED}") from fault
             staging.rename(folder)
     return folder
 

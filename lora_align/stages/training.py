@@ -214,7 +214,8 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     begun = trainer.unfinished.begin(screen)
-    runs.check_room(trainer.unfinished.folder, (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters)
+    needed = (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters
+    runs.check_room(trainer.unfinished.folder, needed, "--runs DIR writes elsewhere")
     done = 0
     if begun:
         shutil.copyfile(begun / METRICS, trainer.records)
