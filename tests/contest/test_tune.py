@@ -47,9 +47,10 @@ def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[flo
     assert passed[LOSS] > 5e-4
     hill = Hill(arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5))  # both push back
     found = hill.at(here)
-    aside = torch.eye(len(weights)) * step
-    rises = torch.tensor([hill.at(here + one).height - hill.at(here - one).height for one in aside]) / (2 * step)
-    assert (found.slope - rises).norm() < 0.02 * rises.norm()
+    rounding = 0.01 * float(found.slope.norm()) if "@" in vectors else 0.0  # the lower layers alone do next to nothing
+    for slope, aside in zip(found.slope.tolist(), torch.eye(len(weights)) * step, strict=True):
+        rise = (hill.at(here + aside).height - hill.at(here - aside).height) / (2 * step)
+        assert slope == pytest.approx(rise, rel=0.02, abs=rounding)
 
 
 def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
