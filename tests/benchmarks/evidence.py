@@ -24,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import composition
 import fronts
+import modpo
 import rloo
 import tune
 from control import PROMPTS, SEEDS
@@ -111,6 +112,13 @@ def rewarded(work: Path, seed: int, noise: float) -> dict[str, float]:
     return seconds
 
 
+def margined(work: Path, seed: int) -> float:
+    """MODPO on the pairs of the first of two preferences, the second's adapter beside it; seconds."""
+    own, other = PAIR
+    folder = work / f"seed{seed}"
+    return modpo.train(world_of(seed), own, folder / "dpo" / other / Direction.pos.value, folder / "modpo")
+
+
 # --- what is measured ---
 
 
@@ -191,6 +199,7 @@ def rivals(work: Path, seed: int) -> dict[str, Answers]:
         "vectors": examine(mixed(work, folder, dict.fromkeys(PAIR, 1.0))),
         "joint DPO": examine(policy(work, folder, "joint")),
         "soup": examine(Way("soup").mixed(work / folder, PAIR)[0]),
+        "MODPO": examine(peft_format.load(work / folder / "modpo", whole=True)),
         "positive alone": examine(total([policy(work, folder, name) for name in PAIR])),
         "RLOO": examine(peft_format.load(work / f"rloo0.0-{seed}" / "both", whole=True)),
     }
@@ -271,7 +280,7 @@ def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
 
 
 def jobs(work: Path) -> list[list[Job]]:
-    """What is to be done, in two rounds: the second needs the first. Long ones begin: nobody is to wait at the end."""
+    """What is to be done, in rounds that need those before. Long ones begin: nobody is to wait at the end."""
     first: list[Job] = [
         *((f"fronts {s}", partial(compare_fronts, work, "--only", str(s))) for s in fronts.SEEDS),
         *((f"tune {s}", partial(tuned, work, s)) for s in tune.SEEDS),
@@ -281,11 +290,12 @@ def jobs(work: Path) -> list[list[Job]]:
     second: list[Job] = [(f"reached {seed}", partial(reached, work, seed)) for seed in SEEDS]
     second += [(f"composed {seed}", partial(composition.measured, work, seed)) for seed in SEEDS]
     second += [(f"users {s}", partial(users, work, s)) for s in fronts.SEEDS]
+    second += [(f"modpo {seed}", partial(margined, work, seed)) for seed in SEEDS]
     for seed in SEEDS:
-        second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later, rivals)]
+        second += [(f"{item.__name__} {seed}", partial(item, work, seed)) for item in (grid, far, later)]
         second += [(f"interference {seed}", partial(composition.interference, work, seed))]
         second += [(f"correlated {r} {seed}", partial(correlated, work, seed, r)) for r in CORRELATIONS]
-    return [first, second]
+    return [first, second, [(f"rivals {seed}", partial(rivals, work, seed)) for seed in SEEDS]]
 
 
 def compare_fronts(work: Path, *words: str) -> None:
@@ -323,8 +333,8 @@ def main() -> None:
                 seconds[name] = took
                 print(f"{name}: {took:.0f} s", flush=True)
     compare_fronts(work)  # all of it is measured: what is left is to compare, and to publish
-    took = {"processes": options.processes, "seconds": round(time.perf_counter() - began)}
-    in_one_go = once(work, "in one go", lambda: took if anew else None)
+    all_took = {"processes": options.processes, "seconds": round(time.perf_counter() - began)}
+    in_one_go = once(work, "in one go", lambda: all_took if anew else None)
     evidence_page.write(work, seconds, in_one_go)
 
 

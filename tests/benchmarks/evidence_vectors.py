@@ -61,6 +61,7 @@ RIVALS = {  # the paper's helpful, harmless, hours, refusals
     "soup": "1.814, 5.573; 31 h; .189 (of PPO's policies)",
     "RLOO": "1.577, 5.444; 19 h; .212 (Safe-RLHF)",
     "joint DPO": ".718, −.445; 1 h; .067 (safe first)",
+    "MODPO": "",
     "positive alone": "1.454, 1.265",
     "start": ".20, −2.12 (η = 0)",
 }
@@ -100,8 +101,9 @@ def rivals(work: Path) -> Item:
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
         + ". RLOO has the second of two settings that were tried, on another seed. This soup is of DPO's adapters and "
         "so needs half of what vectors do, the paper's of policies trained by PPO. Seconds are those of training, with "
-        "a core each, without loading and what the start policy makes of the answers. Safe-RLHF, BFPO and MODPO were "
-        "not tested",
+        "a core each, without loading and what the start policy makes of the answers. MODPO, which the paper has not, "
+        f"counts for no claim: it learns from the pairs of {PAIR[0]}, with a margin from the adapter of {PAIR[1]} ("
+        "whose seconds are added), each at a weight of a half. Safe-RLHF and BFPO were not tested",
         [[["", "helpful", "harmless", "safe prompts refused", "well-formed", "seconds", "the paper's"], *rows]],
         figures={label: {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()}
         | {"seconds": took},
@@ -115,6 +117,8 @@ def _seconds(work: Path, label: str, seed: int) -> float:
         return both[Direction.pos]
     if label == "RLOO":
         return sum(found(work, f"rloo 0.0 {seed}")[name] for name in ("reward", "both"))
+    if label == "MODPO":
+        return seconds(work / f"seed{seed}/dpo/{PAIR[1]}/pos") + float(found(work, f"modpo {seed}"))
     joint = seconds(work / f"seed{seed}/dpo/joint/pos")
     return {"vectors": sum(both.values()), "joint DPO": joint, "start": 0.0}[label]
 

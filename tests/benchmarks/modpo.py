@@ -1,0 +1,58 @@
+"""MODPO (arXiv 2310.03708), a rival: DPO on one preference's pairs, with a margin from what another's adapter rewards.
+
+With w its own weight, −log σ((β ∇log π/π_ref − (1 − w) β ∇log π_other/π_ref)/w), where ∇ is chosen minus rejected. That
+is DPO at β/w whose reference has moved 1 − w of the way to the other: our trainer takes both as they are.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lora_align.adapters import peft_format
+from lora_align.console import Screen
+from lora_align.model import base as bases
+from lora_align.model.logprobs import TOKENS, answer_logprobs
+from lora_align.model.mixer import Mixer
+from lora_align.model.references import References
+from lora_align.model.room import Room
+from lora_align.model.tokenise import TokenPair
+from lora_align.preference import Direction
+from lora_align.recipe import Recipe
+from lora_align.stages import dpo
+from lora_align.stages import start as start_policy
+from lora_align.stages.checkpoints import Unfinished
+
+OWN = 0.5  # the weight of the preference whose pairs it learns from; the other one has the rest
+
+
+def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
+    """An adapter in a folder, from one preference's pairs and another's adapter; seconds it took to train."""
+    base, screen = bases.find(project.base), Screen(quiet=True)
+    model = start_policy.load(base, None)
+    room = Room(project.dpo.tokens_per_batch)
+    references = References.of(base, start_policy.identity(None))
+    material = dpo.referenced(
+        dpo.prepare(project, own, base, screen), references, model, 2 * room.size, "MODPO", screen
+    )
+    mixer = Mixer(model, {"other": peft_format.load(other, whole=True)}, {"other": 1.0})
+    moved = replace(material, train=_moved(model, material.train), held_out=_moved(model, material.held_out))
+    mixer.remove()
+    settings = replace(project, dpo=replace(project.dpo, beta=project.dpo.beta / OWN))
+    unfinished = Unfinished.of(folder, {}, resume=False, force=True, screen=screen)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    dpo.train(model, base, settings, moved, Direction.pos, "MODPO", folder, unfinished, screen, room)
+    return time.perf_counter() - began
+
+
+def _moved(model: PreTrainedModel, rows: Sequence[TokenPair]) -> list[TokenPair]:
+    """With references between the start policy's and those of the model as it is now."""
+    found = answer_logprobs(model, [row.shared() for row in rows], Room(TOKENS)).view(-1, 2).tolist()
+    moved = []
+    for row, there in zip(rows, found, strict=True):
+        chosen, rejected = (OWN * before + (1 - OWN) * now for before, now in zip(row.reference, there, strict=True))
+        moved.append(replace(row, reference=(chosen, rejected)))
+    return moved
