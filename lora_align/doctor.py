@@ -16,7 +16,7 @@ from lora_align import runs
 from lora_align.console import table
 
 LIBRARIES = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-ENOUGH_DISK = 20e9  # a base of 8 B parameters, fetched and kept in 4-bit
+ENOUGH_DISK = 23e9  # a base of 8 B parameters, fetched and kept in 4-bit
 # there with a driver, whatever torch says: on Linux, and in WSL
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 MARKS = {"good": "✓", "warning": "!", "bad": "✗"}
