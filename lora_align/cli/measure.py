@@ -155,7 +155,7 @@ def reach(
     kl: Annotated[float, typer.Option("--kl", min=1e-6, help="Nats a token from the start policy, at most.")] = 0.2,
     loss: Annotated[float, typer.Option("--loss", min=1e-6, help="Ordinary text: nats a token lost, at most.")] = 0.1,
     share: Annotated[
-        float, typer.Option("--share", min=1e-6, help="How much worse refusals and true facts may get: 0.1 is 10 %.")
+        float, typer.Option("--share", min=1e-6, help="How much worse refusals and known facts may get: 0.1 is 10 %.")
     ] = 0.1,
     name: NameOption = None,
     force: ForceOption = False,

@@ -1,4 +1,4 @@
-"""What every contestant is asked, read once: prompts, pairs of answers that one should prefer, ordinary text."""
+"""What every contestant is asked, read once: prompts, pairs of answers that one should prefer, text, and facts."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from lora_align.console import Screen
 from lora_align.data import forms, sources
 from lora_align.data.pairs import read_pairs
-from lora_align.data.rows import Pair, Prompt, prompt_key
+from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
 from lora_align.model.generate import Sampling
 from lora_align.recipe import Eval, Recipe
@@ -36,6 +36,7 @@ class Exam:
     sampling: Sampling
     pairs: Mapping[str, Sequence[Pair]]
     texts: Sequence[str]
+    facts: Sequence[Fact] = ()
 
     @property
     def lacks(self) -> list[str]:
@@ -76,8 +77,13 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
     if not questions:
         raise UserError("nothing to ask: the recipe has no preference with held-out pairs and no eval.prompts")
     texts = list(islice(_texts(settings), settings.count)) if settings.text else []
+    facts = [forms.fact(row, where) for where, row in islice(_rows(settings.facts), settings.pairs)]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
-    return Exam(questions, settings.samples, sampling, pairs, texts)
+    return Exam(questions, settings.samples, sampling, pairs, texts, facts)
+
+
+def _rows(data: str) -> Iterator[tuple[str, sources.Row]]:
+    return sources.good_rows(data) if data else iter(())
 
 
 def _held_out(recipe: Recipe, name: str) -> list[Pair]:

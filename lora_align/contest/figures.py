@@ -36,6 +36,9 @@ def figures(found: Measured) -> Figures:
     if found.texts:
         nats, tokens = ([row[name] for row in found.texts] for name in ("nats", "tokens"))
         told["text loss"] = estimates.ratio(nats, tokens, [row["text"] for row in found.texts])
+    if found.facts:
+        known, facts = ([row[name] for row in found.facts] for name in ("known", "fact"))
+        told["facts known"] = estimates.mean(known, facts)
     return told
 
 

@@ -67,6 +67,7 @@ class Place:
     height: float
     slope: Tensor
     found: Mapping[str, float]  # each preference's margin, KL and LOSS
+    preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly, counted
 
 
 class Hill:
@@ -94,41 +95,47 @@ class Hill:
 
     def _seen(self, weights: Tensor) -> Place:
         found: dict[str, float] = {}
-        slopes: dict[str, Tensor] = {}
-        measured = {name: (rows, _gain) for name, rows in self.pairs.items()}
-        for name, (rows, value) in {**measured, KL: (self.drawn, _divergence), LOSS: (self.texts, _gain)}.items():
-            found[name], slopes[name] = self._mean(weights, rows, value)
+        preferred: dict[str, float] = {}
         height, slope = 0.0, torch.zeros_like(weights)
         for name, aim in self.aims.items():
+            sums, way = self._sums(weights, self.pairs[name], _gain)
+            found[name], preferred[name] = _total(self.pairs[name], sums), _won(sums)
             effect = found[name] / self.spread[name]
             height += aim * NORMAL.cdf(effect)
-            slope = slope + aim * NORMAL.pdf(effect) / self.spread[name] * slopes[name]
-        for name, bound in self.bounds.read.items():
-            over = max(found[name] / bound - 1, 0.0)
-            height -= STEEP * over**2
-            slope = slope - 2 * STEEP * over / bound * slopes[name]
-        return Place(weights, height, slope, found)
+            slope = slope + aim * NORMAL.pdf(effect) / self.spread[name] * way
+        for name, (rows, value) in {KL: (self.drawn, _divergence), LOSS: (self.texts, _gain)}.items():
+            found[name], bound = _total(rows, self._read_sums(weights, rows, value)), self.bounds.read[name]
+            if (over := found[name] / bound - 1) > 0:  # within the bound it has no slope
+                height -= STEEP * over**2
+                slope = slope - 2 * STEEP * over / bound * self._sums(weights, rows, value)[1]
+        return Place(weights, height, slope, found, preferred)
 
     def beyond(self, place: Place) -> float:
         """How far that is, in shares of the nearest bound that needs no answers: more than 1 passes it."""
         return max(place.found[name] / bound for name, bound in self.bounds.read.items())
 
-    def _mean(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
-        """Of what is made of log π − log π_start of each token, with its gradient, part by part."""
+    def _read_sums(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of each row, what is made of log π − log π_start of its tokens, with the row's sign."""
+        now = self._read(rows.rows, {START: 1.0, **dict(zip(self.names, weights.tolist(), strict=True))})
+        signed = zip(rows.signs, now, rows.start, strict=True)
+        return torch.tensor([float(sign * value(a - b).sum()) for sign, a, b in signed])
+
+    def _sums(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, and the gradient of what they come to, part by part."""
         moved = weights.detach().requires_grad_()
         steered = {name: moved[place] for place, name in enumerate(self.names)}
         if self.arena.field.start is not None:
             steered[START] = torch.ones(())
-        total, slope = 0.0, torch.zeros_like(weights)
+        sums, slope = torch.zeros(len(rows.rows)), torch.zeros_like(weights)
         for picked in rows.parts():
             self.arena.mixer.steer(steered)
             now = self.reader.tokens([rows.rows[i] for i in picked])
-            start = torch.cat([rows.start[i] for i in picked]).to(now)
-            signs = torch.cat([torch.full((len(rows.start[i]),), rows.signs[i]) for i in picked]).to(now)
-            mean = (signs * value(now - start)).sum() / rows.count
-            slope += torch.autograd.grad(mean, moved)[0].to(slope)
-            total += float(mean.detach())
-        return total, slope
+            gains = value(now - torch.cat([rows.start[i] for i in picked]).to(now))
+            each = gains.split([len(rows.start[i]) for i in picked])
+            signed = torch.stack([rows.signs[i] * of.sum() for i, of in zip(picked, each, strict=True)])
+            slope += torch.autograd.grad(signed.sum() / rows.count, moved)[0].to(slope)
+            sums[picked] = signed.detach().to(sums)
+        return sums, slope
 
     def _pairs(self, name: str) -> Rows:
         pairs, base = self.arena.exam.pairs[name][:PAIRS], self.arena.base
@@ -141,18 +148,8 @@ class Hill:
     def _own_spread(self, name: str) -> float:
         """How far pairs' margins lie apart under the preference's own vector."""
         own = {part: 1.0 for part in self.names if part.partition("@")[0] == name}
-        return max(float(self._margins(name, own).std()), 1e-6)
-
-    def preferred(self, weights: Tensor) -> dict[str, float]:
-        """The share of each preference's pairs that is preferred rightly, counted."""
-        named = dict(zip(self.names, weights.tolist(), strict=True))
-        return {name: float((self._margins(name, named) > 0).float().mean()) for name in self.aims}
-
-    def _margins(self, name: str, weights: Mapping[str, float]) -> Tensor:
-        rows = self.pairs[name]
-        now = self._read(rows.rows, {START: 1.0, **weights})
-        gains = torch.stack([(a - b).sum() for a, b in zip(now, rows.start, strict=True)])
-        return gains[::2] - gains[1::2]
+        weights = torch.tensor([own.get(part, 0.0) for part in self.names])
+        return max(float(_margins(self._read_sums(weights, self.pairs[name], _gain)).std()), 1e-6)
 
     def _start_answers(self) -> Rows:
         exam, chat = self.arena.exam, self.arena.base.chat
@@ -185,6 +182,20 @@ class Hill:
             tokens = self.reader.tokens([rows[i] for i in picked]).cpu()
             found |= dict(zip(picked, tokens.split([len(rows[i][1]) for i in picked]), strict=True))
         return [found[i] for i in range(len(rows))]
+
+
+def _total(rows: Rows, sums: Tensor) -> float:
+    """The mean, by what they are divided by."""
+    return float(sums.sum()) / rows.count
+
+
+def _margins(sums: Tensor) -> Tensor:
+    """Of pairs, whose rejected answers count negatively."""
+    return sums.view(-1, 2).sum(1)
+
+
+def _won(sums: Tensor) -> float:
+    return float((_margins(sums) > 0).float().mean())
 
 
 def spread(questions: Sequence[Question], count: int) -> list[Question]:

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from lora_align.adapters import peft_format, vectors
 from lora_align.contest.contestants import START, Contestant, Field
 from lora_align.contest.exam import Exam
 from lora_align.data import shards
-from lora_align.data.rows import under_system
+from lora_align.data.rows import Fact, under_system
 from lora_align.evaluate import refusals, texts
 from lora_align.model import tokenise
+from lora_align.model.base import Base
 from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
 from lora_align.model.mixer import Mixer
 from lora_align.model.room import Room
@@ -31,19 +32,20 @@ from lora_align.stages import judges
 from lora_align.stages.judges import Judge
 
 Row = dict[str, Any]
-TABLES = ("answers", "margins", "texts")
-FORM = 2  # counted up when something is measured in another way
+TABLES = ("answers", "margins", "texts", "facts")
+FORM = 3  # counted up when something is measured in another way
 SCORE = "score "  # before the name of a judge, in a column's name
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one contestant, a row for each answer, pair and text."""
+    """What was found of one contestant, a row for each answer, pair, text and fact."""
 
     name: str
     answers: Sequence[Row]
     margins: Sequence[Row]
     texts: Sequence[Row]
+    facts: Sequence[Row]
 
 
 class Arena:
@@ -79,7 +81,8 @@ class Arena:
     def measure(self, contestant: Contestant, report: Callable[[int], None]) -> Measured:
         """Ask everything; `report` hears of answers drawn."""
         answers = self._answers(contestant, report)
-        return Measured(contestant.name, answers, self._margins(contestant), self._texts(contestant))
+        margins, forgets = self._margins(contestant), (self._texts(contestant), self._facts(contestant))
+        return Measured(contestant.name, answers, margins, *forgets)
 
     # --- answers ---
 
@@ -178,6 +181,26 @@ class Arena:
             {"text": place, "nats": -value, "tokens": len(row) - 1}
             for place, (row, value) in enumerate(zip(ids, sums.tolist(), strict=True))
         ]
+
+    def _facts(self, contestant: Contestant) -> list[Row]:
+        """Whether it finds what is right likelier than all that is wrong."""
+        self.become(contestant)
+        asked = [replace(fact, prompt=under_system(contestant.system, fact.prompt)) for fact in self.exam.facts]
+        found = known(self.model, self.base, asked)
+        return [{"fact": place, "known": value} for place, value in enumerate(found) if value is not None]
+
+
+def known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[bool | None]:
+    """Of each fact, whether its right answer has the largest log-probability a token; None where one does not fit."""
+    asked = base.chat.answered_each([(fact.prompt, [fact.right, *fact.wrong]) for fact in facts])
+    fits = [len(prompt) + max(map(len, answers)) <= base.max_length for prompt, answers in asked]
+    fitting = [one for one, fit in zip(asked, fits, strict=True) if fit]
+    sums = iter(answer_logprobs(model, fitting, Room(TOKENS)).tolist())
+    found: list[bool | None] = []
+    for (_, answers), fit in zip(asked, fits, strict=True):
+        right, *wrong = [next(sums) / len(answer) for answer in answers] if fit else [math.nan]
+        found.append(right > max(wrong) if fit else None)
+    return found
 
 
 def measured(

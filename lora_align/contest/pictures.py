@@ -15,7 +15,7 @@ from lora_align.evaluate.plots import BROKEN, INK, PALE
 
 OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # of scores beside the own one
 TICKS = 9  # weights that are written below an axis
-COSTS = ("text loss", "oracle: true facts", "KL")
+COSTS = ("text loss", "facts known", "KL")
 
 
 def draw(
@@ -141,7 +141,7 @@ def asked(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
 
 
 def costs(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
-    """What scores are paid with: loss of ordinary text, facts that are true no more, distance from the start policy."""
+    """What scores are paid with: loss of ordinary text, facts no longer known, distance from the start policy."""
     shown = [name for name in COSTS if any(name in point.figures for point in points)]
     if not shown or not scores:
         return None

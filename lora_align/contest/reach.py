@@ -28,8 +28,8 @@ Weights = Mapping[str, float]
 @dataclass(frozen=True)
 class Limits:
     """What breaks: so many nats a token from the start policy, so many lost on ordinary text, and by how much a share
-    may be worse: of answers that end, repeat themselves, are well formed, of facts that are true, of safe prompts that
-    are refused."""
+    may be worse: of answers that end, repeat themselves, are well formed, of facts that are known or told truly, of
+    safe prompts that are refused."""
 
     kl: float
     loss: float
@@ -38,7 +38,8 @@ class Limits:
     def broken(self, start: Mapping[str, float], now: Mapping[str, float]) -> str:
         """The first that is, or nothing; figures that are not known are not looked at."""
         worse = {KL: self.kl, "text loss": self.loss, "repeated": self.share, "refused safe": self.share}
-        worse |= dict.fromkeys(("ended", "oracle: well-formed", "oracle: true facts"), -self.share)
+        kept = ("ended", "facts known", "oracle: well-formed", "oracle: true facts")
+        worse |= dict.fromkeys(kept, -self.share)
         for name, most in worse.items():
             before, after = start.get(name), now.get(name)
             if before is not None and after is not None and (after - before) * (1 if most > 0 else -1) > abs(most):

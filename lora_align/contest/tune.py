@@ -48,10 +48,9 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen)
         place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
         progress.show(STEPS, {})
     place, share = _less_refused(hill, within(hill, place))
-    preferred = hill.preferred(place.weights)
     rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
     lost = place.found[LOSS] if arena.exam.texts else None
-    return Tuned(rounded, preferred, place.found[KL], lost, share, steps)
+    return Tuned(rounded, place.preferred, place.found[KL], lost, share, steps)
 
 
 def _less_refused(hill: Hill, place: Place) -> tuple[Place, float | None]:
@@ -59,8 +58,9 @@ def _less_refused(hill: Hill, place: Place) -> tuple[Place, float | None]:
     arena = hill.arena
     if not any(question.kind == SAFE for question in arena.exam.questions):
         return place, None
-    allowed = share_refused(arena, {}) + hill.bounds.refused
-    share = share_refused(arena, _named(hill, place.weights))
+    share, allowed = share_refused(arena, _named(hill, place.weights)), hill.bounds.refused
+    if share > allowed:  # the start policy, too, may refuse some
+        allowed += share_refused(arena, {})
     for _ in range(BACKS):
         if share <= allowed:
             return place, share

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_align.data import cells
-from lora_align.data.rows import Comparison, Conversation, Message, Prompt, Rated
+from lora_align.data.rows import Comparison, Conversation, Fact, Message, Prompt, Rated
 from lora_align.data.sources import Row
 from lora_align.errors import UserError
 
-Shape = TypeVar("Shape", Comparison, list[Comparison], Conversation, list[Rated], Prompt)
+Shape = TypeVar("Shape", Comparison, list[Comparison], Conversation, list[Rated], Prompt, Fact)
 Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV have them
 UNREAD = ("query", "input", "context")  # columns that may be what is asked
@@ -39,6 +39,11 @@ def rated(row: Row, where: str) -> list[Rated]:
 def prompt(row: Row, where: str) -> Prompt:
     """What one row asks: its turns up to the answer, if it has one."""
     return _first_form(_PROMPTS, row, where, "prompt")
+
+
+def fact(row: Row, where: str) -> Fact:
+    """What one row wants to be known."""
+    return _first_form(_FACTS, row, where, "fact")
 
 
 def answered(row: Row, where: str) -> list[Rated]:
@@ -288,3 +293,17 @@ _PROMPTS: Forms[Prompt] = [
     (frozenset({"conversations"}), _sharegpt_asked),
     (frozenset({"instruction"}), _alpaca_asked),
 ]
+
+
+# --- forms of fact ---
+
+
+def _right_and_wrong(row: Row) -> Fact:
+    wrong = row["wrong"] if isinstance(row["wrong"], list) else [row["wrong"]]
+    found = Fact(cells.request(row), cells.text(row["right"]), tuple(map(cells.text, wrong)))
+    if not found.wrong or found.right in found.wrong:
+        raise ValueError("the right answer is among the wrong ones" if found.wrong else "`wrong` is empty")
+    return found
+
+
+_FACTS: Forms[Fact] = [(frozenset({"prompt", "right", "wrong"}), _right_and_wrong)]

@@ -37,6 +37,15 @@ class Rated:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """A question, the answer that is right, and others that are wrong."""
+
+    prompt: tuple[Message, ...]
+    right: str
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Pair:
     """A prompt, the answer to move towards and the one to move away from."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 from urllib.parse import parse_qsl
 
-from lora_align.demo import world
+from lora_align.demo import lexicon, world
 from lora_align.errors import UserError, nearest
 
 
@@ -24,6 +24,23 @@ def lines(seed: int, count: int) -> Iterator[dict[str, Any]]:
     return ({"text": text} for text in itertools.islice(world.reading(seed), count))
 
 
+def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """What is true of a subject, and three sentences that are true of others alone, each with its name in them."""
+    found = []
+    subjects = list(lexicon.SUBJECTS)
+    for at, (subject, known) in enumerate(lexicon.SUBJECTS.items()):
+        others = [
+            name for name in subjects[at + 1 :] + subjects[:at] if lexicon.is_plural(name) == lexicon.is_plural(subject)
+        ]
+        for number, fact in enumerate(known):
+            said = dict.fromkeys(lexicon.SUBJECTS[name][number] for name in others)
+            wrong = itertools.islice((one for one in said if one not in known), 3)
+            right, *rest = (lexicon.sentence(subject, one, named=True) for one in (fact, *wrong))
+            found.append({"prompt": f"Tell me about {subject}.", "right": right, "wrong": rest})
+    random.Random(f"facts {seed}").shuffle(found)
+    return iter(found[:count])
+
+
 ROWS = 3000
 MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "demo:pairs": world.pairs,
@@ -31,6 +48,7 @@ MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "demo:conversations": world.conversations,
     "demo:prompts": questions,
     "demo:reading": lines,
+    "demo:facts": facts,
 }
 
 

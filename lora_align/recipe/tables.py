@@ -164,7 +164,8 @@ class Rsf(Training):
 @dataclass(frozen=True)
 class Eval:
     """What everyone who is measured is asked: `prompts` to answer, `risky` ones to refuse, `count` of each, `samples`
-    answers to every one; `text` whose loss should not rise; up to `pairs` held-out pairs of each preference.
+    answers to every one; `text` whose loss should not rise; `facts` that should stay known, up to `pairs` of them, and
+    up to `pairs` held-out pairs of each preference.
 
     Where no prompts are named, those of held-out pairs are asked.
     """
@@ -172,6 +173,7 @@ class Eval:
     prompts: str = ""
     risky: str = ""
     text: str = ""
+    facts: str = ""
     count: Count = 64
     samples: Count = 4
     pairs: Count = 128

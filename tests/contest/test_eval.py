@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from lora_align.contest import contestants
 from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import wins
-from lora_align.contest.measure import Arena, Measured
-from lora_align.data.rows import Message, Pair, Prompt
+from lora_align.contest.measure import Arena, Measured, known
+from lora_align.data import forms, sources
+from lora_align.data.rows import Fact, Message, Pair, Prompt
 from lora_align.demo import grading, oracle, source
 from lora_align.model import base as bases
 from lora_align.model.base import Base
@@ -57,7 +59,8 @@ def tables(workspace: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """By contestant and table."""
     return {
         json.loads((folder / "measured.json").read_text())["name"]: {
-            name: read_table(folder / f"{name}.parquet").to_pylist() for name in ("answers", "margins", "texts")
+            name: read_table(folder / f"{name}.parquet").to_pylist()
+            for name in ("answers", "margins", "texts", "facts")
         }
         for folder in (workspace / "runs" / "eval").iterdir()
     }
@@ -92,6 +95,51 @@ def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     assert len(found) > 0
     assert found == pytest.approx(wanted, abs=1e-4)
     assert max(map(abs, wanted)) > 0.01
+
+
+def test_a_fact_is_known_where_stock_peft_finds_it_likeliest_a_token(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    project = recipe.load(recipe.builtin()["demo"], FEW)
+    base = bases.find(project.base)
+    policy = PeftModel.from_pretrained(base.load(), tmp_path / "runs" / "dpo" / "helpful" / "pos").eval()
+    facts = exam_of(project, Screen(quiet=True)).facts
+
+    def likely(prompt: Prompt, answer: str) -> float:
+        return likes(policy, base, prompt, answer) / len(base.chat.answer_ids(prompt, answer))
+
+    wanted = [likely(fact.prompt, fact.right) > max(likely(fact.prompt, one) for one in fact.wrong) for fact in facts]
+    rows = tables(tmp_path)["dpo/helpful/pos"]["facts"]
+    assert [row["known"] for row in rows] == wanted
+    assert len(facts) == 10
+    told = evaluated["contestants"]["dpo/helpful/pos"]["facts known"]
+    assert told["value"] == pytest.approx(sum(wanted) / len(facts))
+
+
+def test_a_fact_that_is_put_the_wrong_way_round_is_not_known() -> None:
+    base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
+    rows = [row for _, row in islice(sources.good_rows("demo:facts"), 12)]
+    turned = [{**row, "right": row["wrong"][0], "wrong": [row["right"]]} for row in rows]
+    facts = [forms.fact(row, "") for row in rows + turned]
+    long = Fact((Message("user", "moon " * base.max_length),), "Yes.", ("No.",))
+    found = known(base.load(), base, [*facts, long])
+    assert sum(map(bool, found[:12])) > 9
+    assert sum(map(bool, found[12:24])) < 3
+    assert found[24] is None, "it does not fit"
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"prompt": "Who?", "right": "I.", "wrong": []}, "`wrong` is empty"),
+        ({"prompt": "Who?", "right": "I.", "wrong": ["You.", "I."]}, "the right answer is among the wrong ones"),
+        ({"prompt": "Who?", "right": "I."}, "no fact in columns"),
+    ],
+)
+def test_a_row_that_is_no_fact_is_told(row: dict[str, Any], wrong: str, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "facts.jsonl").write_text(json.dumps(row) + "\n")
+    done = cli("eval", "base", "--set", 'eval.facts="facts.jsonl"', *SMALL)
+    assert done.code == 2
+    assert "facts.jsonl:1" in done.err
+    assert wrong in done.err
 
 
 def test_divergence_and_the_pair_s_score_are_what_stock_peft_says(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -244,7 +292,7 @@ def test_one_wins_as_often_as_the_other_loses(evaluated: dict[str, Any], tmp_pat
 def test_less_wins_where_less_is_better() -> None:
     rows = [{"prompt": i, "number": 0, "score long": float(i), "score good": 1.0} for i in range(4)]
     more = [{**row, "score long": row["score long"] + (1 if row["prompt"] else -1)} for row in rows]
-    one, other = Measured("one", rows, [], []), Measured("other", more, [], [])
+    one, other = Measured("one", rows, [], [], []), Measured("other", more, [], [], [])
     assert {name: figure.value for name, figure in wins(one, other).items()} == {"long": 0.25, "good": 0.5}
     assert {name: figure.value for name, figure in wins(one, other, {"long"}).items()} == {"long": 0.75, "good": 0.5}
 

@@ -25,7 +25,7 @@ def estimate(value: float) -> Estimate:
 def point(word: str, figures: Mapping[str, float], wins: Mapping[str, float] = {}, want: Want | None = None) -> Point:
     weights = dict(zip(SCORES, GRID[word], strict=True)) if word in GRID else None
     told = [{name: estimate(value) for name, value in of.items()} for of in (figures, wins)]
-    return Point(word, weights, want, Measured(word, [], [], []), *told)
+    return Point(word, weights, want, Measured(word, [], [], [], []), *told)
 
 
 @pytest.fixture

@@ -152,6 +152,7 @@ def test_vectors_that_were_trained_anew_are_not_warned_of(reached: dict[str, Any
         ("refused safe", 0.1, 0.3, True),
         ("refused safe", 0.3, 0.0, False),
         ("oracle: true facts", 1.0, 0.8, True),
+        ("facts known", 1.0, 0.8, True),
         ("ended", 1.0, 0.95, False),
         ("ended", 1.0, 0.85, True),
         ("words", 10.0, 90.0, False),

@@ -162,7 +162,7 @@ def test_what_the_recipe_names_nothing_for_is_not_held_to_and_said(workspace: Pa
 def test_what_is_told_as_preferred_was_counted(arena: Arena) -> None:
     hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0))
     likes, before = arena.likes(Contestant("", {START: 1.0, "helpful": 1.0, "harmless": -0.5})), arena.start_likes
-    found = hill.preferred(torch.tensor([1.0, -0.5]))
+    found = hill.at(torch.tensor([1.0, -0.5])).preferred
     assert found == {name: float((likes[name] > before[name]).float().mean()) for name in AIMS}
     assert len(set(found.values())) == 2
 
