@@ -35,13 +35,12 @@ from lora_align import recipe, runs
 from lora_align.adapters import peft_format, vectors
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.console import Screen
-from lora_align.data.rows import Message
-from lora_align.demo import grading, lexicon, measure, oracle, world
+from lora_align.contest.measure import known
+from lora_align.data import forms, sources
+from lora_align.demo import grading, measure, oracle, world
 from lora_align.demo.oracle import AXES
 from lora_align.model import base as bases
-from lora_align.model.logprobs import TOKENS, answer_logprobs
 from lora_align.model.mixer import Mixer
-from lora_align.model.room import Room
 from lora_align.preference import Direction
 from lora_align.recipe import Recipe
 from lora_align.stages import dpo, reward
@@ -141,28 +140,9 @@ class Examiner:
     def known(self, update: LoraDelta) -> list[float]:
         """Of every fact, whether it is found likelier of its subject than three that are true of others alone."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
-        subjects = list(lexicon.SUBJECTS)
-        choices = []
-        for at, (subject, facts) in enumerate(lexicon.SUBJECTS.items()):
-            others = [name for name in subjects[at:] + subjects[:at] if _alike(name, subject)]
-            prompt = [Message("user", f"Tell me about {subject}.")]
-            for number, fact in enumerate(facts):
-                untrue = dict.fromkeys(lexicon.SUBJECTS[name][number] for name in others)
-                said = [fact, *itertools.islice((one for one in untrue if one not in facts), 3)]
-                choices.append(self.base.chat.answered(prompt, [_sentence(subject, one) for one in said]))
-        found = answer_logprobs(self.model, choices, Room(TOKENS)).view(-1, 4)
+        found = known(self.model, self.base, [forms.fact(row, where) for where, row in sources.good_rows("demo:facts")])
         mixer.remove()
-        lengths = [[len(answer) for answer in answers] for _, answers in choices]
-        each = [[sum_ / n for sum_, n in zip(*of, strict=True)] for of in zip(found.tolist(), lengths, strict=True)]
-        return [float(of.index(max(of)) == 0) for of in each]
-
-
-def _alike(name: str, subject: str) -> bool:
-    return name != subject and lexicon.is_plural(name) == lexicon.is_plural(subject)
-
-
-def _sentence(subject: str, fact: str) -> str:
-    return lexicon.sentence(subject, fact, named=True)
+        return [float(bool(one)) for one in found]
 
 
 def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
@@ -250,7 +230,9 @@ def users(work: Path, seed: int) -> dict[str, float]:
     file = bench.runs(seed) / "average.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(_labelled(row, wanted)) + "\n" for row in world.pairs(seed, 8000, risky=0)))
+        rows = "".join(json.dumps(_labelled(row, wanted)) + "\n" for row in world.pairs(seed, 8000, risky=0))
+        file.with_suffix(".unfinished").write_text(rows)
+        file.with_suffix(".unfinished").rename(file)
     project = bench.project(seed, f'preferences.average={{data="{file}", rank="rating:average", margin=1.0}}')
     adapters(bench.work, f"seed{seed}", "average", project, [Direction.pos])
     base = bases.find(project.base)

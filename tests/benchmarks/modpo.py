@@ -1,9 +1,11 @@
 """MODPO (arXiv 2310.03708), a rival: DPO on one preference's pairs, with a margin from what another's adapter rewards.
 
 With w its own weight, −log σ((β ∇log π/π_ref − (1 − w) β ∇log π_other/π_ref)/w), where ∇ is chosen minus rejected. That
-is DPO at β/w whose reference has moved 1 − w of the way to the other: our trainer takes both as they are.
+is DPO at β/w whose reference has moved 1 − w of the way to the other: our trainer takes both as they are. One setting,
+the recipe's own, was tried.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,23 +31,28 @@ OWN = 0.5  # the weight of the preference whose pairs it learns from; the other 
 
 
 def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
-    """An adapter in a folder, from one preference's pairs and another's adapter; seconds it took to train."""
+    """An adapter in a folder, from one preference's pairs and another's adapter; seconds it took to train, and to find
+    what the other makes of the pairs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     base, screen = bases.find(project.base), Screen(quiet=True)
-    model = start_policy.load(base, None)
+    start = start_policy.adapter(project, folder.parent)
+    model = start_policy.load(base, start)
     room = Room(project.dpo.tokens_per_batch)
-    references = References.of(base, start_policy.identity(None))
+    references = References.of(base, start_policy.identity(start))
     material = dpo.referenced(
         dpo.prepare(project, own, base, screen), references, model, 2 * room.size, "MODPO", screen
     )
+    began = time.perf_counter()
     mixer = Mixer(model, {"other": peft_format.load(other, whole=True)}, {"other": 1.0})
     moved = replace(material, train=_moved(model, material.train), held_out=_moved(model, material.held_out))
     mixer.remove()
+    took = time.perf_counter() - began
     settings = replace(project, dpo=replace(project.dpo, beta=project.dpo.beta / OWN))
     unfinished = Unfinished.of(folder, {}, resume=False, force=True, screen=screen)
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    dpo.train(model, base, settings, moved, Direction.pos, "MODPO", folder, unfinished, screen, room)
-    return time.perf_counter() - began
+    facts, _ = dpo.train(model, base, settings, moved, Direction.pos, "MODPO", folder, unfinished, screen, room)
+    unfinished.clear()
+    return took + float(facts["metrics"]["seconds"])
 
 
 def _moved(model: PreTrainedModel, rows: Sequence[TokenPair]) -> list[TokenPair]:

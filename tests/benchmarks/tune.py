@@ -1,4 +1,5 @@
-"""Weights by gradient beside the best of a grid: `tune` and `sweep` as anyone would run them, on the built-in world.
+"""Weights by gradient beside the best of a grid: `tune` and `sweep` on the built-in world, by a recipe that holds the
+preferences at hand and nothing else, so that the grid takes no time for what `tune` would not look at.
 
 Each seed has vectors of its own, from its own pairs. Both ways choose by one part of the prompts; what they chose
 answers another, and the oracle grades it: Σ aim · its score. Of the first two preferences both can be had whole; help
@@ -9,10 +10,11 @@ import argparse
 import csv
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from report import once, save
+
+from lora_align import recipe
+from lora_align.demo.oracle import AXES
 
 AIMS = ({"helpful": 0.6, "harmless": 0.4}, {"helpful": 0.6, "brief": 0.4})
 Aims = dict[str, float]
@@ -47,8 +52,9 @@ def said(aims: Aims) -> str:
 
 def trained(seed: int, aims: Aims, work: Path) -> tuple[Path, list[str]]:
     """A folder with vectors of that seed, and what commands there are told of their pairs."""
-    folder = work / str(seed)
+    folder = work / f"{seed}-{'-'.join(aims)}"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / recipe.LOCAL).write_text(_recipe_with(aims))
     pairs = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in aims]
     data = [word for value in [*pairs, *TO_CHOOSE_BY] for word in ("--set", value)]
     for name in aims:
@@ -56,10 +62,16 @@ def trained(seed: int, aims: Aims, work: Path) -> tuple[Path, list[str]]:
     return folder, data
 
 
+def _recipe_with(names: Iterable[str]) -> str:
+    """The demo's, without other preferences and without facts."""
+    tables = re.split(r"^(?=\[)", recipe.builtin()["demo"].read_text(), flags=re.MULTILINE)
+    others = tuple(f"[preferences.{name}]" for name in AXES if name not in names)
+    return "".join(table for table in tables if not table.startswith(others)).replace('facts = "demo:facts"\n', "")
+
+
 def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     """The best point of the grid, with nothing known before."""
     folder, data = trained(seed, aims, work)
-    shutil.rmtree(folder / "runs" / "eval", ignore_errors=True)
     made, seconds = command(folder, "sweep", *(f"{name}=-1:1:0.5" for name in aims), "--force", *data)
     points = list(csv.DictReader((folder / made["sweep"] / "points.csv").open(encoding="utf-8")))
     best = max(points, key=lambda row: sum(aim * float(row[f"oracle: {name}"]) for name, aim in aims.items()))
@@ -78,7 +90,8 @@ def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: in
     """Σ aim · oracle of what each way has chosen, on fresh prompts; and how far that is from the start policy."""
     settings = [*FRESH, f"eval.count={PROMPTS}", f"eval.seed={draw}", "eval.pairs=8"]
     words = [word for value in settings for word in ("--set", value)]
-    told, _ = command(work / str(seed), "eval", *dict.fromkeys(everyone.values()), *words)
+    folder, _ = trained(seed, aims, work)
+    told, _ = command(folder, "eval", *dict.fromkeys(everyone.values()), *words)
     sums = {}
     for name, word in everyone.items():
         scores = told["contestants"][word]
