@@ -58,9 +58,20 @@ class Found:
         own = [mean(value for value, _ in of) if of else math.nan for of in known]
         return cls(all_.value, all_.low, all_.high, own)
 
-    def above(self, other: "Found") -> bool:
-        """Whether intervals lie apart, and every seed says the same."""
-        return self.low > other.high and all(a > b for a, b in zip(self.seeds, other.seeds, strict=True))
+    @property
+    def higher(self) -> bool:
+        """Of a difference: whether it is above 0 with its interval, and on every seed."""
+        return self.low > 0 and min(self.seeds) > 0
+
+    @property
+    def lower(self) -> bool:
+        """Below it, likewise."""
+        return self.high < 0 and max(self.seeds) < 0
+
+    @property
+    def told(self) -> str:
+        """Of a difference that somebody claims to be above 0: whether it is, and how large."""
+        return f"{'yes' if self.higher else 'the other way round' if self.lower else 'not told apart'}, {self}"
 
     def __str__(self) -> str:
         if math.isnan(self.value):
@@ -83,14 +94,20 @@ def figure(seeds: Sequence[Mapping[str, Any]], name: str) -> Found:
     return Found.of([of[name] for of in seeds])
 
 
-def moved(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], name: str) -> Found:
+Seeds = Sequence[Mapping[str, Any]]  # what a job found, seed by seed: figures by prompt, or by fact
+
+
+def moved(after: Seeds, before: Seeds, name: str) -> Found:
     """How much it rose from one to the other, prompt by prompt."""
-    return Found.of(
-        [
-            [None if b is None or a is None else b - a for a, b in zip(one[name], other[name], strict=True)]
-            for one, other in zip(before, after, strict=True)
-        ]
-    )
+    return Found.of(rises(after, before, name))
+
+
+def rises(after: Seeds, before: Seeds, name: str) -> list[list[float | None]]:
+    """By seed and prompt; None where one of both has no figure."""
+    return [
+        [None if b is None or a is None else b - a for a, b in zip(one[name], other[name], strict=True)]
+        for one, other in zip(before, after, strict=True)
+    ]
 
 
 def found(work: Path, name: str) -> Any:

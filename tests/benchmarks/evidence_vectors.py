@@ -1,7 +1,7 @@
 """The first paper's items: what weights do, what vectors rival, how they lie to each other, what they cost."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -10,7 +10,7 @@ from typing import Any
 import evidence
 from control import SEEDS, agreement, spearman
 from evidence import CORRELATED, CORRELATIONS, FAR, NOISES, PAIR, REACHED, STEPS
-from evidence_item import FOLDER, Item, each, figure, found, moved, seconds, short, span, verdict, yes
+from evidence_item import FOLDER, Found, Item, each, figure, found, moved, rises, seconds, short, span, verdict, yes
 from matplotlib.figure import Figure
 
 from lora_align.adapters import peft_format, vectors
@@ -31,7 +31,8 @@ def control(work: Path) -> Item:
     }
     plots.weight_map(FOLDER / "control.png", PAIR, (STEPS, STEPS), grids)
     ranks = {name: spearman(STEPS, own[name]) for name in PAIR}
-    rise = {name: at["1,1"][name].above(at["0,0"][name]) and at["0,0"][name].above(at["-1,-1"][name]) for name in PAIR}
+    line = [[of[f"{step},{step}"] for of in seeds] for step in (-1, 0, 1)]
+    rises = {name: [moved(b, a, name) for a, b in itertools.pairwise(line)] for name in PAIR}
     papers = {"-1,-1": "−1.07, −3.78", "0,0": ".20, −2.12", "1,1": "1.99, 3.20"}
     rows = [
         [f"({key.replace(',', ', ').replace('-', '−')})", *(str(at[key][name]) for name in PAIR), papers[key]]
@@ -40,10 +41,10 @@ def control(work: Path) -> Item:
     return Item(
         "The weights control it",
         "Over η in {−1, −.5, 0, .5, 1}² both rewards rise with their weights (Llama-3.1-8B, reward models).",
-        verdict(*rise.values(), *(rank == 1 for rank in ranks.values())),
+        verdict(*(rise.higher for of in rises.values() for rise in of), *(rank == 1 for rank in ranks.values())),
         "; ".join(
-            f"{name}: Spearman with its own weight, averaged over the other, {short(ranks[name])}, and it rises from "
-            f"(−1, −1) by (0, 0) to (1, 1): {yes(rise[name])}"
+            f"{name}: Spearman with its own weight, averaged over the other, {short(ranks[name])}; it rises from "
+            f"(−1, −1) to (0, 0): {rises[name][0].told}; from there to (1, 1): {rises[name][1].told}"
             for name in PAIR
         ),
         [[["η of helpful, harmless", *PAIR, "the paper's rewards"], *rows]],
@@ -69,43 +70,52 @@ RIVALS = {  # the paper's helpful, harmless, hours, refusals
 
 def rivals(work: Path) -> Item:
     """The main table."""
-    seeds = each(work, "rivals")
+    found_by = {label: [of[label] for of in each(work, "rivals")] for label in RIVALS}
     names = (*PAIR, "refused", "well-formed")
-    at = {label: {name: figure([of[label] for of in seeds], name) for name in names} for label in RIVALS}
+    at = {label: {name: figure(found_by[label], name) for name in names} for label in RIVALS}
     took = {label: mean(_seconds(work, label, seed) for seed in SEEDS) for label in RIVALS}
     rows = [
         [{"start": "start, which is the raw base"}.get(label, label), *(str(at[label][name]) for name in names),
          f"{took[label]:.0f}", paper]
         for label, paper in RIVALS.items()
     ]  # fmt: skip
-    ours = at["vectors"]
-    claims = {
-        "more helpful than the soup": ours["helpful"].above(at["soup"]["helpful"]),
-        "more helpful than online RL": ours["helpful"].above(at["RLOO"]["helpful"]),
-        "less harmless than the soup": at["soup"]["harmless"].above(ours["harmless"]),
-        "less harmless than online RL": at["RLOO"]["harmless"].above(ours["harmless"]),
-        "refuses less than the soup": at["soup"]["refused"].above(ours["refused"]),
-        "refuses less than online RL": at["RLOO"]["refused"].above(ours["refused"]),
-        "better at both than the positive adapters alone": all(
-            ours[name].above(at["positive alone"][name]) for name in PAIR
-        ),
-        "better at both than joint DPO": all(ours[name].above(at["joint DPO"][name]) for name in PAIR),
-        "trained in less time than the soup": took["vectors"] < took["soup"],
-        "trained in less time than online RL": took["vectors"] < took["RLOO"],
+    gains = {
+        label: {name: moved(found_by["vectors"], found_by[label], name) for name in names}
+        for label in RIVALS
+        if label != "vectors"
     }
+    words = {"soup": "the soup", "RLOO": "online RL", "positive alone": "the positive adapters alone"}
+    claims = {
+        **{f"more helpful than {words[of]}": gains[of]["helpful"].higher for of in ("soup", "RLOO")},
+        **{f"less harmless than {words[of]}": gains[of]["harmless"].lower for of in ("soup", "RLOO")},
+        **{f"refuses less than {words[of]}": gains[of]["refused"].lower for of in ("soup", "RLOO")},
+        **{
+            f"better at both than {words.get(of, of)}": all(gains[of][name].higher for name in PAIR)
+            for of in ("positive alone", "joint DPO")
+        },
+        **{f"trained in less time than {words[of]}": took["vectors"] < took[of] for of in ("soup", "RLOO")},
+    }
+    differences = [[f"vectors − {label}", *map(str, of.values())] for label, of in gains.items()]
     return Item(
         "Against other ways to be helpful and harmless",
         "Vectors are more helpful and refuse less than the RLHF ones, but are less harmless; better than the positive "
         "adapter alone; a few hours in place of a day.",
         verdict(*claims.values()),
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
-        + ". RLOO has the second of two settings that were tried, on another seed. This soup is of DPO's adapters and "
-        "so needs half of what vectors do, the paper's of policies trained by PPO. Seconds are those of training, with "
-        "a core each, without loading and what the start policy makes of the answers. MODPO, which the paper has not, "
-        f"counts for no claim: it learns from the pairs of {PAIR[0]}, with a margin from the adapter of {PAIR[1]} ("
-        "whose seconds are added), each at a weight of a half. Safe-RLHF and BFPO were not tested",
-        [[["", "helpful", "harmless", "safe prompts refused", "well-formed", "seconds", "the paper's"], *rows]],
+        + ". Helpfulness is graded on safe prompts here and harmlessness on risky ones, so that nobody pays with "
+        "the one for the other, as under the paper's reward models; that may be why the vectors are the most "
+        "harmless, too. RLOO has the second of two settings that were tried, on another seed. This soup is of DPO's "
+        "adapters and so needs half of what vectors do, the paper's of policies trained by PPO. Seconds are those "
+        "of training, with a core each, without loading and what the start policy makes of the answers. MODPO, "
+        f"which the paper has not, counts for no claim: it learns from the pairs of {PAIR[0]}, with a margin from "
+        f"the adapter of {PAIR[1]} (whose seconds are added), each at a weight of a half. Safe-RLHF and BFPO were "
+        "not tested",
+        [
+            [["", "helpful", "harmless", "safe prompts refused", "well-formed", "seconds", "the paper's"], *rows],
+            [["prompt by prompt", *names], *differences],
+        ],
         figures={label: {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()}
+        | {f"vectors - {label}": {name: asdict(one) for name, one in of.items()} for label, of in gains.items()}
         | {"seconds": took},
     )
 
@@ -130,23 +140,28 @@ def later(work: Path) -> Item:
     by_label = {label: [of[label] for of in seeds] for label in seeds[0]}
     at = {label: {name: figure(of, name) for name in names} for label, of in by_label.items()}
     two, four, start = " ".join(PAIR), " ".join((*PAIR, "polite", "brief")), ""
-    gains = {name: at[four][name].above(at[start][name]) for name in ("polite", "brief")}
+    gains = {name: moved(by_label[four], by_label[start], name) for name in ("polite", "brief")}
     price = {new: {name: moved(by_label[f"{two} {new}"], by_label[two], name) for name in PAIR} for new in gains} | {
         "both": {name: moved(by_label[four], by_label[two], name) for name in PAIR}
     }
-    pays = {name: of.high < 0 for name, of in price["both"].items()}
-    rows = [[label or "none", *(str(of[name]) for name in names)] for label, of in at.items()]
+    pays = {name: of.lower for name, of in price["both"].items()}
+    papers = {start: ".25, −2.27, −4.57, −1.58", two: "1.385, 3.585", four: "1.01, 2.67, 6.10, −.07"}
+    rows = [[label or "none", *(str(of[name]) for name in names), papers.get(label, "")] for label, of in at.items()]
     prices = [[f"adding {new}", *(str(of[name]) for name in PAIR)] for new, of in price.items()]
     return Item(
         "More preferences, added later",
         "Two more vectors are added without training the first two again; those pay for it (3B: helpful 1.385 → 1.01, "
         "harmless 3.585 → 2.67, with psychological −4.57 → 6.10 and honest −1.58 → −.07).",
-        verdict(*gains.values(), *pays.values()),
-        "; ".join(f"{name} gains: {yes(holds)}" for name, holds in gains.items())
+        verdict(*(of.higher for of in gains.values()), *pays.values()),
+        "; ".join(f"{name} gains: {of.told}" for name, of in gains.items())
         + "; "
         + "; ".join(f"{name} pays for both: {yes(of)}" for name, of in pays.items())
-        + ", each of the new ones as the second table says",
-        [[["vectors, with weight 1", *names], *rows], [["rise of, by", *PAIR], *prices]],
+        + ", by what the second table says. Help is told in words, which `brief` takes away; manners take none, and "
+        "what is harmless is as harmless in few",
+        [
+            [["vectors, with weight 1", *names, "the paper's: helpful, harmless, psychological, honest"], *rows],
+            [["rise of, by", *PAIR], *prices],
+        ],
         figures={label or "none": {name: asdict(of) for name, of in all_.items()} for label, all_ in at.items()}
         | {"price": {new: {name: asdict(one) for name, one in of.items()} for new, of in price.items()}},
     )
@@ -168,19 +183,21 @@ def geometry(work: Path) -> Item:
     rewarded = {n: agreement([_difference(work / f"rloo{n}-{seed}") for seed in SEEDS]) for n in evidence.REWARD_NOISES}
     interference = each(work, "interference")
     sti = {
-        label: {size: mean(one[size][when][key] for one in interference) for size in interference[0]}
+        label: {size: [one[size][when][key] for one in interference] for size in interference[0]}
         for label, (when, key) in STI.items()
     }
     agreed = [["labels exchanged", *(f"{n:g}" for n in noisy)]]
     agreed.append(["vectors of DPO", *(span(of) for of in noisy.values())])
-    agreed.append(["of RLOO", *(span(rewarded[n]) if n in rewarded else "" for n in noisy)])
+    by_reward = (span(rewarded[n]) if n in rewarded else "" for n in noisy)
+    agreed.append(["of RLOO (the paper's of PPO: .21 to .26)", *by_reward])
     _noise(FOLDER / "noise.png", noisy, rewarded)
     raw = list(sti["STI"].values())
+    told = {label: {size: _span_of_three(of) for size, of in sizes.items()} for label, sizes in sti.items()}
     claims = {
         "Δ₊ and Δ₋ oppose each other for all eight": all(value < 0 for of in sides.values() for value in of),
         "helpful and harmless stand at an acute angle": min(between) > 0,
         "RLOO's agree less over seeds than DPO's": min(across["helpful"]) > max(rewarded[0.0]),
-        "STI grows with the number": all(a < b for a, b in itertools.pairwise(raw)),
+        "STI grows with the number": all(max(a) < min(b) for a, b in itertools.pairwise(raw)),
     }
     return Item(
         "Angles and interference",
@@ -192,14 +209,16 @@ def geometry(work: Path) -> Item:
         + f". Helpful and harmless: {span(between)}; all 28 pairs of the eight: {span(every)}. "
         f"Helpful over three seeds, each with its own pairs: {span(across['helpful'])}; "
         f"with an A of its own, too: {span(apart)}; with labels by lot: {span(noisy[0.5])}. "
-        "So much of the agreement comes from one A, so much from the labels. All eight start from that A, and so read "
-        "much the same directions of a layer's input, which STI counts as interference; `tsv` brings it to nothing by "
-        "the way it is made. RLOO was not tried on labels by lot",
+        "So much of the agreement comes from one A, so much from the labels. That helpful and harmless stand at right "
+        "angles is a matter of the pairs, in which axes are independent (in those of item 6 they are not). All eight "
+        "start from that A, and so read much the same directions of a layer's input, which STI counts as interference; "
+        "`tsv` brings it to nothing by the way it is made. RLOO was not tried on labels by lot",
         [
-            [["", *AXES], ["cos(Δ₊, Δ₋)", *(span(of) for of in sides.values())],
-             ["over data seeds", *(span(of) for of in across.values())]],
+            [["", *AXES, "the paper's, of helpful and harmless"],
+             ["cos(Δ₊, Δ₋)", *(span(of) for of in sides.values()), "−.71 to −.47"],
+             ["over data seeds", *(span(of) for of in across.values()), ".98 to 1.00"]],
             [["preferences", *sti["STI"]], ["the paper's STI", ".41", "2.33", "", ""],
-             *([label, *(f"{value:.3f}" for value in of.values())] for label, of in sti.items())],
+             *([label, *of.values()] for label, of in told.items())],
             agreed,
         ],
         {"noise.png": "agreement over seeds against label noise"},
@@ -209,6 +228,11 @@ def geometry(work: Path) -> Item:
 
 
 STI = {"STI": ("before", "raw"), "by size": ("before", "by_size"), "STI as `tsv` mixes them": ("in tsv", "raw")}
+
+
+def _span_of_three(values: Sequence[float]) -> str:
+    low, high = (f"{of:.3f}" for of in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _opposed(folder: Path) -> float:
@@ -246,7 +270,7 @@ def knowledge(work: Path) -> Item:
         "flat, within .05, up to 1.5": all(
             abs(known[eta].value - known["0"].value) < 0.05 for eta in ("0.5", "1", "1.5")
         ),
-        "less at 4 than at 0": known["0"].above(known["4"]),
+        "less at 4 than at 0": moved(*([of[eta] for of in seeds] for eta in ("4", "0")), "known").lower,
         "by chance at 4": known["4"].low <= 0.25 <= known["4"].high,
     }
     reached = each(work, "reached")
@@ -256,10 +280,10 @@ def knowledge(work: Path) -> Item:
         verdict(*claims.values()),
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
         + f"; here {short(known['0'].value)} at 0, {short(known['2'].value)} at 2, {short(known['4'].value)} at 4, "
-        f"where {short(at['4']['well-formed'].value)} of the answers are well-formed. "
-        "*known* is the share of facts found likelier than three that are not true of their subject (by chance .25), "
-        "*true facts* that of the facts stated in well-formed answers; both weights are η. Below: how far "
-        "`reach` finds each of three vectors, and each two, to go, and how straight margins are",
+        f"where {short(at['4']['well-formed'].value)} of the answers are well-formed: form goes first here, and facts "
+        "are what the base has read most of. *known* is the share of facts found likelier than three that are not true "
+        "of their subject (by chance .25), *true facts* that of the facts stated in well-formed answers; both weights "
+        "are η. Below: how far `reach` finds each of three vectors, and each two, to go, and how straight margins are",
         [[["η", *names, "the paper's"], *rows], *_reached(reached)],
         figures={eta: {name: asdict(of) for name, of in all_.items()} for eta, all_ in at.items()} | {"reach": reached},
     )
@@ -304,30 +328,33 @@ def correlation(work: Path) -> Item:
     for strength in CORRELATIONS:
         seeds = [found(work, f"correlated {strength} {seed}") for seed in SEEDS]
         cosines = [_together(work / (f"correlated{strength}-{seed}" if strength else f"seed{seed}")) for seed in SEEDS]
-        spans = {
-            f"{one} moves {other}": moved([of[f"{one} 1"] for of in seeds], [of[f"{one} -1"] for of in seeds], other)
+        by_prompt = {
+            f"{one} moves {other}": rises([of[f"{one} 1"] for of in seeds], [of[f"{one} -1"] for of in seeds], other)
             for one, other in both
         }
+        spans = {name: Found.of(of) for name, of in by_prompt.items()}
         rows.append([short(strength), span(cosines), *map(str, spans.values())])
-        figures[strength] = {"cosines": cosines, "spans": spans}
+        figures[strength] = {"cosines": cosines, "spans": spans, "by prompt": by_prompt}
     ends = [figures[strength] for strength in (CORRELATIONS[0], CORRELATIONS[-1])]
     turned = max(ends[0]["cosines"]) < min(ends[1]["cosines"])
-    leaks = {name: ends[1]["spans"][name].above(ends[0]["spans"][name]) for name in
-             (f"{first} moves {second}", f"{second} moves {first}")}  # fmt: skip
+    leaks = {}
+    for name in (f"{first} moves {second}", f"{second} moves {first}"):
+        low, high = ([{"rise": seed} for seed in end["by prompt"][name]] for end in ends)
+        leaks[name] = moved(high, low, "rise")
     return Item(
         "Two axes that go together",
         "Not in the paper: pairs in which two axes are correlated, from −.8 to .8.",
         "They come together"
-        if turned and all(leaks.values())
+        if turned and all(of.higher for of in leaks.values())
         else "Mixed"
-        if turned or any(leaks.values())
+        if turned or any(of.higher for of in leaks.values())
         else "Apart",
         f"the vectors' cosine is larger at .8 than at −.8 on every seed: {yes(turned)}; "
-        + "; ".join(f"{name} more at .8 than at −.8: {yes(holds)}" for name, holds in leaks.items())
+        + "; ".join(f"{name} more at .8 than at −.8: {of.told}" for name, of in leaks.items())
         + ". *moves* is what turning a weight from −1 to 1 adds to a grade",
         [[["correlation", f"cos of {first} and {second}", *(f"{one} moves {other}" for one, other in both)], *rows]],
         figures={
-            strength: {**of, "spans": {name: asdict(one) for name, one in of["spans"].items()}}
+            strength: {"cosines": of["cosines"], "spans": {name: asdict(one) for name, one in of["spans"].items()}}
             for strength, of in figures.items()
         },
     )

@@ -248,12 +248,12 @@ def volume(front: Front) -> float:
     return area
 
 
-def above(front: Front, others: Front) -> float:
-    """How much more helpfulness a front has at the others' verbosities, on the average of those it comes down to."""
+def gaps(front: Front, others: Front) -> NDArray[np.float64]:
+    """How much more helpfulness a front has at each of the others' verbosities that it comes down to."""
     ordered = front[front[:, 1].argsort()]
     compared = others[others[:, 1] >= ordered[0, 1]]
-    reached = np.interp(compared[:, 1], ordered[:, 1], np.maximum.accumulate(ordered[:, 0]))
-    return float((reached - compared[:, 0]).mean())
+    reached: NDArray[np.float64] = np.interp(compared[:, 1], ordered[:, 1], np.maximum.accumulate(ordered[:, 0]))
+    return reached - compared[:, 0]
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -294,7 +294,8 @@ def compared(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -
         figures[f"volume {label} - {before}"] = lambda of, a=label, b=before: volume(of[a]) - volume(of[b])
     for label in ITERATIONS[1:]:
         for rival in ("SFT", "DPO", "SteerLM", "vectors"):
-            figures[f"{label} above {rival}"] = lambda of, a=label, b=rival: above(of[a], of[b])
+            figures[f"{label} above {rival}"] = lambda of, a=label, b=rival: float(gaps(of[a], of[b]).mean())
+            figures[f"{label} above {rival}, least"] = lambda of, a=label, b=rival: float(gaps(of[a], of[b]).min())
     fronts = [{label: points(one) for label, one in seed.items()} for seed in found]
     samples: dict[str, list[float]] = {name: [] for name in figures}
     for drawn in resampled(found, which):
@@ -372,7 +373,7 @@ def infeasible(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, 
     directed = np.mean([points(seed[label]) for seed in found], 0)
     formed = {name: round(float(np.mean([seed[name][..., 2].mean() for seed in found])), 4) for name in found[0]}
     answered = [round(float(value), 3) for value in np.mean(asked, 0)]
-    reached = above(directed, np.mean(asked, 0)[None])
+    reached = float(gaps(directed, np.mean(asked, 0)[None]).mean())
     return {"SteerLM answers": dict(zip(OBJECTIVES, answered, strict=True)), f"{label} above it": round(reached, 4)} | {
         "well-formed": formed
     }
