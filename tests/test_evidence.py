@@ -52,7 +52,7 @@ def test_a_mean_is_over_all_seeds_and_prompts_they_share_are_drawn_together(item
 
 
 def test_what_rises_with_every_prompt_is_told_apart_though_means_overlap(item: ModuleType) -> None:
-    grades = [[0.1, 0.5, 0.9, None], [0.2, 0.6, 0.9, 0.3], [0.1, 0.9, 0.4, 0.6]]
+    grades: list[list[float | None]] = [[0.1, 0.5, 0.9, None], [0.2, 0.6, 0.9, 0.3], [0.1, 0.9, 0.4, 0.6]]
     before, after = ([{"grade": [value and value + more for value in of]} for of in grades] for more in (0.0, 0.02))
     rise = item.moved(after, before, "grade")
     assert rise.value == pytest.approx(0.02)

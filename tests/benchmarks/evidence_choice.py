@@ -170,8 +170,8 @@ def open_questions(work: Path) -> Item:
         "Open questions of the first paper: how to choose η without a sweep; how to compose knowing of interference.",
         "Answered in small" if all(equal) and all(within) else OTHERWISE,
         f"`tune` scored no less than the best of a grid of 25 points: {yes(all(equal))}, {sum(equal)} of {len(equal)}; "
-        f"in at most a tenth of its time: {yes(all(within))}, {sum(within)} of {len(within)}, {span(shares)}, by a "
-        "recipe of these two preferences alone. Help "
+        f"in at most a tenth of its time: {yes(all(within))}, {sum(within)} of {len(within)}, {span(shares)}, both by "
+        "a recipe that holds the two preferences alone. Help "
         "needs words, so that of the second aims each is had at the other's cost. By the worst preference's gain, "
         f"beyond both deviations over seeds, plain addition is beaten by, {told}",
         [
