@@ -18,7 +18,6 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 
 STEP, STEPS = 0.5, 8  # weights that are tried: so far apart, so many
-LOOKS = (STEPS + 1).bit_length()  # at most, that finding the last good one of them takes
 SIGNS = tuple(product((1.0, -1.0), repeat=2))  # of two weights that are turned alike
 TRIED = (-1.0, -0.5, 0.5, 1.0)  # weights that margins are looked at
 KL = "KL a token"
@@ -64,17 +63,13 @@ class Walk:
         self.liked: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
 
     def side(self, one: Weights) -> Side:
-        """How many times these weights: as what breaks stays broken farther out, the half is looked at first."""
-        good, breaks, beyond = 0, "", STEPS
-        while good < beyond:
-            middle = (good + beyond + 1) // 2
-            told = {name: STEP * middle * weight for name, weight in one.items()}
+        """How many times these weights, step by step: what breaks may hold again farther out."""
+        for step in range(1, STEPS + 1):
+            told = {name: STEP * step * weight for name, weight in one.items()}
             self.report(",".join(f"{name}={weight:g}" for name, weight in told.items()))
             if found := self.limits.broken(self.start, self._look(told)):
-                beyond, breaks = middle - 1, found
-            else:
-                good = middle
-        return Side(STEP * good, breaks)
+                return Side(STEP * (step - 1), found)
+        return Side(STEP * STEPS, "")
 
     def margins(self, weights: Weights) -> dict[str, float]:
         """Each preference's mean margin on held-out pairs; read once, as every pair asks for those of its two."""
@@ -112,7 +107,7 @@ def run(
     for lack in contest.arena.exam.lacks:
         screen.warn(lack)
     pairs = list(combinations(names, 2))
-    most = LOOKS * (2 * len(names) + len(SIGNS) * len(pairs))
+    most = STEPS * (2 * len(names) + len(SIGNS) * len(pairs))
     with (
         runs.claim(target, screen, force=force) as staging,
         screen.progress("looks", most) as progress,

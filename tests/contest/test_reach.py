@@ -58,8 +58,8 @@ def test_it_ends_where_the_next_step_breaks_something(reached: dict[str, Any], t
     for name, of in reached["alone"].items():
         for side, sign in (("up", 1), ("down", -1)):
             good, beyond = (sign * (of[side]["to"] + more) for more in (0.0, 0.5))
-            if good:
-                assert known.get(f"{name}={good:g}", 0.0) <= NATS
+            for step in range(1, round(abs(good) / 0.5) + 1):
+                assert known[f"{name}={sign * step * 0.5:g}"] <= NATS, "each was looked at"
             if of[side]["breaks"]:
                 ends += 1
                 assert of[side]["breaks"].startswith(KL)
