@@ -1,6 +1,5 @@
 """Weights by gradient beside the best of a grid: `tune` and `sweep` on the built-in world, by a recipe that holds the
-preferences at hand and nothing else, so that the grid takes no time for what `tune` would not look at. For the first
-aims the grid is timed by the demo's own recipe, too, which measures six more preferences, and facts.
+preferences at hand and nothing else, so that the grid takes no time for what `tune` would not look at.
 
 Each seed has vectors of its own, from its own pairs. Both ways choose by one part of the prompts; what they chose
 answers another, and the oracle grades it: Σ aim · its score. Of the first two preferences both can be had whole; help
@@ -35,7 +34,6 @@ KINDS = ("eval.prompts", "eval.risky")
 TO_CHOOSE_BY = [f'{key}="demo:prompts?risky={risky}&part=dev"' for risky, key in enumerate(KINDS)]
 FRESH = [f'{key}="demo:prompts?risky={risky}&part=test"' for risky, key in enumerate(KINDS)]  # parts share no prompt
 PROMPTS, TRIED = 256, 3  # of each kind, and seeds that the fresh answers are drawn with
-SHARE, OF_WHOLE = "tune's share of the grid's time", "tune's share of the time of the grid by the whole recipe"
 
 
 def command(folder: Path, *words: str) -> tuple[dict[str, Any], float]:
@@ -74,20 +72,10 @@ def _recipe_with(names: Iterable[str]) -> str:
 def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     """The best point of the grid, with nothing known before."""
     folder, data = trained(seed, aims, work)
-    made, seconds = command(folder, "sweep", *_grid(aims), "--force", *data)
+    made, seconds = command(folder, "sweep", *(f"{name}=-1:1:0.5" for name in aims), "--force", *data)
     points = list(csv.DictReader((folder / made["sweep"] / "points.csv").open(encoding="utf-8")))
     best = max(points, key=lambda row: sum(aim * float(row[f"oracle: {name}"]) for name, aim in aims.items()))
     return {"weights": best["contestant"], "points": len(points), "seconds": round(seconds, 1)}
-
-
-def swept_whole(seed: int, aims: Aims, work: Path) -> float:
-    """Seconds that the grid takes as the demo's own recipe has it."""
-    folder, data = trained(seed, aims, work)
-    return round(command(folder, "sweep", *_grid(aims), "--recipe", "demo", "--name", "whole", "--force", *data)[1], 1)
-
-
-def _grid(names: Iterable[str]) -> list[str]:
-    return [f"{name}=-1:1:0.5" for name in names]
 
 
 def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
@@ -123,12 +111,9 @@ def compared(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
         for draw in range(100, 100 + TRIED)
     ]
     means = {of: round(sum(one[of] for one in sums) / len(sums), 4) for of in sums[0]}
-    shares = {SHARE: round(climb["seconds"] / grid["seconds"], 3)}
-    if aims == AIMS[0]:
-        whole = once(work, f"swept whole {name}", partial(swept_whole, seed, aims, work))
-        shares[OF_WHOLE] = round(climb["seconds"] / whole, 3)
+    share = round(climb["seconds"] / grid["seconds"], 3)
     drawn = {f"{way}: scores": [round(one[f"{way}: score"], 4) for one in sums] for way in everyone}
-    return {"grid": grid, "tune": climb, **shares, **means, **drawn}
+    return {"grid": grid, "tune": climb, "tune's share of the grid's time": share, **means, **drawn}
 
 
 def main() -> None:
