@@ -40,11 +40,15 @@ def record(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the code that was measured, where it is known; of what a resumed benchmark ended with."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip()
+    """Of the code that was measured, where it is known; of what a resumed benchmark ended with. What benchmarks have
+    written before is no code."""
+
+    def git(*words: str) -> str:
+        told = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        return told.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":!results", ":!evidence")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def once(work: Path, name: str, make: Callable[[], Any]) -> Any:
