@@ -34,14 +34,14 @@ def lines(items: Sequence[Item], seconds: float, in_one_go: Mapping[str, int] | 
     yield (
         "The built-in world, its base of 0.9 M parameters in 4-bit, graded by its oracle: three data seeds, test "
         "prompts that nothing was chosen by, 95 % intervals over prompts. Grades are means over well-formed answers. "
-        "What items 1, 2, 3, 5 and 6 say is more or less than something else is so prompt by prompt, with an "
+        "What items 1, 2, 3, 5, 6 and 8 say is more or less than something else is so prompt by prompt, with an "
         "interval that leaves out 0, and on every seed; the others say what they go by. `just evidence` makes this "
         "page; the figures behind it are in [evidence.json](evidence.json). A verdict says whether a claim held "
         "here, by a rule written before it was looked at, with these exceptions. Harder since: both of the first "
         "preferences have to pay (3), a direction of one's own has to beat one for all (7), `tune` has second aims "
-        "(9), and facts are set against ones that are true of others alone (5). Easier since: differences are taken "
-        f"prompt by prompt, where intervals of two means had to lie apart. All jobs took {seconds / 60:.0f} minutes "
-        f"of one core, {sittings}."
+        "(9), fronts have to lie apart on every seed (8), and facts are set against ones that are true of others "
+        "alone (5). Easier since: differences are taken prompt by prompt, where intervals of two means had to lie "
+        f"apart. All jobs took {seconds / 60:.0f} minutes of one core, {sittings}."
     )
     yield ""
     yield "| | verdict |"
