@@ -90,7 +90,8 @@ def fronts(work: Path) -> Item:
         "before (figure 4); figure 5 sets wins beside lengths. Both are drawn without numbers. Vectors were not "
         "compared.",
         verdict(*(len(of) == len(others) for of in beaten.values()), len(grown) == len(iterations)),
-        "above at the others' verbosities, on the average of their points, with intervals apart from 0 and on every seed: "
+        "above at the others' verbosities, on the average of their points, with intervals apart from 0 and on every "
+        "seed: "
         + "; ".join(f"{t} above {', '.join(of) or 'none'}" for t, of in beaten.items())
         + "; at every one of their points, likewise: "
         + "; ".join(f"{t} above {', '.join(of) or 'none'}" for t, of in everywhere.items())
