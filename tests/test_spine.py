@@ -334,7 +334,7 @@ def test_a_signal_ends_a_run_and_leaves_nothing_half_done(number: int, code: int
 
 def test_a_conversation_with_the_newest_mix(workspace: Path) -> None:
     assert call(workspace, "merge", "--weights", "helpful=1,harmless=0.5").code == 0
-    terminal = Terminal(workspace, "chat")
+    terminal = Terminal(workspace, "chat", "--seed", "3")
     assert "helpful=1 harmless=0.5" in terminal.wait_for("› ")
     assert "." in terminal.say("Tell me about rain.")
     os.write(terminal.screen, b"\x04")
@@ -431,7 +431,7 @@ def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> N
         assert data["answers_cut"] > 0
         assert run["metrics"]["first_margin"] == pytest.approx(0, abs=1e-5)
     assert cli("merge", "--weights", "good=0.5,brief=0.5").code == 0
-    spoken = cli("chat", "--prompt", "Once upon a time", "--max-new-tokens", "20", *words)
+    spoken = cli("chat", "--prompt", "Once upon a time", "--max-new-tokens", "20", "--seed", "1", *words)
     assert spoken.code == 0, spoken.err
     assert len(spoken.out.split()) > 3
 
