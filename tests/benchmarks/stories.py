@@ -12,13 +12,18 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from pyarrow.parquet import read_table
 from report import once, save
+
+from lora_align.evaluate import estimates
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.content }}"
@@ -90,6 +95,7 @@ GOES_ON = (
     "was playing",
 )
 STORIES, LONGEST = 4, 320  # told to each beginning, and their tokens
+ORDINARY = 20  # one story of so many is ordinary text, which nothing learns from
 SPEECH = re.compile(r'"[^"]+"')
 NAME = "stories"
 TOLD = ("reward: speech", "words", "ended", "distinct", "KL", "text loss")
@@ -124,7 +130,8 @@ def told(folder: Path) -> dict[str, Any]:
     words = ["generate", "--prompts", "learned.txt", "--out", "stories.jsonl", "-n", str(STORIES)]
     command(folder, *words, "--max-new-tokens", str(LONGEST))
     stories = [json.loads(line) for line in (folder / "stories.jsonl").read_text().splitlines()]
-    ended = [row for row in stories if row["ended"]]
+    whole = [row for row in stories if row["ended"]]
+    ordinary, ended = whole[::ORDINARY], [row for i, row in enumerate(whole) if i % ORDINARY]
     rated = [{**_said(row), "speech": min(len(SPEECH.findall(row["response"])), 4)} for row in ended]
     pairs = []
     for prompt, some in itertools.groupby(ended, key=lambda row: row["prompt"]):
@@ -132,8 +139,8 @@ def told(folder: Path) -> dict[str, Any]:
         pairs += [{"prompt": prompt, "chosen": one, "rejected": other} for one, other in itertools.pairwise(texts)]
     _write(folder / "rated.jsonl", rated)
     _write(folder / "pairs.jsonl", pairs)
-    (folder / "text.txt").write_text("\n".join(row["response"].replace("\n", " ") for row in ended[::20]) + "\n")
-    return {"stories": len(stories), "ended by themselves": len(ended), "pairs": len(pairs)}
+    (folder / "text.txt").write_text("\n".join(row["response"].replace("\n", " ") for row in ordinary) + "\n")
+    return {"stories": len(stories), "ended by themselves": len(whole), "pairs": len(pairs)}
 
 
 def _said(row: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +167,8 @@ def trained(folder: Path) -> list[dict[str, Any]]:
 
 
 def swept(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The grid: of each point some figures, mean and interval. Its page is copied."""
+    """The grid: of each point some figures, mean and interval; and how often somebody speaks in its stories, counted.
+    Its page is copied."""
     report = folder / "runs" / "sweep" / NAME
     command(folder, "sweep", *GRID, "--also", "base", "--by", "reward", "--name", NAME, "--force")
     page = (report / "report.html").read_text(encoding="utf-8")
@@ -168,10 +176,16 @@ def swept(folder: Path) -> dict[str, dict[str, list[float]]]:
     published = Path(__file__).parent / "evidence" / "stories.html"
     published.write_text(page.replace(where, Path(where).name), encoding="utf-8")
     points = json.loads((report / "points.json").read_text())
-    return {point["contestant"]: {name: _mean(point["figures"][name]) for name in TOLD} for point in points}
+    figures = {point["contestant"]: {name: _mean(point["figures"][name]) for name in TOLD} for point in points}
+    stories = read_table(report / "answers.parquet").to_pylist()
+    for contestant, of in figures.items():
+        own = [row for row in stories if row["contestant"] == contestant]
+        spoken = [float(len(SPEECH.findall(row["answer"]))) for row in own]
+        of["quotations, counted"] = _mean(asdict(estimates.mean(spoken, [row["prompt"] for row in own])))
+    return figures
 
 
-def _mean(figure: dict[str, float]) -> list[float]:
+def _mean(figure: Mapping[str, float]) -> list[float]:
     return [round(figure[name], 3) for name in ("value", "low", "high")]
 
 
