@@ -19,10 +19,9 @@ from lora_align.evaluate import refusals
 from lora_align.model.sampler import Embedded
 from lora_align.recipe import Recipe
 
-STEPS = 8
-FIRST, LONGEST = 0.5, 1.0  # how far a step goes
-LEAST = 0.003  # share of pairs, by the aims, that a step has to gain for another to be taken
-HALVED = 4  # times, at most, where it would go down
+STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
+LEAST = 0.001  # share of pairs, by the aims, that a step has to promise for it to be taken, and to gain for another
+TRIES, NEARER = 4, (0.2, 0.5)  # of a step that would go down, and what each can be of the one before
 BACKWARDS, SPARE = 8, 0.995  # steps towards no weights where a bound is passed, and what each goes farther than needed
 BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
 
@@ -87,14 +86,14 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
     come to its bound stays there while the slope leads beyond."""
     most = hill.bounds.weight
     here = hill.at(torch.zeros(len(hill.names)))
-    inverse = FIRST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.names))
+    inverse = LONGEST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.names))
     for step in range(1, STEPS + 1):
         free = (here.weights.abs() < most) | (here.weights * here.slope < 0)
         way = free * (inverse @ (free * here.slope))
         way = way * min(1.0, LONGEST / max(float(way.norm()), 1e-9))
-        goals = ((here.weights + way / 2**half).clamp(-most, most) for half in range(HALVED))
-        there = next((place for place in map(hill.at, goals) if place.height > here.height), here)
-        moved, bent, gain = there.weights - here.weights, here.slope - there.slope, there.height - here.height
+        there = _higher(hill, here, way)
+        moved, gain = there.weights - here.weights, there.height - here.height
+        bent = (moved != 0) * (here.slope - there.slope)  # what stays at a bound has no say in how others go on
         here = there
         report(step, {name: f"{weight:.2f}" for name, weight in _named(hill, here.weights).items()})
         if gain < LEAST:
@@ -103,6 +102,22 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
             left = torch.eye(len(moved)) - torch.outer(moved, bent) / (moved @ bent)
             inverse = left @ inverse @ left.T + torch.outer(moved, moved) / (moved @ bent)
     return here, STEPS
+
+
+def _higher(hill: Hill, here: Place, way: torch.Tensor) -> Place:
+    """Along the way, or here: where it would go down, to the top of the parabola that has this slope and goes through
+    that place. On the way to a top half of what the slope promises is gained."""
+    most = hill.bounds.weight
+    for _ in range(TRIES):
+        goal = (here.weights + way).clamp(-most, most)
+        promised = float((goal - here.weights) @ here.slope)
+        if promised / 2 < LEAST:
+            break
+        there = hill.at(goal)
+        if there.height > here.height:
+            return there
+        way = way * min(max(promised / (2 * (promised + here.height - there.height)), NEARER[0]), NEARER[1])
+    return here
 
 
 def parts(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
