@@ -28,6 +28,7 @@ demo-base:
 # Measure, and keep the results in tests/benchmarks/results/.
 bench:
     .venv/bin/python tests/benchmarks/startup.py
+    .venv/bin/python tests/benchmarks/crowded.py
     .venv/bin/python tests/benchmarks/packing.py
     .venv/bin/python tests/benchmarks/sampling.py
     .venv/bin/python tests/benchmarks/kills.py

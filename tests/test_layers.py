@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,19 @@ def test_light_commands_import_neither_torch_nor_transformers(words: list[str], 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=trained, timeout=60)
     assert f"code {code}" in done.stdout, done.stderr
     assert "heavy []" in done.stdout
+
+
+@pytest.mark.parametrize(("chosen", "turns"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_torch_s_threads_wait_as_the_package_or_its_user_says(chosen: dict[str, str], turns: str) -> None:
+    set_before = {key: of for key, of in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = subprocess.run(  # libgomp says what it goes by when it is loaded
+        [sys.executable, "-c", "import lora_align.cli, torch"],
+        env={**set_before, "OMP_DISPLAY_ENV": "verbose", **chosen},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{turns}'" in told.stderr
 
 
 def test_every_option_of_a_recipe_is_read_somewhere() -> None:
