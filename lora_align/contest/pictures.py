@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from lora_align.contest.goals import Score
 from lora_align.contest.point import Point
@@ -79,6 +81,7 @@ def front(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
     places = [(point.figures[first.name].value, point.figures[second.name].value) for point in known]
     worths = [(first.worth(point.figures), second.worth(point.figures)) for point in known]
     best = sorted(places[i] for i in pareto.front(worths))
+    names = []
     for point, (x, y) in zip(known, places, strict=True):
         inside = point.weights is not None
         across, up = point.figures[first.name], point.figures[second.name]
@@ -88,7 +91,9 @@ def front(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
         )  # fmt: skip
         if not inside or (x, y) in best:
             name = ", ".join(f"{w:g}" for w in point.weights.values()) if point.weights is not None else point.word
-            panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
+            names.append(
+                panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
+            )
     panel.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle="--", zorder=1)
     axes = next((list(point.weights) for point in known if point.weights is not None), [])
     panel.set(xlabel=str(first), ylabel=str(second))
@@ -98,7 +103,19 @@ def front(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
     if axes:
         panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
     _plain(panel)
+    picture.draw_without_rendering()  # names have their places from here on
+    _without_overlap(names)
     return picture
+
+
+def _without_overlap(names: Sequence[Annotation]) -> None:
+    """A name that would lie on one before it is left out: the page's table has them all."""
+    shown: list[Bbox] = []
+    for name in names:
+        box = name.get_window_extent()
+        name.set_visible(not any(map(box.overlaps, shown)))
+        if name.get_visible():
+            shown.append(box)
 
 
 def lengths(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:

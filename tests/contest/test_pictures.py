@@ -1,5 +1,6 @@
 """Pictures of a sweep, read back from their axes: what is drawn where, and which way is better."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -46,6 +47,16 @@ def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[Poi
     joined = next(line for line in panel.lines if line.get_linestyle() == "--")
     assert list(zip(*joined.get_data(), strict=True)) == [(5.0, 20.0), (50.0, 60.0), (90.0, 110.0)]
     assert pictures.front({"brief": SCORES["brief"]}, grid) is None
+
+
+def test_names_lie_on_no_other_name(grid: list[Point]) -> None:
+    twin = Point("twin", None, None, grid[-1].measured, grid[-1].figures, {})
+    picture = pictures.front(SCORES, [*grid, twin])
+    assert picture
+    shown = [name for name in picture.axes[0].texts if name.get_visible()]
+    assert [name.get_text() for name in shown] == ["0, 1", "1, 0", "1, 1"]
+    boxes = [name.get_window_extent() for name in shown]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_a_curve_leaves_the_other_weights_at_0(grid: list[Point]) -> None:
