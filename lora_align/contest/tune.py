@@ -20,6 +20,7 @@ from lora_align.model.sampler import Embedded
 from lora_align.recipe import Recipe
 
 STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
+LONGER = 2.0  # times as far as the step before
 LEAST = 0.001  # share of pairs, by the aims, that a step has to promise for it to be taken, and to gain for another
 TRIES, NEARER = 4, (0.2, 0.5)  # of a step that would go down, and what each can be of the one before
 BACKWARDS, SPARE = 8, 0.995  # steps towards no weights where a bound is passed, and what each goes farther than needed
@@ -86,15 +87,15 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
     come to its bound stays there while the slope leads beyond."""
     most = hill.bounds.weight
     here = hill.at(torch.zeros(len(hill.names)))
-    inverse = LONGEST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.names))
+    inverse, longest = LONGEST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.names)), LONGEST
     for step in range(1, STEPS + 1):
         free = (here.weights.abs() < most) | (here.weights * here.slope < 0)
         way = free * (inverse @ (free * here.slope))
-        way = way * min(1.0, LONGEST / max(float(way.norm()), 1e-9))
+        way = way * min(1.0, longest / max(float(way.norm()), 1e-9))
         there = _higher(hill, here, way)
         moved, gain = there.weights - here.weights, there.height - here.height
         bent = (moved != 0) * (here.slope - there.slope)  # what stays at a bound has no say in how others go on
-        here = there
+        here, longest = there, min(LONGEST, LONGER * float(moved.norm()))
         report(step, {name: f"{weight:.2f}" for name, weight in _named(hill, here.weights).items()})
         if gain < LEAST:
             return here, step
