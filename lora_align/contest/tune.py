@@ -21,6 +21,7 @@ from lora_align.recipe import Recipe
 
 STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
 LONGER = 2.0  # times as far as the step before
+EDGE = 0.99  # a weight so near to its bound, in shares of it, is at its bound
 LEAST = 0.001  # share of pairs, by the aims, that a step has to promise for it to be taken, and to gain for another
 TRIES, NEARER = 4, (0.2, 0.5)  # of a step that would go down, and what each can be of the one before
 BACKWARDS, SPARE = 8, 0.995  # steps towards no weights where a bound is passed, and what each goes farther than needed
@@ -111,6 +112,7 @@ def _higher(hill: Hill, here: Place, way: torch.Tensor) -> Place:
     most = hill.bounds.weight
     for _ in range(TRIES):
         goal = (here.weights + way).clamp(-most, most)
+        goal = torch.where(goal.abs() > EDGE * most, most * goal.sign(), goal)
         promised = float((goal - here.weights) @ here.slope)
         if promised / 2 < LEAST:
             break
