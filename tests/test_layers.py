@@ -77,7 +77,10 @@ def test_light_commands_import_neither_torch_nor_transformers(words: list[str], 
     assert "heavy []" in done.stdout
 
 
-@pytest.mark.parametrize(("chosen", "turns"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+@pytest.mark.parametrize(
+    ("chosen", "turns"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
+)
 def test_torch_s_threads_wait_as_the_package_or_its_user_says(chosen: dict[str, str], turns: str) -> None:
     set_before = {key: of for key, of in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     told = subprocess.run(  # libgomp says what it goes by when it is loaded

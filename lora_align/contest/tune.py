@@ -20,8 +20,8 @@ from lora_align.model.sampler import Embedded
 from lora_align.recipe import Recipe
 
 STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
-LONGER = 2.0  # times as far as the step before
-EDGE = 0.99  # a weight so near to its bound, in shares of it, is at its bound
+LONGER = 2.0  # times as far as the step before, at most: where a bound stops one, the next would run into it again
+EDGE = 0.99  # of its bound: a weight that comes so near to it is at it
 LEAST = 0.001  # share of pairs, by the aims, that a step has to promise for it to be taken, and to gain for another
 TRIES, NEARER = 4, (0.2, 0.5)  # of a step that would go down, and what each can be of the one before
 BACKWARDS, SPARE = 8, 0.995  # steps towards no weights where a bound is passed, and what each goes farther than needed

@@ -29,7 +29,7 @@ from lora_align.demo.oracle import AXES
 
 AIMS = ({"helpful": 0.6, "harmless": 0.4}, {"helpful": 0.6, "brief": 0.4})
 Aims = dict[str, float]
-SEEDS = (401, 402, 403)  # settings were chosen on 301
+SEEDS = (401, 402, 403)  # settings were chosen on 301, but tune.LONGER and tune.EDGE after a look at 403
 KINDS = ("eval.prompts", "eval.risky")
 TO_CHOOSE_BY = [f'{key}="demo:prompts?risky={risky}&part=dev"' for risky, key in enumerate(KINDS)]
 FRESH = [f'{key}="demo:prompts?risky={risky}&part=test"' for risky, key in enumerate(KINDS)]  # parts share no prompt
