@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lora_align import processes, recipe, runs
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
+from lora_align.model.dequantised import keep_dequantised
 from lora_align.model.divided import divide
 
 if TYPE_CHECKING:
@@ -56,13 +57,16 @@ class Base:
         }
 
     def load(self, keep_from: int = KEEP_QUANTIZED_FROM) -> PreTrainedModel:
-        """The frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
+        """Load the frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
         weights = sum(file.stat().st_size for file in _weights(self.folder))
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
             source = _quantized(self)
         if not self.recipe.fsdp or processes.count() == 1:
-            return _load(source, self.recipe, device())
+            model = _load(source, self.recipe, device())
+            if model.device.type == "cpu":
+                keep_dequantised(model, compute_dtype(self.recipe))
+            return model
         processes.meet()  # who meet for the first time get acquainted
         with FileLock(runs.cache_folder() / ".dividing.lock"):  # one whole base in a machine's memory, not several
             return divide(_load(source, self.recipe, torch.device("cpu")), device())

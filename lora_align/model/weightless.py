@@ -56,6 +56,7 @@ class Shape:
     config: PretrainedConfig
     dtype: torch.dtype
     packed: bool  # in NF4
+    dequantised: bool  # and, on a CPU, once more as they are computed with
     double_quant: bool
     lora: LoraConfig
     checkpointing: bool
@@ -70,6 +71,13 @@ class Shape:
         """Of the whole base, the adapter aside."""
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(self.config).parameters())
+
+    def linears(self) -> int:
+        """Count the weights of the layers that 4-bit quantisation covers: every linear one but the vocabulary's."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        head = model.get_output_embeddings()
+        return sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head)
 
     def cost(self, step: Step) -> Cost:
         """Of one forward and backward pass."""
@@ -119,7 +127,7 @@ class Shape:
             text.layer_types = text.layer_types[:layers]
         with torch.device("meta"), _quietly():
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-            _exchange(model, self.dtype, self.packed)
+            _exchange(model, self.dtype, self.packed, self.dequantised)
             model.train().requires_grad_(False)
             if self.checkpointing:
                 model.gradient_checkpointing_enable()
@@ -140,6 +148,9 @@ class Shape:
                     held = torch.empty(given.numel() // 2, dtype=torch.uint8)
                     frozen += self._scales(given.numel())
                     packed += held.nbytes
+                    if isinstance(module, _Dequantised):
+                        module.dense = torch.empty(given.shape, dtype=self.dtype)
+                        frozen += module.dense.nbytes
                 else:
                     held = torch.empty(given.shape, dtype=torch.float32 if given.requires_grad else given.dtype)
                 filled.setdefault(given, nn.Parameter(held, given.requires_grad))
@@ -216,6 +227,17 @@ class _Packed(Linear4bit):
         return found.to(x.dtype)  # type: ignore[no-any-return]
 
 
+class _Dequantised(_Packed):
+    """A 4-bit layer that keeps its weight dequantised."""
+
+    dense: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = nn.functional.linear(x.to(self.dense.dtype), self.dense)
+        found = found if self.bias is None else found + self.bias
+        return found.to(x.dtype)
+
+
 class _Unpacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
@@ -246,7 +268,7 @@ class _OnePiece(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool) -> None:
+def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequantised: bool) -> None:
     """Layers for those that take what they do; in 4-bit all linear ones but the vocabulary's."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
@@ -256,7 +278,8 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool) -> None:
             if packed and type(layer) is nn.Linear and layer is not head:
                 bias = layer.bias is not None
                 wide, high = layer.in_features, layer.out_features
-                small = _Packed(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
+                kind = _Dequantised if dequantised else _Packed
+                small = kind(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
                 setattr(module, name, small)
 
 

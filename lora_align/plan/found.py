@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from lora_align.model import dequantised
 from lora_align.model.base import Base
 from lora_align.model.weightless import Cost, Shape
 from lora_align.plan.device import Device
@@ -113,7 +114,9 @@ def shape_of(
         config._attn_implementation = "eager"
     packed = recipe.base.quantization == "nf4"
     adapter = training.fresh_adapter(lora, base)
-    return Shape(config, device.dtype, packed, recipe.base.double_quant, adapter, checkpointing, several)
+    shape = Shape(config, device.dtype, packed, False, recipe.base.double_quant, adapter, checkpointing, several)
+    dense = packed and device.cpu and not recipe.base.fsdp and dequantised.fits(shape.linears(), device.dtype)
+    return replace(shape, dequantised=dense)
 
 
 def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None) -> Found:
