@@ -205,7 +205,7 @@ def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> No
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    found = plan.planned(project, base, stage, Device("small", 0.9e9, 1e12, torch.float32, 0.8e9))
+    found = plan.planned(project, base, stage, Device("small", 1e9, 1e12, torch.float32, 0.8e9))
     assert found.fits
     tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
     found = plan.planned(project, base, stage, tight)

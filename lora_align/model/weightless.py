@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from lora_align.model.base import inside
+from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 
 CUTS = (2, 4)  # layers
 COLLECT_EVERY = 50  # operations
@@ -144,11 +144,11 @@ class Shape:
             for name, given in module._parameters.items():
                 if given is None:
                     continue
-                if isinstance(module, _Packed) and name == "weight":
+                if isinstance(module, Linear4bit) and name == "weight":
                     held = torch.empty(given.numel() // 2, dtype=torch.uint8)
                     frozen += self._scales(given.numel())
                     packed += held.nbytes
-                    if isinstance(module, _Dequantised):
+                    if isinstance(module, DequantisedLinear4bit):
                         module.dense = torch.empty(given.shape, dtype=self.dtype)
                         frozen += module.dense.nbytes
                 else:
@@ -227,17 +227,6 @@ class _Packed(Linear4bit):
         return found.to(x.dtype)  # type: ignore[no-any-return]
 
 
-class _Dequantised(_Packed):
-    """A 4-bit layer that keeps its weight dequantised."""
-
-    dense: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = nn.functional.linear(x.to(self.dense.dtype), self.dense)
-        found = found if self.bias is None else found + self.bias
-        return found.to(x.dtype)
-
-
 class _Unpacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
@@ -278,7 +267,7 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequanti
             if packed and type(layer) is nn.Linear and layer is not head:
                 bias = layer.bias is not None
                 wide, high = layer.in_features, layer.out_features
-                kind = _Dequantised if dequantised else _Packed
+                kind = DequantisedLinear4bit if dequantised else _Packed
                 small = kind(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
                 setattr(module, name, small)
 

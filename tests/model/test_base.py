@@ -17,8 +17,8 @@ from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.dequantised import DequantisedLinear4bit
 from lora_align.model.generate import Sampling, stream
+from lora_align.model.nf4 import DequantisedLinear4bit
 from support import small_disk
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -79,7 +79,7 @@ def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(
 
 def _loaded(base: Base, dequantised: bool, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """Load a base with the memory for dequantised weights, or without."""
-    monkeypatch.setattr("lora_align.model.dequantised.SHARE", 1.0 if dequantised else 0.0)
+    monkeypatch.setattr("lora_align.model.nf4.SHARE", 1.0 if dequantised else 0.0)
     model = base.load()
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert layers
