@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model.divided import is_divided
 from lora_align.model.room import Room
 
@@ -40,6 +40,8 @@ class Head:
             theirs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
             ours = head.logits(states).log_softmax(-1)
+        if theirs.isnan().any():
+            raise _not_finite(model)
         if not torch.allclose(ours, theirs, atol=CLOSE):
             raise UserError(f"{type(model).__name__} computes its logits in a way that is not supported")
         return head
@@ -285,6 +287,18 @@ def answer_logprobs(
         left = left[room.attempt(some, least=lengths[left[0]]) or 0 :]
         report(len(rows) - len(left))
     return torch.cat([found[i] for i in range(len(rows))])
+
+
+def _not_finite(model: PreTrainedModel) -> UserError:
+    """Say which weights make logits that are no numbers: those that were trained on the base, or its own."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if any(".lora_" in name for name in broken):
+        return RunFailedError(
+            f"the adapter's weights are not finite ({broken[0]}): training diverged; a lower learning_rate, or a "
+            "lower weight_decay, may help"
+        )
+    where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite: they overflow"
+    return UserError(f"{type(model).__name__} computes logits that are not finite; {where}")
 
 
 def _look(model: PreTrainedModel) -> float:

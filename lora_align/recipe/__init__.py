@@ -48,7 +48,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `table.key=value` overrides."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+    except ValueError as fault:  # of TOML, of UTF-8, or a number of thousands of digits
         raise UserError(f"{path}: not valid TOML: {fault}") from fault
     _with_template(table, path.parent)
     return from_dict(table, str(path), overrides)
@@ -97,7 +97,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: expected table.key=value, as in --set dpo.beta=0.05")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # a number of thousands of digits is text, too
         value = raw.strip()
     for key in keys[:-1]:
         table = table.setdefault(key, {})
