@@ -190,10 +190,12 @@ class Eval:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole project, resolved: every default filled in."""
+    """A whole project, resolved: every default filled in. `source` is set on reading: a built-in recipe's name or a
+    file."""
 
     base: Base
     about: str = ""
+    source: str = ""
     lora: Lora = field(default_factory=Lora)
     preferences: Mapping[str, Preference] = field(default_factory=dict)
     sft: Sft | None = None
