@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_align import processes
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 from lora_align.model.room import Room
 
@@ -50,6 +50,8 @@ class Head:
             theirs = model(input_ids=ids, use_cache=False).logits[0].float()
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
             ours = head.logits(states)
+        if theirs.isnan().any():
+            raise _not_finite(model)
         if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=noise(model, theirs)):
             raise UserError(f"{type(model).__name__} computes its logits in a way that is not supported")
         return head
@@ -345,6 +347,18 @@ def answer_logprobs(
             report(len(found))
         left = [i for i in left if i not in found]
     return torch.cat([found[i] for i in range(len(rows))])
+
+
+def _not_finite(model: PreTrainedModel) -> UserError:
+    """Say which weights make logits that are no numbers: those that were trained on the base, or its own."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if any(".lora_" in name for name in broken):
+        return RunFailedError(
+            f"the adapter's weights are not finite ({broken[0]}): training diverged; a lower learning_rate, or a "
+            "lower weight_decay, may help"
+        )
+    where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite: they overflow"
+    return UserError(f"{type(model).__name__} computes logits that are not finite; {where}")
 
 
 def _look(model: PreTrainedModel) -> float:

@@ -14,7 +14,7 @@ from lora_align.plan.device import device_of
 from lora_align.plan.found import SHARE, gigabytes, planned, shape_of
 from lora_align.plan.measure import drawn, measured
 from lora_align.plan.stage import stage_of
-from lora_align.recipe import Recipe
+from lora_align.recipe import Recipe, flat
 from lora_align.stages import audit
 
 STAGES = ("sft", "dpo", "reward", "rsf")
@@ -117,12 +117,4 @@ def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]
 
 def resolved(recipe: Recipe) -> str:
     """Every value that is in force, a line each, as --set would say it."""
-    return "\n".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in _flat(recipe.as_dict()))
-
-
-def _flat(table_: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table_.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        elif value is not None:
-            yield f"{before}{key}", value
+    return "\n".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flat(recipe.as_dict()))

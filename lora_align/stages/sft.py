@@ -36,7 +36,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     """Train and publish the adapter every preference then starts from."""
     if recipe.sft is None:
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
-    training.check_trackers(recipe.sft)
+    training.check_libraries(recipe.sft)
     target = start_policy.folder(runs_dir)
     runs.refuse_busy(target)
     if not resume:

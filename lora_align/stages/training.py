@@ -28,7 +28,7 @@ from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled import compiled
 from lora_align.model.nf4 import dense_weight
-from lora_align.recipe import Lora, Training
+from lora_align.recipe import Lora, Training, optimizers
 from lora_align.stages.checkpoints import KEPT
 from lora_align.stages.steps import METRICS, Stepping, trainable
 
@@ -95,8 +95,10 @@ def accepted_by_libraries() -> Iterator[None]:
         raise UserError(f"the recipe cannot be trained: {first_line(fault)}") from fault
 
 
-def check_trackers(settings: Training) -> None:
-    """Refuse what `report_to` names and is not there, before anything is read."""
+def check_libraries(settings: Training) -> None:
+    """Refuse an optimizer and trackers whose library is not installed, before anything is read."""
+    if library := optimizers.missing_library(settings.optimizer):
+        raise UserError(f"optimizer {settings.optimizer!r} needs the library {library}, which is not installed")
     for tracker in settings.report_to:
         try:
             for callback in get_reporting_integration_callbacks([tracker]):

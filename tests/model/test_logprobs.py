@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_align import recipe
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model import logprobs
 from lora_align.model.logprobs import Reader, Shared, answer_logprobs, batches, parts
@@ -104,6 +105,19 @@ def test_any_number_at_once_gives_the_same(model: PreTrainedModel) -> None:
         expected = by_hand(model, given).float()
     for tokens in (1, 60, 10_000):
         assert torch.allclose(answer_logprobs(model, given, Room(tokens)), expected, atol=1e-4)
+
+
+def test_weights_that_are_nan_are_named(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    policy = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"]))
+    adapter = model.model.layers[1].mlp.up_proj.lora_B["default"].weight
+    adapter.data[0, 0] = torch.nan
+    with pytest.raises(RunFailedError, match=r"adapter's weights are not finite \(model.layers.1.*training diverged"):
+        Reader.of(model)
+    model = policy.unload()
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(UserError, match=r"logits that are not finite; its weights are not finite \(model.norm"):
+        Reader.of(model)
 
 
 def test_parts_hold_every_row_once_and_keep_to_their_budget() -> None:
