@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_align.console import inert, table
+from lora_align.console import table
 from lora_align.data import forms, pairs, sources
 from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
@@ -115,7 +115,7 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
 
 def told(facts: Mapping[str, Any]) -> str:
     """Rows, then tables, then what is odd."""
-    parts = ["\n".join(f"{name}: {inert(row[name])}" for name in SIDES) for row in facts["shown"]]
+    parts = ["\n".join(f"{name}: {row[name]}" for name in SIDES) for row in facts["shown"]]
     parts.append(
         f"{facts['source']} by {facts['rank']}: {facts['read']:,} rows, {facts['usable']:,} pairs of "
         f"{facts['prompts']:,} prompts, {facts['held_out']:,} held out"
