@@ -97,9 +97,9 @@ class Wrapper:
         if cells > self.columns and " " in word:  # a command that is longer than a line
             return "".join(map(self.put, re.findall(r"\S+|\s", word)))
         blanks, self.blanks = self.blanks, ""
-        if self.used and self.used + _cells(blanks) + cells > self.columns:
-            self.used = 0
-            return "\n" + self._placed(word)
+        if self.used + _cells(blanks) + cells > self.columns:
+            end, self.used = "\n" if self.used else "", 0
+            return end + self._placed(word)
         return self._placed(blanks + word)
 
     def _placed(self, text: str) -> str:
@@ -280,6 +280,11 @@ def clock(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun: `1 pair`, `1,024 pairs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:

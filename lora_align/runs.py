@@ -108,8 +108,9 @@ def read(path: Path) -> Run:
 def _check_types(manifest: Manifest) -> None:
     """Raise where a value is of another type than every reader relies on."""
     for known in fields(manifest):
-        expected, value = get_origin(known.type) or known.type, getattr(manifest, known.name)
-        if not isinstance(value, expected):  # type: ignore[arg-type]
+        expected: Any = get_origin(known.type) or known.type
+        value = getattr(manifest, known.name)
+        if not isinstance(value, expected):
             raise TypeError(f"{known.name} is of type {type(value).__name__}")
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]

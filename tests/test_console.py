@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.console import Screen, Wrapper, clock, inert, library_log, rate, table
+from lora_align.console import Screen, Wrapper, clock, count, inert, library_log, rate, table
 from support import Terminal
 
 
@@ -140,6 +140,10 @@ def test_tables_and_clocks() -> None:
     assert table(["name"], []).splitlines() == ["name", "────"]
     assert [clock(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
     assert [rate(s) for s in (0.004, 0.3125, 4.1)] == ["250/s", "3.2/s", "4.1 s each"]
+
+
+def test_counted_nouns_are_singular_for_one() -> None:
+    assert [count(n, "pair") for n in (0, 1, 2, 1024)] == ["0 pairs", "1 pair", "2 pairs", "1,024 pairs"]
 
 
 def test_what_libraries_say_goes_to_a_file_made_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_align import runs
 from lora_align.chat.session import Policy, Session
-from lora_align.console import Screen, inert
+from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
@@ -135,7 +135,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
             for doubt in session.turn(session.nothing_but(weights)):
                 screen.warn(doubt)
             text = "".join(session.answer(replace(session.sampling, seed=session.sampling.seed or 0)))
-            answers.append(Text(inert(f"{text}\n({session.tokens} tokens)")))
+            answers.append(Text(inert(f"{text}\n({count(session.tokens, 'token')})")))
             table.add_column(Text(inert(setting)), ratio=1)
     finally:
         session.turns = turns
@@ -154,7 +154,7 @@ def _retry(session: Session, screen: Screen) -> None:
 def _undo(session: Session, screen: Screen) -> None:
     while session.turns and session.turns.pop().role != "user":
         pass
-    screen.say(f"{len(session.turns)} turns left")
+    screen.say(f"{count(len(session.turns), 'turn')} left")
 
 
 def _system(session: Session, argument: str, screen: Screen) -> None:
@@ -173,7 +173,7 @@ def _save(session: Session, argument: str, screen: Screen) -> None:
         Path(argument).expanduser().write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
     except OSError as fault:
         raise UserError(f"cannot write {argument}: {fault.strerror}") from fault
-    screen.say(f"saved {len(messages)} messages to {argument}")
+    screen.say(f"saved {count(len(messages), 'message')} to {argument}")
 
 
 def _shown(weights: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from lora_align.cli.options import (
     limited,
     project_of,
 )
-from lora_align.console import Screen, table
+from lora_align.console import Screen, count, table
 from lora_align.errors import RunFailedError, UserError
 
 
@@ -173,5 +173,5 @@ def _worth(run: runs.Run) -> str:
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method['rank']}"
     if "points" in run.manifest.metrics:
-        return f"{run.manifest.metrics['points']} points"
+        return count(run.manifest.metrics["points"], "point")
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

@@ -317,7 +317,7 @@ def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_pa
     assert scored.code == 0, scored.err
     done = rsf(tmp_path, "--iterations", "0", "--name", "annotated", data='"scored.parquet"', prompts="4")
     assert done.code == 0, done.err
-    assert "answers bring their scores with them" in done.err
+    assert "answers with scores of their own" in done.err
     assert "steerlm scores" not in done.err
     rows = read_table(tmp_path / "scored.parquet").to_pylist()
     given = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}
