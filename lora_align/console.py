@@ -1,28 +1,119 @@
 """What a person sees: results on stdout, everything else on stderr, and model text made inert."""
 
+import itertools
 import json
 import logging
+import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lora_align import processes
 
-# C0 and C1 controls but tab and newline, DEL, and the marks that reorder or hide text.
-_CONTROLS = frozenset(
-    [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
-)
+# C0 and C1 controls but tab and newline, DEL, the marks that reorder or hide text, and lone surrogates.
+_CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
+_CONTROLS |= {*range(0xD800, 0xE000)}
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
+_JSON = {code: f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
+_COMMANDS = re.compile(r"(\S*`[^`\n]*`\S*)")
 
 
 def inert(text: str) -> str:
     """Text that cannot move a cursor, recolour a terminal or reorder a line."""
     return text.translate(_VISIBLE)
+
+
+def write(text: str, stream: TextIO) -> None:
+    """Print text: control characters are shown escaped, and on a terminal lines break between words."""
+    lines = Wrapper(_columns(stream))
+    pieces = [
+        lines.put(part) if command else lines.stream(part) + lines.rest()
+        for part, command in zip(_COMMANDS.split(inert(text)), itertools.cycle([False, True]), strict=False)
+    ]
+    stream.write("".join(pieces) + "\n")
+    stream.flush()
+
+
+def _columns(stream: TextIO) -> int:
+    """The width of the terminal that a stream writes to; 0 for a pipe, a file or an unknown width."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except OSError:
+        return 0
+
+
+class Wrapper:
+    """Break lines before a word that does not fit `columns` cells. A longer word stays whole; 0 columns: no breaks."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns, self.used = columns, 0
+        self.blanks = self.word = ""
+        self.too_long = False  # the word that is being written
+
+    def stream(self, text: str) -> str:
+        """Return what can be written of text that comes in pieces: all but the word that may go on, see `rest`."""
+        if not self.columns:
+            return text
+        written = []
+        for character in text:
+            cells = _cells(character)
+            if character.isspace():
+                written += [self.rest(), self.put(character)]
+                self.too_long = False
+            elif self.too_long:
+                written.append(self._placed(character))
+            elif cells and (cells > 1 or _cells(self.word[:1]) > 1):  # a line may break beside wide ones
+                written.append(self.rest())
+                self.word = character
+            else:
+                self.word += character
+                if cells and _cells(self.word) > self.columns:  # it fits no line: nobody waits for its end
+                    written.append(self.rest())
+                    self.too_long = True
+        return "".join(written)
+
+    def rest(self) -> str:
+        """Return the word that was held back."""
+        word, self.word = self.word, ""
+        return self.put(word) if word else ""
+
+    def put(self, word: str) -> str:
+        """Return what to write for one word, or one white-space character: blanks wait for the word behind them."""
+        if not self.columns:
+            return word
+        if word == "\n":
+            blanks, self.blanks, self.used = self.blanks, "", 0
+            return blanks + word
+        if word.isspace():
+            self.blanks += word
+            return ""
+        cells = _cells(word)
+        if cells > self.columns and " " in word:  # a command that is longer than a line
+            return "".join(map(self.put, re.findall(r"\S+|\s", word)))
+        blanks, self.blanks = self.blanks, ""
+        if self.used + _cells(blanks) + cells > self.columns:
+            end, self.used = "\n" if self.used else "", 0
+            return end + self._placed(word)
+        return self._placed(blanks + word)
+
+    def _placed(self, text: str) -> str:
+        self.used = (self.used + _cells(text) - 1) % self.columns + 1
+        return text
+
+
+def _cells(text: str) -> int:
+    """The columns that text takes on a terminal: two for most East Asian characters and emoji."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 @dataclass(frozen=True)
@@ -34,7 +125,10 @@ class Screen:
 
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """What the command was for: the text, or with --json the data as one object."""
-        self._out(json.dumps(data, ensure_ascii=False, default=str) if self.as_json else text)
+        if not self.as_json:
+            self._out(text)
+        elif processes.number() == 0:  # never broken into lines
+            print(json.dumps(data, ensure_ascii=False, default=str).translate(_JSON), flush=True)  # noqa: T201
 
     def show(self, text: str) -> None:
         """A part of the result as soon as it is known; with --json the result itself holds it."""
@@ -49,7 +143,7 @@ class Screen:
     def say(self, text: str) -> None:
         """What somebody asked for, on a terminal: not hidden by --quiet."""
         if processes.number() == 0:
-            print(inert(text), file=sys.stderr, flush=True)  # noqa: T201
+            write(text, sys.stderr)
 
     def warn(self, text: str) -> None:
         """A line that --quiet does not hide."""
@@ -73,9 +167,22 @@ class Screen:
         finally:
             progress.close()
 
+    @contextmanager
+    def streaming(self) -> Iterator[Callable[[str], None]]:
+        """A way to show a result that comes in pieces, as soon as they come; the line is ended behind them."""
+        lines, out = Wrapper(_columns(sys.stdout)), sys.stdout
+
+        def show(piece: str) -> None:
+            out.write(lines.stream(inert(piece)))
+            out.flush()
+
+        yield show
+        out.write(lines.rest() + "\n")
+        out.flush()
+
     def _out(self, text: str) -> None:
         if processes.number() == 0:
-            print(text, flush=True)  # noqa: T201
+            write(text, sys.stdout)
 
 
 class Progress:
@@ -114,34 +221,46 @@ class _Lines(Progress):
         if done != self.total:
             each = self.seconds_each(done)
             parts += [rate(each), *([f"{clock(each * (self.total - done))} left"] if self.total else [])]
-        print("  ".join(parts), file=sys.stderr, flush=True)  # noqa: T201
+        write("  ".join(parts), sys.stderr)
 
 
 class _Bar(Progress):
     """A bar that redraws itself."""
+
+    width = 8
+    time_left = 8  # cells: 12:34:56
 
     def __init__(self, what: str, total: int | None, already: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        super().__init__(what, total, already)
+        super().__init__(inert(what), total, already)
         self.bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=8),
-            TextColumn("{task.completed}/{task.total} {task.fields[figures]}" if total else "{task.completed:,}"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=self.width),
+            TextColumn("{task.fields[counted]}", markup=False),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=Console(stderr=True, highlight=False),
             transient=not total,
         )
         self.bar.start()
-        self.task = self.bar.add_task(what, total=total, completed=already, figures="")
+        self.task = self.bar.add_task("", total=total, completed=already, counted="")
+        self._update(already, [])
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
-        text = " ".join(f"{name} {value}" for name, value in figures.items())
-        if done != self.total:
-            text = f"{text} {rate(self.seconds_each(done))}".strip()
-        self.bar.update(self.task, completed=done, figures=text)
+        parts = [inert(f"{name} {value}") for name, value in figures.items()]
+        self._update(done, [rate(self.seconds_each(done)), *parts] if done != self.total else parts)
+
+    def _update(self, done: int, parts: list[str]) -> None:
+        """Redraw with as many figures as leave room for the time left, the first ones first."""
+        counted = f"{done}/{self.total}" if self.total else f"{done:,}"
+        room = self.bar.console.width - self.width - self.time_left - 3
+        space = room - len(counted)
+        what = self.what if _cells(self.what) <= space else f"{self.what[: max(space - 1, 0)]}…"
+        texts = itertools.accumulate([counted, *parts], "{} {}".format)
+        fitting = [text for text in texts if text == counted or _cells(what + text) <= room]
+        self.bar.update(self.task, description=what, completed=done, counted=fitting[-1])
 
     def close(self) -> None:
         self.bar.stop()
@@ -163,16 +282,23 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def count(number: int, noun: str) -> str:
+    """A number and its noun: `1 pair`, `1,024 pairs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A plain aligned table; columns that are numbers for the most part to the right."""
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    columns, rows = [inert(cell) for cell in columns], [[inert(cell) for cell in row] for row in rows]
+    widths = [max(_cells(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     numbers = [2 * sum(map(_is_number, column)) > len(rows) for column in zip(*rows, strict=True)] or [False] * len(
         columns
     )
 
     def line(row: list[str]) -> str:
-        cells = zip(row, widths, numbers, strict=True)
-        return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()
+        gaps = [" " * (width - _cells(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = zip(row, gaps, numbers, strict=True)
+        return "  ".join(gap + cell if right else cell + gap for cell, gap, right in cells).rstrip()
 
     return "\n".join([line(columns), "  ".join("─" * w for w in widths), *(line(row) for row in rows)])
 
@@ -189,7 +315,7 @@ class _LogFile(logging.FileHandler):
             Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
             super().emit(record)
         except OSError as fault:
-            print(f"cannot write {self.baseFilename}: {fault.strerror}", file=sys.stderr)  # noqa: T201
+            write(f"cannot write {self.baseFilename}: {fault.strerror}", sys.stderr)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import os
 import shlex
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from lora_align import __version__, processes
 from lora_align.console import Screen
@@ -54,8 +55,10 @@ class Manifest:
     unconverged: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    order: int = 0  # of publication: larger than that of every run published before, whatever the clock says
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema: int = SCHEMA
+    digest: str = ""  # sha256 of all the above; a manifest of an older version has none
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,43 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """The run in a folder, or an error."""
+    """Return the run in a folder, or refuse a manifest that is damaged or not ours."""
     try:
         data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
             raise UserError(f"{path}: manifest schema {data.get('schema')!r}; this version reads {SCHEMA}")
         data["parents"], data["unconverged"] = tuple(data["parents"]), tuple(data["unconverged"])
         manifest = Manifest(**data)
-        manifest.base["fingerprint"]  # every manifest names its base
+        _check_types(manifest)
+        if manifest.digest and manifest.digest != _digest(manifest):
+            raise ValueError("its sha256 is not the one it was published with")
     except FileNotFoundError:
         raise UserError(f"no run in {path}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as fault:
-        raise UserError(f"{path / MANIFEST}: damaged ({fault}); make the run again") from fault
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+        why = "it lacks " + str(fault) if isinstance(fault, KeyError) else first_line(fault)
+        raise UserError(f"{path / MANIFEST}: damaged ({why}); make the run again") from fault
     return Run(path, manifest)
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise where a value is of another type than every reader relies on."""
+    for known in fields(manifest):
+        expected: Any = get_origin(known.type) or known.type
+        value = getattr(manifest, known.name)
+        if not isinstance(value, expected):
+            raise TypeError(f"{known.name} is of type {type(value).__name__}")
+    texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
+    texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]
+    numbers = [file["bytes"] for file in manifest.files.values()] + [of["weight"] for of in manifest.parents]
+    for value, kinds in [*((text, str) for text in texts), *((number, (int, float)) for number in numbers)]:
+        if not isinstance(value, kinds):
+            raise TypeError(f"{value!r} is of type {type(value).__name__}")
+
+
+def _digest(manifest: Manifest) -> str:
+    """Name what a manifest says, in whatever layout."""
+    said = json.loads(json.dumps(asdict(replace(manifest, digest=""))))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def is_run(path: Path) -> bool:
@@ -106,7 +133,7 @@ def is_run(path: Path) -> bool:
 
 
 def every(folder: Path, screen: Screen | None = None) -> list[Run]:
-    """All runs below a folder, oldest first; one with a damaged manifest is passed over, and `screen` told.
+    """All runs below a folder, in order of publication; one with a damaged manifest is passed over, and `screen` told.
 
     What was moved aside or is unfinished is not among them.
     """
@@ -118,7 +145,7 @@ def every(folder: Path, screen: Screen | None = None) -> list[Run]:
             except UserError as fault:
                 if screen:
                     screen.warn(f"passed over: {fault}")
-    return sorted(found, key=lambda run: run.manifest.created)
+    return sorted(found, key=lambda run: (run.manifest.order, run.manifest.created))
 
 
 def check_base(folder: Path, base: Mapping[str, Any]) -> None:
@@ -213,7 +240,9 @@ def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
         if file.is_file() and file.name != LOG
     }
     created = datetime.now(UTC).isoformat(timespec="microseconds")
-    manifest = replace(manifest, files=files, versions=library_versions(), created=created)
+    order = _next_order(target, manifest.stage)
+    manifest = replace(manifest, files=files, versions=library_versions(), created=created, order=order)
+    manifest = replace(manifest, digest=_digest(manifest))
     (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
     for name in files:
         shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files only their owner can read
@@ -224,6 +253,13 @@ def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
     staging.rename(target)
     sync(target.parent, contents=False)
     return Run(target, manifest)
+
+
+def _next_order(target: Path, stage: str) -> int:
+    """Return microseconds of the clock, or one more than the newest run of the same runs folder where that is more."""
+    above = [folder.parent for folder in (target, *target.parents[:2]) if folder.name == stage]
+    newest = max((run.manifest.order for folder in above for run in every(folder)), default=0)
+    return max(time.time_ns() // 1000, newest + 1)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pty
 import select
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -131,15 +132,17 @@ def fill(disk: Path) -> None:
 class Terminal:
     """A person at a real terminal."""
 
-    def __init__(self, cwd: Path, *words: str) -> None:
+    def __init__(self, cwd: Path, *words: str, columns: int = 0, program: str | Path = COMMAND) -> None:
         self.screen, child = pty.openpty()
+        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
-            [str(COMMAND), *words],
+            [str(program), *words],
             cwd=cwd,
             stdin=child,
             stdout=child,
             stderr=child,
             start_new_session=True,
+            env=dict(os.environ),  # without the COLUMNS that readline hands on
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
         )
         os.close(child)
@@ -153,6 +156,15 @@ class Terminal:
             assert time.monotonic() < end, f"{what!r} did not come:\n{self.text}"
             if select.select([self.screen], [], [], 0.2)[0]:
                 self.text += self.decoder.decode(os.read(self.screen, 65536))
+        return self.text[start:]
+
+    def rest(self) -> str:
+        """The screen from now until the program ends."""
+        start = len(self.text)
+        with suppress(OSError):  # which is how the other side's end shows
+            while shown := os.read(self.screen, 65536):
+                self.text += self.decoder.decode(shown)
+        self.process.wait(timeout=60)
         return self.text[start:]
 
     def say(self, line: str) -> str:

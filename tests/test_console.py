@@ -1,6 +1,8 @@
 import io
+import json
 import logging
 import re
+import sys
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.console import Screen, clock, inert, library_log, rate, table
+from lora_align.console import Screen, Wrapper, clock, count, inert, library_log, rate, table
+from support import Terminal
 
 
 @given(st.text())
@@ -24,6 +27,100 @@ def test_harmless_text_is_shown_as_it_is() -> None:
     text = "Grüße, 你好 [bold]not markup[/bold] <b>\n\ttab"
     assert inert(text) == text
     assert inert("\x1b[31mred\x07\u202e") == "\\x1b[31mred\\x07\\u202e"
+
+
+EVIL = "\x1b[31mred\u202e \ud800 name"
+
+
+def test_results_tables_and_streams_on_stdout_are_inert(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().result(EVIL, {})
+    Screen().show(table(["name"], [[EVIL]]))
+    with Screen().streaming() as show:
+        show(EVIL)
+    out = capsys.readouterr().out
+    assert out.count("\\x1b[31mred\\u202e \\ud800 name\n") == 3
+    assert not {"\x1b", "\u202e"} & set(out)
+
+
+def test_json_on_stdout_is_inert_and_still_json(capsys: pytest.CaptureFixture[str]) -> None:
+    data = {EVIL: [EVIL, "Grüße, 你好 \x85\x7f \t\n"]}
+    Screen(as_json=True).result("", data)
+    out = capsys.readouterr().out
+    assert inert(out) == out
+    assert "Grüße, 你好" in out
+    assert json.loads(out) == data
+
+
+def test_progress_names_are_inert() -> None:
+    out = io.StringIO()
+    with redirect_stderr(out), Screen().progress(EVIL, 2) as progress:
+        progress.show(2, {EVIL: EVIL})
+    assert out.getvalue().count("\\x1b[31mred\\u202e") == 3
+
+
+def test_table_columns_align_beside_wide_and_escaped_text() -> None:
+    rows = [["你好", "x"], ["a\x1b", "y"], ["abcdefgh", "z"]]
+    assert table(["n", "m"], rows).splitlines()[2:] == ["你好      x", "a\\x1b     y", "abcdefgh  z"]
+
+
+words = st.text(st.sampled_from("ab c你\u0301 \n"), max_size=80)
+
+
+@given(st.lists(words), st.integers(4, 30))
+def test_streamed_lines_break_between_words(pieces: list[str], columns: int) -> None:
+    lines, text = Wrapper(columns), "".join(pieces)
+    shown = "".join([*map(lines.stream, pieces), lines.rest()])
+    assert shown.replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
+    assert re.findall(r"[abc]+", shown) == re.findall(r"[abc]+", text)
+    whole = Wrapper(columns)
+    assert shown == whole.stream(text) + whole.rest()
+    for line in shown.split("\n"):
+        cells = sum(1 + (c == "你") - (c == "\u0301") for c in line.rstrip())
+        assert cells <= columns or max(map(len, re.findall("[abc]+", line.replace("\u0301", "")))) > columns
+
+
+SHOWN = """
+import time
+from lora_align.console import Screen
+screen = Screen()
+screen.warn("the first ten words " * 8 + "then `lora-align dpo --pref helpful --direction both` or "
+            "/a/path/" + "long/" * 30 + "end of it " + "你好世界" * 30)
+with screen.streaming() as show:
+    for piece in ["The qui", "ck brown"] * 20:
+        show(piece)
+with screen.progress("helpful pos", 300) as progress:
+    figures = {"loss": "0.693", "margin": "0.012", "accuracy": "0.500", "grad": "1.250", "tok/s": "12,345"}
+    time.sleep(0.3)
+    progress.show(100, figures)
+    time.sleep(0.3)
+    progress.show(101, figures)
+    time.sleep(0.3)
+with screen.progress("a name [red] " * 20, 300) as progress:
+    progress.show(100, {})
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lines_fit_a_terminal_and_keep_the_time_left(columns: int, tmp_path: Path) -> None:
+    shown = Terminal(tmp_path, "-c", SHOWN, columns=columns, program=sys.executable).rest()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line]
+    too_long = [line for line in lines if len(line) + len(re.findall("[你好世界]", line)) > columns]
+    assert [line.split(" ")[0] for line in too_long] == ["/a/path/" + "long/" * 30 + "end"]
+    for whole in ("`lora-align dpo --pref helpful --direction both`", "ck brownThe quick brown"):
+        assert whole in plain
+    last = next(line for line in lines if "101/300" in line)
+    assert re.search(r"101/300 .*/s loss 0\.693 margin 0\.012 .*\d:\d\d$", last.rstrip()), last
+    assert ("accuracy" in last) == (columns == 120)
+    assert any("a name [red] a name" in line and "…" in line and "100/300" in line for line in lines)
+
+
+def test_pipes_get_long_lines_unbroken(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().warn("word " * 100)
+    with Screen().streaming() as show:
+        show("word " * 100)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == said.out.count("\n") == 1
 
 
 def test_progress_away_from_a_terminal_is_lines() -> None:
@@ -43,6 +140,10 @@ def test_tables_and_clocks() -> None:
     assert table(["name"], []).splitlines() == ["name", "────"]
     assert [clock(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
     assert [rate(s) for s in (0.004, 0.3125, 4.1)] == ["250/s", "3.2/s", "4.1 s each"]
+
+
+def test_counted_nouns_are_singular_for_one() -> None:
+    assert [count(n, "pair") for n in (0, 1, 2, 1024)] == ["0 pairs", "1 pair", "2 pairs", "1,024 pairs"]
 
 
 def test_what_libraries_say_goes_to_a_file_made_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,13 @@ def _publish(target: Path, *, force: bool = False, text: str = "weights") -> run
         return runs.publish(staging, target, Manifest(stage="dpo", base=BASE))
 
 
+def _edit(run: runs.Run, changed: dict[str, object]) -> None:
+    """Change a manifest by hand, and take its digest out."""
+    whole = json.loads((run.path / runs.MANIFEST).read_text()) | changed
+    whole.pop("digest", None)
+    (run.path / runs.MANIFEST).write_text(json.dumps(whole))
+
+
 def test_a_published_run_reads_back(tmp_path: Path) -> None:
     made = _publish(tmp_path / "dpo" / "a" / "pos")
     found = runs.read(tmp_path / "dpo" / "a" / "pos")
@@ -153,6 +160,67 @@ def test_damaged_manifests_and_other_schemas_are_errors(tmp_path: Path) -> None:
             runs.read(run.path)
     manifest.write_text(whole)
     assert runs.read(run.path) == run
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"created": 5},
+        {"parents": 3},
+        {"parents": [7]},
+        {"parents": [{"name": "a", "weight": "1", "adapters": []}]},
+        {"base": []},
+        {"base": {"model": "demo", "fingerprint": None}},
+        {"metrics": []},
+        {"files": {"adapter.bin": 3}},
+        {"files": {"adapter.bin": {"bytes": "8", "sha256": "f"}}},
+        {"contains_start": "no"},
+        {"unconverged": 1},
+    ],
+)
+def test_one_ill_typed_manifest_is_passed_over(
+    changed: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = _publish(tmp_path / "good"), _publish(tmp_path / "bad")
+    _edit(bad, changed)
+    assert runs.every(tmp_path, Screen()) == [good]
+    assert "passed over" in capsys.readouterr().err
+
+
+def test_a_manifest_that_is_no_object_or_no_file_is_passed_over(tmp_path: Path) -> None:
+    good = _publish(tmp_path / "good")
+    for name, content in {"list": "[]", "deep": "[" * 100_000, "latin": "\xff", "number": "1" * 5000}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / runs.MANIFEST).write_text(content, encoding="latin-1")
+    (tmp_path / "folder" / runs.MANIFEST).mkdir(parents=True)
+    assert runs.every(tmp_path) == [good]
+    with pytest.raises(UserError, match=r"folder.manifest\.json: damaged"):
+        runs.read(tmp_path / "folder")
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    run = _publish(tmp_path / "a")
+    file = run.path / runs.MANIFEST
+    whole, meant = file.read_bytes(), json.loads(file.read_text())
+    for place, bit in ((place, bit) for place in range(len(whole)) for bit in range(8)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        file.write_bytes(flipped)
+        with pytest.raises(UserError, match="a"):
+            runs.read(run.path)
+    file.write_text(json.dumps(meant))  # another layout, the same content
+    assert runs.read(run.path) == run
+    file.write_text(json.dumps({key: of for key, of in meant.items() if key not in ("digest", "order")}))
+    assert runs.read(run.path).manifest.created == run.manifest.created, "as older versions wrote them"
+
+
+def test_newest_run_is_the_last_published_after_the_clock_was_set_back(tmp_path: Path) -> None:
+    first = _publish(tmp_path / "dpo" / "a" / "pos")
+    whole = json.loads((first.path / runs.MANIFEST).read_text())
+    later = {"created": "2099-01-01T00:00:00.000000+00:00", "order": 4_070_908_800_000_000}
+    _edit(first, {key: of for key, of in later.items() if key in whole})
+    second = _publish(tmp_path / "dpo" / "b" / "pos")
+    assert [run.path for run in runs.every(tmp_path)] == [first.path, second.path]
 
 
 def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ def beyond(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: 
 
 def _measured(runs_dir: Path) -> list[Run]:
     """The newest first."""
-    found = [runs.read(folder) for folder in (runs_dir / FOLDER).glob("*") if runs.is_run(folder)]
-    return sorted(found, key=lambda run: run.manifest.created, reverse=True)
+    return runs.every(runs_dir / FOLDER)[::-1]
 
 
 def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_align import runs
 from lora_align.chat.session import Policy, Session
-from lora_align.console import Screen, inert
+from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
@@ -32,10 +32,9 @@ def once(session: Session, prompt: str, screen: Screen) -> None:
         about = {"tokens": session.tokens, "weights": session.weights, "want": session.want}
         screen.result(text, {"answer": text, **about})
         return
-    for piece in session.answer():
-        sys.stdout.write(inert(piece))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    with screen.streaming() as show:
+        for piece in session.answer():
+            show(piece)
 
 
 def talk(session: Session, screen: Screen) -> None:
@@ -58,7 +57,7 @@ def talk(session: Session, screen: Screen) -> None:
                 command, _, argument = line[1:].partition(" ")
                 _obey(session, command, argument.strip(), screen)
             elif line:
-                _speak(session, [*session.turns, Message("user", line)])
+                _speak(session, [*session.turns, Message("user", line)], screen)
         except UserError as fault:
             screen.say(str(fault))
         except KeyboardInterrupt:
@@ -70,7 +69,7 @@ def _obey(session: Session, command: str, argument: str, screen: Screen) -> None
         "w": lambda: _turn(session, argument, screen),
         "want": lambda: _want(session, argument, screen),
         "compare": lambda: _compare(session, argument, screen),
-        "retry": lambda: _retry(session),
+        "retry": lambda: _retry(session, screen),
         "undo": lambda: _undo(session, screen),
         "system": lambda: _system(session, argument, screen),
         "save": lambda: _save(session, argument, screen),
@@ -81,23 +80,22 @@ def _obey(session: Session, command: str, argument: str, screen: Screen) -> None
     commands[command]()
 
 
-def _speak(session: Session, turns: list[Message]) -> None:
+def _speak(session: Session, turns: list[Message], screen: Screen) -> None:
     """Stream an answer to these turns; Ctrl-C keeps what was said so far, an error leaves all as it was."""
     before, session.turns = session.turns, turns
     said = []
     try:
-        for piece in session.answer():
-            said.append(piece)
-            sys.stdout.write(inert(piece))
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.stdout.write(" …")
-        session.memory.forget()
+        with screen.streaming() as show:
+            try:
+                for piece in session.answer():
+                    said.append(piece)
+                    show(piece)
+            except KeyboardInterrupt:
+                show(" …")
+                session.memory.forget()
     except UserError:
         session.turns = before
         raise
-    sys.stdout.write("\n")
-    sys.stdout.flush()
     session.turns = [*turns, Message("assistant", "".join(said))]
 
 
@@ -137,8 +135,8 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
             for doubt in session.turn(session.nothing_but(weights)):
                 screen.warn(doubt)
             text = "".join(session.answer(replace(session.sampling, seed=session.sampling.seed or 0)))
-            answers.append(Text(inert(f"{text}\n({session.tokens} tokens)")))
-            table.add_column(Text(setting), ratio=1)
+            answers.append(Text(inert(f"{text}\n({count(session.tokens, 'token')})")))
+            table.add_column(Text(inert(setting)), ratio=1)
     finally:
         session.turns = turns
         session.turn(session.nothing_but(before))
@@ -146,17 +144,17 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
     Console().print(table)
 
 
-def _retry(session: Session) -> None:
+def _retry(session: Session, screen: Screen) -> None:
     asked = [i for i, turn in enumerate(session.turns) if turn.role == "user"]
     if not asked:
         raise UserError("nothing to answer again yet")
-    _speak(session, session.turns[: asked[-1] + 1])
+    _speak(session, session.turns[: asked[-1] + 1], screen)
 
 
 def _undo(session: Session, screen: Screen) -> None:
     while session.turns and session.turns.pop().role != "user":
         pass
-    screen.say(f"{len(session.turns)} turns left")
+    screen.say(f"{count(len(session.turns), 'turn')} left")
 
 
 def _system(session: Session, argument: str, screen: Screen) -> None:
@@ -175,7 +173,7 @@ def _save(session: Session, argument: str, screen: Screen) -> None:
         Path(argument).expanduser().write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
     except OSError as fault:
         raise UserError(f"cannot write {argument}: {fault.strerror}") from fault
-    screen.say(f"saved {len(messages)} messages to {argument}")
+    screen.say(f"saved {count(len(messages), 'message')} to {argument}")
 
 
 def _shown(weights: Mapping[str, float]) -> str:

@@ -17,7 +17,7 @@ from typer.exceptions import TyperException
 
 from lora_align import __version__, processes, runs
 from lora_align.cli import compose, look, measure, train, use
-from lora_align.console import Screen, inert, library_log
+from lora_align.console import Screen, library_log, write
 from lora_align.errors import RunFailedError, Stopped, UserError
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ for _name, _command in COMMANDS.items():
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"lora-align {__version__}")
+        Screen().show(f"lora-align {__version__}")
         raise typer.Exit
 
 
@@ -73,7 +73,7 @@ def options(
 ) -> None:
     """Options of every command."""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        Screen().show(context.get_help())
     if debug:
         os.environ["LORA_ALIGN_DEBUG"] = "1"
     processes.check(context.invoked_subcommand or "help", trains=context.invoked_subcommand in TRAINING)
@@ -127,11 +127,11 @@ def _going_on() -> str:
 
 def _complain(text: str, code: int) -> None:
     if os.environ.get("LORA_ALIGN_DEBUG"):
-        traceback.print_exc()
+        write(traceback.format_exc().rstrip(), sys.stderr)
     if processes.number() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # the others were refused, or stopped, just as the first one was
-        print(inert(f"process {processes.number()}: {text}"), file=sys.stderr, flush=True)  # noqa: T201
+        write(f"process {processes.number()}: {text}", sys.stderr)
     if processes.number() and code < SIGNALLED:  # all know of a signal: nobody has to be heard first
         time.sleep(LAST_WORD)
     sys.exit(code)

@@ -20,7 +20,7 @@ from lora_align.cli.options import (
     limited,
     project_of,
 )
-from lora_align.console import Screen, inert, table
+from lora_align.console import Screen, count, table
 from lora_align.errors import RunFailedError, UserError
 
 
@@ -133,7 +133,7 @@ def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, 
         ]
         for run in found
     ]
-    text = inert(table(["run", "made (UTC)", "from", "measured"], rows)) if rows else ""
+    text = table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
     screen.result(text, {"runs": [facts(run) for run in found]})
 
 
@@ -173,5 +173,5 @@ def _worth(run: runs.Run) -> str:
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method['rank']}"
     if "points" in run.manifest.metrics:
-        return f"{run.manifest.metrics['points']} points"
+        return count(run.manifest.metrics["points"], "point")
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import runs
-from lora_align.console import Screen, table
+from lora_align.console import Screen, count, table
 from lora_align.contest import asked_judge, contestants
 from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import Figures, figures, wins
@@ -88,7 +88,8 @@ def told(result: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for figures_ in everyone.values() for name in figures_))
     rows = [[name, *(_shown(figures_.get(name)) for figures_ in everyone.values())] for name in names]
     parts = [
-        f"{result['prompts']} prompts, {result['answers']} answers each; in brackets: 95 % intervals over prompts",
+        f"{count(result['prompts'], 'prompt')}, {count(result['answers'], 'answer')} each; "
+        "in brackets: 95 % intervals over prompts",
         table(["", *everyone], rows),
     ]
     first = next(iter(everyone))

@@ -13,7 +13,7 @@ from typing import Any
 from lora_align import recipe, runs
 from lora_align.adapters import peft_format, vectors
 from lora_align.chat.session import Blend, Session, open_session
-from lora_align.console import Screen, inert, table
+from lora_align.console import Screen, count, inert, table
 from lora_align.data.rows import Message
 from lora_align.demo import measure
 from lora_align.demo.measure import Figures
@@ -112,14 +112,12 @@ def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, An
         text = "".join(session.answer()).strip()
         length = len(text.split())
         answers.append({"question": question, "weights": {preference: weight}, "answer": text, "words": length})
-        columns.append(
-            [_named({preference: weight}), "─" * COLUMN, *textwrap.wrap(inert(text), COLUMN), f"({length} words)"]
-        )
-    lines = (
-        "  ".join(f"{cell:<{COLUMN}}" for cell in line).rstrip()
-        for line in itertools.zip_longest(*columns, fillvalue="")
+        lines = textwrap.wrap(inert(text), COLUMN)
+        columns.append([_named({preference: weight}), "─" * COLUMN, *lines, f"({count(length, 'word')})"])
+    rows = (
+        "  ".join(f"{cell:<{COLUMN}}" for cell in row).rstrip() for row in itertools.zip_longest(*columns, fillvalue="")
     )
-    screen.show("\n".join([f"› {question}", *lines, ""]))
+    screen.show("\n".join([f"› {question}", *rows, ""]))
     return answers
 
 

@@ -20,7 +20,7 @@ import numpy
 from filelock import FileLock
 
 from lora_align import processes, runs
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data import pairs, ratings, sources
 from lora_align.data.pairs import Split
 from lora_align.data.rows import Conversation, Pair, Rated
@@ -93,7 +93,8 @@ def told(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
     lost += [f"answers cut: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
     if lost:
-        screen.note(f"{what}: {facts['rows']:,} rows to learn from, {facts['held_out']:,} held out; {'; '.join(lost)}")
+        rows = f"{count(facts['rows'], 'row')} to learn from, {facts['held_out']:,} held out"
+        screen.note(f"{what}: {rows}; {'; '.join(lost)}")
 
 
 def together(parts: Sequence[Material[Row]]) -> Material[Row]:

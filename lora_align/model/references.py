@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lora_align import processes, runs
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.divided import in_step
 from lora_align.model.kept import View
@@ -74,7 +74,7 @@ class References:
         # while one process reads, another program may write
         left = np.unique(np.concatenate(processes.gathered(unknown)))
         if len(left) < len(rows):
-            screen.note(f"{label}: {len(rows) - len(left):,} of {len(rows):,} rows were computed before")
+            screen.note(f"{label}: {len(rows) - len(left):,} of {count(len(rows), 'row')} were computed before")
         longest_first = left[np.argsort(-asked.lengths[left], kind="stable")]
         mine = longest_first[processes.number() :: processes.count()]
         with in_step(model):

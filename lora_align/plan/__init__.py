@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lora_align import processes
-from lora_align.console import Screen, clock, table
+from lora_align.console import Screen, clock, count, table
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.plan import advice
@@ -78,8 +78,8 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
     parts.append(table(["GB", *names, "at most"], rows))
     for of in plan["stages"]:
         often = f"{of['passes']} times over " if of["passes"] > 1 else ""
-        line = f"{of['stage']}: {'fits' if of['fits'] else 'does not fit'}; {often}{of['rows']:,} rows, "
-        line += f"{of['tokens']:,} tokens: about {clock(of['seconds'])}"
+        line = f"{of['stage']}: {'fits' if of['fits'] else 'does not fit'}; {often}{count(of['rows'], 'row')}, "
+        line += f"{count(of['tokens'], 'token')}: about {clock(of['seconds'])}"
         parts.append(
             "\n".join(filter(None, [line, of["assumed"], *_drawing(of), of["advice"], *_measured(of, device)]))
         )
@@ -93,7 +93,8 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
 def _drawing(of: Mapping[str, Any]) -> Iterator[str]:
     if of["answers"]:
         time = f"about {clock(of['drawing'])} more" if "drawing" in of else "--measure says how long"
-        yield f"before that it draws {of['answers']:,} answers ({time}) and scores them, which the plan leaves out"
+        answers = count(of["answers"], "answer")
+        yield f"before that it draws {answers} ({time}) and scores them, which the plan leaves out"
 
 
 def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]:

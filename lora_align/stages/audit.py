@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_align.console import inert, table
+from lora_align.console import count, table
 from lora_align.data import forms, pairs, sources
 from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
@@ -115,10 +115,10 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
 
 def told(facts: Mapping[str, Any]) -> str:
     """Rows, then tables, then what is odd."""
-    parts = ["\n".join(f"{name}: {inert(row[name])}" for name in SIDES) for row in facts["shown"]]
+    parts = ["\n".join(f"{name}: {row[name]}" for name in SIDES) for row in facts["shown"]]
     parts.append(
-        f"{facts['source']} by {facts['rank']}: {facts['read']:,} rows, {facts['usable']:,} pairs of "
-        f"{facts['prompts']:,} prompts, {facts['held_out']:,} held out"
+        f"{facts['source']} by {facts['rank']}: {count(facts['read'], 'row')}, {count(facts['usable'], 'pair')} of "
+        f"{count(facts['prompts'], 'prompt')}, {facts['held_out']:,} held out"
     )
     if facts["dropped"]:
         parts[-1] += f"\ndropped: {pairs.reasons(Counter(facts['dropped']))}"
@@ -130,7 +130,7 @@ def told(facts: Mapping[str, Any]) -> str:
         wins = facts["longer_wins"]
         lines.append(f"the longer answer wins {wins:.0%} of pairs, and {1 - wins:.0%} for `neg`")
     if facts["both_unsafe"] is not None:
-        lines.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers")
+        lines.append(f"of two unsafe answers: {count(facts['both_unsafe'], 'pair')}")
     lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in agreed if share is not None]
     lines += [f"{name} is not set beside it: {why}" for name, why in facts["no_agreement"].items()]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
@@ -227,21 +227,21 @@ def _doubts(facts: Mapping[str, Any]) -> list[str]:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         found.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
     if facts["repeated"]:
-        found.append(f"{facts['repeated']:,} pairs repeat an earlier one word for word")
+        found.append(f"repeated word for word: {count(facts['repeated'], 'pair')}")
     if facts["contradicted"]:
         found.append(
-            f"{facts['contradicted']:,} pairs contradict an earlier one: the same answers, the other one preferred"
+            f"contradicted: {count(facts['contradicted'], 'pair')} (the same answers, the other one preferred)"
         )
     if facts["usable"] and not facts["held_out"]:
         found.append("no pair is held out, so nothing will be measured: more prompts, or a larger dpo.held_out")
     if alike := facts["prompts_on_both_sides"]:
-        found.append(f"{alike:,} prompts differ from a held-out one in case, spaces or punctuation alone")
+        found.append(f"equal to a held-out prompt but for case, spaces or punctuation: {count(alike, 'prompt')}")
     if facts["both_unsafe"]:
-        found.append(f"{facts['both_unsafe']:,} pairs are of two unsafe answers: one of them is learned")
+        found.append(f"of two unsafe answers, one of which is learned: {count(facts['both_unsafe'], 'pair')}")
     if facts["prompts_too_long"] or facts["answers_cut"]:
         found.append(
-            f"at max_length {facts['max_length']:,}, {facts['prompts_too_long']:,} prompts are dropped and answers of "
-            f"{facts['answers_cut']:,} pairs are cut"
+            f"at max_length {facts['max_length']:,}: {count(facts['prompts_too_long'], 'prompt')} dropped, answers of "
+            f"{count(facts['answers_cut'], 'pair')} cut"
             + (f", {facts['alike_once_cut']:,} of them dropped as alike" if facts["alike_once_cut"] else "")
         )
     return found

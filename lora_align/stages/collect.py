@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_align import processes
 from lora_align.adapters import peft_format
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data.rows import Prompt, prompt_key, under_system
 from lora_align.data.shards import KEY, Shards
 from lora_align.model.base import Base
@@ -92,7 +92,7 @@ def collect(
     done = store.keys()
     left = [request for request in requests if request.key not in done]
     if done:
-        screen.note(f"{label}: {len(requests) - len(left)} of {len(requests)} requests were answered before")
+        screen.note(f"{label}: {len(requests) - len(left):,} of {count(len(requests), 'request')} were answered before")
     left = left[processes.number() :: processes.count()]
     at_once = max(1, AT_ONCE // n)
     with screen.progress(label, len(left)) as progress:

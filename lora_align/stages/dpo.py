@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from lora_align import runs
-from lora_align.console import Screen, library_log
+from lora_align.console import Screen, count, library_log
 from lora_align.model import base as bases
 from lora_align.model import material as materials
 from lora_align.model.base import Base, inside
@@ -153,7 +153,7 @@ def told(run: Run) -> str:
     if not held_out["pairs"]:
         return f"{run.path}  no pairs held out, nothing measured"
     margin, accuracy, pairs = held_out["margin"], held_out["accuracy"], held_out["pairs"]
-    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {accuracy:.2f} ({pairs} pairs)"
+    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {accuracy:.2f} ({count(pairs, 'pair')})"
 
 
 def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
@@ -262,7 +262,7 @@ def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
         chance = 0.5 + 2 * math.sqrt(0.25 / held_out["pairs"])
         if held_out["accuracy"] < chance:
             found.append(
-                f"held-out accuracy {held_out['accuracy']:.2f} on {held_out['pairs']} pairs is near chance; "
+                f"held-out accuracy {held_out['accuracy']:.2f} on {count(held_out['pairs'], 'pair')} is near chance; "
                 "train longer, or at a higher learning_rate, or look at the data"
             )
     if metrics["relative_norm"] < TINY:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data import forms, shards, sources
 from lora_align.data.rows import Prompt, prompt_key, under_system
 from lora_align.data.shards import KEY
@@ -52,7 +52,7 @@ def run(
         done = store.keys()
         left = [item for item in fitting if item.key not in done]
         if done:
-            screen.note(f"{len(done)} prompts were answered before")
+            screen.note(f"answered before: {count(len(done), 'prompt')}")
         with screen.progress("generate", len(left)) as progress:
             for start in range(0, len(left), at_once):
                 items = left[start : start + at_once]
@@ -85,11 +85,12 @@ def run(
 
 def told(result: Mapping[str, Any]) -> str:
     """A line."""
-    left_out = f"; {result['too_long']} prompts fill the context and were left out" if result["too_long"] else ""
+    too_long = count(result["too_long"], "prompt")
+    left_out = f"; left out, too long for the context: {too_long}" if result["too_long"] else ""
     unended = f", {1 - result['ended']:.0%} cut off at their longest" if result["ended"] < 1 else ""
     return (
-        f"{result['out']}  {result['answers']} answers to {result['prompts']} prompts, "
-        f"{result['words']:.0f} words each{unended}{left_out}"
+        f"{result['out']}  {count(result['answers'], 'answer')} to {count(result['prompts'], 'prompt')}, "
+        f"{count(round(result['words']), 'word')} each{unended}{left_out}"
     )
 
 

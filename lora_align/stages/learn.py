@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data.pairs import is_held_out
 from lora_align.data.rows import Conversation, Message, Pair, Prompt, Rated
 from lora_align.errors import RunFailedError
@@ -84,7 +84,7 @@ def _split(prompts: Sequence[Prompt], rows: Sequence[Row | None], held_out: floa
             sides[is_held_out(prompt, held_out)].append(row)
     if not sides[0]:
         raise RunFailedError(
-            f"{label}: nothing to learn from ({len(sides[1])} rows are held out): more prompts, please"
+            f"{label}: nothing to learn from (held out: {count(len(sides[1]), 'row')}): more prompts, please"
         )
     return Material(*sides, facts={})
 

@@ -9,7 +9,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors
 
 from lora_align import __version__, runs
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.runs import Run
 
@@ -76,9 +76,8 @@ def run(path: Path, to: str, *, public: bool, screen: Screen) -> str:
             raise UserError(f"{to} is there and public; --public says that this is meant, or name another")
         if seen is None:
             hub.create_repo(to, private=not public)
-        screen.note(
-            f"{to} ({'public' if public and not seen else 'private'}): {len(files)} files, {size / 1e6:,.1f} MB"
-        )
+        seen_by = "public" if public and not seen else "private"
+        screen.note(f"{to} ({seen_by}): {count(len(files), 'file')}, {size / 1e6:,.1f} MB")
         operations = [CommitOperationAdd(name, path / name) for name in files]
         operations.append(CommitOperationAdd(CARD, text.encode()))
         made = hub.create_commit(to, operations, commit_message=f"{found.manifest.stage} {path.name}")
@@ -129,7 +128,7 @@ def _sources(data: Mapping[str, Any]) -> Iterator[str]:
     """Where rows came from, and how many: of one source, or of several by name."""
     if "source" in data:
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in data["dropped"].items())
-        yield f"`{data['source']}`, {data['rows']:,} rows" + (f" (left out: {dropped})" if dropped else "")
+        yield f"`{data['source']}`, {count(data['rows'], 'row')}" + (f" (left out: {dropped})" if dropped else "")
     else:
         for of in data.values():
             yield from _sources(of)

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from lora_align import runs
-from lora_align.console import Screen, library_log
+from lora_align.console import Screen, count, library_log
 from lora_align.errors import UserError
 from lora_align.evaluate import plots
 from lora_align.model import base as bases
@@ -97,7 +97,7 @@ def told(run: Run) -> str:
 
 def _worth(figures: Mapping[str, Any]) -> str:
     said = [f"Spearman {figures['spearman']:.2f} on {figures['rated']} ratings"] if figures["rated"] else []
-    said += [f"accuracy {figures['accuracy']:.2f} on {figures['pairs']} pairs"] if figures["pairs"] else []
+    said += [f"accuracy {figures['accuracy']:.2f} on {count(figures['pairs'], 'pair')}"] if figures["pairs"] else []
     return ", ".join(said) or "nothing held out"
 
 

@@ -20,7 +20,7 @@ from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
-from lora_align.console import Screen, library_log, table
+from lora_align.console import Screen, count, library_log, table
 from lora_align.data import shards, sources
 from lora_align.data.rows import Conversation, Message, Rated, under_system
 from lora_align.errors import UserError
@@ -145,7 +145,7 @@ def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[s
     ]
     left = [i for i, score in enumerate(known) if not plan.settings.directions.keys() <= score.keys()]
     if len(left) < len(rows):
-        screen.note(f"{STEERLM}: {len(rows) - len(left)} of {len(rows)} answers bring their scores with them")
+        screen.note(f"{STEERLM}: {len(rows) - len(left):,} of {count(len(rows), 'answer')} with scores of their own")
     if left:
         panel, mine = Panel(plan.base, plan.reward), left[processes.number() :: processes.count()]
         with screen.progress(f"{STEERLM} scores", len(mine)) as progress:

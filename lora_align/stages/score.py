@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data import forms, shards, sources
 from lora_align.data.rows import Comparison, Rated
 from lora_align.data.shards import KEY
@@ -64,7 +64,7 @@ def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: S
         done = store.keys()
         left = [item for item in work if item.key not in done]
         if done:
-            screen.note(f"{len(done)} rows were scored before")
+            screen.note(f"scored before: {count(len(done), 'row')}")
         with screen.progress("score", len(left)) as progress:
             for start in range(0, len(left), AT_ONCE):
                 items = left[start : start + AT_ONCE]
@@ -86,8 +86,8 @@ def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: S
 
 def told(result: Mapping[str, Any]) -> str:
     """A line for the file and one for each objective."""
-    left_out = f", {result['too_long']} of them unscored: their prompts fill the context" if result["too_long"] else ""
-    lines = [f"{result['out']}  {result['rows']} rows{left_out}"]
+    left_out = f", {result['too_long']:,} of them unscored: the prompt fills the context" if result["too_long"] else ""
+    lines = [f"{result['out']}  {count(result['rows'], 'row')}{left_out}"]
     for name, figures in result["objectives"].items():
         agreed = (f"agrees with {label} {share:.0%}" for label, share in figures["agreement"].items())
         lines.append("  ".join([f"  {name}", f"mean {figures['mean']:.1f}", f"±{figures['deviation']:.1f}", *agreed]))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from lora_align import runs
-from lora_align.console import Screen, library_log
+from lora_align.console import Screen, count, library_log
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import material as materials
@@ -72,7 +72,8 @@ def told(run: Run) -> str:
     held_out = run.manifest.metrics["held_out"]
     if not held_out["rows"]:
         return f"{run.path}  no rows held out, nothing measured"
-    return f"{run.path}  held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f} ({held_out['rows']} rows)"
+    rows = count(held_out["rows"], "row")
+    return f"{run.path}  held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f} ({rows})"
 
 
 def packed(rows: Sequence[TokenText], settings: Sft | Rsf, base: Base) -> View[Sequence[TokenText]]:

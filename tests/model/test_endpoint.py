@@ -147,7 +147,7 @@ def test_a_prompt_over_the_server_s_context_is_left_out_and_counted(
         words = ["generate", "--prompts", "prompts.txt", "--endpoint", url, "--model", served]
         done = cli(*words, "--max-new-tokens", "10", "--out", "answers.jsonl")
         assert done.code == 0, done.err
-        assert "1 prompts fill the context and were left out" in done.out
+        assert "left out, too long for the context: 1 prompt" in done.out
         assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
         (tmp_path / "prompts.txt").write_text("Tell me about rain. " * 60)
         none = cli(*words, "--out", "none.jsonl")

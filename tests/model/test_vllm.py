@@ -63,7 +63,7 @@ def test_it_answers_as_a_mix_does_and_counts_prompts_over_its_context(server: st
     for name, more in (("base", []), ("mix", ["--adapter", "strong"])):
         done = call(workspace, *words, *more, "--max-new-tokens", "60", "--out", f"{name}.jsonl")
         assert done.code == 0, done.err
-        assert "1 prompts fill the context and were left out" in done.out
+        assert "left out, too long for the context: 1 prompt" in done.out
         answers[name] = [
             json.loads(line)["response"] for line in (workspace / f"{name}.jsonl").read_text().splitlines()
         ]

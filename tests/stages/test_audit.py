@@ -70,7 +70,7 @@ def test_no_agreement_at_all_is_told_and_so_are_prompts_that_are_nearly_alike(cl
     sides = [pairs.is_held_out((Message("user", str(row["prompt"])),), 0.5) for row in rows]
     parted = sum(sides[i] != sides[i + 1] for i in range(0, 60, 2))
     assert parted > 5
-    assert f"{parted} prompts differ from a held-out one in case, spaces or punctuation alone" in done.err
+    assert f"equal to a held-out prompt but for case, spaces or punctuation: {parted} prompt" in done.err
 
 
 def test_pairs_that_stood_there_before_are_named(cli: Cli, tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_pairs_that_stood_there_before_are_named(cli: Cli, tmp_path: Path) -> No
     words = ["data", "--pref", "own", "--set", 'preferences.own.data="pairs.jsonl"']
     done = cli(*words)
     assert done.code == 0, done.err
-    assert "4 pairs repeat an earlier one word for word" in done.err
-    assert "2 pairs contradict an earlier one: the same answers, the other one preferred" in done.err
+    assert "repeated word for word: 4 pairs" in done.err
+    assert "contradicted: 2 pairs (the same answers, the other one preferred)" in done.err
     assert "no pair is held out, so nothing will be measured" in done.err
     assert "the longer answer wins 67% of pairs, and 33% for `neg`" in done.out
     by_length = cli(*words, "--set", "preferences.own.rank=shorter")
@@ -128,8 +128,8 @@ def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
     assert "21 rows, 20 pairs of 20 prompts" in done.out
     assert "dropped: 1 tie, 1 invalid row" in done.out
     assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
-    assert "15 pairs are of two unsafe answers" in done.out
-    assert "answers of 1 pairs are cut" in done.err
+    assert "of two unsafe answers: 15 pairs" in done.out
+    assert "answers of 1 pair cut" in done.err
 
 
 def test_a_preference_that_cannot_rank_these_rows_does_not_stop_another(cli: Cli, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_killed_in_the_middle_it_goes_on_and_says_the_same(workspace: Path) -> N
 
     resumed = call(workspace, *words, "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
-    assert f"{kept * 64} prompts were answered before" in resumed.err
+    assert f"answered before: {kept * 64} prompts" in resumed.err
     assert not parts.exists()
     whole = call(workspace, *words, "--out", "whole.jsonl")
     assert whole.code == 0, whole.err
@@ -96,5 +96,5 @@ def test_a_prompt_that_fills_the_context_is_left_out_and_counted(workspace: Path
     (workspace / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 200)
     done = call(workspace, "generate", "--prompts", "prompts.txt", "--adapter", "dpo/helpful/pos", "--out", "a.jsonl")
     assert done.code == 0, done.err
-    assert "1 prompts fill the context and were left out" in done.out
+    assert "left out, too long for the context: 1 prompt" in done.out
     assert len(_rows(workspace / "a.jsonl")) == 1

@@ -197,7 +197,7 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
     said = json.loads(first.read_text())
     said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
-    first.write_text(json.dumps(said))
+    first.write_text(json.dumps({**said, "digest": ""}))
     more = rsf(tmp_path, "--iterations", "2")
     assert more.code == 0, more.err
     assert re.search(r"t2: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
@@ -216,7 +216,7 @@ def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, t
         file = tmp_path / "runs" / "rsf" / "apart" / label / "manifest.json"
         said = json.loads(file.read_text())
         said["recipe"]["rsf"]["pooled"] = 1
-        file.write_text(json.dumps(said))
+        file.write_text(json.dumps({**said, "digest": ""}))
     done = rsf(tmp_path, "--iterations", "1", "--name", "apart", pooled="1")
     assert done.code == 0, done.err
     figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t1").manifest.metrics["collected"]
@@ -241,7 +241,7 @@ def test_a_series_has_one_start_and_each_policy_its_own_teacher(
     file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
     said = json.loads(file.read_text())
     changed = {"start": "another"} if key == "start" else {"method": {**said["method"], key: {}}}
-    file.write_text(json.dumps({**said, **changed}))
+    file.write_text(json.dumps({**said, **changed, "digest": ""}))
     done = rsf(tmp_path, "--iterations", "2")
     assert done.code == 2
     assert f"{label} was made differently: {told}" in done.err
@@ -254,7 +254,8 @@ def test_answers_that_are_not_what_they_were_are_not_gone_on_with(made: Path, tm
     assert "steerlm was made differently: rsf.data was" in done.err
     manifest = tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json"
     said = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**said, "data": {**said["data"], "fingerprint": "of a file that was edited"}}))
+    edited = {"data": {**said["data"], "fingerprint": "of a file that was edited"}, "digest": ""}
+    manifest.write_text(json.dumps({**said, **edited}))
     done = rsf(tmp_path, "--iterations", "2")
     assert done.code == 2
     assert "t1 was made differently: data was of a file that was edited, is " in done.err
@@ -316,7 +317,7 @@ def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_pa
     assert scored.code == 0, scored.err
     done = rsf(tmp_path, "--iterations", "0", "--name", "annotated", data='"scored.parquet"', prompts="4")
     assert done.code == 0, done.err
-    assert "answers bring their scores with them" in done.err
+    assert "answers with scores of their own" in done.err
     assert "steerlm scores" not in done.err
     rows = read_table(tmp_path / "scored.parquet").to_pylist()
     given = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}

@@ -87,7 +87,7 @@ def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
 
     resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
-    assert f"{kept * 256} rows were scored before" in resumed.err
+    assert f"scored before: {kept * 256} rows" in resumed.err
     assert not parts.exists()
     whole = call(workspace, *words, "--out", "whole.jsonl")
     assert whole.code == 0, whole.err
@@ -121,7 +121,7 @@ def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
     (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     done = call(workspace, "score", "--data", "forms.jsonl", "--by", "pair:helpful", "--out", "scored.jsonl")
     assert done.code == 0, done.err
-    assert "4 rows, 1 of them unscored: their prompts fill the context" in done.out
+    assert "4 rows, 1 of them unscored: the prompt fills the context" in done.out
     pair, first, second, full = _rows(workspace / "scored.jsonl")
     ranked = forms.comparisons(pair, "here")[0].ranked(Ranker.parse("score:helpful"))
     assert isinstance(ranked, Pair)
