@@ -143,7 +143,7 @@ def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recip
 
     config = AutoConfig.from_pretrained(base.folder)
     config.num_hidden_layers = 8
-    shape = Shape(config, torch.float32, True, False, True, training.fresh_adapter(project.lora, base), False, False)
+    shape = Shape(config, torch.float32, True, False, True, training.fresh_adapter(project.lora, base), False)
     by_cuts, whole = shape.cost(step), shape._cost(8, step)
     for name, value in vars(whole).items():
         assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e4), name

@@ -145,6 +145,7 @@ def tune(
         arena,
         {name: share / sum(aims.values()) for name, share in aims.items()},
         Bounds(kl, loss, refused, most),
+        project.dpo,
         screen,
     )
     screen.result(stage.told(found, runs_dir), stage.facts(found))

@@ -7,19 +7,23 @@ so are the vectors; the weights alone carry a gradient.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lora_align.contest.contestants import START, Contestant
 from lora_align.contest.exam import Question
 from lora_align.contest.measure import Arena
 from lora_align.errors import UserError
 from lora_align.model import tokenise
-from lora_align.model.logprobs import TOKENS, Answered, Reader, parts
-from lora_align.model.sampler import Embedded
+from lora_align.model.logprobs import Answered, Reader, in_parts
+from lora_align.model.room import Room
+from lora_align.recipe import Training
+from lora_align.stages.training import TOO_LONG
 
 PAIRS, ANSWERS, LINES = 48, 32, 16  # of each preference, of the start policy, of ordinary text
 ROUND = 1000  # the weights that there are: so many from 0 to 1
@@ -54,10 +58,6 @@ class Rows:
     start: Sequence[Tensor]
     count: float
 
-    def parts(self) -> Iterator[list[int]]:
-        """Which are computed together."""
-        return parts([len(prompt) + len(answer) for prompt, answer in self.rows], TOKENS)
-
 
 @dataclass(frozen=True)
 class Place:
@@ -75,8 +75,10 @@ class Hill:
     it has a gradient, that share is taken from the mean margin over the spread of margins under the preference's own
     vector, as if margins were normal."""
 
-    def __init__(self, arena: Arena, aims: Mapping[str, float], bounds: Bounds) -> None:
-        self.arena, self.aims, self.bounds = arena, aims, bounds
+    def __init__(self, arena: Arena, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
+        self.arena, self.aims, self.bounds, self.settings = arena, aims, bounds, settings
+        self.room = Room(settings.tokens_per_batch, TOO_LONG)
+        self.longest = min(settings.max_length, arena.base.max_length)
         self.names = list(arena.field.vectors)  # whose weights are sought: preferences, or stretches of their layers
         self.reader = Reader.of(arena.model)
         self.pairs = {name: self._pairs(name) for name in aims}
@@ -126,20 +128,25 @@ class Hill:
         steered = {name: moved[place] for place, name in enumerate(self.names)}
         if self.arena.field.start is not None:
             steered[START] = torch.ones(())
-        sums, slope = torch.zeros(len(rows.rows)), torch.zeros_like(weights)
-        for picked in rows.parts():
+
+        def some(part: list[int]) -> tuple[Tensor, Tensor]:
             self.arena.mixer.steer(steered)
-            now = self.reader.tokens([rows.rows[i] for i in picked])
-            gains = value(now - torch.cat([rows.start[i] for i in picked]).to(now))
-            each = gains.split([len(rows.start[i]) for i in picked])
-            signed = torch.stack([rows.signs[i] * of.sum() for i, of in zip(picked, each, strict=True)])
-            slope += torch.autograd.grad(signed.sum() / rows.count, moved)[0].to(slope)
-            sums[picked] = signed.detach().to(sums)
+            now = self.reader.tokens([rows.rows[i] for i in part])
+            gains = value(now - torch.cat([rows.start[i] for i in part]).to(now))
+            each = gains.split([len(rows.start[i]) for i in part])
+            signed = torch.stack([rows.signs[i] * of.sum() for i, of in zip(part, each, strict=True)])
+            return signed.detach().cpu(), torch.autograd.grad(signed.sum() / rows.count, moved)[0].cpu()
+
+        sums, slope = torch.zeros(len(rows.rows)), torch.zeros_like(weights)
+        with checkpointed(self.arena.model, wanted=self.settings.gradient_checkpointing):
+            for part, (signed, way) in in_parts(_lengths(rows.rows), self.room, some):
+                sums[part] = signed
+                slope += way
         return sums, slope
 
     def _pairs(self, name: str) -> Rows:
         pairs, base = self.arena.exam.pairs[name][:PAIRS], self.arena.base
-        tokens = [row for row in tokenise.pairs(pairs, base.chat, base.max_length, Counter()) if row]
+        tokens = [row for row in tokenise.pairs(pairs, base.chat, self.longest, Counter()) if row]
         if len(tokens) < 2:
             raise UserError(f"{name}: too few held-out pairs to tune by (dpo.held_out, eval.pairs)")
         answers = [(row.prompt, answer) for row in tokens for answer in (row.chosen, row.rejected)]
@@ -155,17 +162,18 @@ class Hill:
         exam, chat = self.arena.exam, self.arena.base.chat
         asked = [question.prompt for question in spread(exam.questions, ANSWERS)]
         self.arena.become(Contestant(START, {START: 1.0}))
-        batches = Embedded(self.arena.model, self.arena.base).draw(asked, 1, exam.sampling)
-        drawn = [(asked[one.prompt], one) for batch in batches for one in batch]
-        return self._known(
-            [(chat.prompt_ids(prompt), chat.answer_ids(prompt, one.text, ended=one.ended)) for prompt, one in drawn]
-        )
+        drawn = [one for batch in self.arena.sampler.draw(asked, 1, exam.sampling) for one in batch]
+        rows = [
+            (chat.prompt_ids(asked[one.prompt]), chat.answer_ids(asked[one.prompt], one.text, ended=one.ended))
+            for one in drawn
+        ]
+        return self._known([(ids, said[: self.longest - len(ids)]) for ids, said in rows if len(ids) < self.longest])
 
     def _lines(self) -> Rows:
         """Ordinary text behind its first token."""
-        encode, longest = self.arena.base.chat.tokenizer, self.arena.base.max_length
+        encode = self.arena.base.chat.tokenizer
         ids = [encode(text, add_special_tokens=False)["input_ids"] for text in self.arena.exam.texts[:LINES]]
-        lines = [(row[:1], row[1:longest]) for row in ids if len(row) > 1]
+        lines = [(row[:1], row[1 : self.longest]) for row in ids if len(row) > 1]
         return self._known(lines, [-1.0] * len(lines))
 
     def _known(self, rows: Sequence[Answered], signs: Sequence[float] = (), count: float = 0.0) -> Rows:
@@ -178,10 +186,32 @@ class Hill:
         """log π of every token of every answer."""
         self.arena.become(Contestant("", weights))
         found: dict[int, Tensor] = {}
-        for picked in parts([len(prompt) + len(answer) for prompt, answer in rows], TOKENS):
-            tokens = self.reader.tokens([rows[i] for i in picked]).cpu()
-            found |= dict(zip(picked, tokens.split([len(rows[i][1]) for i in picked]), strict=True))
+
+        def some(part: list[int]) -> Tensor:
+            return self.reader.tokens([rows[i] for i in part]).cpu()
+
+        for part, tokens in in_parts(_lengths(rows), self.room, some):
+            found |= zip(part, tokens.split([len(rows[i][1]) for i in part]), strict=True)
         return [found[i] for i in range(len(rows))]
+
+
+def _lengths(rows: Sequence[Answered]) -> list[int]:
+    return [len(prompt) + len(answer) for prompt, answer in rows]
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
+    """Compute each layer again on the way back in place of keeping what it computed."""
+    if not wanted:
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
 
 
 def _total(rows: Rows, sums: Tensor) -> float:

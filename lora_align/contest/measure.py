@@ -60,6 +60,11 @@ class Arena:
         return self.base.load()
 
     @cached_property
+    def sampler(self) -> Embedded:
+        """One for all, so that it remembers how many answers fit into memory at once."""
+        return Embedded(self.model, self.base)
+
+    @cached_property
     def mixer(self) -> Mixer:
         """Everything over it, nothing of it in force."""
         updates, _ = vectors.opened(self.field.vectors)
@@ -90,7 +95,7 @@ class Arena:
         asked = [under_system(contestant.system, question.prompt) for question in self.exam.questions]
         self.become(contestant)
         rows: list[Row] = []
-        for batch in Embedded(self.model, self.base).draw(asked, self.exam.samples, self.exam.sampling):
+        for batch in self.sampler.draw(asked, self.exam.samples, self.exam.sampling):
             rows += [self._read(drawn) for drawn in batch]
             report(len(rows))
         rows.sort(key=lambda row: (row["prompt"], row["number"]))

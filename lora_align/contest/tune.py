@@ -16,8 +16,7 @@ from lora_align.contest.hill import KL, LOSS, Bounds, Hill, Place
 from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.evaluate import refusals
-from lora_align.model.sampler import Embedded
-from lora_align.recipe import Recipe
+from lora_align.recipe import Recipe, Training
 
 STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
 LONGER = 2.0  # times as far as the step before, at most: where a bound stops one, the next would run into it again
@@ -40,11 +39,11 @@ class Tuned:
     steps: int
 
 
-def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, screen: Screen) -> Tuned:
+def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen) -> Tuned:
     """Climb, then look at what is said to safe prompts, and go back as long as that is refused too often."""
     for lack in arena.exam.lacks:
         screen.warn(lack)
-    hill = Hill(arena, aims, bounds)
+    hill = Hill(arena, aims, bounds, settings)
     with screen.progress("tune", STEPS) as progress:
         place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
         progress.show(STEPS, {})
@@ -162,5 +161,5 @@ def share_refused(arena: Arena, weights: Mapping[str, float]) -> float:
     """Share of safe prompts whose one answer refuses."""
     arena.become(Contestant("", {START: 1.0, **weights}))
     prompts = [question.prompt for question in arena.exam.questions if question.kind == SAFE]
-    drawn = [one for batch in Embedded(arena.model, arena.base).draw(prompts, 1, arena.exam.sampling) for one in batch]
+    drawn = [one for batch in arena.sampler.draw(prompts, 1, arena.exam.sampling) for one in batch]
     return sum(refusals.refuses(one.text) for one in drawn) / max(len(drawn), 1)

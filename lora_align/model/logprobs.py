@@ -1,36 +1,26 @@
 """How likely a model finds given answers: the log-probabilities of their tokens, and of nothing else.
 
-Only positions that predict an answer's token ever reach the vocabulary, some at a time, and answers to one prompt can
-share it.
+Only positions that predict an answer's token ever reach the vocabulary, some at a time, and answers to one prompt share
+it.
 """
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_align import processes
 from lora_align.errors import RunFailedError, UserError
-from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
+from lora_align.model.packing import Backbone, noise
 from lora_align.model.room import Room
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
 Shared = tuple[list[int], Sequence[list[int]]]  # a prompt, and several answers to it
+Found = TypeVar("Found")
 TOKENS = 8192  # computed at once where nobody says otherwise
 LOGITS = 2**24  # computed at once: positions times vocabulary
-NOISE = 4  # rounding steps of the dtype that the same logits may differ by, computed in two ways
-LEAST = 1e-3  # a nat that they may differ by in any dtype
-# What a pass through a base, forwards and backwards, takes beside its tokens: seconds a layer, and tokens where every
-# pass dequantises 4-bit weights. The rate turns seconds into tokens. On a CPU measured by benchmarks/padding.py, on a
-# card not measured. Fixed figures keep runs repeatable to the bit: a batch's company changes how its sums round.
-RATE = {"cpu": 1.5e11, "cuda": 8e13}  # operations a second
-LAYER = {"cpu": 4e-3, "cuda": 1e-3}  # seconds
-DEQUANTISING = {"cpu": 30, "cuda": 140}  # tokens
 
 
 @dataclass(frozen=True)
@@ -81,11 +71,6 @@ class Head:
     def _dtype(self, states: Tensor) -> torch.dtype:
         weight = getattr(self.layer, "weight", None)
         return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else states.dtype
-
-
-def noise(model: PreTrainedModel, logits: Tensor) -> float:
-    """Return what the same logits may differ by, in nats: rounding grows with the dtype's step and with their size."""
-    return max(LEAST, NOISE * torch.finfo(model.dtype).eps * float(logits.abs().max()))
 
 
 class _Logprobs(torch.autograd.Function):
@@ -139,143 +124,57 @@ class _Logprobs(torch.autograd.Function):
 class Reader:
     """A model that reads answers behind their prompts."""
 
-    model: PreTrainedModel
     head: Head
-    longest_shared: int = 0  # tokens of a sequence up to which answers can share their prompt; 0: never
-    look: float = 0.0  # what a token's look at another one takes, where a token's way through all matrices takes 1
-    overhead: float = math.inf  # tokens that one more pass through the base is worth; infinite: always a single pass
+    backbone: Backbone
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Reader":
-        """Finds out what the model bears."""
-        alone = cls(model, Head.of(model))
-        if processes.in_step:
-            return alone
-        alone = replace(alone, overhead=overhead(model, model.device.type))
-        sharing = replace(alone, longest_shared=_window(model))
-        if not sharing.longest_shared:
-            return alone
-        tried: list[Shared] = [(list(range(4, 9)), ([9, 10, 11, 12], [10, 4, 5]))]
-        with torch.no_grad():
-            try:
-                expected, found = alone.sums(tried)[0], sharing.sums(tried)[0]
-            except (RuntimeError, ValueError, TypeError):  # a model that takes no such mask
-                return alone
-        alike = torch.allclose(expected, found, atol=4 * noise(model, expected))
-        return replace(sharing, look=_look(model)) if alike else alone
+        """Find out what the model bears."""
+        return cls(Head.of(model), Backbone.of(model))
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Reader":
-        """By a model's configuration alone, as it need not have weights."""
-        return cls(model, Head.unchecked(model), _window(model), _look(model), overhead(model, "cpu"))
+        """Go by the model's configuration alone, as it need not have weights."""
+        return cls(Head.unchecked(model), Backbone.unchecked(model))
 
-    def shares(self, row: Shared) -> bool:
-        """Whether its answers are to share their prompt: that saves the prompt's way through the matrices, but under
-        a mask of our own every token is held against every other one, also those it must not see."""
-        prompt, answers = row
-        together = len(prompt) + sum(map(len, answers))
-        if len(answers) == 1 or together > self.longest_shared:
-            return False
-        apart = sum((len(prompt) + len(answer)) ** 2 for answer in answers) / 2
-        return (len(answers) - 1) * len(prompt) > self.look * (together**2 - apart)
+    def padded(self) -> "Reader":
+        """Return one that pads rows: a compiled layer would be compiled anew for every other division into rows."""
+        return replace(self, backbone=replace(self.backbone, longest=0))
 
     def length(self, row: Shared) -> int:
-        """Count the tokens of a prompt with its answers, padding between the answers included where they are padded."""
-        prompt, answers = row
-        if self.shares(row):
-            return len(prompt) + sum(map(len, answers))
-        if math.isinf(self.overhead):
-            return len(answers) * (len(prompt) + max(map(len, answers)))
-        return sum(len(prompt) + len(answer) for answer in answers)
+        """Count the tokens that a prompt with its answers takes."""
+        return self.backbone.length([row[0], *row[1]])
 
     def sums(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor]:
-        """log π of every answer, in their order [a] and how many of its tokens were the likeliest [a]."""
-        found = self._answers(rows)
-        sums = zip(*((tokens.sum(), hits.sum()) for tokens, hits in found), strict=True)
-        return tuple(map(torch.stack, sums))  # type: ignore[return-value]
+        """Return log π of every answer, in their order [a], and how many of its tokens were the likeliest [a]."""
+        read, lengths = self._read(rows)
+        sums, hits = (torch.stack([part.sum() for part in of.split(lengths)]) for of in read)
+        return sums, hits
 
     def tokens(self, rows: Sequence[Answered]) -> Tensor:
-        """log π of every token of the answers, in their order [n]."""
-        return torch.cat([tokens for tokens, _ in self._answers([(prompt, [answer]) for prompt, answer in rows])])
+        """Return log π of every token of the answers, in their order [n]."""
+        return self._read([(prompt, [answer]) for prompt, answer in rows])[0][0]
 
-    def _answers(self, rows: Sequence[Shared]) -> list[tuple[Tensor, Tensor]]:
-        """Return log π of every answer's tokens and whether each was the likeliest, in the order of the answers."""
-        sequences: dict[bool, list[tuple[int, int, Shared]]] = {True: [], False: []}  # row, its first answer here
-        for i, (prompt, answers) in enumerate(rows):
-            if self.shares((prompt, answers)):
-                sequences[True].append((i, 0, (prompt, answers)))
-            else:
-                sequences[False] += ((i, n, (prompt, [answer])) for n, answer in enumerate(answers))
-        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for shared, some in sequences.items():
-            lengths = [len(prompt) + sum(map(len, answers)) for *_, (prompt, answers) in some]
-            for batch in batches(lengths, self.overhead):
-                layout = _Layout.of([some[at][2] for at in batch])
-                given = layout.apart(self.model.dtype) if shared else layout.behind()
-                read = self.read(given, layout.at_row, layout.at_place, layout.targets)
-                each = [of.split(layout.lengths) for of in read]
-                names = [(some[at][0], some[at][1] + n) for at in batch for n in range(len(some[at][2][1]))]
-                found |= zip(names, zip(*each, strict=True), strict=True)
-        return [found[name] for name in sorted(found)]
-
-    def read(
-        self, given: Mapping[str, Tensor], at_row: Tensor, at_place: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """log p of targets behind places in the model's input, and whether each was the likeliest."""
-        where = self.model.device
-        on_device = {name: tensor.to(where) for name, tensor in given.items()}
-        states = self.model.get_decoder()(**on_device, use_cache=False).last_hidden_state
-        return self.head.logprobs(states[at_row.to(where), at_place.to(where)], targets.to(where))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Rows side by side: ids padded on the right, and where each token of an answer is predicted."""
-
-    ids: Tensor  # [b, t]
-    owner: Tensor  # [b, t]: 0 for the prompt, 1 for the first answer and so on; -1 for padding
-    places: Tensor  # [b, t]: positions, each answer's going on from the prompt's
-    at_row: Tensor  # [n]
-    at_place: Tensor  # [n]
-    targets: Tensor  # [n]
-    lengths: list[int]  # of each answer
-
-    @classmethod
-    def of(cls, rows: Sequence[Shared]) -> "_Layout":
-        """For each prompt with its answers."""
-        ids, owners, places, at_row, at_place, targets, lengths = [], [], [], [], [], [], []
-        for number, (prompt, answers) in enumerate(rows):
-            begin = len(prompt)
-            ids.append(torch.tensor([*prompt, *itertools.chain.from_iterable(answers)]))
-            owners.append(torch.tensor([0] * begin + [n for n, a in enumerate(answers, 1) for _ in a]))
-            places.append(torch.tensor([*range(begin), *(begin + i for a in answers for i in range(len(a)))]))
+    def _read(self, rows: Sequence[Shared]) -> tuple[tuple[Tensor, Tensor], list[int]]:
+        """Return log π of every token of every answer, whether it was the likeliest, and the answers' lengths."""
+        states = self.backbone.states([[prompt, *answers] for prompt, answers in rows])
+        at, targets, lengths, start = list[int](), list[int](), list[int](), 0
+        for prompt, answers in rows:
+            begin = start + len(prompt)
             for answer in answers:
-                at_place += [len(prompt) - 1, *range(begin, begin + len(answer) - 1)]
-                at_row += [number] * len(answer)
+                at += [start + len(prompt) - 1, *range(begin, begin + len(answer) - 1)]
                 targets += answer
                 lengths.append(len(answer))
                 begin += len(answer)
-        pad = nn.utils.rnn.pad_sequence
-        return cls(
-            pad(ids, batch_first=True),
-            pad(owners, batch_first=True, padding_value=-1),
-            pad(places, batch_first=True),
-            torch.tensor(at_row),
-            torch.tensor(at_place),
-            torch.tensor(targets),
-            lengths,
-        )
+            start = begin
+        return self.predicted(states, at, targets), lengths
 
-    def behind(self) -> dict[str, Tensor]:
-        """For a model that reads one answer a row: nothing looks ahead to the padding, so it needs no mask."""
-        return {"input_ids": self.ids}
-
-    def apart(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """For several a row: each token sees what stands before it of the prompt and of its own answer."""
-        earlier = torch.ones(self.ids.shape[1], self.ids.shape[1]).tril().bool()
-        seen = earlier & ((self.owner[:, None] == 0) | (self.owner[:, :, None] == self.owner[:, None]))
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        return {"input_ids": self.ids, "attention_mask": mask[:, None], "position_ids": self.places}
+    def predicted(self, states: Sequence[Tensor], at: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return log p of targets behind places of the joined states, and whether each was the likeliest."""
+        whole = torch.cat(list(states))
+        where = whole.device
+        picked = whole[torch.tensor(at, dtype=torch.long, device=where)]
+        return self.head.logprobs(picked, torch.tensor(targets, dtype=torch.long, device=where))
 
 
 def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -290,35 +189,21 @@ def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         start += count
 
 
-def batches(lengths: Sequence[int], overhead: float) -> list[list[int]]:
-    """Divide sequences into batches, each padded to its longest, so that padding and `overhead` a batch cost least."""
-    if not lengths or math.isinf(overhead):
-        return [list(range(len(lengths)))] if lengths else []
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    width = np.asarray(lengths)[order]
-    least, begins = np.zeros(len(order) + 1), []  # the least cost of the first so many, and where its last batch begins
-    for end in range(1, len(order) + 1):
-        costs = least[:end] + overhead + (end - np.arange(end)) * width[:end]
-        begins.append(int(costs.argmin()))
-        least[end] = costs[begins[-1]]
-    found, end = [], len(order)
-    while end:
-        found.append(order[begins[end - 1] : end].tolist())
-        end = begins[end - 1]
-    return found[::-1]
-
-
-def overhead(model: PreTrainedModel, device: str) -> float:
-    """Return how many tokens one more pass through the base is worth on a device of that kind.
-
-    It is infinite where processes share a divided base, as all of them go through it equally often.
-    """
-    if processes.in_step:
-        return math.inf
-    config = model.config.get_text_config()
-    seconds = LAYER[device] * config.num_hidden_layers
-    dequantised = all(isinstance(m, DequantisedLinear4bit) for m in model.modules() if isinstance(m, Linear4bit))
-    return seconds * RATE[device] / (4 * max(_matrices(model), 1)) + (0 if dequantised else DEQUANTISING[device])
+def in_parts(
+    lengths: Sequence[int], room: Room, work: Callable[[list[int]], Found]
+) -> Iterator[tuple[list[int], Found]]:
+    """Do some work on rows in parts; yield each part and what came of it. Memory that runs out halves `room`."""
+    left = list(range(len(lengths)))
+    while left:
+        done: set[int] = set()
+        for picked in parts([lengths[i] for i in left], room.size):
+            part = [left[i] for i in picked]
+            found = room.attempt(lambda _, part=part: (work(part),), least=lengths[part[0]])
+            if found is None:  # the parts were too large: divide what is left anew
+                break
+            done.update(part)
+            yield part, found[0]
+        left = [i for i in left if i not in done]
 
 
 @torch.no_grad()
@@ -332,20 +217,14 @@ def answer_logprobs(
     if not rows:
         return torch.empty(0)
     reader = Reader.of(model)
-    lengths = [reader.length(row) for row in rows]
-    left = list(range(len(rows)))
     found: dict[int, Tensor] = {}
-    while left:
-        for picked in parts([lengths[i] for i in left], room.size):
-            batch = [left[i] for i in picked]
-            sums = room.attempt(
-                lambda _, batch=batch: reader.sums([rows[i] for i in batch])[0].cpu(), lengths[batch[0]]
-            )
-            if sums is None:  # memory ran out: divide what is left anew
-                break
-            found.update(zip(batch, sums.split([len(rows[i][1]) for i in batch]), strict=True))
-            report(len(found))
-        left = [i for i in left if i not in found]
+
+    def some(part: list[int]) -> Tensor:
+        return reader.sums([rows[i] for i in part])[0].cpu()
+
+    for part, sums in in_parts([reader.length(row) for row in rows], room, some):
+        found.update(zip(part, sums.split([len(rows[i][1]) for i in part]), strict=True))
+        report(len(found))
     return torch.cat([found[i] for i in range(len(rows))])
 
 
@@ -359,30 +238,3 @@ def _not_finite(model: PreTrainedModel) -> UserError:
         )
     where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite: they overflow"
     return UserError(f"{type(model).__name__} computes logits that are not finite; {where}")
-
-
-def _look(model: PreTrainedModel) -> float:
-    """By the operations of a step: 4 a weight of the matrices, 14 a number that queries and keys are compared by."""
-    config = model.config.get_text_config()
-    wide = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return float(14 * wide * config.num_hidden_layers / (4 * max(_matrices(model), 1)))
-
-
-def _matrices(model: PreTrainedModel) -> int:
-    """Count the weights of the linear layers below the vocabulary."""
-    linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
-    return sum(layer.in_features * layer.out_features for layer in linears)
-
-
-def _window(model: PreTrainedModel) -> int:
-    """Up to which length every token can see every other one before it; 0 where masks are not one's own to choose."""
-    config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return 0
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layers - {"full_attention", "sliding_attention"}:
-        return 0
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return int(window) if window else 2**31

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from lora_align.adapters import peft_format
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.model.logprobs import Answered, batches, overhead
+from lora_align.model.logprobs import Answered
 from lora_align.model.mixer import Mixer
+from lora_align.model.packing import Backbone
 from lora_align.model.room import Room
 
 HEADS = "heads.safetensors"
@@ -88,13 +89,13 @@ class RewardModel:
     def score(self, rows: Sequence[Answered], room: Room, report: Callable[[int], None] = lambda done: None) -> Tensor:
         """Points for answers to prompts, both as token ids: [n, objectives] float32 on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-        one_more = overhead(self.model, self.model.device.type)
+        backbone = Backbone.of(self.model)
         points = torch.empty(len(rows), len(self.heads.names))
         todo = order
 
         def batch(count: int) -> int:
             picked = todo[:count]
-            states = hidden_states(self.model, [[*rows[i][0], *rows[i][1]] for i in picked], one_more)
+            states = backbone.states([rows[i] for i in picked])
             points[picked] = self.heads.points(self.heads(torch.stack([of[-1] for of in states]))).cpu()
             return len(picked)
 
@@ -103,16 +104,3 @@ class RewardModel:
             report(len(order) - len(todo))
         means = [points[:, [self.heads.names.index(head) for head in heads]].mean(1) for heads in self.derived.values()]
         return torch.cat([points, *(mean[:, None] for mean in means)], dim=1)
-
-
-def hidden_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], one_more: float) -> list[Tensor]:
-    """Return the backbone's last states [t, d] of each sequence. `one_more` pass is worth so many tokens.
-
-    Padding stands on the right, where a causal model does not look.
-    """
-    found: dict[int, Tensor] = {}
-    for batch in batches([len(sequence) for sequence in sequences], one_more):
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in batch], batch_first=True)
-        states = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-        found |= {i: of[: len(sequences[i])] for i, of in zip(batch, states, strict=True)}
-    return [found[i] for i in range(len(sequences))]

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from lora_align.model.base import inside
@@ -60,7 +60,6 @@ class Shape:
     double_quant: bool
     lora: LoraConfig
     checkpointing: bool
-    several: bool  # texts a row
 
     @property
     def layers(self) -> int:
@@ -101,7 +100,7 @@ class Shape:
     def _run(self, layers: int, step: Step, vocabulary: bool) -> "_Found":
         model = self.outline(layers)
         every = COLLECT_EVERY if self.checkpointing else 0
-        with _texts_a_row(self.several), FakeTensorMode(), _Ledger(every) as ledger:
+        with FakeTensorMode(), _Ledger(every) as ledger:
             weights, packed, trained = self._filled(model)
             base = inside(model)
             head = base.get_output_embeddings()
@@ -270,19 +269,6 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequanti
                 kind = DequantisedLinear4bit if dequantised else _Packed
                 small = kind(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
                 setattr(module, name, small)
-
-
-@contextlib.contextmanager
-def _texts_a_row(several: bool) -> Iterator[None]:
-    """Models look at positions to see whether a row holds several texts, and need a mask if so. Here positions have no
-    contents, and they would always think so."""
-    looks = masking_utils.find_packed_sequence_indices
-    if not several:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = looks
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from lora_align.model.base import Base
-from lora_align.model.logprobs import overhead
 from lora_align.model.nf4 import fits_dequantised
 from lora_align.model.weightless import Cost, Shape
 from lora_align.plan.device import Device
@@ -106,33 +105,28 @@ class Found:
         }
 
 
-def shape_of(
-    recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool = False, several: bool = False
-) -> Shape:
+def shape_of(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool = False) -> Shape:
     """A base with an adapter, by its configuration alone."""
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     if recipe.base.attention == "eager":  # the others keep as little as what runs on any device does
         config._attn_implementation = "eager"
     packed = recipe.base.quantization == "nf4"
     adapter = training.fresh_adapter(lora, base)
-    shape = Shape(config, device.dtype, packed, False, recipe.base.double_quant, adapter, checkpointing, several)
+    shape = Shape(config, device.dtype, packed, False, recipe.base.double_quant, adapter, checkpointing)
     dense = packed and device.cpu and not recipe.base.fsdp and fits_dequantised(shape.linears(), device.dtype)
     return replace(shape, dequantised=dense)
 
 
 def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None) -> Found:
     """What the fullest part of a stage's steps takes; its rows' lengths, where they are known, are not looked up."""
-    several = getattr(stage.settings, "packing", False)
     checkpointing = stage.settings.gradient_checkpointing
-    shape = shape_of(recipe, base, stage.lora, device, checkpointing=checkpointing, several=several)
+    shape = shape_of(recipe, base, stage.lora, device, checkpointing=checkpointing)
     lengths = lengths or _lengths(stage, stage.objective(shape.outline()))
     part = fullest(lengths, stage.settings.tokens_per_batch, stage.settings.batch_size)
     rows = [stage.rows[i] for i in part]
 
     def step(model: PreTrainedModel) -> torch.Tensor:
         objective = stage.objective(model)
-        where = overhead(model, "cpu" if device.cpu else "cuda")
-        objective = replace(objective, reader=replace(objective.reader, overhead=where))
         return objective.part(rows, objective.weights(rows)).loss
 
     cost = shape.cost(step)

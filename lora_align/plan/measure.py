@@ -15,6 +15,7 @@ from lora_align.model.compiled import compiled
 from lora_align.model.sampler import Embedded
 from lora_align.plan.stage import Drawing, Stage
 from lora_align.stages import training
+from lora_align.stages.steps import padded
 
 TIMES = 3  # a step is taken, and the quickest counts
 
@@ -36,6 +37,8 @@ def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
         model.enable_input_require_grads()
     policy = get_peft_model(model, training.fresh_adapter(stage.lora, base)).train()
     objective, where, dtype = stage.objective(model), bases.device(), compute_dtype(base.recipe)
+    if stage.settings.compile:
+        objective = padded(objective)
 
     def step() -> None:
         policy.zero_grad()

@@ -1,5 +1,6 @@
 """What a reward model learns from examples, and what it is worth on those it never saw."""
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from lora_align.evaluate import metrics
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Answered, Reader
-from lora_align.model.reward_model import Heads, RewardModel, hidden_states
+from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.room import Room
 from lora_align.stages.steps import Part
 
@@ -31,12 +32,10 @@ class Example:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """A batch: its texts; the points each was given [t, k], and which are known; which heads compare which texts; which
-    texts are spoken."""
+    """A batch: its texts; the points each was given [t, k], and which are known; which heads compare which texts."""
     texts: list[Answered] = []
-    pairs, spoken = [], []
+    pairs = []
     for example in examples:
-        spoken.append(len(texts))
         if example.head >= 0:
             pairs.append((len(texts), len(texts) + 1, example.head))
         texts += example.answers
@@ -47,7 +46,6 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "points": torch.tensor(points),
         "known": torch.tensor(known, dtype=torch.long).view(-1, 2),  # text, head
         "compared": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # chosen text, rejected text, head
-        "spoken": spoken,
     }
 
 
@@ -65,7 +63,7 @@ class Judging:
 
     def length(self, row: Example) -> int:
         """Of one answer behind its prompt, or of two."""
-        return sum(len(prompt) + len(answer) for prompt, answer in row.answers)
+        return self.reader.backbone.length(_shared(row))
 
     def weights(self, rows: Sequence[Example]) -> list[float]:
         """Ratings and pairs together; tokens of the answers that are spoken."""
@@ -75,10 +73,8 @@ class Judging:
     def part(self, rows: Sequence[Example], weights: Sequence[float]) -> Part:
         """Some examples of a step."""
         batch = collate(rows)
-        texts = batch["texts"]
-        whole = [[*prompt, *answer] for prompt, answer in texts]
-        states = hidden_states(self.reader.model, whole, self.reader.overhead)
-        z = self.heads(torch.stack([of[-1] for of in states]))  # [t, k]
+        states = self.reader.backbone.states([_shared(row) for row in rows])
+        z = self.heads(torch.stack([of[end - 1] for of, row in zip(states, rows, strict=True) for end in _ends(row)]))
         text, head = batch["known"].T.to(z.device)
         points = batch["points"].to(z.device)[text, head]
         deviation = self.heads.deviation[head]
@@ -92,7 +88,7 @@ class Judging:
             "accuracy": ((margins.detach() > 0).sum(), float(len(margins))),
         }
         if self.lm_weight:
-            nats = -self._spoken([(states[row], *texts[row]) for row in batch["spoken"]])
+            nats = -self._spoken([(of, *row.answers[0]) for of, row in zip(states, rows, strict=True)])
             figures["lm"] = (nats.detach().sum(), float(len(nats)))
             loss = loss + self.lm_weight * nats.sum() / weights[1]
         return Part(loss, figures)
@@ -106,6 +102,16 @@ class Judging:
     def quoted(self, row: Example) -> str:
         """How its first answer begins."""
         return self.chat.opening(row.answers[0][1])
+
+
+def _shared(row: Example) -> list[list[int]]:
+    """Return an example as its prompt and the answers behind it."""
+    return [row.answers[0][0], *(answer for _, answer in row.answers)]
+
+
+def _ends(row: Example) -> list[int]:
+    """Return where each answer ends, among the tokens of the prompt and all answers."""
+    return list(itertools.accumulate(map(len, _shared(row))))[1:]
 
 
 def measured(held_out: Sequence[Example]) -> Sequence[Example]:

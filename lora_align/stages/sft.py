@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
@@ -20,7 +18,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base, inside
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.kept import View
-from lora_align.model.logprobs import Reader, answer_logprobs, batches
+from lora_align.model.logprobs import Reader, answer_logprobs
 from lora_align.model.material import Material
 from lora_align.model.room import Room
 from lora_align.model.tokenise import IGNORED, TokenText
@@ -144,41 +142,16 @@ class Saying:
 
     def part(self, rows: Sequence[Sequence[TokenText]], weights: Sequence[float]) -> Part:
         """Some packs of a step."""
-        read = [self._read(packs) for packs in self.passes(rows)]
-        nats, hits, count = (sum(of) for of in zip(*read, strict=True))
-        return Part(nats / weights[0], {"accuracy": (hits, count)})
-
-    def passes(self, rows: Sequence[Sequence[TokenText]]) -> list[list[Sequence[TokenText]]]:
-        """Divide packs into passes through the base. FlashAttention 2 tells texts apart in a single row only."""
-        if self.reader.model.config._attn_implementation == "flash_attention_2":
-            return [[[text for pack in rows for text in pack]]]
-        return [[rows[i] for i in batch] for batch in batches([self.length(row) for row in rows], self.reader.overhead)]
-
-    def _read(self, packs: Sequence[Sequence[TokenText]]) -> tuple[Tensor, Tensor, float]:
-        """Return −Σ log π of what is to be learned, how many of these tokens were the likeliest, and their number."""
-        labels = [[label for text in pack for label in (IGNORED, *text.labels[1:])] for pack in packs]
-        at = [(row, i - 1, label) for row, of in enumerate(labels) for i, label in enumerate(of) if label != IGNORED]
-        found, hits = self.reader.read(collate(packs), *torch.tensor(at, dtype=torch.long).view(-1, 3).T)
-        return -found.sum(), hits.sum(), float(len(at))
+        texts = [text for pack in rows for text in pack]
+        labels = [label for text in texts for label in (*text.labels[1:], IGNORED)]
+        at = [place for place, label in enumerate(labels) if label != IGNORED]
+        states = self.reader.backbone.states([[text.ids] for text in texts])
+        found, hits = self.reader.predicted(states, at, [labels[place] for place in at])
+        return Part(-found.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
 
     def quoted(self, row: Sequence[TokenText]) -> str:
         """How its first text begins."""
         return self.chat.opening(row[0].ids)
-
-
-def collate(packs: Sequence[Sequence[TokenText]]) -> dict[str, Tensor]:
-    """A batch of packs. Positions start anew with every text, and by that attention keeps to its text; so there must be
-    no mask. Padding goes on with the last text, which as a causal model never looks ahead does not see it.
-    """
-    width = max(sum(len(text.ids) for text in pack) for pack in packs)
-    ids, places = [], []
-    for pack in packs:
-        said = [token for text in pack for token in text.ids]
-        lengths = [len(text.ids) for text in pack]
-        lengths[-1] += width - len(said)
-        ids.append(said + [0] * (width - len(said)))
-        places.append([place for length in lengths for place in range(length)])
-    return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(places)}
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,7 +29,7 @@ from lora_align import processes
 from lora_align.errors import RunFailedError
 from lora_align.model.base import inside
 from lora_align.model.divided import in_step, is_divided
-from lora_align.model.logprobs import parts
+from lora_align.model.logprobs import Reader, parts
 from lora_align.model.room import Room
 from lora_align.stages.checkpoints import PREFIX, Unfinished
 
@@ -52,6 +52,10 @@ class Part:
 
 class Objective(Protocol[RowIn]):
     """What is learned from rows."""
+
+    @property
+    def reader(self) -> Reader:
+        """How rows go through the base."""
 
     def length(self, row: RowIn) -> int:
         """Tokens that a row takes."""
@@ -242,6 +246,11 @@ class Stepping(Trainer, Generic[Row]):
             logs["num_tokens"] = float(self.tokens_seen)
             self.seen.clear()
         super().log(logs, *args, **settings)
+
+
+def padded(objective: Objective[Row]) -> Objective[Row]:
+    """Return the same objective, its rows padded."""
+    return replace(objective, reader=objective.reader.padded())  # type: ignore[type-var]
 
 
 def share(lengths: Sequence[int]) -> Sequence[int]:

@@ -30,7 +30,7 @@ from lora_align.model.compiled import compiled
 from lora_align.model.nf4 import dense_weight
 from lora_align.recipe import Lora, Training, optimizers
 from lora_align.stages.checkpoints import KEPT
-from lora_align.stages.steps import METRICS, Stepping, trainable
+from lora_align.stages.steps import METRICS, Stepping, padded, trainable
 
 STATE_BYTES = 12  # a trained value, and the two moments that Adam keeps of it
 # in short, as a line of progress has to fit 80 columns
@@ -205,6 +205,8 @@ class Stop:
 def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -> Watch:
     """Train, from the newest checkpoint on if there is one; progress on the screen, and a record in the folder."""
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
+    if settings.compile:
+        trainer.objective = padded(trainer.objective)
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     begun = trainer.unfinished.begin(screen)
     needed = (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters

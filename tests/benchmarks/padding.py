@@ -1,11 +1,9 @@
 """What a DPO step on a CPU takes beside plain forward and backward passes over as many tokens without padding.
 
-Also: what one more pass through the base is worth in tokens, which decides how a step's rows are put into batches, and
-what dequantising 4-bit weights once saves. Names a base and pairs: a folder in Hugging Face form and a file.
+Also: what dequantising 4-bit weights once saves. Takes a base, a folder in Hugging Face form, and a file of pairs.
 """
 
 import argparse
-import math
 import os
 import statistics
 import time
@@ -28,7 +26,7 @@ from lora_align.model import base as bases
 from lora_align.model import nf4
 from lora_align.model.base import Base, inside
 from lora_align.model.generate import Sampling
-from lora_align.model.logprobs import Reader, overhead, parts
+from lora_align.model.logprobs import Reader, parts
 from lora_align.model.sample import sample
 from lora_align.model.tokenise import TokenPair
 from lora_align.stages import dpo, training
@@ -78,24 +76,35 @@ def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair
 
 
 def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict[str, Any]:
-    """Steps with batches of least cost, beside one padded batch a part, and beside plain passes."""
+    """Steps whose rows stand side by side, and ones whose rows are padded, beside plain passes over as many tokens.
+
+    A plain pass is over as many rows of one length, so that nothing is padded; it makes no logits.
+    """
     policy = policy_of(base, project, dequantised=True)
-    now = Reader.of(inside(policy))
-    before = replace(now, overhead=math.inf)
+    packed = Reader.of(inside(policy))
     found = []
     for at in range(STEPS):
         some = rows[at * BATCH : (at + 1) * BATCH]
-        tokens = sum(now.length(row.shared()) for row in some)
-        took = {name: seconds(step(policy, base, how, some)) for name, how in (("now", now), ("before", before))}
-        mean = round(tokens / BATCH)
-        took["plain"] = seconds(plain(policy, BATCH, mean)) * tokens / (BATCH * mean)
-        found.append({"tokens": tokens, **took})
+        took = {
+            name: seconds(step(policy, base, how, some))
+            for name, how in (("packed", packed), ("padded", packed.padded()))
+        }
+        sequences = [len(row.prompt) + len(answer) for row in some for answer in (row.chosen, row.rejected)]
+        shared = sum(packed.length(row.shared()) for row in some)
+        for name, tokens in (("plain, prompts shared", shared), ("plain, prompts not shared", sum(sequences))):
+            length = round(tokens / BATCH)
+            took[name] = seconds(plain(policy, BATCH, length)) * tokens / (BATCH * length)
+        found.append({"tokens, prompts shared": shared, "tokens, prompts not shared": sum(sequences), **took})
+
+    def share(of: str, beside: str) -> float:
+        return round(statistics.median(one[beside] / one[of] for one in found), 3)
+
     return {
         "steps": found,
-        "share of plain's pace, now": round(statistics.median(of["plain"] / of["now"] for of in found), 3),
-        "share of plain's pace, one padded batch a part": round(
-            statistics.median(of["plain"] / of["before"] for of in found), 3
-        ),
+        "pace of a packed step, plain = 1, prompts shared by both": share("packed", "plain, prompts shared"),
+        "pace of a packed step, plain = 1, prompts not shared by plain": share("packed", "plain, prompts not shared"),
+        "pace of a padded step, plain = 1, prompts not shared": share("padded", "plain, prompts not shared"),
+        "time of a packed step, padded = 1": share("padded", "packed"),
     }
 
 
@@ -115,7 +124,6 @@ def passes(base: Base, project: recipe.Recipe) -> dict[str, Any]:
         found[name] = {
             "seconds by tokens": dict(zip(LENGTHS, took, strict=True)),
             "a pass in tokens": round(start / slope, 1),
-            "taken for it": round(overhead(inside(policy), "cpu"), 1),
         }
         model = policy.unload().eval()
         for rows in (1, 16):

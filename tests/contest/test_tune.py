@@ -18,6 +18,7 @@ from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
 from lora_align.model.logprobs import Reader
 from lora_align.model.mixer import Mixer
+from lora_align.recipe import Dpo
 from support import Cli
 
 QUIET = Screen(quiet=True)
@@ -43,9 +44,9 @@ def arena_of(vectors: str, workspace: Path) -> Arena:
 def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
     arena, here, step = arena_of(vectors, workspace), torch.tensor(weights), 0.05
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    passed = Hill(arena, AIMS, free).at(here).found
+    passed = Hill(arena, AIMS, free, Dpo()).at(here).found
     assert passed[LOSS] > 5e-4
-    hill = Hill(arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5))  # both push back
+    hill = Hill(arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5), Dpo())  # both push back
     found = hill.at(here)
     rounding = 0.01 * float(found.slope.norm()) if "@" in vectors else 0.0  # the lower layers alone do next to nothing
     for slope, aside in zip(found.slope.tolist(), torch.eye(len(weights)) * step, strict=True):
@@ -54,7 +55,7 @@ def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[flo
 
 
 def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0))
+    hill = Hill(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
     nowhere = hill.at(torch.zeros(2))
     assert nowhere.height == pytest.approx(0.5, abs=1e-4)  # a coin decides every pair
     assert nowhere.found == pytest.approx(dict.fromkeys(nowhere.found, 0.0), abs=1e-5)
@@ -62,7 +63,7 @@ def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
 
 def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> None:
     bounds = Bounds(kl=5e-5, loss=0.05, refused=1.0, weight=9.0)
-    hill = Hill(arena, AIMS, bounds)
+    hill = Hill(arena, AIMS, bounds, Dpo())
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.height > 0.5
     assert 0.5 * bounds.kl < found.found[KL] < 1.2 * bounds.kl, "it is what stops the climb"
@@ -73,7 +74,7 @@ def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> N
 
 
 def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3))
+    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.weights.abs().max() == pytest.approx(0.3)
     assert (found.slope * found.weights).min() > 0, "they would go on"
@@ -83,9 +84,9 @@ def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
 def test_what_has_passed_a_bound_comes_back(arena: Arena, name: str) -> None:
     far = torch.tensor([4.0, 4.0])
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    bound = Hill(arena, AIMS, free).at(far).found[name] / 3
+    bound = Hill(arena, AIMS, free, Dpo()).at(far).found[name] / 3
     assert bound > 0
-    hill = Hill(arena, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}))
+    hill = Hill(arena, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
     there = hill.at(far)
     assert hill.beyond(there) == pytest.approx(3)
     back = tune.within(hill, there)
@@ -103,7 +104,7 @@ def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) 
     far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
 
     def found(refused: float) -> tune.Tuned:
-        return tune.run(arena, {"harmless": 1.0}, Bounds(refused=refused, **far), QUIET)
+        return tune.run(arena, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
 
     free, start = found(1.0), tune.share_refused(arena, {})
     more = 0.5 * (free.refused - start)
@@ -160,7 +161,7 @@ def test_what_the_recipe_names_nothing_for_is_not_held_to_and_said(workspace: Pa
 
 
 def test_what_is_told_as_preferred_was_counted(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0))
+    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
     likes, before = arena.likes(Contestant("", {START: 1.0, "helpful": 1.0, "harmless": -0.5})), arena.start_likes
     found = hill.at(torch.tensor([1.0, -0.5])).preferred
     assert found == {name: float((likes[name] > before[name]).float().mean()) for name in AIMS}

@@ -39,7 +39,7 @@ def policy(base: Base) -> PeftModel:
 
 
 def gradients(policy: PeftModel) -> dict[str, torch.Tensor]:
-    reader = Reader.unchecked(policy.get_base_model())
+    reader = Reader.unchecked(policy.get_base_model()).padded()
     policy.zero_grad()
     for rows in ROWS:
         reader.sums(rows)[0].sum().backward()  # type: ignore[no-untyped-call]

@@ -1,26 +1,24 @@
 """Log-probabilities of answers against whole logits, value and gradient, for every family and however rows are read."""
 
-import itertools
-import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_align import recipe
 from lora_align.errors import RunFailedError, UserError
-from lora_align.model import base as bases
 from lora_align.model import logprobs
-from lora_align.model.logprobs import Reader, Shared, answer_logprobs, batches, parts
+from lora_align.model.logprobs import Reader, Shared, answer_logprobs, parts
 from lora_align.model.room import Room
 from support import make_base
 
-FAMILIES = ["llama", "qwen3", "mistral", "gemma", "gemma2"]
+FAMILIES = ["llama", "llama eager", "qwen3", "mistral", "gemma", "gemma2"]
 
 
 def rows(count: int, longest: int = 12, answers: int = 2) -> list[Shared]:
@@ -48,8 +46,10 @@ def by_hand(model: PreTrainedModel, given: list[Shared]) -> Tensor:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    folder = make_base(tmp_path_factory.mktemp(request.param), request.param)
-    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    family, _, attention = request.param.partition(" ")
+    folder = make_base(tmp_path_factory.mktemp(family), family)
+    chosen = {"attn_implementation": attention} if attention else {}
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **chosen).eval()
     found.requires_grad_(False)
     found.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     return found
@@ -63,22 +63,16 @@ def slope(model: PreTrainedModel, sums: Tensor) -> Tensor:
     return weight.grad.double().clone()
 
 
-@pytest.mark.parametrize(("look", "shared"), [(0.0, {True}), (0.05, {True, False}), (1e9, {False})])
+@pytest.mark.parametrize(("longest", "packed"), [(2**31, {True}), (14, {True, False}), (0, {False})])
 @pytest.mark.parametrize("at_once", [logprobs.LOGITS, 3000], ids=["all positions", "three positions"])
-@pytest.mark.parametrize("overhead", [0.0, 10.0, math.inf])
 def test_value_and_gradient(
-    look: float,
-    shared: set[bool],
-    at_once: int,
-    overhead: float,
-    model: PreTrainedModel,
-    monkeypatch: pytest.MonkeyPatch,
+    longest: int, packed: set[bool], at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "LOGITS", at_once)
-    reader = Reader.of(model)
-    assert reader.longest_shared > 0
-    reader, given = replace(reader, look=look, overhead=overhead), rows(6)
-    assert {reader.shares(row) for row in given} == shared
+    reader, given = Reader.of(model), rows(6)
+    assert reader.backbone.longest > 0
+    reader = replace(reader, backbone=replace(reader.backbone, longest=longest))
+    assert {reader.backbone.packs([prompt, *answers]) for prompt, answers in given} == packed
     expected = by_hand(model, given)
     sums, hits = reader.sums(given)
     assert torch.allclose(sums.double(), expected, atol=1e-4)
@@ -87,14 +81,13 @@ def test_value_and_gradient(
     assert 0 <= hits.min() <= hits.max() <= 12
 
 
-def test_answers_share_no_more_than_a_window_sees(tmp_path: Path) -> None:
-    """Within a window each token sees all before it; beyond, a prompt is computed for each answer by itself."""
+def test_rows_longer_than_a_window_are_padded(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path, "mistral"), dtype=torch.float32).eval()
     model.config.sliding_window = 24
-    reader = replace(Reader.of(model), look=0.0)
-    assert reader.longest_shared == 24
+    reader = Reader.of(model)
+    assert reader.backbone.longest == 24
     given = rows(5, longest=20)
-    assert {reader.shares(row) for row in given} == {True, False}
+    assert {reader.backbone.packs([prompt, *answers]) for prompt, answers in given} == {True, False}
     with torch.no_grad():
         assert torch.allclose(reader.sums(given)[0].double(), by_hand(model, given), atol=1e-4)
 
@@ -129,43 +122,28 @@ def test_parts_hold_every_row_once_and_keep_to_their_budget() -> None:
     assert list(parts([500, 3], 100)) == [[0], [1]]
 
 
-def _cost(lengths: list[int], found: list[list[int]], overhead: float) -> float:
-    return sum(overhead + len(batch) * max(lengths[i] for i in batch) for batch in found)
+def test_an_attention_that_takes_no_segments_is_padded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(module: nn.Module, *given: Any, segments: object = None, **settings: Any) -> tuple[Tensor, Any]:
+        return whole(module, *given, **settings)
+
+    kind = model.config._attn_implementation
+    whole = ALL_ATTENTION_FUNCTIONS[kind]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kind, blind)
+    assert Reader.of(model).backbone.longest == 0
 
 
-@pytest.mark.parametrize("overhead", [0.0, 7.0, 1000.0])
-def test_batches_cost_least_of_all_divisions_by_length(overhead: float) -> None:
-    draws = random.Random(2)
-    for _ in range(20):
-        lengths = [draws.randint(1, 60) for _ in range(8)]
-        found = batches(lengths, overhead)
-        assert sorted(i for batch in found for i in batch) == list(range(8))
-        order = sorted(range(8), key=lambda i: -lengths[i])
-        least = math.inf
-        for cuts in itertools.product([False, True], repeat=7):  # behind each row but the last
-            ends = [at + 1 for at, cut in enumerate(cuts) if cut] + [8]
-            ways = [order[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-            least = min(least, _cost(lengths, ways, overhead))
-        assert _cost(lengths, found, overhead) == least
-
-
-def test_batches_of_a_divided_base_are_one() -> None:
-    assert batches([3, 50, 1], math.inf) == [[0, 1, 2]]
-    assert batches([], 5.0) == []
-
-
-def test_a_pass_costs_more_tokens_where_it_dequantises(llama: Path) -> None:
-    base = bases.find(recipe.Base(str(llama)))
-    dequantised, stock = base.load(), bases._load(base.folder, base.recipe, torch.device("cpu"))
-    more = logprobs.overhead(stock, "cpu") - logprobs.overhead(dequantised, "cpu")
-    assert more == logprobs.DEQUANTISING["cpu"] > 0
+def test_packed_attention_leaves_other_calls_as_they_were(model: PreTrainedModel) -> None:
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    found = model(input_ids=ids, attention_mask=mask).logits[0, 2:]
+    alone = model(input_ids=ids[:1, 2:]).logits[0]
+    assert torch.allclose(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_of_any_size_are_accepted(dtype: torch.dtype, llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype).eval()
     model.lm_head.weight.data *= 400  # logits of about 30, where one step of bfloat16 is 0.125
-    assert Reader.of(model).longest_shared > 0
+    assert Reader.of(model).backbone.longest > 0
 
 
 def test_another_head_is_refused_in_any_dtype(llama: Path) -> None:

@@ -1,0 +1,187 @@
+"""Rows side by side in one pass through a base: nothing is padded, and attention keeps to its row.
+
+A row is a text, or a prompt with several answers. The answers share the prompt's pass: each sees the prompt and itself.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_align import processes
+
+Row = Sequence[Sequence[int]]  # token ids: [text], or [prompt, answer, …]
+NOISE = 4  # rounding steps of the dtype that the same values may differ by, computed in two ways
+LEAST = 1e-3  # what they may differ by in any dtype
+TRIED: list[Row] = [[[4, 5, 6, 7, 8], [9, 10, 11, 12], [10, 4, 5]], [[7, 5, 9]]]
+
+
+def noise(model: PreTrainedModel, values: Tensor) -> float:
+    """Return what the same values may differ by: rounding grows with the dtype's step and with their size."""
+    return max(LEAST, NOISE * torch.finfo(model.dtype).eps * float(values.abs().max()))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A base below its vocabulary."""
+
+    model: PreTrainedModel
+    longest: int  # tokens of a sequence up to which it can stand beside others; 0: rows are padded
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Backbone":
+        """Find out whether the model keeps rows apart that stand side by side."""
+        padded, packed = cls(model, 0), cls.unchecked(model)
+        if not packed.longest:
+            return padded
+        with torch.no_grad():
+            expected = torch.cat(padded.states(TRIED))
+            try:
+                found = torch.cat(packed.states(TRIED))
+            except (RuntimeError, ValueError, TypeError):  # its attention takes no segments
+                return padded
+        return packed if torch.allclose(found, expected, atol=noise(model, expected)) else padded
+
+    @classmethod
+    def unchecked(cls, model: PreTrainedModel) -> "Backbone":
+        """Go by the model's configuration alone, as it need not have weights."""
+        return cls(model, _window(model))
+
+    def packs(self, row: Row) -> bool:
+        """Return whether a row can stand beside others: every token then sees all before it."""
+        return len(row[0]) + max(map(len, row[1:]), default=0) <= self.longest
+
+    def length(self, row: Row) -> int:
+        """Count the tokens of a row, padding between its answers included where they are padded."""
+        if self.packs(row):
+            return sum(map(len, row))
+        return max(len(row) - 1, 1) * (len(row[0]) + max(map(len, row[1:]), default=0))
+
+    def states(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Return the last hidden states [t, d] of each row's tokens, its pieces one behind another."""
+        packed = [i for i, row in enumerate(rows) if self.packs(row)]
+        if processes.in_step and len(packed) < len(rows):  # processes that share a base make one pass a part
+            packed = []
+        left = [i for i in range(len(rows)) if i not in set(packed)]
+        found: dict[int, Tensor] = {}
+        for read, which in ((self._side_by_side, packed), (self._padded, left)):
+            if which:
+                found |= zip(which, read([rows[i] for i in which]), strict=True)
+        return [found[i] for i in range(len(rows))]
+
+    def _side_by_side(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Read rows as a single one without padding."""
+        where = self.model.device
+        ids = [token for row in rows for piece in row for token in piece]
+        places = [place for row in rows for place in _places(row)]
+        states = self.model.get_decoder()(
+            input_ids=torch.tensor([ids], device=where),
+            position_ids=torch.tensor([places], device=where),
+            attention_mask=torch.zeros(1, 1, 1, 1, device=where),  # as long as one is given, none is made
+            segments=Segments([_segment(row) for row in rows]),
+            use_cache=False,
+        ).last_hidden_state[0]
+        return list(states.split([sum(map(len, row)) for row in rows]))
+
+    def _padded(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Read every answer behind its prompt; padding stands on the right, where a causal model does not look."""
+        texts = [torch.tensor([*row[0], *answer]) for row in rows for answer in (row[1:] or [[]])]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.model.device)
+        states = iter(self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+        found = []
+        for prompt, *answers in rows:
+            first = next(states)
+            pieces = [first[: len(prompt) + sum(map(len, answers[:1]))]]
+            pieces += [next(states)[len(prompt) : len(prompt) + len(answer)] for answer in answers[1:]]
+            found.append(torch.cat(pieces))
+        return found
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of the pieces that stand side by side: of a text, or of a prompt and its answers."""
+
+    lengths: Sequence[Sequence[int]]
+
+
+def _segment(row: Row) -> list[int]:
+    return [sum(map(len, row))] if len(row) <= 2 else list(map(len, row))
+
+
+def _places(row: Row) -> list[int]:
+    """Return the positions of a row's tokens, each answer's going on from the prompt's."""
+    begin = len(row[0])
+    return [*range(begin), *(begin + i for answer in row[1:] for i in range(len(answer)))]
+
+
+def _attention(
+    whole: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Any]:
+    """Attend as `whole` does; where there are segments, within each of them."""
+    if segments is None:
+        return whole(module, query, key, value, attention_mask, **settings)
+    settings.pop("position_ids", None)
+    return _in_segments(partial(whole, **settings), module, (query, key, value), segments)
+
+
+def _in_segments(
+    attend: Callable[..., tuple[Tensor, Any]], module: nn.Module, given: tuple[Tensor, ...], segments: Segments
+) -> tuple[Tensor, None]:
+    """Attend within each segment of query, key and value [1, heads, t, d]; return [1, t, heads, d]."""
+    flat = [length for row in segments.lengths for length in row]
+    pieces = zip(*(tensor.split(flat, dim=2) for tensor in given), strict=True)
+    found = []
+    for row in segments.lengths:
+        prompt, *answers = (next(pieces) for _ in row)
+        if not answers:
+            found.append(attend(module, *prompt, _mask(module, row[0], given[0]))[0])
+        for number, answer in enumerate(answers):
+            both = [torch.cat(of, dim=2) for of in zip(prompt, answer, strict=True)]
+            seen = attend(module, *both, _mask(module, both[0].shape[2], given[0]))[0]
+            found.append(seen[:, row[0] :] if number else seen)
+    return torch.cat(found, dim=1), None
+
+
+def _mask(module: Any, length: int, like: Tensor) -> Tensor | None:
+    """Return a causal mask for eager attention; the other kinds make none for a sequence by itself."""
+    if module.config._attn_implementation != "eager":
+        return None
+    lowest = torch.finfo(like.dtype).min
+    return torch.full((length, length), lowest, dtype=like.dtype, device=like.device).triu(1)[None, None]
+
+
+def _eager(module: nn.Module, *given: Any, **settings: Any) -> tuple[Tensor, Any]:
+    """Attend as the model's own module does."""
+    own: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, *given, **settings)
+
+
+def _window(model: PreTrainedModel) -> int:
+    """Return up to which length every token sees every other one before it; 0 where attention is of another kind."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in KINDS:
+        return 0
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers - {"full_attention", "sliding_attention"}:
+        return 0
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return int(window) if window else 2**31
+
+
+KINDS = ("sdpa", "eager", "flash_attention_2")
+for _kind in KINDS:
+    _whole = ALL_ATTENTION_FUNCTIONS.get(_kind, _eager)
+    ALL_ATTENTION_FUNCTIONS.register(_kind, partial(_attention, _whole))
