@@ -5,7 +5,7 @@ it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -198,7 +198,7 @@ def in_parts(
         done: set[int] = set()
         for picked in parts([lengths[i] for i in left], room.size):
             part = [left[i] for i in picked]
-            found = room.attempt(lambda _, part=part: (work(part),), least=lengths[part[0]])
+            found = room.attempt(lambda _: (work(part),), least=lengths[part[0]])  # noqa: B023 - called at once
             if found is None:  # the parts were too large: divide what is left anew
                 break
             done.update(part)

@@ -35,6 +35,8 @@ try:
 finally:
     torch.compile = _torch_compile
 
+__all__ = ["DequantisedLinear4bit", "Linear4bit", "dense_weight", "fits_dequantised", "keep_dequantised", "keep_plain"]
+
 SHARE = 0.5  # of the available memory, which dequantised weights may take at most
 
 
@@ -62,7 +64,7 @@ def keep_plain(model: nn.Module) -> None:
 
 def fits_dequantised(weights: int, dtype: torch.dtype) -> bool:
     """Return whether this machine has memory for so many weights in that dtype."""
-    return weights * dtype.itemsize <= SHARE * psutil.virtual_memory().available
+    return bool(weights * dtype.itemsize <= SHARE * psutil.virtual_memory().available)
 
 
 def keep_dequantised(model: nn.Module, dtype: torch.dtype) -> None:

@@ -267,7 +267,7 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequanti
                 bias = layer.bias is not None
                 wide, high = layer.in_features, layer.out_features
                 kind = DequantisedLinear4bit if dequantised else _Packed
-                small = kind(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
+                small = kind(wide, high, bias, dtype, quant_type="nf4", device="meta")
                 setattr(module, name, small)
 
 

@@ -136,7 +136,8 @@ def test_sources_with_different_attributes_share_a_model(tmp_path: Path, base: B
 
 def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
     """Against scores computed one row at a time, in float64."""
-    a, b, c = _answers(base, 3)
+    a, b, other = _answers(base, 3)
+    c = (b[0], other[1])
     k = len(model.heads.names)
     points = tuple(math.nan if i % 2 else 10.0 * i for i in range(k))
     rows = [Example((a,), points), Example((b, c), (math.nan,) * k, head=k - 1)]
