@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import transformers
 from filelock import FileLock
@@ -110,6 +111,13 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
 def device() -> torch.device:
     """The GPU if there is one, of several processes to each its own."""
     return torch.device("cuda", processes.here()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_memory(where: torch.device) -> int:
+    """Return the bytes of a card's memory, or of this machine's."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_properties(where).total_memory
+    return int(psutil.virtual_memory().total)
 
 
 def inside(policy: "PeftModel") -> PreTrainedModel:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lora_align.model.base import Base
+from lora_align.model.base import Base, device_memory
 from lora_align.model.generate import Sampling, probabilities
 from lora_align.model.room import Room
 
 RETIRE_AT = 0.75  # share of rows still running at which the others are taken out of the cache
 ROWS = 512  # drawn at once where memory allows it
+CACHE_SHARE = 0.5  # of the memory that the base leaves, which keys and values may take at most
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def sample(
     """
     seed = sampling.seed if sampling.seed is not None else torch.seed()
     room = room or Room(ROWS)
+    longest = min(max(map(len, prompts), default=0) + sampling.max_new_tokens, base.max_length)
+    room.size = min(room.size, affordable(model, longest))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     todo = [(prompt, number) for prompt in order for number in range(n)]
 
@@ -53,6 +56,20 @@ def sample(
         if answers:
             todo = todo[len(answers) :]
             yield answers
+
+
+def affordable(model: PreTrainedModel, tokens: int) -> int:
+    """Return how many rows of so many tokens have room for their keys and values beside the base.
+
+    It goes by all of the device's memory, not by what is free just now: rows that share a batch round alike, and the
+    same command shall draw the same answers.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+    left = device_memory(model.device) - model.get_memory_footprint()
+    return max(1, int(CACHE_SHARE * left / row))
 
 
 @torch.inference_mode()
