@@ -198,13 +198,13 @@ def test_a_manifest_that_is_no_object_or_no_file_is_passed_over(tmp_path: Path) 
         runs.read(tmp_path / "folder")
 
 
-def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     run = _publish(tmp_path / "a")
     file = run.path / runs.MANIFEST
     whole, meant = file.read_bytes(), json.loads(file.read_text())
-    for place, bit in ((place, bit) for place in range(len(whole)) for bit in range(8)):
+    for place in range(len(whole)):
         flipped = bytearray(whole)
-        flipped[place] ^= 1 << bit
+        flipped[place] ^= 1 << place % 8
         file.write_bytes(flipped)
         with pytest.raises(UserError, match="a"):
             runs.read(run.path)
