@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from lora_align.errors import UserError
 
@@ -63,7 +63,7 @@ class Preference:
 
     data: str = ""
     rank: str = "label"
-    margin: Annotated[float, Ge(0)] = 0.0
+    margin: Annotated[float, Ge(0), Le(1e9)] = 0.0
     split: str = "train"
     revision: str = ""
     subset: str = ""

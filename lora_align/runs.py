@@ -27,6 +27,7 @@ SCHEMA = 1
 DEFAULT = Path("runs")
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that make adapters
 
 
 def command(words: str, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,10 @@ def test_imports_point_down(file: Path) -> None:
         )
 
 
+LIGHT = {"torch", "transformers", "datasets"}
+OF_A_BASE = {"transformers", "bitsandbytes", "peft", "trl", "datasets", "matplotlib"}
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -90,16 +95,34 @@ def test_imports_point_down(file: Path) -> None:
     ],
 )
 def test_light_commands_import_neither_torch_nor_transformers(words: list[str], code: int, trained: Path) -> None:
+    assert _imported(words, code, trained) & LIGHT == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "--weights", "helpful=1,harmless=0.5"],
+        ["merge", "--weights", "helpful=1,harmless=0.5", "--method", "tsv", "--rank", "4", "--name", "cut"],
+        ["inspect", "helpful", "harmless", "--weights", "helpful=1,harmless=-1"],
+        ["score", "--help"],
+    ],
+)
+def test_commands_that_need_no_base_import_torch_alone(words: list[str], workspace: Path) -> None:
+    assert _imported(words, 0, workspace) & OF_A_BASE == set()
+
+
+def _imported(words: list[str], code: int, folder: Path) -> set[str]:
+    """Run a command in a process of its own; return the modules it has imported."""
     program = (
-        "import sys; from lora_align.cli import main\n"
+        "import json, sys; from lora_align.cli import main\n"
         f"sys.argv = ['lora-align', *{words!r}]\n"
         "try: main()\n"
-        "except SystemExit as end: print('code', end.code)\n"
-        "print('heavy', sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+        "except SystemExit as end: print(json.dumps([end.code, sorted(sys.modules)]))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=trained, timeout=60)
-    assert f"code {code}" in done.stdout, done.stderr
-    assert "heavy []" in done.stdout
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, timeout=60)
+    ended, modules = json.loads(done.stdout.splitlines()[-1])
+    assert ended == code, done.stderr
+    return set(modules)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from lora_align import recipe
 from lora_align.errors import UserError
 from lora_align.preference import Ranker
+from lora_align.recipe import optimizers
 
 
 @pytest.mark.parametrize("name", recipe.builtin())
@@ -147,6 +150,74 @@ def test_a_template_that_is_typed_lies_where_one_is(tmp_path: Path, monkeypatch:
 def test_a_slip_is_set_right_from_the_table_it_stands_in(override: str, told: str) -> None:
     with pytest.raises(UserError, match=f"unknown key {told}"):
         recipe.load(recipe.builtin()["demo"], ["preferences.base.data='demo:pairs'", override])
+
+
+@pytest.mark.parametrize(
+    ("override", "bound"),
+    [
+        ("lora.rank=1000000", "16384"),
+        ("lora.alpha=1e30", "1000000"),
+        ("lora.init_seed=-1", "0"),
+        ("dpo.weight_decay=1e30", "10"),
+        ("dpo.weight_decay=inf", "10"),
+        ("dpo.learning_rate=5e5", "1000"),
+        ("dpo.batch_size=10000000000000000000", "100000"),
+        ("dpo.tokens_per_batch=1000000000000", "10000000"),
+        ("dpo.epochs=1e8", "1000"),
+        ("dpo.max_length=1000000000000", "10000000"),
+        ("dpo.warmup=1e12", "10000000"),
+        ("dpo.max_grad_norm=1e30", "1000000000"),
+        ("dpo.seed=4294967296", "4294967296"),
+        ("dpo.limit=10000000000", "1000000000"),
+        ("dpo.save_minutes=1e9", "1000000"),
+        ("reward.lm_weight=1e9", "1000"),
+        ("reward.ratings.demo.high=1e300", "1000000000"),
+        ("rsf.iterations=1000000", "1000"),
+        ("rsf.samples=1000000", "100000"),
+        ("rsf.temperature=1e9", "1000"),
+        ("eval.count=10000000", "100000"),
+        ("eval.seed=18446744073709551616", "4294967296"),
+        ("preferences.helpful.margin=1e300", "1000000000"),
+    ],
+)
+def test_absurd_values_are_refused_with_key_and_bound(override: str, bound: str) -> None:
+    with pytest.raises(UserError) as told:
+        recipe.load(recipe.builtin()["demo"], [override])
+    key = override.partition("=")[0]
+    assert re.search(rf"--set: {key}: input should be .* {bound}(\.0)?, not ", str(told.value))
+
+
+def test_every_number_of_a_recipe_has_two_bounds() -> None:
+    schema = TypeAdapter(recipe.Recipe).json_schema()["$defs"]
+    for table, of in schema.items():
+        for key, value in of["properties"].items():
+            for kind in (value, *value.get("anyOf", ())):
+                if kind.get("type") in ("integer", "number"):
+                    bounds = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"} & kind.keys()
+                    assert len(bounds) == 2, f"{table}.{key} has {bounds}"
+
+
+def test_a_number_of_5000_digits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--set: lora\.rank"):
+        recipe.load(recipe.builtin()["demo"], ["lora.rank=" + 5000 * "1"])
+    (tmp_path / "mine.toml").write_text("[lora]\nrank = " + 5000 * "1")
+    with pytest.raises(UserError, match=r"mine\.toml: not valid TOML"):
+        recipe.load(tmp_path / "mine.toml")
+
+
+def test_optimizers_are_those_of_transformers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    assert optimizers.names() == [name.value for name in OptimizerNames]
+    with pytest.raises(
+        UserError, match=r"--set: dpo\.optimizer: no optimizer 'adamw_torch_fusd', did you mean 'adamw_"
+    ):
+        recipe.load(recipe.builtin()["demo"], ["dpo.optimizer=adamw_torch_fusd"])
+
+
+def test_an_optimizer_whose_library_is_missing_is_named() -> None:
+    assert optimizers.missing_library("galore_adamw_8bit") == "galore_torch"
+    assert not any(map(optimizers.missing_library, ("adamw_torch_fused", "adamw_8bit", "sgd", "paged_lion_8bit")))
 
 
 @pytest.mark.parametrize("text", ["rating:", "rating", "shorter:x", "", "louder"])

@@ -39,13 +39,19 @@ LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, 
 
 
 def project_of(name: str | None, overrides: list[str] | None, screen: Screen, runs_dir: Path | None = None) -> Recipe:
-    """The recipe meant; with none named, commands that work on runs go by the newest run's own."""
+    """Return the recipe that is named; for commands that work on runs, otherwise that of the newest training run.
+
+    What a measurement was made with stays with it: of a folder without training runs, the newest mix's recipe counts.
+    A stored recipe holds what was set while it was trained, for [eval] too; whatever differs from its file is printed.
+    """
     if name is None and runs_dir is not None and not recipes.LOCAL.exists():
         made = [run for run in runs.every(runs_dir) if run.manifest.recipe]
-        if made:
-            screen.note(f"recipe: the one kept in {made[-1].path}")
-            kept = json.loads(json.dumps(made[-1].manifest.recipe))
-            return recipes.from_dict(kept, f"{made[-1].path}/{runs.MANIFEST}", overrides or [])
+        trained = [run for run in made if run.manifest.stage in runs.TRAINING]
+        if kept := trained or [run for run in made if run.manifest.stage == "mix"]:
+            source, table = f"{kept[-1].path}/{runs.MANIFEST}", json.dumps(kept[-1].manifest.recipe)
+            beside = recipes.unlike_its_source(recipes.from_dict(json.loads(table), source))
+            screen.note(f"recipe: the one kept in {kept[-1].path}, {beside}")
+            return recipes.from_dict(json.loads(table), source, overrides or [])
     path, why = recipes.find(name)
     if why:
         screen.note(why)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lora_align import processes, recipe, runs
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
-from lora_align.model.divided import divide
+from lora_align.model.nf4 import keep_dequantised, keep_plain
 from lora_align.model.template_check import check_template
 
 if TYPE_CHECKING:
@@ -57,13 +57,18 @@ class Base:
         }
 
     def load(self, keep_from: int = KEEP_QUANTIZED_FROM) -> PreTrainedModel:
-        """The frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
+        """Load the frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
         weights = sum(file.stat().st_size for file in _weights(self.folder))
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
             source = _quantized(self)
         if not self.recipe.fsdp or processes.count() == 1:
-            return _load(source, self.recipe, device())
+            model = _load(source, self.recipe, device())
+            if model.device.type == "cpu":
+                keep_dequantised(model, compute_dtype(self.recipe))
+            return model
+        from lora_align.model.divided import divide
+
         processes.meet()  # who meet for the first time get acquainted
         with FileLock(runs.cache_folder() / ".dividing.lock"):  # one whole base in a machine's memory, not several
             return divide(_load(source, self.recipe, torch.device("cpu")), device())
@@ -192,25 +197,12 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
         )
     except (ValueError, OSError, ImportError) as fault:
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
-    keep_4bit_weights_plain(model)
+    keep_plain(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a frozen base is never noisy; an adapter's own dropout is the recipe's business
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
-
-
-def keep_4bit_weights_plain(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU.
-
-    On processors with AVX512-BF16 a forward pass in eval mode repacks a weight in place for a faster kernel
-    that has no autograd; training through it afterwards yields wrong gradients without a word.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _quantized(base: Base) -> Path:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import Module
@@ -18,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_align import processes
 from lora_align.errors import OutOfStepError, UserError
+from lora_align.model.nf4 import Linear4bit
 
 IDLE = [[0, 0]]  # tokens that are read for company
 
@@ -36,6 +36,7 @@ def divide(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for linear, (double, kind, state) in zip(linears, kinds, strict=True):  # PEFT asks a weight for them
         weight: Any = linear.weight  # another one by now
         weight.compress_statistics, weight.quant_type = double, kind
+        state.to(device)
         linear.quant_state = state  # which bitsandbytes looks for here once a weight has lost it
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)

@@ -5,22 +5,32 @@ share it.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_align.errors import UserError
-from lora_align.model.divided import is_divided
+from lora_align import processes
+from lora_align.errors import RunFailedError, UserError
+from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 from lora_align.model.room import Room
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
 Shared = tuple[list[int], Sequence[list[int]]]  # a prompt, and several answers to it
 TOKENS = 8192  # computed at once where nobody says otherwise
 LOGITS = 2**24  # computed at once: positions times vocabulary
-CLOSE = 0.05  # a nat: what the same tokens may differ by, computed in two ways in half precision
+NOISE = 4  # rounding steps of the dtype that the same logits may differ by, computed in two ways
+LEAST = 1e-3  # a nat that they may differ by in any dtype
+# What a pass through a base, forwards and backwards, takes beside its tokens: seconds a layer, and tokens where every
+# pass dequantises 4-bit weights. The rate turns seconds into tokens. On a CPU measured by benchmarks/padding.py, on a
+# card not measured. Fixed figures keep runs repeatable to the bit: a batch's company changes how its sums round.
+RATE = {"cpu": 1.5e11, "cuda": 8e13}  # operations a second
+LAYER = {"cpu": 4e-3, "cuda": 1e-3}  # seconds
+DEQUANTISING = {"cpu": 30, "cuda": 140}  # tokens
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,12 @@ class Head:
         head = cls.unchecked(model)
         ids = torch.arange(4, 12, device=model.device)[None]
         with torch.no_grad():
-            theirs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            theirs = model(input_ids=ids, use_cache=False).logits[0].float()
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-            ours = head.logits(states).log_softmax(-1)
-        if not torch.allclose(ours, theirs, atol=CLOSE):
+            ours = head.logits(states)
+        if theirs.isnan().any():
+            raise _not_finite(model)
+        if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=noise(model, theirs)):
             raise UserError(f"{type(model).__name__} computes its logits in a way that is not supported")
         return head
 
@@ -69,6 +81,11 @@ class Head:
     def _dtype(self, states: Tensor) -> torch.dtype:
         weight = getattr(self.layer, "weight", None)
         return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else states.dtype
+
+
+def noise(model: PreTrainedModel, logits: Tensor) -> float:
+    """Return what the same logits may differ by, in nats: rounding grows with the dtype's step and with their size."""
+    return max(LEAST, NOISE * torch.finfo(model.dtype).eps * float(logits.abs().max()))
 
 
 class _Logprobs(torch.autograd.Function):
@@ -126,26 +143,31 @@ class Reader:
     head: Head
     longest_shared: int = 0  # tokens of a sequence up to which answers can share their prompt; 0: never
     look: float = 0.0  # what a token's look at another one takes, where a token's way through all matrices takes 1
+    overhead: float = math.inf  # tokens that one more pass through the base is worth; infinite: always a single pass
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Reader":
         """Finds out what the model bears."""
         alone = cls(model, Head.of(model))
-        sharing = cls(model, alone.head, _window(model))
-        if not sharing.longest_shared or is_divided(model):  # those who go in step read a part in one go
+        if processes.in_step:
+            return alone
+        alone = replace(alone, overhead=overhead(model, model.device.type))
+        sharing = replace(alone, longest_shared=_window(model))
+        if not sharing.longest_shared:
             return alone
         tried: list[Shared] = [(list(range(4, 9)), ([9, 10, 11, 12], [10, 4, 5]))]
         with torch.no_grad():
             try:
-                alike = torch.allclose(alone.sums(tried)[0], sharing.sums(tried)[0], atol=4 * CLOSE)
+                expected, found = alone.sums(tried)[0], sharing.sums(tried)[0]
             except (RuntimeError, ValueError, TypeError):  # a model that takes no such mask
                 return alone
+        alike = torch.allclose(expected, found, atol=4 * noise(model, expected))
         return replace(sharing, look=_look(model)) if alike else alone
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Reader":
         """By a model's configuration alone, as it need not have weights."""
-        return cls(model, Head.unchecked(model), _window(model), _look(model))
+        return cls(model, Head.unchecked(model), _window(model), _look(model), overhead(model, "cpu"))
 
     def shares(self, row: Shared) -> bool:
         """Whether its answers are to share their prompt: that saves the prompt's way through the matrices, but under
@@ -158,33 +180,43 @@ class Reader:
         return (len(answers) - 1) * len(prompt) > self.look * (together**2 - apart)
 
     def length(self, row: Shared) -> int:
-        """Tokens that a prompt with its answers takes."""
+        """Count the tokens of a prompt with its answers, padding between the answers included where they are padded."""
         prompt, answers = row
         if self.shares(row):
             return len(prompt) + sum(map(len, answers))
-        return len(answers) * (len(prompt) + max(map(len, answers)))
+        if math.isinf(self.overhead):
+            return len(answers) * (len(prompt) + max(map(len, answers)))
+        return sum(len(prompt) + len(answer) for answer in answers)
 
     def sums(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor]:
         """log π of every answer, in their order [a] and how many of its tokens were the likeliest [a]."""
-        sharing = [self.shares(row) for row in rows]
-        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by row and answer
-        for shared in sorted(set(sharing)):
-            names = [(i, n) for i, row in enumerate(rows) if sharing[i] == shared for n in range(len(row[1]))]
-            some = [row for row, of in zip(rows, sharing, strict=True) if of == shared]
-            if not shared:
-                some = [(prompt, [answer]) for prompt, answers in some for answer in answers]
-            layout = _Layout.of(some)
-            given = layout.apart(self.model.dtype) if shared else layout.behind()
-            tokens, hits = self.read(given, layout.at_row, layout.at_place, layout.targets)
-            sums = (torch.stack([part.sum() for part in of.split(layout.lengths)]) for of in (tokens, hits))
-            found |= zip(names, zip(*sums, strict=True), strict=True)
-        ordered = [found[name] for name in sorted(found)]
-        return torch.stack([of for of, _ in ordered]), torch.stack([hits for _, hits in ordered])
+        found = self._answers(rows)
+        sums = zip(*((tokens.sum(), hits.sum()) for tokens, hits in found), strict=True)
+        return tuple(map(torch.stack, sums))  # type: ignore[return-value]
 
     def tokens(self, rows: Sequence[Answered]) -> Tensor:
         """log π of every token of the answers, in their order [n]."""
-        layout = _Layout.of([(prompt, [answer]) for prompt, answer in rows])
-        return self.read(layout.behind(), layout.at_row, layout.at_place, layout.targets)[0]
+        return torch.cat([tokens for tokens, _ in self._answers([(prompt, [answer]) for prompt, answer in rows])])
+
+    def _answers(self, rows: Sequence[Shared]) -> list[tuple[Tensor, Tensor]]:
+        """Return log π of every answer's tokens and whether each was the likeliest, in the order of the answers."""
+        sequences: dict[bool, list[tuple[int, int, Shared]]] = {True: [], False: []}  # row, its first answer here
+        for i, (prompt, answers) in enumerate(rows):
+            if self.shares((prompt, answers)):
+                sequences[True].append((i, 0, (prompt, answers)))
+            else:
+                sequences[False] += ((i, n, (prompt, [answer])) for n, answer in enumerate(answers))
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for shared, some in sequences.items():
+            lengths = [len(prompt) + sum(map(len, answers)) for *_, (prompt, answers) in some]
+            for batch in batches(lengths, self.overhead):
+                layout = _Layout.of([some[at][2] for at in batch])
+                given = layout.apart(self.model.dtype) if shared else layout.behind()
+                read = self.read(given, layout.at_row, layout.at_place, layout.targets)
+                each = [of.split(layout.lengths) for of in read]
+                names = [(some[at][0], some[at][1] + n) for at in batch for n in range(len(some[at][2][1]))]
+                found |= zip(names, zip(*each, strict=True), strict=True)
+        return [found[name] for name in sorted(found)]
 
     def read(
         self, given: Mapping[str, Tensor], at_row: Tensor, at_place: Tensor, targets: Tensor
@@ -247,9 +279,8 @@ class _Layout:
 
 
 def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows to compute together, of about one length, the longest first: padded, no more than `budget`.
-
-    A row longer than that is computed by itself.
+    """Yield indices of rows to compute together, of about one length, the longest first. Padded to one length, a part
+    would hold at most `budget` tokens; a row longer than that is computed by itself.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -257,6 +288,37 @@ def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         count = max(1, budget // max(lengths[order[start]], 1))
         yield order[start : start + count]
         start += count
+
+
+def batches(lengths: Sequence[int], overhead: float) -> list[list[int]]:
+    """Divide sequences into batches, each padded to its longest, so that padding and `overhead` a batch cost least."""
+    if not lengths or math.isinf(overhead):
+        return [list(range(len(lengths)))] if lengths else []
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    width = np.asarray(lengths)[order]
+    least, begins = np.zeros(len(order) + 1), []  # the least cost of the first so many, and where its last batch begins
+    for end in range(1, len(order) + 1):
+        costs = least[:end] + overhead + (end - np.arange(end)) * width[:end]
+        begins.append(int(costs.argmin()))
+        least[end] = costs[begins[-1]]
+    found, end = [], len(order)
+    while end:
+        found.append(order[begins[end - 1] : end].tolist())
+        end = begins[end - 1]
+    return found[::-1]
+
+
+def overhead(model: PreTrainedModel, device: str) -> float:
+    """Return how many tokens one more pass through the base is worth on a device of that kind.
+
+    It is infinite where processes share a divided base, as all of them go through it equally often.
+    """
+    if processes.in_step:
+        return math.inf
+    config = model.config.get_text_config()
+    seconds = LAYER[device] * config.num_hidden_layers
+    dequantised = all(isinstance(m, DequantisedLinear4bit) for m in model.modules() if isinstance(m, Linear4bit))
+    return seconds * RATE[device] / (4 * max(_matrices(model), 1)) + (0 if dequantised else DEQUANTISING[device])
 
 
 @torch.no_grad()
@@ -271,20 +333,32 @@ def answer_logprobs(
         return torch.empty(0)
     reader = Reader.of(model)
     lengths = [reader.length(row) for row in rows]
-    left = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    left = list(range(len(rows)))
     found: dict[int, Tensor] = {}
-
-    def some(budget: int) -> int:
-        picked = next(parts([lengths[i] for i in left], budget))
-        batch = [left[i] for i in picked]
-        sums = reader.sums([rows[i] for i in batch])[0].cpu()
-        found.update(zip(batch, sums.split([len(rows[i][1]) for i in batch]), strict=True))
-        return len(batch)
-
     while left:
-        left = left[room.attempt(some, least=lengths[left[0]]) or 0 :]
-        report(len(rows) - len(left))
+        for picked in parts([lengths[i] for i in left], room.size):
+            batch = [left[i] for i in picked]
+            sums = room.attempt(
+                lambda _, batch=batch: reader.sums([rows[i] for i in batch])[0].cpu(), lengths[batch[0]]
+            )
+            if sums is None:  # memory ran out: divide what is left anew
+                break
+            found.update(zip(batch, sums.split([len(rows[i][1]) for i in batch]), strict=True))
+            report(len(found))
+        left = [i for i in left if i not in found]
     return torch.cat([found[i] for i in range(len(rows))])
+
+
+def _not_finite(model: PreTrainedModel) -> UserError:
+    """Say which weights make logits that are no numbers: those that were trained on the base, or its own."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if any(".lora_" in name for name in broken):
+        return RunFailedError(
+            f"the adapter's weights are not finite ({broken[0]}): training diverged; a lower learning_rate, or a "
+            "lower weight_decay, may help"
+        )
+    where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite: they overflow"
+    return UserError(f"{type(model).__name__} computes logits that are not finite; {where}")
 
 
 def _look(model: PreTrainedModel) -> float:
@@ -293,9 +367,13 @@ def _look(model: PreTrainedModel) -> float:
     wide = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
+    return float(14 * wide * config.num_hidden_layers / (4 * max(_matrices(model), 1)))
+
+
+def _matrices(model: PreTrainedModel) -> int:
+    """Count the weights of the linear layers below the vocabulary."""
     linears = [layer for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
-    matrices = sum(layer.in_features * layer.out_features for layer in linears)
-    return float(14 * wide * config.num_hidden_layers / (4 * max(matrices, 1)))
+    return sum(layer.in_features * layer.out_features for layer in linears)
 
 
 def _window(model: PreTrainedModel) -> int:

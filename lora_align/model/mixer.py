@@ -84,8 +84,9 @@ class _Branch:
         """As a forward hook."""
         if not len(self.scale):
             return output
-        inner = nn.functional.linear(inputs[0].to(self.A.dtype), self.live_A) * self.scale
-        return output + nn.functional.linear(inner, self.live_B).to(output.dtype)
+        with torch.autocast(output.device.type, enabled=False):  # in float32 also where a trainer computes in 16 bit
+            inner = nn.functional.linear(inputs[0].to(self.A.dtype), self.live_A) * self.scale
+            return output + nn.functional.linear(inner, self.live_B).to(output.dtype)
 
 
 def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -> nn.Linear:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lora_align import processes, runs
 from lora_align.console import Screen, count
-from lora_align.model.base import Base, compute_dtype
+from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.divided import in_step
 from lora_align.model.kept import View
 from lora_align.model.logprobs import Shared, answer_logprobs
@@ -49,6 +50,8 @@ class References:
             "fingerprint": base.fingerprint,
             "quantization": [base.recipe.quantization, base.recipe.double_quant],
             "dtype": str(compute_dtype(base.recipe)),
+            "device": _device_name(),
+            "attention": base.recipe.attention,
             "start": start,
         }
         key = hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()[:16]
@@ -181,6 +184,12 @@ class _Asked:
         """Places of the answers of some rows."""
         parts = [np.arange(self.starts[i], self.starts[i + 1]) for i in rows]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _device_name() -> str:
+    """Name the kind of device, whose kernels round in their own way."""
+    where = device()
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
 
 def _key(prompt: Sequence[int], answer: Sequence[int]) -> bytes:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lora_align.adapters import peft_format
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.model.logprobs import Answered
+from lora_align.model.logprobs import Answered, batches, overhead
 from lora_align.model.mixer import Mixer
 from lora_align.model.room import Room
 
@@ -36,8 +36,9 @@ class Heads(nn.Module):
         self.register_buffer("deviation", torch.tensor([float(deviations[name]) for name in self.names]))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, d] to standard scores [n, k]."""
-        return nn.functional.linear(hidden.float(), self.weight, self.bias)
+        """Hidden states [n, d] to standard scores [n, k], in float32 also where a trainer computes in 16 bit."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
     def points(self, standard: Tensor) -> Tensor:
         """Standard scores [n, k] as points from 0 to 100, or beyond them."""
@@ -87,13 +88,14 @@ class RewardModel:
     def score(self, rows: Sequence[Answered], room: Room, report: Callable[[int], None] = lambda done: None) -> Tensor:
         """Points for answers to prompts, both as token ids: [n, objectives] float32 on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+        one_more = overhead(self.model, self.model.device.type)
         points = torch.empty(len(rows), len(self.heads.names))
         todo = order
 
         def batch(count: int) -> int:
             picked = todo[:count]
-            hidden, last = hidden_states(self.model, [[*rows[i][0], *rows[i][1]] for i in picked])
-            points[picked] = self.heads.points(self.heads(hidden[range(len(picked)), last])).cpu()
+            states = hidden_states(self.model, [[*rows[i][0], *rows[i][1]] for i in picked], one_more)
+            points[picked] = self.heads.points(self.heads(torch.stack([of[-1] for of in states]))).cpu()
             return len(picked)
 
         while todo:
@@ -103,10 +105,14 @@ class RewardModel:
         return torch.cat([points, *(mean[:, None] for mean in means)], dim=1)
 
 
-def hidden_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The backbone's last states [b, t, d] over sequences padded on the right, and each one's last position [b]."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    where = model.device
-    states = model.get_decoder()(input_ids=ids.to(where), use_cache=False)  # which never looks ahead, to the padding
-    return states.last_hidden_state, (lengths - 1).to(where)
+def hidden_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], one_more: float) -> list[Tensor]:
+    """Return the backbone's last states [t, d] of each sequence. `one_more` pass is worth so many tokens.
+
+    Padding stands on the right, where a causal model does not look.
+    """
+    found: dict[int, Tensor] = {}
+    for batch in batches([len(sequence) for sequence in sequences], one_more):
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in batch], batch_first=True)
+        states = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+        found |= {i: of[: len(sequences[i])] for i, of in zip(batch, states, strict=True)}
+    return [found[i] for i in range(len(sequences))]

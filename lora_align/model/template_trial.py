@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-MEMORY = 2 << 30  # bytes
+HELD = Path("/proc/self/statm")  # where Linux says how much memory a process has
+MEMORY = 1 << 30  # bytes, beside what the libraries hold
 SECONDS = 3  # of a processor
 LONGEST = 1 << 24  # characters of one conversation
 
@@ -23,7 +25,9 @@ def main() -> None:
     except ImportError:  # Windows: there the caller's clock is the only limit
         pass
     else:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        if HELD.exists():
+            most = MEMORY + int(HELD.read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     for conversation in asked["conversations"]:
         for generation in (True, False):

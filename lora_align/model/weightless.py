@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from lora_align.model.base import inside
+from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 
 CUTS = (2, 4)  # layers
 COLLECT_EVERY = 50  # operations
@@ -56,6 +56,7 @@ class Shape:
     config: PretrainedConfig
     dtype: torch.dtype
     packed: bool  # in NF4
+    dequantised: bool  # and, on a CPU, once more as they are computed with
     double_quant: bool
     lora: LoraConfig
     checkpointing: bool
@@ -70,6 +71,13 @@ class Shape:
         """Of the whole base, the adapter aside."""
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(self.config).parameters())
+
+    def linears(self) -> int:
+        """Count the weights of the layers that 4-bit quantisation covers: every linear one but the vocabulary's."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        head = model.get_output_embeddings()
+        return sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head)
 
     def cost(self, step: Step) -> Cost:
         """Of one forward and backward pass."""
@@ -119,7 +127,7 @@ class Shape:
             text.layer_types = text.layer_types[:layers]
         with torch.device("meta"), _quietly():
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-            _exchange(model, self.dtype, self.packed)
+            _exchange(model, self.dtype, self.packed, self.dequantised)
             model.train().requires_grad_(False)
             if self.checkpointing:
                 model.gradient_checkpointing_enable()
@@ -136,10 +144,13 @@ class Shape:
             for name, given in module._parameters.items():
                 if given is None:
                     continue
-                if isinstance(module, _Packed) and name == "weight":
+                if isinstance(module, Linear4bit) and name == "weight":
                     held = torch.empty(given.numel() // 2, dtype=torch.uint8)
                     frozen += self._scales(given.numel())
                     packed += held.nbytes
+                    if isinstance(module, DequantisedLinear4bit):
+                        module.dense = torch.empty(given.shape, dtype=self.dtype)
+                        frozen += module.dense.nbytes
                 else:
                     held = torch.empty(given.shape, dtype=torch.float32 if given.requires_grad else given.dtype)
                 filled.setdefault(given, nn.Parameter(held, given.requires_grad))
@@ -246,7 +257,7 @@ class _OnePiece(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool) -> None:
+def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequantised: bool) -> None:
     """Layers for those that take what they do; in 4-bit all linear ones but the vocabulary's."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
@@ -256,7 +267,8 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool) -> None:
             if packed and type(layer) is nn.Linear and layer is not head:
                 bias = layer.bias is not None
                 wide, high = layer.in_features, layer.out_features
-                small = _Packed(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
+                kind = DequantisedLinear4bit if dequantised else _Packed
+                small = kind(wide, high, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
                 setattr(module, name, small)
 
 

@@ -14,7 +14,7 @@ from lora_align.plan.device import device_of
 from lora_align.plan.found import SHARE, planned, shape_of, size
 from lora_align.plan.measure import drawn, measured
 from lora_align.plan.stage import stage_of
-from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft
+from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 from lora_align.stages import audit
 
 BELOW = ("lora", "base")  # tables that every stage stands on
@@ -123,8 +123,8 @@ def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]
 def resolved(recipe: Recipe, stage: str) -> str:
     """Every value that is in force, a line each, as --set would say it: a stage's own tables first, then what differs
     from its default, then the rest."""
-    values, defaults = dict(_flat(recipe.as_dict())), dict(_flat(asdict(DEFAULTS)))
-    of_preference = dict(_flat(asdict(Preference())))
+    values, defaults = dict(flat(recipe.as_dict())), dict(flat(asdict(DEFAULTS)))
+    of_preference = dict(flat(asdict(Preference())))
     for key in values:
         if key.startswith("preferences."):
             defaults[key] = of_preference.get(key.split(".", 2)[2])
@@ -149,11 +149,3 @@ def _shown(value: Any) -> str:
 
 def _unless_default(value: Any, default: Any) -> str:
     return f"  ({_shown(default)})" if default not in (None, value, "", {}) else ""
-
-
-def _flat(table_: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table_.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        elif value is not None:
-            yield f"{before}{key}", value

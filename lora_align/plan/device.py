@@ -26,6 +26,7 @@ class Device:
     dtype: torch.dtype
     reserved: float
     count: int = 1  # of such devices, that train together
+    cpu: bool = False  # this machine's processor
 
 
 def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: int = 1) -> Device:
@@ -41,7 +42,7 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
         return Device(properties.name, properties.total_memory, _rate(where, dtype), dtype, DRIVER, count)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # by the libraries
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("this CPU", memory, _rate(where, dtype), dtype, held, count)
+    return Device("this CPU", memory, _rate(where, dtype), dtype, held, count, cpu=True)
 
 
 def _rate(where: torch.device, dtype: torch.dtype) -> float:

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from lora_align.model.base import Base
+from lora_align.model.logprobs import overhead
+from lora_align.model.nf4 import fits_dequantised
 from lora_align.model.weightless import Cost, Shape
 from lora_align.plan.device import Device
 from lora_align.plan.measure import Measured
@@ -113,7 +115,9 @@ def shape_of(
         config._attn_implementation = "eager"
     packed = recipe.base.quantization == "nf4"
     adapter = training.fresh_adapter(lora, base)
-    return Shape(config, device.dtype, packed, recipe.base.double_quant, adapter, checkpointing, several)
+    shape = Shape(config, device.dtype, packed, False, recipe.base.double_quant, adapter, checkpointing, several)
+    dense = packed and device.cpu and not recipe.base.fsdp and fits_dequantised(shape.linears(), device.dtype)
+    return replace(shape, dequantised=dense)
 
 
 def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None) -> Found:
@@ -127,6 +131,8 @@ def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: S
 
     def step(model: PreTrainedModel) -> torch.Tensor:
         objective = stage.objective(model)
+        where = overhead(model, "cpu" if device.cpu else "cuda")
+        objective = replace(objective, reader=replace(objective.reader, overhead=where))
         return objective.part(rows, objective.weights(rows)).loss
 
     cost = shape.cost(step)
@@ -149,5 +155,5 @@ def fullest(lengths: Sequence[int], budget: int, batch: int) -> list[int]:
     """The rows of a step that make its fullest part: as many alike long ones as the budget takes."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     starts = sorted({len(order) * place // PLACES for place in range(PLACES)})
-    parts = (order[at : at + max(1, min(batch, budget // max(lengths[order[at]], 1)))] for at in starts)
-    return max(parts, key=lambda part: len(part) * lengths[part[0]])
+    found = (order[at : at + max(1, min(batch, budget // max(lengths[order[at]], 1)))] for at in starts)
+    return max(found, key=lambda part: sum(lengths[i] for i in part))

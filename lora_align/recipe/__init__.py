@@ -2,20 +2,24 @@
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_align.errors import UserError, nearest
 from lora_align.preference import Preference
 from lora_align.recipe import faults
 from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 __all__ = [
     "LOCAL", "Base", "Dpo", "Eval", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft", "Training",
-    "builtin", "find", "from_dict", "load",
+    "builtin", "find", "flat", "from_dict", "load", "unlike_its_source",
 ]  # fmt: skip
 
 TABLES = {  # whose keys --set takes
@@ -62,15 +66,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `table.key=value` overrides."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+    except ValueError as fault:  # of TOML, of UTF-8, or a number of thousands of digits
         raise UserError(f"{path}: not valid TOML: {fault}") from fault
     _with_template(table, path.parent)
+    table["source"] = path.stem if path == builtin().get(path.stem) else str(path)
     return from_dict(table, str(path), overrides)
 
 
 def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Apply overrides to plain data and check it against the dataclasses above; one error names every fault."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     for override in overrides:
         _override(table, override)
@@ -78,7 +83,7 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
     found: list[str] = []
     recipe: Recipe | None = None
     try:  # by way of JSON: strict about scalars, yet arrays become tuples and tables dataclasses
-        recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
+        recipe = _checker().validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
     except ValidationError as invalid:
         found += [faults.described(dict(fault)) for fault in invalid.errors()]
     found += faults.of_preferences(table.get("preferences"))
@@ -90,6 +95,37 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
             "\n".join(f"{'--set' if any(key in fault for key in typed) else source}: {fault}" for fault in found)
         )
     return recipe
+
+
+@cache
+def _checker() -> "TypeAdapter[Recipe]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Recipe)
+
+
+def flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is set with its key, as `dpo.beta`."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{before}{key}.")
+        elif value is not None:
+            yield f"{before}{key}", value
+
+
+def unlike_its_source(recipe: Recipe) -> str:
+    """Say which values of a stored recipe are not those of the file it was read from, as that is now.
+
+    Where the file cannot be read, say which are not the defaults.
+    """
+    try:
+        beside, name = load(find(recipe.source)[0]), recipe.source
+    except UserError:
+        beside, name = Recipe(base=Base(recipe.base.model), about=recipe.about, source=recipe.source), "the defaults"
+    ours, theirs = (dict(flat(json.loads(json.dumps(of.as_dict())))) for of in (recipe, beside))
+    found = [f"{key}={json.dumps(of, ensure_ascii=False)}" for key, of in ours.items() if theirs.get(key) != of]
+    found += [f"{key} not set" for key in theirs if key not in ours]
+    return f"beside {name}: {', '.join(found)}" if found else f"as {name} says"
 
 
 def _with_template(table: dict[str, Any], folder: Path) -> None:
@@ -113,7 +149,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: the key lacks its table; one of {', '.join(full)}")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # a number of thousands of digits is text, too
         value = raw.strip()
     for key in keys[:-1]:
         table = table.setdefault(key, {})

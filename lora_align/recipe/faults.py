@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_align.errors import nearest
 from lora_align.preference import NAME, Preference, Ranker
+from lora_align.recipe import optimizers
 from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
 
 TABLES: Mapping[str, Any] = {
@@ -28,6 +29,7 @@ def described(fault: Mapping[str, Any]) -> str:
 
 def of_recipe(recipe: Recipe) -> Iterator[str]:
     """Faults of tables that are each well-formed."""
+    yield from _of_optimizers(recipe)
     yield from _of_pairs(recipe)
     yield from _of_reward(recipe)
     yield from _of_rsf(recipe)
@@ -63,6 +65,16 @@ def _of_pairs(recipe: Recipe) -> Iterator[str]:
                 yield f"preferences.{name}.of: no preference {part!r}{nearest(part, list(recipe.preferences))}"
             elif recipe.preferences[part].of:
                 yield f"preferences.{name}.of: {part} consists of others itself; name those"
+
+
+def _of_optimizers(recipe: Recipe) -> Iterator[str]:
+    """Names that the installed transformers has no optimizer for."""
+    tables = {"sft": recipe.sft, "dpo": recipe.dpo, "reward": recipe.reward, "rsf": recipe.rsf}
+    for stage, table in tables.items():
+        known = optimizers.names()
+        if table is not None and known and table.optimizer not in known:
+            meant = nearest(table.optimizer, known) or f" (known: {', '.join(known)})"
+            yield f"{stage}.optimizer: no optimizer {table.optimizer!r}{meant}"
 
 
 def _of_reward(recipe: Recipe) -> Iterator[str]:

@@ -9,9 +9,15 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from lora_align.errors import UserError, nearest
 from lora_align.preference import Preference
 
-Positive = Annotated[float, Gt(0), Lt(1e9)]
+# Upper bounds are beyond what anybody needs. They refuse slips at once that would end in an overflow, or in a wait.
+Positive = Annotated[float, Gt(0), Le(1_000)]
 Share = Annotated[float, Ge(0), Lt(1)]
-Count = Annotated[int, Ge(1)]
+Rows = Annotated[int, Ge(1), Le(1_000_000_000)]
+Few = Annotated[int, Ge(1), Le(100_000)]
+Tokens = Annotated[int, Ge(1), Le(10_000_000)]
+Weight = Annotated[float, Ge(0), Le(1_000)]
+Points = Annotated[float, Ge(-1e9), Le(1e9)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # what NumPy takes
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,11 @@ class Base:
 class Lora:
     """The shape of every adapter. `init_seed` fixes A for all preferences and both directions."""
 
-    rank: Count = 16
-    alpha: Positive = 32.0
+    rank: Annotated[int, Ge(1), Le(16_384)] = 16
+    alpha: Annotated[float, Gt(0), Le(1e6)] = 32.0
     dropout: Share = 0.0
     targets: tuple[str, ...] = ("all-linear",)
-    init_seed: int = 0
+    init_seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,19 @@ class Training:
     epochs: Positive = 1.0
     learning_rate: Positive = 5e-5
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup: Annotated[float, Ge(0)] = 0.03
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    max_grad_norm: Positive = 1.0
-    batch_size: Count = 16
-    tokens_per_batch: Count = 4096
-    max_length: Annotated[int, Ge(8)] = 1024
+    warmup: Annotated[float, Ge(0), Le(1e7)] = 0.03
+    weight_decay: Annotated[float, Ge(0), Le(10)] = 0.0
+    max_grad_norm: Annotated[float, Gt(0), Le(1e9)] = 1.0
+    batch_size: Few = 16
+    tokens_per_batch: Tokens = 4096
+    max_length: Annotated[Tokens, Ge(8)] = 1024
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: Seed = 0
     held_out: Share = 0.05
-    save_minutes: Annotated[float, Ge(0)] = 10.0
-    limit: Count | None = None
+    save_minutes: Annotated[float, Ge(0), Le(1e6)] = 10.0
+    limit: Rows | None = None
     report_to: tuple[str, ...] = ()
 
 
@@ -102,8 +108,8 @@ class Ratings:
     subset: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
-    low: float = 0.0
-    high: float = 4.0
+    low: Points = 0.0
+    high: Points = 4.0
     attributes: tuple[str, ...] = ()
     prefix: str = ""
 
@@ -118,7 +124,7 @@ class Reward(Training):
     ratings: Mapping[str, Ratings] = field(default_factory=dict)
     pairs: Mapping[str, str] = field(default_factory=dict)
     objectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lm_weight: Annotated[float, Ge(0)] = 0.1
+    lm_weight: Weight = 0.1
     lora: Lora | None = None
 
 
@@ -142,15 +148,15 @@ class Rsf(Training):
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     reward: str = "reward"
-    iterations: Annotated[int, Ge(0)] = 4
-    prompts: Count | None = None
-    per_prompt: Count = 5
-    samples: Count = 16
-    bootstrap: Count = 80
-    pooled: Count = 1
+    iterations: Annotated[int, Ge(0), Le(1_000)] = 4
+    prompts: Rows | None = None
+    per_prompt: Few = 5
+    samples: Few = 16
+    bootstrap: Few = 80
+    pooled: Few = 1
     replay: Share = 0.15
     temperature: Positive = 1.0
-    max_new_tokens: Count = 512
+    max_new_tokens: Tokens = 512
     ask: str = "Your response should maximize weighted rating = {{ decimals }}"
     steer: str = "Your response should be rated {{ listed }}"
     watch: str = "harmlessness"
@@ -174,20 +180,22 @@ class Eval:
     risky: str = ""
     text: str = ""
     facts: str = ""
-    count: Count = 64
-    samples: Count = 4
-    pairs: Count = 128
+    count: Few = 64
+    samples: Few = 4
+    pairs: Few = 128
     temperature: Positive = 1.0
-    max_new_tokens: Count = 256
-    seed: int = 0
+    max_new_tokens: Tokens = 256
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole project, resolved: every default filled in."""
+    """A whole project, resolved: every default filled in. `source` is set on reading: a built-in recipe's name or a
+    file."""
 
     base: Base
     about: str = ""
+    source: str = ""
     lora: Lora = field(default_factory=Lora)
     preferences: Mapping[str, Preference] = field(default_factory=dict)
     sft: Sft | None = None

@@ -92,7 +92,7 @@ def run(
 
     Everything that can be refused is, for all of them, before the first one trains.
     """
-    training.check_trackers(recipe.dpo)
+    training.check_libraries(recipe.dpo)
     for preference in preferences:
         recipe.preference(preference)
         for direction in directions:

@@ -65,7 +65,7 @@ class Judging:
 
     def length(self, row: Example) -> int:
         """Of one answer behind its prompt, or of two."""
-        return len(row.answers) * max(len(prompt) + len(answer) for prompt, answer in row.answers)
+        return sum(len(prompt) + len(answer) for prompt, answer in row.answers)
 
     def weights(self, rows: Sequence[Example]) -> list[float]:
         """Ratings and pairs together; tokens of the answers that are spoken."""
@@ -76,8 +76,9 @@ class Judging:
         """Some examples of a step."""
         batch = collate(rows)
         texts = batch["texts"]
-        hidden, last = hidden_states(self.reader.model, [[*prompt, *answer] for prompt, answer in texts])
-        z = self.heads(hidden[torch.arange(len(texts)), last])  # [t, k]
+        whole = [[*prompt, *answer] for prompt, answer in texts]
+        states = hidden_states(self.reader.model, whole, self.reader.overhead)
+        z = self.heads(torch.stack([of[-1] for of in states]))  # [t, k]
         text, head = batch["known"].T.to(z.device)
         points = batch["points"].to(z.device)[text, head]
         deviation = self.heads.deviation[head]
@@ -91,16 +92,16 @@ class Judging:
             "accuracy": ((margins.detach() > 0).sum(), float(len(margins))),
         }
         if self.lm_weight:
-            nats = -self._spoken(hidden, [(row, *texts[row]) for row in batch["spoken"]])
+            nats = -self._spoken([(states[row], *texts[row]) for row in batch["spoken"]])
             figures["lm"] = (nats.detach().sum(), float(len(nats)))
             loss = loss + self.lm_weight * nats.sum() / weights[1]
         return Part(loss, figures)
 
-    def _spoken(self, hidden: Tensor, spoken: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> Tensor:
-        """log p of answers' tokens, each (row, prompt, answer); the vocabulary's head sees their positions only."""
-        states = [hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] for row, prompt, answer in spoken]
-        targets = torch.tensor([token for _, _, answer in spoken for token in answer], device=hidden.device)
-        return self.reader.head.logprobs(torch.cat(states), targets)[0]
+    def _spoken(self, spoken: Sequence[tuple[Tensor, Sequence[int], Sequence[int]]]) -> Tensor:
+        """log p of answers' tokens, each (states, prompt, answer); the vocabulary's head sees their positions only."""
+        states = torch.cat([of[len(prompt) - 1 : len(prompt) - 1 + len(answer)] for of, prompt, answer in spoken])
+        targets = torch.tensor([token for _, _, answer in spoken for token in answer], device=states.device)
+        return self.reader.head.logprobs(states, targets)[0]
 
     def quoted(self, row: Example) -> str:
         """How its first answer begins."""

@@ -58,7 +58,7 @@ def run(
         raise UserError(
             "the recipe has no [reward] table: name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]"
         )
-    training.check_trackers(recipe.reward)
+    training.check_libraries(recipe.reward)
     target = runs_dir / "reward" / (name or NAME)
     runs.refuse_busy(target)
     if not resume:

@@ -54,7 +54,7 @@ def run(
     """Train and publish what is not there yet of the SteerLM-style policy and the iterations."""
     if recipe.rsf is None:
         raise UserError("the recipe has no [rsf] table: it names prompts, and bounds in [rsf.directions]")
-    training.check_trackers(recipe.rsf)
+    training.check_libraries(recipe.rsf)
     asking.check(recipe.rsf)
     if recipe.base.fsdp and processes.count() > 1:
         raise UserError(

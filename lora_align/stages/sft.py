@@ -20,7 +20,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base, inside
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.kept import View
-from lora_align.model.logprobs import Reader, answer_logprobs
+from lora_align.model.logprobs import Reader, answer_logprobs, batches
 from lora_align.model.material import Material
 from lora_align.model.room import Room
 from lora_align.model.tokenise import IGNORED, TokenText
@@ -36,7 +36,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     """Train and publish the adapter every preference then starts from."""
     if recipe.sft is None:
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
-    training.check_trackers(recipe.sft)
+    training.check_libraries(recipe.sft)
     target = start_policy.folder(runs_dir)
     runs.refuse_busy(target)
     if not resume:
@@ -144,10 +144,22 @@ class Saying:
 
     def part(self, rows: Sequence[Sequence[TokenText]], weights: Sequence[float]) -> Part:
         """Some packs of a step."""
-        labels = [[label for text in pack for label in (IGNORED, *text.labels[1:])] for pack in rows]
+        read = [self._read(packs) for packs in self.passes(rows)]
+        nats, hits, count = (sum(of) for of in zip(*read, strict=True))
+        return Part(nats / weights[0], {"accuracy": (hits, count)})
+
+    def passes(self, rows: Sequence[Sequence[TokenText]]) -> list[list[Sequence[TokenText]]]:
+        """Divide packs into passes through the base. FlashAttention 2 tells texts apart in a single row only."""
+        if self.reader.model.config._attn_implementation == "flash_attention_2":
+            return [[[text for pack in rows for text in pack]]]
+        return [[rows[i] for i in batch] for batch in batches([self.length(row) for row in rows], self.reader.overhead)]
+
+    def _read(self, packs: Sequence[Sequence[TokenText]]) -> tuple[Tensor, Tensor, float]:
+        """Return −Σ log π of what is to be learned, how many of these tokens were the likeliest, and their number."""
+        labels = [[label for text in pack for label in (IGNORED, *text.labels[1:])] for pack in packs]
         at = [(row, i - 1, label) for row, of in enumerate(labels) for i, label in enumerate(of) if label != IGNORED]
-        found, hits = self.reader.read(collate(rows), *torch.tensor(at).view(-1, 3).T)
-        return Part(-found.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
+        found, hits = self.reader.read(collate(packs), *torch.tensor(at, dtype=torch.long).view(-1, 3).T)
+        return -found.sum(), hits.sum(), float(len(at))
 
     def quoted(self, row: Sequence[TokenText]) -> str:
         """How its first text begins."""

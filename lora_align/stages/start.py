@@ -1,16 +1,19 @@
 """The start policy: the 4-bit base, and the SFT adapter under everything else where the recipe has one."""
 
 from pathlib import Path
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.errors import UserError
-from lora_align.model.base import Base
 from lora_align.model.mixer import Mixer
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
+
+if TYPE_CHECKING:  # mixing needs to know the start adapter and no base
+    from transformers import PreTrainedModel
+
+    from lora_align.model.base import Base
 
 NAME = "start"
 
@@ -41,7 +44,7 @@ def identity(start: Run | None) -> str:
     return str(start.manifest.files[peft_format.WEIGHTS]["sha256"]) if start else ""
 
 
-def load(base: Base, start: Run | None) -> PreTrainedModel:
+def load(base: "Base", start: Run | None) -> "PreTrainedModel":
     """The start policy. Trainers put their one adapter on top and see everything below as frozen."""
     model = base.load()
     if start is not None:

@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +27,8 @@ from lora_align.console import Progress, Screen
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled import compiled
-from lora_align.recipe import Lora, Training
+from lora_align.model.nf4 import dense_weight
+from lora_align.recipe import Lora, Training, optimizers
 from lora_align.stages.checkpoints import KEPT
 from lora_align.stages.steps import METRICS, Stepping, trainable
 
@@ -95,8 +95,10 @@ def accepted_by_libraries() -> Iterator[None]:
         raise UserError(f"the recipe cannot be trained: {first_line(fault)}") from fault
 
 
-def check_trackers(settings: Training) -> None:
-    """Refuse what `report_to` names and is not there, before anything is read."""
+def check_libraries(settings: Training) -> None:
+    """Refuse an optimizer and trackers whose library is not installed, before anything is read."""
+    if library := optimizers.missing_library(settings.optimizer):
+        raise UserError(f"optimizer {settings.optimizer!r} needs the library {library}, which is not installed")
     for tracker in settings.report_to:
         try:
             for callback in get_reporting_integration_callbacks([tracker]):
@@ -134,17 +136,8 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
             update: Tensor = module.get_delta_weight("default")  # type: ignore[operator]
             delta += float(update.float().square().sum())
-            weights += float(_dense(module.base_layer).float().square().sum())
+            weights += float(dense_weight(module.base_layer).float().square().sum())
     return math.sqrt(delta), math.sqrt(delta / weights)
-
-
-def _dense(layer: nn.Module) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    stored = layer.get_parameter("weight")
-    weight = stored.full_tensor() if isinstance(stored, DTensor) else stored.data
-    state = getattr(stored, "quant_state", None) or getattr(layer, "quant_state", None)
-    return weight if state is None else dequantize_4bit(weight, state)
 
 
 class Watch(TrainerCallback):

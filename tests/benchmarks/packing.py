@@ -17,7 +17,8 @@ from lora_align import recipe
 from lora_align.adapters import peft_format
 from lora_align.adapters.vectors import find
 from lora_align.console import Screen
-from lora_align.model.base import DEMO, keep_4bit_weights_plain
+from lora_align.model.base import DEMO
+from lora_align.model.nf4 import keep_plain
 from lora_align.preference import Direction
 from lora_align.stages import dpo, mix
 
@@ -60,7 +61,7 @@ def main() -> None:
         made = mix.run(WEIGHTS, project, runs_dir, Screen(quiet=True))
         expected = dense(runs_dir)
         plain = stock()
-        keep_4bit_weights_plain(plain)
+        keep_plain(plain)
         off = logits(PeftModel.from_pretrained(plain, str(made.path)))
         on = logits(PeftModel.from_pretrained(stock(), str(made.path)))
         norm = peft_format.load(made.path).norm()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from lora_align import recipe, runs
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
+from lora_align.model.base import Base
 from lora_align.model.generate import Sampling, stream
+from lora_align.model.nf4 import DequantisedLinear4bit
 from support import small_disk
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -50,10 +53,12 @@ def _with_adapter(model: PreTrainedModel) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("which", ["demo", "tiny"])
-def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(which: str, llama: Path) -> None:
+@pytest.mark.parametrize("dequantised", [True, False])
+def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(
+    which: str, dequantised: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = bases.find(recipe.Base("demo" if which == "demo" else str(llama)))
-    model = base.load()
-    assert any(isinstance(m, Linear4bit) for m in model.modules())
+    model = _loaded(base, dequantised, monkeypatch)
     twin = _with_adapter(_twin(model, base.folder))
     policy = _with_adapter(model)
     expected = _gradients(twin)
@@ -70,6 +75,38 @@ def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(wh
         scale = gradient.norm()
         assert (before[name] - gradient).norm() < 1e-4 * scale, name
         assert (after[name] - gradient).norm() < 1e-4 * scale, name
+
+
+def _loaded(base: Base, dequantised: bool, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """Load a base with the memory for dequantised weights, or without."""
+    monkeypatch.setattr("lora_align.model.nf4.SHARE", 1.0 if dequantised else 0.0)
+    model = base.load()
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert layers
+    assert {isinstance(layer, DequantisedLinear4bit) for layer in layers} == {dequantised}
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dequantised_layers_are_stock_4bit_to_the_last_bit(
+    dtype: Literal["float32", "bfloat16"], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases.find(recipe.Base(str(llama), dtype=dtype))
+    stock, ours = (_loaded(base, dequantised, monkeypatch) for dequantised in (False, True))
+    with torch.no_grad():
+        assert torch.equal(stock(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    expected, found = (_gradients(_with_adapter(model)) for model in (stock, ours))
+    assert found
+    for name, gradient in expected.items():
+        assert torch.equal(gradient, found[name]), name
+
+
+def test_a_dequantised_base_is_saved_in_4bit(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base = bases.find(recipe.Base(str(llama)))
+    for dequantised in (False, True):
+        _loaded(base, dequantised, monkeypatch).save_pretrained(tmp_path / str(dequantised))
+    stock, ours = (tmp_path / str(dequantised) / "model.safetensors" for dequantised in (False, True))
+    assert stock.read_bytes() == ours.read_bytes()
 
 
 def test_a_base_is_named_by_its_weights(llama: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def compare() -> dict[str, Any]:
 
     from lora_align.errors import RunFailedError
     from lora_align.model.divided import in_step
-    from lora_align.stages import training
+    from lora_align.model.nf4 import dense_weight
 
     facts: dict[str, Any] = {}
     whole, divided = adapted(fsdp=False), adapted(fsdp=True)
@@ -124,7 +124,7 @@ def compare() -> dict[str, Any]:
         for a, b in zip(whole.modules(), divided.modules(), strict=True)
         if hasattr(a, "lora_A") and hasattr(a, "base_layer")
     ]
-    facts["dense"] = max(float((training._dense(a) - training._dense(b)).abs().max()) for a, b in linears)
+    facts["dense"] = max(float((dense_weight(a) - dense_weight(b)).abs().max()) for a, b in linears)
     facts["bytes whole"] = sum(a.weight.numel() for a, _ in linears)
     parts = [parameter for parameter in divided.parameters() if isinstance(parameter, DTensor)]
     facts["bytes"] = sum(part.to_local().numel() for part in parts)

@@ -18,7 +18,7 @@ HARMFUL = {
     LOOP: "does not end",
     "{{ 10 ** (10 ** 9) }}": "does not end",
     "{{ 'x' * 10 ** 10 }}": "takes gigabytes of memory",
-    DOUBLING: "takes gigabytes of memory",
+    DOUBLING: "(takes gigabytes of memory|does not end)",
     "{{ 'x' * 10 ** 8 }}": "makes megabytes of a short conversation",
     "{{ messages|length // 0 }}": "divides by zero",
     "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "calls itself without end",

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lora_align import runs
+from lora_align import recipe, runs
+from lora_align.errors import UserError
+from lora_align.stages import training
 from support import COMMAND, Cli, call
 
 
@@ -56,3 +58,8 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_read(
     assert told in done.err
     assert "rows to learn from" not in done.err
     assert not list(tmp_path.glob("runs/**/*"))
+
+
+def test_an_optimizer_without_its_library_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(UserError, match="optimizer 'galore_adamw' needs the library galore_torch, which is not"):
+        training.check_libraries(recipe.Dpo(optimizer="galore_adamw"))

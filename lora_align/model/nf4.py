@@ -1,0 +1,84 @@
+"""NF4 layers of bitsandbytes: import them quickly, keep a CPU from repacking them, and dequantise them once there."""
+
+from collections.abc import Callable
+from copy import copy
+from functools import cache, partial, wraps
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+def _compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """Stand in for `torch.compile`, and import the compiler with the first call."""
+    if function is None:
+        return partial(_compile_when_called, **options)
+
+    @cache
+    def compiled() -> Any:
+        return torch.compile(function, **options)
+
+    @wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        return compiled()(*given, **named)
+
+    return called
+
+
+# bitsandbytes compiles fallbacks that no device here uses. Importing torch's compiler for them takes over a second.
+_torch_compile, torch.compile = torch.compile, _compile_when_called  # type: ignore[assignment]
+try:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+finally:
+    torch.compile = _torch_compile
+
+SHARE = 0.5  # of the available memory, which dequantised weights may take at most
+
+
+class DequantisedLinear4bit(Linear4bit):
+    """Compute with `dense`, the very values the 4-bit weight stands for. The 4-bit weight stays what is saved."""
+
+    dense: Tensor  # [out, in], neither parameter nor buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `Linear4bit` returns, to the last bit."""
+        bias = None if self.bias is None else self.bias.to(self.dense.dtype)
+        return linear(x.to(self.dense.dtype), self.dense, bias).to(x.dtype)
+
+
+def keep_plain(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU.
+
+    On processors with AVX512-BF16 a forward pass in eval mode repacks a weight in place for a faster kernel
+    that has no autograd. Training through the repacked weight silently computes wrong gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def fits_dequantised(weights: int, dtype: torch.dtype) -> bool:
+    """Return whether this machine has memory for so many weights in that dtype."""
+    return weights * dtype.itemsize <= SHARE * psutil.virtual_memory().available
+
+
+def keep_dequantised(model: nn.Module, dtype: torch.dtype) -> None:
+    """Dequantise every 4-bit layer of a model on a CPU once, if memory allows it for all of them."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if fits_dequantised(sum(layer.in_features * layer.out_features for layer in layers), dtype):
+        for layer in layers:
+            state = copy(layer.weight.quant_state)
+            state.dtype = dtype  # a base that came in 4-bit may name a shorter one, which would round
+            layer.__class__ = DequantisedLinear4bit
+            layer.dense = dequantize_4bit(layer.weight.data, state)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return a linear layer's weight [out, in], dequantised if it is in 4-bit, whole if it is divided."""
+    stored = layer.get_parameter("weight")
+    weight = stored.full_tensor() if hasattr(stored, "full_tensor") else stored.data
+    state = getattr(stored, "quant_state", None) or getattr(layer, "quant_state", None)
+    return weight if state is None else dequantize_4bit(weight, state)

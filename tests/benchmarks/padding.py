@@ -1,0 +1,154 @@
+"""What a DPO step on a CPU takes beside plain forward and backward passes over as many tokens without padding.
+
+Also: what one more pass through the base is worth in tokens, which decides how a step's rows are put into batches, and
+what dequantising 4-bit weights once saves. Names a base and pairs: a folder in Hugging Face form and a file.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from peft import PeftModel, get_peft_model
+from report import save
+from transformers import PreTrainedModel
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.model import base as bases
+from lora_align.model import nf4
+from lora_align.model.base import Base, inside
+from lora_align.model.generate import Sampling
+from lora_align.model.logprobs import Reader, overhead, parts
+from lora_align.model.sample import sample
+from lora_align.model.tokenise import TokenPair
+from lora_align.stages import dpo, training
+
+BATCH, BUDGET, STEPS, ROUNDS = 8, 4096, 4, 2
+LENGTHS = (16, 64, 128, 256)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The quickest of some rounds, after one that does not count."""
+    taken = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def policy_of(base: Base, project: recipe.Recipe, *, dequantised: bool) -> PeftModel:
+    """The base with a fresh adapter, its 4-bit weights dequantised once or in every pass."""
+    nf4.SHARE = 1.0 if dequantised else 0.0
+    return get_peft_model(base.load(), training.fresh_adapter(project.lora, base)).train()
+
+
+def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:
+    """One forward and backward pass over rows of one length."""
+    ids = torch.randint(5, 900, (rows, length), generator=torch.Generator().manual_seed(0))
+
+    def work() -> None:
+        policy.zero_grad()
+        inside(policy).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+
+    return work
+
+
+def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair]) -> Callable[[], None]:
+    """A step's gradients, as the trainer computes them."""
+    objective = dpo.Preferring(reader, base.chat, 0.1)
+    lengths, weights = [objective.length(row) for row in rows], objective.weights(rows)
+
+    def work() -> None:
+        policy.zero_grad()
+        for picked in parts(lengths, BUDGET):
+            objective.part([rows[i] for i in picked], weights).loss.backward()
+
+    return work
+
+
+def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict[str, Any]:
+    """Steps with batches of least cost, beside one padded batch a part, and beside plain passes."""
+    policy = policy_of(base, project, dequantised=True)
+    now = Reader.of(inside(policy))
+    before = replace(now, overhead=math.inf)
+    found = []
+    for at in range(STEPS):
+        some = rows[at * BATCH : (at + 1) * BATCH]
+        tokens = sum(now.length(row.shared()) for row in some)
+        took = {name: seconds(step(policy, base, how, some)) for name, how in (("now", now), ("before", before))}
+        mean = round(tokens / BATCH)
+        took["plain"] = seconds(plain(policy, BATCH, mean)) * tokens / (BATCH * mean)
+        found.append({"tokens": tokens, **took})
+    return {
+        "steps": found,
+        "share of plain's pace, now": round(statistics.median(of["plain"] / of["now"] for of in found), 3),
+        "share of plain's pace, one padded batch a part": round(
+            statistics.median(of["plain"] / of["before"] for of in found), 3
+        ),
+    }
+
+
+def longest(model: PreTrainedModel, base: Base, rows: int) -> int:
+    """Draw answers to one prompt; the tokens of the longest."""
+    drawn = sample(model, base, [list(range(5, 45))], rows, Sampling(1.0, 1.0, 32, 0))
+    return max(len(answer.tokens) for some in drawn for answer in some) or 1
+
+
+def passes(base: Base, project: recipe.Recipe) -> dict[str, Any]:
+    """Seconds of a pass by its tokens: a line whose start is what one more pass takes; and answers drawn."""
+    found: dict[str, Any] = {}
+    for name, dequantised in (("dequantised once", True), ("in every pass", False)):
+        policy = policy_of(base, project, dequantised=dequantised)
+        took = [seconds(plain(policy, 1, length)) for length in LENGTHS]
+        slope, start = statistics.linear_regression(LENGTHS, took)
+        found[name] = {
+            "seconds by tokens": dict(zip(LENGTHS, took, strict=True)),
+            "a pass in tokens": round(start / slope, 1),
+            "taken for it": round(overhead(inside(policy), "cpu"), 1),
+        }
+        model = policy.unload().eval()
+        for rows in (1, 16):
+            drawing = partial(longest, model, base, rows)
+            found[name][f"milliseconds a step, {rows} rows"] = round(1e3 * seconds(drawing) / drawing(), 1)
+    return found
+
+
+def main() -> None:
+    """Measure one base and its pairs."""
+    wanted = argparse.ArgumentParser(description=__doc__)
+    wanted.add_argument("--base", required=True)
+    wanted.add_argument("--pairs", type=Path, required=True)
+    wanted.add_argument("--name", default="padding", help="of the result")
+    said = wanted.parse_args()
+    settings = [f'base.model="{said.base}"', f'preferences.pairs.data="{said.pairs}"', "lora.rank=16"]
+    settings += ['lora.targets=["all-linear"]', "dpo.max_length=1024", f"dpo.limit={BATCH * STEPS}"]
+    project = recipe.load(recipe.builtin()["demo"], settings)
+    base = bases.find(project.base)
+    torch.manual_seed(0)
+    rows = list(dpo.prepare(project, "pairs", base, Screen(quiet=True)).train)
+    rows = [replace(row, reference=(0.0, 0.0)) for row in rows]
+    save(
+        said.name,
+        {
+            "base": Path(said.base).name,
+            "pairs": said.pairs.name,
+            "threads": torch.get_num_threads(),
+            "passes": passes(base, project),
+            **steps(base, project, rows),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
