@@ -48,7 +48,9 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
     width = max(32, shutil.get_terminal_size().columns - max(map(len, found)) - 2)
     rows = []
     for name, recipe in found.items():
-        first, *more = textwrap.wrap(f"{recipe.about} ({recipe.base.model})", width, break_long_words=False)
+        first, *more = textwrap.wrap(
+            f"{recipe.about} ({recipe.base.model})", width, break_long_words=False, break_on_hyphens=False
+        )
         rows += [[name, first], *(["", line] for line in more)]
     data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in found.items()}
     Screen(as_json, quiet).result(table(["recipe", "about"], rows), data)

@@ -89,7 +89,7 @@ def evaluate(
 
 def sweep(
     axes: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME=FROM:TO:STEP", help="As in helpful=-1:1:0.5.")
+        list[str] | None, typer.Argument(metavar="NAME=FROM:TO:STEP", help="An axis, as in helpful=-1:1:0.5.")
     ] = None,
     also: Annotated[
         list[str] | None,
