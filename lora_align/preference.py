@@ -11,7 +11,8 @@ from annotated_types import Ge, Le
 
 from lora_align.errors import UserError
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+LONGEST = 64  # characters of a name
+NAME = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{LONGEST - 1}}}")
 RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME", "rating:-NAME", "score:NAME", "score:-NAME")
 SCORE = "score_"  # how columns that `score` has written begin
 
@@ -19,7 +20,7 @@ SCORE = "score_"  # how columns that `score` has written begin
 def name_of(parts: Iterable[str]) -> str:
     """A name that a folder may have, made of others."""
     joined = "_".join(re.sub(r"[^a-z0-9_-]+", "-", part.lower()) for part in parts)
-    return re.sub(r"^[^a-z0-9]+", "", joined)[:64]
+    return re.sub(r"^[^a-z0-9]+", "", joined)[:LONGEST]
 
 
 class Direction(StrEnum):

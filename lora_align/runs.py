@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any, cast, get_origin
 
 from lora_align import __version__, processes
 from lora_align.console import Screen
@@ -109,9 +109,8 @@ def read(path: Path) -> Run:
 def _check_types(manifest: Manifest) -> None:
     """Raise where a value is of another type than every reader relies on."""
     for known in fields(manifest):
-        expected: Any = get_origin(known.type) or known.type
         value = getattr(manifest, known.name)
-        if not isinstance(value, expected):
+        if not isinstance(value, cast(type, get_origin(known.type) or known.type)):
             raise TypeError(f"{known.name} is of type {type(value).__name__}")
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]
@@ -263,21 +262,36 @@ def _next_order(target: Path, stage: str) -> int:
 
 
 @contextmanager
-def writing(folder: Path, remedy: str) -> Iterator[None]:
-    """A disk that takes no more is told in one line, with what becomes of the work."""
+def writing(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
+    """Report a disk that takes no more in one line: where, the bytes `needed` where they are known, the remedy."""
     try:
         yield
     except OSError as fault:
-        raise RunFailedError(f"{folder}: {fault.strerror or first_line(fault)}; {remedy}") from fault
+        why = first_line(fault) if fault.strerror is None else fault.strerror
+        bytes_ = f" ({_size(needed)} to write, {_size(_free(folder))} free)" if needed else ""
+        raise RunFailedError(f"{folder}: {why}{bytes_}; {remedy}") from fault
 
 
 def check_room(folder: Path, needed: int, remedy: str) -> None:
     """Refuse to begin where the disk cannot hold what will be written."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        told = f"about {needed / 1e6:,.0f} MB will be written, {free / 1e6:,.0f} MB are free"
-        raise UserError(f"{there}: {told}; {remedy}")
+    if (free := _free(folder)) < needed:
+        told = f"about {_size(needed)} will be written, {_size(free)} are free"
+        raise UserError(f"{folder}: {told}; {remedy}")
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 1}f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
+
+
+def refuse_missing_parent(out: Path) -> None:
+    """Refuse a path to write whose folder is not there; asked before anything slow begins."""
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first (mkdir -p), or choose another")
 
 
 def library_versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`plan` and `--dry-run`: bytes that are known are told to the byte, the rest beside a step that is really taken."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_align.model import base as bases
 from lora_align.model.weightless import Shape
 from lora_align.plan import advice
 from lora_align.plan.device import Device, device_of
+from lora_align.plan.found import size
 from lora_align.plan.measure import highest, measured
 from lora_align.plan.stage import stage_of
 from lora_align.stages import training
@@ -259,7 +261,12 @@ def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, 
     words = [stage, *more.get(stage, []), "--limit", "40", "--dry-run"]
     done = cli(*words)
     assert done.code == 0, done.err
-    assert f"{stage}.limit=40" in done.out.splitlines()
+    lines = done.out.splitlines()
+    assert f"{stage}.limit=40" in lines
+    own = lines[1 : lines.index("")]
+    assert {line.split(".")[0] for line in own} == {stage, "lora", "base"}
+    assert own[0].startswith(f"{stage}.")
+    assert lines[lines.index("") + 1] == "what else differs from its default:"
     assert "tokens of a row" in done.out
     assert f"\n{stage}: fits" in done.out
     told = json.loads(cli(*words, "--json").out)
@@ -292,3 +299,14 @@ def test_where_data_cannot_be_had_rows_of_the_greatest_length_are_assumed(cli: C
     assert found["rows"] == 10 * len(project.preferences)
     assert "not in the cache and could not be fetched" in found["assumed"]
     assert len(found["histogram"]) == 1
+
+
+def test_sizes_below_a_gigabyte_are_in_megabytes() -> None:
+    assert [size(count) for count in (5.7e9, 340.12e6, 2e6, 0)] == ["5.70 GB", "340.1 MB", "2.0 MB", "0.0 MB"]
+    assert size(2e6, "GB") == "<0.01 GB"
+    stage = {"stage": "dpo", "bytes": {"weights": 3e6}, "total": 4e6, "fits": True, "passes": 2, "rows": 1, "tokens": 9}
+    stage |= {"seconds": 1.0, "assumed": "", "answers": 0, "advice": "", "measured": None}
+    device = {"count": 1, "name": "this CPU", "memory": 8e9, "dtype": "float32", "rate": 1e12}
+    text = plan.told({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage]})
+    assert re.search(r"^MB  +weights  at most\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
+    assert "2 times over 1 row, 9 tokens" in text

@@ -1,13 +1,13 @@
 """Ways to make one update of several, each a pure function of one module's updates and their weights.
 
-A method's keyword parameters are its options. It returns factors where its mathematics has a low-rank form and a dense
-matrix where it has none; either is then cut to the rank asked for, and how much that leaves out is told.
+`methods` lists them; a method's keyword parameters are its options. It returns factors where its mathematics has a
+low-rank form and a dense matrix where it has none. Either is then cut to the rank asked for, and the part left out is
+reported.
 """
 
-import inspect
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lora_align.adapters.delta import ROUNDING, WHOLE, Factors, LoraDelta, finite, rank_losing, stacked
+from lora_align.adapters.methods import FITS, METHODS
 from lora_align.console import inert
-from lora_align.errors import UserError, nearest
+from lora_align.errors import UserError
 
 SMALL = 1024  # a dense matrix with a side no longer than this is decomposed exactly
 OVERSAMPLED, POWERS = 8, 4  # of the randomised SVD of larger ones
@@ -70,7 +71,7 @@ def tsv(parts: Parts) -> Factors:
     return Factors(B.to(parts.updates[0].B.dtype), A.to(parts.updates[0].A.dtype))
 
 
-def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
+def ties(parts: Parts, *, density: float) -> Tensor:
     """Each update's largest entries; of each entry the mean of those with the elected sign.
 
     The largest of each module: the paper takes them over all modules together. An entry means something in the layer's
@@ -90,7 +91,7 @@ def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
     return total / agreeing.clamp(min=1)
 
 
-def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
+def dare(parts: Parts, *, drop: float, seed: int) -> Tensor:
     """Each entry dropped with a probability, the rest made larger in return. Dense: what is dropped are entries."""
     if not 0 <= drop < 1:
         raise UserError(f"drop is at least 0 and below 1; it is {drop:g}")
@@ -102,58 +103,6 @@ def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
 
     thinned = (kept(name, update) * (w / (1 - drop)) for name, (update, w) in zip(parts.names, parts, strict=True))
     return reduce(torch.add, thinned)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to merge, where it comes from, and what has to be known about it."""
-
-    of: Callable[..., Factors | Tensor]
-    paper: str
-    dense: bool = False  # its result has no low rank by itself
-    of_policies: bool = False  # it weighs policies: of a preference the adapter towards it, not the difference
-    rank: Callable[[Iterable[int]], int] | None = None  # to cut to where none is asked for, from those of its parts
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Its options and their defaults."""
-        given = inspect.signature(self.of).parameters.items()
-        return {name: parameter.default for name, parameter in given if name != "parts"}
-
-
-METHODS: dict[str, Method] = {
-    "exact": Method(exact, "https://arxiv.org/abs/2504.20106"),
-    "svd": Method(exact, "https://doi.org/10.1007/BF02288367", rank=max),
-    "soup": Method(exact, "https://arxiv.org/abs/2306.04488", of_policies=True),
-    "tsv": Method(tsv, "https://arxiv.org/abs/2412.00081"),
-    "ties": Method(ties, "https://arxiv.org/abs/2306.01708", dense=True, rank=sum),
-    "dare": Method(dare, "https://arxiv.org/abs/2311.03099", dense=True, rank=sum),
-}
-# Ranks a server takes. llama.cpp takes any, but scales each tensor by its own rank: they have to be alike.
-FITS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
-
-
-def parsed(method: str, given: Iterable[str]) -> dict[str, Any]:
-    """`["density=0.3"]` as a method's options, each of its default's type."""
-    if method not in METHODS:
-        raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (there are: {', '.join(METHODS)})")
-    known, found = METHODS[method].options, {}
-    for text in given:
-        name, _, value = text.partition("=")
-        if name not in known:
-            has = f"its options: {', '.join(known)}" if known else "it has none"
-            raise UserError(f"--option {text}: {method} has no option {name!r} ({has})")
-        try:
-            found[name] = type(known[name])(value)
-        except ValueError:
-            raise UserError(f"--option {text}: {name} takes a number, as in {name}={known[name]}") from None
-    return found
-
-
-def check_weights(method: str, weights: Mapping[str, float]) -> None:
-    """Refuse weights that a method cannot mean."""
-    if METHODS[method].of_policies and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
-        raise UserError(f"--method {method}: the weights of policies add up to 1, these to {sum(weights.values()):g}")
 
 
 def fitting(server: str, rank: int) -> int:
@@ -210,6 +159,19 @@ class Merge:
             merged = self._merged(Parts(name, having, updates, tuple(self.weights[key] for key in having)), below)
             yield _cut(name, merged, rank or (own(ranks) if own else None))
 
+    def cancels(self) -> bool:
+        """Whether the weighted sum is zero but for rounding, by what it makes of one random input of each module."""
+        if METHODS[self.method].function != exact.__name__:
+            return False
+        draw = torch.Generator().manual_seed(0)
+        for name in dict.fromkeys(name for update in self.vectors.values() for name in update):
+            parts = [(self.vectors[key][name], w) for key, w in self.weights.items() if name in self.vectors[key]]
+            seen = torch.randn(parts[0][0].A.shape[1], generator=draw, dtype=torch.float64)
+            made = [part.B.double() @ (part.A.double() @ seen) * weight for part, weight in parts]
+            if float(torch.stack(made).sum(0).norm()) > ROUNDING * sum(float(one.norm()) for one in made):
+                return False
+        return True
+
     def smallest_rank(self, share: float) -> int:
         """The smallest rank for all modules that loses no more than the rest of this share of the vectors' energy."""
         if METHODS[self.method].dense:
@@ -224,7 +186,8 @@ class Merge:
     def _merged(self, parts: Parts, below: list[Factors]) -> Factors | Tensor:
         if not parts.updates:
             return below[0]
-        merged = METHODS[self.method].of(parts, **self.options)
+        method = METHODS[self.method]
+        merged: Factors | Tensor = globals()[method.function](parts, **{**method.options, **self.options})
         if isinstance(merged, Factors):
             return stacked([*below, merged])
         return reduce(torch.add, [update.B @ update.A for update in below], merged)

@@ -14,7 +14,7 @@ from lora_align.adapters import layers
 from lora_align.console import inert
 from lora_align.errors import UserError
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # beyond these a number is a slip or an attack
 PATIENCE = 1.0  # seconds for one name and one pattern
 

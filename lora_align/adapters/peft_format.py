@@ -15,7 +15,7 @@ from lora_align.adapters.tensor_file import TensorFile
 from lora_align.console import inert
 from lora_align.errors import UserError
 
-CONFIG, WEIGHTS = peft_config.CONFIG, "adapter_model.safetensors"
+CONFIG, WEIGHTS = peft_config.CONFIG, peft_config.WEIGHTS
 PREFIX = "base_model.model."
 TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 Shape = tuple[int, int]  # of ΔW

@@ -11,15 +11,14 @@ from lora_align.adapters.vectors import Vector
 from lora_align.runs import Run
 
 FOLDER = "reach"  # of the runs folder
+FAR = 2.0  # a weight that no vector was trained near
 
 
 def beyond(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: Path) -> list[str]:
-    """Which weights lie farther out than was found to be safe; nothing of vectors that nobody has measured."""
+    """Name weights that lie farther out than `reach` found safe; of vectors it has not measured, those beyond FAR."""
     measured = _measured(runs_dir)
-    if not measured:
-        return []
     made_of = {name: found[name].lineage() for name, weight in weights.items() if weight and name in found}
-    told = {name: why for name, of in made_of.items() if (why := _alone(name, weights[name], of, measured))}
+    told = {name: why for name, of in made_of.items() if (why := _alone(name, weights[name], of, measured, runs_dir))}
     for one, other in combinations(made_of, 2):
         if one not in told and other not in told:
             told |= _together(one, other, weights, made_of, measured)
@@ -31,7 +30,7 @@ def _measured(runs_dir: Path) -> list[Run]:
     return runs.every(runs_dir / FOLDER)[::-1]
 
 
-def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run]) -> str:
+def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run], runs_dir: Path) -> str:
     for run in measured:
         for known, of in run.manifest.method["vectors"].items():
             if of == made_of:
@@ -39,7 +38,10 @@ def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run]) ->
                 if abs(weight) > side["to"]:
                     return f"{name}={weight:g} is {_told(side, run)}"
                 return ""
-    return ""
+    if abs(weight) <= FAR:
+        return ""
+    safe = f"`{runs.command('reach', runs_dir)}` finds how far is safe"
+    return f"{name}={weight:g} is far beyond what it was trained at (1), and answers may break; {safe}"
 
 
 def _together(

@@ -5,17 +5,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_align import runs
-from lora_align.adapters import peft_format
-from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.layers import place
-from lora_align.adapters.peft_format import Adapter
+from lora_align.adapters.peft_config import CONFIG, WEIGHTS
 from lora_align.errors import UserError, nearest
 from lora_align.preference import NAME
 from lora_align.recipe import LOCAL
 from lora_align.runs import Run
+
+if TYPE_CHECKING:  # names are found without torch
+    from lora_align.adapters.delta import LoraDelta
+    from lora_align.adapters.peft_format import Adapter
 
 STRETCH = re.compile(r"(\d+)(?:-(\d+))?")  # behind a name and @: layers
 
@@ -28,17 +30,19 @@ class Parent:
     sign: float
     run: Run | None
 
-    def open(self) -> Adapter:
+    def open(self) -> "Adapter":
         """The adapter, after its files were found to be the published ones."""
+        from lora_align.adapters.peft_format import Adapter
+
         if self.run:
             self.run.check_files()
         return Adapter(self.folder, whole=self.run is not None)
 
     def lineage(self) -> dict[str, Any]:
         """What a mix's manifest says of it."""
-        file = self.folder / peft_format.WEIGHTS
-        known = self.run.manifest.files[peft_format.WEIGHTS]["sha256"] if self.run else runs.sha256(file)
-        config = runs.sha256(self.folder / peft_format.CONFIG)  # its scaling is in there
+        file = self.folder / WEIGHTS
+        known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else runs.sha256(file)
+        config = runs.sha256(self.folder / CONFIG)  # its scaling is in there
         return {"folder": str(self.folder), "sign": self.sign, "sha256": known, "config_sha256": config}
 
 
@@ -50,7 +54,7 @@ class Vector:
     parents: tuple[Parent, ...]
     layers: tuple[int, int] | None = None  # the first and the last
 
-    def load(self) -> LoraDelta:
+    def load(self) -> "LoraDelta":
         """The update itself."""
         return opened({self.name: self})[0][self.name]
 
@@ -67,7 +71,7 @@ class Vector:
         parents = [parent.lineage() for parent in self.parents]
         return [[[of["sign"], of["sha256"], of["config_sha256"]] for of in parents], list(self.layers or [])]
 
-    def reaching(self, update: LoraDelta) -> LoraDelta:
+    def reaching(self, update: "LoraDelta") -> "LoraDelta":
         """As much of its parents' sum as lies in its layers."""
         if self.layers is None:
             return update
@@ -109,7 +113,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
         return replace(find(whole, runs_dir, preferences), name=name, layers=(first, last))
     if "/" in name or name.startswith("."):
         inside = runs_dir / name
-        return at(inside if (inside / peft_format.CONFIG).is_file() else Path(name).expanduser(), name)
+        return at(inside if (inside / CONFIG).is_file() else Path(name).expanduser(), name)
     folder = runs_dir / "dpo" / name
     trained = [d for d in ("pos", "neg") if NAME.fullmatch(name) and runs.is_run(folder / d)]
     if len(trained) == 2:
@@ -124,7 +128,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
         raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
     if NAME.fullmatch(name) and runs.is_run(runs_dir / "mix" / name):
         return at(runs_dir / "mix" / name, name)
-    if (Path(name) / peft_format.CONFIG).is_file():
+    if (Path(name) / CONFIG).is_file():
         return at(Path(name), name)
     if name in preferences:
         command = runs.command(f"dpo --pref {name} --direction both", runs_dir)
@@ -138,8 +142,10 @@ def at(folder: Path, name: str) -> Vector:
     return Vector(name, (_parent(folder, 1.0),))
 
 
-def opened(vectors: Mapping[str, Vector]) -> tuple[dict[str, LoraDelta], list[Adapter]]:
+def opened(vectors: Mapping[str, Vector]) -> tuple[dict[str, "LoraDelta"], list["Adapter"]]:
     """The updates, and the adapters that they are made of, each folder opened once."""
+    from lora_align.adapters.delta import LoraDelta, total
+
     parents = {parent.folder.resolve(): parent for vector in vectors.values() for parent in vector.parents}
     adapters = {folder: parent.open() for folder, parent in parents.items()}
     updates = {
@@ -207,6 +213,6 @@ def _published_names(runs_dir: Path) -> list[str]:
 
 
 def _parent(folder: Path, sign: float) -> Parent:
-    if not (folder / peft_format.CONFIG).is_file():
-        raise UserError(f"no adapter in {folder}: it has no {peft_format.CONFIG}")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"no adapter in {folder}: it has no {CONFIG}")
     return Parent(folder, sign, runs.read(folder) if runs.is_run(folder) else None)

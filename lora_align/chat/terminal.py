@@ -2,25 +2,29 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from lora_align import runs
-from lora_align.chat.session import Policy, Session
+from lora_align.chat.blend import Policy
+from lora_align.chat.session import Session
 from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
+from lora_align.model.generate import Sampling
 from lora_align.preference import parse_weights
 
+LEAVING = ("/quit", "/exit")
 HELP = """\
 /w helpful=0.3          turn a weight, at once; names that are not given keep theirs
 /w                      show the weights
 /want a=0.8,b=-0.6      ask a conditioned policy for another direction
 /compare a=1 | a=-1     answer the last question at several weights side by side
-/retry   /undo          answer again; take the last exchange back
+/retry                  answer again; under --seed with the next seed
+/undo                   take the last exchange back
 /system TEXT            set the system message, or with no text remove it
-/save FILE              write the conversation as JSON
+/save FILE              write the conversation: FILE.md as Markdown, others as JSON
 /help    /quit"""
 
 
@@ -37,6 +41,14 @@ def once(session: Session, prompt: str, screen: Screen) -> None:
             show(piece)
 
 
+def script(session: Session, lines: Iterable[str], screen: Screen) -> None:
+    """Obey lines that are piped in, as they would be on a terminal; the first that fails ends it."""
+    for line in map(str.strip, lines):
+        if line in LEAVING:
+            return
+        _take(session, line, screen)
+
+
 def talk(session: Session, screen: Screen) -> None:
     """Read, answer, obey commands, until /quit or the end of input."""
     _line_editing()
@@ -50,18 +62,24 @@ def talk(session: Session, screen: Screen) -> None:
         except KeyboardInterrupt:
             screen.note("(Ctrl-D or /quit to leave)")
             continue
-        if line in ("/quit", "/exit"):
+        if line in LEAVING:
             return
         try:
-            if line.startswith("/"):
-                command, _, argument = line[1:].partition(" ")
-                _obey(session, command, argument.strip(), screen)
-            elif line:
-                _speak(session, [*session.turns, Message("user", line)], screen)
+            _take(session, line, screen)
         except UserError as fault:
             screen.say(str(fault))
         except KeyboardInterrupt:
             screen.say("(stopped)")
+
+
+def _take(session: Session, line: str, screen: Screen) -> None:
+    """Obey a command, or answer a message."""
+    if line.startswith("/"):
+        command, _, argument = line[1:].partition(" ")
+        _obey(session, command, argument.strip(), screen)
+    elif line:
+        session.retries = 0
+        _speak(session, [*session.turns, Message("user", line)], screen)
 
 
 def _obey(session: Session, command: str, argument: str, screen: Screen) -> None:
@@ -87,7 +105,7 @@ def _speak(session: Session, turns: list[Message], screen: Screen) -> None:
     try:
         with screen.streaming() as show:
             try:
-                for piece in session.answer():
+                for piece in session.answer(_sampling(session)):
                     said.append(piece)
                     show(piece)
             except KeyboardInterrupt:
@@ -97,6 +115,12 @@ def _speak(session: Session, turns: list[Message], screen: Screen) -> None:
         session.turns = before
         raise
     session.turns = [*turns, Message("assistant", "".join(said))]
+
+
+def _sampling(session: Session) -> Sampling:
+    """Return the session's sampling; a question that is asked again has another seed each time."""
+    chosen = session.sampling
+    return chosen if chosen.seed is None else replace(chosen, seed=chosen.seed + session.retries)
 
 
 def _turn(session: Session, argument: str, screen: Screen) -> None:
@@ -148,10 +172,13 @@ def _retry(session: Session, screen: Screen) -> None:
     asked = [i for i, turn in enumerate(session.turns) if turn.role == "user"]
     if not asked:
         raise UserError("nothing to answer again yet")
+    session.retries += 1
     _speak(session, session.turns[: asked[-1] + 1], screen)
 
 
 def _undo(session: Session, screen: Screen) -> None:
+    if not session.turns:
+        raise UserError("nothing to take back: no question was asked yet")
     while session.turns and session.turns.pop().role != "user":
         pass
     screen.say(f"{count(len(session.turns), 'turn')} left")
@@ -168,9 +195,13 @@ def _save(session: Session, argument: str, screen: Screen) -> None:
     system = [Message("system", session.system)] if session.system else []
     messages = [{"role": m.role, "content": m.content} for m in [*system, *session.turns]]
     about = {"weights": session.weights, "want": session.want, "base": session.base.identity}
-    record = {"messages": messages, **about}
+    text = json.dumps({"messages": messages, **about}, indent=2, ensure_ascii=False)
+    if argument.endswith(".md"):
+        heading = f"{session.base.recipe.model} · {_shown(session.weights)}"
+        turns = [f"**{message['role']}**\n\n{message['content'].strip()}" for message in messages]
+        text = inert("\n\n".join([f"# {heading}", *turns])) + "\n"
     try:
-        Path(argument).expanduser().write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        Path(argument).expanduser().write_text(text, encoding="utf-8")
     except OSError as fault:
         raise UserError(f"cannot write {argument}: {fault.strerror}") from fault
     screen.say(f"saved {count(len(messages), 'message')} to {argument}")

@@ -13,48 +13,76 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from lora_align import __version__, processes, runs
 from lora_align.cli import compose, look, measure, train, use
 from lora_align.console import Screen, library_log, write
-from lora_align.errors import RunFailedError, Stopped, UserError
+from lora_align.errors import RunFailedError, Stopped, UserError, nearest
+
+
+class Grouped(TyperGroup):
+    """The program's help lists its commands by what they are for."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group."""
+        longest = max(map(len, COMMANDS))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                room = formatter.width - longest - 4
+                rows = [(f"{name:<{longest}}", self.commands[name].get_short_help_str(room)) for name in commands]
+                formatter.write_dl(rows)
+
 
 app = typer.Typer(
     help="Turn preferences into LoRA adapters that add and subtract.",
-    add_completion=False,
+    epilog="`lora-align help COMMAND` shows a command's options and an example.",
+    cls=Grouped,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": look.demo,
-    "recipes": look.list_recipes,
-    "init": look.init,
-    "doctor": look.doctor,
-    "plan": look.plan,
-    "data": look.data,
-    "sft": train.sft,
-    "dpo": train.dpo,
-    "reward": train.reward,
-    "score": use.score,
-    "rsf": train.rsf,
-    "merge": compose.merge,
-    "inspect": compose.inspect,
-    "chat": use.chat,
-    "generate": use.generate,
-    "eval": measure.evaluate,
-    "sweep": measure.sweep,
-    "reach": measure.reach,
-    "tune": measure.tune,
-    "list": look.list_runs,
-    "push": compose.push,
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start": {
+        "demo": look.demo,
+        "recipes": look.list_recipes,
+        "init": look.init,
+        "doctor": look.doctor,
+        "plan": look.plan,
+    },
+    "Data": {"data": look.data},
+    "Train": {"sft": train.sft, "dpo": train.dpo, "reward": train.reward, "rsf": train.rsf},
+    "Mix": {"merge": compose.merge, "inspect": compose.inspect, "tune": measure.tune, "reach": measure.reach},
+    "Use": {"chat": use.chat, "generate": use.generate, "score": use.score},
+    "Measure": {"eval": measure.evaluate, "sweep": measure.sweep, "list": look.list_runs},
+    "Share": {"push": compose.push},
 }
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 REPEATED = {"demo", "score", "generate", "eval", "sweep", "reach"}  # which go on by themselves, said once more
 SIGNALLED = 128  # exit codes above it name a signal
 LAST_WORD = 30.0  # seconds that the others wait for the first one, whose end is theirs, to say why
 TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+
+
+@app.command("help", hidden=True)
+def show_help(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="One of the program's commands.")] = None,
+) -> None:
+    """Show the help of a command."""
+    above = context.parent
+    assert above is not None
+    assert isinstance(above.command, Grouped)
+    if command is None:
+        Screen().show(above.get_help())
+        return
+    if command not in above.command.commands:
+        raise UserError(f"no command {command!r}{nearest(command, list(COMMANDS))} (see lora-align --help)")
+    found = above.command.commands[command]
+    Screen().show(found.get_help(typer.Context(found, parent=above, info_name=command)))
 
 
 def _version(show: bool) -> None:

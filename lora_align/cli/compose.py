@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_align import runs
+from lora_align.adapters.methods import How, check_weights
 from lora_align.cli.look import facts
 from lora_align.cli.options import (
     ForceOption,
@@ -18,40 +19,56 @@ from lora_align.cli.options import (
     checked,
     drawable,
     project_of,
+    trained,
 )
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
 
-MethodOption = Annotated[str, typer.Option("--method", help="exact, svd, soup, tsv, ties or dare.")]
+MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help="exact, svd, soup, tsv, ties or dare.")]
 MethodOptions = Annotated[
-    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method, as in density=0.3.")
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method, as in density=0.3.")
 ]
 RankOption = Annotated[
-    str | None, typer.Option("--rank", help="Cut to this rank; auto:0.99 to the smallest that keeps 99 % energy.")
+    str | None,
+    typer.Option(
+        "--rank",
+        metavar="N|auto:SHARE",
+        help="Cut to this rank; auto:0.99: the smallest that keeps 99 % of the energy.",
+    ),
 ]
 FitOption = Annotated[
-    str | None, typer.Option("--fit", help="vllm or llama.cpp: pad with zeros to a rank that it reads.")
+    str | None,
+    typer.Option("--fit", metavar="SERVER", help="vllm or llama.cpp: pad with zeros to a rank that it reads."),
 ]
 
 
 def merge(
     weights: Annotated[
-        str, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5; names, runs or folders.")
+        str,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME=WEIGHT,…",
+            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
+        ),
     ],
     method: MethodOption = "exact",
     option: MethodOptions = None,
     rank: RankOption = None,
     fit: FitOption = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 instead of the parents' own.")
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 instead of the parents' own."),
     ] = None,
     same_base: Annotated[
         bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under other names.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write to this folder instead of runs/mix/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write to this folder instead of runs/mix/NAME.")
+    ] = None,
     with_start: Annotated[
-        bool, typer.Option("--with-start/--without-start", help="Whether the mix holds the SFT adapter too.")
+        bool, typer.Option("--with-start/--without-start", help="Include the SFT adapter, or leave it out.")
     ] = True,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -61,25 +78,34 @@ def merge(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Add weighted preference vectors up to one ordinary adapter."""
+    """Add weighted preference vectors up to one ordinary adapter.
+
+    Example: lora-align merge --weights helpful=1,harmless=0.5
+    """
     screen = Screen(as_json, quiet)
     wanted = parse_weights(weights)
     if out is not None and (name is not None or not out.name):
         raise UserError("merge: --out takes the path of a new folder, and goes without --name")
     project = project_of(recipe, overrides, screen, runs_dir)
+    how = How.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
+    check_weights(method, wanted)
+    trained(wanted, runs_dir, project)
     from lora_align.stages import mix
 
-    how = mix.How.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     run = mix.run(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
     screen.result(mix.told(run), facts(run))
 
 
 def inspect(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Preferences, runs or folders; all trained ones if none is named.")
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Preferences, runs or folders; without any: all trained preferences."),
     ] = None,
     weights: Annotated[
-        str, typer.Option("--weights", "-w", help="Also what this mix keeps, as in helpful=1,harmless=-0.5.")
+        str,
+        typer.Option(
+            "--weights", "-w", metavar="NAME=WEIGHT,…", help="Also measure this mix, as in helpful=1,harmless=-0.5."
+        ),
     ] = "",
     method: MethodOption = "exact",
     option: MethodOptions = None,
@@ -87,7 +113,9 @@ def inspect(
     fit: FitOption = None,
     picture: Annotated[
         Path | None,
-        typer.Option("--picture", help="Draw a map of every vector's layers to this .png, .pdf or .svg file."),
+        typer.Option(
+            "--picture", metavar="FILE", help="Draw a map of every vector's layers to this .png, .pdf or .svg file."
+        ),
     ] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -95,20 +123,24 @@ def inspect(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure vectors: norms, angles, spectra, interference. With --weights, also what a mix keeps of each."""
+    """Measure vectors: norms, angles, spectra, interference. With --weights, also what a mix keeps of each.
+
+    Example: lora-align inspect helpful harmless
+    """
     screen = Screen(as_json, quiet)
     wanted = parse_weights(weights) if weights else {}
     drawable(picture)
     project = project_of(recipe, overrides, screen, runs_dir)
+    how = How.said(method, option or [], rank, fit, None, same_base=True)
+    trained([*(names or []), *wanted], runs_dir, project)
     from lora_align.stages import inspect as stage
-    from lora_align.stages import mix
 
     facts_found = stage.run(
         names or [],
         wanted,
         project,
         runs_dir,
-        mix.How.said(method, option or [], rank, fit, None, same_base=True),
+        how,
         picture,
     )
     for doubt in facts_found["doubts"]:
@@ -117,13 +149,16 @@ def inspect(
 
 
 def push(
-    run: Annotated[Path, typer.Argument(help="A run's folder, as `list` shows it.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/mix/helpful1.")],
     to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see; private otherwise.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Visible to everybody; private otherwise.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Push a run to the hub, with a card that says what it is."""
+    """Push a run to the hub, with a model card.
+
+    Example: lora-align push runs/mix/helpful1 --to me/helpful
+    """
     from lora_align.stages import push as stage
 
     screen = Screen(as_json, quiet)

@@ -9,6 +9,7 @@ import typer
 
 from lora_align import recipe as recipes
 from lora_align import runs
+from lora_align.cards import known as cards_known
 from lora_align.cli.options import (
     JsonOption,
     LimitOption,
@@ -29,31 +30,42 @@ def demo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The whole story on the built-in base, in minutes on a CPU. Train, subtract, mix, measure; with no network."""
+    """Run the whole story on the built-in base: minutes on a CPU. Train, subtract, mix and measure, without a network.
+
+    Example: lora-align demo
+    """
     from lora_align.demo import story
 
     story.tell(runs_dir, Screen(as_json, quiet))
 
 
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """List the built-in recipes."""
+    """List the built-in recipes.
+
+    Example: lora-align recipes
+    """
     found = {name: recipes.load(path) for name, path in recipes.builtin().items()}
     width = max(32, shutil.get_terminal_size().columns - max(map(len, found)) - 2)
     rows = []
     for name, recipe in found.items():
-        first, *more = textwrap.wrap(f"{recipe.about} ({recipe.base.model})", width, break_long_words=False)
+        first, *more = textwrap.wrap(
+            f"{recipe.about} ({recipe.base.model})", width, break_long_words=False, break_on_hyphens=False
+        )
         rows += [[name, first], *(["", line] for line in more)]
     data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in found.items()}
     Screen(as_json, quiet).result(table(["recipe", "about"], rows), data)
 
 
 def init(
-    name: Annotated[str, typer.Argument(help="The built-in recipe to start from.")],
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="The built-in recipe to start from.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Copy a built-in recipe to ./lora-align.toml, to make your own."""
+    """Copy a built-in recipe to ./lora-align.toml, to make your own.
+
+    Example: lora-align init qwen3-8b
+    """
     path, _ = recipes.find(name)
     if recipes.LOCAL.exists() and not force:
         raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
@@ -63,7 +75,10 @@ def init(
 
 
 def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """What this machine has, and what to do about the rest."""
+    """Check this machine, and say how to get what it lacks.
+
+    Example: lora-align doctor
+    """
     from lora_align import doctor as doctors
 
     findings = doctors.run(runs_dir)
@@ -73,19 +88,30 @@ def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, qui
 
 
 def plan(
-    vram: Annotated[float | None, typer.Option("--vram", min=1, help="GB of a card as fast as an RTX 4090.")] = None,
-    card: Annotated[str, typer.Option("--card", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")] = "",
-    cards: Annotated[int, typer.Option("--cards", min=1, help="How many cards train together.")] = 1,
-    measure: Annotated[bool, typer.Option("--measure", help="Take a step of each stage here; times go by it.")] = False,
+    vram: Annotated[
+        float | None, typer.Option("--vram", metavar="GB", min=1, help="Memory of a card as fast as an RTX 4090.")
+    ] = None,
+    card: Annotated[
+        str, typer.Option("--card", metavar="NAME", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")
+    ] = "",
+    cards: Annotated[int, typer.Option("--cards", metavar="N", min=1, help="How many cards train together.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take one step of each stage here, and base the times on it.")
+    ] = False,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """What each stage takes in memory and time, and whether it fits. And what to change if not."""
+    """Plan each stage's memory and time before training. Where it does not fit, say what to change.
+
+    Example: lora-align plan --recipe qwen3-8b --card rtx-4090
+    """
     screen = Screen(as_json, quiet)
     if measure and (card or vram or cards > 1):
         raise UserError("--measure takes a step on this machine: not with --card, --vram or --cards")
+    if card:
+        cards_known(card)
     project = project_of(recipe, overrides, screen)
     from lora_align import plan as plans
 
@@ -96,16 +122,24 @@ def plan(
 
 
 def data(
-    pref: Annotated[str, typer.Option("--pref", help="A preference of the recipe.")],
-    show: Annotated[int, typer.Option("--show", min=0, help="How many pairs to show as the model sees them.")] = 2,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the lengths into this file.")] = None,
+    pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="A preference of the recipe.")],
+    show: Annotated[
+        int, typer.Option("--show", metavar="N", min=0, help="How many pairs to show as the model sees them.")
+    ] = 2,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw the lengths into this .png, .pdf or .svg file."),
+    ] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     limit: LimitOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Look at a preference's pairs before training on them. As the model sees them, how long they are, what is odd."""
+    """Look at a preference's pairs before training. Show them as the model sees them, their lengths, and what is odd.
+
+    Example: lora-align data --pref helpful --show 3
+    """
     screen = Screen(as_json, quiet)
     drawable(picture)
     project = project_of(recipe, limited(overrides, "dpo", limit), screen)
@@ -119,8 +153,13 @@ def data(
 
 
 def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """List runs, oldest first, and what each is made of."""
+    """List runs in the order they were made, and what each is made of.
+
+    Example: lora-align list --runs runs
+    """
     screen = Screen(as_json, quiet)
+    if not runs_dir.is_dir() and (runs_dir != runs.DEFAULT or runs_dir.exists()):
+        raise UserError(f"--runs {runs_dir}: there is no such folder")
     found = runs.every(runs_dir, screen)
     if not found and not as_json:
         screen.note(f"no runs in {runs_dir}/ yet")

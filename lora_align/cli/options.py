@@ -1,6 +1,7 @@
 """Options that several commands take, and what they come to."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,24 +9,33 @@ import typer
 
 from lora_align import recipe as recipes
 from lora_align import runs
+from lora_align.adapters import vectors
 from lora_align.console import Screen
+from lora_align.data import sources
 from lora_align.errors import UserError
 from lora_align.preference import NAME
 from lora_align.recipe import Recipe
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", envvar="LORA_ALIGN_RECIPE", help="A built-in recipe's name, or a .toml file.")
+    str | None,
+    typer.Option(
+        "--recipe", metavar="NAME|FILE", envvar="LORA_ALIGN_RECIPE", help="A built-in recipe, or a .toml file."
+    ),
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe value.")]
-RunsOption = Annotated[Path, typer.Option("--runs", envvar="LORA_ALIGN_RUNS", help="Where runs are kept.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, as in dpo.beta=0.05.")
+]
+RunsOption = Annotated[
+    Path, typer.Option("--runs", metavar="DIR", envvar="LORA_ALIGN_RUNS", help="The folder of runs.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="Publish under this name.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings stay.")]
+NameOption = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Publish under this name.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Move an existing run aside.")]
 DRAWN = (".png", ".pdf", ".svg")
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what was stopped.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue what was stopped.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show recipe, lengths and plan; train nothing.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Train on the first N rows only.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Train on the first N rows only.")]
 
 
 def project_of(name: str | None, overrides: list[str] | None, screen: Screen, runs_dir: Path | None = None) -> Recipe:
@@ -67,8 +77,20 @@ def planned(project: Recipe, stage: str, screen: Screen, passes: int | None = No
     from lora_align import plan
 
     found = plan.run(project, [stage], screen, passes=passes)
-    parts = [plan.resolved(project), plan.told(found, lengths=True)]
+    parts = [plan.resolved(project, stage), plan.told(found, lengths=True)]
     screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **found})
+
+
+def trained(names: Iterable[str], runs_dir: Path, project: Recipe) -> None:
+    """Refuse names that no preference, run or folder has; asked before anything heavy is imported."""
+    for name in names:
+        vectors.find(name, runs_dir, project.preferences)
+
+
+def readable(data: str) -> None:
+    """Refuse a file that is not there, or whose first row is none; asked before anything heavy is imported."""
+    if Path(data).suffix:
+        next(sources.good_rows(data), None)
 
 
 def limited(overrides: list[str] | None, stage: str, limit: int | None) -> list[str]:

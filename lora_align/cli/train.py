@@ -40,7 +40,10 @@ def sft(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the start policy's adapter, by the recipe's [sft] table."""
+    """Train the start policy's adapter, by the recipe's [sft] table.
+
+    Example: lora-align sft --recipe my.toml --limit 1000
+    """
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "sft", limit), screen)
@@ -54,9 +57,12 @@ def sft(
 
 
 def dpo(
-    pref: Annotated[str | None, typer.Option("--pref", help="A preference of the recipe.")] = None,
+    pref: Annotated[str | None, typer.Option("--pref", metavar="NAME", help="One preference of the recipe.")] = None,
     direction: Annotated[
-        str, typer.Option("--direction", help="pos: towards it; neg: away from it, labels switched; both.")
+        str,
+        typer.Option(
+            "--direction", metavar="pos|neg|both", help="pos: towards it; neg: away from it, labels switched; both."
+        ),
     ] = "both",
     every: Annotated[bool, typer.Option("--all", help="Every preference of the recipe.")] = False,
     recipe: RecipeOption = None,
@@ -70,7 +76,10 @@ def dpo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a preference's adapters: pos towards it, neg away from it."""
+    """Train a preference's adapters: pos towards it, neg away from it.
+
+    Example: lora-align dpo --pref helpful --set dpo.beta=0.05
+    """
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "dpo", limit), screen)
@@ -108,7 +117,10 @@ def reward(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the reward model: a head for each thing that is judged."""
+    """Train the reward model: one head for each objective.
+
+    Example: lora-align reward --recipe my.toml
+    """
     screen = Screen(as_json, quiet)
     either(force, resume)
     project = project_of(recipe, limited(overrides, "reward", limit), screen)
@@ -123,10 +135,13 @@ def reward(
 
 def rsf(
     iterations: Annotated[
-        int | None, typer.Option("--iterations", min=0, help="Rounds after the first policy.")
+        int | None, typer.Option("--iterations", metavar="N", min=0, help="Rounds after the first policy.")
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="Draw on this OpenAI-compatible server, which can load adapters.")
+        str | None,
+        typer.Option(
+            "--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server, which can load adapters."
+        ),
     ] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -139,7 +154,10 @@ def rsf(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train one policy that is asked for a direction. By rejection sampling; goes on where it was stopped."""
+    """Train one policy that takes a direction, by rejection sampling. Continues where it was stopped.
+
+    Example: lora-align rsf --iterations 2
+    """
     screen = Screen(as_json, quiet)
     either(force, resume)  # it goes on in any case, unless it is to begin anew
     settings = limited(overrides, "rsf", limit)

@@ -1,13 +1,14 @@
 """Commands that use what was trained."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_align import runs
+from lora_align.chat import blend
+from lora_align.chat.blend import Blend
 from lora_align.cli.options import (
     JsonOption,
     QuietOption,
@@ -15,25 +16,38 @@ from lora_align.cli.options import (
     RunsOption,
     SetOption,
     project_of,
+    readable,
 )
 from lora_align.console import Screen
+from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.preference import parse_weights
 from lora_align.recipe import Recipe
+from lora_align.stages import judge_runs
 
 if TYPE_CHECKING:
     from lora_align.model.sampler import Sampler
 
 WantOption = Annotated[
-    str | None, typer.Option("--want", help="Ask what `rsf` trained: as in helpfulness=0.8,verbosity=-0.6.")
+    str | None,
+    typer.Option(
+        "--want",
+        metavar="NAME=WEIGHT,…",
+        help="A direction for the policy of `rsf`, as in helpfulness=0.8,verbosity=-0.6.",
+    ),
 ]
 
 
 def score(
-    data: Annotated[str, typer.Option("--data", help="Answers or pairs: a file, or a data set's hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="A new .jsonl or .parquet file: the rows and their scores.")],
+    data: Annotated[
+        str, typer.Option("--data", metavar="FILE|ID", help="Answers or pairs: a file, or a data set's hub id.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file: the rows and their scores.")
+    ],
     by: Annotated[
-        str, typer.Option("--by", help="A reward model's name, or pair:PREFERENCE for its two adapters.")
+        str,
+        typer.Option("--by", metavar="JUDGE", help="A reward model's name, or pair:PREFERENCE for its two adapters."),
     ] = "reward",
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -41,9 +55,15 @@ def score(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score answers, or both answers of pairs. Goes on where it was stopped."""
+    """Score answers, or both answers of pairs. Continues where it was stopped.
+
+    Example: lora-align score --data answers.jsonl --out scored.jsonl
+    """
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
+    judge_runs.check(by, project, runs_dir)
+    shards.check_out(out)
+    readable(data)
     from lora_align.stages import score as stage
 
     result = stage.run(project, runs_dir, data, out, by, screen)
@@ -51,75 +71,117 @@ def score(
 
 
 def chat(
-    weights: Annotated[str | None, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="Any PEFT LoRA folder.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME=WEIGHT,…",
+            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
+        ),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="Any PEFT LoRA folder.")] = None,
     want: WantOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and exit.")] = None,
-    system: Annotated[str, typer.Option("--system", help="A system message.")] = "",
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
-    seed: Annotated[int | None, typer.Option(help="The same answer every time.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit.")] = None,
+    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
+    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens of this probability."),
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 512,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same answers every time.")] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Talk to a mix, an adapter or a policy, and turn its weights. The newest mix, unless an option says else."""
+    """Talk to a mix, an adapter or a policy, and change its weights. Without options: the newest mix.
+
+    Piped text is one prompt. Where it begins with /, each line is a command or a message, as on a terminal.
+
+    Example: lora-align chat --weights helpful=1,harmless=-0.5
+    """
     screen = Screen(as_json, quiet)
     if adapter is not None and (weights is not None or want is not None):
         raise UserError("chat: --adapter goes without --weights and --want")
+    script: list[str] = []
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+        if prompt.startswith("/"):
+            script, prompt = prompt.splitlines(), None
     if prompt is not None and not prompt.strip():
         raise UserError("chat: the prompt is empty; pipe one in, or give --prompt TEXT")
+    if script and as_json:
+        raise UserError("chat: --json takes one prompt, no commands")
     project = project_of(recipe, overrides, screen, runs_dir)
     wanted = parse_weights(weights) if weights is not None else None
+    chosen = blend.choose(runs_dir, project, screen, wanted, adapter, want)
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
     from lora_align.model import base as bases
     from lora_align.model.generate import Sampling
 
-    blend = sessions.choose(runs_dir, project, screen, wanted, adapter, want)
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    session = sessions.open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
+    session = sessions.open_session(bases.find(project.base), runs_dir, project, chosen, sampling, screen)
     session.system = system
     if prompt is not None:
         terminal.once(session, prompt.strip(), screen)
+    elif script:
+        terminal.script(session, script, screen)
     else:
         terminal.talk(session, screen)
 
 
 def generate(
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="A file of prompts (.txt: one a line), or a data set's hub id.")
+        str | None,
+        typer.Option(
+            "--prompts", metavar="FILE|ID", help="A file of prompts (.txt: one a line), or a data set's hub id."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="A new .jsonl or .parquet file.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Answers to each prompt.")] = 1,
-    weights: Annotated[str | None, typer.Option("--weights", "-w", help="As in helpful=1,harmless=-0.5.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="Any PEFT LoRA folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file.")] = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Answers to each prompt.")] = 1,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME=WEIGHT,…",
+            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
+        ),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="Any PEFT LoRA folder.")] = None,
     want: WantOption = None,
-    system: Annotated[str, typer.Option("--system", help="A system message.")] = "",
+    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="Draw on this OpenAI-compatible server instead.")
+        str | None, typer.Option("--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server instead.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="The model's name on that server.")] = "",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="The model's name on that server.")] = "",
     show_server: Annotated[
         bool, typer.Option("--show-server", help="Print how to serve the recipe's base, and exit.")
     ] = False,
-    share: Annotated[str, typer.Option("--share", help="Only this part of the prompts, as in 2/4.")] = "1/1",
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
-    seed: Annotated[int, typer.Option(help="Another one gives other answers.")] = 0,
+    share: Annotated[
+        str, typer.Option("--share", metavar="I/N", help="Only this part of the prompts, as in 2/4.")
+    ] = "1/1",
+    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens of this probability."),
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="Another one gives other answers.")] = 0,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     runs_dir: RunsOption = runs.DEFAULT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Answer a file of prompts, n times each. Goes on where it was stopped."""
+    """Answer a file of prompts, n times each. Continues where it was stopped.
+
+    Example: lora-align generate --prompts prompts.txt --out answers.jsonl -n 4
+    """
     screen = Screen(as_json, quiet)
     if endpoint and (weights is not None or want is not None):
         raise UserError("generate: a server draws with --model or --adapter; `merge` makes an adapter of weights")
@@ -135,15 +197,16 @@ def generate(
         raise UserError("generate: --prompts FILE and --out FILE are needed")
     part = _part(share)
     wanted = parse_weights(weights) if weights is not None else None
-    from lora_align.data import shards
+    shards.check_out(out)
+    readable(prompts)
+    chosen = None if endpoint else blend.choose(runs_dir, project, screen, wanted, adapter, want)
     from lora_align.model.generate import Sampling
     from lora_align.stages import generate as stage
 
-    shards.check_out(out)
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, project)
-    else:
-        sampler, who, asked = _loaded(project, runs_dir, wanted, adapter, want, screen)
+    elif chosen is not None:
+        sampler, who, asked = _loaded(project, runs_dir, chosen, screen)
         system = f"{asked}\n\n{system}" if asked and system else asked or system
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = stage.run(prompts, out, sampler, who, screen, n=n, sampling=sampling, system=system, share=part)
@@ -160,26 +223,18 @@ def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> 
     return server, {"server": server.url, "model": server.model}
 
 
-def _loaded(
-    project: Recipe,
-    runs_dir: Path,
-    weights: Mapping[str, float] | None,
-    adapter: Path | None,
-    want: str | None,
-    screen: Screen,
-) -> tuple["Sampler", dict[str, Any], str]:
-    """The base with what was asked for over it, what names it, and the system message that asks."""
+def _loaded(project: Recipe, runs_dir: Path, chosen: Blend, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
+    """The base with what was chosen over it, what names it, and the system message that asks."""
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
     from lora_align.model.generate import Sampling
     from lora_align.model.sampler import Embedded
 
     base = bases.find(project.base)
-    blend = sessions.choose(runs_dir, project, screen, weights, adapter, want)
-    session = sessions.open_session(base, runs_dir, project, blend, Sampling(), screen)
-    parts = [parent.lineage() for vector in blend.found.values() for parent in vector.parents]
-    who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(blend.weights)}
-    return Embedded(session.model, base), who, blend.policy.system() if blend.policy else ""
+    session = sessions.open_session(base, runs_dir, project, chosen, Sampling(), screen)
+    parts = [parent.lineage() for vector in chosen.found.values() for parent in vector.parents]
+    who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(chosen.weights)}
+    return Embedded(session.model, base), who, chosen.policy.system() if chosen.policy else ""
 
 
 def _part(share: str) -> tuple[int, int]:

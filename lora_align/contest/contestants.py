@@ -4,21 +4,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_align import runs
 from lora_align.adapters import vectors
 from lora_align.adapters.vectors import Vector
-from lora_align.chat import session as sessions
-from lora_align.chat.session import Policy
+from lora_align.chat import blend
+from lora_align.chat.blend import Policy, check_stands_on
 from lora_align.console import Screen
 from lora_align.errors import UserError
-from lora_align.model.base import Base
 from lora_align.preference import parse_weights
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
-from lora_align.stages import start as start_policy
 from lora_align.want import scores_asked
+
+if TYPE_CHECKING:  # words are understood without torch
+    from lora_align.model.base import Base
 
 BASE, START, MIX = "base", "start", "mix"  # words that name a contestant by themselves
 WANT = "want"  # before a direction, or before a policy and what it is asked for
@@ -37,13 +38,15 @@ class Contestant:
 class Field:
     """All who are measured, on one base; `vectors` are what any of them is made of, the start adapter aside."""
 
-    base: Base
+    base: "Base"
     contestants: Sequence[Contestant]
     vectors: Mapping[str, Vector]
     start: Run | None
 
     def lineage(self, contestant: Contestant) -> dict[str, Any]:
         """What names a contestant, whatever it is called: the files of what lies over the base, and the weights."""
+        from lora_align.stages import start as start_policy
+
         made = [
             [weight, self.vectors[name].lineage()]
             for name, weight in contestant.weights.items()
@@ -54,21 +57,26 @@ class Field:
         return {"base": self.base.identity, "start": start, "made_of": parts, "system": contestant.system}
 
 
-def field_of(words: Sequence[str], recipe: Recipe, base: Base, runs_dir: Path, screen: Screen) -> Field:
+Named = tuple[Contestant, Mapping[str, Vector]]  # with the vectors it is made of
+
+
+def named(words: Sequence[str], recipe: Recipe, runs_dir: Path, screen: Screen) -> list[Named]:
     """Those that words name: `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, `want@rsf/rsf/t2:helpfulness=0.8`, a
     run's or an adapter's folder, `start`, `base`, or `mix` for the newest one."""
+    return [_contestant(word, recipe, runs_dir, screen) for word in words]
+
+
+def field_of(everyone: Sequence[Named], recipe: Recipe, base: "Base", runs_dir: Path, screen: Screen) -> Field:
+    """All of them on one base, after a check that they stand on it."""
+    from lora_align.stages import start as start_policy
+
     start = start_policy.adapter(recipe, runs_dir)
-    found: dict[str, Vector] = {}
-    contestants = []
-    for word in words:
-        contestant, made_of = _contestant(word, recipe, runs_dir, screen)
-        contestants.append(contestant)
-        found |= made_of
-    sessions.check_stands_on(base, start_policy.identity(start), found.values())
+    found = {name: vector for _, made_of in everyone for name, vector in made_of.items()}
+    check_stands_on(base, start_policy.identity(start), found.values())
     for vector in found.values():
         for doubt in vector.doubts():
             screen.warn(doubt)
-    return Field(base, contestants, found, start)
+    return Field(base, [contestant for contestant, _ in everyone], found, start)
 
 
 def _asked(word: str, runs_dir: Path, screen: Screen) -> tuple[Run, str]:
@@ -82,7 +90,7 @@ def _asked(word: str, runs_dir: Path, screen: Screen) -> tuple[Run, str]:
     run = runs.read(inside if runs.is_run(inside) else Path(folder[1:]))
     if run.manifest.stage != "rsf":
         raise UserError(f"{word}: {run.path} is a run of {run.manifest.stage}; `rsf` trains policies that can be asked")
-    if not sessions.steered(run):
+    if not blend.steered(run):
         return run, Policy.of(run, asked, screen).system()
     scores, objectives = parse_weights(asked), run.manifest.method["objectives"]
     if set(scores) != set(objectives):
@@ -90,7 +98,7 @@ def _asked(word: str, runs_dir: Path, screen: Screen) -> tuple[Run, str]:
     return run, scores_asked({name: scores[name] for name in objectives}, run.manifest.method["steer"])
 
 
-def _contestant(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> tuple[Contestant, Mapping[str, Vector]]:
+def _contestant(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Named:
     if word == BASE:
         return Contestant(word, {}), {}
     if word == START:

@@ -1,13 +1,11 @@
 """A point of a sweep: a contestant with its weights, and all that was found of it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_align.contest.axes import Weights
 from lora_align.contest.figures import Figures
 from lora_align.contest.measure import Measured
 from lora_align.want import Want
-
-Weights = Mapping[str, float]
 
 
 @dataclass(frozen=True)

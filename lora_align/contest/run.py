@@ -8,6 +8,7 @@ from typing import Any
 from lora_align import runs
 from lora_align.console import Screen, count, table
 from lora_align.contest import asked_judge, contestants
+from lora_align.contest.contestants import Named
 from lora_align.contest.exam import exam_of
 from lora_align.contest.figures import Figures, figures, wins
 from lora_align.contest.measure import Arena, Measured, measured
@@ -42,7 +43,7 @@ class Contest:
 
 
 def opened(
-    words: Sequence[str],
+    everyone: Sequence[Named],
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
@@ -53,7 +54,7 @@ def opened(
     """With everything read and checked; `others` judge beside those that are named. Held-out pairs are those of some
     `preferences`, or of all."""
     base = bases.find(recipe.base)
-    field = contestants.field_of(words, recipe, base, runs_dir, screen)
+    field = contestants.field_of(everyone, recipe, base, runs_dir, screen)
     named = by or ([reward.NAME] if runs.is_run(runs_dir / "reward" / reward.NAME) else [])
     panel = {name: judges.find(name, base, recipe, runs_dir) for name in named} | dict(others(base))
     return Contest(Arena(field, exam_of(recipe, screen, preferences), panel), runs_dir / FOLDER)

@@ -11,55 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import runs, want
-from lora_align.chat import session as sessions
+from lora_align.chat import blend
 from lora_align.console import Screen, table
 from lora_align.contest import page, pictures
-from lora_align.contest.contestants import START, WANT
+from lora_align.contest.axes import grid, said
+from lora_align.contest.contestants import START, WANT, Named, named
 from lora_align.contest.figures import figures, wins
 from lora_align.contest.goals import Score, score_of
-from lora_align.contest.point import Point, Weights
+from lora_align.contest.point import Point
 from lora_align.contest.run import Contest
 from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.evaluate import pareto
 from lora_align.evaluate.estimates import Estimate
-from lora_align.preference import NAME
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 from lora_align.want import Want
-
-MOST = 1000  # points
-
-
-def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
-    """`helpful=-1:1:0.5`, or `helpful=0:1` in steps of a half: the values of each axis, and every combination."""
-    values: dict[str, list[float]] = {}
-    for axis in axes:
-        name, _, span = axis.partition("=")
-        try:
-            low, high, step = (*map(float, span.split(":")), 0.5)[:3]
-            count = math.floor((high - low) / step + 1e-9) + 1
-        except (ValueError, ZeroDivisionError):
-            count = 0
-        if not NAME.fullmatch(name.partition("@")[0]) or not span or not 1 <= count <= MOST:
-            raise UserError(f"sweep: {axis!r} is no axis; as in helpful=-1:1:0.5, from, to, and in what steps")
-        values[name] = [round(low + step * place, 6) for place in range(count)]
-    points: list[Weights] = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    if len(points) > MOST:
-        raise UserError(f"sweep: {len(points):,} points are more than {MOST:,}")
-    return values, points
-
-
-def said(weights: Weights) -> str:
-    """As `eval` takes it."""
-    live = {name: weight for name, weight in weights.items() if weight}
-    return ",".join(f"{name}={weight:g}" for name, weight in live.items()) or START
 
 
 def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[dict[str, Want], dict[str, bool]]:
     """Directions over the region the newest policy was trained on, evenly for two objectives, else drawn, by the words
     that name them; and of each objective whether less of it is wanted there."""
-    region = sessions.newest_policy(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
+    region = blend.newest_policy(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
     drawn = [want.drawn(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
     if len(region) == 2:
@@ -76,7 +49,7 @@ def run(
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
-    contest: Callable[[Sequence[str]], Contest],
+    contest: Callable[[Sequence[Named]], Contest],
     *,
     asked: int,
     name: str,
@@ -93,7 +66,7 @@ def run(
     words = list(dict.fromkeys([START, *(said(point) for point in points), *wanted, *also]))
     of_word = {said(point): point for point in points}
     of_word.setdefault(START, dict.fromkeys(values, 0.0))
-    held = contest(words)
+    held = contest(named(words, recipe, runs_dir, screen))
     with runs.claim(target, screen, force=force) as staging:
         found = list(held.measured(screen))
         told_of = [figures(one) for one in found]
@@ -141,11 +114,12 @@ def _written(
     """Tables and pictures; what they come to, by the score of each goal."""
     with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["contestant", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))])
+        header = ["contestant", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))]
+        writer.writerow(map(_no_formula, header))
         for point in points:
             weights = [point.weights[axis] if point.weights else "" for axis in values]
             cells = [_cells(point.figures.get(name)) for name in names]
-            writer.writerow([point.word, *weights, *itertools.chain.from_iterable(cells)])
+            writer.writerow([_no_formula(point.word), *weights, *itertools.chain.from_iterable(cells)])
     rows = [{"contestant": point.word, **row} for point in points for row in point.measured.answers]
     shards.write(rows, folder / "answers.parquet")
     facts = [
@@ -175,6 +149,11 @@ def _written(
             str(score): -edge if score.less else edge for score, edge in zip(scores.values(), worst, strict=False)
         },
     }
+
+
+def _no_formula(text: str) -> str:
+    """Text that a spreadsheet shows and does not compute."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _cells(figure: Estimate | None) -> list[float | str]:

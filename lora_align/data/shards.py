@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 KEY = "key"  # the column that says which piece of work a row is the answer to
 UNFINISHED = ".unfinished"
+GOES_ON = "make room and say it again: finished rows are kept"
 SUFFIXES = (".jsonl", ".parquet")  # of the files that are made of shards
 
 
@@ -52,13 +53,13 @@ class Shards:
         number = int(self.files[-1].stem.split("-")[1]) + 1 if self.files else 0
         whose = f"-{processes.number()}" if processes.number() else ""
         file = self.folder / f"part-{number:06d}{whose}.parquet"
-        unfinished = file.with_suffix(UNFINISHED)
-        with unfinished.open("wb") as stream:
-            write_table(_table(rows), stream)
+        unfinished, table = file.with_suffix(UNFINISHED), _table(rows)
+        with runs.writing(self.folder, GOES_ON, table.nbytes), unfinished.open("wb") as stream:
+            write_table(table, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        unfinished.rename(file)
-        runs.sync(self.folder, contents=False)
+            unfinished.rename(file)
+            runs.sync(self.folder, contents=False)
         self.files.append(file)
 
 
@@ -76,11 +77,13 @@ def opened(folder: Path) -> Iterator[Shards]:
 
 
 def _taken(folder: Path, lock: FileLock) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{folder} is being written by another process") from None
+    except OSError as fault:
+        raise UserError(f"cannot write {folder.parent}: {fault.strerror}; choose another folder") from fault
     for left in folder.glob(f"*{UNFINISHED}"):
         left.unlink()
 
@@ -89,6 +92,7 @@ def check_out(out: Path) -> None:
     """Refuse a file that cannot be made; asked before anything slow begins."""
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: a {' or '.join(SUFFIXES)} file")
+    runs.refuse_missing_parent(out)
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
 
@@ -113,14 +117,20 @@ def finish(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """The whole file, or none."""
     unfinished = out.with_name(f".{out.name}{UNFINISHED}")
-    if out.suffix == ".parquet":
-        from pyarrow.parquet import write_table
+    try:
+        if out.suffix == ".parquet":
+            from pyarrow.parquet import write_table
 
-        write_table(_table(rows), unfinished)
-    else:
-        with unfinished.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    unfinished.replace(out)
+            table = _table(rows)
+            with runs.writing(out, GOES_ON, table.nbytes):
+                write_table(table, unfinished)
+        else:
+            lines = [f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode() for row in rows]
+            with runs.writing(out, GOES_ON, sum(map(len, lines))), unfinished.open("wb") as stream:
+                stream.writelines(lines)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def same_work(folder: Path, settings: Mapping[str, Any]) -> None:

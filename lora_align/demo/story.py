@@ -12,7 +12,8 @@ from typing import Any
 
 from lora_align import recipe, runs
 from lora_align.adapters import peft_format, vectors
-from lora_align.chat.session import Blend, Session, open_session
+from lora_align.chat.blend import Blend
+from lora_align.chat.session import Session, open_session
 from lora_align.console import Screen, count, inert, table
 from lora_align.data.rows import Message
 from lora_align.demo import measure

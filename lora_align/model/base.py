@@ -20,6 +20,7 @@ from lora_align import processes, recipe, runs
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import keep_dequantised, keep_plain
+from lora_align.model.template_check import check_template
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,6 +99,8 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
             f"base.model {base.model!r} has no chat template; give one in the recipe: base.chat_template "
             "(Jinja text, or the name of a .jinja file beside the recipe)"
         )
+    whose = "base.chat_template" if base.chat_template else f"the chat template of base.model {base.model!r}"
+    check_template(template, {**tokenizer.special_tokens_map, **base.chat_template_kwargs}, whose)
     digest = hashlib.sha256("".join(_weights_hash(file) for file in weights).encode())
     return Base(
         folder=folder,

@@ -17,6 +17,7 @@ from lora_align.errors import UserError
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand for control tokens in somebody's text
 PROBE = "\N{BALLOT BOX WITH CHECK}answer\N{BALLOT BOX WITH CHECK}"
 CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # some tokenizers also add runs of spaces, which are only text
+UNFIT = (ArithmeticError, MemoryError, RecursionError, SyntaxError)  # a template's, beside those Jinja names
 OPENING = 12  # tokens that an error quotes
 Answered = tuple[list[int], list[list[int]]]  # a prompt, and the answers to it
 StandIns = Mapping[str, str]  # private character → the control token it stands for
@@ -144,9 +145,10 @@ class ChatFormat:
                     **self.template_kwargs,
                 )
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as fault:
+        except (TemplateError, TypeError, ValueError, KeyError, *UNFIT) as fault:
             roles = ", ".join(m.role for m in messages)
-            raise UserError(f"base.chat_template fails on a conversation of {roles}: {fault}") from fault
+            why = f"{type(fault).__name__}: {fault}".removesuffix(": ")
+            raise UserError(f"base.chat_template fails on a conversation of {roles}: {why}") from fault
 
     def _hidden(self, message: Message, stand_ins: StandIns) -> str:
         """A message's text with its control tokens replaced by their stand-ins."""

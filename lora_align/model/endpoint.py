@@ -1,14 +1,14 @@
 """Answers from an OpenAI-compatible server: vLLM, SGLang, a cluster of them, or any other."""
 
+import asyncio
+import json
 import os
 import random
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import httpx2 as httpx
@@ -24,8 +24,64 @@ KEY = "OPENAI_API_KEY"
 AT_ONCE = 32  # requests on their way
 DEADLINE = 600.0  # seconds for one prompt's answers, retries included
 PATIENCE = 30.0  # seconds between two tries, at most
+LARGEST = 16 << 20  # bytes of one answer; every prompt's n answers at 4,096 tokens are a small part of it
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 REFUSED = (400, 413, 422)  # a request for what it is; a prompt that does not fit is one of the reasons
+
+
+Task = asyncio.Task[list[Drawn]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said to one request: all of it, within the time and the size that were allowed."""
+
+    url: str
+    status: int
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        """Its words, whatever they are."""
+        return self.content.decode("utf-8", "replace")
+
+    @property
+    def told(self) -> str:
+        """What it says, in a line."""
+        return " ".join(self.text[:1000].split())[:200]
+
+    def object(self) -> dict[str, Any]:
+        """The JSON object that it is, or an error that names the server."""
+        try:
+            found = json.loads(self.content)
+        except (ValueError, RecursionError) as fault:
+            raise RunFailedError(f"{self.url}: not JSON ({first_line(fault)}): {self.told}") from fault
+        if not isinstance(found, dict):
+            raise RunFailedError(f"{self.url}: JSON, but no object: {self.told}")
+        return found
+
+    def models(self) -> list[str]:
+        """The names of the models a server lists."""
+        try:
+            return [_text(entry["id"]) for entry in self.object()["data"]]
+        except (KeyError, TypeError) as fault:
+            raise RunFailedError(f"{self.url}: no list of models: {self.told}") from fault
+
+    def choices(self) -> list[tuple[str, bool]]:
+        """The answers in a chat completion, and of each whether it came to its end."""
+        try:
+            found = [(_text(one["message"]["content"]), one.get("finish_reason") == "stop") for one in self._listed()]
+        except (KeyError, TypeError, AttributeError) as fault:
+            raise RunFailedError(f"{self.url}: no chat completion: {self.told}") from fault
+        if not found:
+            raise RunFailedError(f"{self.url}: an answer without choices: {self.told}")
+        return found
+
+    def _listed(self) -> list[Any]:
+        choices = self.object()["choices"]
+        if not isinstance(choices, list):
+            raise TypeError
+        return choices
 
 
 @dataclass(frozen=True)
@@ -53,13 +109,11 @@ class Endpoint:
         url = address.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{options[0]} {address!r}: expected http://HOST:PORT or https://…")
-        answer = _reached(url, "/v1/models", min(deadline, PATIENCE))  # nobody waits for a server that is not there
+        answer = _reached(f"{url}/v1/models", min(deadline, PATIENCE))  # nobody waits for a server that is not there
         if not model:
-            if answer.status_code != httpx.codes.OK:
-                raise UserError(
-                    f"{answer.url}: {answer.status_code} {_told(answer)}; name the model with {options[1]} NAME"
-                )
-            served = [str(entry["id"]) for entry in _json(answer)["data"]]
+            if answer.status != httpx.codes.OK:
+                raise UserError(f"{answer.url}: {answer.status} {answer.told}; name the model with {options[1]} NAME")
+            served = answer.models()
             if len(served) != 1:
                 raise UserError(f"{url} serves {', '.join(served) or 'no model'}: choose one with {options[1]} NAME")
             model = served[0]
@@ -71,31 +125,48 @@ class Endpoint:
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
         """A prompt's answers at a time, as they come; the first failure ends it, and nobody waits for the others."""
-        over, pool = Event(), ThreadPoolExecutor(AT_ONCE)
-        with httpx.Client(timeout=self.deadline, headers=_headers()) as client:
+        with asyncio.Runner() as runner:
+            client, waiting = runner.run(self._begun(prompts, n, sampling))
             try:
-                tasks = [pool.submit(self._answers, client, i, p, n, sampling, over) for i, p in enumerate(prompts)]
-                for task in as_completed(tasks):
-                    yield task.result()
+                while waiting:
+                    done, waiting = runner.run(_first_of(waiting))
+                    for task in done:
+                        yield task.result()
             finally:
-                over.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                for task in waiting:
+                    task.cancel()
+                runner.run(client.aclose())
+
+    async def _begun(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling
+    ) -> tuple[httpx.AsyncClient, set[Task]]:
+        client, gate = _client(), asyncio.Semaphore(AT_ONCE)
+
+        async def answers(index: int, prompt: Prompt) -> list[Drawn]:
+            async with gate:
+                return await self._answers(client, index, prompt, n, sampling)
+
+        return client, {asyncio.create_task(answers(index, prompt)) for index, prompt in enumerate(prompts)}
 
     def load_adapter(self, folder: Path, name: str, recipe: Recipe) -> "Endpoint":
         """Have the server load an adapter, by vLLM's way of doing so; the same server under the adapter's name."""
-        until = time.monotonic() + self.deadline
-        with httpx.Client(timeout=self.deadline, headers=_headers()) as client:
-            body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
-            answer = self._send(client, "/v1/load_lora_adapter", body, until, Event())
-        if answer.status_code != httpx.codes.OK:
+
+        async def loaded() -> Answer:
+            async with _client() as client:
+                body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
+                until = time.monotonic() + self.deadline
+                return await self._send(client, "/v1/load_lora_adapter", body, until)
+
+        answer = asyncio.run(loaded())
+        if answer.status != httpx.codes.OK:
             raise UserError(
-                f"{self.url} cannot load adapters while it runs ({answer.status_code} {_told(answer)}); "
+                f"{self.url} cannot load adapters while it runs ({answer.status} {answer.told}); "
                 f"serve the base with: {serve_line(recipe)}"
             )
         return replace(self, model=name)
 
-    def _answers(
-        self, client: httpx.Client, index: int, prompt: Prompt, n: int, sampling: Sampling, over: Event
+    async def _answers(
+        self, client: httpx.AsyncClient, index: int, prompt: Prompt, n: int, sampling: Sampling
     ) -> list[Drawn]:
         """All n, or none where the prompt does not fit; a server that knows nothing of `n` is asked for the others."""
         until = time.monotonic() + self.deadline
@@ -113,43 +184,78 @@ class Endpoint:
                 body["chat_template_kwargs"] = dict(self.template)
             if sampling.seed is not None:
                 body["seed"] = (sampling.seed + 1_000_003 * index + len(found)) % 2**31
-            answer = self._send(client, "/v1/chat/completions", body, until, over)
-            if answer.status_code in REFUSED and "context" in answer.text.lower():
+            answer = await self._send(client, "/v1/chat/completions", body, until)
+            if answer.status in REFUSED and "context" in answer.text.lower():
                 return []
-            if answer.status_code != httpx.codes.OK:
-                raise RunFailedError(f"{self.url}: {answer.status_code} {_told(answer)}")
-            choices = _json(answer).get("choices") or []
-            if not choices:
-                raise RunFailedError(f"{self.url}: an answer without choices ({_told(answer)})")
-            for choice in choices[: n - len(found)]:
-                text = (choice["message"].get("content") or "").strip()
-                found.append(Drawn(index, len(found), text, choice.get("finish_reason") == "stop"))
+            if answer.status != httpx.codes.OK:
+                raise RunFailedError(f"{answer.url}: {answer.status} {answer.told}")
+            for text, ended in answer.choices()[: n - len(found)]:
+                found.append(Drawn(index, len(found), text.strip(), ended))
         return found
 
-    def _send(self, client: httpx.Client, path: str, body: dict[str, Any], until: float, over: Event) -> httpx.Response:
-        """Post, and again with growing pauses while the server is busy or away, until the time or all is over."""
-        pause = 0.5
+    async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Answer:
+        """Post, and again with growing pauses while the server is busy or away, until the time is over."""
+        pause, why = 0.5, "it did not answer to the end"
         while True:
-            left = until - time.monotonic()
             try:
-                answer = client.post(self.url + path, json=body, timeout=max(left, 1.0))
-                busy, why = answer.status_code in BUSY, f"{answer.status_code} {_told(answer)}"
+                answer = await _asked(client, self.url + path, until - time.monotonic(), body)
+                if answer.status not in BUSY:
+                    return answer
+                why = f"{answer.status} {answer.told}"
             except httpx.HTTPError as fault:
-                busy, why = True, first_line(fault)
-            if not busy:
-                return answer
+                why = first_line(fault)
+            except TimeoutError:
+                pass
             wait = pause * random.uniform(0.5, 1.5)  # many clients do not come back as one
-            if time.monotonic() + wait > until or over.wait(wait):
-                raise RunFailedError(f"{self.url}: gave up after {self.deadline:g} s ({why})")
+            if time.monotonic() + wait > until:
+                raise RunFailedError(f"{self.url}{path}: gave up after {self.deadline:g} s ({why})")
+            await asyncio.sleep(wait)
             pause = min(2 * pause, PATIENCE)
 
 
-def _reached(url: str, path: str, patience: float) -> httpx.Response:
+async def _first_of(waiting: set[Task]) -> tuple[set[Task], set[Task]]:
+    return await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _client() -> httpx.AsyncClient:
+    key = os.environ.get(KEY)
+    return httpx.AsyncClient(timeout=None, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+
+async def _asked(client: httpx.AsyncClient, url: str, seconds: float, body: dict[str, Any] | None = None) -> Answer:
+    """Get, or post a body. The time and LARGEST hold for all of the answer, however slowly it comes."""
+    content = bytearray()
+    async with (
+        asyncio.timeout(max(seconds, 0)),
+        client.stream("GET" if body is None else "POST", url, json=body) as answer,
+    ):
+        async for piece in answer.aiter_bytes():
+            content += piece
+            if len(content) > LARGEST:
+                raise RunFailedError(f"{url}: an answer of more than {LARGEST >> 20} MB")
+        return Answer(url, answer.status_code, bytes(content))
+
+
+def _reached(url: str, seconds: float) -> Answer:
     """What a server answers to a question that any of them can; an error where there is none."""
+
+    async def reached() -> Answer:
+        async with _client() as client:
+            return await _asked(client, url, seconds)
+
     try:
-        return httpx.get(url + path, timeout=patience, headers=_headers())
-    except httpx.HTTPError as fault:
+        return asyncio.run(reached())
+    except TimeoutError:
+        raise UserError(f"{url}: no whole answer within {seconds:g} s") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as fault:
         raise UserError(f"no server at {url} ({first_line(fault)})") from fault
+
+
+def _text(value: object) -> str:
+    """Text of a server, nothing for null; half characters, which no file can hold, are replaced."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError
+    return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def serve_line(recipe: Recipe) -> str:
@@ -164,23 +270,3 @@ def serve_line(recipe: Recipe) -> str:
     words += ["--quantization", "bitsandbytes"] if base.quantization == "nf4" else []
     words += ["--enable-lora", "--max-lora-rank", str(ranks[0] if ranks else rank)]
     return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(words)
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get(KEY)
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _json(answer: httpx.Response) -> dict[str, Any]:
-    try:
-        found = answer.json()
-    except ValueError as fault:
-        raise RunFailedError(f"{answer.url}: not JSON: {_told(answer)}") from fault
-    if not isinstance(found, dict):
-        raise RunFailedError(f"{answer.url}: not an object: {_told(answer)}")
-    return found
-
-
-def _told(answer: httpx.Response) -> str:
-    """What the server has to say, in a line."""
-    return " ".join(answer.text.split())[:200]

@@ -11,12 +11,14 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.plan import advice
 from lora_align.plan.device import device_of
-from lora_align.plan.found import SHARE, gigabytes, planned, shape_of
+from lora_align.plan.found import SHARE, planned, shape_of, size
 from lora_align.plan.measure import drawn, measured
 from lora_align.plan.stage import stage_of
-from lora_align.recipe import Recipe, flat
+from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 from lora_align.stages import audit
 
+BELOW = ("lora", "base")  # tables that every stage stands on
+DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", directions={}))
 STAGES = ("sft", "dpo", "reward", "rsf")
 
 
@@ -71,11 +73,13 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
         f"{device['memory'] / 1e9:,.0f} GB, in {device['dtype']}"
     ]
     names = list(plan["stages"][0]["bytes"])
+    listed = [[*(of["bytes"][name] for name in names), of["total"]] for of in plan["stages"]]
+    unit = "MB" if max(values[-1] for values in listed) < 1e9 else "GB"
     rows = [
-        [of["stage"], *(gigabytes(of["bytes"][name]) for name in names), gigabytes(of["total"])]
-        for of in plan["stages"]
+        [of["stage"], *(size(value, unit).removesuffix(f" {unit}") for value in values)]
+        for of, values in zip(plan["stages"], listed, strict=True)
     ]
-    parts.append(table(["GB", *names, "at most"], rows))
+    parts.append(table([unit, *names, "at most"], rows))
     for of in plan["stages"]:
         often = f"{of['passes']} times over " if of["passes"] > 1 else ""
         line = f"{of['stage']}: {'fits' if of['fits'] else 'does not fit'}; {often}{count(of['rows'], 'row')}, "
@@ -103,7 +107,7 @@ def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]
     said, took = of["measured"]["planned"], of["measured"]["taken"]
     yield (
         f"a step's fullest part took {of['measured']['seconds']:,.2f} s, {of['rate'] / device['rate']:.0%} of the "
-        f"device's matrix rate; activations and logits {gigabytes(took)} GB, planned {gigabytes(said)} GB"
+        f"device's matrix rate; activations and logits {size(took)}, planned {size(said)}"
     )
     for tried in of["switches"]:
         if tried["fault"]:
@@ -116,6 +120,32 @@ def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]
             )
 
 
-def resolved(recipe: Recipe) -> str:
-    """Every value that is in force, a line each, as --set would say it."""
-    return "\n".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flat(recipe.as_dict()))
+def resolved(recipe: Recipe, stage: str) -> str:
+    """Every value that is in force, a line each, as --set would say it: a stage's own tables first, then what differs
+    from its default, then the rest."""
+    values, defaults = dict(flat(recipe.as_dict())), dict(flat(asdict(DEFAULTS)))
+    of_preference = dict(flat(asdict(Preference())))
+    for key in values:
+        if key.startswith("preferences."):
+            defaults[key] = of_preference.get(key.split(".", 2)[2])
+    own = sorted(
+        (key for key in values if key.split(".")[0] in (stage, *BELOW)), key=lambda key: key.split(".")[0] in BELOW
+    )
+    other = [key for key in values if key not in own]
+    differing = [key for key in other if values[key] != defaults.get(key)]
+    blocks = {
+        f"{stage}, {' and '.join(BELOW)} (in brackets: the default, where it is another):": [
+            f"{key}={_shown(values[key])}" + _unless_default(values[key], defaults.get(key)) for key in own
+        ],
+        "what else differs from its default:": [f"{key}={_shown(values[key])}" for key in differing],
+        "the rest, at its defaults:": [f"{key}={_shown(values[key])}" for key in other if key not in differing],
+    }
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in blocks.items() if lines)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _unless_default(value: Any, default: Any) -> str:
+    return f"  ({_shown(default)})" if default not in (None, value, "", {}) else ""

@@ -9,7 +9,7 @@ from transformers.utils import is_flash_attn_2_available
 from lora_align.console import clock
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.plan.found import Found, gigabytes, planned
+from lora_align.plan.found import Found, planned, size
 from lora_align.plan.measure import measured
 from lora_align.plan.stage import Stage
 from lora_align.recipe import Lora, Recipe, Training
@@ -67,7 +67,7 @@ def fitting(recipe: Recipe, base: Base, plan: Found) -> str:
         changed = replace(plan.stage, settings=settings, lora=lora)
         found = replace(planned(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if found.fits:
-            return f"it fits with{said}: {gigabytes(found.total)} GB, about {clock(found.seconds)}"
+            return f"it fits with{said}: {size(found.total)}, about {clock(found.seconds)}"
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
         for count in CARDS:
             if replace(found, device=replace(plan.device, count=count), divided=True).fits:
@@ -84,7 +84,7 @@ def quicker(recipe: Recipe, base: Base, plan: Found) -> str:
     if not found.fits:
         return ""
     said = f"--set {plan.stage.name}.gradient_checkpointing=false"
-    return f"quicker, and it fits, with {said}: {gigabytes(found.total)} GB, about {clock(found.seconds)}"
+    return f"quicker, and it fits, with {said}: {size(found.total)}, about {clock(found.seconds)}"
 
 
 def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:

@@ -8,18 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_align.errors import UserError
+from lora_align import cards
 from lora_align.model import base as bases
 from lora_align.model.base import compute_dtype
 from lora_align.recipe import Recipe
 
-CARDS = {  # memory in GB, and 10¹² operations a second that its makers give for bfloat16 matrices without sparsity
-    "rtx-3090": (24, 71),
-    "rtx-4090": (24, 165),
-    "rtx-5090": (32, 209),
-    "a100": (80, 312),
-    "h100": (80, 989),
-}
 DRIVER = 0.6e9  # bytes of a card that CUDA keeps to itself; not measured
 
 
@@ -40,9 +33,7 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
     """The card that is named, or what this machine trains on; so many of them."""
     if card or vram:
         card = card or "rtx-4090"
-        if card not in CARDS:
-            raise UserError(f"--card {card!r}: one of {', '.join(CARDS)}")
-        memory, rate = CARDS[card]
+        memory, rate = cards.known(card)
         dtype = torch.bfloat16 if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
         return Device(card, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER, count)
     dtype, where = compute_dtype(recipe.base), bases.device()

@@ -134,9 +134,11 @@ def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: S
     return Found(stage, cost, sum(lengths), lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate)
 
 
-def gigabytes(count: float) -> str:
-    """As tables and advice give them."""
-    return f"{count / 1e9:,.2f}"
+def size(count: float, unit: str = "") -> str:
+    """Bytes as tables and advice give them: 5.70 GB, 340.1 MB below one GB; too few for a table's unit: <0.01."""
+    unit = unit or ("MB" if count < 1e9 else "GB")
+    shown = f"{count / 1e6:,.1f}" if unit == "MB" else f"{count / 1e9:,.2f}"
+    return f"{'<0.01' if count and shown == '0.00' else shown} {unit}"
 
 
 def _lengths(stage: Stage, objective: Objective[Any]) -> list[int]:

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,19 @@ __all__ = [
     "builtin", "find", "flat", "from_dict", "load", "unlike_its_source",
 ]  # fmt: skip
 
+TABLES = {  # whose keys --set takes
+    name: {field.name for field in fields(table)}
+    for name, table in {
+        "base": Base,
+        "lora": Lora,
+        "preferences.NAME": Preference,
+        "sft": Sft,
+        "dpo": Dpo,
+        "reward": Reward,
+        "rsf": Rsf,
+        "eval": Eval,
+    }.items()
+}
 LOCAL = Path("lora-align.toml")
 
 
@@ -131,6 +145,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"--set {override!r}: expected table.key=value, as in --set dpo.beta=0.05")
+    if len(keys) == 1 and (full := [f"{name}.{keys[0]}" for name, of in TABLES.items() if keys[0] in of]):
+        raise UserError(f"--set {override!r}: the key lacks its table; one of {', '.join(full)}")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except ValueError:  # a number of thousands of digits is text, too

@@ -11,13 +11,13 @@ from lora_align.adapters import kin, vectors
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Directions, Geometry
 from lora_align.adapters.merge import Tally
+from lora_align.adapters.methods import How
 from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import table
 from lora_align.errors import UserError
 from lora_align.recipe import Recipe
 from lora_align.stages import mix
-from lora_align.stages.mix import How
 
 TRUNCATED = 8  # directions of a vector that count in the interference, as in the preference vectors' paper
 SMALL = 0.01  # of the longest vector's norm

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_align import runs
-from lora_align.adapters import peft_format, vectors
+from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.data.rows import Prompt
 from lora_align.errors import UserError
@@ -21,9 +20,10 @@ from lora_align.model.room import Room
 from lora_align.preference import Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
+from lora_align.stages import judge_runs
 from lora_align.stages import start as start_policy
+from lora_align.stages.judge_runs import PAIR
 
-PAIR = "pair:"  # before a preference: its two adapters judge
 TOGETHER = 16  # answers a reward model reads at once
 
 
@@ -63,13 +63,7 @@ def column(name: str, objective: str) -> str:
 
 def reward(base: Base, runs_dir: Path, name: str) -> Judge:
     """A reward model's heads, and the means of heads it derives."""
-    folder = Path(name) if runs.is_run(Path(name)) else runs_dir / "reward" / name
-    if not runs.is_run(folder):
-        command = runs.command("reward", runs_dir)
-        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `{command}`")
-    run = runs.read(folder)
-    if run.manifest.stage != "reward":
-        raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model")
+    run = judge_runs.of_reward(name, runs_dir)
     _check(run, base)
     heads, derived, update = Heads.load(run.path), run.manifest.method["objectives"], f"judge {name}"
     objectives = [*heads.names, *derived]
@@ -85,10 +79,7 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
 
 def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     """β(log π₊ − log π₋) of a preference's two adapters: how much more the one likes an answer than the other."""
-    found = vectors.find(preference, runs_dir, recipe.preferences)
-    sides = {run.manifest.direction: run for run in found.known_runs()}
-    if set(sides) != {side.value for side in Direction}:
-        raise UserError(f"{PAIR}{preference}: both runs of the preference are needed")
+    sides = judge_runs.of_pair(preference, recipe, runs_dir)
     start = start_policy.adapter(recipe, runs_dir)
     for run in sides.values():
         _check(run, base)

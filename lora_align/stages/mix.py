@@ -1,7 +1,8 @@
 """A mix: the start adapter plus weighted vectors, published as one ordinary adapter. No base is loaded."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -9,69 +10,19 @@ from typing import Any
 import torch
 
 from lora_align import runs
-from lora_align.adapters import kin, merge, peft_format, ranges, vectors
+from lora_align.adapters import kin, merge, peft_config, peft_format, ranges, vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.methods import EXACT, METHODS, How, check_weights
 from lora_align.adapters.peft_config import About
 from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.vectors import Vector
 from lora_align.console import Screen
 from lora_align.errors import UserError
-from lora_align.preference import name_of
+from lora_align.preference import LONGEST, name_of
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 from lora_align.stages import start as start_policy
-
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class How:
-    """The way from vectors to one adapter."""
-
-    method: str = "exact"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    rank: int | None = None
-    keep: float | None = None  # the smallest rank that keeps this share of the energy
-    fit: str | None = None
-    dtype: str | None = None
-    with_start: bool = True
-    same_base: bool = False
-
-    @classmethod
-    def said(
-        cls,
-        method: str,
-        options: Sequence[str],
-        rank: str | None,
-        fit: str | None,
-        dtype: str | None,
-        *,
-        with_start: bool = True,
-        same_base: bool = False,
-    ) -> "How":
-        """The words of a command line, found to mean something."""
-        if fit is not None and fit not in merge.FITS:
-            raise UserError(f"--fit {fit!r}: there is {', '.join(merge.FITS)}")
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
-        number, keep = _asked_rank(rank) if rank is not None else (None, None)
-        return cls(method, merge.parsed(method, options), number, keep, fit, dtype, with_start, same_base)
-
-
-EXACT = How()
-
-
-def _asked_rank(text: str) -> tuple[int | None, float | None]:
-    """`16` as a rank, `auto:0.99` as a share of the energy."""
-    word, _, share = text.partition(":")
-    try:
-        number, keep = (None, float(share)) if word == "auto" else (int(text), None)
-    except ValueError:
-        number = keep = None
-    if (number is not None and number >= 1) or (keep is not None and 0 < keep <= 1):
-        return number, keep
-    raise UserError(f"--rank {text!r}: a whole number from 1, or auto:0.99 for the smallest that keeps 99 % energy")
 
 
 def run(
@@ -86,7 +37,9 @@ def run(
     force: bool = False,
 ) -> Run:
     """Add up, compress if asked, and publish."""
-    target = out or runs_dir / "mix" / (name or default_name(weights))
+    if out:
+        runs.refuse_missing_parent(out)
+    target = out or runs_dir / "mix" / (name or default_name(weights, how))
     runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
     ready = prepare(weights, recipe, runs_dir, how)
     if ready.base and not out:
@@ -94,12 +47,20 @@ def run(
     far = ranges.beyond(weights, ready.vectors, runs_dir) if how.method == EXACT.method else []
     for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.doubts()), *far]:
         screen.warn(doubt)
+    if ready.merge.cancels():
+        if not ready.merge.start:
+            raise UserError("--weights: the weighted sum is zero: the adapter would do nothing; change a weight")
+        screen.warn("the weighted sum is zero: this mix is the start policy alone")
     tally, (rank, padded) = Tally(), ranks(ready.merge, how)
-    with runs.claim(target, screen, force=force) as staging:
+    own = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
+    dtype = getattr(torch, how.dtype) if how.dtype else own
+    needed = _bytes(ready.adapters, rank, dtype)
+    elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
+    runs.check_room(target.parent, needed, elsewhere)
+    with runs.claim(target, screen, force=force) as staging, runs.writing(target, elsewhere, needed):
         modules = tally.counted(ready.merge.modules(rank), padded)
-        own = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
         about = About.common([adapter.config for adapter in ready.adapters])
-        peft_format.save(staging, modules, ready.merge.names(), about, getattr(torch, how.dtype) if how.dtype else own)
+        peft_format.save(staging, modules, ready.merge.names(), about, dtype)
         manifest = Manifest(
             stage="mix",
             base=ready.base or {"model": about.base, "fingerprint": "", "note": "no parent has a manifest"},
@@ -109,9 +70,9 @@ def run(
             parents=tuple(_lineage(vector, weights[key]) for key, vector in ready.vectors.items()),
             method={
                 "name": how.method,
-                "paper": merge.METHODS[how.method].paper,
+                "paper": METHODS[how.method].paper,
                 "weights": dict(weights),
-                "options": {**merge.METHODS[how.method].options, **how.options},
+                "options": {**METHODS[how.method].options, **how.options},
                 "rank": tally.rank,
                 "asked_rank": rank,
                 "energy_kept": how.keep,
@@ -139,9 +100,9 @@ class Ready:
 
 def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> Ready:
     """Find, open and check everything; nothing is added yet."""
-    merge.check_weights(how.method, weights)
+    check_weights(how.method, weights)
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
-    if merge.METHODS[how.method].of_policies:
+    if METHODS[how.method].of_policies:
         found = {key: vector.policy() for key, vector in found.items()}
     vectors.refuse_start_inside(found.values(), how.with_start)
     base, start_id = vectors.common(found.values())
@@ -173,13 +134,26 @@ def told(run: Run) -> str:
     return f"{run.path}  rank {run.manifest.method['rank']}{kept}{start}, {size:.1f} MB"
 
 
-def default_name(weights: Mapping[str, float]) -> str:
-    """`helpful1_harmless0p5`: readable, and a name that may be a folder's."""
-    parts = []
-    for key, weight in weights.items():
-        number = f"{weight:g}".replace("-", "m").replace(".", "p").replace("+", "")
-        parts.append(Path(key).name + number)
-    return name_of(parts) or "mix"
+def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) -> int:
+    """Return about how many bytes the mix will take: the ranks of its parents add up, or are cut to `rank`."""
+    ranks_: Counter[str] = Counter()
+    for adapter in adapters:
+        ranks_.update({name: peft_config.rank(adapter.config, name) for name in adapter.shapes})
+    shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
+    return sum(dtype.itemsize * min(of, rank or of) * sum(shapes[name]) for name, of in ranks_.items())
+
+
+def default_name(weights: Mapping[str, float], how: How = EXACT) -> str:
+    """`helpful1_harmless0p5`, `…_ties_r8` where it is no plain sum: readable, and a name that may be a folder's."""
+    parts = [Path(key).name + _in_name(weight) for key, weight in weights.items()]
+    asked = [how.method] if how.method != EXACT.method else []
+    asked += [f"r{how.rank}"] if how.rank else [f"auto{_in_name(how.keep)}"] if how.keep else []
+    end = "".join(f"_{word}" for word in asked)
+    return (name_of(parts)[: LONGEST - len(end)] or "mix") + end
+
+
+def _in_name(number: float) -> str:
+    return f"{number:g}".replace("-", "m").replace(".", "p").replace("+", "")
 
 
 def _start(runs_dir: Path, identity: str) -> Run:

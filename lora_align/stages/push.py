@@ -1,5 +1,6 @@
 """A published run to the hub: its files as its manifest names them, and a card that says what it is."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors
 
 from lora_align import __version__, runs
-from lora_align.console import Screen, count
+from lora_align.console import Screen, count, inert
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.runs import Run
 
@@ -27,7 +28,7 @@ TEXT = """---
 
 # {{ name }}
 
-{{ about }}, a LoRA adapter for {{ base }}, made with lora-align {{ version }}.
+{{ about }}, a LoRA adapter for {{ base_shown }}, made with lora-align {{ version }}.
 {% if needs_start %}
 **It stands on another adapter** that was trained before it and is not in here (sha256 of its weights: {{ start }}).
 {% endif %}
@@ -100,18 +101,19 @@ def card(run: Run, repository: str) -> str:
         name=repository.split("/")[1],
         about=_about(run),
         base=base,
+        base_shown=_literal(base),
         on_hub=on_hub,
         curve="curve.png" if "curve.png" in manifest.files else "",
         version=__version__,
         needs_start=bool(manifest.start) and not manifest.contains_start,
-        start=manifest.start,
+        start=_literal(manifest.start),
         repository=repository,
-        quantization=manifest.base.get("quantization", "an unknown precision"),
-        fingerprint=manifest.base["fingerprint"] or "an unknown value",
+        quantization=_literal(manifest.base.get("quantization")) or "an unknown precision",
+        fingerprint=_literal(manifest.base["fingerprint"]) or "an unknown value",
         data=list(_sources(manifest.data)),
-        parents=[f"{of['name']}: weight {of['weight']:g}" for of in manifest.parents],
-        unconverged="; ".join(manifest.unconverged),
-        versions=", ".join(f"{name} {has}" for name, has in manifest.versions.items()),
+        parents=[f"{_literal(of['name'])}: weight {of['weight']:g}" for of in manifest.parents],
+        unconverged=_literal("; ".join(manifest.unconverged)),
+        versions=_literal(", ".join(f"{name} {has}" for name, has in manifest.versions.items())),
     )
     return str(made)
 
@@ -120,18 +122,27 @@ def _about(run: Run) -> str:
     manifest = run.manifest
     if manifest.stage == DPO:
         towards = "towards" if manifest.direction == "pos" else "away from"
-        return f"Trained by DPO {towards} the preference *{manifest.preference}*"
+        return f"Trained by DPO {towards} the preference {_literal(manifest.preference)}"
     return KINDS[manifest.stage]
 
 
 def _sources(data: Mapping[str, Any]) -> Iterator[str]:
     """Where rows came from, and how many: of one source, or of several by name."""
     if "source" in data:
-        dropped = ", ".join(f"{reason} {count:,}" for reason, count in data["dropped"].items())
-        yield f"`{data['source']}`, {count(data['rows'], 'row')}" + (f" (left out: {dropped})" if dropped else "")
+        dropped = ", ".join(f"{_literal(reason)} {number:,}" for reason, number in data["dropped"].items())
+        left_out = f" (left out: {dropped})" if dropped else ""
+        yield f"{_literal(data['source'])}, {count(data['rows'], 'row')}{left_out}"
     else:
         for of in data.values():
             yield from _sources(of)
+
+
+def _literal(text: object) -> str:
+    """Text as a Markdown code span, in which neither Markdown nor HTML means anything; nothing for no text."""
+    line = " ".join(inert(str(text or "")).split())
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    gap = " " if "`" in line else ""
+    return f"{fence}{gap}{line}{gap}{fence}" if line else ""
 
 
 def _is_private(hub: HfApi, repository: str) -> bool | None:

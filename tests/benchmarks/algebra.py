@@ -22,7 +22,7 @@ from report import once, save
 from torch import nn
 
 from lora_align import recipe
-from lora_align.adapters import peft_format
+from lora_align.adapters import methods, peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.adapters.peft_config import About
 from lora_align.console import Screen
@@ -75,7 +75,7 @@ def peak() -> float:
 def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
     """Seconds and memory of one merge."""
     before, began = peak(), time.perf_counter()
-    plan = mix.How.said(*how)
+    plan = methods.How.said(*how)
     mix.run(weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out")
     return {"seconds": time.perf_counter() - began, "MB": peak() - before}
 

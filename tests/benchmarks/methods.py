@@ -22,9 +22,10 @@ from control import PROMPTS, SAMPLES, SEEDS, Bench
 from report import once, save
 
 from lora_align import recipe
-from lora_align.adapters import merge, vectors
+from lora_align.adapters import vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.methods import METHODS
 from lora_align.demo import measure
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer
@@ -47,7 +48,7 @@ class Way:
     def mixed(self, folder: Path, names: Sequence[str] = MIXED) -> tuple[LoraDelta, Tally]:
         """Preferences as one update."""
         found = {name: vectors.find(name, folder) for name in names}
-        of_policies = merge.METHODS[self.method].of_policies
+        of_policies = METHODS[self.method].of_policies
         if of_policies:
             found = {name: vector.policy() for name, vector in found.items()}
         weight = 1 / len(names) if of_policies else 1.0

@@ -300,7 +300,10 @@ def test_less_wins_where_less_is_better() -> None:
 def test_a_pair_that_does_not_fit_behind_what_is_asked_for_is_nobody_s(workspace: Path) -> None:
     project = recipe.load(recipe.builtin()["demo"], FEW)
     base = bases.find(project.base)
-    field = contestants.field_of(["helpful=1"], project, base, workspace / "runs", Screen(quiet=True))
+    runs_dir, quiet = workspace / "runs", Screen(quiet=True)
+    field = contestants.field_of(
+        contestants.named(["helpful=1"], project, runs_dir, quiet), project, base, runs_dir, quiet
+    )
     exam = exam_of(project, Screen(quiet=True), ["helpful"])
     first, *_, last = exam.pairs["helpful"]
     room = base.max_length - 40 - max(len(base.chat.prompt_ids(pair.prompt)) for pair in (first, last))

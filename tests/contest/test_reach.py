@@ -10,6 +10,7 @@ import pytest
 from pyarrow.parquet import read_table
 
 from lora_align import recipe
+from lora_align.chat import blend as blends
 from lora_align.chat import session as sessions
 from lora_align.console import Screen
 from lora_align.contest.reach import KL, Limits
@@ -107,7 +108,7 @@ def test_merge_chat_and_generate_warn_beyond_and_not_before(reached: dict[str, A
 def test_a_weight_that_is_turned_while_one_talks_is_warned_of(reached: dict[str, Any], tmp_path: Path) -> None:
     project, quiet = recipe.load(recipe.builtin()["demo"]), Screen(quiet=True)
     runs_dir = tmp_path / "runs"
-    blend = sessions.choose(runs_dir, project, quiet, {"helpful": 0.1})
+    blend = blends.choose(runs_dir, project, quiet, {"helpful": 0.1})
     session = sessions.open_session(bases.find(project.base), runs_dir, project, blend, Sampling(), quiet)
     assert session.turn({"helpful": 0.2}) == []
     assert ["harmless=9 is farther out than" in doubt for doubt in session.turn({"harmless": 9.0})] == [True]

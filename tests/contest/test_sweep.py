@@ -13,7 +13,9 @@ from matplotlib.image import imread
 from pyarrow.parquet import read_table
 
 from lora_align.contest.goals import Score, score_of
-from lora_align.contest.sweep import grid, said
+from lora_align.contest.measure import Measured
+from lora_align.contest.point import Point
+from lora_align.contest.sweep import _written, grid, said
 from lora_align.errors import UserError
 from lora_align.preference import Ranker
 from support import COMMAND, Cli
@@ -155,3 +157,13 @@ def test_a_sweep_that_was_stopped_goes_on(workspace: Path, cli: Cli) -> None:
     assert done.code == 0, done.err
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert len(list(kept.glob("[0-9a-f]*"))) == 6
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    evil = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx"]
+    points = [Point(word, None, None, Measured(word, [], [], [], []), {}, {}) for word in [*evil, "start"]]
+    _written({"=axis": [0.0, 1.0]}, evil, {}, points, tmp_path)
+    with (tmp_path / "points.csv").open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    assert header[:3] == ["contestant", "'=axis", "'=1+1"]
+    assert [row[0] for row in rows] == [*(f"'{word}" for word in evil), "start"]

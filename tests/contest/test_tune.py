@@ -10,12 +10,13 @@ import torch
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.contest import contestants, tune
-from lora_align.contest.contestants import START, Contestant
+from lora_align.contest.contestants import START, Contestant, Field
 from lora_align.contest.exam import exam_of
 from lora_align.contest.hill import KL, LOSS, Bounds, Hill
 from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
+from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
 from lora_align.model.mixer import Mixer
 from lora_align.recipe import Dpo
@@ -31,9 +32,14 @@ def arena(workspace: Path) -> Arena:
     return arena_of("helpful=1,harmless=1", workspace)
 
 
+def field_of(word: str, project: recipe.Recipe, base: Base, runs_dir: Path) -> Field:
+    everyone = contestants.named([word], project, runs_dir, QUIET)
+    return contestants.field_of(everyone, project, base, runs_dir, QUIET)
+
+
 def arena_of(vectors: str, workspace: Path) -> Arena:
     project = recipe.load(recipe.builtin()["demo"], FEW)
-    field = contestants.field_of([vectors], project, bases.find(project.base), workspace / "runs", QUIET)
+    field = field_of(vectors, project, bases.find(project.base), workspace / "runs")
     return Arena(field, exam_of(project, QUIET, AIMS), {})
 
 
@@ -99,7 +105,7 @@ def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) 
     """Risky prompts stand in for safe ones, as these vectors leave safe ones alone."""
     project = recipe.load(recipe.builtin()["demo"], [*FEW, 'eval.prompts="demo:prompts?risky=1"', "eval.count=24"])
     base = bases.find(project.base)
-    field = contestants.field_of(["harmless=1"], project, base, workspace / "runs", QUIET)
+    field = field_of("harmless=1", project, base, workspace / "runs")
     arena = Arena(field, exam_of(project, QUIET, ["harmless"]), {})
     far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_align.data import shards, sources
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
+from support import fill, small_disk
 
 ROWS, BATCH = 400, 10
 WRITER = """
@@ -76,3 +77,30 @@ def test_rows_of_several_kinds_keep_all_their_columns(suffix: str, tmp_path: Pat
     shards.write([{"prompt": "a", "score:x": 1.0}, {"prompt": "b", "score:x_0": 2.0}], out)
     first, second = (row for _, row in sources.rows(str(out)))
     assert (first["score:x"], second["score:x_0"]) == (1.0, 2.0)
+
+
+def test_missing_parent_of_an_out_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for parent in ("nowhere", "file"):
+        with pytest.raises(
+            UserError, match=rf"--out .*{parent}/a\.jsonl: there is no folder .*{parent}; make it first"
+        ):
+            shards.check_out(tmp_path / parent / "a.jsonl")
+    shards.check_out(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("suffix", shards.SUFFIXES)
+def test_full_disk_is_one_line_with_path_bytes_and_cure(suffix: str, tmp_path: Path) -> None:
+    told = r"No space left on device \(\d[\d.]* .B to write, 0 kB free\); make room and say it again"
+    rows = [{"key": str(i), "text": f"{i} " * 5000} for i in range(40)]
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        out = disk / f"out{suffix}"
+        with shards.towards(out, {}) as store:
+            store.append([{"key": "first"}])
+            fill(disk)
+            with pytest.raises(RunFailedError, match=rf"^{disk}/\.out{suffix}\.parts: .*{told}"):
+                store.append(rows)
+        with pytest.raises(RunFailedError, match=rf"^{out}: .*{told}"):
+            shards.write(rows, out)
+        assert not [file for file in disk.rglob("*unfinished*") if file.name.startswith(".out")]
+        assert list(shards.Shards(disk / f".out{suffix}.parts").rows()) == [{"key": "first"}]

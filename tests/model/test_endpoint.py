@@ -81,7 +81,7 @@ def test_generate_draws_on_it_and_goes_on_where_it_was(server: str, served: str,
 
     nobody = cli(*words, "--model", "nobody", "--out", "other.jsonl")
     assert nobody.code == 1
-    assert f"{server}: 400" in nobody.err
+    assert f"{server}/v1/chat/completions: 400" in nobody.err
     with_adapter = cli(*words, "--model", served, "--adapter", ".", "--out", "other.jsonl")
     assert with_adapter.code == 2
     assert "cannot load adapters while it runs (404" in with_adapter.err
@@ -165,3 +165,94 @@ def test_no_server_and_no_patience() -> None:
         list(Endpoint(nobody, "model", deadline=1.5).draw([RAIN], 1, TOKENS))
     with pytest.raises(UserError, match="expected http://HOST:PORT"):
         Endpoint.at("localhost:8000")
+
+
+@contextmanager
+def saying(status: int, body: bytes, pause: float = 0.0, times: int = 1, slow_head: bool = False) -> Iterator[str]:
+    """A server that answers everything with these bytes, `times` over, a pause between any two."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            head = f"HTTP/1.0 {status} OK\r\nX-Filler: {'x' * 200}\r\n\r\n".encode()
+            try:
+                for piece in [bytes([one]) for one in head] if slow_head else [head]:
+                    self.wfile.write(piece)
+                    time.sleep(pause)
+                for _ in range(times):
+                    self.wfile.write(body)
+                    time.sleep(pause)
+            except OSError:
+                pass  # nobody listens any more
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with listening(Handler) as address:
+        yield address
+
+
+@pytest.mark.parametrize("slow_head", [False, True])
+def test_deadline_holds_against_a_trickling_server(slow_head: bool) -> None:
+    with saying(200, b" ", pause=0.05, times=200, slow_head=slow_head) as url:
+        began = time.monotonic()
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: gave up after 1 s"):
+            list(Endpoint(url, "model", deadline=1.0).draw([RAIN], 1, TOKENS))
+        with pytest.raises(UserError, match=rf"^{url}/v1/models: no whole answer within 0\.5 s"):
+            Endpoint.at(url, deadline=0.5)
+        assert time.monotonic() - began < 5
+
+
+def test_endless_answers_are_not_read_to_the_end() -> None:
+    with saying(200, b" " * (1 << 20), times=4096) as url:
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: an answer of more than 16 MB"):
+            list(Endpoint(url, "model").draw([RAIN], 1, TOKENS))
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/models: an answer of more than 16 MB"):
+            Endpoint.at(url)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        "[" * 100_000,
+        "\udcff",
+        "{}",
+        '{"choices": 3}',
+        '{"choices": {"0": "x"}}',
+        '{"choices": []}',
+        '{"choices": ["x"]}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": [{"message": {"content": ["x"]}}]}',
+        '{"choices": [{"text": "x"}]}',
+    ],
+)
+def test_answers_of_another_shape_name_the_server(body: str) -> None:
+    with saying(200, body.encode("utf-8", "surrogateescape")) as url, pytest.raises(RunFailedError) as refused:
+        list(Endpoint(url, "model").draw([RAIN], 1, TOKENS))
+    assert str(refused.value).startswith(f"{url}/v1/chat/completions: ")
+
+
+@pytest.mark.parametrize("body", ["[]", "{}", '{"data": 3}', '{"data": ["x"]}', '{"data": [{"id": 1}]}', "\udcff"])
+def test_model_lists_of_another_shape_name_the_server(body: str) -> None:
+    with saying(200, body.encode("utf-8", "surrogateescape")) as url, pytest.raises(RunFailedError) as refused:
+        Endpoint.at(url)
+    assert str(refused.value).startswith(f"{url}/v1/models: ")
+
+
+def test_half_characters_of_a_server_are_replaced() -> None:
+    said = json.dumps({"choices": [{"message": {"content": "a\ud83d b\ude00\ud83d\ude00"}, "finish_reason": "stop"}]})
+    with saying(200, said.encode()) as url:
+        [[answer]] = Endpoint(url, "model").draw([RAIN], 1, TOKENS)
+    assert answer.text == "a\ufffd b\ufffd\U0001f600"
+    with saying(200, json.dumps({"data": [{"id": "m\ud800"}]}).encode()) as url:
+        assert Endpoint.at(url).model == "m\ufffd"
+
+
+@pytest.mark.parametrize("address", ["http://[x", "http://localhost:port", "https://a b"])
+def test_addresses_that_are_none_are_refused(address: str) -> None:
+    with pytest.raises(UserError, match="no server at"):
+        Endpoint.at(address)

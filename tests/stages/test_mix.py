@@ -1,6 +1,7 @@
 """Mixes by the installed command: methods, ranks, types, and adapters from anywhere."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_align.adapters import merge, peft_format
+from lora_align.adapters import peft_format
 from lora_align.adapters.delta import total
-from lora_align.stages.mix import DTYPES
-from support import Cli, call, peft_adapter
+from lora_align.adapters.methods import DTYPES, METHODS, How
+from lora_align.stages.mix import default_name
+from support import Cli, call, fill, peft_adapter, small_disk
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_two_folders_from_anywhere_are_mixed_in_one_command(foreign: Path, llama
         assert (mixed(ids).logits - dense(ids).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", [name for name in merge.METHODS if name != "soup"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "soup"])
 def test_every_method_makes_an_adapter(method: str, foreign: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1,./two=-0.5", "--method", method, "--rank", "2", "--out", "mix", "--json")
     assert done.code == 0, done.err
@@ -140,3 +142,49 @@ def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> No
     assert "say --same-base" in refused.err
     done = cli(*words, "--same-base")
     assert done.code == 0, done.err
+
+
+def test_default_name_tells_rank_and_method() -> None:
+    weights = {"helpful": 1.0, "./a/harmless": 0.5}
+    assert default_name(weights) == "helpful1_harmless0p5"
+    assert default_name(weights, How(rank=8)) == "helpful1_harmless0p5_r8"
+    assert default_name(weights, How("ties", keep=0.99)) == "helpful1_harmless0p5_ties_auto0p99"
+    many = default_name({f"preference-{i}": 1.0 for i in range(20)}, How(rank=8))
+    assert len(many) == 64
+    assert many.endswith("_r8")
+
+
+@pytest.mark.parametrize("weights", ["./one=1,./copy=-1", "./one=0", "./one=0.1,./copy=0.2,./third=-0.3"])
+def test_merge_refuses_a_sum_that_is_zero(weights: str, foreign: Path, cli: Cli) -> None:
+    for name in ("copy", "third"):
+        shutil.copytree(foreign / "one", foreign / name)
+    refused = cli("merge", "-w", weights, "--out", "mix")
+    assert refused.code == 2
+    assert "the weighted sum is zero: the adapter would do nothing" in refused.err
+    done = cli("merge", "-w", f"{weights},./two=1e-3", "--out", "mix")
+    assert done.code == 0, done.err
+
+
+def test_merge_refuses_a_missing_parent_and_a_small_disk(foreign: Path, cli: Cli) -> None:
+    refused = cli("merge", "-w", "./one=1", "--out", "nowhere/mix")
+    assert refused.code == 2
+    assert "--out nowhere/mix: there is no folder nowhere; make it first" in refused.err
+    words = ("merge", "-w", "./one=1,./two=1", "--out", "disk/mix")
+    with small_disk(foreign / "disk", "16k") as disk:
+        failed = cli(*words)  # no room for the configuration and the manifest, which are not counted beforehand
+        fill(disk)
+        refused = cli(*words)
+    assert (failed.code, refused.code) == (1, 2)
+    told = r"error: disk/mix: No space left on device \(\d+ kB to write, \d+ kB free\); make room, or write .*--out"
+    assert re.search(told, failed.err), failed.err
+    told = r"error: disk: about \d+ kB will be written, 0 kB are free; make room, or write elsewhere with --out"
+    assert re.search(told, refused.err), refused.err
+
+
+def test_far_weights_are_warned_of_without_measurements(foreign: Path, cli: Cli) -> None:
+    near = cli("merge", "-w", "./one=2,./two=-2", "--out", "near")
+    assert "far beyond" not in near.err
+    far = cli("merge", "-w", "./one=3,./two=-2.5", "--out", "far")
+    assert far.code == 0, far.err
+    for weight in ("./one=3", "./two=-2.5"):
+        assert f"warning: {weight} is far beyond what it was trained at (1)" in far.err

@@ -6,12 +6,14 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from lora_align import runs
 from lora_align.console import Screen
@@ -135,8 +137,8 @@ def test_a_run_is_pushed_whole_and_private(made: Path, hub: Hub) -> None:
 
 def test_the_card_says_what_it_is(made: Path, hub: Hub, tmp_path: Path) -> None:
     for path, told in (
-        (MIX, ["A weighted sum of preference vectors", "- helpful: weight 0.5"]),
-        ("runs/dpo/helpful/neg", ["away from the preference *helpful*", "64 rows (left out: tie"]),
+        (MIX, ["A weighted sum of preference vectors", "- `helpful`: weight 0.5"]),
+        ("runs/dpo/helpful/neg", ["away from the preference `helpful`", "64 rows (left out: `tie`"]),
     ):
         assert push(made, hub, path, "--to", "me/it").code == 0
         text = hub.files["me/it"]["README.md"].decode()
@@ -193,6 +195,24 @@ def test_a_damaged_run_and_no_network(made: Path, hub: Hub, tmp_path: Path) -> N
 def test_a_report_is_no_adapter(tmp_path: Path) -> None:
     target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
     with runs.claim(target, quiet) as staging:
-        runs.publish(staging, target, runs.Manifest(stage="sweep", base={"fingerprint": "f"}))
+        runs.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
     with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
         stage.run(target, "me/it", public=False, screen=quiet)
+
+
+def test_recipe_text_on_a_card_is_inert(tmp_path: Path) -> None:
+    evil = "<script>x</script> ![i](http://e) **b** `c` ``d`` {{ 1 + 1 }}\n\n# h\n- l \x1b[31m\u202e"
+    about = {"model": evil, "fingerprint": evil, "quantization": evil}
+    data = {"a": {"source": evil, "rows": 1, "dropped": {evil: 2}}}
+    parents = ({"name": evil, "weight": 1.0, "adapters": []},)
+    for kind in ("dpo", "mix"):
+        manifest = runs.Manifest(kind, about, preference=evil, start=evil, data=data, parents=parents)
+        manifest = replace(manifest, unconverged=(evil,), versions={evil: evil})
+        text = stage.card(runs.Run(tmp_path, manifest), "me/it").split("---\n", 2)[2]
+        tokens = MarkdownIt().parse(text)
+        kinds = {inner.type for token in tokens for inner in [token, *(token.children or [])]}
+        assert not kinds & {"html_inline", "html_block", "image", "link_open"}
+        assert [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"] == ["it"]
+        assert not {"\x1b", "\u202e"} & set(text)
+        assert "`1 row`" not in text
+        assert "1 row" in text

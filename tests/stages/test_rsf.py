@@ -18,7 +18,7 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 
 from lora_align import recipe, runs
-from lora_align.chat.session import Policy
+from lora_align.chat.blend import Policy
 from lora_align.console import Screen
 from lora_align.data.rows import Message, prompt_key
 from lora_align.demo import world

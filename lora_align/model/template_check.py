@@ -1,0 +1,48 @@
+"""Whether a chat template can be rendered within a few seconds and little memory, tried once in another process."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_align import runs
+from lora_align.errors import UserError
+
+TRIAL = Path(__file__).with_name("template_trial.py")
+PATIENCE = 8.0  # seconds
+FAULTS = {
+    "MemoryError": "takes gigabytes of memory",
+    "RecursionError": "calls itself without end",
+    "ZeroDivisionError": "divides by zero",
+    "OverflowError": "computes numbers that are too large",
+    "Length": "makes megabytes of a short conversation",
+}
+ROLES = ("user", "assistant")
+TURNS = 41  # of the longest conversation: some templates fail only then
+
+
+def check_template(template: str, variables: Mapping[str, Any], whose: str) -> None:
+    """Refuse a template that loops, allocates, divides by zero or recurses. One found good is not tried again."""
+    long = [{"role": ROLES[turn % 2], "content": f"What is {turn}?"} for turn in range(TURNS)]
+    system = [{"role": "system", "content": "Be brief."}]
+    asked = {"template": template, "variables": variables, "conversations": [long[:1], long, [*system, *long[:3]]]}
+    text = json.dumps(asked, default=str)
+    known = runs.cache_folder() / "templates" / hashlib.sha256(text.encode()).hexdigest()
+    if known.exists():
+        return
+    try:
+        words = [sys.executable, "-P", str(TRIAL)]
+        tried = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        why = "does not end"
+    else:
+        why = "does not end" if tried.returncode < 0 else FAULTS.get(tried.stderr.strip(), "")
+    if why:
+        raise UserError(
+            f"{whose} {why} (tried on short conversations); give another one in the recipe: base.chat_template"
+        )
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.touch()

@@ -1,0 +1,97 @@
+"""The conversation's commands, on the built-in base without weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_align import recipe
+from lora_align.chat import terminal
+from lora_align.chat.blend import Blend
+from lora_align.chat.session import Session, open_session
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.model import base
+from lora_align.model.generate import Sampling
+from support import Cli, Terminal
+
+SCREEN = Screen()
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Session:
+    project = recipe.load(recipe.builtin()["demo"])
+    sampling = Sampling(temperature=1.0, max_new_tokens=12, seed=5)
+    return open_session(base.find(project.base), Path("none"), project, Blend({}, {}), sampling, Screen(quiet=True))
+
+
+@pytest.fixture
+def session(loaded: Session) -> Session:
+    loaded.turns, loaded.system, loaded.retries = [], "", 0
+    return loaded
+
+
+def test_undo_on_nothing_says_so(session: Session) -> None:
+    with pytest.raises(UserError, match="nothing to take back"):
+        terminal.script(session, ["/undo"], SCREEN)
+    terminal.script(session, ["Tell me about rain.", "/undo"], SCREEN)
+    assert session.turns == []
+
+
+def test_retry_under_a_seed_gives_another_answer_each_time(session: Session) -> None:
+    def answers() -> list[str]:
+        found = []
+        for line in ("Tell me about rain.", "/retry", "/retry"):
+            terminal.script(session, [line], SCREEN)
+            found.append(session.turns[-1].content)
+            assert len(session.turns) == 2
+        session.turns = []
+        return found
+
+    first = answers()
+    assert len(set(first)) == 3
+    assert answers() == first, "a new question begins with the seed itself"
+
+
+def test_save_writes_markdown_or_json_by_the_name(session: Session, tmp_path: Path) -> None:
+    for name in ("talk.md", "talk.json"):
+        session.turns = []
+        terminal.script(session, ["/system Be \x1b[31mbrief.", "Hello.", f"/save {tmp_path / name}"], SCREEN)
+    said = [message["content"] for message in json.loads((tmp_path / "talk.json").read_text())["messages"]]
+    markdown = (tmp_path / "talk.md").read_text()
+    assert markdown.startswith(
+        "# demo · start policy, no weights\n\n**system**\n\nBe \\x1b[31mbrief.\n\n**user**\n\nHello.\n"
+    )
+    assert markdown.endswith(f"**assistant**\n\n{said[-1].strip()}\n")
+
+
+def test_a_failing_line_ends_a_script(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no command /frob"):
+        terminal.script(session, ["/frob", "Hello."], SCREEN)
+    terminal.script(session, ["/quit", "Hello."], SCREEN)
+    assert session.turns == []
+
+
+def test_piped_commands_are_obeyed_line_by_line(cli: Cli) -> None:
+    words = ["chat", "--runs", "none", "--max-new-tokens", "8"]
+    done = cli(*words, stdin="/system Be brief.\nHello.\n/save talk.json\n")
+    assert done.code == 0, done.err
+    assert "system message set" in done.err
+    assert "saved 3 messages to talk.json" in done.err
+    refused = cli(*words, stdin="/w unheard=1\nHello.\n")
+    assert refused.code == 2
+    assert "no preference or run 'unheard'" in refused.err
+    assert refused.out == ""
+
+
+def test_an_answer_on_a_narrow_terminal_breaks_between_words(tmp_path: Path) -> None:
+    chat = Terminal(tmp_path, "chat", "--runs", "none", "--seed", "1", columns=40)
+    chat.wait_for("› ")
+    lines = chat.say("Can you explain bees, and tell me about rain?").split("\r\n")
+    chat.say("/save talk.json")
+    answer = json.loads((tmp_path / "talk.json").read_text())["messages"][-1]["content"]
+    shown = lines[lines.index(next(line for line in lines if line and answer.startswith(line.split()[0]))) : -1]
+    assert max(map(len, shown)) <= 40
+    assert len(shown) > 2
+    assert " ".join(" ".join(shown).split()) == " ".join(answer.split())
+    chat.process.kill()

@@ -1,0 +1,76 @@
+"""What `--help` shows: every command in its group, in 80 columns, with an example that can be typed."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from lora_align import recipe
+from lora_align.cli.app import COMMANDS, app
+from lora_align.errors import UserError
+from support import COMMAND
+
+GROUPS = {
+    "Start": "demo recipes init doctor plan",
+    "Data": "data",
+    "Train": "sft dpo reward rsf",
+    "Mix": "merge inspect tune reach",
+    "Use": "chat generate score",
+    "Measure": "eval sweep list",
+    "Share": "push",
+}
+
+
+def shown(*words: str) -> str:
+    done = subprocess.run([COMMAND, *words], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_help_lists_commands_by_group() -> None:
+    text = shown("-h")
+    assert text == shown("--help") == shown("help") == shown()
+    sections = dict(re.findall(r"^(\w+):\n((?:  .+\n)+)", text, re.MULTILINE))
+    assert {title: " ".join(re.findall(r"^  (\w+)", sections[title], re.MULTILINE)) for title in GROUPS} == GROUPS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_fits_and_has_an_example_that_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    program = typer.main.get_command(app)
+    command = program.commands[name]  # type: ignore[attr-defined]
+    text = command.get_help(
+        typer.Context(command, parent=typer.Context(program, info_name="lora-align"), info_name=name)
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search("<[a-z]+>", text.partition("Options:")[2]), "a type, where a word for the value should stand"
+    [example] = re.findall(r"^  Example: lora-align (.+)$", text, re.MULTILINE)
+    called, *words = shlex.split(example)
+    assert called == name
+    command.make_context(name, words)
+
+
+def test_help_of_a_command_by_its_name() -> None:
+    assert shown("help", "merge") == shown("merge", "-h") == shown("merge", "--help")
+    done = subprocess.run([COMMAND, "help", "mergee"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no command 'mergee', did you mean 'merge'?" in done.stderr
+
+
+def test_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    for typed, found in (("lora-align me", "merge"), ("lora-align merge --we", "--weights")):
+        about = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LORA_ALIGN_COMPLETE": "complete_bash"}
+        done = subprocess.run([COMMAND], env={**os.environ, **about}, cwd=tmp_path, capture_output=True, text=True)
+        assert found in done.stdout.split(), done.stderr
+
+
+def test_set_without_a_table_names_the_full_keys() -> None:
+    demo = recipe.builtin()["demo"]
+    full = "one of sft.learning_rate, dpo.learning_rate, reward.learning_rate, rsf.learning_rate"
+    with pytest.raises(UserError, match=f"--set 'learning_rate=1': the key lacks its table; {full}"):
+        recipe.load(demo, ["learning_rate=1"])
+    with pytest.raises(UserError, match=r"one of lora\.rank, preferences\.NAME\.rank$"):
+        recipe.load(demo, ["rank=8"])
