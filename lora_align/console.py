@@ -140,6 +140,10 @@ class Screen:
         if not self.quiet:
             self.say(text)
 
+    def loading(self, base: str) -> None:
+        """Say why nothing else is said for some seconds: libraries are imported, then the base is read."""
+        self.note(f"loading libraries and the base {base} …")
+
     def say(self, text: str) -> None:
         """What somebody asked for, on a terminal: not hidden by --quiet."""
         if processes.number() == 0:

@@ -111,6 +111,41 @@ def test_commands_that_need_no_base_import_torch_alone(words: list[str], workspa
     assert _imported(words, 0, workspace) & OF_A_BASE == set()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo"],
+        ["dpo", "--pref", "helpful", "--force"],
+        ["dpo", "--all", "--dry-run"],
+        ["reward"],
+        ["plan"],
+        ["data", "--pref", "helpful"],
+        ["chat", "--prompt", "hi", "--weights", "helpful=1"],
+        ["eval", "helpful=1", "start"],
+        ["sweep", "helpful=-1:1:1"],
+        ["tune", "--aim", "helpful=1"],
+        ["reach", "helpful"],
+        ["score", "--data", "demo:ratings?rows=2", "--out", "scored.jsonl", "--by", "pair:helpful"],
+        ["generate", "--prompts", "demo:prompts", "--out", "drawn.jsonl", "--weights", "helpful=1"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_says_what_it_loads_before_it_imports_torch(words: list[str], workspace: Path) -> None:
+    program = (
+        "import sys\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': sys.exit(77)\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        "from lora_align.cli import main\n"
+        f"sys.argv = ['lora-align', *{words!r}]\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=workspace, timeout=60)
+    assert done.returncode == 77, done.stderr
+    assert done.stderr.endswith("loading libraries and the base demo …\n")
+
+
 def _imported(words: list[str], code: int, folder: Path) -> set[str]:
     """Run a command in a process of its own; return the modules it has imported."""
     program = (

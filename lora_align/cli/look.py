@@ -34,9 +34,11 @@ def demo(
 
     Example: lora-align demo
     """
+    screen = Screen(as_json, quiet)
+    screen.loading("demo")
     from lora_align.demo import story
 
-    story.tell(runs_dir, Screen(as_json, quiet))
+    story.tell(runs_dir, screen)
 
 
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
@@ -113,6 +115,7 @@ def plan(
     if card:
         cards_known(card)
     project = project_of(recipe, overrides, screen)
+    screen.loading(project.base.model)
     from lora_align import plan as plans
 
     found = plans.run(project, plans.STAGES, screen, card=card, vram=vram, cards=cards, measure=measure)
@@ -144,6 +147,7 @@ def data(
     drawable(picture)
     project = project_of(recipe, limited(overrides, "dpo", limit), screen)
     project.preference(pref)
+    screen.loading(project.base.model)
     from lora_align.stages import audit
 
     found = audit.run(project, pref, show=show, picture=picture)

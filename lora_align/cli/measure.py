@@ -76,6 +76,7 @@ def evaluate(
     everyone = contestants.named(policies or ["mix", "start"], project, runs_dir, screen)
     for name in by or ():
         judge_runs.check(name, project, runs_dir)
+    screen.loading(project.base.model)
     from lora_align.contest import run as contest
     from lora_align.contest.tasks import figures as task_figures
     from lora_align.model.endpoint import Endpoint
@@ -119,6 +120,7 @@ def sweep(
     contestants.named(also or [], project, runs_dir, Screen(quiet=True))
     for judge in by or ():
         judge_runs.check(judge, project, runs_dir)
+    screen.loading(project.base.model)
     from lora_align.contest import run as contest
     from lora_align.contest import sweep as stage
 
@@ -179,6 +181,7 @@ def tune(
         raise UserError("--aim: shares above 0; to turn a preference round, give merge a negative weight")
     project = project_of(recipe, overrides, screen, runs_dir)
     trained(aims, runs_dir, project)
+    screen.loading(project.base.model)
     from lora_align.contest import exam
     from lora_align.contest import tune as stage
     from lora_align.contest.hill import PAIRS, Bounds
@@ -237,6 +240,7 @@ def reach(
         command = runs.command("dpo --all", runs_dir)
         raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `{command}` trains them")
     everyone = contestants.named([",".join(f"{one}=1" for one in asked)], project, runs_dir, screen)
+    screen.loading(project.base.model)
     from lora_align.contest import reach as stage
     from lora_align.contest import run as contest
 

@@ -74,6 +74,7 @@ def drawable(picture: Path | None) -> None:
 
 def planned(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:
     """What a stage would do, in place of doing it."""
+    screen.loading(project.base.model)
     from lora_align import plan
 
     found = plan.run(project, [stage], screen, passes=passes)

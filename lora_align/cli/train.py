@@ -50,6 +50,7 @@ def sft(
     if dry_run:
         planned(project, "sft", screen)
         return
+    screen.loading(project.base.model)
     from lora_align.stages import sft as stage
 
     run = stage.run(project, runs_dir, screen, force=force, resume=resume)
@@ -99,6 +100,7 @@ def dpo(
             project = replace(project, preferences=chosen)
         planned(project, "dpo", screen, passes=len(directions))
         return
+    screen.loading(project.base.model)
     from lora_align.stages import dpo as stage
 
     done = stage.run(project, names, directions, runs_dir, screen, name=checked(name), force=force, resume=resume)
@@ -127,6 +129,7 @@ def reward(
     if dry_run:
         planned(project, "reward", screen)
         return
+    screen.loading(project.base.model)
     from lora_align.stages import reward as stage
 
     run = stage.run(project, runs_dir, screen, name=checked(name), force=force, resume=resume)
@@ -166,6 +169,7 @@ def rsf(
     if dry_run:
         planned(project, "rsf", screen)
         return
+    screen.loading(project.base.model)
     from lora_align.stages import rsf as stage
 
     made = stage.run(project, runs_dir, screen, name=checked(name), force=force, endpoint=endpoint)

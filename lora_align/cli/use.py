@@ -64,6 +64,7 @@ def score(
     judge_runs.check(by, project, runs_dir)
     shards.check_out(out)
     readable(data)
+    screen.loading(project.base.model)
     from lora_align.stages import score as stage
 
     result = stage.run(project, runs_dir, data, out, by, screen)
@@ -118,6 +119,7 @@ def chat(
     project = project_of(recipe, overrides, screen, runs_dir)
     wanted = parse_weights(weights) if weights is not None else None
     chosen = blend.choose(runs_dir, project, screen, wanted, adapter, want)
+    screen.loading(project.base.model)
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
     from lora_align.model import base as bases
@@ -200,6 +202,7 @@ def generate(
     shards.check_out(out)
     readable(prompts)
     chosen = None if endpoint else blend.choose(runs_dir, project, screen, wanted, adapter, want)
+    screen.loading(project.base.model)
     from lora_align.model.generate import Sampling
     from lora_align.stages import generate as stage
 
