@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_align.model.chat_format import text_of
+from lora_align.model.growing_cache import growing_cache
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def stream(
     memory = memory if memory is not None else Memory()
     if memory.cache is None or list(prompt[: len(memory.tokens)]) != memory.tokens or len(memory.tokens) >= len(prompt):
         memory.forget()
-        memory.cache = DynamicCache(config=model.config)
+        memory.cache = growing_cache(model)
     generator = torch.Generator(model.device)
     generator.manual_seed(sampling.seed if sampling.seed is not None else torch.seed())
     fresh = list(prompt[len(memory.tokens) :])

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from lora_align.model.base import Base, device_memory
 from lora_align.model.generate import Sampling, probabilities
+from lora_align.model.growing_cache import growing_cache
 from lora_align.model.room import Room
 
 RETIRE_AT = 0.75  # share of rows still running at which the others are taken out of the cache
 ROWS = 512  # drawn at once where memory allows it
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first
 CACHE_SHARE = 0.5  # of the memory that the base leaves, which keys and values may take at most
 
 
@@ -83,7 +86,7 @@ def _batch(
 ) -> list[Answer]:
     """Draw all of these at once, each a (prompt, number)."""
     where = model.device
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model)
     distinct = list(dict.fromkeys(prompt for prompt, _ in wanted))
     logits, mask = _read([prompts[prompt] for prompt in distinct], model, cache)
 
@@ -159,6 +162,14 @@ def _pick(logits: Tensor, sampling: Sampling, chances: Tensor) -> Tensor:
     """A token for each row of logits [b, v]: the one in whose share of the probability its lot [b] falls."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    mass = probabilities(logits.float(), sampling).double().cumsum(-1)
-    lots = (chances * mass[:, -1])[:, None]
-    return torch.searchsorted(mass, lots, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    p = probabilities(logits.float(), sampling)
+    p = pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [b, blocks, BLOCK]
+    blocks = p.sum(-1).double()  # summed up to the one that holds the lot, then token by token within that
+    edges = blocks.cumsum(-1)
+    lots = (chances * edges[:, -1])[:, None]
+    block = torch.searchsorted(edges, lots, right=True).clamp(max=edges.shape[-1] - 1)
+    left = lots - (edges - blocks).gather(-1, block)
+    inside = p[torch.arange(len(p), device=p.device), block[:, 0]].double()
+    mass = inside.cumsum(-1) * (blocks.gather(-1, block) / inside.sum(-1, keepdim=True))  # rounds as its block's sum
+    place = torch.searchsorted(mass, left, right=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""How long a person waits: light commands (aim: under 0.3 s) and one answer from the shell (aim: under 6 s)."""
+"""How long a person waits for light commands (aim: 0.3 s), an answer (6 s) and merges (3 s, and 5 s of 8B shapes)."""
 
 import os
 import resource
@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import algebra
 from report import RESULTS, save
 
 COMMAND = str(Path(sys.executable).with_name("lora-align"))
@@ -20,6 +21,7 @@ LIGHT = {
     "a recipe with a fault": ["dpo", "--pref", "helpful", "--set", "dpo.betta=1"],
 }
 RUNS = 15
+MERGE = ["merge", "--quiet"]
 
 
 def seconds(words: list[str], cwd: Path, times: int) -> dict[str, float]:
@@ -41,6 +43,12 @@ def main() -> None:
         subprocess.run(train, cwd=cwd, check=True, capture_output=True)
         subprocess.run([COMMAND, "merge", "--weights", "helpful=1"], cwd=cwd, check=True, capture_output=True)
         figures = {name: seconds(words, cwd, RUNS) for name, words in LIGHT.items()}
+        figures["merge, two vectors of the demo"] = seconds([*MERGE, "--weights", "helpful=1", "--force"], cwd, 5)
+        adapters = [algebra.adapter(cwd / f"adapter{seed}", seed, algebra.LAYERS) for seed in range(4)]
+        weights = ",".join(f"{path}={weight}" for path, weight in zip(adapters, (1, 0.5, -0.5, 0.25), strict=True))
+        four = [*MERGE, "--weights", weights, "--out", str(cwd / "merged"), "--force"]
+        figures["merge, four adapters of 8B shapes"] = seconds(four, cwd, 5)
+        shutil.rmtree(cwd / "merged")
         figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
         os.environ["LORA_ALIGN_CACHE"] = str(cwd / "cache")  # nothing is known yet, as on a first day
         start = time.perf_counter()
