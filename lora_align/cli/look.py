@@ -74,7 +74,7 @@ def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, qui
 
 def plan(
     vram: Annotated[float | None, typer.Option("--vram", min=1, help="GB of a card as fast as an RTX 4090.")] = None,
-    card: Annotated[str, typer.Option("--card", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")] = "",
+    card: Annotated[str, typer.Option("--card", help="A card by its name, as 4090, rtx-3060 or a100.")] = "",
     cards: Annotated[int, typer.Option("--cards", min=1, help="How many cards train together.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Take a step of each stage here; times go by it.")] = False,
     recipe: RecipeOption = None,
@@ -87,6 +87,7 @@ def plan(
     if measure and (card or vram or cards > 1):
         raise UserError("--measure takes a step on this machine: not with --card, --vram or --cards")
     project = project_of(recipe, overrides, screen)
+    screen.note(f"planning {project.base.model}; this takes some seconds")
     from lora_align import plan as plans
 
     found = plans.run(project, plans.STAGES, screen, card=card, vram=vram, cards=cards, measure=measure)

@@ -123,7 +123,7 @@ def reward(
 
 def rsf(
     iterations: Annotated[
-        int | None, typer.Option("--iterations", min=0, help="Rounds after the first policy.")
+        int | None, typer.Option("--iterations", min=1, help="Policies to train after the SteerLM-style one.")
     ] = None,
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", help="Draw on this OpenAI-compatible server, which can load adapters.")
