@@ -1,18 +1,45 @@
 """Graphics cards that can be planned for by name."""
 
-from lora_align.errors import UserError
+import re
 
-CARDS = {  # memory in GB, and 10¹² operations a second that its makers give for bfloat16 matrices without sparsity
+from lora_align.errors import UserError, nearest
+
+# Memory in GB, and 10¹² operations a second that its makers give for matrices in 16 bit (bfloat16 where a card has it)
+# without sparsity, summed in float32. Cards for games sum in float32 at half the rate they sum in float16.
+CARDS = {
+    "rtx-3060": (12, 25),
+    "rtx-3070": (8, 41),
+    "rtx-3080": (10, 60),
     "rtx-3090": (24, 71),
+    "rtx-4060": (8, 30),
+    "rtx-4060-ti": (16, 44),
+    "rtx-4070": (12, 58),
+    "rtx-4070-ti": (12, 80),
+    "rtx-4070-ti-super": (16, 88),
+    "rtx-4080": (16, 97),
     "rtx-4090": (24, 165),
+    "rtx-5060-ti": (16, 47),
+    "rtx-5070": (12, 62),
+    "rtx-5070-ti": (16, 88),
+    "rtx-5080": (16, 113),
     "rtx-5090": (32, 209),
+    "rtx-a4000": (16, 77),
+    "rtx-a5000": (24, 111),
+    "l4": (24, 121),
+    "t4": (16, 65),
+    "v100": (32, 125),
     "a100": (80, 312),
     "h100": (80, 989),
 }
+NO_BFLOAT16 = ("t4", "v100")
 
 
-def known(name: str) -> tuple[int, int]:
-    """Return a card's memory and rate, or refuse a name that is not listed."""
-    if name not in CARDS:
-        raise UserError(f"--card {name!r}: one of {', '.join(CARDS)}")
-    return CARDS[name]
+def known(card: str) -> str:
+    """Return the card that a name means: 4090, RTX 4090 and `NVIDIA GeForce RTX 4090` are all rtx-4090."""
+    said = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", card.lower())
+    found = [name for name in CARDS if name.removeprefix("rtx-").replace("-", "") == said]
+    if not found:
+        raise UserError(
+            f"--card {card!r}: no such card is known{nearest(card, list(CARDS))} (known: {', '.join(CARDS)})"
+        )
+    return found[0]

@@ -13,12 +13,14 @@ from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig
 
 from lora_align import plan, recipe
+from lora_align.cards import CARDS
 from lora_align.console import Screen
+from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.weightless import Shape
-from lora_align.plan import advice
+from lora_align.plan import advice, shapes
 from lora_align.plan.device import Device, device_of
-from lora_align.plan.found import size
+from lora_align.plan.found import shape_of, size
 from lora_align.plan.measure import highest, measured
 from lora_align.plan.stage import stage_of
 from lora_align.stages import training
@@ -118,7 +120,7 @@ def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compil
 
 def test_what_was_measured_is_told_in_words(no_compiler: None, project: recipe.Recipe) -> None:
     assert project.rsf is not None
-    few = replace(project.rsf, iterations=1, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
+    few = replace(project.rsf, iterations=2, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
     planned = plan.run(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
     [of] = planned["stages"]
     assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # of the first iteration, which learns from the policy before; then
@@ -289,6 +291,61 @@ def test_a_dry_run_of_what_consists_of_others_plans_their_pairs(cli: Cli) -> Non
 def test_a_card_that_is_not_known_is_refused_with_those_that_are(cli: Cli) -> None:
     done = cli("plan", "--card", "rtx-9999")
     assert (done.code, "rtx-4090" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("said", ["4090", "RTX 4090", "rtx4090", "rtx-4090", "NVIDIA GeForce RTX 4090"])
+def test_a_card_is_known_however_it_is_written(said: str, project: recipe.Recipe) -> None:
+    assert device_of(project, said) == device_of(project, "rtx-4090")
+
+
+def test_cards_have_plausible_figures_and_names_of_their_own(project: recipe.Recipe) -> None:
+    for name, (memory, rate) in CARDS.items():
+        card = device_of(project, name)
+        assert (card.name, card.memory, card.rate) == (name, 1e9 * memory, 1e12 * rate)
+        assert 8 <= memory <= 80
+        assert 25 <= rate <= 1000
+    assert device_of(project, "T4").dtype == device_of(project, "v100").dtype == torch.float16
+    assert device_of(project, "l4").dtype == torch.bfloat16
+
+
+PARAMETERS = {  # as the makers' own weights count them
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "HuggingFaceH4/mistral-7b-sft-beta": 7_241_732_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_a_shipped_shape_has_the_parameters_its_makers_give(name: str, count: int, project: recipe.Recipe) -> None:
+    base = shapes.find(recipe.Base(name), outline=True)
+    assert shapes.is_shipped(base)
+    assert shape_of(project, base, project.lora, device_of(project, "4090")).parameters() == count
+
+
+def test_every_real_recipe_has_the_shape_of_its_base() -> None:
+    bases_of = {recipe.load(path).base.model for name, path in recipe.builtin().items() if name != "demo"}
+    assert bases_of <= PARAMETERS.keys()
+    with pytest.raises(UserError, match="is not in the cache and the hub cannot be reached"):
+        shapes.find(recipe.Base("nobody/nothing"), outline=True)
+    with pytest.raises(UserError, match="is not in the cache"):
+        shapes.find(recipe.Base("Qwen/Qwen3-8B"), outline=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"), [("qwen3-8b", ["dpo"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf"])]
+)
+def test_a_real_recipe_is_planned_without_a_file_of_its_base(name: str, stages: list[str]) -> None:
+    found = plan.run(recipe.load(recipe.builtin()[name]), plan.STAGES, QUIET, card="4090")
+    assert [of["stage"] for of in found["stages"]] == stages
+    assert all(of["fits"] for of in found["stages"])
+    told = plan.told(found)
+    assert "By the shape of this base that comes with lora-align, not by its files" in told
+    assert told.count("no limit) are assumed: the base's tokenizer is not here") == len(stages)
 
 
 def test_where_data_cannot_be_had_rows_of_the_greatest_length_are_assumed(cli: Cli) -> None:

@@ -22,7 +22,7 @@ STAGES = {  # none of them has a last step as full as the others, and reward's h
     "sft": ["sft", "--set", 'sft.data="demo:conversations?rows=40"', "--set", "sft.batch_size=6"],
     "reward": [*REWARD, "--set", "reward.batch_size=4", "--set", "reward.limit=49"],
     "rsf": [
-        *["rsf", "--iterations", "0", "--set", 'rsf.data="demo:conversations?rows=40"', "--set", "rsf.per_prompt=1"],
+        *["rsf", "--iterations", "1", "--set", 'rsf.data="demo:conversations?rows=40"', "--set", "rsf.per_prompt=1"],
         *["--set", "rsf.samples=2", "--set", "rsf.bootstrap=4", "--set", "rsf.epochs=1", *REWARD[1:]],
     ],
 }
@@ -126,7 +126,7 @@ def test_stopped_together_and_gone_on_with_by_one(more: tuple[str, ...], one: Pa
 
 
 def test_a_step_that_fails_for_one_fails_for_both_and_says_why(tmp_path: Path) -> None:
-    wild = ["dpo.learning_rate=1e3", "dpo.max_grad_norm=1e9", "dpo.warmup=0", "dpo.batch_size=8", "lora.alpha=1e6"]
+    wild = ["dpo.learning_rate=1e3", "dpo.weight_decay=10", "dpo.max_grad_norm=1e9", "dpo.warmup=0", "dpo.batch_size=8"]
     two = launched(tmp_path, *STAGES["dpo"], *(word for value in wild for word in ("--set", value)))
     _, err = two.communicate(timeout=120)
     assert two.returncode

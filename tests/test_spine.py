@@ -180,7 +180,7 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
         (["merge", "--weights", "helpful=nan"], "expected NAME=NUMBER"),
         (["merge", "--weights", "./nowhere=1"], "no adapter in nowhere"),
         (["dpo", "--pref", "brief", "--set", "lora.targets=['nothing']", *PAIRS], "cannot be trained: Target modules"),
-        (["dpo", "--pref", "brief", "--set", "dpo.optimizer=foo", *PAIRS], "foo is not a valid"),
+        (["dpo", "--pref", "brief", "--set", "dpo.optimizer=foo", *PAIRS], "dpo.optimizer: no optimizer 'foo'"),
         (["dpo", "--pref", "brief", "--set", "dpo.report_to=['wandb']", *PAIRS], "requires wandb"),
         (["chat", "--prompt", " "], "the prompt is empty"),
         (["sft"], "no [sft] table"),

@@ -94,7 +94,7 @@ def plan(
         float | None, typer.Option("--vram", metavar="GB", min=1, help="Memory of a card as fast as an RTX 4090.")
     ] = None,
     card: Annotated[
-        str, typer.Option("--card", metavar="NAME", help="rtx-3090, rtx-4090, rtx-5090, a100 or h100.")
+        str, typer.Option("--card", metavar="NAME", help="A card by its name, as in 4090, rtx-3060 or a100.")
     ] = "",
     cards: Annotated[int, typer.Option("--cards", metavar="N", min=1, help="How many cards train together.")] = 1,
     measure: Annotated[

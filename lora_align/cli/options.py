@@ -50,7 +50,7 @@ def project_of(name: str | None, overrides: list[str] | None, screen: Screen, ru
         if kept := trained or [run for run in made if run.manifest.stage == "mix"]:
             source, table = f"{kept[-1].path}/{runs.MANIFEST}", json.dumps(kept[-1].manifest.recipe)
             beside = recipes.unlike_its_source(recipes.from_dict(json.loads(table), source))
-            screen.note(f"recipe: the one kept in {kept[-1].path}, {beside}")
+            screen.note(f"recipe: the one kept in {kept[-1].path}{beside}")
             return recipes.from_dict(json.loads(table), source, overrides or [])
     path, why = recipes.find(name)
     if why:

@@ -138,7 +138,8 @@ def reward(
 
 def rsf(
     iterations: Annotated[
-        int | None, typer.Option("--iterations", metavar="N", min=0, help="Rounds after the first policy.")
+        int | None,
+        typer.Option("--iterations", metavar="N", min=1, help="Policies to train after the SteerLM-style one."),
     ] = None,
     endpoint: Annotated[
         str | None,

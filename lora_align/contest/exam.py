@@ -2,20 +2,22 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from lora_align.console import Screen
 from lora_align.data import forms, sources
-from lora_align.data.pairs import read_pairs
+from lora_align.data.pairs import is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
 from lora_align.model.generate import Sampling
-from lora_align.recipe import Eval, Recipe
+from lora_align.recipe import Asked, Recipe
 
+Found = TypeVar("Found")
 SAFE, RISKY, ANY = "safe", "risky", ""  # what is known of a prompt
 
 
@@ -66,9 +68,13 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
             pairs[name] = _held_out(recipe, name)
         except NotFetchedError as fault:
             screen.warn(f"{name}: its pairs are left out: {fault}")
-    named = {SAFE: settings.prompts, RISKY: settings.risky}
+    dropped: dict[str, Counter[str]] = defaultdict(Counter)
+    named = {SAFE: ("eval.prompts", settings.prompts), RISKY: ("eval.risky", settings.risky)}
     questions = [
-        Question(prompt, kind) for kind, data in named.items() if data for prompt in _prompts(data, settings.count)
+        Question(prompt, kind)
+        for kind, (key, source) in named.items()
+        if source.data
+        for prompt in _prompts(recipe, key, source, dropped[key], screen)
     ]
     if not questions:
         in_turn = zip_longest(*pairs.values())  # of every preference as many, as far as each has some
@@ -76,14 +82,25 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
         questions = [Question(prompt, ANY) for prompt in islice(asked, settings.count)]
     if not questions:
         raise UserError("nothing to ask: the recipe has no preference with held-out pairs and no eval.prompts")
-    texts = list(islice(_texts(settings), settings.count)) if settings.text else []
-    facts = [forms.fact(row, where) for where, row in islice(_rows(settings.facts), settings.pairs)]
+    texts = list(islice(filter(str.strip, _read(settings.text, _text, dropped["eval.text"])), settings.count))
+    facts = list(islice(_read(settings.facts, forms.fact, dropped["eval.facts"]), settings.pairs))
+    for key, counts in dropped.items():
+        if counts:
+            screen.note(f"{key}: passed over {reasons(counts)}")
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     return Exam(questions, settings.samples, sampling, pairs, texts, facts)
 
 
-def _rows(data: str) -> Iterator[tuple[str, sources.Row]]:
-    return sources.good_rows(data) if data else iter(())
+def _read(source: Asked, form: Callable[[sources.Row, str], Found], dropped: Counter[str]) -> Iterator[Found]:
+    """Yield the rows of a source in a form; only those whose columns hold what `where` names."""
+
+    def wanted(row: sources.Row, where: str) -> Found | None:
+        if missing := [column for column in source.where if column not in row]:
+            raise UserError(f"{where}: no column {missing[0]!r} (it has: {', '.join(row)})")
+        return form(row, where) if all(str(row[key]) == str(of) for key, of in source.where.items()) else None
+
+    rows = sources.read(source, wanted, dropped) if source.data else ()
+    yield from (found for _, found in rows if found is not None)
 
 
 def _held_out(recipe: Recipe, name: str) -> list[Pair]:
@@ -96,26 +113,56 @@ def _held_out(recipe: Recipe, name: str) -> list[Pair]:
     return found
 
 
-def _prompts(data: str, count: int) -> list[Prompt]:
-    """Different ones."""
+def _prompts(recipe: Recipe, key: str, source: Asked, dropped: Counter[str], screen: Screen) -> list[Prompt]:
+    """Return different prompts of a source of [eval], none of which the recipe trains on."""
+    trained = _trained_on(recipe, source)
+    held_out = min(trained.values(), default=1.0)  # what the smallest share holds out, all do
     found: dict[str, Prompt] = {}
-    for where, row in sources.good_rows(data):
-        prompt = forms.prompt(row, where)
+    passed: set[str] = set()
+    for prompt in _read(source, forms.prompt, dropped):
+        if trained and not is_held_out(prompt, held_out):
+            passed.add(prompt_key(prompt))
+            continue
         found.setdefault(prompt_key(prompt), prompt)
-        if len(found) == count:
+        if len(found) == recipe.eval.count:
             break
+    if passed:
+        told = f"{key}: {len(passed):,} prompts of {sources.name(source)} are trained on ({', '.join(trained)})"
+        if not found:
+            raise UserError(f"{told}, and no others are left: name others, or hold some out")
+        screen.note(f"{told} and passed over")
     if not found:
-        raise UserError(f"{data}: no prompts")
+        raise UserError(f"{key}: no prompts in {sources.name(source)}")
     return list(found.values())
 
 
-def _texts(settings: Eval) -> Iterator[str]:
-    """A column `text`, or each line of a .txt file."""
-    for where, row in sources.good_rows(settings.text):
-        text: Any = row.get("prompt" if row.keys() == {"prompt"} else "text")
-        if not isinstance(text, str):
-            raise UserError(
-                f"{where}: eval.text needs rows with a text column, or a .txt file (it has: {', '.join(row)})"
-            )
-        if text.strip():
-            yield text
+def _trained_on(recipe: Recipe, source: Asked) -> dict[str, float]:
+    """Return the tables of a recipe that read the same rows to train on, and the share of prompts each holds out."""
+    tables: dict[str, tuple[sources.Source, float]] = {}
+    for name, axis in recipe.preferences.items():
+        tables[f"preferences.{name}"] = axis, recipe.dpo.held_out
+    if recipe.sft:
+        tables["sft"] = recipe.sft, recipe.sft.held_out
+    if recipe.reward:
+        for name, table in recipe.reward.ratings.items():
+            tables[f"reward.ratings.{name}"] = table, recipe.reward.held_out
+        for head, name in recipe.reward.pairs.items():
+            tables[f"reward.pairs.{head}"] = recipe.preferences[name], recipe.reward.held_out
+    if recipe.rsf:
+        tables["rsf"] = recipe.rsf, recipe.rsf.held_out
+    asked = _rows_of(source)
+    return {name: share for name, (table, share) in tables.items() if table.data and _rows_of(table) == asked}
+
+
+def _rows_of(source: sources.Source) -> tuple[str, ...]:
+    """Name the rows of a source: a file by its place, however it is written."""
+    file = Path(source.data).expanduser()
+    return (str(file.resolve()),) if file.is_file() else (source.data, source.split, source.subset)
+
+
+def _text(row: sources.Row, where: str) -> str:
+    """Return a column `text`, or a line of a .txt file."""
+    text: Any = row.get("prompt" if row.keys() == {"prompt"} else "text")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: eval.text needs rows with a text column, or a .txt file (it has: {', '.join(row)})")
+    return text

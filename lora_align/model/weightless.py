@@ -189,7 +189,6 @@ class _Ledger(TorchDispatchMode):
         self.collect_every, self.operations = collect_every, 0
 
     def __enter__(self) -> "_Ledger":
-        gc.collect()
         gc.freeze()  # what is there already need not be looked through each time
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 

@@ -8,8 +8,7 @@ from typing import Any
 from lora_align import processes
 from lora_align.console import Screen, clock, count, table
 from lora_align.errors import UserError
-from lora_align.model import base as bases
-from lora_align.plan import advice
+from lora_align.plan import advice, shapes
 from lora_align.plan.device import device_of
 from lora_align.plan.found import SHARE, planned, shape_of, size
 from lora_align.plan.measure import drawn, measured
@@ -37,7 +36,7 @@ def run(
 
     To `measure`, a step of each is taken on this device. How many `cards`, if nobody says: one a process.
     """
-    base = bases.find(recipe.base, outline=not measure)
+    base = shapes.find(recipe.base, outline=not measure)
     device = device_of(recipe, card, vram, cards or processes.count())
     found = []
     for name in names:
@@ -58,6 +57,7 @@ def run(
         raise UserError(f"the recipe has no {' or '.join(names)} to plan")
     return {
         "base": base.identity["model"],
+        "shipped": shapes.is_shipped(base),
         "parameters": shape_of(recipe, base, recipe.lora, device).parameters(),
         "device": {**asdict(device), "dtype": str(device.dtype).removeprefix("torch.")},
         "stages": found,
@@ -72,6 +72,8 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
         f"{plan['base']}: {plan['parameters'] / 1e9:,.3g} billion parameters, on {several}{device['name']} with "
         f"{device['memory'] / 1e9:,.0f} GB, in {device['dtype']}"
     ]
+    if plan["shipped"]:
+        parts.append("By the shape of this base that comes with lora-align, not by its files, which cannot be had.")
     names = list(plan["stages"][0]["bytes"])
     listed = [[*(of["bytes"][name] for name in names), of["total"]] for of in plan["stages"]]
     unit = "MB" if max(values[-1] for values in listed) < 1e9 else "GB"

@@ -32,14 +32,16 @@ class Device:
 def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: int = 1) -> Device:
     """The card that is named, or what this machine trains on; so many of them."""
     if card or vram:
-        card = card or "rtx-4090"
-        memory, rate = cards.known(card)
-        dtype = torch.bfloat16 if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
+        card = cards.known(card or "rtx-4090")
+        memory, rate = cards.CARDS[card]
+        half = torch.float16 if card in cards.NO_BFLOAT16 else torch.bfloat16
+        dtype = half if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
         return Device(card, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER, count)
     dtype, where = compute_dtype(recipe.base), bases.device()
     if where.type == "cuda":
         properties = torch.cuda.get_device_properties(where)
-        return Device(properties.name, properties.total_memory, _rate(where, dtype), dtype, DRIVER, count)
+        free, _ = torch.cuda.mem_get_info(where)  # what this process and CUDA itself hold already is not in it
+        return Device(properties.name, free, _rate(where, dtype), dtype, 0.0, count)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # by the libraries
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device("this CPU", memory, _rate(where, dtype), dtype, held, count, cpu=True)

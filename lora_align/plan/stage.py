@@ -1,6 +1,6 @@
 """What each stage trains on and how: its own rows and its own objective."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from lora_align.model.kept import View, joined
 from lora_align.model.logprobs import Reader
 from lora_align.model.reward_model import Heads
 from lora_align.model.tokenise import TokenPair, TokenText
-from lora_align.recipe import Lora, Recipe, Training
+from lora_align.plan import shapes
+from lora_align.recipe import Lora, Recipe, Reward, Training
 from lora_align.stages import asking, dpo, judging, reward, series, sft
 from lora_align.stages.collect import AT_ONCE
 from lora_align.stages.steps import Objective
@@ -50,55 +51,49 @@ class Stage:
 
 
 def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | None:
-    """What a stage would train on; rows of the greatest length where the data cannot be had."""
+    """Return what a stage would train on, if the recipe has it; rows of the greatest length where the data or the
+    base's tokenizer cannot be had."""
+    if not (recipe.preferences if name == "dpo" else getattr(recipe, name)):
+        return None
     try:
+        if shapes.is_shipped(base):
+            raise NotFetchedError("the base's tokenizer is not here")
         return _STAGES[name](recipe, base, screen)
     except NotFetchedError as fault:
-        known = _ASSUMED.get(name)
-        if known is None:
-            raise
-        return replace(known(recipe, base), assumed=f"(rows of the greatest length are assumed: {fault})")
+        why = f"({UNKNOWN_ROWS:,} of each source that has no limit) are assumed: {fault}"
+        return replace(_ASSUMED[name](recipe, base), assumed=f"rows of the greatest length {why}")
 
 
-def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
-    if recipe.sft is None:
-        return None
+def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:
+    assert recipe.sft is not None
     found = materials.of_conversations(recipe.sft, base, screen).train
     packs = sft.packed(found, recipe.sft, base)
     return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, packs, _saying(base), 1)
 
 
-def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
-    if not recipe.preferences:
-        return None
+def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     found = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
     return Stage("dpo", recipe.dpo, recipe.lora, joined(found), _preferring(recipe, base), 2, referenced=True)
 
 
-def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
+def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     settings = recipe.reward
-    if settings is None:
-        return None
+    assert settings is not None
     found = reward.prepare(recipe, settings, base, screen)
-
-    def objective(model: PreTrainedModel) -> judging.Judging:
-        means, deviations = ({name: pair[i] for name, pair in found.heads.items()} for i in (0, 1))
-        heads = Heads(model.config.get_text_config().hidden_size, means, deviations)
-        return judging.Judging(Reader.unchecked(model), heads, settings.lm_weight, base.chat)
-
-    return Stage("reward", settings, settings.lora or recipe.lora, found.train, objective, 1)
+    return Stage(
+        "reward", settings, settings.lora or recipe.lora, found.train, _judging(found.heads, settings, base), 1
+    )
 
 
-def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage | None:
+def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     settings = recipe.rsf
-    if settings is None:
-        return None
+    assert settings is not None
     halves = series.answers_of(settings, base).halves
     asked = [
-        asking.for_directions(settings, asking.prompts(settings, halves[t % 2], t), t)
-        for t in range(settings.iterations + 1)
+        asking.for_directions(settings, asking.prompts(settings, halves[(t - 1) % 2], t), t)
+        for t in range(1, settings.iterations + 1)
     ]
-    answers = sum(len(requests) * asking.each(settings, t) for t, requests in enumerate(asked))
+    answers = sum(len(requests) * asking.each(settings, t) for t, requests in enumerate(asked, 1))
     some = [under_system(of.system, of.prompt) for of in asked[-1][: max(1, AT_ONCE // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     drawing = Drawing(answers, some, asking.each(settings, settings.iterations), sampling)
@@ -113,10 +108,10 @@ def _learning(recipe: Recipe, base: Base, rows: int) -> Stage:
     assert settings is not None
     longest = min(settings.max_length, base.max_length)
     same = View(rows, lambda _: _texts(longest, several=settings.packing))
-    return Stage("rsf", settings, settings.lora or recipe.lora, same, _saying(base), settings.iterations + 2)
+    return Stage("rsf", settings, settings.lora or recipe.lora, same, _saying(base), settings.iterations + 1)
 
 
-_STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage | None]] = {
+_STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
     "sft": _sft,
     "dpo": _dpo,
     "reward": _reward,
@@ -140,6 +135,17 @@ def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
     return Stage("dpo", recipe.dpo, recipe.lora, rows, _preferring(recipe, base), 2, referenced=True)
 
 
+def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
+    settings = recipe.reward
+    assert settings is not None
+    longest = min(settings.max_length, base.max_length)
+    rated = [of.prefix + name for of in settings.ratings.values() for name in of.attributes or ("rating",)]
+    heads = dict.fromkeys((*rated, *settings.pairs), reward.UNRATED)
+    example = judging.Example((([0] * (longest // 4), [0] * (longest - longest // 4)),), (0.0,) * len(heads))
+    rows = View((settings.limit or UNKNOWN_ROWS) * len((*settings.ratings, *settings.pairs)), lambda _: example)
+    return Stage("reward", settings, settings.lora or recipe.lora, rows, _judging(heads, settings, base), 1)
+
+
 def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
     assert recipe.rsf is not None
     return _learning(recipe, base, (recipe.rsf.prompts or recipe.rsf.limit or UNKNOWN_ROWS) * recipe.rsf.per_prompt)
@@ -148,6 +154,7 @@ def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
 _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
     "sft": _assumed_sft,
     "dpo": _assumed_dpo,
+    "reward": _assumed_reward,
     "rsf": _assumed_rsf,
 }
 
@@ -159,6 +166,17 @@ def _texts(length: int, *, several: bool) -> list[TokenText]:
 
 def _saying(base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:
     return lambda model: sft.Saying(Reader.unchecked(model), base.chat)
+
+
+def _judging(
+    known: Mapping[str, tuple[float, float]], settings: Reward, base: Base
+) -> Callable[[PreTrainedModel], Objective[Any]]:
+    def objective(model: PreTrainedModel) -> judging.Judging:
+        means, deviations = ({name: pair[i] for name, pair in known.items()} for i in (0, 1))
+        heads = Heads(model.config.get_text_config().hidden_size, means, deviations)
+        return judging.Judging(Reader.unchecked(model), heads, settings.lm_weight, base.chat)
+
+    return objective
 
 
 def _preferring(recipe: Recipe, base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:

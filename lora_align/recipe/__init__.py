@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from lora_align.errors import UserError, nearest
 from lora_align.preference import Preference
 from lora_align.recipe import faults
-from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
+from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
-    "LOCAL", "Base", "Dpo", "Eval", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft", "Training",
-    "builtin", "find", "flat", "from_dict", "load", "unlike_its_source",
+    "LOCAL", "Asked", "Base", "Dpo", "Eval", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft",
+    "Training", "builtin", "find", "flat", "from_dict", "load", "unlike_its_source",
 ]  # fmt: skip
 
 TABLES = {  # whose keys --set takes
@@ -77,8 +77,10 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
     """Apply overrides to plain data and check it against the dataclasses above; one error names every fault."""
     from pydantic import ValidationError
 
+    _with_sources(table)
     for override in overrides:
         _override(table, override)
+        _with_sources(table)
     _with_template(table, Path())  # what is typed lies where one is
     found: list[str] = []
     recipe: Recipe | None = None
@@ -114,9 +116,9 @@ def flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 
 
 def unlike_its_source(recipe: Recipe) -> str:
-    """Say which values of a stored recipe are not those of the file it was read from, as that is now.
+    """Say which values of a stored recipe differ from the file it was read from, as that is now, if any do.
 
-    Where the file cannot be read, say which are not the defaults.
+    Where the file cannot be read, say which differ from the defaults.
     """
     try:
         beside, name = load(find(recipe.source)[0]), recipe.source
@@ -125,7 +127,15 @@ def unlike_its_source(recipe: Recipe) -> str:
     ours, theirs = (dict(flat(json.loads(json.dumps(of.as_dict())))) for of in (recipe, beside))
     found = [f"{key}={json.dumps(of, ensure_ascii=False)}" for key, of in ours.items() if theirs.get(key) != of]
     found += [f"{key} not set" for key in theirs if key not in ours]
-    return f"beside {name}: {', '.join(found)}" if found else f"as {name} says"
+    return f", beside {name}: {', '.join(found)}" if found else ""
+
+
+def _with_sources(table: dict[str, Any]) -> None:
+    """Replace `prompts = "FILE or hub id"` in [eval] by the table it is short for."""
+    asked = table.get("eval")
+    if isinstance(asked, dict):
+        short = {field.name: asked.get(field.name) for field in fields(Eval) if field.type is Asked}
+        asked.update({name: {"data": data} for name, data in short.items() if isinstance(data, str)})
 
 
 def _with_template(table: dict[str, Any], folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from lora_align.errors import nearest
 from lora_align.preference import NAME, Preference, Ranker
 from lora_align.recipe import optimizers
-from lora_align.recipe.tables import Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
+from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
 
 TABLES: Mapping[str, Any] = {
     "base": Base, "lora": Lora, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,
@@ -120,6 +120,8 @@ def _table(location: tuple[str | int, ...]) -> Any:
             return Preference
         case ("reward", "ratings", _):
             return Ratings
+        case ("eval", _):
+            return Asked
         case (_, "lora"):
             return Lora
         case (name,):

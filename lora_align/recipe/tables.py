@@ -132,12 +132,13 @@ class Reward(Training):
 class Rsf(Training):
     """Rejection sampling: one policy that is asked for a direction over the reward model's objectives.
 
-    `directions` bounds each objective's weight. An iteration asks `prompts` of its half (or all). A prompt gets
-    `per_prompt` directions and `samples` answers for each; the first policy learns from `bootstrap` answers a prompt of
-    one that is asked for scores. The first `pooled` policies choose among all of a prompt's answers, whatever was asked
-    for; later ones among those to the direction at hand. `ask` and `steer` are the system messages that ask for either,
-    as Jinja templates: `ask` may name `want` (a weight for each objective), `decimals` and `integers` (both spelt out),
-    `steer` may name `scores` and `listed`. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
+    `directions` bounds each objective's weight. So many `iterations` follow the SteerLM-style policy, as the paper
+    counts them. Each asks `prompts` of its half (or all). A prompt gets `per_prompt` directions and `samples` answers
+    for each; the first iteration learns from `bootstrap` answers a prompt of the SteerLM-style policy. The first
+    `pooled` iterations choose among all of a prompt's answers, whatever was asked for; later ones among those to the
+    direction at hand. `ask` and `steer` are the system messages that ask for directions and for scores, as Jinja
+    templates: `ask` may name `want` (a weight for each objective), `decimals` and `integers` (both spelt out), `steer`
+    may name `scores` and `listed`. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
     """
 
     data: Annotated[str, Len(1)]
@@ -148,7 +149,7 @@ class Rsf(Training):
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
     reward: str = "reward"
-    iterations: Annotated[int, Ge(0), Le(1_000)] = 4
+    iterations: Annotated[int, Ge(1), Le(1_000)] = 4
     prompts: Rows | None = None
     per_prompt: Few = 5
     samples: Few = 16
@@ -168,18 +169,32 @@ class Rsf(Training):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A source of [eval]; `prompts = "FILE or hub id"` is short for one. `where` keeps the rows whose columns hold the
+    values it names, as in `where = { label = "safe" }`."""
+
+    data: str = ""
+    split: str = "train"
+    revision: str = ""
+    subset: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Eval:
     """What everyone who is measured is asked: `prompts` to answer, `risky` ones to refuse, `count` of each, `samples`
     answers to every one; `text` whose loss should not rise; `facts` that should stay known, up to `pairs` of them, and
     up to `pairs` held-out pairs of each preference.
 
-    Where no prompts are named, those of held-out pairs are asked.
+    Where no prompts are named, those of held-out pairs are asked. Prompts that the recipe trains on are passed over.
     """
 
-    prompts: str = ""
-    risky: str = ""
-    text: str = ""
-    facts: str = ""
+    prompts: Asked = field(default_factory=Asked)
+    risky: Asked = field(default_factory=Asked)
+    text: Asked = field(default_factory=Asked)
+    facts: Asked = field(default_factory=Asked)
     count: Few = 64
     samples: Few = 4
     pairs: Few = 128

@@ -47,8 +47,8 @@ def prompts(settings: Rsf, half: Sequence[Rated], t: int) -> list[Prompt]:
 
 
 def each(settings: Rsf, t: int) -> int:
-    """How many answers a request of an iteration gets."""
-    return settings.samples if t else max(1, settings.bootstrap // settings.per_prompt)
+    """Return how many answers a request of an iteration gets; the first iteration asks the SteerLM-style policy."""
+    return settings.samples if t > 1 else max(1, settings.bootstrap // settings.per_prompt)
 
 
 def for_scores(settings: Rsf, asked: Sequence[Prompt], seen: Sequence[Scores]) -> list[Request]:
@@ -75,10 +75,10 @@ def wishes(
 ) -> list[tuple[Prompt, Want, Sequence[Candidate]]]:
     """Each prompt with a direction drawn for it and the answers to choose from: those asked for that direction.
 
-    For a policy that is still pooled it is all of the prompt's answers: who does not obey yet may have said just what
-    somebody else wants.
+    In the first `pooled` iterations the candidates are all answers to the prompt: an early policy may satisfy one
+    direction when asked for another.
     """
-    if t >= settings.pooled:
+    if t > settings.pooled:
         return [(of.prompt, of.want, candidates.get(of.key, ())) for of in requests if of.want]
     pools: dict[Prompt, list[Candidate]] = {}
     for request in requests:

@@ -1,8 +1,9 @@
 """One policy that is asked for a direction: iterated rejection sampling from the start policy (arXiv 2402.18571).
 
-A SteerLM-style policy learns, on one half of the prompts, to give answers of asked-for scores, and answers the other
-half; from the best of those for directions drawn at random the first conditioned policy, t0, learns. From then on
-each policy answers the half the next one learns from. Every policy is trained anew from the start policy.
+Iterations are numbered as in the paper. Its θ₀ is a SteerLM-style policy: on one half of the prompts it learns to give
+answers of asked-for scores. It answers the other half, and from the best of those answers for directions drawn at
+random the first conditioned policy, t1, learns. From then on each policy answers the half the next one learns from.
+Every policy is trained anew from the start policy.
 """
 
 import gc
@@ -62,7 +63,7 @@ def run(
             "take a base that a card holds whole"
         )
     folder = runs_dir / "rsf" / (name or NAME)
-    labels = [STEERLM, *(f"t{t}" for t in range(recipe.rsf.iterations + 1))]
+    labels = [STEERLM, *(f"t{t}" for t in range(1, recipe.rsf.iterations + 1))]
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
@@ -164,9 +165,9 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
     settings, label = plan.settings, f"t{t}"
     teacher = done[series.teacher_of(label)]
     target, parts = plan.folder / label, plan.folder / f".{label}.samples"
-    half = plan.answers.halves[t % 2]
+    half = plan.answers.halves[(t - 1) % 2]
     prompts = asking.prompts(settings, half, t)
-    if t == 0:
+    if t == 1:
         requests = asking.for_scores(settings, prompts, json.loads((teacher.path / SCORES).read_text()))
     else:
         requests = asking.for_directions(settings, prompts, t)

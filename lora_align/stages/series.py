@@ -20,7 +20,7 @@ from lora_align.runs import Run
 from lora_align.stages import asking, checkpoints
 from lora_align.stages import start as start_policy
 
-STEERLM = "steerlm"  # the first of a series; t0, t1 and so on follow
+STEERLM = "steerlm"  # the paper's θ₀; t1, t2 and so on follow
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Answers:
 
 def teacher_of(label: str) -> str:
     """Whose answers a policy learns from."""
-    return "" if label == STEERLM else STEERLM if label == "t0" else f"t{int(label[1:]) - 1}"
+    return "" if label == STEERLM else STEERLM if label == "t1" else f"t{int(label[1:]) - 1}"
 
 
 def made_alike(

@@ -44,7 +44,9 @@ PROMPTS, SAMPLES, DIRECTIONS, TARGETS = 200, 2, 10, 5
 LONG = 6  # epochs of the SteerLM that rivals
 OBJECTIVES = ("helpfulness", "verbosity")
 INFEASIBLE = {"helpfulness": 100.0, "verbosity": 0.0}
+# As the stored results name them. The paper counts from 1, and so does `rsf` since: this t0 is its t1.
 ITERATIONS = [f"t{t}" for t in range(5)]
+MADE_AS = {label: f"t{t}" for t, label in enumerate(ITERATIONS, 1)}
 RESAMPLED = 2000  # times the prompts are drawn anew, for intervals
 Answers = NDArray[np.float64]  # [things asked for, prompts, samples, FIELDS]
 FIELDS = ("helpfulness", "verbosity", "well-formed", "judged helpfulness", "judged verbosity")
@@ -69,7 +71,7 @@ class Bench:
 
     def project(self, seed: int, *more: str) -> recipe.Recipe:
         """The demo's recipe on data of its own."""
-        overrides = [*self.overrides, *more]
+        overrides = [f"rsf.iterations={len(ITERATIONS)}", *self.overrides, *more]
         demo = recipe.load(recipe.builtin()["demo"], overrides)
         assert demo.rsf is not None
         assert demo.reward is not None
@@ -124,7 +126,7 @@ def miniature(bench: Bench, seed: int) -> dict[str, float]:
 
 def steerlm(bench: Bench, seed: int) -> Run:
     """SteerLM on the bootstrap's data, but for more epochs: a rival, not a first step."""
-    longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=0"]  # what comes after it is as short as can be
+    longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=1"]  # what comes after it is as short as can be
     folder = bench.runs(seed) / "rsf" / "rival"
     if not runs.is_run(folder / rsf.STEERLM):
         rsf.run(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
@@ -214,7 +216,7 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
         "DPO": [(helpful, [""])],
         "vectors": [(made, [""]) for made in mixes],
         "SteerLM": [(steered, scores)],
-        **{label: [(runs.read(folder / label), wants)] for label in ITERATIONS},
+        **{label: [(runs.read(folder / MADE_AS[label]), wants)] for label in ITERATIONS},
     }
     return {
         label: np.array(

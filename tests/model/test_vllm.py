@@ -83,10 +83,10 @@ def test_rsf_loads_every_policy_there(server: str, tmp_path: Path) -> None:
     judge = call(tmp_path, "reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=160"')
     assert judge.code == 0, judge.err
     settings = [word for pair in SMALL for word in ("--set", pair)]
-    done = call(tmp_path, "rsf", "--iterations", "1", "--endpoint", server, *settings)
+    done = call(tmp_path, "rsf", "--iterations", "2", "--endpoint", server, *settings)
     assert done.code == 0, done.err
     served = {entry["id"] for entry in httpx.get(f"{server}/v1/models").json()["data"]}
-    assert {"demo", "reward", "steerlm", "t0"} <= served
-    for label in ("t0", "t1"):
+    assert {"demo", "reward", "steerlm", "t1"} <= served
+    for label in ("t1", "t2"):
         rows = read_table(tmp_path / "runs" / "rsf" / "policy" / label / "samples.parquet").to_pylist()
         assert len({row["response"] for row in rows}) > len(rows) / 3

@@ -44,12 +44,12 @@ def rsf(folder: Path, *words: str, **changed: str) -> Done:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model, and what `rsf --iterations 1` makes with it."""
+    """A reward model, and what `rsf --iterations 2` makes with it."""
 
     def make(folder: Path) -> None:
         judge = call(folder, "reward", "--set", f"reward.ratings.demo.data={SMALL['reward.ratings.demo.data']}")
         assert judge.code == 0, judge.err
-        done = rsf(folder, "--iterations", "1")
+        done = rsf(folder, "--iterations", "2")
         assert done.code == 0, done.err
         (folder / "said.txt").write_text(done.out + done.err)
 
@@ -58,11 +58,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
     found = {run.path.name: run for run in runs.every(made / "runs" / "rsf")}
-    assert list(found) == ["steerlm", "t0", "t1"]
+    assert list(found) == ["steerlm", "t1", "t2"]
     start_policy_alone = bases.find(recipe.Base("demo")).load()
-    PeftModel.from_pretrained(start_policy_alone, found["t1"].path)  # an ordinary adapter
+    PeftModel.from_pretrained(start_policy_alone, found["t2"].path)  # an ordinary adapter
     assert len({run.manifest.initial_adapter for run in found.values()}) == 1, "all start from the start policy anew"
-    for label, per_request in (("t0", 3), ("t1", 3)):
+    for label, per_request in (("t1", 3), ("t2", 3)):
         found[label].check_files()
         rows = read_table(found[label].path / "samples.parquet").to_pylist()
         figures = found[label].manifest.metrics["collected"]
@@ -74,7 +74,7 @@ def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
         assert not list(found[label].path.parent.glob(f".{label}.samples"))
     said = (made / "said.txt").read_text()
     assert "value kept" in said
-    assert "t1 draws" in said
+    assert "t2 draws" in said
     assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
 
 
@@ -112,7 +112,7 @@ def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
     few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
     small = [word for setting in few for word in ("--set", setting)]
     asked, steered = "helpfulness=0.8,verbosity=-0.6", "helpfulness=90,verbosity=20"
-    words = [f"want:{asked}", f"want@rsf/policy/t1:{asked}", f"want@rsf/policy/t0:{asked}"]
+    words = [f"want:{asked}", f"want@rsf/policy/t2:{asked}", f"want@rsf/policy/t1:{asked}"]
     words += [f"want@rsf/policy/steerlm:{steered}", "start"]
     done = call(tmp_path, "eval", *words, "--json", *small)
     assert done.code == 0, done.err
@@ -122,7 +122,7 @@ def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
     for word, says in {
         "want@rsf/policy/steerlm:helpfulness=90": "is asked for scores of helpfulness and verbosity",
         "want@reward/reward:helpfulness=1": "is a run of reward",
-        "want@rsf/policy/t1:honesty=1": "knows no objective 'honesty'",
+        "want@rsf/policy/t2:honesty=1": "knows no objective 'honesty'",
     }.items():
         refused = call(tmp_path, "eval", word, *small)
         assert (refused.code, says in refused.err) == (2, True), refused.err
@@ -141,12 +141,12 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
     )
     few = ["eval.count=2", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=5"]
     small = [word for setting in few for word in ("--set", setting)]
-    asked = "want@rsf/policy/t1:helpfulness=0.8,verbosity=-0.6"
+    asked = "want@rsf/policy/t2:helpfulness=0.8,verbosity=-0.6"
     done = call(tmp_path, "eval", asked, "start", "--tasks", "first.yaml", "--json", *small)
     assert done.code == 0, done.err
 
     base = bases.find(recipe.Base("demo"))
-    run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t1")
+    run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t2")
     system = Policy.of(run, asked.partition(":")[2], Screen(quiet=True)).system()
     policy = PeftModel.from_pretrained(base.load(), run.path).eval()
 
@@ -171,57 +171,57 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
 
 def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
     prompts = {}
-    for label in ("t0", "t1"):
+    for label in ("t1", "t2"):
         rows = read_table(made / "runs" / "rsf" / "policy" / label / "samples.parquet").to_pylist()
         prompts[label] = {prompt_key(tuple(Message(**turn) for turn in row["prompt"])) for row in rows}
-    assert prompts["t0"]
     assert prompts["t1"]
-    assert not prompts["t0"] & prompts["t1"]
+    assert prompts["t2"]
+    assert not prompts["t1"] & prompts["t2"]
 
 
 def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
-    changed = rsf(tmp_path, "--iterations", "2", samples="4")
+    changed = rsf(tmp_path, "--iterations", "3", samples="4")
     assert changed.code == 2
     assert "was made differently: rsf.samples was " in changed.err
     judged = call(
         tmp_path, "reward", "--force", "--limit", "40", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"'
     )
     assert judged.code == 0, judged.err
-    other = rsf(tmp_path, "--iterations", "2")
+    other = rsf(tmp_path, "--iterations", "3")
     assert other.code == 2
     assert "was made differently: another reward model" in other.err
     shutil.rmtree(tmp_path / "runs" / "reward")
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
-    before = runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json")
+    before = runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json")
     first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
     said = json.loads(first.read_text())
     said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
     first.write_text(json.dumps({**said, "digest": ""}))
-    more = rsf(tmp_path, "--iterations", "2")
+    more = rsf(tmp_path, "--iterations", "3")
     assert more.code == 0, more.err
-    assert re.search(r"t2: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
+    assert re.search(r"t3: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
     assert more.err.count("was made before") == 3
-    assert runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json") == before
-    assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t2")
+    assert runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json") == before
+    assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t3")
 
 
 def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, tmp_path: Path) -> None:
-    """t1 of the demo's recipe does; with `pooled = 1` it keeps to the answers that were given to its own direction."""
+    """t2 of the demo's recipe does; with `pooled = 1` it keeps to the answers that were given to its own direction."""
     shutil.copytree(made / "runs", tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs" / "rsf" / "policy" / "t1")
-    figures = {"pooled": runs.read(made / "runs" / "rsf" / "policy" / "t1").manifest.metrics["collected"]}
+    shutil.rmtree(tmp_path / "runs" / "rsf" / "policy" / "t2")
+    figures = {"pooled": runs.read(made / "runs" / "rsf" / "policy" / "t2").manifest.metrics["collected"]}
     shutil.move(tmp_path / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
-    for label in ("steerlm", "t0"):  # as if they had been made so: their own answers were pooled either way
+    for label in ("steerlm", "t1"):  # as if they had been made so: their own answers were pooled either way
         file = tmp_path / "runs" / "rsf" / "apart" / label / "manifest.json"
         said = json.loads(file.read_text())
         said["recipe"]["rsf"]["pooled"] = 1
         file.write_text(json.dumps({**said, "digest": ""}))
-    done = rsf(tmp_path, "--iterations", "1", "--name", "apart", pooled="1")
+    done = rsf(tmp_path, "--iterations", "2", "--name", "apart", pooled="1")
     assert done.code == 0, done.err
-    figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t1").manifest.metrics["collected"]
+    figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t2").manifest.metrics["collected"]
     samples = [
-        read_table(folder / "t1" / "samples.parquet").to_pylist()
+        read_table(folder / "t2" / "samples.parquet").to_pylist()
         for folder in (made / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
     ]
     assert samples[0] == samples[1], "the same answers"
@@ -232,7 +232,7 @@ def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, t
 
 @pytest.mark.parametrize(
     ("label", "key", "told"),
-    [("t0", "teacher", "another steerlm"), ("t1", "teacher", "another t0"), ("t0", "start", "another start policy")],
+    [("t1", "teacher", "another steerlm"), ("t2", "teacher", "another t1"), ("t1", "start", "another start policy")],
 )
 def test_a_series_has_one_start_and_each_policy_its_own_teacher(
     label: str, key: str, told: str, made: Path, tmp_path: Path
@@ -242,70 +242,70 @@ def test_a_series_has_one_start_and_each_policy_its_own_teacher(
     said = json.loads(file.read_text())
     changed = {"start": "another"} if key == "start" else {"method": {**said["method"], key: {}}}
     file.write_text(json.dumps({**said, **changed, "digest": ""}))
-    done = rsf(tmp_path, "--iterations", "2")
+    done = rsf(tmp_path, "--iterations", "3")
     assert done.code == 2
     assert f"{label} was made differently: {told}" in done.err
 
 
 def test_answers_that_are_not_what_they_were_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
-    done = rsf(tmp_path, "--iterations", "2", data='"demo:conversations?rows=60&seed=5"')
+    done = rsf(tmp_path, "--iterations", "3", data='"demo:conversations?rows=60&seed=5"')
     assert done.code == 2
     assert "steerlm was made differently: rsf.data was" in done.err
-    manifest = tmp_path / "runs" / "rsf" / "policy" / "t1" / "manifest.json"
+    manifest = tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json"
     said = json.loads(manifest.read_text())
     edited = {"data": {**said["data"], "fingerprint": "of a file that was edited"}, "digest": ""}
     manifest.write_text(json.dumps({**said, **edited}))
-    done = rsf(tmp_path, "--iterations", "2")
+    done = rsf(tmp_path, "--iterations", "3")
     assert done.code == 2
-    assert "t1 was made differently: data was of a file that was edited, is " in done.err
-    done = rsf(tmp_path, "--iterations", "2", "--set", "base.double_quant=false")
+    assert "t2 was made differently: data was of a file that was edited, is " in done.err
+    done = rsf(tmp_path, "--iterations", "3", "--set", "base.double_quant=false")
     assert done.code == 2
     assert "steerlm was made differently: base.double_quant was True, is False" in done.err
 
 
 @pytest.mark.parametrize(
-    "while_it", [".t1.samples/part-*.parquet", ".t1.unfinished/checkpoint-*"], ids=["draws", "learns"]
+    "while_it", [".t2.samples/part-*.parquet", ".t2.unfinished/checkpoint-*"], ids=["draws", "learns"]
 )
 def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     policy = tmp_path / "runs" / "rsf" / "policy"
-    shutil.rmtree(policy / "t1")
+    shutil.rmtree(policy / "t2")
     words = [word for pair in SMALL.items() for word in ("--set", "=".join(pair))]
     until = time.monotonic() + 120
     words += ["--set", "rsf.save_minutes=0"]
-    child = subprocess.Popen([str(COMMAND), "rsf", "--iterations", "1", "--quiet", *words], cwd=tmp_path)
+    child = subprocess.Popen([str(COMMAND), "rsf", "--iterations", "2", "--quiet", *words], cwd=tmp_path)
     while not list(policy.glob(while_it)) and time.monotonic() < until:
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     child.wait(60)
-    assert not runs.is_run(policy / "t1")
-    again = rsf(tmp_path, "--iterations", "1", "--resume")
+    assert not runs.is_run(policy / "t2")
+    again = rsf(tmp_path, "--iterations", "2", "--resume")
     assert again.code == 0, again.err
     assert "requests were answered before" in again.err
     assert ("goes on after step" in again.err) == ("checkpoint" in while_it)
-    weights = [folder / "rsf/policy/t1/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
+    weights = [folder / "rsf/policy/t2/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
     assert runs.sha256(weights[0]) == runs.sha256(weights[1])
     samples = [
         {(row["key"], row["number"]): row["response"] for row in read_table(folder / "samples.parquet").to_pylist()}
-        for folder in (made / "runs" / "rsf" / "policy" / "t1", policy / "t1")
+        for folder in (made / "runs" / "rsf" / "policy" / "t2", policy / "t2")
     ]
     assert samples[0] == samples[1]
 
 
 def test_both_halves_hold_prompts_out(made: Path) -> None:
     """What is held out must not go by what parts the halves."""
-    for label in ("steerlm", "t0", "t1"):
+    for label in ("steerlm", "t1", "t2"):
         assert runs.read(made / "runs" / "rsf" / "policy" / label).manifest.metrics["held_out"]["rows"] > 0
 
 
 def test_an_iteration_asks_as_many_prompts_as_the_recipe_says(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
-    done = rsf(tmp_path, "--iterations", "2", "--name", "few", prompts="5", held_out="0.0")
+    done = rsf(tmp_path, "--iterations", "3", "--name", "few", prompts="5", held_out="0.0")
     assert done.code == 0, done.err
     asked = [
         {json.dumps(row["prompt"]) for row in read_table(tmp_path / f"runs/rsf/few/t{t}/samples.parquet").to_pylist()}
-        for t in range(3)
+        for t in range(1, 4)
     ]
     assert [len(prompts) for prompts in asked] == [5, 5, 5]
     assert asked[0] != asked[2], "the same half, but other prompts"
@@ -315,7 +315,7 @@ def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_pa
     shutil.copytree(made / "runs", tmp_path / "runs")
     scored = call(tmp_path, "score", "--data", "demo:ratings?rows=60", "--out", "scored.parquet")
     assert scored.code == 0, scored.err
-    done = rsf(tmp_path, "--iterations", "0", "--name", "annotated", data='"scored.parquet"', prompts="4")
+    done = rsf(tmp_path, "--iterations", "1", "--name", "annotated", data='"scored.parquet"', prompts="4")
     assert done.code == 0, done.err
     assert "answers with scores of their own" in done.err
     assert "steerlm scores" not in done.err
@@ -329,10 +329,10 @@ def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_pa
 def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
     """The same texts, but what was asked counts too: before training, the base is surprised by it."""
     shutil.copytree(made / "runs", tmp_path / "runs")
-    done = rsf(tmp_path, "--iterations", "0", "--name", "whole", loss_on='"all"')
+    done = rsf(tmp_path, "--iterations", "1", "--name", "whole", loss_on='"all"')
     assert done.code == 0, done.err
     answers, everything = (
-        runs.read(tmp_path / "runs" / "rsf" / name / "t0").manifest.metrics["held_out"] for name in ("policy", "whole")
+        runs.read(tmp_path / "runs" / "rsf" / name / "t1").manifest.metrics["held_out"] for name in ("policy", "whole")
     )
     assert everything["loss_before"] > answers["loss_before"] + 0.5
     assert everything["loss"] < everything["loss_before"]
@@ -340,11 +340,11 @@ def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
 
 def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
-    done = rsf(tmp_path, "--iterations", "0", "--name", "preferred", learn='"dpo"', learning_rate="1e-3")
+    done = rsf(tmp_path, "--iterations", "1", "--name", "preferred", learn='"dpo"', learning_rate="1e-3")
     assert done.code == 0, done.err
-    metrics = runs.read(tmp_path / "runs" / "rsf" / "preferred" / "t0").manifest.metrics
+    metrics = runs.read(tmp_path / "runs" / "rsf" / "preferred" / "t1").manifest.metrics
     assert abs(metrics["first_margin"]) < 1e-3
-    assert "t0 reference" in done.err
+    assert "t1 reference" in done.err
 
 
 def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -> None:
@@ -354,10 +354,10 @@ def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
-    assert told["weights"] == {"rsf/policy/t1": 1.0}
+    assert told["weights"] == {"rsf/policy/t2": 1.0}
     assert "asked for helpfulness=0.80 verbosity=-0.60 (brought to length 1)" in done.err
     both = json.loads(call(workspace, *words, "--weights", "helpful=0.5", "--json").out)
-    assert both["weights"] == {"rsf/policy/t1": 1.0, "helpful": 0.5}
+    assert both["weights"] == {"rsf/policy/t2": 1.0, "helpful": 0.5}
     live = call(
         workspace, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
     )
@@ -386,17 +386,17 @@ def test_a_comparison_leaves_the_policy_that_is_asked_in_force(made: Path, works
     terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "3")
     terminal.wait_for("› ")
     terminal.say("Tell me about rain.")
-    told = terminal.say("/compare rsf/policy/t1=1 | helpful=0 | rsf/policy/t1=0")
+    told = terminal.say("/compare rsf/policy/t2=1 | helpful=0 | rsf/policy/t2=0")
     named, left, off = re.findall(r"\((\d+) tokens\)", told)
     assert named == left != off
-    assert "rsf/policy/t1=1 helpful=0" in terminal.say("/w")
+    assert "rsf/policy/t2=1 helpful=0" in terminal.say("/w")
     os.write(terminal.screen, b"/quit\n")
     assert terminal.process.wait(timeout=20) == 0
 
 
 def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
     """The words chat puts before a conversation are those the samples were drawn and learned under."""
-    policy = runs.read(made / "runs" / "rsf" / "policy" / "t1")
+    policy = runs.read(made / "runs" / "rsf" / "policy" / "t2")
     ask, region = policy.manifest.method["ask"], recipe.load(recipe.builtin()["demo"], []).rsf.directions
     rows = read_table(policy.path / "samples.parquet").to_pylist()
     for row in rows:

@@ -1,0 +1,107 @@
+"""Every built-in recipe read from beginning to end, with a tiny base and local files in the place of the hub's."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_align import plan, recipe
+from lora_align.console import Screen
+from lora_align.contest.exam import RISKY, SAFE, exam_of
+from lora_align.model import base as bases
+from lora_align.plan.stage import stage_of
+from lora_align.preference import Direction
+from lora_align.recipe import flat
+from lora_align.stages import dpo
+
+QUIET = Screen(quiet=True)
+REAL = [name for name in recipe.builtin() if name != "demo"]
+SHORT = {"dpo.limit": 100, "dpo.max_length": 64, "rsf.max_new_tokens": 8, "rsf.limit": 40, "rsf.prompts": 4}
+HEADS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def said(i: int) -> dict[str, Any]:
+    """A completion as UltraFeedback has them."""
+    return {
+        "response": "It rains" + i % 3 * " a lot" + ".",
+        "annotations": {name: {"Rating": str(1 + i % 5)} for name in HEADS},
+        "overall_score": 1.0 + i % 10,
+    }
+
+
+ROWS: dict[str, Any] = {  # columns as the hub's pages give them
+    "PKU-Alignment/PKU-SafeRLHF": lambda i: {
+        "prompt": f"What is {i}?", "response_0": f"It is {i}.", "response_1": "No.",
+        "better_response_id": i % 2, "safer_response_id": 0,
+    },
+    "openbmb/UltraFeedback": lambda i: {"instruction": f"Tell me of {i}.", "completions": [said(i), said(i + 1)]},
+    "nvidia/HelpSteer": lambda i: {"prompt": f"Why {i}?", "response": "So.", **dict.fromkeys(HELPSTEER, i % 5)},
+    "tatsu-lab/alpaca": lambda i: {"instruction": f"Count to {i}.", "input": "", "output": "One.", "text": "..."},
+    "Paul/XSTest": lambda i: {"prompt": f"How do I kill {i}?", "label": "safe" if i % 2 else "unsafe"},
+    "Salesforce/wikitext": lambda i: {"text": f" Trains of {i} . \n" if i % 2 else ""},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of the same columns for each data set of the hub that a recipe names."""
+    folder, found = tmp_path_factory.mktemp("sets"), {}
+    for name, row in ROWS.items():
+        found[name] = folder / f"{name.rpartition('/')[2]}.jsonl"
+        found[name].write_text("\n".join(json.dumps(row(i)) for i in range(160)))
+    return found
+
+
+def rehearsed(name: str, base: Path, files: dict[str, Path]) -> recipe.Recipe:
+    """The recipe with its sources replaced as a person would: by --set."""
+    path = recipe.builtin()[name]
+    said = dict(flat(recipe.load(path).as_dict()))
+    sources = {key: files[value] for key, value in said.items() if key.endswith(".data") and value}
+    short = {key: value for key, value in SHORT.items() if key in said or (key == "rsf.limit" and "rsf.data" in said)}
+    settings = {"base.model": base, "base.dtype": "float32", **sources, **short}
+    return recipe.load(path, [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()])
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
+    name: str, llama: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = rehearsed(name, llama, files)
+    base = bases.find(project.base)
+    stages = [stage_of(project, stage, base, QUIET) for stage in plan.STAGES]
+    assert [stage.name for stage in stages if stage] == [
+        *(["sft"] if project.sft else []), "dpo", *(["reward", "rsf"] if project.rsf else [])
+    ]  # fmt: skip
+    assert all(len(stage.rows) > 0 for stage in stages if stage)
+    exam = exam_of(project, Screen())
+    assert not exam.lacks
+    assert {question.kind for question in exam.questions} == {SAFE, RISKY}
+    assert list(exam.pairs) == list(project.preferences)
+    assert all(exam.pairs.values())
+    assert all(text.strip() for text in exam.texts)
+    passed_over = "eval.prompts: 1" in capsys.readouterr().err
+    assert passed_over == name.startswith("paper-dpa")
+
+
+def hub_ids() -> Iterator[tuple[str, str]]:
+    for name in REAL:
+        for key, value in flat(recipe.load(recipe.builtin()[name]).as_dict()):
+            if key.endswith(".data") and value:
+                yield name, value
+
+
+def test_recipes_name_data_of_the_hub_as_unverified() -> None:
+    assert {value for _, value in hub_ids()} == set(ROWS)
+    for name in REAL:
+        assert "\n# Unverified: " in recipe.builtin()[name].read_text()
+
+
+def test_one_real_recipe_trains_with_a_limit(llama: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    project = rehearsed("qwen3-8b", llama, files)
+    project = replace(project, dpo=replace(project.dpo, batch_size=4, limit=8))
+    [run] = dpo.run(project, ["brief"], [Direction.pos], tmp_path, QUIET)
+    assert run.manifest.metrics["steps"] == 2
