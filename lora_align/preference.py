@@ -30,6 +30,14 @@ class Direction(StrEnum):
     neg = "neg"
 
 
+class Winner(StrEnum):
+    """What a value of a label column says of two answers: which is better, if one is."""
+
+    first = "first"
+    second = "second"
+    tie = "tie"
+
+
 @dataclass(frozen=True)
 class Ranker:
     """How a comparison's winner is found: by a label, by a rating (the lower one if asked), or by length."""
@@ -58,7 +66,9 @@ class Preference:
 
     Of a data set on the hub `split`, `revision` and `subset` (a part it names, or a folder of it) say what is read.
     `columns` says what a column that is known here is called in the data; with `skip_bad` rows that cannot be read are
-    counted instead of refused. A table may name other preferences, `of` whose pairs it consists, instead of data.
+    counted instead of refused. `labels` says which answer each value of a label column prefers, as in
+    { A = "first", B = "second", C = "tie" }. A table may name other preferences, `of` whose pairs it consists, instead
+    of data.
     """
 
     data: str = ""
@@ -69,6 +79,7 @@ class Preference:
     subset: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad: bool = False
+    labels: Mapping[str, Winner] = field(default_factory=dict)
     of: tuple[str, ...] = ()
 
     @property

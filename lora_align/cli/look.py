@@ -22,6 +22,7 @@ from lora_align.cli.options import (
     project_of,
 )
 from lora_align.console import Screen, count, table
+from lora_align.data.pairs import ENOUGH
 from lora_align.errors import RunFailedError, UserError
 
 
@@ -154,6 +155,8 @@ def data(
     screen.result(audit.told(found), found)
     for doubt in found["doubts"]:
         screen.warn(doubt)
+    if found["refused"]:
+        raise UserError(found["refused"])
 
 
 def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
@@ -209,10 +212,10 @@ def _origin(run: runs.Run) -> str:
 
 def _worth(run: runs.Run) -> str:
     held_out = run.manifest.metrics.get("held_out", {})
-    if run.manifest.unconverged:
-        return "unconverged"
-    if "accuracy" in held_out:
-        return f"accuracy {held_out['accuracy']:.2f}"
+    if reasons := run.manifest.unconverged:
+        return "diverged" if any(reason.startswith("diverged") for reason in reasons) else "unconverged"
+    if pairs := held_out.get("pairs"):
+        return f"{pairs} pairs: too few" if pairs < ENOUGH else f"accuracy {held_out['accuracy']:.2f}"
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method['rank']}"
     if "points" in run.manifest.metrics:

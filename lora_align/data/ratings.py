@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from lora_align.data import forms, sources
-from lora_align.data.pairs import Split, is_held_out
+from lora_align.data.pairs import Split, is_held_out, split_at
 from lora_align.data.rows import Rated
 from lora_align.errors import UserError
 from lora_align.recipe import Ratings
@@ -15,6 +15,7 @@ POINTS = 100.0
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
     """Rated answers, nan where raters did not say; `limit` to train on, and the rest of the row they came in."""
     train, names = 0, frozenset[str]()
+    below = split_at((one.prompt for _, some in sources.sound(table, forms.rated) for one in some), held_out)
     for where, answers in sources.read(table, forms.rated, dropped):
         for row in answers:
             names = names or frozenset(table.attributes or row.ratings)
@@ -28,7 +29,7 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
             elif all(map(math.isnan, scaled.values())):
                 dropped["no rating"] += 1
             else:
-                aside = is_held_out(row.prompt, held_out)
+                aside = is_held_out(row.prompt, below)
                 yield Rated(row.prompt, row.answer, scaled), aside
                 train += not aside
         if limit and train >= limit:

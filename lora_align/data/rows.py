@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
 
 from lora_align.preference import Ranker
 
@@ -58,12 +59,13 @@ class Pair:
 class Comparison:
     """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got, or nan.
 
-    `safe` is what somebody said of each, if they did.
+    A label is 0, 1, None for a tie, or text where nobody has said which answer it means. `safe` is what somebody said
+    of each, if they did.
     """
 
     prompt: tuple[Message, ...]
     answers: tuple[str, str]
-    labels: Mapping[str, int | None] = field(default_factory=dict)
+    labels: Mapping[str, int | str | None] = field(default_factory=dict)
     ratings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     safe: tuple[bool, bool] | None = None
 
@@ -71,7 +73,7 @@ class Comparison:
         """The pair in this ranker's eyes, or why it sees none: with a margin, nearly equal ratings are none."""
         if ranker.kind == "label":
             winner = self.labels[ranker.column or next(iter(self.labels))]
-            return "tie" if winner is None else self._won_by(winner)
+            return self._won_by(winner) if isinstance(winner, int) else "tie"
         rated = ranker.kind == "rating"
         first, second = self.ratings[ranker.column] if rated else map(len, self.answers)
         if math.isnan(first) or math.isnan(second):
@@ -85,6 +87,14 @@ class Comparison:
 
     def _won_by(self, winner: int) -> Pair:
         return Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
+
+
+def texts(found: Any) -> set[str]:
+    """Return every text in a shape, or in a list of them."""
+    if isinstance(found, str):
+        return {found}
+    inside = found if isinstance(found, tuple | list) else vars(found).values() if is_dataclass(found) else ()
+    return {text for one in inside for text in texts(one)}
 
 
 def prompt_key(prompt: Prompt) -> str:

@@ -2,14 +2,17 @@
 
 import csv
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_align import runs
-from lora_align.errors import NotFetchedError, UserError, first_line
+from lora_align.data.rows import texts
+from lora_align.errors import NotFetchedError, UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,6 +21,14 @@ Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | UserError]]  # each with the place it stands in, or what is wrong with it
 Found = TypeVar("Found")
 INVALID = "invalid row"  # a reason to drop one
+UNREAD = "column not read: "  # begins what is counted beside reasons to drop a row; `unread_in` takes it out
+# every column that some form reads text or turns of, and those that trainers of conversations know beside them
+KNOWN = (
+    "system", "prompt", "instruction", "input", "history", "context", "query", "question", "messages", "conversations",
+    "response", "completion", "completions", "output", "chosen", "rejected", "response_0", "response_1", "response_2",
+    "response1", "response2", "output1", "output2", "output_1", "output_2", "tools", "images", "videos", "audios",
+)  # fmt: skip
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
 SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # as datasets says it
 
 
@@ -49,19 +60,84 @@ class Source(Protocol):
         """Whether rows that cannot be read are counted instead of refused."""
 
 
-def read(source: Source, form: Callable[[Row, str], Found], dropped: Counter[str]) -> Iterator[tuple[str, Found]]:
-    """Every row of a source in a form, with its place; what cannot be read ends it, or is counted."""
+class Watched(dict[str, Any]):
+    """A row that knows which of its columns were read."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.seen.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """As any dictionary has it."""
+        return self[column] if column in self else default  # noqa: SIM401 (that would be this)
+
+    def unread(self, found: Any) -> list[str]:
+        """Known columns that hold what no form has looked at, unless the shape that was found says the same."""
+        filled = [(name, value) for name in KNOWN if name not in self.seen and (value := dict.get(self, name))]
+        said = texts(found) if filled else set()
+        return [name for name, value in filled if not said.issuperset(_said(value))]
+
+
+def unchanged(row: Row) -> Row:
+    """A row as it is."""
+    return row
+
+
+def read(
+    source: Source,
+    form: Callable[[Row, str], Found],
+    dropped: Counter[str],
+    changed: Callable[[Row], Row] = unchanged,
+) -> Iterator[tuple[str, Found]]:
+    """Yield every row of a source in a form, with its place; what cannot be read ends it, or is counted.
+
+    Known columns that the form does not read are counted, too. Where no row at all can be read, the fault of the first
+    one ends it, whatever the source says of bad rows.
+    """
+    fault, good = None, 0
     for where, row in rows(*place(source)):
         try:
             if isinstance(row, UserError):
                 raise row
-            found = form(_renamed(row, source.columns, where), where)
-        except UserError:
+            watched = Watched(changed(_renamed(row, source.columns, where)))
+            found = form(watched, where)
+        except UserError as refused:
             if not source.skip_bad:
                 raise
             dropped[INVALID] += 1
+            fault = fault or refused
         else:
+            good += 1
+            dropped.update(UNREAD + column for column in watched.unread(found))
             yield where, found
+    if fault and not good:
+        raise UserError(f"{fault} (no other row can be read either)")
+
+
+def sound(source: Source, form: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
+    """Yield every row that can be read in a form, to look at a source before it is read."""
+    for where, row in rows(*place(source)):
+        with suppress(UserError):
+            if not isinstance(row, UserError):
+                yield where, form(_renamed(row, source.columns, where), where)
+
+
+def unread_in(counts: Counter[str]) -> dict[str, int]:
+    """Take the columns that were not read out of counts: in how many rows they hold something."""
+    return {name.removeprefix(UNREAD): counts.pop(name) for name in sorted(counts) if name.startswith(UNREAD)}
+
+
+def _said(value: Any) -> list[Any]:
+    """The texts that a cell with text or turns consists of."""
+    if isinstance(value, str):
+        return [value]
+    turns = value if isinstance(value, list | tuple) else [value]
+    texts = [turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None for turn in turns]
+    return [text if isinstance(text, str) else None for text in texts]
 
 
 def good_rows(data: str) -> Iterator[tuple[str, Row]]:
@@ -112,11 +188,19 @@ def _file(data: str) -> Path | None:
     path = Path(data).expanduser()
     if path.suffix.lower() in _FILES:
         if not path.is_file():
-            raise UserError(f"no data file {data!r} (looked in {Path.cwd()})")
+            raise UserError(f"no data file {data!r}{_near(path)} (looked in {Path.cwd()})")
         return path
+    if any(Path(f"{path}{suffix}").is_file() for suffix in _FILES):
+        raise UserError(f"no data file {data!r}{_near(path)}")
     if path.is_dir() or data.count("/") != 1:
         raise UserError(f"data {data!r} is neither a {', '.join(_FILES)} file nor a data set's hub id (owner/name)")
     return None
+
+
+def _near(path: Path) -> str:
+    """The data file of the nearest name in the same folder, as a question."""
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    return nearest(path.name, [file.name for file in there if file.suffix.lower() in _FILES])
 
 
 def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
@@ -134,17 +218,42 @@ def _jsonl(path: Path) -> Rows:
     with path.open("rb") as stream:  # bytes: text mode would also split at U+2028 and friends
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield f"{path}:{number}", _object(line, f"{path}:{number}")
+                yield _object(line, f"{path}:{number}")
 
 
 def _json(path: Path) -> Rows:
+    """A list of objects, read one by one: a fault is told with its place."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as fault:
-        raise UserError(f"{path}: not valid JSON: {fault}") from fault
-    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
-        raise UserError(f"{path}: expected a list of objects")
-    yield from ((f"{path}[{index}]", row) for index, row in enumerate(table))
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path}: {fault}") from fault
+    if not text.lstrip().startswith("["):
+        lines = "; one object a line is a .jsonl file" if text.lstrip().startswith("{") else ""
+        raise UserError(f"{path}: expected a list of objects{lines}")
+    decoder, at, index = json.JSONDecoder(), _next(text, text.index("[") + 1), 0
+    while text[at : at + 1] != "]":
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as fault:
+            raise UserError(f"{path}:{_line(text, at)}: row {index}: {_invalid(fault)}") from fault
+        yield _checked(row, f"{path}[{index}]")
+        index, at = index + 1, _next(text, at)
+        if text[at : at + 1] == ",":
+            at = _next(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise UserError(f"{path}:{_line(text, at)}: not valid JSON: expected a comma, or ] at the end of the list")
+    if _next(text, at + 1) < len(text):
+        raise UserError(f"{path}:{_line(text, at)}: not valid JSON: more text behind the list")
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _next(text: str, at: int) -> int:
+    """Where the next character is that is no space."""
+    found = JSON_SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _parquet(path: Path) -> Rows:
@@ -167,6 +276,7 @@ def _csv(path: Path) -> Rows:
         csv.field_size_limit(1 << 30)
         reader = csv.DictReader(stream)
         try:
+            _check_commas(path, reader.fieldnames or [])
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
@@ -175,6 +285,13 @@ def _csv(path: Path) -> Rows:
                     yield where, row
         except (csv.Error, UnicodeDecodeError) as fault:
             raise UserError(f"{path}:{reader.line_num + 1}: {fault}") from fault
+
+
+def _check_commas(path: Path, header: Sequence[str]) -> None:
+    """Refuse a table whose fields something else than commas separates."""
+    separators = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    if len(header) == 1 and (found := [name for sign, name in separators.items() if sign in header[0]]):
+        raise UserError(f"{path}:1: fields are separated by {found[0]}; save the table with commas between them")
 
 
 def _lines(path: Path) -> Rows:
@@ -248,9 +365,26 @@ def _folder(data: str, revision: str | None, name: str) -> Path | None:
     return folder if folder.is_dir() and ".." not in folder.parts else None
 
 
-def _object(line: bytes, where: str) -> Row | UserError:
+def _object(line: bytes, where: str) -> tuple[str, Row | UserError]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as fault:
-        return UserError(f"{where}: not valid JSON: {fault}")
-    return row if isinstance(row, dict) else UserError(f"{where}: expected an object, found {type(row).__name__}")
+    except (ValueError, RecursionError) as fault:
+        array = "; a list of rows is a .json file" if line.lstrip()[:1] == b"[" else ""
+        return where, UserError(f"{where}: {_invalid(fault)}{array}")
+    return _checked(row, where)
+
+
+def _checked(row: Any, where: str) -> tuple[str, Row | UserError]:
+    if isinstance(row, dict):
+        return where, row
+    found = "a list; a list of rows is a .json file" if isinstance(row, list) else "a single value"
+    return where, UserError(f"{where}: expected an object, found {found}")
+
+
+def _invalid(fault: Exception) -> str:
+    """What is wrong with a piece of JSON."""
+    if isinstance(fault, RecursionError):
+        return "nested too deeply to be read"
+    if isinstance(fault, json.JSONDecodeError | UnicodeDecodeError):
+        return f"not valid JSON: {fault}"
+    return "not valid JSON: a number has too many digits"  # the one thing else that json refuses

@@ -89,12 +89,35 @@ def of_conversations(table: Sft, base: Base, screen: Screen) -> Material[TokenTe
 
 
 def told(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
-    """What of a source is not learned from, if anything."""
+    """Say what of a source is not learned from, if anything."""
+    for warning in unread(facts["unread"]):
+        screen.warn(f"{what}: {warning}")
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
     lost += [f"answers cut: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
     if lost:
         rows = f"{count(facts['rows'], 'row')} to learn from, {facts['held_out']:,} held out"
         screen.note(f"{what}: {rows}; {'; '.join(lost)}")
+
+
+def unread(columns: Mapping[str, int]) -> list[str]:
+    """A sentence for each known column that was not read."""
+    return [
+        f"column {name!r} is not read, though it holds something in {count:,} rows: is it part of what is asked? "
+        "`columns` gives it the name of what it is"
+        for name, count in columns.items()
+    ]
+
+
+def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], max_length: int) -> UserError:
+    """What is wrong with a source of which nothing is left to train on; `read` are rows to train on and held out."""
+    train, held_out = read
+    lost = pairs.reasons(dropped)
+    if train:
+        why = f"{lost}; max_length is {max_length}"
+    else:
+        aside = f"all {held_out} held out; lower held_out" if held_out else ""
+        why = ", ".join(filter(None, (aside, lost))) or "the source is empty"
+    return UserError(f"{sources.name(source)}: no rows left ({why})")
 
 
 def together(parts: Sequence[Material[Row]]) -> Material[Row]:
@@ -106,7 +129,7 @@ def together(parts: Sequence[Material[Row]]) -> Material[Row]:
         "source": " + ".join(fact["source"] for fact in facts),
         "fingerprint": hashlib.sha256("".join(fact["fingerprint"] for fact in facts).encode()).hexdigest(),
         **{name: sum(fact[name] for fact in facts) for name in ("rows", "held_out", "answers_cut")},
-        "dropped": dict(sum((Counter(fact["dropped"]) for fact in facts), Counter[str]())),
+        **{name: dict(sum((Counter(fact[name]) for fact in facts), Counter[str]())) for name in ("dropped", "unread")},
         "max_length": facts[0]["max_length"],
     }
     return Material(_spread([part.train for part in parts]), _spread([part.held_out for part in parts]), said)
@@ -172,8 +195,8 @@ class _Keeping(Generic[Row]):
     def _written(
         self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]
     ) -> dict[str, Any]:
-        unread: Counter[str] = Counter()
-        found, parts = rows(unread), list[_Part]()
+        counts: Counter[str] = Counter()
+        found, parts = rows(counts), list[_Part]()
         with self.screen.progress(f"reading {sources.name(self.source)}", None) as progress:
 
             def report(done: int) -> None:
@@ -181,12 +204,13 @@ class _Keeping(Generic[Row]):
 
             while part := self._part(folder / str(len(parts)), found, tokenising, report):
                 parts.append(part)
-        dropped = sum((Counter(part.dropped) for part in parts), unread)
+        columns = sources.unread_in(counts)
+        dropped = sum((Counter(part.dropped) for part in parts), counts)
         cut = dropped.pop(CUT, 0)
         train, held_out = (sum(part.kept[side] for part in parts) for side in range(2))
         if not train:
             read, aside = (sum(part.read[side] for part in parts) for side in range(2))
-            raise UserError(f"{sources.name(self.source)}: no rows left ({self._why(read, aside, dropped)})")
+            raise no_rows_left(self.source, (read, aside), dropped, self.max_length)
         digests = "".join(part.digest for part in parts)
         said = {
             "source": sources.name(self.source),
@@ -194,6 +218,7 @@ class _Keeping(Generic[Row]):
             "rows": train,
             "held_out": held_out,
             "dropped": dict(dropped),
+            "unread": columns,
             "answers_cut": cut,
             "max_length": self.max_length,
         }
@@ -226,12 +251,6 @@ class _Keeping(Generic[Row]):
                     side.add([(row, ids) for (row, aside), ids in zip(some, tokens, strict=True) if aside == wanted])
                 report(done * AT_ONCE)
         return _Part.written(folder, sides, dropped)
-
-    def _why(self, train: int, held_out: int, dropped: Counter[str]) -> str:
-        if train:
-            return f"{pairs.reasons(dropped)}; max_length is {self.max_length}"
-        aside = f"all {held_out} held out; lower held_out" if held_out else ""
-        return ", ".join(filter(None, (aside, pairs.reasons(dropped)))) or "the source is empty"
 
 
 @dataclass(frozen=True)

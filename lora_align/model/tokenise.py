@@ -56,18 +56,24 @@ class TokenText:
 
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
     """Both answers behind their prompt, each cut at `max_length`; None where cutting leaves nothing to learn."""
-    found: list[TokenPair | None] = []
     asked = short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
-    for prompt, answers in chat.answered_each(asked):
-        room = max_length - len(prompt)
-        chosen, rejected = (ids[: max(room, 0)] for ids in answers)
-        if room < 1 or chosen == rejected:
-            counts["prompt too long" if room < 1 else "alike once cut"] += 1
-            found.append(None)
-        else:
-            counts[CUT] += sum(len(ids) > room for ids in answers)
-            found.append(TokenPair(prompt, chosen, rejected))
-    return found
+    return [pair(prompt, answers, max_length, counts) for prompt, answers in chat.answered_each(asked)]
+
+
+def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, counts: Counter[str]) -> TokenPair | None:
+    """Cut two answers at `max_length`; None where nothing is left to learn, which is counted."""
+    room = max_length - len(prompt)
+    chosen, rejected = (ids[: max(room, 0)] for ids in answers)
+    if room < 1:
+        counts["prompt too long"] += 1
+    elif answers[0] == answers[1]:
+        counts["alike in the chat template"] += 1
+    elif chosen == rejected:
+        counts["alike once cut"] += 1
+    else:
+        counts[CUT] += sum(len(ids) > room for ids in answers)
+        return TokenPair(prompt, chosen, rejected)
+    return None
 
 
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:

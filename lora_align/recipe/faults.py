@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from lora_align.errors import nearest
-from lora_align.preference import NAME, Preference, Ranker
+from lora_align.preference import NAME, Preference, Ranker, Winner
 from lora_align.recipe import optimizers
 from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
 
@@ -51,6 +51,8 @@ def of_preferences(tables: Any) -> Iterator[str]:
             except ValueError as fault:
                 yield f"preferences.{name}.rank: {fault}"
                 continue
+            if table.get("labels") and kind != "label":
+                yield f'preferences.{name}.labels: they mean something to rank = "label" alone, not to {rank!r}'
             if kind == "label" and table.get("margin"):
                 yield f"preferences.{name}.margin: a label says who won, not by how much; rank by rating: or score:"
 
@@ -58,6 +60,8 @@ def of_preferences(tables: Any) -> Iterator[str]:
 def _of_pairs(recipe: Recipe) -> Iterator[str]:
     """Preferences that consist of what they cannot."""
     for name, table in recipe.preferences.items():
+        if table.labels and not {Winner.first, Winner.second} <= set(table.labels.values()):
+            yield f'preferences.{name}.labels: name a value for "first" and one for "second"'
         if table.of and table != Preference(of=table.of):
             yield f"preferences.{name}: the preferences it consists of have data and ranks, it has none of its own"
         for part in table.of:

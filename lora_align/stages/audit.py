@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_align.console import count, table
-from lora_align.data import forms, pairs, sources
+from lora_align.data import pairs, sources
+from lora_align.data.labels import labels_of
 from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
+from lora_align.model.material import no_rows_left, unread
+from lora_align.model.tokenise import CUT
 from lora_align.preference import Preference
 from lora_align.recipe import Dpo, Recipe
+from lora_align.stages import training
 
 SIDES = ("prompt", "chosen", "rejected")
 SHARES = (0.0, 0.5, 0.95, 1.0)  # of the lengths that a table tells
@@ -34,9 +38,9 @@ TOO_BIASED = 0.65  # how often one length may win before that is named
 class Audit:
     """Counts over the comparisons of one preference; rows go by, and are not kept."""
 
-    read: int = 0
-    usable: int = 0
-    held_out: int = 0
+    rows: int = 0
+    made: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # pairs, held out or not
+    left: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # those that fit
     dropped: Counter[str] = field(default_factory=Counter)
     lengths: "dict[str, array[int]]" = field(default_factory=lambda: {side: array("I") for side in SIDES})
     too_long: int = 0
@@ -57,11 +61,14 @@ class Audit:
         """What is told of it."""
         shared = len(self.prompts[True] & self.prompts[False])
         different = len(self.prompts[True] | self.prompts[False])
+        dropped = self.dropped.copy()
+        unread = sources.unread_in(dropped)
         return {
-            "read": self.read,
-            "usable": self.usable,
-            "held_out": self.held_out,
-            "dropped": dict(self.dropped),
+            "read": self.rows,
+            "usable": sum(self.left.values()),
+            "held_out": self.left[True],
+            "dropped": {reason: count for reason, count in dropped.items() if reason != CUT},
+            "unread": unread,
             "prompts": different,
             "prompts_on_both_sides": shared,
             "tokens": {side: _quantiles(self.lengths[side]) for side in SIDES},
@@ -92,20 +99,29 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
         for name, other in recipe.preferences.items()
         if name != preference and sources.place(other) == sources.place(axis)
     }
-    others = {name: other for name, other in beside.items() if other.columns == axis.columns}
-    audit.silent |= dict.fromkeys(beside.keys() - others.keys(), "it goes by other columns")
-    for where, comparison, pair in _ranked(axis, recipe.dpo, audit):
-        _lengths(pair, base, max_length, audit)
+    read_alike = {name for name, other in beside.items() if not other.labels and other.columns == axis.columns}
+    others = {name: beside[name] for name in beside if name in read_alike}
+    audit.silent |= dict.fromkeys(beside.keys() - others.keys(), "it goes by other columns, or labels of its own")
+    for name, other in others.items():
+        try:
+            labels_of(other)
+        except UserError as fault:  # its own `data` and `dpo` will stop there; this one goes on
+            audit.silent[name] = str(fault)
+    for where, comparison, pair, aside in _ranked(axis, recipe.dpo, audit):
+        if isinstance(pair, str):
+            continue
+        audit.left[aside] += _lengths(pair, base, max_length, audit)
         _bias(comparison, pair, audit)
         _agreement(where, comparison, pair, others, audit)
         _repetition(pair, audit)
-        audit.prompts[pairs.is_held_out(pair.prompt, recipe.dpo.held_out)].add(_alike(pair))
+        audit.prompts[aside].add(_alike(pair))
         if len(shown) < show:
             shown.append(_as_seen(pair, base, max_length))
-    if not audit.read:
-        raise UserError(f"{sources.name(axis)}: no rows")
     facts = {"preference": preference, "source": sources.name(axis), "rank": axis.rank, **audit.facts(max_length)}
-    facts |= {"doubts": _doubts(facts), "shown": shown, "picture": str(picture) if picture else None}
+    facts |= {"doubts": _doubts(facts, recipe.dpo), "shown": shown, "picture": str(picture) if picture else None}
+    made = audit.made[False], audit.made[True]
+    refused = None if audit.left[False] else no_rows_left(axis, made, Counter(facts["dropped"]), max_length)
+    facts["refused"] = str(refused) if refused else None  # as `dpo` would
     if picture:
         from lora_align.evaluate import plots
 
@@ -136,23 +152,21 @@ def told(facts: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
 
 
-def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[tuple[str, Comparison, Pair]]:
+def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[pairs.Judged]:
     """As `dpo` reads them, to the last."""
-    rows = sources.read(axis, forms.comparisons, audit.dropped)
-    for where, one in ((where, one) for where, several in rows for one in several):
-        comparison, pair = pairs.ranked(one, axis, where)
-        audit.read += 1
-        if isinstance(pair, str):
-            audit.dropped[pair] += 1
-            continue
-        if comparison.safe is not None:
-            audit.of_known_safety += 1
-            audit.both_unsafe += not any(comparison.safe)
-        audit.usable += 1
-        audit.held_out += pairs.is_held_out(pair.prompt, settings.held_out)
-        yield where, comparison, pair
-        if audit.usable - audit.held_out == settings.limit:
-            return
+    before, bad = "", 0
+    for one in pairs.compared(axis, settings.held_out, settings.limit, audit.dropped):
+        audit.rows += one.where != before  # a row of several answers makes several comparisons
+        before = one.where
+        if isinstance(one.pair, str):
+            bad += one.pair == sources.INVALID
+        else:
+            audit.made[one.aside] += 1
+            if one.comparison.safe is not None:
+                audit.of_known_safety += 1
+                audit.both_unsafe += not any(one.comparison.safe)
+        yield one
+    audit.rows += audit.dropped[sources.INVALID] - bad  # rows that are none
 
 
 def _repetition(pair: Pair, audit: Audit) -> None:
@@ -174,7 +188,8 @@ def _alike(pair: Pair) -> bytes:
     return _digest([WORD.findall(message.content.casefold()) for message in pair.prompt])
 
 
-def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
+def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> bool:
+    """Measure a pair, and say whether `dpo` would train on it."""
     [asked] = tokenise.short([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
     ids, said = base.chat.answered(*asked)
     prompt, answers = len(ids), list(map(len, said))
@@ -183,7 +198,8 @@ def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> None:
     room = max_length - prompt
     audit.too_long += room < 1
     audit.cut += 0 < room < max(answers)
-    audit.alike += room > 0 and said[0][:room] == said[1][:room]
+    audit.alike += room > 0 and said[0] != said[1] and said[0][:room] == said[1][:room]
+    return tokenise.pair(ids, said, max_length, audit.dropped) is not None
 
 
 def _bias(comparison: Comparison, pair: Pair, audit: Audit) -> None:
@@ -211,17 +227,19 @@ def _agreement(where: str, comparison: Comparison, pair: Pair, others: Mapping[s
 
 def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
     """Template and cut applied; what is learned from stands between ⟦ and ⟧."""
-    [tokens] = tokenise.pairs([pair], base.chat, max_length, Counter())
+    dropped: Counter[str] = Counter()
+    [tokens] = tokenise.pairs([pair], base.chat, max_length, dropped)
     decode = partial(text_of, base.chat.tokenizer)
     if tokens is None:
-        return {"prompt": decode(base.chat.prompt_ids(pair.prompt)), "chosen": "(does not fit)", "rejected": ""}
+        why = f"(dropped: {pairs.reasons(dropped)})"
+        return {"prompt": decode(base.chat.prompt_ids(pair.prompt)), "chosen": why, "rejected": ""}
     said = (f"⟦{decode(ids)}⟧" for ids in (tokens.chosen, tokens.rejected))
     return dict(zip(SIDES, (decode(tokens.prompt), *said), strict=True))
 
 
-def _doubts(facts: Mapping[str, Any]) -> list[str]:
+def _doubts(facts: Mapping[str, Any], settings: Dpo) -> list[str]:
     """What may spoil an adapter."""
-    found = []
+    found = unread(facts["unread"])
     longer = None if facts["rank"] in ("shorter", "longer") else facts["longer_wins"]
     if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
@@ -234,6 +252,10 @@ def _doubts(facts: Mapping[str, Any]) -> list[str]:
         )
     if facts["usable"] and not facts["held_out"]:
         found.append("no pair is held out, so nothing will be measured: more prompts, or a larger dpo.held_out")
+    elif 0 < facts["held_out"] < pairs.ENOUGH:
+        found.append(training.too_few_pairs(facts["held_out"]))
+    if facts["usable"] and (few := training.too_few_steps(facts["usable"] - facts["held_out"], settings)):
+        found.append(few)
     if alike := facts["prompts_on_both_sides"]:
         found.append(f"equal to a held-out prompt but for case, spaces or punctuation: {count(alike, 'prompt')}")
     if facts["both_unsafe"]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from lora_align import runs
 from lora_align.console import Screen, count, library_log
+from lora_align.data.pairs import ENOUGH
 from lora_align.model import base as bases
 from lora_align.model import material as materials
 from lora_align.model.base import Base, inside
@@ -32,8 +34,10 @@ from lora_align.stages import start as start_policy
 from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.steps import Part, Stepping
 
-ENOUGH = 20  # held-out pairs below which an accuracy says nothing
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
+HUGE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
+WORSE = -1.0  # mean margin below which a loss is about twice that of no training at all
+LAST = 10  # steps whose mean margin says where a run ended
 
 
 class SteppingDPOTrainer(Stepping[TokenPair], DPOTrainer):
@@ -142,8 +146,9 @@ def run(
                 facts, model = train(model, base, recipe, ready, direction, label, staging, begun[target], screen, room)
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
                 begun[target].clear()
-            for reason in published[-1].manifest.unconverged:
-                screen.warn(f"{target}: unconverged: {reason}")
+            training.warn_of(published[-1], screen)
+            if "note" in (held_out := published[-1].manifest.metrics["held_out"]):
+                screen.warn(f"{target}: {held_out['note']}")
     return published
 
 
@@ -152,8 +157,10 @@ def told(run: Run) -> str:
     held_out = run.manifest.metrics["held_out"]
     if not held_out["pairs"]:
         return f"{run.path}  no pairs held out, nothing measured"
-    margin, accuracy, pairs = held_out["margin"], held_out["accuracy"], held_out["pairs"]
-    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {accuracy:.2f} ({count(pairs, 'pair')})"
+    margin, pairs = held_out["margin"], count(held_out["pairs"], "pair")
+    if held_out["pairs"] < ENOUGH:
+        return f"{run.path}  held-out margin {margin:+.3f} ({pairs}: too few to judge)"
+    return f"{run.path}  held-out margin {margin:+.3f}, accuracy {held_out['accuracy']:.2f} ({pairs})"
 
 
 def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
@@ -231,6 +238,7 @@ def train(
     metrics = {
         "steps": trainer.state.global_step,
         "first_margin": watch.history[0]["margin"],
+        "last_margin": fmean(step["margin"] for step in watch.history[-LAST:]),
         "norm": size,
         "relative_norm": relative,
         "held_out": held_out_margins(policy, held_out, recipe.dpo.beta, 2 * trainer.room.size),
@@ -242,29 +250,40 @@ def train(
     return facts, training.unwrap(policy)
 
 
-def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, tokens: int) -> dict[str, float]:
-    """Mean margin β[(log π − log π_ref)(chosen) − (…)(rejected)] and how often it is positive, over unseen prompts."""
+def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, tokens: int) -> dict[str, Any]:
+    """Mean margin β[(log π − log π_ref)(chosen) − (…)(rejected)] and how often it is positive, over unseen prompts.
+
+    Of less than ENOUGH pairs there is no accuracy, but a note: 1 of 1 would look like something that was learned.
+    """
     if not rows:
         return {"pairs": 0}
     policy.eval()
     trained = answer_logprobs(inside(policy), [row.shared() for row in rows], Room(tokens)).view(-1, 2)
     rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
     margins = rewards[:, 0] - rewards[:, 1]
-    wins = float((margins > 0).float().mean())
-    return {"pairs": len(rows), "margin": float(margins.mean()), "accuracy": wins}
+    found = {"pairs": len(rows), "margin": float(margins.mean())}
+    if len(rows) < ENOUGH:
+        return {**found, "accuracy": None, "note": training.too_few_pairs(len(rows))}
+    return {**found, "accuracy": float((margins > 0).float().mean())}
 
 
 def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """Reasons to believe that a run has learned nothing."""
+    """Reasons to believe that a run has learned nothing, or has left what it was to learn."""
+    held_out, size = metrics["held_out"], metrics["relative_norm"]
+    margins = {"held-out": held_out.get("margin", 0.0), "last training": metrics.get("last_margin", 0.0)}
+    worse = [f"the {which} margin is {margin:.2f}" for which, margin in margins.items() if margin < WORSE]
+    worse += [f"the adapter is huge, ‖Δ‖/‖W‖ = {size:.2f}"] if size > HUGE else []
+    if worse:
+        return (f"{training.DIVERGED}{' and '.join(worse)}; lower learning_rate",)
     found = []
-    held_out = metrics["held_out"]
-    if held_out["pairs"] >= ENOUGH:
-        chance = 0.5 + 2 * math.sqrt(0.25 / held_out["pairs"])
-        if held_out["accuracy"] < chance:
-            found.append(
-                f"held-out accuracy {held_out['accuracy']:.2f} on {count(held_out['pairs'], 'pair')} is near chance; "
-                "train longer, or at a higher learning_rate, or look at the data"
-            )
-    if metrics["relative_norm"] < TINY:
-        found.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {metrics['relative_norm']:.1e}; raise learning_rate or epochs")
+    accuracy = held_out.get("accuracy")
+    if accuracy is not None:
+        reach = 2 * math.sqrt(0.25 / held_out["pairs"])
+        said = f"held-out accuracy {accuracy:.2f} on {count(held_out['pairs'], 'pair')} is "
+        if accuracy < 0.5 - reach:
+            found.append(f"{said}worse than chance; lower learning_rate, or look at the labels")
+        elif accuracy < 0.5 + reach:
+            found.append(f"{said}near chance; train longer, or at a higher learning_rate, or look at the data")
+    if size < TINY:
+        found.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {size:.1e}; raise learning_rate or epochs")
     return tuple(found)

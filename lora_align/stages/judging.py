@@ -167,13 +167,18 @@ def _compared_figures(margins: Tensor) -> dict[str, Any]:
 
 
 def unconverged(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Heads that say nothing about prompts they never saw."""
+    """Heads that say nothing about prompts they never saw, or the contrary of what raters do."""
     found = []
     for name, figures in report["heads"].items():
-        if figures["rated"] >= ENOUGH and not figures["spearman"] > 2 / math.sqrt(figures["rated"]):
-            found.append(f"{name}: its order on {figures['rated']} held-out answers is near chance")
-        elif figures["pairs"] >= ENOUGH and figures["accuracy"] < 0.5 + 1 / math.sqrt(figures["pairs"]):
-            found.append(
-                f"{name}: accuracy {figures['accuracy']:.2f} on {figures['pairs']} held-out pairs is near chance"
-            )
+        measured = []  # what it is called, by how much it is better than chance, and how much that has to be
+        if (rated := figures["rated"]) >= ENOUGH:
+            measured.append((f"its order on {rated} held-out answers", figures["spearman"], 2 / math.sqrt(rated)))
+        if (count := figures["pairs"]) >= ENOUGH:
+            what = f"accuracy {figures['accuracy']:.2f} on {count} held-out pairs"
+            measured.append((what, figures["accuracy"] - 0.5, 1 / math.sqrt(count)))
+        for what, better, reach in measured:
+            if better < -reach:
+                found.append(f"{name}: {what} is worse than chance; lower learning_rate, or look at the data")
+            elif not better > reach:  # nan, too
+                found.append(f"{name}: {what} is near chance")
     return tuple(found)

@@ -83,8 +83,7 @@ def run(
         facts = train(base, recipe, recipe.reward, material, staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
         unfinished.clear()
-    for reason in published.manifest.unconverged:
-        screen.warn(f"{target}: unconverged: {reason}")
+    training.warn_of(published, screen)
     return published
 
 
@@ -96,8 +95,14 @@ def told(run: Run) -> str:
 
 
 def _worth(figures: Mapping[str, Any]) -> str:
-    said = [f"Spearman {figures['spearman']:.2f} on {figures['rated']} ratings"] if figures["rated"] else []
-    said += [f"accuracy {figures['accuracy']:.2f} on {count(figures['pairs'], 'pair')}"] if figures["pairs"] else []
+    measured = {"rated": ("Spearman", "spearman", "rating"), "pairs": ("accuracy", "accuracy", "pair")}
+    said = [
+        f"{called} {figures[name]:.2f} on {count(figures[number], what)}"
+        if figures[number] >= judging.ENOUGH
+        else f"{count(figures[number], what)}: too few to judge"
+        for number, (called, name, what) in measured.items()
+        if figures[number]
+    ]
     return ", ".join(said) or "nothing held out"
 
 

@@ -28,6 +28,7 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.endpoint import Endpoint
 from lora_align.model.generate import Sampling
+from lora_align.model.material import unread
 from lora_align.model.sampler import Sampler
 from lora_align.preference import SCORE
 from lora_align.recipe import Recipe
@@ -69,6 +70,8 @@ def run(
     start = start_policy.adapter(recipe, runs_dir)
     reward = series.reward_run(recipe.rsf, base, runs_dir)
     answers = series.answers_of(recipe.rsf, base)
+    for warning in unread(answers.unread):
+        screen.warn(f"rsf: {warning}")
     done: dict[str, Run] = {}
     for label in labels if not force else ():
         if runs.is_run(folder / label):
@@ -212,8 +215,7 @@ def _watch(made: Run, others: Mapping[str, Run], watched: str, screen: Screen) -
 def _published(staging: Path, target: Path, manifest: Manifest, screen: Screen) -> Run:
     run = runs.publish(staging, target, manifest)
     shutil.rmtree(checkpoints.beside(target), ignore_errors=True)
-    for reason in run.manifest.unconverged:
-        screen.warn(f"{run.path}: unconverged: {reason}")
+    training.warn_of(run, screen)
     return run
 
 

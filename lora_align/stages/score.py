@@ -111,7 +111,7 @@ def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], C
         for shape in forms.rated(row, where):
             given = {name: value for name, value in shape.ratings.items() if not math.isnan(value)}
             yield {"prompt": row["instruction"], "response": shape.answer, **given}, shape
-    elif "response" in row:
+    elif "response" in row and not isinstance(row["response"], list):
         yield row, forms.rated(row, where)[0]
     else:
         [pair] = forms.comparisons(row, where)
@@ -143,7 +143,7 @@ def _summary(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: Judge) -> 
         for item, row in scored:
             scores = [row[column] for column in item.columns(name)]
             for label, winner in item.shape.labels.items() if isinstance(item.shape, Comparison) else ():
-                if winner is not None and scores[0] != scores[1]:
+                if isinstance(winner, int) and scores[0] != scores[1]:
                     agreed.setdefault(label, []).append(float((scores[1] > scores[0]) == bool(winner)))
         found[name] = {
             "mean": float(values.mean()),

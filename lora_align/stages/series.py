@@ -45,10 +45,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a series is made from: in two halves that share no prompt, what was dropped by reason, and its name."""
+    """What a series is made from: in two halves that share no prompt, what was dropped by reason, which columns were
+    not read, and its name."""
 
     halves: tuple[list[Rated], list[Rated]]
     dropped: Mapping[str, int]
+    unread: Mapping[str, int]
     fingerprint: str
 
 
@@ -122,7 +124,8 @@ def answers_of(settings: Rsf, base: Base) -> Answers:
                 digest.update(json.dumps(asdict(found)).encode())
         if settings.limit and len(prompts) >= settings.limit:
             break
+    unread = sources.unread_in(dropped)
     if not all(halves):
         counted = f"{len(prompts)}; dropped: {dict(dropped)}"
         raise UserError(f"{sources.name(settings)}: too few prompts for two halves ({counted})")
-    return Answers(halves, dict(dropped), digest.hexdigest())
+    return Answers(halves, dict(dropped), unread, digest.hexdigest())

@@ -29,6 +29,8 @@ from lora_align.stages import start as start_policy
 from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.steps import Part, Stepping
 
+RISEN = 1.0  # nats a token by which a held-out loss rises when training has gone astray
+
 
 def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
     """Train and publish the adapter every preference then starts from."""
@@ -60,8 +62,7 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
         facts = train(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
         unfinished.clear()
-    for reason in published.manifest.unconverged:
-        screen.warn(f"{target}: unconverged: {reason}")
+    training.warn_of(published, screen)
     return published
 
 
@@ -168,10 +169,13 @@ def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> 
 
 
 def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
-    """A start policy that finds unseen answers no likelier than the base did has learned nothing."""
-    if held_out["rows"] and held_out["loss"] >= held_out["loss_before"]:
-        return (f"held-out loss did not fall: from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}",)
-    return ()
+    """A start policy that finds unseen answers no likelier than the base did has learned nothing, or diverged."""
+    if not held_out["rows"] or held_out["loss"] < held_out["loss_before"]:
+        return ()
+    figures = f"from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}"
+    if held_out["loss"] > held_out["loss_before"] + RISEN:
+        return (f"{training.DIVERGED}held-out loss rose {figures}; lower learning_rate, or epochs",)
+    return (f"held-out loss did not fall: {figures}",)
 
 
 def _answer_apart(row: TokenText) -> tuple[list[int], list[list[int]]]:

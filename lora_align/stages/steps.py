@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -90,6 +92,7 @@ class Stepping(Trainer, Generic[Row]):
         self.unfinished, self.tell = unfinished, tell
         self.seen: dict[str, list[float]] = {}  # figures since the last line: sum and count
         self.tokens_seen = 0
+        self.rows_each_epoch, self.warm = len(rows), False
         super().__init__(
             train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
             data_collator=lambda batch: {"rows": [rows[entry["row"]] for entry in batch]},
@@ -111,6 +114,17 @@ class Stepping(Trainer, Generic[Row]):
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """TRL's would tokenise; rows are token ids already."""
         return dataset
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """transformers' schedule with a warm-up that begins above a rate of 0, at which a step trains nothing."""
+        made = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and not self.warm and isinstance(made, LambdaLR):
+            later, self.warm = made.lr_lambdas[0], True
+            made = self.lr_scheduler = LambdaLR(
+                made.optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else later(step)
+            )
+        return made
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
         """Gradients of a whole optimiser batch, summed over its parts and over processes."""

@@ -24,11 +24,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes, runs
 from lora_align.console import Progress, Screen
+from lora_align.data.pairs import ENOUGH
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled import compiled
 from lora_align.model.nf4 import dense_weight
-from lora_align.recipe import Lora, Training, optimizers
+from lora_align.recipe import Dpo, Lora, Training, optimizers
+from lora_align.runs import Run
 from lora_align.stages.checkpoints import KEPT
 from lora_align.stages.steps import METRICS, Stepping, padded, trainable
 
@@ -37,6 +39,8 @@ STATE_BYTES = 12  # a trained value, and the two moments that Adam keeps of it
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
 RECORDED = (*SHOWN, "chosen_reward", "rejected_reward")
 EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
+FEW_STEPS = 10  # optimiser steps in which hardly anything is learned
+DIVERGED = "diverged: "  # begins a reason of a run that left what it was to learn
 TOO_LONG = "a smaller max_length, or lora.rank, may fit"
 
 
@@ -70,6 +74,32 @@ def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
     }
+
+
+def too_few_pairs(count: int) -> str:
+    """Say that so many held-out pairs measure nothing."""
+    return (
+        f"{count} held-out pairs are too few to judge a run by (at least {ENOUGH} are needed): more prompts, a larger "
+        "dpo.limit, or a larger dpo.held_out"
+    )
+
+
+def too_few_steps(rows: int, settings: Training) -> str:
+    """Say that so many rows make too few optimiser steps to learn from; nothing where they are enough."""
+    steps = math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
+    if steps >= FEW_STEPS:
+        return ""
+    what = "pairs" if isinstance(settings, Dpo) else "rows"
+    return (
+        f"{rows:,} {what} make {steps} optimiser steps, in which little is learned: more {what}, a smaller batch_size "
+        f"(now {settings.batch_size}), or more epochs (now {settings.epochs:g})"
+    )
+
+
+def warn_of(run: Run, screen: Screen) -> None:
+    """Say why a run may have learned nothing, or something else than it was to."""
+    for reason in run.manifest.unconverged:
+        screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")
 
 
 def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
@@ -217,6 +247,8 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
         done = json.loads((begun / TRAINER_STATE_NAME).read_text())["global_step"]
         screen.note(f"{what}: goes on after step {done}")
     steps = math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
+    if few := too_few_steps(trainer.rows_each_epoch, settings):
+        screen.warn(f"{what}: {few}")
     with screen.progress(what, steps, done) as progress, Stop(screen) as stop:
         watch = Watch(progress, trainer.records, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)

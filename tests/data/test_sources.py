@@ -52,6 +52,10 @@ FORMS: dict[str, Mapping[str, Any]] = {
     "psychocounsel": {"question": "Hi?", "chosen": GOOD, "rejected": BAD},
     "helpsteer2": {"prompt": "Hi?", "response_1": GOOD, "response_2": BAD, "preference_strength": -2},
     "helpsteer3": {"context": ASK, "response1": GOOD, "response2": BAD, "overall_preference": -1},
+    "llama-factory": {"prompt": "Hi?", "response": [GOOD, BAD]},
+    "llama-factory's alpaca": {"instruction": "Hi?", "input": "", "output": [GOOD, BAD]},
+    "pandalm": {"instruction": "Hi?", "input": "", "response1": GOOD, "response2": BAD, "annotator1": 1},
+    "llmbar": {"input": "Hi?", "output_1": GOOD, "output_2": BAD, "label": 1},
     "pku": {"prompt": "Hi?", "response_0": GOOD, "response_1": BAD, "better_response_id": 0, "safer_response_id": 1},
 }
 
@@ -122,7 +126,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_pa
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ', ":2: not valid JSON"),
         ("[1]", ":1: expected an object"),
         ('{"question": "a"}', ":1: no pair of answers in columns question"),
-        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "expected text or a list of turns, found int"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen is a number; expected text or a list of turns"),
         ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogates"),
         ('{"chosen": "\\n\\nHi \\ud800", "rejected": "\\n\\nHi c"}', ":1: .*surrogates"),
         ('{"chosen": "b", "rejected": "c"}', "begins unlike, and there is no prompt column"),
@@ -130,6 +134,26 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_pa
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}', ":2: "),
         ('{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}', "better_response_id is 2"),
         ("", "no rows left"),
+        ('{"prompt": [], "chosen": "b", "rejected": "c"}', ":1: prompt is an empty list of turns"),
+        ('{"prompt": null, "chosen": "b", "rejected": "c"}', ":1: prompt is null; expected text"),
+        ('{"prompt": "a", "chosen": null, "rejected": "c"}', ":1: chosen is null; expected text"),
+        ('{"prompt": "a", "response_0": "b", "response_1": null}', ":1: response_1 is null; expected text"),
+        ('{"prompt": "a", "chosen": [{"role": "user"}], "rejected": []}', ":1: chosen: content is null; expected text"),
+        ('{"prompt": "a", "chosen": [null], "rejected": []}', ":1: a turn of chosen is null; expected an object"),
+        ('{"prompt": "a", "response": "b"}', r":1: response is text; a pair has two answers there, \[better, worse\]"),
+        ('{"prompt": "a", "response": ["b"]}', ":1: response is a list of 1; a pair has two answers there"),
+        (
+            '{"context": "a", "response1": "", "response2": "", "overall_preference": []}',
+            "is a list; expected a number",
+        ),
+        ('{"prompt": ' + "[" * 100_000, ":1: nested too deeply"),
+        ('{"prompt": "a", "id": ' + "9" * 5000 + "}", ":1: not valid JSON: a number has too many digits"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_x": ' + "9" * 4000 + ', "rejected_x": 1}',
+            ":1: chosen_x is too large a number",
+        ),
+        ('{"instruction": "a", "completions": [{"response": "b"}]}', ":1: completions: annotations is null"),
+        ('{"instruction": "a", "completions": 3}', ":1: completions is a number; expected a list"),
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "1 equal answers"),
         ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "1 empty answer"),
     ],
@@ -139,6 +163,63 @@ def test_bad_rows_are_named_by_file_and_line(content: str, told: str, tmp_path: 
     file.write_text(content)
     with pytest.raises(UserError, match=told):
         material_of(Preference(str(file)))
+
+
+NAMES_OF_TYPES = re.compile(r"NoneType|\bint\b|\bfloat\b|\bstr\b|\bdict\b|\blist indices|tuple")
+
+
+@pytest.mark.parametrize("cell", [None, 3, True, [], {}, [None], [{}], [3], [[]], "9" * 5000, 10**4000, 1e999])
+@pytest.mark.parametrize("form", [*FORMS, "ultrafeedback"])
+def test_any_cell_in_any_column_is_read_or_told_in_the_words_of_the_file(form: str, cell: object) -> None:
+    row = {**FORMS.get(form, RATED["UltraFeedback"])}
+    told = []
+    for column in row:
+        try:
+            forms.comparisons({**row, column: cell, f"{column}_chosen": 1}, "pairs.jsonl:7")
+        except UserError as fault:
+            told.append(str(fault))
+    assert [text for text in told if not text.startswith("pairs.jsonl:7: ")] == []
+    assert [text for text in told if NAMES_OF_TYPES.search(text) or len(text) > 400] == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_rows_that_no_reader_bears_are_counted_too(suffix: str, tmp_path: Path) -> None:
+    good, deep = json.dumps(FORMS["plain"]), '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}"
+    bad = ['{"prompt": []}', json.dumps({**FORMS["plain"], "prompt": None}), "3", "[4]"]
+    rows = [good, *bad, good] if suffix == ".json" else [good, *bad, deep, good]
+    content = "\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]"
+    (tmp_path / f"pairs{suffix}").write_text(content)
+    found = pairs_of(Preference(str(tmp_path / f"pairs{suffix}"), skip_bad=True))
+    assert (len(found.train), found.dropped) == (2, {"invalid row": len(rows) - 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("pairs.jsonl", json.dumps([FORMS["plain"]] * 3, indent=1), r":1: .*a list of rows is a \.json file"),
+        ("pairs.jsonl", json.dumps([FORMS["plain"]] * 3), r":1: .*a list of rows is a \.json file"),
+        ("pairs.json", '{"prompt": "a"}\n{"prompt": "b"}', r"one object a line is a \.jsonl file"),
+        ("pairs.json", '[{"prompt": "a"},\n {"prompt": ]', r":2: row 1: not valid JSON"),
+        ("pairs.json", '[{"prompt": "a"}\n {"prompt": 1}]', r":2: not valid JSON: expected a comma"),
+        ("pairs.json", '[\n{"prompt": ' + "[" * 100_000, r":2: row 0: nested too deeply"),
+        ("pairs.csv", "prompt;chosen;rejected\na;b, c;d\n", r":1: fields are separated by semicolons"),
+        ("pairs.csv", "prompt\tchosen\trejected\na\tb\td\n", r":1: fields are separated by tabs"),
+    ],
+)
+@pytest.mark.parametrize("skip_bad", [True, False])
+def test_files_of_another_kind_are_told_what_they_look_like(
+    name: str, content: str, told: str, skip_bad: bool, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(name) + f".*{told}"):
+        pairs_of(Preference(str(tmp_path / name), skip_bad=skip_bad))
+
+
+def test_a_file_of_a_near_name_is_proposed(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    for near in ("pair.jsonl", "pairs.json", "pairs"):
+        with pytest.raises(UserError, match=r"no data file .*, did you mean 'pairs\.jsonl'\?"):
+            list(sources.good_rows(str(tmp_path / near)))
 
 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
@@ -191,6 +272,42 @@ def test_a_question_in_a_column_of_another_name_is_not_lost() -> None:
     turns = [[*ASK, {"role": "assistant", "content": answer}] for answer in (GOOD, BAD)]
     whole = {"instruction": "Hi?", "chosen": turns[0], "rejected": turns[1]}
     assert only(whole) == only(FORMS["implicit prompt"])
+
+
+ASKING = ["plain", "psychocounsel", "alpaca", "pku", "llama-factory", "llama-factory's alpaca", "pandalm"]
+
+
+@pytest.mark.parametrize("form", ASKING)
+def test_input_and_history_are_part_of_what_is_asked(form: str) -> None:
+    found = only({**FORMS[form], "input": "Of this.", "history": [["Ho?", "Hum."]], "system": "Be kind."})
+    said = [("system", "Be kind."), ("user", "Ho?"), ("assistant", "Hum."), ("user", "Hi?\n\nOf this.")]
+    assert [(turn.role, turn.content) for turn in found.prompt] == said
+
+
+@pytest.mark.parametrize(
+    ("form", "column", "value"),
+    [
+        ("conversational", "input", "Of this."),
+        ("plain", "context", "Paris is a city."),
+        ("plain", "messages", [{"role": "user", "content": "Another one."}]),
+        ("plain", "tools", "[]"),
+        ("pku", "question", "Another one?"),
+        ("sharegpt", "prompt", "Another one?"),
+    ],
+)
+def test_known_columns_that_are_not_read_are_counted(form: str, column: str, value: Any, tmp_path: Path) -> None:
+    rows = [{**FORMS[form], column: of} for of in (value, None, value)]
+    _write(tmp_path / "pairs.jsonl", rows)
+    dropped = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "shorter")).dropped
+    assert sources.unread_in(dropped) == {column: 2}
+    assert not dropped
+
+
+def test_a_column_that_repeats_what_was_read_is_not_one_that_is_lost(tmp_path: Path) -> None:
+    whole = [*ASK, {"role": "assistant", "content": GOOD}]
+    row = {**FORMS["prompt twice"], "messages": whole, "instruction": "Hi?", "question": "Hi?"}
+    _write(tmp_path / "pairs.jsonl", [row])
+    assert not pairs_of(Preference(str(tmp_path / "pairs.jsonl"))).dropped
 
 
 def test_all_turns_of_a_completion_are_read() -> None:
@@ -281,6 +398,7 @@ def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
         {"instruction": "Hi?", "input": "", "output": GOOD},
         {"prompt": "Hi?", "completion": GOOD},
         {"prompt": ASK, "completion": [{"role": "assistant", "content": GOOD}]},
+        {"messages": [*ASK, {"role": "assistant", "content": GOOD}], "system": None},
     ],
 )
 def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from matplotlib.image import imread
 
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.data import forms, pairs, sources
 from lora_align.data.rows import Message
+from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.stages import dpo
 from support import Cli
@@ -125,7 +127,7 @@ def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
     assert "pairs.jsonl:22: not valid JSON" in refused.err
     done = cli(*words, "--set", "preferences.helpful.skip_bad=true")
     assert done.code == 0, done.err
-    assert "21 rows, 20 pairs of 20 prompts" in done.out
+    assert "22 rows, 20 pairs of 20 prompts" in done.out
     assert "dropped: 1 tie, 1 invalid row" in done.out
     assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
     assert "of two unsafe answers: 15 pairs" in done.out
@@ -180,3 +182,48 @@ def test_unsafe_pairs_are_counted_among_those_that_are_learned_from(cli: Cli, tm
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = cli("data", "--pref", "own", "--set", 'preferences.own={data="pairs.jsonl"}', "--json")
     assert json.loads(done.out)["both_unsafe"] == 5
+
+
+ALIKE = {"prompt": "a", "chosen": "b", "rejected": "b"}
+GOOD = {"prompt": "a", "chosen": "Yes it is.", "rejected": "No."}
+BLIND = "base.chat_template='{% for message in messages %}<|user|>Hm?<|end|>{% endfor %}'"
+
+
+@pytest.mark.parametrize(
+    ("rows", "setting", "why"),
+    [
+        ([ALIKE] * 3, "", "3 equal answers"),
+        ([{**GOOD, "chosen": " "}] * 3, "", "3 empty answer"),
+        ([GOOD] * 3, BLIND, "3 alike in the chat template"),
+        ([{**GOOD, "prompt": "a b c d e f g h"}] * 3, "dpo.max_length=8", "3 prompt too long"),
+        ([GOOD] * 3, "dpo.held_out=0.999999", "all 3 held out"),
+        ([{**GOOD, "chosen": None}, GOOD], "", "chosen is null"),
+        ([{"prompt": "a", "response_0": "b", "response_1": "c", "label": label} for label in (1, 2)], "", "label is 2"),
+        ([], "", "the source is empty"),
+    ],
+)
+def test_data_refuses_what_dpo_refuses(
+    rows: list[dict[str, object]], setting: str, why: str, cli: Cli, tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"preferences.own={{data='{file}'}}", *filter(None, [setting])]
+    project = recipe.load(recipe.builtin()["demo"], settings)
+    with pytest.raises(UserError) as refused:
+        dpo.prepare(project, "own", bases.find(project.base), Screen(quiet=True))
+    assert why in str(refused.value)
+    done = cli("data", "--pref", "own", *(word for of in settings for word in ("--set", of)))
+    assert done.code == 2
+    assert str(refused.value) in done.err
+    shown = why.removeprefix("3 ") in ("equal answers", "empty answer", "alike in the chat template", "prompt too long")
+    assert (f"dropped: {why}" in done.out) == shown, "what is odd is shown before it is refused"
+
+
+def test_data_says_what_training_will_lack(cli: Cli, tmp_path: Path) -> None:
+    rows = [{**GOOD, "prompt": [{"role": "user", "content": f"q{i}?"}], "input": "Of this."} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli("data", "--pref", "own", "--set", 'preferences.own={data="pairs.jsonl"}')
+    assert done.code == 0, done.err
+    assert "2 held-out pairs are too few to judge a run by" in done.err
+    assert "8 pairs make 1 optimiser steps, in which little is learned: more pairs, a smaller batch_size" in done.err
+    assert "column 'input' is not read, though it holds something in 10 rows" in done.err

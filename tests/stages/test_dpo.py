@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lora_align import recipe, runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
+from lora_align.cli import look
 from lora_align.console import Screen
 from lora_align.data.rows import Conversation, Message, Pair
 from lora_align.demo import world
@@ -198,6 +199,45 @@ def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
     assert "tiny" in told
     assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0})
     assert not dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.7}, "relative_norm": 1.0})
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 3, 300])
+def test_divergence_is_named_at_any_number_of_pairs(pairs: int) -> None:
+    far = {"pairs": pairs, **({"margin": -40.0, "accuracy": 0.18 if pairs > 20 else None} if pairs else {})}
+    for metrics in (
+        {"held_out": far, "relative_norm": 0.01, "last_margin": -30.0},
+        {"held_out": {"pairs": 0}, "relative_norm": 3.0},
+    ):
+        [reason] = dpo.unconverged(metrics)
+        assert reason.startswith("diverged: ")
+        assert "lower learning_rate" in reason
+        assert "longer" not in reason
+        assert "higher" not in reason
+    [reason] = dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.2, "margin": -0.1}, "relative_norm": 0.01})
+    assert "worse than chance; lower learning_rate" in reason
+
+
+def test_a_diverged_run_says_so_and_is_listed_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = demo("dpo.learning_rate=1e3", "dpo.max_grad_norm=1e6", "dpo.limit=128", "lora.alpha=64")
+    (run,) = dpo.run(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
+    assert "pos: diverged: " in capsys.readouterr().err
+    assert look._worth(run) == "diverged"
+
+
+def test_few_held_out_pairs_give_a_note_and_no_accuracy(
+    both: dict[str, runs.Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = both["helpful pos"]
+    held_out = run.manifest.metrics["held_out"]
+    assert 0 < held_out["pairs"] < 20
+    assert held_out["accuracy"] is None
+    assert "too few to judge" in held_out["note"]
+    assert "accuracy" not in dpo.told(run) + look._worth(run)
+    assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.told(run)
+    (made,) = dpo.run(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
+    told = capsys.readouterr().err
+    assert "helpful pos: 16 pairs make 1 optimiser steps, in which little is learned" in told
+    assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
 
 
 def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> None:

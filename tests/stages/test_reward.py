@@ -21,7 +21,7 @@ from lora_align.model.logprobs import Reader
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.room import Room
 from lora_align.recipe import Recipe
-from lora_align.stages import reward
+from lora_align.stages import judging, reward
 from lora_align.stages.judging import Example, Judging
 from support import made_once
 
@@ -82,7 +82,7 @@ from pathlib import Path
 from lora_align import recipe, runs
 from lora_align.model import base as bases
 from lora_align.model.room import Room
-from lora_align.stages import reward
+from lora_align.stages import judging, reward
 from lora_align.stages.judging import Example, Judging
 rows = json.loads(input())
 model = reward.load(bases.find(recipe.Base("demo")), runs.read(Path({str(trained.path)!r})))
@@ -176,3 +176,15 @@ def test_heads_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "heads.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(UserError, match="not a reward model's heads"):
         Heads.load(tmp_path)
+
+
+def test_heads_against_their_raters_are_named_and_small_samples_are_not_judged() -> None:
+    heads = {
+        "turned": {"rated": 100, "pairs": 0, "spearman": -0.6},
+        "by chance": {"rated": 0, "pairs": 100, "accuracy": 0.52},
+        "few": {"rated": 2, "pairs": 1, "spearman": 1.0, "accuracy": 1.0},
+    }
+    worse, chance = judging.unconverged({"heads": heads})
+    assert worse.startswith("turned: its order on 100 held-out answers is worse than chance; lower learning_rate")
+    assert chance.startswith("by chance: accuracy 0.52 on 100 held-out pairs is near chance")
+    assert reward._worth(heads["few"]) == "2 ratings: too few to judge, 1 pairs: too few to judge"

@@ -45,3 +45,11 @@ def test_packed_rows_do_not_see_each_other() -> None:
     assert tokens == found.figures["accuracy"][1] == learned
     assert float(found.loss) * tokens == pytest.approx(float(apart), rel=1e-5)
     assert float(sum(parts)) == pytest.approx(float(found.loss), rel=1e-5)
+
+
+def test_a_held_out_loss_that_rises_far_is_named_as_divergence() -> None:
+    [reason] = sft.unconverged({"rows": 3, "loss_before": 2.0, "loss": 9.4})
+    assert reason.startswith("diverged: held-out loss rose from 2.000 to 9.400; lower learning_rate")
+    [reason] = sft.unconverged({"rows": 3, "loss_before": 2.0, "loss": 2.1})
+    assert reason.startswith("held-out loss did not fall")
+    assert sft.unconverged({"rows": 3, "loss_before": 2.0, "loss": 1.9}) == sft.unconverged({"rows": 0}) == ()

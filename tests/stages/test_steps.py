@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from torch.optim import SGD
+from transformers import get_scheduler
 from trl import DPOConfig, DPOTrainer
 
 from lora_align import recipe
@@ -62,6 +64,30 @@ def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, setti
             if "lora_B" in name:  # so that A has a gradient, too
                 parameter.copy_(torch.linspace(-0.02, 0.02, parameter.numel()).view(parameter.shape))
     return made
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup"),
+    [("cosine", 0.03), ("linear", 4), ("constant_with_warmup", 4), ("cosine", 100), ("cosine", 0)],
+)
+def test_every_step_of_a_warmup_trains_and_later_ones_are_transformers(
+    schedule: str, warmup: float, base: Base, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    made = trainer(base, pairs, 4096, tmp_path, demo(f'dpo.schedule="{schedule}"', f"dpo.warmup={warmup}"))
+    steps, ramp = 12, made.args.get_warmup_steps(12)
+    made.create_optimizer()
+    scheduler = made.create_scheduler(steps, made.optimizer)
+    assert made.create_scheduler(steps, made.optimizer) is scheduler
+    theirs = get_scheduler(schedule, SGD([torch.zeros(1)], lr=made.args.learning_rate), ramp, steps)
+    for step in range(steps):
+        rate, [usual] = made.optimizer.param_groups[0]["lr"], theirs.get_last_lr()
+        assert set(scheduler.get_last_lr()) == {rate}
+        assert rate > 0
+        assert rate == pytest.approx(made.args.learning_rate * (step + 1) / (ramp + 1) if step < ramp else usual)
+        made.optimizer.step()
+        theirs.optimizer.step()
+        scheduler.step()
+        theirs.step()
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""What is held out: decided by the prompt alone, for all preferences on a source alike, and enough to measure by."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lora_align.data import pairs
+from lora_align.data.ratings import read_ratings
+from lora_align.data.rows import Message, Prompt
+from lora_align.preference import Preference
+from lora_align.recipe import Ratings, Sft
+from support import pairs_of
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [(Message("user", f"What is {i}?"),) for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(4, 0), (5, 1), (30, 6), (100, 20), (200, 20)])
+def test_a_small_source_holds_out_a_fifth_of_its_prompts(count: int, held_out: int) -> None:
+    some = prompts(count)
+    below = pairs.split_at(some, 0.001)
+    assert sum(pairs.is_held_out(prompt, below) for prompt in some) == held_out
+    assert pairs.split_at(some * 3, 0.001) == below, "a prompt that stands there thrice is one"
+    assert pairs.split_at(some[::-1], 0.001) == below
+
+
+def test_a_source_that_holds_out_enough_stays_as_it_is() -> None:
+    assert pairs.split_at(prompts(1000), 0.05) == 0.05
+    assert pairs.split_at(prompts(60), 0.5) == 0.5
+    assert pairs.split_at(prompts(20), 0.5) == 0.5, "less than enough, but more than a fifth"
+    assert pairs.split_at(prompts(60), 0.0) == 0.0
+    assert pairs.split_at(prompts(1), 0.05) == 0.05, "its only prompt is not taken from training"
+
+
+def test_a_large_source_is_looked_at_no_further_than_needed() -> None:
+    rest = iter(prompts(10_000))
+    assert pairs.split_at(rest, 0.05) == 0.05
+    assert len(list(rest)) > 9000
+
+
+def test_preferences_on_a_small_source_hold_out_the_same_prompts(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"What is {i}?", "response_0": "x" * (i % 4), "response_1": "xx", "label": None if i % 3 else 0}
+        for i in range(90)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [pairs_of(Preference(str(file), rank), 0.01, limit) for rank, limit in (("label", None), ("longer", 30))]
+    trained, held = ({pair.prompt for read in found for pair in getattr(read, side)} for side in ("train", "held_out"))
+    assert all(len(read.held_out) > 1 for read in found)
+    assert not trained & held
+
+
+def test_ratings_and_conversations_of_a_small_source_are_held_out_too(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What is {i}?", "response": "x", "completion": "x", "help": 3} for i in range(50)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for read in (
+        read_ratings(Ratings(str(file)), 0.01, None, Counter()),
+        pairs.read_conversations(Sft(data=str(file), held_out=0.01), Counter()),
+    ):
+        assert sum(aside for _, aside in read) == 10
