@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 from lora_align import __version__, processes
 from lora_align.console import Screen
@@ -110,7 +110,8 @@ def _check_types(manifest: Manifest) -> None:
     """Raise where a value is of another type than every reader relies on."""
     for known in fields(manifest):
         value = getattr(manifest, known.name)
-        if not isinstance(value, cast(type, get_origin(known.type) or known.type)):
+        kind: Any = known.type
+        if not isinstance(value, get_origin(kind) or kind):
             raise TypeError(f"{known.name} is of type {type(value).__name__}")
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]

@@ -18,13 +18,14 @@ class GrowingLayer(DynamicLayer):
         """Add tokens; return the keys and values of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        held: tuple[Any, Any] = self.keys, self.values
         begin = self.get_seq_length()
         end = begin + key_states.shape[2]
-        if self.room is None or end > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():
-            self.room = (self._with_room(self.keys, key_states, end), self._with_room(self.values, value_states, end))
-        keys, values = self.room
-        keys[:, :, begin:end], values[:, :, begin:end] = key_states, value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        room = self.room
+        if room is None or end > room[0].shape[2] or held[0].data_ptr() != room[0].data_ptr():
+            room = (self._with_room(held[0], key_states, end), self._with_room(held[1], value_states, end))
+        room[0][:, :, begin:end], room[1][:, :, begin:end] = key_states, value_states
+        self.room, self.keys, self.values = room, room[0][:, :, :end], room[1][:, :, :end]
         return self.keys, self.values
 
     def _with_room(self, held: Tensor, fresh: Tensor, tokens: int) -> Tensor:
@@ -39,5 +40,5 @@ class GrowingLayer(DynamicLayer):
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
     """Return an empty cache for a model; layers that keep a window, or something else, are transformers' own."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
     return cache
