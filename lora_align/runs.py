@@ -110,8 +110,7 @@ def _check_types(manifest: Manifest) -> None:
     """Raise where a value is of another type than every reader relies on."""
     for known in fields(manifest):
         value = getattr(manifest, known.name)
-        expected: Any = get_origin(known.type) or known.type
-        if not isinstance(value, expected):
+        if not isinstance(value, get_origin(known.type) or known.type):  # type: ignore[arg-type]
             raise TypeError(f"{known.name} is of type {type(value).__name__}")
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]

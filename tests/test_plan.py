@@ -337,7 +337,7 @@ def test_every_real_recipe_has_the_shape_of_its_base() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"), [("qwen3-8b", ["dpo"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf"])]
+    ("name", "stages"), [("qwen3-8b", ["dpo", "tune"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf", "tune"])]
 )
 def test_a_real_recipe_is_planned_without_a_file_of_its_base(name: str, stages: list[str]) -> None:
     found = plan.run(recipe.load(recipe.builtin()[name]), plan.STAGES, QUIET, card="4090")
@@ -367,3 +367,21 @@ def test_sizes_below_a_gigabyte_are_in_megabytes() -> None:
     text = plan.told({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage]})
     assert re.search(r"^MB  +weights  at most\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
     assert "2 times over 1 row, 9 tokens" in text
+
+
+def test_tune_is_planned_with_dpo_s_settings_and_trains_nothing(project: recipe.Recipe) -> None:
+    two = replace(project, preferences={name: project.preferences[name] for name in ("helpful", "harmless")})
+    dpo, tune = plan.run(two, ["dpo", "tune"], QUIET)["stages"]
+    assert tune["rows"] == 2 * 48
+    assert tune["bytes"]["optimiser"] == 0
+    assert tune["bytes"]["adapters"] == 4 * dpo["bytes"]["adapters"], "two adapters of each preference"
+    base = bases.find(two.base)
+    stage = stage_of(two, "tune", base, QUIET)
+    assert stage is not None
+    said = [said for said, *_ in advice._changes(replace(stage, settings=replace(stage.settings, max_length=512)))]
+    assert said == [
+        " --set dpo.tokens_per_batch=1024",
+        " --set dpo.tokens_per_batch=512",
+        " --set dpo.gradient_checkpointing=true",
+        " --set dpo.tokens_per_batch=512 --set dpo.gradient_checkpointing=true",
+    ]

@@ -184,11 +184,12 @@ def tune(
     screen.loading(project.base.model)
     from lora_align.contest import exam
     from lora_align.contest import tune as stage
-    from lora_align.contest.hill import PAIRS, Bounds
+    from lora_align.contest.hill import Bounds
     from lora_align.contest.measure import Arena
     from lora_align.model import base as bases
+    from lora_align.plan.stage import TUNED
 
-    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, PAIRS)))
+    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNED)))
     parts = aims if groups == 1 else [part for name in aims for part in stage.parts(name, groups, project, runs_dir)]
     word = ",".join(f"{name}=1" for name in parts)
     everyone = contestants.named([word], project, runs_dir, screen)

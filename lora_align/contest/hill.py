@@ -22,10 +22,11 @@ from lora_align.errors import UserError
 from lora_align.model import tokenise
 from lora_align.model.logprobs import Answered, Reader, in_parts
 from lora_align.model.room import Room
+from lora_align.plan.stage import TUNED
 from lora_align.recipe import Training
 from lora_align.stages.training import TOO_LONG
 
-PAIRS, ANSWERS, LINES = 48, 32, 16  # of each preference, of the start policy, of ordinary text
+ANSWERS, LINES = 32, 16  # of the start policy, of ordinary text
 ROUND = 1000  # the weights that there are: so many from 0 to 1
 STEEP = 20.0  # times the square of the share by which a bound is passed
 KL, LOSS = "KL", "text loss"  # beside names of preferences, of which none has a capital or a space
@@ -145,7 +146,7 @@ class Hill:
         return sums, slope
 
     def _pairs(self, name: str) -> Rows:
-        pairs, base = self.arena.exam.pairs[name][:PAIRS], self.arena.base
+        pairs, base = self.arena.exam.pairs[name][:TUNED], self.arena.base
         tokens = [row for row in tokenise.pairs(pairs, base.chat, self.longest, Counter()) if row]
         if len(tokens) < 2:
             raise UserError(f"{name}: too few held-out pairs to tune by (dpo.held_out, eval.pairs)")

@@ -18,7 +18,7 @@ from lora_align.stages import audit
 
 BELOW = ("lora", "base")  # tables that every stage stands on
 DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", directions={}))
-STAGES = ("sft", "dpo", "reward", "rsf")
+STAGES = ("sft", "dpo", "reward", "rsf", "tune")
 
 
 def run(

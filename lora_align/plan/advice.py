@@ -51,8 +51,10 @@ def switches(base: Base, plan: Found) -> Iterator[Tried]:
 
 def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """As --set says it, and what it changes of the base's and of the stage's table."""
+    if not stage.trains:  # tune computes as the recipe's base does, and compiles nothing
+        return
     if not stage.settings.compile:
-        yield f"{stage.name}.compile=true", {}, {"compile": True}
+        yield f"{stage.table}.compile=true", {}, {"compile": True}
     kernels = ["sdpa"] if base.recipe.attention == "eager" else []
     kernels += ["flash_attention_2"] if is_flash_attn_2_available() else []
     for kernel in kernels:
@@ -83,7 +85,7 @@ def quicker(recipe: Recipe, base: Base, plan: Found) -> str:
     found = replace(planned(recipe, base, kept, plan.device, plan.lengths), rate=plan.rate)
     if not found.fits:
         return ""
-    said = f"--set {plan.stage.name}.gradient_checkpointing=false"
+    said = f"--set {plan.stage.table}.gradient_checkpointing=false"
     return f"quicker, and it fits, with {said}: {size(found.total)}, about {clock(found.seconds)}"
 
 
@@ -94,17 +96,17 @@ def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:
     parts, both = "", ""
     while settings.tokens_per_batch > settings.max_length:
         settings = replace(settings, tokens_per_batch=settings.tokens_per_batch // 2)
-        parts = both = f" --set {stage.name}.tokens_per_batch={settings.tokens_per_batch}"
+        parts = both = f" --set {stage.table}.tokens_per_batch={settings.tokens_per_batch}"
         yield parts, settings, lora
     if not settings.gradient_checkpointing:
-        checkpointing = f" --set {stage.name}.gradient_checkpointing=true"
+        checkpointing = f" --set {stage.table}.gradient_checkpointing=true"
         yield checkpointing, replace(stage.settings, gradient_checkpointing=True), lora
         settings, both = replace(settings, gradient_checkpointing=True), parts + checkpointing
         yield both, settings, lora
-    if settings.optimizer.startswith("adamw_torch"):
-        settings, both = replace(settings, optimizer=SMALL_ADAM), f"{both} --set {stage.name}.optimizer={SMALL_ADAM}"
+    if stage.trains and settings.optimizer.startswith("adamw_torch"):
+        settings, both = replace(settings, optimizer=SMALL_ADAM), f"{both} --set {stage.table}.optimizer={SMALL_ADAM}"
         yield both, settings, lora
-    table_of_its_own = f"{stage.name}." if getattr(settings, "lora", None) else ""
-    while lora.rank > LOWEST_RANK:
+    table_of_its_own = f"{stage.table}." if getattr(settings, "lora", None) else ""
+    while stage.trains and lora.rank > LOWEST_RANK:
         lora = replace(lora, rank=lora.rank // 2)
         yield f"{both} --set {table_of_its_own}lora.rank={lora.rank}", settings, lora

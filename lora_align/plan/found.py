@@ -46,7 +46,7 @@ class Found:
         return {
             "weights": self._weights,
             "adapters": self.cost.trained,
-            "optimiser": self.cost.trained * (1 + kept / 4),  # and the gradients
+            "optimiser": self.cost.trained * (1 + kept / 4) if self.stage.trains else 0.0,  # and the gradients
             "activations": self.cost.activations,
             "logits": self.cost.logits,
             "reserved": self.device.reserved,

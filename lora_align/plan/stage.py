@@ -22,6 +22,7 @@ from lora_align.stages import asking, dpo, judging, reward, series, sft
 from lora_align.stages.collect import AT_ONCE
 from lora_align.stages.steps import Objective
 
+TUNED, LOOKS = 48, 8  # pairs of a preference that `tune` reads, and how often it reads them, about
 UNKNOWN_ROWS = 1000  # where neither data nor a limit says how many there are
 
 
@@ -48,12 +49,18 @@ class Stage:
     referenced: bool = False
     assumed: str = ""  # why the rows are not the real ones
     drawing: Drawing | None = None
+    trains: bool = True  # an adapter; tune reads through vectors that are there
+
+    @property
+    def table(self) -> str:
+        """The recipe's table that its settings stand in."""
+        return self.name if self.trains else "dpo"
 
 
 def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | None:
     """Return what a stage would train on, if the recipe has it; rows of the greatest length where the data or the
     base's tokenizer cannot be had."""
-    if not (recipe.preferences if name == "dpo" else getattr(recipe, name)):
+    if not (recipe.preferences if name in ("dpo", "tune") else getattr(recipe, name)):
         return None
     try:
         if shapes.is_shipped(base):
@@ -74,6 +81,18 @@ def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:
 def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     found = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
     return Stage("dpo", recipe.dpo, recipe.lora, joined(found), _preferring(recipe, base), 2, referenced=True)
+
+
+def _tune(recipe: Recipe, base: Base, screen: Screen) -> Stage:
+    found = [dpo.prepare(recipe, name, base, screen).train[:TUNED] for name in recipe.preferences]
+    return _tuning(recipe, base, joined(found))
+
+
+def _tuning(recipe: Recipe, base: Base, rows: Sequence[TokenPair]) -> Stage:
+    """Pairs read through the vectors of all preferences, each of two adapters, forwards and backwards."""
+    settings = replace(recipe.dpo, epochs=1.0)
+    lora = replace(recipe.lora, rank=2 * recipe.lora.rank * len(recipe.preferences))
+    return Stage("tune", settings, lora, rows, _preferring(recipe, base), LOOKS, trains=False)
 
 
 def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage:
@@ -116,6 +135,7 @@ _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
     "dpo": _dpo,
     "reward": _reward,
     "rsf": _rsf,
+    "tune": _tune,
 }
 
 
@@ -128,11 +148,20 @@ def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
 
 
 def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
+    rows = _longest_pairs(recipe, base, recipe.dpo.limit or UNKNOWN_ROWS)
+    return Stage("dpo", recipe.dpo, recipe.lora, rows, _preferring(recipe, base), 2, referenced=True)
+
+
+def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
+    return _tuning(recipe, base, _longest_pairs(recipe, base, TUNED))
+
+
+def _longest_pairs(recipe: Recipe, base: Base, each: int) -> View[TokenPair]:
+    """Return so many pairs of the greatest length of each preference."""
     longest = min(recipe.dpo.max_length, base.max_length)
     prompt = longest // 4
     pair = TokenPair([0] * prompt, [0] * (longest - prompt), [0] * (longest - prompt), (0.0, 0.0))
-    rows = View((recipe.dpo.limit or UNKNOWN_ROWS) * len(recipe.preferences), lambda _: pair)
-    return Stage("dpo", recipe.dpo, recipe.lora, rows, _preferring(recipe, base), 2, referenced=True)
+    return View(each * len(recipe.preferences), lambda _: pair)
 
 
 def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
@@ -156,6 +185,7 @@ _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
     "dpo": _assumed_dpo,
     "reward": _assumed_reward,
     "rsf": _assumed_rsf,
+    "tune": _assumed_tune,
 }
 
 

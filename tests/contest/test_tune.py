@@ -1,6 +1,7 @@
 """`tune`: its slope against finite differences, its bounds, and what is found beside a search of every place."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lora_align.contest.measure import Arena
 from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.logprobs import Reader
+from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.mixer import Mixer
 from lora_align.recipe import Dpo
 from support import Cli
@@ -199,3 +200,38 @@ def test_what_cannot_be_aimed_at_is_refused(workspace: Path, cli: Cli, aim: str,
     done = cli("tune", "--aim", aim)
     assert done.code == 2
     assert says in done.err
+
+
+def test_memory_that_runs_out_halves_the_parts_and_the_slope_is_what_it_was(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
+    expected = Hill(arena, AIMS, bounds, Dpo()).at(here)
+    hill = Hill(arena, AIMS, bounds, Dpo(tokens_per_batch=2048))
+    whole = Reader.tokens
+
+    def tokens(self: Reader, rows: Sequence[Answered]) -> torch.Tensor:
+        if sum(len(prompt) + len(answer) for prompt, answer in rows) > 300 and torch.is_grad_enabled():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return whole(self, rows)
+
+    monkeypatch.setattr(Reader, "tokens", tokens)
+    found = hill.at(here)
+    assert hill.room.size == 256
+    assert found.height == pytest.approx(expected.height, abs=1e-5)
+    assert found.slope.tolist() == pytest.approx(expected.slope.tolist(), abs=1e-5)
+
+
+def test_checkpointing_leaves_the_slope_as_it_was(arena: Arena) -> None:
+    bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
+    plain = Hill(arena, AIMS, bounds, Dpo()).at(here)
+    anew = Hill(arena, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
+    assert anew.slope.tolist() == pytest.approx(plain.slope.tolist(), abs=1e-6)
+    assert not arena.model.training
+
+
+def test_pairs_are_cut_at_the_length_of_training(arena: Arena) -> None:
+    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
+    rows = [row for of in (*hill.pairs.values(), hill.drawn) for row in of.rows]
+    assert rows
+    assert max(len(prompt) + len(answer) for prompt, answer in rows) <= 32
