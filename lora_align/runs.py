@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any, cast, get_origin
 
 from lora_align import __version__, processes
 from lora_align.console import Screen
@@ -110,14 +110,15 @@ def _check_types(manifest: Manifest) -> None:
     """Raise where a value is of another type than every reader relies on."""
     for known in fields(manifest):
         value = getattr(manifest, known.name)
-        if not isinstance(value, get_origin(known.type) or known.type):  # type: ignore[arg-type]
+        if not isinstance(value, cast(type, get_origin(known.type) or known.type)):
             raise TypeError(f"{known.name} is of type {type(value).__name__}")
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]
     numbers = [file["bytes"] for file in manifest.files.values()] + [of["weight"] for of in manifest.parents]
-    for value, kinds in [*((text, str) for text in texts), *((number, (int, float)) for number in numbers)]:
-        if not isinstance(value, kinds):
-            raise TypeError(f"{value!r} is of type {type(value).__name__}")
+    wrong = [value for value in texts if not isinstance(value, str)]
+    wrong += [value for value in numbers if not isinstance(value, int | float)]
+    if wrong:
+        raise TypeError(f"{wrong[0]!r} is of type {type(wrong[0]).__name__}")
 
 
 def _digest(manifest: Manifest) -> str:
