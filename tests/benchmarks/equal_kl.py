@@ -19,8 +19,8 @@ SEEDS = (411, 412)  # used for nothing else
 AT = (0.5, 1.0)  # weights of the vectors that give the KL to compare at
 CURVES = {
     "vectors": ("helpful={0},harmless={0}", (0.25, 0.5, 0.75, 1.0)),
-    "positive adapters": ("dpo/helpful/pos={0},dpo/harmless/pos={0}", (0.5, 1.0, 1.5, 2.0, 2.5)),
-    "joint DPO": ("dpo/both/pos={0}", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
+    "positive adapters": ("dpo/helpful/pos={0},dpo/harmless/pos={0}", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
+    "joint DPO": ("dpo/both/pos={0}", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)),
 }
 GRADES = {"helpful": "oracle: helpful", "harmless": "oracle: harmless"}
 ASKED = ["eval.count=100", "eval.samples=2", "eval.pairs=1"]
