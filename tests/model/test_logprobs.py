@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_align.errors import RunFailedError, UserError
-from lora_align.model import logprobs
+from lora_align.model import logprobs, packing
 from lora_align.model.logprobs import Reader, Shared, answer_logprobs, parts
+from lora_align.model.packing import Backbone
 from lora_align.model.room import Room
 from support import make_base
 
@@ -151,3 +153,21 @@ def test_another_head_is_refused_in_any_dtype(llama: Path) -> None:
     model.config.logit_scale = 1.5
     with pytest.raises(UserError, match="computes its logits in a way"):
         Reader.of(model)
+
+
+def test_kernels_get_each_segment_alone_and_no_positions(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention 2 reads positions as divisions of a whole row; the segments it gets are undivided already."""
+    seen: list[tuple[int, object]] = []
+
+    def kernel(module: nn.Module, query: Tensor, *given: Any, **settings: Any) -> tuple[Tensor, Any]:
+        seen.append((query.shape[2], settings.get("position_ids")))
+        return whole(module, query, *given, **settings)
+
+    kind = model.config._attn_implementation
+    whole = packing.ALL_ATTENTION_FUNCTIONS[kind].args[0]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kind, partial(packing._attention, kernel))
+    row = [[5, 6, 7], [8, 9], [4]]
+    Backbone.unchecked(model).states([row, [[5, 6, 7, 8]]])
+    assert seen == [(5, None), (4, None), (4, None)] * model.config.num_hidden_layers

@@ -12,6 +12,7 @@ from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer
+from lora_align.model.reward_model import Heads
 
 IDS = torch.arange(5, 45).view(2, 20)
 
@@ -84,3 +85,29 @@ def test_an_adapter_of_another_base_is_refused(
     with pytest.raises(UserError, match=told):
         Mixer(model, {"b": UPDATES["b"], "a": _update(0, 2, {layer: shape})}, {"a": 1.0, "b": 1.0})
     assert torch.equal(_logits(model), plain), "nothing of it stays"
+
+
+def test_branches_compute_in_float32_under_autocast(llama: Path) -> None:
+    """What lies below an adapter computes the same in training, under autocast, and in the reference pass, without."""
+    model = bases.find(recipe.Base(str(llama), dtype="bfloat16")).load()
+    layer = model.model.layers[0].mlp.up_proj
+    draw = torch.Generator().manual_seed(0)
+    factors = Factors(
+        *(torch.randn(shape, generator=draw) for shape in ((layer.out_features, 4), (4, layer.in_features)))
+    )
+    Mixer(model, {"start": LoraDelta.of({"model.layers.0.mlp.up_proj": factors})}, {"start": 1.0})
+    given = torch.randn(3, layer.in_features, generator=draw, dtype=torch.float32).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trained = layer(given)
+    with torch.no_grad():
+        assert torch.equal(trained, layer(given))
+
+
+def test_reward_heads_compute_in_float32_under_autocast() -> None:
+    heads = Heads(16, {"one": 0.0}, {"one": 1.0})
+    torch.nn.init.normal_(heads.weight, generator=torch.Generator().manual_seed(0))
+    given = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trained = heads(given)
+    with torch.no_grad():
+        assert torch.equal(trained, heads(given))

@@ -105,3 +105,11 @@ def test_another_start_or_another_quantisation_is_another_policy(base: Base) -> 
     other = replace(base, fingerprint="0" * 64)
     policies = ((base, ""), (base, "x"), (double, ""), (half, ""), (other, ""))
     assert len({References.of(of, start).folder for of, start in policies}) == len(policies)
+
+
+def test_references_are_kept_by_device_and_kernel(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = References.of(base, "").folder
+    eager = replace(base, recipe=replace(base.recipe, attention="eager"))
+    assert References.of(eager, "").folder != here
+    monkeypatch.setattr(module, "_device_name", lambda: "another card")
+    assert References.of(base, "").folder != here

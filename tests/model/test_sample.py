@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
+from lora_align.model import sample as sampling_module
 from lora_align.model.base import Base
 from lora_align.model.generate import Sampling
+from lora_align.model.growing_cache import growing_cache
 from lora_align.model.room import Room
-from lora_align.model.sample import sample
+from lora_align.model.sample import affordable, sample
 from support import make_base
 
 QUESTIONS = ["Tell me about rain.", "I am new here. What should I know about the moon? Thanks.", "Teach me about soup."]
@@ -137,3 +139,31 @@ def test_too_little_memory_halves_the_batch() -> None:
     assert drawn == 12000
     assert largest < 6000
     assert fitting <= largest, "what fits is known from then on"
+
+
+def test_sampling_begins_with_what_memory_holds(
+    base: Base, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tokens = model.config, 100
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 4
+    monkeypatch.setattr(sampling_module, "device_memory", lambda _: model.get_memory_footprint() + 6 * row)
+    assert affordable(model, tokens) == 3
+    room = Room(512)
+    prompt = [5] * (tokens - 8)
+    batches = list(sample(model, base, [prompt], 7, Sampling(temperature=1.0, max_new_tokens=8, seed=0), room))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert room.size == 3
+
+
+def test_a_growing_cache_holds_what_transformers_own_does(model: PreTrainedModel) -> None:
+    ids = torch.arange(5, 155)[None]
+    caches = (growing_cache(model), DynamicCache(config=model.config))
+    for begin, end in ((0, 70), (70, 71), (71, 72), (72, 150)):
+        ours, theirs = (
+            model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True).logits for cache in caches
+        )
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        if end == 71:  # as finished rows make room
+            for cache in caches:
+                cache.batch_select_indices(torch.tensor([0]))
+    assert caches[0].get_seq_length() == 150
