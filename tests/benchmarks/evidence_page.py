@@ -24,6 +24,9 @@ ITEMS: list[Callable[[Path], Item]] = [
 ]
 
 
+LIMITS = Path(__file__).parent / "evidence" / "limits.md"
+
+
 def lines(items: Sequence[Item], seconds: float, in_one_go: Mapping[str, int] | None) -> Iterator[str]:
     """The page."""
     sittings = "in several sittings"
@@ -43,6 +46,8 @@ def lines(items: Sequence[Item], seconds: float, in_one_go: Mapping[str, int] | 
         "alone (5). Easier since: differences are taken prompt by prompt, where intervals of two means had to lie "
         f"apart. All jobs took {seconds / 60:.0f} minutes of one core, {sittings}."
     )
+    yield ""
+    yield LIMITS.read_text().strip()
     yield ""
     yield "| | verdict |"
     yield "|---|---|"
