@@ -142,7 +142,7 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
-            env=dict(os.environ),  # without the COLUMNS that readline hands on
+            env={name: of for name, of in os.environ.items() if name not in ("COLUMNS", "LINES")},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
         )
         os.close(child)

@@ -101,7 +101,8 @@ def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compil
     done = cli(*words)
     assert done.code == 0, done.err
     assert "dpo: taking a step" in done.err
-    [of] = json.loads(done.out)["stages"]
+    of, tune = json.loads(done.out)["stages"]
+    assert (tune["stage"], tune["measured"]) == ("tune", None)
     step = of["measured"]
     assert of["rate"] * step["seconds"] == pytest.approx(of["operations_a_token"] * of["part"], rel=1e-6)
     assert of["bytes"]["activations"] + of["bytes"]["logits"] == pytest.approx(step["taken"], rel=0.1)
@@ -364,7 +365,7 @@ def test_sizes_below_a_gigabyte_are_in_megabytes() -> None:
     stage = {"stage": "dpo", "bytes": {"weights": 3e6}, "total": 4e6, "fits": True, "passes": 2, "rows": 1, "tokens": 9}
     stage |= {"seconds": 1.0, "assumed": "", "answers": 0, "advice": "", "measured": None}
     device = {"count": 1, "name": "this CPU", "memory": 8e9, "dtype": "float32", "rate": 1e12}
-    text = plan.told({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage]})
+    text = plan.told({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage], "shipped": False})
     assert re.search(r"^MB  +weights  at most\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
     assert "2 times over 1 row, 9 tokens" in text
 

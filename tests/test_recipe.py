@@ -190,7 +190,7 @@ def test_absurd_values_are_refused_with_key_and_bound(override: str, bound: str)
 def test_every_number_of_a_recipe_has_two_bounds() -> None:
     schema = TypeAdapter(recipe.Recipe).json_schema()["$defs"]
     for table, of in schema.items():
-        for key, value in of["properties"].items():
+        for key, value in of.get("properties", {}).items():  # an enumeration has none
             for kind in (value, *value.get("anyOf", ())):
                 if kind.get("type") in ("integer", "number"):
                     bounds = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"} & kind.keys()

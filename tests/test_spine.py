@@ -296,7 +296,14 @@ def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
     done = cli("dpo", "--pref", "helpful", "--direction", "pos", *PAIRS, "--set", "dpo.limit=16")
     assert done.code == 0
     for line in done.err.splitlines():
-        ours = ("recipe: ", "helpful reference", "helpful pos  ", "warning: runs/dpo/helpful/pos: unconverged")
+        ours = (
+            "recipe: ",
+            "loading libraries and the base demo",
+            "helpful reference",
+            "helpful pos  ",
+            "warning: helpful pos: 16 pairs make 1 optimiser step, in which little is learned",
+            "warning: runs/dpo/helpful/pos: unconverged",
+        )
         ours += ("helpful: 16 rows to learn from, 0 held out; dropped: 16 too close, 13 tie",)
         assert line.startswith(ours), line
     quiet = cli("dpo", "--pref", "helpful", "--direction", "neg", "-q", "--json", "--set", "dpo.limit=160")

@@ -65,7 +65,7 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure policies on the same prompts: the first against the others.
+    """Measure policies on the same prompts, the first against others.
 
     Without any: the newest mix against the start policy.
 

@@ -44,7 +44,7 @@ def run(
         if stage is not None:
             plan = planned(recipe, base, replace(stage, passes=passes or stage.passes), device)
             taken: dict[str, Any] = {}
-            if measure and plan.fits:
+            if measure and plan.fits and stage.trains:
                 screen.note(f"{name}: taking a step, and others in other ways")
                 plan = plan.by(measured(base, stage, [stage.rows[i] for i in plan.part]))
                 taken["switches"] = [asdict(tried) for tried in advice.switches(base, plan)]

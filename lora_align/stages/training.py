@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes, runs
-from lora_align.console import Progress, Screen
+from lora_align.console import Progress, Screen, count
 from lora_align.data.pairs import ENOUGH
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
@@ -89,9 +89,10 @@ def too_few_steps(rows: int, settings: Training) -> str:
     steps = math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
     if steps >= FEW_STEPS:
         return ""
-    what = "pairs" if isinstance(settings, Dpo) else "rows"
+    what = "pair" if isinstance(settings, Dpo) else "row"
     return (
-        f"{rows:,} {what} make {steps} optimiser steps, in which little is learned: more {what}, a smaller batch_size "
+        f"{count(rows, what)} make {count(steps, 'optimiser step')}, in which little is learned: more {what}s, a "
+        f"smaller batch_size "
         f"(now {settings.batch_size}), or more epochs (now {settings.epochs:g})"
     )
 

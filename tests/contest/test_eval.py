@@ -221,7 +221,7 @@ def test_a_start_policy_that_is_not_the_base(trained: Path, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "runs" / "dpo")
     trained_on_it = call(tmp_path, "dpo", "--pref", "helpful", "--limit", "64", *words)
     assert trained_on_it.code == 0, trained_on_it.err
-    told = call(tmp_path, "eval", "helpful=1", "start", "base", "--json", *SMALL, *words)
+    told = call(tmp_path, "eval", "helpful=9", "start", "base", "--json", *SMALL, *words)
     assert told.code == 0, told.err
     mix, start, base = json.loads(told.out)["contestants"].values()
     assert start["KL"]["value"] == pytest.approx(0, abs=1e-5)

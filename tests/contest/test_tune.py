@@ -87,9 +87,9 @@ def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
     assert (found.slope * found.weights).min() > 0, "they would go on"
 
 
-@pytest.mark.parametrize("name", [KL, LOSS])
-def test_what_has_passed_a_bound_comes_back(arena: Arena, name: str) -> None:
-    far = torch.tensor([4.0, 4.0])
+@pytest.mark.parametrize(("name", "weight"), [(KL, 4.0), (LOSS, -4.0)])
+def test_what_has_passed_a_bound_comes_back(arena: Arena, name: str, weight: float) -> None:
+    far = torch.tensor([weight, weight])  # the way on which that bound is passed
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
     bound = Hill(arena, AIMS, free, Dpo()).at(far).found[name] / 3
     assert bound > 0

@@ -236,7 +236,7 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.told(run)
     (made,) = dpo.run(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     told = capsys.readouterr().err
-    assert "helpful pos: 16 pairs make 1 optimiser steps, in which little is learned" in told
+    assert "helpful pos: 16 pairs make 1 optimiser step, in which little is learned" in told
     assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
 
 

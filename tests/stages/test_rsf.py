@@ -369,7 +369,7 @@ def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -
 
 
 def test_another_direction_while_one_talks(made: Path) -> None:
-    terminal = Terminal(made, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "3")
+    terminal = Terminal(made, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
     assert "helpfulness=0.80 verbosity=-0.60" in terminal.wait_for("› ")
     assert "." in terminal.say("Tell me about rain.")
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want helpfulness=3,verbosity=-4")
@@ -383,7 +383,7 @@ def test_another_direction_while_one_talks(made: Path) -> None:
 
 def test_a_comparison_leaves_the_policy_that_is_asked_in_force(made: Path, workspace: Path) -> None:
     shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
-    terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "3")
+    terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
     terminal.wait_for("› ")
     terminal.say("Tell me about rain.")
     told = terminal.say("/compare rsf/policy/t2=1 | helpful=0 | rsf/policy/t2=0")
