@@ -306,7 +306,7 @@ def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
         )
         ours += ("helpful: 16 rows to learn from, 0 held out; dropped: 16 too close, 13 tie",)
         assert line.startswith(ours), line
-    quiet = cli("dpo", "--pref", "helpful", "--direction", "neg", "-q", "--json", "--set", "dpo.limit=160")
+    quiet = cli("dpo", "--pref", "helpful", "--direction", "neg", "-q", "--json", "--set", "dpo.limit=400")
     assert json.loads(quiet.out)["runs"][0]["direction"] == "neg"
     assert quiet.err == ""
 
