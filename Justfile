@@ -41,7 +41,6 @@ bench:
     .venv/bin/python tests/benchmarks/planning.py --work .bench/planning
     .venv/bin/python tests/benchmarks/training.py --work .bench/training
     .venv/bin/python tests/benchmarks/growth.py --work .bench/growth
-    .venv/bin/python tests/benchmarks/sharing.py --work .bench/planning
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
 
 # Both papers in miniature; goes on where it was stopped. Writes tests/benchmarks/evidence/. Some two hours on two cores.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,16 @@ COMMAND = str(Path(sys.executable).with_name("lora-align"))
 PROMPT = ["chat", "--prompt", "Tell me about rain.", "--temperature", "0", "--max-new-tokens", "24", "--json"]
 
 
+def settings(base: Path, dtype: str) -> list[str]:
+    """Return what all training has in common. An SFT adapter lies below the vectors, where dtypes may differ."""
+    chosen = [f"base.model={base}", f"base.dtype={dtype}", "dpo.learning_rate=5e-4", "sft.limit=256"]
+    chosen += ['sft.data="demo:conversations?rows=300"', "sft.learning_rate=1e-3", "sft.max_length=128"]
+    return [word for value in chosen for word in ("--set", value)]
+
+
 def train(base: Path, dtype: str, *more: str) -> list[str]:
     """The words that do."""
-    chosen = [f"base.model={base}", f"base.dtype={dtype}", "dpo.learning_rate=5e-4"]
-    return ["dpo", "--pref", "helpful", "--limit", "256", *(w for s in chosen for w in ("--set", s)), *more]
+    return ["dpo", "--pref", "helpful", "--limit", "256", *settings(base, dtype), *more]
 
 
 def run(folder: Path, words: Sequence[str], on_gpu: bool = True) -> str:
@@ -40,8 +47,9 @@ def run(folder: Path, words: Sequence[str], on_gpu: bool = True) -> str:
 
 
 def spine(folder: Path, base: Path, on_gpu: bool, dtype: str) -> dict[str, Any]:
-    """dpo, merge, chat."""
+    """sft, dpo, merge, chat."""
     folder.mkdir()
+    run(folder, ["sft", *settings(base, dtype)], on_gpu)
     run(folder, train(base, dtype), on_gpu)
     run(folder, ["merge", "--weights", "helpful=1"], on_gpu)
     return {"answer": json.loads(run(folder, PROMPT, on_gpu))["answer"]}
@@ -51,6 +59,7 @@ def resumed(folder: Path, base: Path, dtype: str, whole: Path) -> dict[str, floa
     """Killed behind a checkpoint in the middle, and gone on with: how far that is from a run nobody killed. On a CPU it
     is the same to the last bit; on a card kernels may add up in an order of their own."""
     folder.mkdir()
+    shutil.copytree(whole / "runs" / "sft", folder / "runs" / "sft")
     words = train(base, dtype, "--direction", "pos", "--set", "dpo.save_minutes=0")
     child = subprocess.Popen([COMMAND, *words, "--quiet"], cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     unfinished = folder / "runs" / "dpo" / "helpful" / ".pos.unfinished"
