@@ -74,7 +74,7 @@ def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
     base = bases.find(project.base)
     stages = [stage_of(project, stage, base, QUIET) for stage in plan.STAGES]
     assert [stage.name for stage in stages if stage] == [
-        *(["sft"] if project.sft else []), "dpo", *(["reward", "rsf"] if project.rsf else [])
+        *(["sft"] if project.sft else []), "dpo", *(["reward", "rsf"] if project.rsf else []), "tune"
     ]  # fmt: skip
     assert all(len(stage.rows) > 0 for stage in stages if stage)
     exam = exam_of(project, Screen())
