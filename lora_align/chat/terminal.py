@@ -101,7 +101,8 @@ def _obey(session: Session, command: str, argument: str, screen: Screen) -> None
 def _speak(session: Session, turns: list[Message], screen: Screen) -> None:
     """Stream an answer to these turns; Ctrl-C keeps what was said so far, an error leaves all as it was."""
     before, session.turns = session.turns, turns
-    said = []
+    said: list[str] = []
+    stopped = False
     try:
         with screen.streaming() as show:
             try:
@@ -109,12 +110,15 @@ def _speak(session: Session, turns: list[Message], screen: Screen) -> None:
                     said.append(piece)
                     show(piece)
             except KeyboardInterrupt:
+                stopped = True
                 show(" …")
                 session.memory.forget()
     except UserError:
         session.turns = before
         raise
     session.turns = [*turns, Message("assistant", "".join(said))]
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def _sampling(session: Session) -> Sampling:

@@ -1,6 +1,8 @@
 """The conversation's commands, on the built-in base without weights."""
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base
 from lora_align.model.generate import Sampling
-from support import Cli, Terminal
+from support import COMMAND, Cli, Terminal, make_base
 
 SCREEN = Screen()
 
@@ -95,3 +97,18 @@ def test_an_answer_on_a_narrow_terminal_breaks_between_words(tmp_path: Path) -> 
     assert len(shown) > 2
     assert " ".join(" ".join(shown).split()) == " ".join(answer.split())
     chat.process.kill()
+
+
+def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
+    endless = make_base(tmp_path / "endless", positions=8192)  # greedy on random weights: it never stops
+    words = ["--runs", "none", "--set", f"base.model={endless}", "--temperature", "0", "--max-new-tokens", "8000"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([COMMAND, "chat", *words], cwd=tmp_path, **pipes)
+    assert child.stdin
+    assert child.stdout
+    child.stdin.write(b"/system Be brief.\nHello.\n/save talk.json\n")
+    child.stdin.close()
+    child.stdout.read(8)  # it speaks
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+    assert not (tmp_path / "talk.json").exists()
