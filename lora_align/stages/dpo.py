@@ -35,7 +35,7 @@ from lora_align.stages.checkpoints import Unfinished
 from lora_align.stages.steps import Part, Stepping
 
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
-HUGE = 1.0  # ‖Δ‖/‖W‖ above which more is the adapter than the base
+HUGE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
 WORSE = -1.0  # mean margin below which a loss is about twice that of no training at all
 LAST = 10  # steps whose mean margin says where a run ended
 
