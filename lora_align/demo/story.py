@@ -45,7 +45,7 @@ Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SEC
 def tell(runs_dir: Path, screen: Screen) -> None:
     """The whole story. What was trained before is not trained again."""
     project = recipe.load(recipe.builtin()["demo"])
-    screen.note("The built-in base, 0.9 M parameters in 4-bit, on this machine: three minutes.")
+    screen.note("The built-in base, 0.9 M parameters in 4-bit, on this machine: a minute or two.")
 
     screen.note("\n1 · Train an adapter towards each preference, and one on switched labels")
     for preference in PREFERENCES:
