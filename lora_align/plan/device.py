@@ -1,11 +1,10 @@
 """What is planned for: this machine, or a card that is named."""
 
 import math
-import os
-import resource
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from lora_align import cards
@@ -42,8 +41,8 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
         properties = torch.cuda.get_device_properties(where)
         free, _ = torch.cuda.mem_get_info(where)  # what this process and CUDA itself hold already is not in it
         return Device(properties.name, free, _rate(where, dtype), dtype, 0.0, count)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # by the libraries
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    held = psutil.Process().memory_info().rss  # by the libraries
+    memory = bases.device_memory(where)
     return Device("this CPU", memory, _rate(where, dtype), dtype, held, count, cpu=True)
 
 
