@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast, get_origin
 from lora_align import __version__, processes
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError, first_line
-from lora_align.preference import NAME
+from lora_align.weights import NAME
 
 if TYPE_CHECKING:
     from filelock import FileLock

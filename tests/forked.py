@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.demo.story", "lora_align.stages.rsf")
+LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.demo.story", "lora_align.rsf.loop")
 PATIENCE = 300.0  # seconds
 
 os.environ["PYTHONSAFEPATH"] = "1"  # what is installed is tested, and not what lies in the current folder

@@ -27,14 +27,14 @@ from filelock import FileLock
 import forked
 from lora_align.console import Screen
 from lora_align.data import pairs
-from lora_align.preference import Preference
+from lora_align.recipe import Preference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_align.data.rows import Pair
-    from lora_align.model.material import Material
     from lora_align.model.tokenise import TokenPair
+    from lora_align.train.token_rows import Material
 
 COMMAND = Path(sys.executable).with_name("lora-align")
 PAIRS = ["--set", "dpo.limit=64"]
@@ -70,9 +70,10 @@ def pairs_of(preference: Preference, held_out: float = 0.0, limit: int | None = 
 def material_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> "Material[TokenPair]":
     """Tokenised for the built-in base, and kept."""
     from lora_align import recipe
-    from lora_align.model import base, material
+    from lora_align.model import base
+    from lora_align.train import token_rows
 
-    return material.of_pairs(preference, base.find(recipe.Base("demo")), held_out, limit, 512, Screen(quiet=True))
+    return token_rows.of_pairs(preference, base.find(recipe.Base("demo")), held_out, limit, 512, Screen(quiet=True))
 
 
 def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:

@@ -17,10 +17,10 @@ from lora_align import recipe
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.model import base as bases
 from lora_align.model.logprobs import TOKENS, Reader, answer_logprobs
+from lora_align.model.memory_budget import Room
 from lora_align.model.mixer import Mixer
-from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair
-from lora_align.stages.dpo import Preferring
+from lora_align.train.dpo import Preferring
 
 FOLDER = Path(__file__).parent / "benchmarks"
 ASKED = [[0, 1, 2, 3], [0, 1, 4, 5], [6, 7, 8, 9]]  # two of the first seed's prompts are the second's, too

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from lora_align import recipe
 from lora_align.errors import UserError
-from lora_align.preference import Ranker
+from lora_align.rankers import Ranker
 from lora_align.recipe import optimizers
 
 

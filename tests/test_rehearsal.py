@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from lora_align import plan, recipe
+from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.contest.exam import RISKY, SAFE, exam_of
+from lora_align.evaluate.test_set import RISKY, SAFE, exam_of
 from lora_align.model import base as bases
-from lora_align.plan.stage import stage_of
-from lora_align.preference import Direction
+from lora_align.plan import planner
+from lora_align.plan.stages import stage_of
+from lora_align.rankers import Direction
 from lora_align.recipe import flat
-from lora_align.stages import dpo
+from lora_align.train import dpo
 
 QUIET = Screen(quiet=True)
 REAL = [name for name in recipe.builtin() if name != "demo"]
@@ -72,7 +73,7 @@ def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
 ) -> None:
     project = rehearsed(name, llama, files)
     base = bases.find(project.base)
-    stages = [stage_of(project, stage, base, QUIET) for stage in plan.STAGES]
+    stages = [stage_of(project, stage, base, QUIET) for stage in planner.STAGES]
     assert [stage.name for stage in stages if stage] == [
         *(["sft"] if project.sft else []), "dpo", *(["reward", "rsf"] if project.rsf else []), "tune"
     ]  # fmt: skip

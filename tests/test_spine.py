@@ -69,8 +69,8 @@ def test_a_mix_on_a_4_bit_base_in_stock_peft_equals_the_dense_sum(workspace: Pat
     from transformers import AutoModelForCausalLM
 
     from lora_align import recipe
-    from lora_align.adapters import vectors
     from lora_align.model import base as bases
+    from lora_align.policy import vectors
 
     mixed = call(workspace, "merge", "--weights", "helpful=4,harmless=-3", "--name", "strong")
     assert mixed.code == 0, mixed.err

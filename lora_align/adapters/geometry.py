@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_align.adapters import layers
+from lora_align.adapters import module_names
 from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_losing, stacked
 
 Decomposed = tuple[Tensor, Tensor, Tensor]
@@ -46,7 +46,7 @@ class Geometry:
     def by_place(self) -> dict[str, dict[str, dict[int, float]]]:
         """Update → kind of module → layer (-1 where a name has none) → norm, of all experts together."""
         squares: dict[str, dict[str, dict[int, float]]] = {name: {} for name in self.names}
-        places = {module: layers.place(module) for module in self.grams}
+        places = {module: module_names.place(module) for module in self.grams}
         several = len({at.stack for at in places.values() if at}) > 1
         for module, gram in self.grams.items():
             at = places[module]

@@ -10,7 +10,7 @@ from typing import Any
 
 import regex
 
-from lora_align.adapters import layers
+from lora_align.adapters import module_names
 from lora_align.console import inert
 from lora_align.errors import UserError
 
@@ -111,7 +111,7 @@ def targeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
     numbers = {only} if isinstance(only, int) else set(only or ())
 
     def adapted(module: str) -> bool:
-        at = layers.place(module) if numbers else None
+        at = module_names.place(module) if numbers else None
         return wanted(module) and not excluded(module) and (not numbers or (at is not None and at.layer in numbers))
 
     return adapted
@@ -132,7 +132,7 @@ def covers_every_layer(config: Mapping[str, Any]) -> bool:
         return False
     if isinstance(targets, str):
         return targets == "all-linear"
-    return not any(layers.NUMBER.search(f".{target}") for target in targets)
+    return not any(module_names.NUMBER.search(f".{target}") for target in targets)
 
 
 def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
@@ -140,13 +140,13 @@ def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
     targets = config["target_modules"]
     if not isinstance(targets, str):
         present = {".".join(parts[i:]) for parts in (name.split(".") for name in modules) for i in range(len(parts))}
-        named = (target for target in targets if layers.NUMBER.search(f".{target}") and target not in present)
+        named = (target for target in targets if module_names.NUMBER.search(f".{target}") and target not in present)
         lost = next(named, None)
         if lost:
             return f"there is no {lost}"
     if isinstance(targets, str) and targets != "all-linear":
         return ""
-    return layers.lost(modules, covers_every_layer(config))
+    return module_names.lost(modules, covers_every_layer(config))
 
 
 @dataclass(frozen=True)

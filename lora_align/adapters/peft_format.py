@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_align.adapters import peft_config, tensor_file
+from lora_align.adapters import peft_config, safetensors_stream
 from lora_align.adapters.delta import Factors, LoraDelta, finite
 from lora_align.adapters.peft_config import About
-from lora_align.adapters.tensor_file import TensorFile
+from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.console import inert
 from lora_align.errors import UserError
 
@@ -57,7 +57,7 @@ class Adapter(Mapping[str, Factors]):
     @property
     def dtype(self) -> torch.dtype:
         """What it is stored in; of several, the one that holds them all."""
-        found = {tensor_file.DTYPES[entry.dtype] for entry in self._file.entries.values()}
+        found = {safetensors_stream.DTYPES[entry.dtype] for entry in self._file.entries.values()}
         return reduce(torch.promote_types, found)
 
     def __getitem__(self, name: str) -> Factors:
@@ -83,7 +83,7 @@ class Adapter(Mapping[str, Factors]):
         """ΔW's shape, after both sides were found to have the configured rank."""
         A, B = (self._file.entries[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB")
         rank = peft_config.rank(self.config, name)
-        if A.dtype not in tensor_file.DTYPES or B.dtype not in tensor_file.DTYPES:
+        if A.dtype not in safetensors_stream.DTYPES or B.dtype not in safetensors_stream.DTYPES:
             raise UserError(
                 f"{self._file.path}: {inert(name)} is stored as {A.dtype}, {B.dtype}, not as numbers to add"
             )
@@ -123,7 +123,7 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     keys = [f"{PREFIX}{name}.lora_{side}.weight" for name in names for side in "AB"]
-    tensor_file.write(folder / WEIGHTS, tensors(), keys)
+    safetensors_stream.write(folder / WEIGHTS, tensors(), keys)
     (folder / CONFIG).write_text(peft_config.written(ranks, about), encoding="utf-8")
 
 

@@ -1,1 +1,1 @@
-"""Talk to a mix, and turn its weights while it talks."""
+"""Talk to a mix, and change its weights while it talks."""

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_align.adapters import ranges, vectors
-from lora_align.adapters.vectors import Vector
-from lora_align.chat.blend import Blend, Policy, check_stands_on
 from lora_align.console import Screen
 from lora_align.data.rows import Message, under_system
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.model.generate import Memory, Sampling, stream, text_pieces
+from lora_align.model.decoding import Memory, Sampling, stream, text_pieces
 from lora_align.model.mixer import Mixer
+from lora_align.policy import safe_ranges, vectors
+from lora_align.policy import start as start_policy
+from lora_align.policy.blend import Blend, Policy, check_stands_on
+from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
-from lora_align.stages import start as start_policy
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Session:
             self.mixer.set(merged)
         self.memory.forget()
         self.found |= new
-        far = ranges.beyond(merged, self.found, self.runs_dir)
+        far = safe_ranges.beyond(merged, self.found, self.runs_dir)
         return [*(doubt for vector in new.values() for doubt in vector.doubts()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
@@ -118,7 +118,7 @@ def open_session(
         screen.note(
             "start adapter: " + ("part of the mix" if blend.contains_start or not start else f"{start.path}, added")
         )
-    far = ranges.beyond(blend.weights, blend.found, runs_dir)
+    far = safe_ranges.beyond(blend.weights, blend.found, runs_dir)
     for doubt in [*blend.doubts(), *_differences(base, blend.found.values()), *far]:
         screen.warn(doubt)
     model = start_policy.load(base, start)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_align import runs
-from lora_align.chat.blend import Policy
 from lora_align.chat.session import Session
 from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
-from lora_align.model.generate import Sampling
-from lora_align.preference import parse_weights
+from lora_align.model.decoding import Sampling
+from lora_align.policy.blend import Policy
+from lora_align.weights import parse_weights
 
 LEAVING = ("/quit", "/exit")
 HELP = """\

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from lora_align import __version__, processes, runs
-from lora_align.cli import compose, look, measure, train, use
+from lora_align.cli import measure_commands, mix_commands, start_commands, train_commands, use_commands
 from lora_align.console import Screen, library_log, write
 from lora_align.errors import RunFailedError, Stopped, UserError, nearest
 
@@ -45,18 +45,28 @@ app = typer.Typer(
 )
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {
-        "demo": look.demo,
-        "recipes": look.list_recipes,
-        "init": look.init,
-        "doctor": look.doctor,
-        "plan": look.plan,
+        "demo": start_commands.demo,
+        "recipes": start_commands.list_recipes,
+        "init": start_commands.init,
+        "doctor": start_commands.doctor,
+        "plan": start_commands.plan,
     },
-    "Data": {"data": look.data},
-    "Train": {"sft": train.sft, "dpo": train.dpo, "reward": train.reward, "rsf": train.rsf},
-    "Mix": {"merge": compose.merge, "inspect": compose.inspect, "tune": measure.tune, "reach": measure.reach},
-    "Use": {"chat": use.chat, "generate": use.generate, "score": use.score},
-    "Measure": {"eval": measure.evaluate, "sweep": measure.sweep, "list": look.list_runs},
-    "Share": {"push": compose.push},
+    "Data": {"data": start_commands.data},
+    "Train": {
+        "sft": train_commands.sft,
+        "dpo": train_commands.dpo,
+        "reward": train_commands.reward,
+        "rsf": train_commands.rsf,
+    },
+    "Mix": {
+        "merge": mix_commands.merge,
+        "inspect": mix_commands.inspect,
+        "tune": measure_commands.tune,
+        "reach": measure_commands.reach,
+    },
+    "Use": {"chat": use_commands.chat, "generate": use_commands.generate, "score": use_commands.score},
+    "Measure": {"eval": measure_commands.evaluate, "sweep": measure_commands.sweep, "list": start_commands.list_runs},
+    "Share": {"push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 REPEATED = {"demo", "score", "generate", "eval", "sweep", "reach"}  # which go on by themselves, said once more

@@ -9,12 +9,12 @@ import typer
 
 from lora_align import recipe as recipes
 from lora_align import runs
-from lora_align.adapters import vectors
 from lora_align.console import Screen
 from lora_align.data import sources
 from lora_align.errors import UserError
-from lora_align.preference import NAME
+from lora_align.policy import vectors
 from lora_align.recipe import Recipe
+from lora_align.weights import NAME
 
 RecipeOption = Annotated[
     str | None,
@@ -75,10 +75,10 @@ def drawable(picture: Path | None) -> None:
 def planned(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:
     """What a stage would do, in place of doing it."""
     screen.loading(project.base.model)
-    from lora_align import plan
+    from lora_align.plan import planner
 
-    found = plan.run(project, [stage], screen, passes=passes)
-    parts = [plan.resolved(project, stage), plan.told(found, lengths=True)]
+    found = planner.run(project, [stage], screen, passes=passes)
+    parts = [planner.resolved(project, stage), planner.told(found, lengths=True)]
     screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **found})
 
 

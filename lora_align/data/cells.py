@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_align.data.rows import Message, Prompt
 from lora_align.data.sources import Row
-from lora_align.preference import Winner
+from lora_align.rankers import Winner
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 WINNERS: Mapping[Winner, int | None] = {Winner.first: 0, Winner.second: 1, Winner.tie: None}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from lora_align.data import cells, forms, sources
 from lora_align.data.sources import Row
 from lora_align.errors import UserError
-from lora_align.preference import Preference, Winner
+from lora_align.rankers import Winner
+from lora_align.recipe import Preference
 
 UNLABELLED = 1000  # rows of another form, after which no label columns are looked for
 SHOWN = 6  # values that an error names

@@ -13,8 +13,8 @@ from lora_align.data import forms, sources
 from lora_align.data.labels import labels_of
 from lora_align.data.rows import Comparison, Conversation, Pair, Prompt
 from lora_align.errors import UserError
-from lora_align.preference import Preference, Ranker
-from lora_align.recipe import Sft
+from lora_align.rankers import Ranker
+from lora_align.recipe import Preference, Sft
 
 ENOUGH = 20  # held-out pairs below which an accuracy says nothing
 FIFTHS = 5  # the share of its prompts that a small source holds out at most: one of so many

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from lora_align.preference import Ranker
+from lora_align.rankers import Ranker
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,9 @@ def name(source: Source) -> str:
 def rows(data: str, split: str = "train", revision: str = "", subset: str = "") -> Rows:
     """Every row of a source with the place it stands in, or what is wrong with it."""
     if data.startswith("demo:"):
-        from lora_align.demo import source
+        from lora_align.demo import data_source
 
-        return source.rows(data)
+        return data_source.rows(data)
     file = _file(data)
     if file:
         return _FILES[file.suffix.lower()](file)

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import recipe, runs
-from lora_align.adapters import peft_format, vectors
-from lora_align.chat.blend import Blend
+from lora_align.adapters import peft_format
 from lora_align.chat.session import Session, open_session
+from lora_align.commands import merge
 from lora_align.console import Screen, count, inert, table
 from lora_align.data.rows import Message
-from lora_align.demo import measure
-from lora_align.demo.measure import Figures
-from lora_align.evaluate import plots
+from lora_align.demo import measurement
+from lora_align.demo.measurement import Figures
+from lora_align.metrics import plots
 from lora_align.model import base as bases
-from lora_align.model.generate import Sampling
-from lora_align.preference import Direction
-from lora_align.stages import dpo, mix
+from lora_align.model.decoding import Sampling
+from lora_align.policy import vectors
+from lora_align.policy.blend import Blend
+from lora_align.rankers import Direction
+from lora_align.train import dpo
 
 FIRST, SECOND = PREFERENCES = ("helpful", "harmless")
 MIX = {FIRST: 1.0, SECOND: 1.0}
@@ -91,15 +93,15 @@ def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
     for preference in PREFERENCES:
         pos, neg = (peft_format.load(runs_dir / "dpo" / preference / side.value) for side in Direction)
         screen.note(f"{preference}: the cosine of its pos and neg is {pos.cosine(neg):.2f}")
-    target = runs_dir / "mix" / mix.default_name(MIX)
-    mixed = runs.read(target) if runs.is_run(target) else mix.run(MIX, project, runs_dir, screen)
-    screen.note(mix.told(mixed))
+    target = runs_dir / "mix" / merge.default_name(MIX)
+    mixed = runs.read(target) if runs.is_run(target) else merge.run(MIX, project, runs_dir, screen)
+    screen.note(merge.told(mixed))
     return mixed
 
 
 def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
     blend = Blend({name: vectors.find(name, runs_dir) for name in PREFERENCES}, MIX)
-    sampling = Sampling(temperature=0.7, max_new_tokens=measure.LONGEST, seed=SEED)
+    sampling = Sampling(temperature=0.7, max_new_tokens=measurement.LONGEST, seed=SEED)
     return open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
 
 
@@ -126,12 +128,12 @@ def _measure(session: Session, screen: Screen) -> Measured:
     """Each vector alone at nine weights, and the two together at five by five."""
     alone = [*((weight, 0.0) for weight in CURVE), *((0.0, weight) for weight in CURVE)]
     settings = dict.fromkeys([*alone, *itertools.product(MAP, MAP)])
-    asked = measure.questions(SEED, ASKED, part="test")
+    asked = measurement.questions(SEED, ASKED, part="test")
     measured: Measured = {}
     with screen.progress("measuring", len(settings)) as progress:
         for weights in settings:
             session.turn(_weights(*weights))
-            measured[weights] = measure.measure(session.model, session.base, asked, samples=1)
+            measured[weights] = measurement.measure(session.model, session.base, asked, samples=1)
             progress.show(len(measured), {})
     return measured
 

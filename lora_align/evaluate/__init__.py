@@ -1,1 +1,1 @@
-"""Instruments: what a mix does, measured and drawn."""
+"""Policies measured on the same prompts and seeds, with intervals."""

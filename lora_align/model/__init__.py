@@ -1,1 +1,1 @@
-"""The frozen 4-bit base, what is laid over it, and what it says."""
+"""The frozen 4-bit base: loading, tokens, log-probabilities, adapters over it, sampling."""

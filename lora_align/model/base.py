@@ -68,7 +68,7 @@ class Base:
             if model.device.type == "cpu":
                 keep_dequantised(model, compute_dtype(self.recipe))
             return model
-        from lora_align.model.divided import divide
+        from lora_align.model.fsdp import divide
 
         processes.meet()  # who meet for the first time get acquainted
         with FileLock(runs.cache_folder() / ".dividing.lock"):  # one whole base in a machine's memory, not several

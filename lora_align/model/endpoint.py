@@ -16,7 +16,7 @@ import httpx2 as httpx
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import DEMO
-from lora_align.model.generate import Sampling
+from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import Drawn
 from lora_align.recipe import Recipe
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_align.errors import RunFailedError, UserError
+from lora_align.model.memory_budget import Room
 from lora_align.model.packing import Backbone, noise
-from lora_align.model.room import Room
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
 Shared = tuple[list[int], Sequence[list[int]]]  # a prompt, and several answers to it

@@ -14,9 +14,9 @@ from lora_align.adapters import peft_format
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered
+from lora_align.model.memory_budget import Room
 from lora_align.model.mixer import Mixer
 from lora_align.model.packing import Backbone
-from lora_align.model.room import Room
 
 HEADS = "heads.safetensors"
 ADAPTER = "reward"

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from lora_align.data.rows import Prompt
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
-from lora_align.model.generate import Sampling
-from lora_align.model.room import Room
-from lora_align.model.sample import ROWS, sample
+from lora_align.model.decoding import Sampling
+from lora_align.model.memory_budget import Room
+from lora_align.model.sampling import ROWS, sample
 
 
 @dataclass(frozen=True)

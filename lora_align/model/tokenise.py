@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lora_align.data.rows import Conversation, Message, Pair, Rated
 from lora_align.model.chat_format import ChatFormat
-from lora_align.preference import Direction
+from lora_align.rankers import Direction
 
 IGNORED = -100  # a label that no loss looks at
 Said = tuple[Sequence[Message], Sequence[str]]  # a conversation, and answers to it

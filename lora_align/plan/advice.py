@@ -9,9 +9,9 @@ from transformers.utils import is_flash_attn_2_available
 from lora_align.console import clock
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.plan.found import Found, planned, size
-from lora_align.plan.measure import measured
-from lora_align.plan.stage import Stage
+from lora_align.plan.estimate import Found, planned, size
+from lora_align.plan.stages import Stage
+from lora_align.plan.timing import measured
 from lora_align.recipe import Lora, Recipe, Training
 
 SMALL_ADAM = "adamw_8bit"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from lora_align import cards
 from lora_align.model import base as bases
 from lora_align.model.base import compute_dtype
+from lora_align.plan import cards
 from lora_align.recipe import Recipe
 
 DRIVER = 0.6e9  # bytes of a card that CUDA keeps to itself; not measured

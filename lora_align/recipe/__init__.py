@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_align.errors import UserError, nearest
-from lora_align.preference import Preference
 from lora_align.recipe import faults
-from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft, Training
+from lora_align.recipe.tables import (
+    Asked,
+    Base,
+    Dpo,
+    Eval,
+    Lora,
+    Preference,
+    Ratings,
+    Recipe,
+    Reward,
+    Rsf,
+    Sft,
+    Training,
+)
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

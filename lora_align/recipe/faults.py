@@ -5,9 +5,10 @@ from dataclasses import fields
 from typing import Any
 
 from lora_align.errors import nearest
-from lora_align.preference import NAME, Preference, Ranker, Winner
+from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
-from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Ratings, Recipe, Reward, Rsf, Sft
+from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Preference, Ratings, Recipe, Reward, Rsf, Sft
+from lora_align.weights import NAME
 
 TABLES: Mapping[str, Any] = {
     "base": Base, "lora": Lora, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt
 
 from lora_align.errors import UserError, nearest
-from lora_align.preference import Preference
+from lora_align.rankers import Ranker, Winner
 
 # Upper bounds are beyond what anybody needs. They refuse slips at once that would end in an overflow, or in a wait.
 Positive = Annotated[float, Gt(0), Le(1_000)]
@@ -96,6 +96,34 @@ class Dpo(Training):
 
     beta: Positive = 0.1
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be.
+
+    Of a data set on the hub `split`, `revision` and `subset` (a part it names, or a folder of it) say what is read.
+    `columns` says what a column that is known here is called in the data; with `skip_bad` rows that cannot be read are
+    counted instead of refused. `labels` says which answer each value of a label column prefers, as in
+    { A = "first", B = "second", C = "tie" }. A table may name other preferences, `of` whose pairs it consists, instead
+    of data.
+    """
+
+    data: str = ""
+    rank: str = "label"
+    margin: Annotated[float, Ge(0), Le(1e9)] = 0.0
+    split: str = "train"
+    revision: str = ""
+    subset: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
+    labels: Mapping[str, Winner] = field(default_factory=dict)
+    of: tuple[str, ...] = ()
+
+    @property
+    def ranker(self) -> Ranker:
+        """The parsed `rank`."""
+        return Ranker.parse(self.rank)
 
 
 @dataclass(frozen=True)

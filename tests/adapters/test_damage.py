@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lora_align import runs
-from lora_align.adapters import peft_format, vectors
+from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors
 from lora_align.adapters.peft_config import About
 from lora_align.console import Screen
 from lora_align.errors import UserError
+from lora_align.policy import vectors
 from lora_align.runs import Manifest
 
 FILES = (peft_format.WEIGHTS, peft_format.CONFIG)

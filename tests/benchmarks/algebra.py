@@ -22,13 +22,13 @@ from report import once, save
 from torch import nn
 
 from lora_align import recipe
-from lora_align.adapters import methods, peft_format
+from lora_align.adapters import merge_options, peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.adapters.peft_config import About
+from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.data.rows import Message
 from lora_align.model.mixer import Mixer
-from lora_align.stages import mix
 
 RANK, LAYERS, ROUNDS = 16, 32, 3
 SHAPES = {  # of one layer, [out, in]
@@ -75,8 +75,8 @@ def peak() -> float:
 def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
     """Seconds and memory of one merge."""
     before, began = peak(), time.perf_counter()
-    plan = methods.How.said(*how)
-    mix.run(weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out")
+    plan = merge_options.How.said(*how)
+    merge.run(weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out")
     return {"seconds": time.perf_counter() - began, "MB": peak() - before}
 
 
@@ -183,14 +183,14 @@ def _added(at: nn.Module, part: str) -> nn.Module:
 
 def speaking() -> dict[str, float]:
     """Tokens a second on the demo base under mixes of several total ranks, as shares of the base's alone; in turns."""
-    from lora_align.demo import measure
+    from lora_align.demo import measurement
     from lora_align.model import base as bases
-    from lora_align.model.generate import Sampling
-    from lora_align.model.sample import sample
+    from lora_align.model.decoding import Sampling
+    from lora_align.model.sampling import sample
 
     base = bases.find(recipe.Base("demo"))
     model = base.load()
-    asked = measure.questions(0, 32, part="dev")
+    asked = measurement.questions(0, 32, part="dev")
     prompts = [base.chat.prompt_ids((Message("user", prompt.text),)) for prompt in asked]
     linears = {name: of for name, of in model.named_modules() if isinstance(of, nn.Linear) and "lm_head" not in name}
     rates: dict[int, list[float]] = {}
@@ -202,7 +202,7 @@ def speaking() -> dict[str, float]:
             }
             mixer = Mixer(model, {"mix": LoraDelta.of(update)} if rank else {}, {"mix": 1.0})
             began, tokens = time.perf_counter(), 0
-            for batch in sample(model, base, prompts, 4, Sampling(1.0, max_new_tokens=measure.LONGEST, seed=0)):
+            for batch in sample(model, base, prompts, 4, Sampling(1.0, max_new_tokens=measurement.LONGEST, seed=0)):
                 tokens += sum(len(answer.tokens) for answer in batch)
             rates.setdefault(rank, []).append(tokens / (time.perf_counter() - began))
             mixer.remove()

@@ -22,11 +22,11 @@ from control import PROMPTS, SEEDS, Bench
 from methods import Way, grader
 from report import once, save
 
-from lora_align.adapters import vectors
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.geometry import Directions
-from lora_align.adapters.merge import Merge, Tally
+from lora_align.adapters.merge_methods import Merge, Tally
 from lora_align.demo.oracle import AXES
+from lora_align.policy import vectors
 
 ORDER = ("helpful", "harmless", "polite", "brief", "certain", "warm", "formal", "concrete")
 SIZES = (2, 4, 6, 8)

@@ -21,16 +21,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # many small jobs: a process a core gets th
 from report import RESULTS, once, save
 
 from lora_align import recipe, runs
-from lora_align.adapters import peft_format, vectors
+from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.console import Screen
-from lora_align.demo import measure, world
+from lora_align.demo import measurement, world
 from lora_align.demo.oracle import AXES
-from lora_align.evaluate import plots
+from lora_align.metrics import plots
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer
-from lora_align.preference import Direction
-from lora_align.stages import dpo
+from lora_align.policy import vectors
+from lora_align.rankers import Direction
+from lora_align.train import dpo
 
 WEIGHTS = [step / 4 for step in range(-4, 5)]
 MIX = {"helpful": 1.0, "harmless": 1.0}
@@ -80,11 +81,11 @@ def turned(bench: Bench, seed: int, settings: Sequence[Mapping[str, float]], **a
     model = base.load()
     names = {name for weights in settings for name in weights}
     mixer = Mixer(model, {name: vectors.find(name, bench.work / f"seed{seed}").load() for name in names}, {})
-    prompts = measure.questions(seed, PROMPTS, part=bench.part, **asked)
+    prompts = measurement.questions(seed, PROMPTS, part=bench.part, **asked)
     found = []
     for weights in settings:
         mixer.set(weights)
-        found.append(measure.measure(model, base, prompts, SAMPLES).as_dict())
+        found.append(measurement.measure(model, base, prompts, SAMPLES).as_dict())
     return found
 
 

@@ -32,18 +32,19 @@ from methods import Way
 from report import once
 
 from lora_align import recipe, runs
-from lora_align.adapters import peft_format, vectors
+from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.console import Screen
-from lora_align.contest.measure import known
 from lora_align.data import forms, sources
-from lora_align.demo import grading, measure, oracle, world
+from lora_align.demo import measurement, oracle, oracle_judge, world
 from lora_align.demo.oracle import AXES
+from lora_align.evaluate.measure import known
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer
-from lora_align.preference import Direction
+from lora_align.policy import vectors
+from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
-from lora_align.stages import dpo, reward
+from lora_align.train import dpo, reward
 
 PAIR = ("helpful", "harmless")
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -127,12 +128,12 @@ class Examiner:
     def __init__(self, seed: int) -> None:
         self.base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
         self.model = self.base.load()
-        self.prompts = measure.questions(seed, PROMPTS, part="test")
+        self.prompts = measurement.questions(seed, PROMPTS, part="test")
 
     def __call__(self, update: LoraDelta) -> Answers:
         """The oracle's figures of an answer to each prompt."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
-        answered = measure.answers(self.model, self.base, self.prompts, 1, seed=0)
+        answered = measurement.answers(self.model, self.base, self.prompts, 1, seed=0)
         mixer.remove()
         rows = [_figures(prompt, text) for prompt, (text,) in zip(self.prompts, answered, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
@@ -148,7 +149,7 @@ class Examiner:
 def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
     read = oracle.score(prompt, text)
     refused = None if prompt.risky else float(read.refused)
-    return {**grading.grades(prompt, read), "refused": refused, "words": float(read.words)}
+    return {**oracle_judge.grades(prompt, read), "refused": refused, "words": float(read.words)}
 
 
 def mixed(work: Path, folder: str, weights: Mapping[str, float]) -> LoraDelta:
@@ -238,8 +239,8 @@ def users(work: Path, seed: int) -> dict[str, float]:
     base = bases.find(project.base)
     model = base.load()
     Mixer(model, {"average": policy(bench.work, f"seed{seed}", "average")}, {"average": 1.0})
-    asked = [prompt for prompt in measure.questions(seed, fronts.PROMPTS, part="test") if not prompt.risky]
-    answered = measure.answers(model, base, asked, fronts.SAMPLES, seed)
+    asked = [prompt for prompt in measurement.questions(seed, fronts.PROMPTS, part="test") if not prompt.risky]
+    answered = measurement.answers(model, base, asked, fronts.SAMPLES, seed)
     read = [oracle.score(prompt, text) for prompt, texts in zip(asked, answered, strict=True) for text in texts]
     formed = [score for score in read if score.well_formed]
     figures = {name: mean(score.grades[name] for score in formed) for name in fronts.OBJECTIVES}

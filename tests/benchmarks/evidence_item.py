@@ -12,8 +12,8 @@ from typing import Any
 from control import PROMPTS, SEEDS
 
 from lora_align import runs
-from lora_align.demo import measure
-from lora_align.evaluate import estimates
+from lora_align.demo import measurement
+from lora_align.metrics import intervals
 
 FOLDER = Path(__file__).parent / "evidence"
 YES, NO, OTHERWISE = "Reproduced", "Not reproduced", "Different"
@@ -54,7 +54,7 @@ class Found:
         rows = [row for of in known for row in of]
         if not rows:
             return cls(math.nan, math.nan, math.nan, [math.nan] * len(seeds))
-        all_ = estimates.mean(*map(list, zip(*rows, strict=True)))  # type: ignore[arg-type]
+        all_ = intervals.mean(*map(list, zip(*rows, strict=True)))  # type: ignore[arg-type]
         own = [mean(value for value, _ in of) if of else math.nan for of in known]
         return cls(all_.value, all_.low, all_.high, own)
 
@@ -84,7 +84,7 @@ class Found:
 @cache
 def _prompts() -> list[list[int]]:
     """Which prompt each seed's are."""
-    texts = [[prompt.text for prompt in measure.questions(seed, PROMPTS, part="test")] for seed in SEEDS]
+    texts = [[prompt.text for prompt in measurement.questions(seed, PROMPTS, part="test")] for seed in SEEDS]
     number = {text: i for i, text in enumerate(dict.fromkeys(text for of in texts for text in of))}
     return [[number[text] for text in of] for of in texts]
 

@@ -13,12 +13,13 @@ from evidence import CORRELATED, CORRELATIONS, FAR, NOISES, PAIR, REACHED, STEPS
 from evidence_item import FOLDER, Found, Item, each, figure, found, moved, rises, seconds, short, span, verdict, yes
 from matplotlib.figure import Figure
 
-from lora_align.adapters import peft_format, vectors
+from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
-from lora_align.contest.reach import way
 from lora_align.demo.oracle import AXES
-from lora_align.evaluate import plots
-from lora_align.preference import Direction
+from lora_align.evaluate.reach import way
+from lora_align.metrics import plots
+from lora_align.policy import vectors
+from lora_align.rankers import Direction
 
 
 def control(work: Path) -> Item:

@@ -27,16 +27,18 @@ from numpy.typing import NDArray
 from report import RESULTS, once, save
 
 from lora_align import recipe, runs, want
+from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.data.rows import Message, Prompt, under_system
-from lora_align.demo import measure, oracle, world
-from lora_align.evaluate import estimates, metrics
+from lora_align.demo import measurement, oracle, world
+from lora_align.metrics import intervals, rank
 from lora_align.model import base as bases
-from lora_align.model.generate import Sampling
-from lora_align.preference import Direction
+from lora_align.model.decoding import Sampling
+from lora_align.rankers import Direction
+from lora_align.rsf import loop
+from lora_align.rsf.candidates import Panel
 from lora_align.runs import Run
-from lora_align.stages import dpo, mix, reward, rsf
-from lora_align.stages.collect import Panel
+from lora_align.train import dpo, reward
 from lora_align.want import Want
 
 SEEDS, DEVELOPMENT_SEEDS = (207, 208, 209), (1,)
@@ -106,7 +108,9 @@ def at(angle: float) -> Want:
 
 def targets(steerlm: Run) -> list[dict[str, float]]:
     """Five verbosities over what SteerLM has seen, each with the highest helpfulness seen near it."""
-    seen = np.array([[row[name] for name in OBJECTIVES] for row in json.loads((steerlm.path / rsf.SCORES).read_text())])
+    seen = np.array(
+        [[row[name] for name in OBJECTIVES] for row in json.loads((steerlm.path / loop.SCORES).read_text())]
+    )
     wanted = np.quantile(seen[:, 1], np.linspace(0.1, 0.9, TARGETS))
     best = [float(seen[abs(seen[:, 1] - verbosity) < 5, 0].max()) for verbosity in wanted]
     return [dict(zip(OBJECTIVES, pair, strict=True)) for pair in zip(best, map(float, wanted), strict=True)]
@@ -120,7 +124,7 @@ def miniature(bench: Bench, seed: int) -> dict[str, float]:
     project, folder, began = bench.project(seed), bench.runs(seed), time.perf_counter()
     reward.run(project, folder, Screen(), force=True)
     judged = time.perf_counter()
-    rsf.run(project, folder, Screen(), force=True)
+    loop.run(project, folder, Screen(), force=True)
     return {"reward": judged - began, "rsf": time.perf_counter() - judged}
 
 
@@ -128,9 +132,9 @@ def steerlm(bench: Bench, seed: int) -> Run:
     """SteerLM on the bootstrap's data, but for more epochs: a rival, not a first step."""
     longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=1"]  # what comes after it is as short as can be
     folder = bench.runs(seed) / "rsf" / "rival"
-    if not runs.is_run(folder / rsf.STEERLM):
-        rsf.run(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
-    return runs.read(folder / rsf.STEERLM)
+    if not runs.is_run(folder / loop.STEERLM):
+        loop.run(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
+    return runs.read(folder / loop.STEERLM)
 
 
 def rivals(bench: Bench, seed: int) -> list[Run]:
@@ -145,7 +149,7 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
         name = f"direction{number}"
         if not runs.is_run(folder / "mix" / name):
             weights = {"helpful": wanted.weights["helpfulness"], "brief": -wanted.weights["verbosity"]}
-            mix.run(weights, project, folder, Screen(quiet=True), name=name)
+            merge.run(weights, project, folder, Screen(quiet=True), name=name)
         found.append(runs.read(folder / "mix" / name))
     return found
 
@@ -158,7 +162,7 @@ def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str])
     project = bench.project(seed)
     base = bases.find(project.base)
     panel = Panel(base, runs.read(bench.runs(seed) / "reward" / reward.NAME), None, policy)
-    asked = [prompt for prompt in measure.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
+    asked = [prompt for prompt in measurement.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
     graded = [graded_answers(panel, asked, system, seed) for system in systems]
     del panel
     gc.collect()
@@ -168,7 +172,7 @@ def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str])
 def graded_answers(panel: Panel, asked: Sequence[oracle.Prompt], system: str, seed: int) -> list[list[list[float]]]:
     """[prompts, samples, FIELDS] for one system message."""
     prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in asked]
-    sampling = Sampling(1.0, 1.0, measure.LONGEST, seed)
+    sampling = Sampling(1.0, 1.0, measurement.LONGEST, seed)
     drawn = panel.draw([under_system(system, prompt) for prompt in prompts], SAMPLES, sampling)
     found = sorted((answer.prompt, answer.number, answer.text) for batch in drawn for answer in batch)
     judged = panel.score([(prompts[prompt], text) for prompt, _, text in found]).tolist()
@@ -185,19 +189,19 @@ def heads(bench: Bench, seed: int) -> dict[str, float]:
     """Each head's Spearman with the oracle on the base's fresh answers: helpful on safe prompts, harmless on risky."""
     base = bases.find(bench.project(seed).base)
     panel = Panel(base, runs.read(bench.runs(seed) / "reward" / reward.NAME))
-    asked = measure.questions(seed, PROMPTS, part=bench.part)
-    texts = measure.answers(panel.judge.model, base, asked, SAMPLES, seed)
+    asked = measurement.questions(seed, PROMPTS, part=bench.part)
+    texts = measurement.answers(panel.judge.model, base, asked, SAMPLES, seed)
     said = [(prompt, text) for prompt, some in zip(asked, texts, strict=True) for text in some]
     points = panel.score([((Message("user", prompt.text),), text) for prompt, text in said])
     scored = [(prompt, oracle.score(prompt, text)) for prompt, text in said]
     found = {}
     for preference, axis in oracle.AXES.items():
         name = axis.removeprefix("-")
-        only = measure.ONLY_ON.get(preference)
+        only = measurement.ONLY_ON.get(preference)
         rows = [i for i, (prompt, score) in enumerate(scored) if score.well_formed and only in (None, prompt.risky)]
         truth = torch.tensor([scored[i][1].grades[name] for i in rows], dtype=torch.float64)
         head = points[rows, list(panel.judge.objectives).index(name)].double()
-        found[name] = float(metrics.rank_correlations(torch.stack([head, truth], 1))[0, 1])
+        found[name] = float(rank.rank_correlations(torch.stack([head, truth], 1))[0, 1])
     return found
 
 
@@ -207,7 +211,7 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     assert project.rsf is not None
     ask, steer = project.rsf.ask, project.rsf.steer
     wants = [wanted.asked(ask) for wanted in directions(project)]
-    folder = bench.runs(seed) / "rsf" / rsf.NAME
+    folder = bench.runs(seed) / "rsf" / loop.NAME
     steered = steerlm(bench, seed)
     scores = [want.scores_asked(score, steer) for score in (*targets(steered), INFEASIBLE)]
     helpful, *mixes = rivals(bench, seed)
@@ -268,7 +272,7 @@ def prompts_of(bench: Bench) -> NDArray[np.int64]:
     texts = [
         prompt.text
         for seed in bench.seeds
-        for prompt in measure.questions(seed, PROMPTS, part=bench.part)
+        for prompt in measurement.questions(seed, PROMPTS, part=bench.part)
         if not prompt.risky
     ]
     _, which = np.unique(texts, return_inverse=True)
@@ -324,7 +328,7 @@ def wins(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> di
     prompts = np.repeat(which.ravel(), SAMPLES).tolist()
     for label in found[0]:
         helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in found], 1)  # [asked, seeds, ...]
-        rates = [estimates.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
+        rates = [intervals.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
         lengths = np.mean([points(seed[label])[:, 1] for seed in found], 0)
         told[label] = [
             [round(of.value, 4), round(of.low, 4), round(of.high, 4), round(float(length), 4)]
@@ -341,7 +345,7 @@ def obeyed(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]
     def told(front: Front) -> dict[str, float]:
         angles = np.arange(len(front))
         table = torch.tensor(np.stack([-angles, front[:, 0], front[:, 1]], 1))
-        correlations = metrics.rank_correlations(table)
+        correlations = rank.rank_correlations(table)
         return {name: round(float(correlations[0, 1 + i]), 3) for i, name in enumerate(OBJECTIVES)}
 
     return {"mean of the seeds": told(mean), "by seed": [told(front) for front in by_seed]}

@@ -167,11 +167,11 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     """References, then one direction; the second of two, as kernels are chosen and compiled in the first."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.model.material import Material
-    from lora_align.model.references import References
-    from lora_align.preference import Direction
-    from lora_align.stages import dpo
-    from lora_align.stages.checkpoints import Unfinished
+    from lora_align.rankers import Direction
+    from lora_align.train import dpo
+    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.reference_cache import References
+    from lora_align.train.token_rows import Material
 
     project = project_of(work, "dpo", length, settings)
     screen, base = Screen(quiet=True), bases.find(project.base)
@@ -228,13 +228,13 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
     from trl import DPOConfig
 
     from lora_align.model import base as bases
-    from lora_align.stages import training
+    from lora_align.train import lora_trainer
 
     project = project_of(work, "dpo", length, [])
     base = bases.find(project.base)
     rows = pairs(length, WHOLE["vocab_size"] if torch.cuda.is_available() else SMALL["vocab_size"])
     settings: dict[str, Any] = {"precompute_ref_log_probs": True} if how == "precomputed" else {}
-    adapter = training.fresh_adapter(project.lora, base)
+    adapter = lora_trainer.fresh_adapter(project.lora, base)
     if how != "unsloth":
         model = base.load()
     else:
@@ -264,10 +264,10 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     """Every token of every text is learned."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.model.material import Material
     from lora_align.model.tokenise import TokenText
-    from lora_align.stages import sft
-    from lora_align.stages.checkpoints import Unfinished
+    from lora_align.train import sft
+    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.token_rows import Material
 
     project = project_of(work, "sft", length, settings)
     base = bases.find(project.base)
@@ -290,7 +290,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from lora_align.model import base as bases
-    from lora_align.stages import training
+    from lora_align.train import lora_trainer
 
     project = project_of(work, "sft", length, [])
     base = bases.find(project.base)
@@ -303,7 +303,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
             args=args,
             train_dataset=Dataset.from_dict({"input_ids": texts}),
             processing_class=base.chat.tokenizer,
-            peft_config=training.fresh_adapter(project.lora, base),
+            peft_config=lora_trainer.fresh_adapter(project.lora, base),
         ).train()
     tokens, each = length * TEXTS, ANEW if args.gradient_checkpointing else LEARNING
     return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)
@@ -314,8 +314,8 @@ def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
     import torch
 
     from lora_align.model import base as bases
-    from lora_align.model.generate import Sampling
-    from lora_align.model.sample import sample
+    from lora_align.model.decoding import Sampling
+    from lora_align.model.sampling import sample
 
     project = project_of(work, "dpo", length, [])
     base = bases.find(project.base)

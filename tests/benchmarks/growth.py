@@ -21,7 +21,7 @@ def _pairs(model: Any, count: int, length: int) -> list[Any]:
     """Pairs of words drawn by lot, the longer sequence of each of that many tokens, with their true references: margins
     off by hundreds of nats would make gradients so small that processors take several times as long over them."""
     from lora_align.model.logprobs import answer_logprobs
-    from lora_align.model.room import Room
+    from lora_align.model.memory_budget import Room
     from lora_align.model.tokenise import TokenPair
 
     lot, quarter = random.Random(count * length), length // 4
@@ -35,10 +35,10 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
     """Seconds of one direction over rows, or over tokens a row, on the built-in base: the quickest of some rounds."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.model.material import Material
-    from lora_align.preference import Direction
-    from lora_align.stages import dpo
-    from lora_align.stages.checkpoints import Unfinished
+    from lora_align.rankers import Direction
+    from lora_align.train import dpo
+    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.token_rows import Material
 
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
     project = recipe_of("demo", work)

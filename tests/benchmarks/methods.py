@@ -22,13 +22,13 @@ from control import PROMPTS, SAMPLES, SEEDS, Bench
 from report import once, save
 
 from lora_align import recipe
-from lora_align.adapters import vectors
 from lora_align.adapters.delta import LoraDelta
-from lora_align.adapters.merge import Merge, Tally
-from lora_align.adapters.methods import METHODS
-from lora_align.demo import measure
+from lora_align.adapters.merge_methods import Merge, Tally
+from lora_align.adapters.merge_options import METHODS
+from lora_align.demo import measurement
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer
+from lora_align.policy import vectors
 
 MIXED = ("helpful", "harmless", "polite", "brief")
 
@@ -63,12 +63,12 @@ WAYS = [Way("exact"), Way("exact", 16), Way("svd"), Way("soup"), Way("tsv"), Way
 def grader(seed: int, samples: int) -> Callable[[LoraDelta], dict[str, Any]]:
     """What the oracle says of answers to that seed's prompts, given with an update over the base."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
-    prompts = measure.questions(seed, PROMPTS, part="test")
+    prompts = measurement.questions(seed, PROMPTS, part="test")
     model = base.load()
 
     def graded(update: LoraDelta) -> dict[str, Any]:
         mixer = Mixer(model, {"mix": update}, {"mix": 1.0})
-        figures = measure.measure(model, base, prompts, samples).as_dict()
+        figures = measurement.measure(model, base, prompts, samples).as_dict()
         mixer.remove()
         return figures
 

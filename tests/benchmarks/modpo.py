@@ -17,15 +17,15 @@ from lora_align.adapters import peft_format
 from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model.logprobs import TOKENS, answer_logprobs
+from lora_align.model.memory_budget import Room
 from lora_align.model.mixer import Mixer
-from lora_align.model.references import References
-from lora_align.model.room import Room
 from lora_align.model.tokenise import TokenPair
-from lora_align.preference import Direction
+from lora_align.policy import start as start_policy
+from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
-from lora_align.stages import dpo
-from lora_align.stages import start as start_policy
-from lora_align.stages.checkpoints import Unfinished
+from lora_align.train import dpo
+from lora_align.train.checkpoints import Unfinished
+from lora_align.train.reference_cache import References
 
 OWN = 0.5  # the weight of the preference whose pairs it learns from; the other one has the rest
 

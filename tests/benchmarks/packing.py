@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from lora_align import recipe
 from lora_align.adapters import peft_format
-from lora_align.adapters.vectors import find
+from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.model.base import DEMO
 from lora_align.model.nf4 import keep_plain
-from lora_align.preference import Direction
-from lora_align.stages import dpo, mix
+from lora_align.policy.vectors import find
+from lora_align.rankers import Direction
+from lora_align.train import dpo
 
 IDS = torch.arange(20, 84).view(2, 32)
 WEIGHTS = {"helpful": 1.0, "brief": 0.5}
@@ -58,7 +59,7 @@ def main() -> None:
         runs_dir = Path(folder)
         for preference in WEIGHTS:
             dpo.run(project, [preference], list(Direction), runs_dir, Screen(quiet=True))
-        made = mix.run(WEIGHTS, project, runs_dir, Screen(quiet=True))
+        made = merge.run(WEIGHTS, project, runs_dir, Screen(quiet=True))
         expected = dense(runs_dir)
         plain = stock()
         keep_plain(plain)

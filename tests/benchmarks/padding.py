@@ -25,11 +25,11 @@ from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model import nf4
 from lora_align.model.base import Base, inside
-from lora_align.model.generate import Sampling
+from lora_align.model.decoding import Sampling
 from lora_align.model.logprobs import Reader, parts
-from lora_align.model.sample import sample
+from lora_align.model.sampling import sample
 from lora_align.model.tokenise import TokenPair
-from lora_align.stages import dpo, training
+from lora_align.train import dpo, lora_trainer
 
 BATCH, BUDGET, STEPS, ROUNDS = 8, 4096, 4, 2
 LENGTHS = (16, 64, 128, 256)
@@ -48,7 +48,7 @@ def seconds(work: Callable[[], object]) -> float:
 def policy_of(base: Base, project: recipe.Recipe, *, dequantised: bool) -> PeftModel:
     """The base with a fresh adapter, its 4-bit weights dequantised once or in every pass."""
     nf4.SHARE = 1.0 if dequantised else 0.0
-    return get_peft_model(base.load(), training.fresh_adapter(project.lora, base)).train()
+    return get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base)).train()
 
 
 def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:

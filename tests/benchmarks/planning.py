@@ -53,19 +53,20 @@ def base_of(size: tuple[int, int] | None, work: Path) -> str:
 
 def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
     """Plan the fullest part of a stage's step, then take it: bytes beside weights and adapters, at their highest."""
-    from lora_align import plan, recipe
+    from lora_align import recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
+    from lora_align.plan import planner
     from lora_align.plan.device import device_of
-    from lora_align.plan.measure import measured
-    from lora_align.plan.stage import stage_of
+    from lora_align.plan.stages import stage_of
+    from lora_align.plan.timing import measured
 
     few = ["dpo.limit=200", "reward.limit=200", 'sft.data="demo:conversations?rows=200"']
     overrides = [f'base.model="{base}"', *few, *settings]
     project = recipe.load(recipe.builtin()["demo"], overrides)
     found = bases.find(project.base)
     stage = stage_of(project, name, found, Screen(quiet=True))
-    planned = plan.planned(project, found, stage, device_of(project))
+    planned = planner.planned(project, found, stage, device_of(project))
     taken = measured(found, stage, [stage.rows[i] for i in planned.part]).taken
     said = planned.cost.activations + planned.cost.logits
     return {"planned": round(said / 1e6, 1), "taken": round(taken / 1e6, 1), "ratio": round(said / taken, 3)}
@@ -76,14 +77,15 @@ def times() -> dict[str, Any]:
     import tempfile
 
     os.environ["LORA_ALIGN_CACHE"] = tempfile.mkdtemp()  # where no reference is known yet
-    from lora_align import plan, recipe
+    from lora_align import recipe
     from lora_align.console import Screen
-    from lora_align.preference import Direction
-    from lora_align.stages import dpo
+    from lora_align.plan import planner
+    from lora_align.rankers import Direction
+    from lora_align.train import dpo
 
     project, screen = recipe.load(recipe.builtin()["demo"], ["dpo.held_out=0"]), Screen(quiet=True)
     one = replace(project, preferences={"helpful": project.preferences["helpful"]})
-    said = plan.run(one, ["dpo"], screen, measure=True)["stages"][0]["seconds"]
+    said = planner.run(one, ["dpo"], screen, measure=True)["stages"][0]["seconds"]
     began = time.perf_counter()
     dpo.run(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
     taken = time.perf_counter() - began
@@ -99,9 +101,10 @@ def evening(work: Path) -> dict[str, Any]:
 
     from transformers import LlamaConfig
 
-    from lora_align import plan, recipe
+    from lora_align import recipe
     from lora_align.console import Screen
     from lora_align.model.base import DEMO
+    from lora_align.plan import planner
 
     folder = work / "8b"
     shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +118,7 @@ def evening(work: Path) -> dict[str, Any]:
         said = [f'base.model="{folder}"', f"dpo.gradient_checkpointing={checkpointing}"]
         project = recipe.load(recipe.builtin()["llama-3.1-8b"], said)
         one = {name: axis for name, axis in project.preferences.items() if name == "helpful"}
-        of = plan.run(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24)["stages"][0]
+        of = planner.run(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24)["stages"][0]
         found[f"checkpointing {checkpointing}"] = {name: of[name] for name in ("bytes", "total", "fits", "seconds")}
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from report import save
 
-from lora_align.evaluate import refusals
+from lora_align.metrics import refusals
 
 MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 BEGINNINGS = re.compile(

@@ -14,12 +14,12 @@ from trl import RLOOConfig, RLOOTrainer
 
 from lora_align import runs
 from lora_align.data.rows import Message
-from lora_align.demo.measure import LONGEST
+from lora_align.demo.measurement import LONGEST
 from lora_align.model import base as bases
-from lora_align.model.room import Room
+from lora_align.model.memory_budget import Room
+from lora_align.policy import start as start_policy
 from lora_align.recipe import Recipe
-from lora_align.stages import reward, training
-from lora_align.stages import start as start_policy
+from lora_align.train import lora_trainer, reward
 
 # the second of two settings tried on another seed: 60 steps at 1e-2 broke the language
 STEPS, PROMPTS, ANSWERS = 40, 16, 4  # steps, prompts a step, answers to each
@@ -67,10 +67,10 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
         ),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in prompts]),
         processing_class=base.chat.tokenizer,
-        peft_config=training.fresh_adapter(project.lora, base),
+        peft_config=lora_trainer.fresh_adapter(project.lora, base),
     )
-    training.initialise(trainer.model, project.lora.init_seed)
+    lora_trainer.initialise(trainer.model, project.lora.init_seed)
     began = time.perf_counter()
     trainer.train()
-    training.save_adapter(trainer.model, folder)
+    lora_trainer.save_adapter(trainer.model, folder)
     return time.perf_counter() - began

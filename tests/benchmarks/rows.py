@@ -26,7 +26,7 @@ SIZES = (10_000, 100_000, 1_000_000)
 def write(file: Path, count: int) -> None:
     """Pairs of the built-in world's words, each with a number of its own."""
     from lora_align.data.pairs import read_pairs
-    from lora_align.preference import Preference
+    from lora_align.recipe import Preference
 
     axis = Preference("demo:pairs?rows=2000", "label:safer_response_id")
     found = [pair for pair, _ in read_pairs(axis, 0.0, None, Counter())]
@@ -48,15 +48,15 @@ def child(what: str, file: Path) -> dict[str, Any]:
     from lora_align import recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.model import material
-    from lora_align.model.kept import View
-    from lora_align.model.references import References, _Asked
-    from lora_align.preference import Preference
+    from lora_align.recipe import Preference
+    from lora_align.train import token_rows
+    from lora_align.train.reference_cache import References, _Asked
+    from lora_align.train.row_files import View
 
     base, screen = bases.find(recipe.Base("demo")), Screen(quiet=True)
-    material.of_pairs(Preference("demo:pairs?rows=300", "label:safer_response_id"), base, 0.0, None, 512, screen)
+    token_rows.of_pairs(Preference("demo:pairs?rows=300", "label:safer_response_id"), base, 0.0, None, 512, screen)
     before, began = peak(), time.perf_counter()
-    found = material.of_pairs(Preference(str(file), "label"), base, 0.05, None, 512, screen)
+    found = token_rows.of_pairs(Preference(str(file), "label"), base, 0.05, None, 512, screen)
     if what == "looked up":
         rows = found.train
         asked = _Asked.of(View(len(rows), lambda i: rows[i].shared()))

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from lora_align import recipe
 from lora_align.data.rows import Message
-from lora_align.demo import measure
+from lora_align.demo import measurement
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.generate import Sampling
-from lora_align.model.sample import sample
+from lora_align.model.decoding import Sampling
+from lora_align.model.sampling import sample
 
 PROMPTS, N, ROUNDS = 32, 16, 3
-SAMPLING = Sampling(temperature=1.0, max_new_tokens=measure.LONGEST, seed=0)
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=measurement.LONGEST, seed=0)
 
 
 def ours(model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int) -> int:
@@ -61,7 +61,7 @@ def main() -> None:
     """Measure on the built-in base."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load().eval()
-    asked = measure.questions(7, 128, part="dev")
+    asked = measurement.questions(7, 128, part="dev")
     prompts = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in asked]
     some = prompts[:: len(prompts) // PROMPTS][:PROMPTS]
     for draw in (ours, theirs):

@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from pyarrow.parquet import read_table
 from report import once, save
 
-from lora_align.evaluate import estimates
+from lora_align.metrics import intervals
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.content }}"
@@ -181,7 +181,7 @@ def swept(folder: Path) -> dict[str, dict[str, list[float]]]:
     for contestant, of in figures.items():
         own = [row for row in stories if row["contestant"] == contestant]
         spoken = [float(len(SPEECH.findall(row["answer"]))) for row in own]
-        of["quotations, counted"] = _mean(asdict(estimates.mean(spoken, [row["prompt"] for row in own])))
+        of["quotations, counted"] = _mean(asdict(intervals.mean(spoken, [row["prompt"] for row in own])))
     return figures
 
 

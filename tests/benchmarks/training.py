@@ -78,8 +78,8 @@ def ours(world: str, work: Path) -> dict[str, Any]:
     from dataclasses import replace
 
     from lora_align.console import Screen
-    from lora_align.preference import Direction
-    from lora_align.stages import dpo
+    from lora_align.rankers import Direction
+    from lora_align.train import dpo
 
     project, cache, runs = recipe_of(world, work), work / "cache", work / "runs"
     for folder in (cache, runs):
@@ -115,8 +115,8 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
 
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.preference import Direction
-    from lora_align.stages import dpo, training
+    from lora_align.rankers import Direction
+    from lora_align.train import dpo, lora_trainer
 
     project, losses, pairs = recipe_of(world, work), {}, {}
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
@@ -153,10 +153,10 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
                 ),
                 train_dataset=Dataset.from_list(columns(rows)),
                 processing_class=base.chat.tokenizer,
-                peft_config=training.fresh_adapter(project.lora, base),
+                peft_config=lora_trainer.fresh_adapter(project.lora, base),
             )
             if not plain:
-                training.initialise(trainer.model, project.lora.init_seed)
+                lora_trainer.initialise(trainer.model, project.lora.init_seed)
             trainer.train()
             trainer.model.save_pretrained(str(out / "adapter"))
             losses[f"{name} {direction.value}"] = [e["loss"] for e in trainer.state.log_history if "loss" in e]

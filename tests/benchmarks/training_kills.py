@@ -65,7 +65,7 @@ def loads(checkpoint: Path) -> bool:
     from safetensors.torch import load_file
 
     from lora_align.console import Screen
-    from lora_align.stages.checkpoints import Unfinished
+    from lora_align.train.checkpoints import Unfinished
 
     if Unfinished(checkpoint.parent, {}).begin(Screen(quiet=True)) != checkpoint:
         return False
@@ -83,7 +83,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_align.stages.dpo", "lora_align.stages.sft", "lora_align.stages.reward"])
+    context.set_forkserver_preload(["lora_align.train.dpo", "lora_align.train.sft", "lora_align.train.reward"])
     draw, counted, lasts = random.Random(0), Counter[str](), {}
     for stage in STAGES:
         control = work / f"control-{stage}"

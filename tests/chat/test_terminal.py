@@ -9,12 +9,12 @@ import pytest
 
 from lora_align import recipe
 from lora_align.chat import terminal
-from lora_align.chat.blend import Blend
 from lora_align.chat.session import Session, open_session
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base
-from lora_align.model.generate import Sampling
+from lora_align.model.decoding import Sampling
+from lora_align.policy.blend import Blend
 from support import COMMAND, Cli, Terminal, make_base
 
 SCREEN = Screen()

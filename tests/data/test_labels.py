@@ -9,7 +9,8 @@ import pytest
 
 from lora_align import recipe
 from lora_align.errors import UserError
-from lora_align.preference import Preference, Winner
+from lora_align.rankers import Winner
+from lora_align.recipe import Preference
 from support import pairs_of
 
 Rows = Sequence[Mapping[str, Any]]

@@ -9,8 +9,7 @@ import pytest
 from lora_align.data import pairs
 from lora_align.data.ratings import read_ratings
 from lora_align.data.rows import Message, Prompt
-from lora_align.preference import Preference
-from lora_align.recipe import Ratings, Sft
+from lora_align.recipe import Preference, Ratings, Sft
 from support import pairs_of
 
 

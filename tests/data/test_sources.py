@@ -19,8 +19,8 @@ from lora_align.data import forms, pairs, sources
 from lora_align.data.ratings import read_ratings
 from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
-from lora_align.preference import Preference, Ranker
-from lora_align.recipe import Ratings, Sft
+from lora_align.rankers import Ranker
+from lora_align.recipe import Preference, Ratings, Sft
 from support import material_of, pairs_of
 
 ASK = [{"role": "user", "content": "Hi?"}]

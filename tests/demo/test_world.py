@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_align import recipe
-from lora_align.demo import lexicon, measure, oracle, world
+from lora_align.demo import lexicon, measurement, oracle, world
 from lora_align.errors import UserError
 from lora_align.model import base as bases
-from lora_align.preference import Preference
+from lora_align.recipe import Preference
 from support import pairs_of
 
 HERE = Path(world.__file__).parent
@@ -238,7 +238,7 @@ def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> N
     )
     held = (*lexicon.HELD_OUT_SUBJECTS, *lexicon.HELD_OUT_RISKS)
     assert not [topic for topic in held if f" {topic}." in trained_on or f" {topic}?" in trained_on]
-    unseen = measure.questions(0, 200, part="test", topics="held out")
+    unseen = measurement.questions(0, 200, part="test", topics="held out")
     assert {prompt.topic for prompt in unseen} <= set(held)
     assert len({prompt.text for prompt in unseen}) == 400
 
@@ -273,7 +273,7 @@ def test_options_of_a_source_reach_the_generator() -> None:
 def test_the_base_is_small_well_spoken_and_undecided() -> None:
     assert sum(file.stat().st_size for file in bases.DEMO.iterdir()) < 8e6
     base = bases.find(recipe.Base("demo"))
-    figures = measure.measure(base.load(), base, measure.questions(7, 100, part="dev"), samples=2)
+    figures = measurement.measure(base.load(), base, measurement.questions(7, 100, part="dev"), samples=2)
     assert figures.well_formed > 0.95
     assert figures.true_facts > 0.9
     assert all(0.3 < own < 0.7 for own in figures.own.values()), figures.own

@@ -17,7 +17,7 @@ from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.generate import Sampling, stream
+from lora_align.model.decoding import Sampling, stream
 from lora_align.model.nf4 import DequantisedLinear4bit
 from support import small_disk
 

@@ -18,8 +18,8 @@ from lora_align.data.rows import Message
 from lora_align.demo import oracle, world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.base import DEMO
+from lora_align.model.decoding import Sampling
 from lora_align.model.endpoint import Endpoint, serve_line
-from lora_align.model.generate import Sampling
 from support import Cli, free_port, listening
 
 TOKENS = Sampling(temperature=1.0, max_new_tokens=90, seed=5)

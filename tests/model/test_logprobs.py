@@ -16,8 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import logprobs, packing
 from lora_align.model.logprobs import Reader, Shared, answer_logprobs, parts
+from lora_align.model.memory_budget import Room
 from lora_align.model.packing import Backbone
-from lora_align.model.room import Room
 from support import make_base
 
 FAMILIES = ["llama", "llama eager", "qwen3", "mistral", "gemma", "gemma2"]

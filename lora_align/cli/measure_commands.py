@@ -1,0 +1,257 @@
+"""Commands that measure: contestants side by side."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_align import runs
+from lora_align.cli.options import (
+    ForceOption,
+    JsonOption,
+    NameOption,
+    QuietOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    checked,
+    project_of,
+    trained,
+)
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.evaluate.grid import grid
+from lora_align.policy import contestants, judge_runs, vectors
+from lora_align.weights import name_of, parse_weights
+
+if TYPE_CHECKING:
+    from lora_align.model.base import Base
+    from lora_align.policy.judges import Judge
+
+ByOption = Annotated[
+    list[str] | None,
+    typer.Option("--by", metavar="JUDGE", help="A reward model, or pair:PREFERENCE for its two adapters. Repeatable."),
+]
+
+
+def evaluate(
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="POLICY",
+            help="helpful=1,harmless=0.5 · want:verbosity=-1 · a run or adapter · mix · start · base",
+        ),
+    ] = None,
+    by: ByOption = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="URL", help="An OpenAI-compatible server whose model reads both answers."),
+    ] = None,
+    judge_model: Annotated[
+        str, typer.Option("--judge-model", metavar="NAME", help="The model's name on that server.")
+    ] = "",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", metavar="NAME|FILE", help="A task of lm-evaluation-harness, or its .yaml file. Repeatable."
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure policies on the same prompts, the first against others.
+
+    Without any: the newest mix against the start policy.
+
+    Example: lora-align eval helpful=1 start --by pair:helpful
+    """
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, overrides, screen, runs_dir)
+    everyone = contestants.named(policies or ["mix", "start"], project, runs_dir, screen)
+    for name in by or ():
+        judge_runs.check(name, project, runs_dir)
+    screen.loading(project.base.model)
+    from lora_align.evaluate import compare as contest
+    from lora_align.evaluate.lm_eval_tasks import figures as task_figures
+    from lora_align.model.endpoint import Endpoint
+
+    server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
+    held = contest.opened(everyone, project, runs_dir, screen, by or (), _oracle)
+    asked = task_figures(tasks, held.arena, held.folder, screen) if tasks else {}
+    result = contest.run(held, screen, server, asked)
+    screen.result(contest.told(result), result)
+
+
+def sweep(
+    axes: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=FROM:TO:STEP", help="An axis, as in helpful=-1:1:0.5.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="POLICY", help="A policy beside the grid, as `eval` takes it. Repeatable."),
+    ] = None,
+    directions: Annotated[
+        int, typer.Option("--directions", metavar="N", min=0, help="Measure this many directions of the newest policy.")
+    ] = 0,
+    by: ByOption = None,
+    name: NameOption = None,
+    force: ForceOption = False,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a grid of weights or directions, and draw it. Continues where it was stopped.
+
+    Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
+    """
+    screen = Screen(as_json, quiet)
+    called = checked(name) or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
+    project = project_of(recipe, overrides, screen, runs_dir)
+    values, _ = grid(axes or [])
+    trained(values, runs_dir, project)
+    contestants.named(also or [], project, runs_dir, Screen(quiet=True))
+    for judge in by or ():
+        judge_runs.check(judge, project, runs_dir)
+    screen.loading(project.base.model)
+    from lora_align.evaluate import compare as contest
+    from lora_align.evaluate import sweep as stage
+
+    made = stage.run(
+        axes or [],
+        also or [],
+        project,
+        runs_dir,
+        screen,
+        lambda everyone: contest.opened(everyone, project, runs_dir, screen, by or (), _oracle),
+        asked=directions,
+        name=called,
+        force=force,
+    )
+    screen.result(stage.told(made), {"sweep": str(made.path), **made.manifest.metrics})
+
+
+def tune(
+    aim: Annotated[
+        str,
+        typer.Option(
+            "--aim", metavar="NAME=SHARE,…", help="The share of each preference, as in helpful=0.6,harmless=0.4."
+        ),
+    ],
+    kl: Annotated[
+        float, typer.Option("--kl", metavar="NATS", min=1e-6, help="Maximum KL from the start policy, per token.")
+    ] = 0.2,
+    loss: Annotated[
+        float,
+        typer.Option("--loss", metavar="NATS", min=1e-6, help="Maximum rise of the loss on ordinary text, per token."),
+    ] = 0.05,
+    refused: Annotated[
+        float,
+        typer.Option(
+            "--refused", metavar="SHARE", min=0.0, help="Maximum increase in the refusal rate on safe prompts."
+        ),
+    ] = 0.02,
+    most: Annotated[float, typer.Option("--most", metavar="WEIGHT", min=1e-6, help="The largest weight.")] = 1.0,
+    groups: Annotated[
+        int,
+        typer.Option(
+            "--groups", metavar="N", min=1, help="Split the layers into this many groups, each with weights of its own."
+        ),
+    ] = 1,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find weights by gradient on held-out pairs, without a grid. They stay within the bounds below.
+
+    Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
+    """
+    screen = Screen(as_json, quiet)
+    aims = parse_weights(aim)
+    if min(aims.values()) <= 0:
+        raise UserError("--aim: shares above 0; to turn a preference round, give merge a negative weight")
+    project = project_of(recipe, overrides, screen, runs_dir)
+    trained(aims, runs_dir, project)
+    screen.loading(project.base.model)
+    from lora_align.evaluate import test_set
+    from lora_align.evaluate import tune as stage
+    from lora_align.evaluate.measure import Arena
+    from lora_align.evaluate.tune_objective import Bounds
+    from lora_align.model import base as bases
+    from lora_align.plan.stages import TUNED
+
+    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNED)))
+    parts = aims if groups == 1 else [part for name in aims for part in stage.parts(name, groups, project, runs_dir)]
+    word = ",".join(f"{name}=1" for name in parts)
+    everyone = contestants.named([word], project, runs_dir, screen)
+    field = contestants.field_of(everyone, project, bases.find(project.base), runs_dir, screen)
+    arena = Arena(field, test_set.exam_of(project, screen, aims), {})
+    found = stage.run(
+        arena,
+        {name: share / sum(aims.values()) for name, share in aims.items()},
+        Bounds(kl, loss, refused, most),
+        project.dpo,
+        screen,
+    )
+    screen.result(stage.told(found, runs_dir), stage.facts(found))
+
+
+def reach(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Preferences; without any: all trained ones.")
+    ] = None,
+    kl: Annotated[
+        float, typer.Option("--kl", metavar="NATS", min=1e-6, help="Maximum KL from the start policy, per token.")
+    ] = 0.2,
+    loss: Annotated[
+        float,
+        typer.Option("--loss", metavar="NATS", min=1e-6, help="Maximum rise of the loss on ordinary text, per token."),
+    ] = 0.1,
+    share: Annotated[
+        float,
+        typer.Option(
+            "--share", metavar="SHARE", min=1e-6, help="Maximum loss of refusals and known facts: 0.1 is 10 %."
+        ),
+    ] = 0.1,
+    name: NameOption = None,
+    force: ForceOption = False,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find the largest weights before quality breaks. Per vector and per pair; `merge` and `chat` warn beyond them.
+
+    Example: lora-align reach helpful harmless
+    """
+    screen = Screen(as_json, quiet)
+    project = project_of(recipe, overrides, screen, runs_dir)
+    asked = list(dict.fromkeys(names or vectors.trained(runs_dir)))
+    if not asked:
+        command = runs.command("dpo --all", runs_dir)
+        raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `{command}` trains them")
+    everyone = contestants.named([",".join(f"{one}=1" for one in asked)], project, runs_dir, screen)
+    screen.loading(project.base.model)
+    from lora_align.evaluate import compare as contest
+    from lora_align.evaluate import reach as stage
+
+    held = contest.opened(everyone, project, runs_dir, screen, [], _oracle, preferences=asked)
+    limits = stage.Limits(kl, loss, share)
+    called = checked(name) or name_of(asked)
+    made = stage.run(asked, limits, project, runs_dir, screen, held, name=called, force=force)
+    screen.result(stage.told(made), {"reach": str(made.path), **made.manifest.metrics})
+
+
+def _oracle(base: "Base") -> "Mapping[str, Judge]":
+    """Who knows all about the built-in world."""
+    from lora_align.demo import oracle_judge
+
+    return {oracle_judge.NAME: oracle_judge.judge()} if base.recipe.model == "demo" else {}

@@ -1,0 +1,166 @@
+"""Commands that add adapters up, look at what they are and give them away. None of them loads a base."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_align import runs
+from lora_align.adapters.merge_options import How, check_weights
+from lora_align.cli.options import (
+    ForceOption,
+    JsonOption,
+    NameOption,
+    QuietOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    checked,
+    drawable,
+    project_of,
+    trained,
+)
+from lora_align.cli.start_commands import facts
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.weights import parse_weights
+
+MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help="exact, svd, soup, tsv, ties or dare.")]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method, as in density=0.3.")
+]
+RankOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rank",
+        metavar="N|auto:SHARE",
+        help="Cut to this rank; auto:0.99: the smallest that keeps 99 % of the energy.",
+    ),
+]
+FitOption = Annotated[
+    str | None,
+    typer.Option("--fit", metavar="SERVER", help="vllm or llama.cpp: pad with zeros to a rank that it reads."),
+]
+
+
+def merge(
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME=WEIGHT,…",
+            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
+        ),
+    ],
+    method: MethodOption = "exact",
+    option: MethodOptions = None,
+    rank: RankOption = None,
+    fit: FitOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 instead of the parents' own."),
+    ] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under other names.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write to this folder instead of runs/mix/NAME.")
+    ] = None,
+    with_start: Annotated[
+        bool, typer.Option("--with-start/--without-start", help="Include the SFT adapter, or leave it out.")
+    ] = True,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    name: NameOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Add weighted preference vectors up to one ordinary adapter.
+
+    Example: lora-align merge --weights helpful=1,harmless=0.5
+    """
+    screen = Screen(as_json, quiet)
+    wanted = parse_weights(weights)
+    if out is not None and (name is not None or not out.name):
+        raise UserError("merge: --out takes the path of a new folder, and goes without --name")
+    project = project_of(recipe, overrides, screen, runs_dir)
+    how = How.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
+    check_weights(method, wanted)
+    trained(wanted, runs_dir, project)
+    from lora_align.commands import merge
+
+    run = merge.run(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
+    screen.result(merge.told(run), facts(run))
+
+
+def inspect(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Preferences, runs or folders; without any: all trained preferences."),
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights", "-w", metavar="NAME=WEIGHT,…", help="Also measure this mix, as in helpful=1,harmless=-0.5."
+        ),
+    ] = "",
+    method: MethodOption = "exact",
+    option: MethodOptions = None,
+    rank: RankOption = None,
+    fit: FitOption = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE", help="Draw a map of every vector's layers to this .png, .pdf or .svg file."
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = runs.DEFAULT,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure vectors: norms, angles, spectra, interference. With --weights, also what a mix keeps of each.
+
+    Example: lora-align inspect helpful harmless
+    """
+    screen = Screen(as_json, quiet)
+    wanted = parse_weights(weights) if weights else {}
+    drawable(picture)
+    project = project_of(recipe, overrides, screen, runs_dir)
+    how = How.said(method, option or [], rank, fit, None, same_base=True)
+    trained([*(names or []), *wanted], runs_dir, project)
+    from lora_align.commands import inspect as stage
+
+    facts_found = stage.run(
+        names or [],
+        wanted,
+        project,
+        runs_dir,
+        how,
+        picture,
+    )
+    for doubt in facts_found["doubts"]:
+        screen.warn(doubt)
+    screen.result(stage.told(facts_found), facts_found)
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/mix/helpful1.")],
+    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Visible to everybody; private otherwise.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Push a run to the hub, with a model card.
+
+    Example: lora-align push runs/mix/helpful1 --to me/helpful
+    """
+    from lora_align.commands import push as stage
+
+    screen = Screen(as_json, quiet)
+    address = stage.run(run, to, public=public, screen=screen)
+    screen.result(address, {"run": str(run), "repository": to, "address": address})

@@ -1,0 +1,1 @@
+"""Commands that need no package of their own: one file each."""

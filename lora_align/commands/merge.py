@@ -1,0 +1,177 @@
+"""A mix: the start adapter plus weighted vectors, published as one ordinary adapter. No base is loaded."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_align import runs
+from lora_align.adapters import merge_methods, peft_config, peft_format, same_base
+from lora_align.adapters.delta import LoraDelta
+from lora_align.adapters.merge_methods import Merge, Tally
+from lora_align.adapters.merge_options import EXACT, METHODS, How, check_weights
+from lora_align.adapters.peft_config import About
+from lora_align.adapters.peft_format import Adapter
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.policy import safe_ranges, vectors
+from lora_align.policy import start as start_policy
+from lora_align.policy.vectors import Vector
+from lora_align.recipe import Recipe
+from lora_align.runs import Manifest, Run
+from lora_align.weights import LONGEST, name_of
+
+
+def run(
+    weights: Mapping[str, float],
+    recipe: Recipe,
+    runs_dir: Path,
+    screen: Screen,
+    how: How = EXACT,
+    *,
+    name: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> Run:
+    """Add up, compress if asked, and publish."""
+    if out:
+        runs.refuse_missing_parent(out)
+    target = out or runs_dir / "mix" / (name or default_name(weights, how))
+    runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
+    ready = prepare(weights, recipe, runs_dir, how)
+    if ready.base and not out:
+        runs.check_base(runs_dir, ready.base)
+    far = safe_ranges.beyond(weights, ready.vectors, runs_dir) if how.method == EXACT.method else []
+    for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.doubts()), *far]:
+        screen.warn(doubt)
+    if ready.merge.cancels():
+        if not ready.merge.start:
+            raise UserError("--weights: the weighted sum is zero: the adapter would do nothing; change a weight")
+        screen.warn("the weighted sum is zero: this mix is the start policy alone")
+    tally, (rank, padded) = Tally(), ranks(ready.merge, how)
+    own = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
+    dtype = getattr(torch, how.dtype) if how.dtype else own
+    needed = _bytes(ready.adapters, rank, dtype)
+    elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
+    runs.check_room(target.parent, needed, elsewhere)
+    with runs.claim(target, screen, force=force) as staging, runs.writing(target, elsewhere, needed):
+        modules = tally.counted(ready.merge.modules(rank), padded)
+        about = About.common([adapter.config for adapter in ready.adapters])
+        peft_format.save(staging, modules, ready.merge.names(), about, dtype)
+        manifest = Manifest(
+            stage="mix",
+            base=ready.base or {"model": about.base, "fingerprint": "", "note": "no parent has a manifest"},
+            recipe=recipe.as_dict(),
+            contains_start=len(ready.merge.start) > 0,
+            start=ready.start,
+            parents=tuple(_lineage(vector, weights[key]) for key, vector in ready.vectors.items()),
+            method={
+                "name": how.method,
+                "paper": METHODS[how.method].paper,
+                "weights": dict(weights),
+                "options": {**METHODS[how.method].options, **how.options},
+                "rank": tally.rank,
+                "asked_rank": rank,
+                "energy_kept": how.keep,
+                "dtype": how.dtype,
+                "fit": how.fit,
+                "same_base": how.same_base,
+                "of_unknown_base": [key for key, vector in ready.vectors.items() if not _base_known(vector)],
+            },
+            metrics={"left_out": tally.left_out},
+            unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
+        )
+        return runs.publish(staging, target, manifest)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a mix is made of, found fit to be added."""
+
+    vectors: Mapping[str, Vector]
+    adapters: Sequence[Adapter]
+    base: Mapping[str, Any] | None
+    start: str
+    merge: Merge
+
+
+def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> Ready:
+    """Find, open and check everything; nothing is added yet."""
+    check_weights(how.method, weights)
+    found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
+    if METHODS[how.method].of_policies:
+        found = {key: vector.policy() for key, vector in found.items()}
+    vectors.refuse_start_inside(found.values(), how.with_start)
+    base, start_id = vectors.common(found.values())
+    updates, adapters = vectors.opened(found)
+    known = all(map(_base_known, found.values()))
+    same_base.refuse_strangers(adapters, same_base=how.same_base or known)
+    start = LoraDelta(())
+    if start_id and how.with_start:
+        adapters.append(Adapter(_start(runs_dir, start_id).path, whole=True))
+        start = LoraDelta.of(adapters[-1])
+    return Ready(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
+
+
+def ranks(job: Merge, how: How) -> tuple[int | None, int]:
+    """The rank to cut to, if any, and the one to fill up to with zeros."""
+    rank = job.smallest_rank(how.keep) if how.keep else how.rank
+    if not how.fit:
+        return rank, 0
+    return rank, merge_methods.fitting(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
+
+
+def told(run: Run) -> str:
+    """A mix in one line."""
+    left_out = run.manifest.metrics["left_out"]
+    size = sum(file["bytes"] for file in run.manifest.files.values()) / 1e6
+    cut = left_out > 0 or run.manifest.method["asked_rank"]
+    kept = f", {left_out:.2%} of its energy left out" if cut else ""
+    start = ", with the start adapter" if run.manifest.contains_start else ""
+    return f"{run.path}  rank {run.manifest.method['rank']}{kept}{start}, {size:.1f} MB"
+
+
+def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) -> int:
+    """Return about how many bytes the mix will take: the ranks of its parents add up, or are cut to `rank`."""
+    ranks_: Counter[str] = Counter()
+    for adapter in adapters:
+        ranks_.update({name: peft_config.rank(adapter.config, name) for name in adapter.shapes})
+    shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
+    return sum(dtype.itemsize * min(of, rank or of) * sum(shapes[name]) for name, of in ranks_.items())
+
+
+def default_name(weights: Mapping[str, float], how: How = EXACT) -> str:
+    """`helpful1_harmless0p5`, `…_ties_r8` where it is no plain sum: readable, and a name that may be a folder's."""
+    parts = [Path(key).name + _in_name(weight) for key, weight in weights.items()]
+    asked = [how.method] if how.method != EXACT.method else []
+    asked += [f"r{how.rank}"] if how.rank else [f"auto{_in_name(how.keep)}"] if how.keep else []
+    end = "".join(f"_{word}" for word in asked)
+    return (name_of(parts)[: LONGEST - len(end)] or "mix") + end
+
+
+def _in_name(number: float) -> str:
+    return f"{number:g}".replace("-", "m").replace(".", "p").replace("+", "")
+
+
+def _start(runs_dir: Path, identity: str) -> Run:
+    run = start_policy.published(runs_dir, identity)
+    if run is None:
+        folder = start_policy.folder(runs_dir)
+        raise UserError(
+            f"the vectors stand on a start adapter that is not in {folder}; bring it back, or --without-start"
+        )
+    run.check_files()
+    return run
+
+
+def _base_known(vector: Vector) -> bool:
+    """Whether manifests say what base all of it stands on; a folder from elsewhere has a name and shapes at best."""
+    return all(parent.run and parent.run.fingerprint for parent in vector.parents)
+
+
+def _lineage(vector: Vector, weight: float) -> dict[str, Any]:
+    return {"name": vector.name, "weight": weight, "adapters": [parent.lineage() for parent in vector.parents]}

@@ -1,0 +1,82 @@
+"""What a model does in the built-in world: many sampled answers, graded by the oracle."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_align.data.rows import Message
+from lora_align.demo import oracle, world
+from lora_align.demo.oracle import AXES, Prompt, Score
+from lora_align.model.base import Base
+from lora_align.model.chat_format import text_of
+from lora_align.model.decoding import Sampling
+from lora_align.model.sampling import sample
+
+LONGEST = 96  # tokens; the longest answer the world knows has 66
+ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured on safe or on risky prompts alone
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over the answers to a set of prompts. What is said of grades and facts is said of well-formed answers."""
+
+    own: Mapping[str, float]  # each preference's own grade
+    well_formed: float
+    safe_refused: float
+    true_facts: float  # of the facts stated; 0 where none is
+    words: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, rounded to what the sample bears."""
+        own = {preference: round(grade, 4) for preference, grade in self.own.items()}
+        others = ("well_formed", "safe_refused", "true_facts", "words")
+        return {**own, **{name: round(getattr(self, name), 4) for name in others}}
+
+
+def questions(
+    seed: int, count: int, *, part: world.Part, topics: world.Topics = "seen", new_asks: bool = False
+) -> list[Prompt]:
+    """As many safe prompts as risky ones, `count` of each and no two alike."""
+    found: list[Prompt] = []
+    for risky in (False, True):
+        drawn = world.prompts(seed, risky=risky, part=part, topics=topics, new_asks=new_asks)
+        distinct = dict.fromkeys(itertools.islice(drawn, 20 * count))
+        found += itertools.islice(distinct, count)
+    return found
+
+
+def measure(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int = 0) -> Figures:
+    """Sample answers at temperature 1 and grade them."""
+    answered = zip(asked, answers(model, base, asked, samples, seed), strict=True)
+    return _means([(prompt, oracle.score(prompt, text)) for prompt, texts in answered for text in texts])
+
+
+def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
+    """Each prompt's answers, drawn at temperature 1."""
+    rows = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in asked]
+    sampling = Sampling(temperature=1.0, max_new_tokens=LONGEST, seed=seed)
+    found: list[list[str]] = [[] for _ in asked]
+    for batch in sample(model, base, rows, samples, sampling):
+        for answer in batch:
+            found[answer.prompt].append(text_of(base.chat.tokenizer, answer.tokens, special=False).strip())
+    return found
+
+
+def _means(answered: Sequence[tuple[Prompt, Score]]) -> Figures:
+    formed = [(prompt, score) for prompt, score in answered if score.well_formed]
+    counted = {
+        preference: [score for prompt, score in formed if ONLY_ON.get(preference, prompt.risky) == prompt.risky]
+        for preference in AXES
+    }
+    stated = sum(score.true_facts + score.false_facts for _, score in formed)
+    return Figures(
+        own={name: mean([score.own(name) for score in found] or [0.0]) for name, found in counted.items()},
+        well_formed=mean(score.well_formed for _, score in answered),
+        safe_refused=mean(score.refused for prompt, score in answered if not prompt.risky),
+        true_facts=sum(score.true_facts for _, score in formed) / max(stated, 1),
+        words=mean(score.words for _, score in answered),
+    )

@@ -1,0 +1,1 @@
+"""Measures of answers and scores, intervals on them, and plots."""

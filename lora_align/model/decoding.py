@@ -1,0 +1,93 @@
+"""One answer, token by token, over a cache that later turns can go on from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_align.model.chat_format import text_of
+from lora_align.model.kv_cache import growing_cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. A temperature of 0 takes the likeliest."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    seed: int | None = None
+
+
+@dataclass
+class Memory:
+    """Keys and values of the tokens seen so far; forgotten when the weights change."""
+
+    cache: DynamicCache | None = None
+    tokens: list[int] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Start from nothing next time."""
+        self.cache, self.tokens = None, []
+
+
+@torch.inference_mode()
+def stream(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    stops: frozenset[int],
+    sampling: Sampling,
+    memory: Memory | None = None,
+) -> Iterator[int]:
+    """Yield an answer's tokens, without the stop token. What `memory` shares with the prompt is not computed again."""
+    memory = memory if memory is not None else Memory()
+    if memory.cache is None or list(prompt[: len(memory.tokens)]) != memory.tokens or len(memory.tokens) >= len(prompt):
+        memory.forget()
+        memory.cache = growing_cache(model)
+    generator = torch.Generator(model.device)
+    generator.manual_seed(sampling.seed if sampling.seed is not None else torch.seed())
+    fresh = list(prompt[len(memory.tokens) :])
+    for _ in range(sampling.max_new_tokens):
+        ids = torch.tensor([fresh], device=model.device)
+        logits = model(input_ids=ids, past_key_values=memory.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        memory.tokens += fresh
+        token = draw(logits.float(), sampling, generator)
+        if token in stops:
+            return
+        yield token
+        fresh = [token]
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token from logits [vocabulary]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Softmax at the temperature over the last dimension, cut to the nucleus; what is left is not scaled up again."""
+    p = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(descending=True, dim=-1)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        p = p.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return p
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
+    """Decode a stream piece by piece, holding back a character until all its bytes are there."""
+    pending: list[int] = []
+    context: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        before = text_of(tokenizer, context, special=False)
+        text = text_of(tokenizer, context + pending, special=False)[len(before) :]
+        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text
+            context, pending = pending[-8:], []
+    if pending:
+        before = text_of(tokenizer, context, special=False)
+        yield text_of(tokenizer, context + pending, special=False)[len(before) :]

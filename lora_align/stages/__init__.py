@@ -1,1 +1,0 @@
-"""Each stage turns a recipe into a published run."""

@@ -1,0 +1,1 @@
+"""Training: rows, losses, steps, checkpoints, and the stages sft, dpo and reward."""

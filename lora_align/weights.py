@@ -1,0 +1,35 @@
+"""Names of preferences and runs, and weights over them as a person types them."""
+
+import math
+import re
+from collections.abc import Iterable
+
+from lora_align.errors import UserError
+
+LONGEST = 64  # characters of a name
+NAME = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{LONGEST - 1}}}")
+
+
+def name_of(parts: Iterable[str]) -> str:
+    """Join parts to a name that a folder may have."""
+    joined = "_".join(re.sub(r"[^a-z0-9_-]+", "-", part.lower()) for part in parts)
+    return re.sub(r"^[^a-z0-9]+", "", joined)[:LONGEST]
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Read `helpful=1,harmless=-0.5`."""
+    weights: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, number = part.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not equals or not name.strip() or not math.isfinite(weight):
+            raise UserError(f"weights: {part!r}: expected NAME=NUMBER, as in helpful=1,harmless=0.5")
+        if name.strip() in weights:
+            raise UserError(f"weights: {name.strip()!r} is given twice")
+        weights[name.strip()] = weight
+    if not weights:
+        raise UserError("weights: none given; as in helpful=1,harmless=0.5")
+    return weights

@@ -1,0 +1,71 @@
+"""Which absent layers are a model's own way, and which are tensors that somebody lost."""
+
+import pytest
+
+from lora_align.adapters import module_names
+
+DEEP = 12
+EVERY = list(range(DEEP))
+ATTENTION = [0, 3, 4, 9]  # as irregular as models that a search has designed
+WHOLE = {
+    "like any Llama": {"attn.q": EVERY, "attn.v": EVERY, "mlp.up": EVERY},
+    "one kind of module": {"attn.q": EVERY},
+    "attention here and there": {"attn.q": ATTENTION, "attn.v": ATTENTION, "mlp.up": EVERY},
+    "only attention, every fourth layer": {"attn.q": EVERY[3::4], "attn.v": EVERY[3::4]},
+    "the last layers share keys and values": {"attn.q": EVERY, "attn.v": EVERY[:7]},
+    "the first layer dense, then experts": {
+        "attn.q": EVERY,
+        "mlp.down": EVERY[:1],
+        "mlp.experts.0.down": EVERY[1:],
+        "mlp.experts.1.down": EVERY[1:],
+    },
+}
+
+
+def names(kinds: dict[str, list[int]], stack: str = "model.layers") -> list[str]:
+    return [f"{stack}.{layer}.{kind}" for kind, of in kinds.items() for layer in of]
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_adapters_lost_nothing(kind: str) -> None:
+    assert module_names.lost(names(WHOLE[kind]), everywhere=True) == ""
+    tower = names({"attn.qkv": EVERY[:5]}, "visual.blocks")
+    assert module_names.lost([*names(WHOLE[kind]), *tower, "lm_head"], everywhere=True) == ""
+
+
+@pytest.mark.parametrize("kind", ["like any Llama", "one kind of module"])
+def test_one_lost_module_of_an_inner_layer_is_noticed(kind: str) -> None:
+    whole = names(WHOLE[kind])
+    for gone in (name for name in whole if ".0." not in name and f".{DEEP - 1}." not in name):
+        assert module_names.lost([name for name in whole if name != gone], everywhere=True), gone
+
+
+def test_one_lost_neighbour_is_noticed_in_any_layer() -> None:
+    whole = names(WHOLE["attention here and there"])
+    for gone in (name for name in whole if "attn" in name):
+        found = module_names.lost([name for name in whole if name != gone], everywhere=False)
+        assert found == f"{gone.rpartition('.')[0]} has no {gone.rpartition('.')[2]}"
+
+
+@pytest.mark.parametrize("gone", [(3, 9), (2, 5, 11), (4, 5)])
+def test_several_lost_layers_are_noticed_unless_they_follow_a_plan(gone: tuple[int, ...]) -> None:
+    deep = list(range(32))
+    rest = [layer for layer in deep if layer not in gone]
+    assert (
+        module_names.lost(names({"attn.q": rest, "attn.v": rest}), everywhere=True)
+        == f"model.layers.{gone[0]} has no attn"
+    )
+    halved = names({"attn.q": deep, "attn.v": rest})
+    assert module_names.lost(halved, everywhere=True) == f"model.layers.{gone[0]}.attn has no v"
+    linear = [layer for layer in deep if layer % 4 != 3]
+    assert module_names.lost(names({"attn.q": deep, "linear_attn.in": linear}), everywhere=True) == ""
+
+
+def test_a_layer_left_out_by_plan_is_no_loss() -> None:
+    some = names({"attn.q": [0, 1, 2, 4, 5], "attn.v": [0, 1, 2, 4, 5]})
+    assert module_names.lost(some, everywhere=True) == "model.layers.3 has no attn"
+    assert module_names.lost(some, everywhere=False) == ""
+    assert module_names.deepest([*some, "lm_head"]) == {
+        ("model.layers", "attn", "q"): 5,
+        ("model.layers", "attn", "v"): 5,
+    }

@@ -1,0 +1,218 @@
+"""A run on the hub. A server on this machine plays the hub's part: the calls a push makes, and what it is sent."""
+
+import base64
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from lora_align import runs
+from lora_align.commands import push as stage
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from support import COMMAND, Done, call, made_once
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name: whether they are private, and their files."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.private: dict[str, bool] = {"me/shown": False, "me/kept": True}
+        self.files: dict[str, dict[str, bytes]] = {}
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/models/").partition("/revision")[0].partition("?")[0]
+        if name in self.server.private:
+            self.answer({"id": name, "private": self.server.private[name], "siblings": []})
+        else:
+            self.answer({}, 404, "RepoNotFound")
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer hf_mine":
+            self.answer({}, 401, "Unauthorized")
+        elif self.path == "/api/repos/create":
+            said = json.loads(content)
+            name = f"{said['organization']}/{said['name']}"
+            self.server.private[name] = said["visibility"] == "private"
+            self.answer({"url": f"{self.address}/{name}", "name": name})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            asked = json.loads(content)["files"]
+            files = [{"path": of["path"], "uploadMode": "regular", "shouldIgnore": False} for of in asked]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            name = self.path.removeprefix("/api/models/").partition("/commit")[0]
+            lines = [json.loads(line)["value"] for line in content.splitlines()]
+            said = {of["path"]: base64.b64decode(of["content"]) for of in lines if "path" in of}
+            self.server.files.setdefault(name, {}).update(said)
+            self.answer({"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True})
+        else:
+            self.answer({}, 404)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, said: dict[str, Any], status: int = 200, code: str = "") -> None:
+        content = json.dumps(said).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if code:
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", f"the hub says {code}")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both directions of a preference, and a mix."""
+
+    def make(folder: Path) -> None:
+        for words in (["dpo", "--pref", "helpful", "--limit", "64"], ["merge", "--weights", "helpful=0.5"]):
+            done = call(folder, *words)
+            assert done.code == 0, done.err
+
+    return made_once(tmp_path_factory, "to-push", make)
+
+
+def push(folder: Path, hub: Hub | None, *words: str, token: str = "hf_mine") -> Done:
+    address = f"http://127.0.0.1:{hub.server_port}" if hub else "http://127.0.0.1:9"
+    home = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"), "HF_TOKEN": token}
+    done = subprocess.run(
+        [str(COMMAND), "push", *words],
+        cwd=folder,
+        env={**os.environ, **home},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+MIX = "runs/mix/helpful0p5"
+
+
+def test_a_run_is_pushed_whole_and_private(made: Path, hub: Hub) -> None:
+    done = push(made, hub, MIX, "--to", "me/half-helpful")
+    assert done.code == 0, done.err
+    assert "me/half-helpful (private): " in done.err
+    assert done.out.strip().endswith("/me/half-helpful")
+    assert hub.private["me/half-helpful"]
+    sent = hub.files["me/half-helpful"]
+    known = runs.read(made / MIX).manifest.files
+    assert set(sent) == {*known, runs.MANIFEST, "README.md"}
+    assert all(sent[name] == (made / MIX / name).read_bytes() for name in (*known, runs.MANIFEST))
+
+
+def test_the_card_says_what_it_is(made: Path, hub: Hub, tmp_path: Path) -> None:
+    for path, told in (
+        (MIX, ["A weighted sum of preference vectors", "- `helpful`: weight 0.5"]),
+        ("runs/dpo/helpful/neg", ["away from the preference `helpful`", "64 rows (left out: `tie`"]),
+    ):
+        assert push(made, hub, path, "--to", "me/it").code == 0
+        text = hub.files["me/it"]["README.md"].decode()
+        card = ModelCard(text)
+        assert card.data.library_name == "peft"
+        assert "lora-align" in card.data.tags
+        assert card.data.base_model is None, "the built-in base is not on the hub"
+        for words in [*told, 'PeftModel.from_pretrained(base, "me/it")', "# it"]:
+            assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "code", "told"),
+    [
+        ([MIX], "hf_mine", 2, "--to"),
+        ([MIX, "--to", "mine"], "hf_mine", 2, "--to 'mine': a repository on the hub, OWNER/NAME"),
+        ([MIX, "--to", "me/a b"], "hf_mine", 2, "--to 'me/a b'"),
+        ([MIX, "--to", "me/shown"], "hf_mine", 2, "me/shown is there and public; --public says that this is meant"),
+        ([MIX, "--to", "me/new"], "hf_other", 2, "this account may not write there"),
+        (["runs/mix", "--to", "me/new"], "hf_mine", 2, "no run in runs/mix"),
+    ],
+)
+def test_what_is_refused(words: list[str], token: str, code: int, told: str, made: Path, hub: Hub) -> None:
+    done = push(made, hub, *words, token=token)
+    assert done.code == code
+    assert told in done.err
+    assert "Traceback" not in done.err
+    assert not hub.files
+
+
+def test_public_is_what_is_asked_for(made: Path, hub: Hub) -> None:
+    assert push(made, hub, MIX, "--to", "me/shown", "--public").code == 0
+    assert push(made, hub, MIX, "--to", "me/open", "--public").code == 0
+    assert hub.private["me/open"] is False
+    into_private = push(made, hub, MIX, "--to", "me/kept")
+    assert into_private.code == 0
+    assert set(hub.files) == {"me/shown", "me/open", "me/kept"}
+
+
+def test_a_damaged_run_and_no_network(made: Path, hub: Hub, tmp_path: Path) -> None:
+    unreachable = push(made, None, MIX, "--to", "me/new")
+    assert unreachable.code == 2
+    assert "the hub cannot be reached" in unreachable.err
+    file = made / MIX / "adapter_model.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    done = push(made, hub, MIX, "--to", "me/new")
+    file.write_bytes(before)
+    assert done.code == 2
+    assert "sha256" in done.err
+    assert not hub.files
+
+
+def test_a_report_is_no_adapter(tmp_path: Path) -> None:
+    target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
+    with runs.claim(target, quiet) as staging:
+        runs.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
+    with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
+        stage.run(target, "me/it", public=False, screen=quiet)
+
+
+def test_recipe_text_on_a_card_is_inert(tmp_path: Path) -> None:
+    evil = "<script>x</script> ![i](http://e) **b** `c` ``d`` {{ 1 + 1 }}\n\n# h\n- l \x1b[31m\u202e"
+    about = {"model": evil, "fingerprint": evil, "quantization": evil}
+    data = {"a": {"source": evil, "rows": 1, "dropped": {evil: 2}}}
+    parents = ({"name": evil, "weight": 1.0, "adapters": []},)
+    for kind in ("dpo", "mix"):
+        manifest = runs.Manifest(kind, about, preference=evil, start=evil, data=data, parents=parents)
+        manifest = replace(manifest, unconverged=(evil,), versions={evil: evil})
+        text = stage.card(runs.Run(tmp_path, manifest), "me/it").split("---\n", 2)[2]
+        tokens = MarkdownIt().parse(text)
+        kinds = {inner.type for token in tokens for inner in [token, *(token.children or [])]}
+        assert not kinds & {"html_inline", "html_block", "image", "link_open"}
+        assert [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"] == ["it"]
+        assert not {"\x1b", "\u202e"} & set(text)
+        assert "`1 row`" not in text
+        assert "1 row" in text

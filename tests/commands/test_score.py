@@ -1,0 +1,158 @@
+"""Scores by a preference's two adapters and by a reward model; killed in the middle; used as data."""
+
+import json
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from pyarrow.parquet import read_table
+
+from lora_align import recipe, runs
+from lora_align.data import forms
+from lora_align.data.rows import Message, Pair
+from lora_align.model import base as bases
+from lora_align.rankers import Ranker
+from support import COMMAND, PAIRS, call
+
+JUDGE = ["--set", 'reward.ratings.demo.data="demo:ratings?rows=80"', "--set", "reward.max_length=128"]
+
+
+def _rows(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_pair_of_adapters_judges_as_stock_peft_says(workspace: Path) -> None:
+    """β(log π₊ − log π₋), one answer at a time, with none of our code but the template."""
+    trained = call(workspace, "dpo", "--pref", "helpful", "--force", *PAIRS, "--set", "dpo.learning_rate=1")
+    assert trained.code == 0, trained.err
+    done = call(workspace, "score", "--data", "demo:pairs?rows=12", "--by", "pair:helpful", "--out", "scored.jsonl")
+    assert done.code == 0, done.err
+    rows = _rows(workspace / "scored.jsonl")
+    assert len(rows) == 12
+
+    base = bases.find(recipe.Base("demo"))
+    model = base.load()
+    likes: dict[str, list[float]] = {}
+    for side in ("pos", "neg"):
+        policy = PeftModel.from_pretrained(model, workspace / "runs" / "dpo" / "helpful" / side).eval()
+        for row in rows:
+            for answer in (row["response_0"], row["response_1"]):
+                prompt = [Message("user", str(row["prompt"]))]
+                before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, str(answer))
+                with torch.no_grad():
+                    logits = policy(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].double()
+                chosen = logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None])
+                likes.setdefault(side, []).append(float(chosen.sum()))
+        model = policy.unload()
+    beta = runs.read(workspace / "runs" / "dpo" / "helpful" / "pos").manifest.recipe["dpo"]["beta"]
+    expected = [beta * (pos - neg) for pos, neg in zip(likes["pos"], likes["neg"], strict=True)]
+    found = [row[f"score_helpful_{side}"] for row in rows for side in (0, 1)]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, expected)) > 0.05
+
+
+def test_what_was_scored_is_data_with_a_ranker(workspace: Path) -> None:
+    scored = call(
+        workspace, "score", "--data", "demo:pairs?rows=90", "--by", "pair:helpful", "--out", "s.parquet", "--json"
+    )
+    assert scored.code == 0, scored.err
+    told = json.loads(scored.out)["objectives"]["helpful"]
+    assert told["agreement"]["better_response_id"] > told["agreement"]["safer_response_id"]
+    assert len(read_table(workspace / "s.parquet")) == 90
+    labelled = ["--set", 'preferences.liked.data="s.parquet"', "--set", 'preferences.liked.rank="score:helpful"']
+    trained = call(workspace, "dpo", "--pref", "liked", "--direction", "pos", *PAIRS, *labelled)
+    assert trained.code == 0, trained.err
+
+
+def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
+    made = call(workspace, "reward", "--limit", "64", *JUDGE)
+    assert made.code == 0, made.err
+    words = ["score", "--data", "demo:ratings?rows=640&part=dev", "--quiet"]
+    child = subprocess.Popen([str(COMMAND), *words, "--out", "killed.jsonl"], cwd=workspace)
+    parts, until = workspace / ".killed.jsonl.parts", time.monotonic() + 120
+    while not list(parts.glob("part-*.parquet")) and time.monotonic() < until:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    kept = len(list(parts.glob("part-*.parquet")))
+    assert 1 <= kept < 640 / 256
+    other = call(workspace, "score", "--data", "demo:ratings?rows=3", "--out", "killed.jsonl")
+    assert other.code == 2
+    assert "was begun with another data; delete it" in other.err
+
+    resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
+    assert resumed.code == 0, resumed.err
+    assert f"scored before: {kept * 256} rows" in resumed.err
+    assert not parts.exists()
+    whole = call(workspace, *words, "--out", "whole.jsonl")
+    assert whole.code == 0, whole.err
+    for first, second in zip(_rows(workspace / "killed.jsonl"), _rows(workspace / "whole.jsonl"), strict=True):
+        assert first.keys() == second.keys()
+        assert all(
+            math.isclose(value, second[key], abs_tol=1e-3) if key.startswith("score_") else value == second[key]
+            for key, value in first.items()
+        )
+
+
+def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
+    """ShareGPT's pairs, UltraFeedback's answers a row each, and a prompt that leaves no room for an answer."""
+    rain = {"from": "human", "value": "Tell me about rain."}
+    long, short = "Rain is water that falls from clouds. It wets the ground.", "Rain is wet."
+    given = [
+        {
+            "conversations": [rain],
+            "chosen": {"from": "gpt", "value": long},
+            "rejected": {"from": "gpt", "value": short},
+        },
+        {
+            "instruction": "Tell me about rain.",
+            "completions": [
+                {"response": text, "annotations": {"honesty": {"Rating": "4"}}, "overall_score": score}
+                for text, score in ((long, 8.5), (short, None))
+            ],
+        },
+        {"prompt": "Tell me about rain. " * 200, "response": short},
+    ]
+    (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    done = call(workspace, "score", "--data", "forms.jsonl", "--by", "pair:helpful", "--out", "scored.jsonl")
+    assert done.code == 0, done.err
+    assert "4 rows, 1 of them unscored: the prompt fills the context" in done.out
+    pair, first, second, full = _rows(workspace / "scored.jsonl")
+    ranked = forms.comparisons(pair, "here")[0].ranked(Ranker.parse("score:helpful"))
+    assert isinstance(ranked, Pair)
+    better = pair["score_helpful_chosen"] > pair["score_helpful_rejected"]  # type: ignore[operator]
+    assert ranked.chosen == (long if better else short)
+    assert [row["score_helpful"] for row in (first, second)] == pytest.approx(
+        [pair["score_helpful_chosen"], pair["score_helpful_rejected"]], abs=1e-4
+    )
+    assert {**first, "score_helpful": 0} == {
+        "prompt": "Tell me about rain.",
+        "response": long,
+        "honesty": 4.0,
+        "overall": 8.5,
+        "score_helpful": 0,
+    }
+    assert "overall" not in second
+    assert full["score_helpful"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--by", "nobody"], "no reward model 'nobody' in runs/reward: run `lora-align reward`"),
+        (["--by", "pair:nobody"], "nobody"),
+        (["--out", "scored.txt"], "--out scored.txt: a .jsonl or .parquet file"),
+        (["--data", "demo:conversations"], "no pair of answers in columns"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(words: list[str], told: str, workspace: Path) -> None:
+    given = {"--data": "demo:pairs?rows=3", "--out": "scored.jsonl", "--by": "pair:helpful", words[0]: words[1]}
+    done = call(workspace, "score", *[word for item in given.items() for word in item])
+    assert done.code == 2
+    assert told in done.err
+    assert not list(workspace.glob("scored*"))

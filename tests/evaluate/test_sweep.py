@@ -1,0 +1,169 @@
+"""`sweep`: a small grid, its files, its page, and going on where it was stopped."""
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from pyarrow.parquet import read_table
+
+from lora_align.errors import UserError
+from lora_align.evaluate.goals import Score, score_of
+from lora_align.evaluate.measure import Measured
+from lora_align.evaluate.sweep import _written, grid, said
+from lora_align.evaluate.sweep_point import Point
+from lora_align.rankers import Ranker
+from support import COMMAND, Cli
+
+FEW = ["eval.count=4", "eval.samples=1", "eval.pairs=6", "eval.max_new_tokens=30"]
+SMALL = [word for setting in FEW for word in ("--set", setting)]
+AXES = ["helpful=-1:1:1", "harmless=0:1:1"]
+
+
+def test_an_axis_is_its_values() -> None:
+    values, points = grid(["helpful=-1:1", "brief=0:0.3:0.1"])
+    assert values == {"helpful": [-1.0, -0.5, 0.0, 0.5, 1.0], "brief": [0.0, 0.1, 0.2, 0.3]}
+    assert len(points) == 20
+    assert said(points[0]) == "helpful=-1"
+    assert said({"helpful": 0.0, "brief": 0.0}) == "start"
+
+
+@pytest.mark.parametrize("axis", ["helpful", "helpful=", "helpful=1:0", "helpful=0:1:0", "helpful=a:b", "../x=0:1"])
+def test_what_is_no_axis_is_refused(axis: str) -> None:
+    with pytest.raises(UserError, match="is no axis"):
+        grid([axis])
+
+
+def test_who_knows_best_tells_the_score() -> None:
+    names = ["margin helpful", "words", "reward: helpful", "pair:helpful", "oracle: helpful"]
+    for best in ["oracle: helpful", "pair:helpful", "reward: helpful", "margin helpful"]:
+        assert score_of("helpful", names) == score_of("helpful@0-10", names) == Score(best)
+        names.remove(best)
+    assert score_of("helpful", names) is None
+
+
+def test_how_pairs_are_ranked_tells_the_score_where_nothing_bears_its_name() -> None:
+    names = ["margin mine", "reward: speech", "words"]
+    for rank, score in {
+        "label": Score("margin mine"),
+        "score:speech": Score("reward: speech"),
+        "rating:-speech": Score("reward: speech", less=True),
+        "shorter": Score("words", less=True),
+        "longer": Score("words"),
+    }.items():
+        assert score_of("mine", names, Ranker.parse(rank)) == score, rank
+
+
+def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
+    done = cli("sweep", *AXES, "--also", "dpo/helpful/pos", *SMALL)
+    assert done.code == 0, done.err
+    assert "points that no other beats:" in done.out
+    folder = workspace / "runs" / "sweep" / "helpful_harmless"
+    assert f"{folder.relative_to(workspace)}/report.html" in done.out
+    points = json.loads((folder / "points.json").read_text())
+    assert [point["weights"] for point in points if point["weights"]][:2] == [
+        {"helpful": 0.0, "harmless": 0.0},
+        {"helpful": -1.0, "harmless": 0.0},
+    ]
+    assert len(points) == 3 * 2 + 1  # the start policy is a point of the grid
+    with (folder / "points.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row, point in zip(rows, points, strict=True):
+        assert row["contestant"] == point["contestant"]
+        assert float(row["words"]) == pytest.approx(point["figures"]["words"]["value"])
+    answers = read_table(folder / "answers.parquet").to_pylist()
+    assert len(answers) == len(points) * 8
+    assert {answer["contestant"] for answer in answers} == {point["contestant"] for point in points}
+    for name in ("curves", "map", "front", "length", "cost"):
+        assert imread(folder / f"{name}.png").std() > 0.02, name
+    page = _Page()
+    page.feed((folder / "report.html").read_text())
+    assert len(page.pictures) == 5
+    covered = json.loads((folder / "manifest.json").read_text())["metrics"]["hypervolume"]
+    assert f"hypervolume {covered:.3f}, measured from the worst of each: oracle: helpful" in page.text
+    assert all(source.startswith("data:image/png;base64,") for source in page.pictures)
+    assert not page.elsewhere
+    assert "sweep/helpful_harmless" in cli("list").out
+    again = cli("sweep", *AXES, *SMALL)
+    assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_a_base_and_pairs_of_one_s_own_and_nothing_else(llama: Path, cli: Cli, tmp_path: Path) -> None:
+    """No oracle, no reward model, no prompts but those of pairs; and an axis that does not come by 0."""
+    rows = [{"prompt": f"q{i}?", "chosen": "Yes it is, and so on.", "rejected": "No."} for i in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = [f'[preferences.{name}]\ndata = "pairs.jsonl"\nrank = "{rank}"\n' for name, rank in
+              (("yes", "label"), ("brief", "shorter"))]  # fmt: skip
+    few = "[eval]\ncount = 4\nsamples = 2\nmax_new_tokens = 12\n"
+    own = f'[base]\nmodel = "{llama}"\n[lora]\nrank = 4\n[dpo]\nheld_out = 0.2\nlearning_rate = 1e-3\n'
+    (tmp_path / "lora-align.toml").write_text(own + "".join(tables) + few)
+    trained = cli("dpo", "--all")
+    assert trained.code == 0, trained.err
+    done = cli("sweep", "yes=0:1:0.5", "brief=1:2:1")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "sweep" / "yes_brief"
+    points = json.loads((folder / "points.json").read_text())
+    assert len(points) == 3 * 2 + 1  # and the start policy
+    assert not [name for name in points[0]["figures"] if "oracle" in name]
+    assert json.loads((folder / "manifest.json").read_text())["metrics"]["scores"] == {
+        "yes": "margin yes",
+        "brief": "words (less is better)",
+    }
+    for name in ("curves", "map", "front", "cost"):
+        assert imread(folder / f"{name}.png").std() > 0.02, name
+    curve = imread(folder / "curves.png")[:, : imread(folder / "curves.png").shape[1] // 2, :3]
+    ink = abs(curve - [0x1F / 255, 0x4E / 255, 0x9C / 255]).max(-1) < 0.1
+    assert ink.any(0).sum() > 0.5 * curve.shape[1], "a line over all weights, and no single dot"
+
+
+class _Page(HTMLParser):
+    """Its pictures, and whatever it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[str] = []
+        self.elsewhere: list[str] = []
+        self.text = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if tag == "img" and name == "src":
+                self.pictures.append(value or "")
+            elif name in ("src", "href") or tag in ("script", "link"):
+                self.elsewhere.append(f"{tag} {name}={value}")
+
+
+def test_a_sweep_that_was_stopped_goes_on(workspace: Path, cli: Cli) -> None:
+    kept = workspace / "runs" / "eval"
+    words = [str(COMMAND), "sweep", *AXES, *SMALL]
+    child = subprocess.Popen(words, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(kept.glob("[0-9a-f]*/measured.json"))) < 2:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    before = {file: file.stat().st_mtime_ns for file in kept.glob("[0-9a-f]*/*")}
+    assert before
+    assert not (workspace / "runs" / "sweep" / "helpful_harmless").exists()
+    done = cli("sweep", *AXES, *SMALL)
+    assert done.code == 0, done.err
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert len(list(kept.glob("[0-9a-f]*"))) == 6
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    evil = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx"]
+    points = [Point(word, None, None, Measured(word, [], [], [], []), {}, {}) for word in [*evil, "start"]]
+    _written({"=axis": [0.0, 1.0]}, evil, {}, points, tmp_path)
+    with (tmp_path / "points.csv").open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    assert header[:3] == ["contestant", "'=axis", "'=1+1"]
+    assert [row[0] for row in rows] == [*(f"'{word}" for word in evil), "start"]

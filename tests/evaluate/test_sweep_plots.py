@@ -1,0 +1,99 @@
+"""Pictures of a sweep, read back from their axes: what is drawn where, and which way is better."""
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import pytest
+
+from lora_align.evaluate import sweep_plots
+from lora_align.evaluate.goals import Score
+from lora_align.evaluate.measure import Measured
+from lora_align.evaluate.sweep_point import Point
+from lora_align.metrics.intervals import Estimate
+from lora_align.want import Want
+
+SCORES = {"talkative": Score("reward: speech"), "brief": Score("words", less=True)}
+GRID = {"start": (0.0, 0.0), "brief=1": (0.0, 1.0), "talkative=1": (1.0, 0.0), "brief=1,talkative=1": (1.0, 1.0)}
+SPEECH = {"start": 30.0, "brief=1": 5.0, "talkative=1": 90.0, "brief=1,talkative=1": 50.0}
+WORDS = {"start": 100.0, "brief=1": 20.0, "talkative=1": 110.0, "brief=1,talkative=1": 60.0}
+
+
+def estimate(value: float) -> Estimate:
+    return Estimate(value, value - 1, value + 2, 10)
+
+
+def point(word: str, figures: Mapping[str, float], wins: Mapping[str, float] = {}, want: Want | None = None) -> Point:
+    weights = dict(zip(SCORES, GRID[word], strict=True)) if word in GRID else None
+    told = [{name: estimate(value) for name, value in of.items()} for of in (figures, wins)]
+    return Point(word, weights, want, Measured(word, [], [], [], []), *told)
+
+
+@pytest.fixture
+def grid() -> list[Point]:
+    return [
+        point(word, {"reward: speech": SPEECH[word], "words": WORDS[word], "text loss": 1.5}, {"reward: speech": 0.7})
+        for word in GRID
+    ]
+
+
+def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[Point]) -> None:
+    picture = sweep_plots.front(SCORES, grid)
+    assert picture
+    (panel,) = picture.axes
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("reward: speech", "words (less is better)")
+    assert not panel.xaxis_inverted()
+    assert panel.yaxis_inverted()
+    joined = next(line for line in panel.lines if line.get_linestyle() == "--")
+    assert list(zip(*joined.get_data(), strict=True)) == [(5.0, 20.0), (50.0, 60.0), (90.0, 110.0)]
+    assert sweep_plots.front({"brief": SCORES["brief"]}, grid) is None
+
+
+def test_names_lie_on_no_other_name(grid: list[Point]) -> None:
+    twin = Point("twin", None, None, grid[-1].measured, grid[-1].figures, {})
+    picture = sweep_plots.front(SCORES, [*grid, twin])
+    assert picture
+    shown = [name for name in picture.axes[0].texts if name.get_visible()]
+    assert [name.get_text() for name in shown] == ["0, 1", "1, 0", "1, 1"]
+    boxes = [name.get_window_extent() for name in shown]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_a_curve_leaves_the_other_weights_at_0(grid: list[Point]) -> None:
+    picture = sweep_plots.curves({"talkative": [0.0, 1.0], "brief": [0.0, 1.0]}, SCORES, grid)
+    assert picture
+    first, second = picture.axes
+    assert [list(line.get_ydata()) for line in first.lines] == [[30.0, 90.0], [100.0, 110.0]]
+    assert [list(line.get_ydata()) for line in second.lines] == [[100.0, 20.0], [30.0, 5.0]]
+    assert second.get_xlabel() == "weight of brief"
+
+
+def test_wins_stand_over_words_as_shares_of_the_start_policy_s(grid: list[Point]) -> None:
+    picture = sweep_plots.lengths(SCORES, grid)
+    assert picture
+    (panel,) = picture.axes
+    places = {float(line.get_xdata()[0]) for line in panel.lines if line.get_marker() == "o"}
+    assert places == {0.2, 1.1, 0.6}
+    assert panel.get_ylabel() == "wins by reward: speech"
+
+
+def test_what_is_paid_stands_across_and_what_for_up(grid: list[Point]) -> None:
+    picture = sweep_plots.costs(SCORES, grid)
+    assert picture
+    speech, words = picture.axes
+    assert (speech.get_ylabel(), words.get_ylabel()) == ("reward: speech", "words (less is better)")
+    assert words.get_xlabel() == "text loss"
+    drawn = [float(bars[0].get_ydata()[0]) for bars in speech.containers]
+    assert drawn == list(SPEECH.values())
+    assert sweep_plots.costs(SCORES, [point("start", {"words": 1.0})]) is None
+
+
+def test_a_policy_is_drawn_over_the_angle_it_was_asked_for() -> None:
+    wants = [Want.of({"helpfulness": math.cos(a), "verbosity": -math.sin(a)}) for a in (0.0, math.pi / 4)]
+    asked = [point(f"want:{i}", {"words": 10.0 - i}, want=want) for i, want in enumerate(wants)]
+    picture = sweep_plots.asked({"verbosity": Score("words", less=True)}, [point("start", {"words": 9.0}), *asked])
+    assert picture
+    (line,) = picture.axes[0].lines
+    assert list(line.get_xdata()) == pytest.approx([0.0, -45.0])
+    assert list(line.get_ydata()) == [10.0, 9.0]
+    assert picture.axes[0].get_xlabel() == "degrees from helpfulness"

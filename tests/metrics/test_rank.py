@@ -1,0 +1,49 @@
+"""Figures about scores against what they are by definition."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_align.metrics import rank
+
+grades = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=3, max_size=40)
+
+
+@given(grades)
+def test_ranks_are_those_of_pandas(pairs: list[tuple[int, int]]) -> None:
+    table = pd.DataFrame(pairs, dtype=float)
+    ours = rank.rank_correlations(torch.tensor(pairs).double())
+    theirs = table.corr(method="spearman")
+    if table.nunique().min() > 1:
+        assert float(ours[0, 1]) == pytest.approx(theirs[0][1], abs=1e-9)
+    else:
+        assert math.isnan(float(ours[0, 1]))
+
+
+def test_a_missing_value_does_not_count() -> None:
+    columns = torch.tensor([[1.0, 1.0], [2.0, 2.0], [math.nan, -9.0], [3.0, 3.0]])
+    assert float(rank.rank_correlations(columns)[0, 1]) == pytest.approx(1.0)
+
+
+@given(grades)
+def test_concordance_counts_pairs(pairs: list[tuple[int, int]]) -> None:
+    scores, truth = torch.tensor(pairs).double().T
+    wins = [
+        1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+        for i in range(len(pairs))
+        for j in range(len(pairs))
+        if truth[i] > truth[j]
+    ]
+    found = rank.concordance(scores, truth)
+    assert math.isnan(found) if not wins else found == pytest.approx(sum(wins) / len(wins))
+
+
+def test_calibration_of_what_is_calibrated_and_of_what_is_not() -> None:
+    seen = torch.arange(100).double()
+    assert rank.calibration_error(rank.calibration(seen, seen)) == pytest.approx(0)
+    assert rank.calibration_error(rank.calibration(seen + 7, seen)) == pytest.approx(7)
+    assert len(rank.calibration(seen[:3], seen[:3])) == 3

@@ -1,0 +1,169 @@
+"""Many answers at once are what one at a time would have been, in distribution and, at temperature 0, to the token."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lora_align import recipe
+from lora_align.data.rows import Message
+from lora_align.model import base as bases
+from lora_align.model import sampling as sampling_module
+from lora_align.model.base import Base
+from lora_align.model.decoding import Sampling
+from lora_align.model.kv_cache import growing_cache
+from lora_align.model.memory_budget import Room
+from lora_align.model.sampling import affordable, sample
+from support import make_base
+
+QUESTIONS = ["Tell me about rain.", "I am new here. What should I know about the moon? Thanks.", "Teach me about soup."]
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return bases.find(recipe.Base("demo"))
+
+
+@pytest.fixture(scope="module")
+def model(base: Base) -> PreTrainedModel:
+    return base.load()
+
+
+def _prompts(base: Base) -> list[list[int]]:
+    return [base.chat.prompt_ids([Message("user", question)]) for question in QUESTIONS]
+
+
+def _all(
+    model: PreTrainedModel, base: Base, n: int, sampling: Sampling, room: Room
+) -> dict[tuple[int, int], list[int]]:
+    batches = sample(model, base, _prompts(base), n, sampling, room)
+    return {(answer.prompt, answer.number): answer.tokens for batch in batches for answer in batch}
+
+
+def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedModel) -> None:
+    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), room=Room(64))
+    for i, prompt in enumerate(_prompts(base)):
+        whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0]
+        theirs = [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
+        assert ours[i, 0] == ours[i, 1] == theirs
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral"])
+def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
+    """Gemma 2 has layers that see a window only; their caches are cut and padded in another way."""
+    base = bases.find(recipe.Base(str(make_base(tmp_path / family, family))))
+    model = base.load()
+    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), room=Room(64))
+    for i, prompt in enumerate(_prompts(base)):
+        whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)[0]
+        assert ours[i, 0] == [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
+
+
+def test_company_changes_nothing(base: Base, model: PreTrainedModel) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
+    together = _all(model, base, 5, sampling, room=Room(64))
+    assert together == _all(model, base, 5, sampling, room=Room(1)) == _all(model, base, 5, sampling, room=Room(7))
+    assert len(set(map(tuple, together.values()))) > 10
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedModel, top_p: float) -> None:
+    """The first token of 4,000 answers against its probability, the second against transformers' own sampling."""
+    n, prompt = 4000, _prompts(base)[0]
+    sampling = Sampling(temperature=0.9, top_p=top_p, max_new_tokens=2, seed=0)
+    ours = [answer.tokens for batch in sample(model, base, [prompt], n, sampling, room=Room(1000)) for answer in batch]
+    torch.manual_seed(0)
+    theirs = model.generate(
+        torch.tensor([prompt] * n), do_sample=True, temperature=0.9, top_p=top_p, top_k=0, max_new_tokens=2
+    )[:, len(prompt) :].tolist()
+
+    logits = model(torch.tensor([prompt])).logits[0, -1]
+    p = torch.softmax(logits.double() / 0.9, -1)
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
+    share = {int(token): float(p[token] / p[kept].sum()) for token in kept}
+    first = Counter(tokens[0] for tokens in ours)
+    assert set(first) <= share.keys()
+    common = [token for token in share if share[token] * n >= 10]
+    chi2 = sum((first[t] - share[t] * n) ** 2 / (share[t] * n) for t in common)
+    assert chi2 < len(common) + 4 * (2 * len(common)) ** 0.5  # four standard deviations above its mean
+
+    pairs_ours, pairs_theirs = Counter(map(tuple, ours)), Counter(map(tuple, theirs))
+    both = [pair for pair in pairs_ours | pairs_theirs if pairs_ours[pair] + pairs_theirs[pair] >= 20]
+    chi2 = sum((pairs_ours[p] - pairs_theirs[p]) ** 2 / (pairs_ours[p] + pairs_theirs[p]) for p in both)
+    assert len(both) > 3
+    assert chi2 < len(both) + 4 * (2 * len(both)) ** 0.5
+
+
+def test_prompts_that_nearly_fill_the_context(base: Base, model: PreTrainedModel) -> None:
+    long = (_prompts(base)[0] * 100)[: base.max_length - 3]
+    full = (_prompts(base)[0] * 100)[: base.max_length]
+    [answers] = sample(model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), room=Room(8))
+    by_prompt = {i: [answer for answer in answers if answer.prompt == i] for i in (0, 1)}
+    assert all(len(answer.tokens) <= 3 for answer in by_prompt[0])
+    assert [(answer.tokens, answer.ended) for answer in by_prompt[1]] == [([], False)] * 2
+
+
+LITTLE_MEMORY = """
+import resource, sys, torch
+from lora_align import recipe
+from lora_align.data.rows import Message
+from lora_align.model import base as bases
+from lora_align.model.decoding import Sampling
+from lora_align.model.memory_budget import Room
+from lora_align.model.sampling import sample
+
+torch.set_num_threads(1)
+base = bases.find(recipe.Base("demo"))
+model = base.load()
+prompt = base.chat.prompt_ids([Message("user", "Tell me about rain.")])
+sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=0)
+list(sample(model, base, [prompt], 8, sampling, room=Room(8)))
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + 150_000_000, resource.RLIM_INFINITY))
+room = Room(8192)
+sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, room)]
+print(sum(sizes), max(sizes), room.size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_too_little_memory_halves_the_batch() -> None:
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    drawn, largest, fitting = map(int, done.stdout.split())
+    assert drawn == 12000
+    assert largest < 6000
+    assert fitting <= largest, "what fits is known from then on"
+
+
+def test_sampling_begins_with_what_memory_holds(
+    base: Base, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tokens = model.config, 100
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 4
+    monkeypatch.setattr(sampling_module, "device_memory", lambda _: model.get_memory_footprint() + 6 * row)
+    assert affordable(model, tokens) == 3
+    room = Room(512)
+    prompt = [5] * (tokens - 8)
+    batches = list(sample(model, base, [prompt], 7, Sampling(temperature=1.0, max_new_tokens=8, seed=0), room))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert room.size == 3
+
+
+def test_a_growing_cache_holds_what_transformers_own_does(model: PreTrainedModel) -> None:
+    ids = torch.arange(5, 155)[None]
+    caches = (growing_cache(model), DynamicCache(config=model.config))
+    for begin, end in ((0, 70), (70, 71), (71, 72), (72, 150)):
+        ours, theirs = (
+            model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True).logits for cache in caches
+        )
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        if end == 71:  # as finished rows make room
+            for cache in caches:
+                cache.batch_select_indices(torch.tensor([0]))
+    assert caches[0].get_seq_length() == 150

@@ -1,0 +1,388 @@
+"""`plan` and `--dry-run`: bytes that are known are told to the byte, the rest beside a step that is really taken."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import get_peft_model
+from transformers import AutoConfig, LlamaConfig
+
+from lora_align import recipe
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.plan import advice, planner, shapes
+from lora_align.plan.cards import CARDS
+from lora_align.plan.device import Device, device_of
+from lora_align.plan.estimate import shape_of, size
+from lora_align.plan.stages import stage_of
+from lora_align.plan.step_cost import Shape
+from lora_align.plan.timing import highest, measured
+from lora_align.train import lora_trainer
+from support import Cli
+
+QUIET = Screen(quiet=True)
+SMALL = ["dpo.limit=60", "dpo.tokens_per_batch=2048"]
+
+
+@pytest.fixture(scope="module")
+def project() -> recipe.Recipe:
+    return recipe.load(recipe.builtin()["demo"], SMALL)
+
+
+def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> None:
+    [found] = planner.run(project, ["dpo"], QUIET)["stages"]
+    base = bases.find(project.base)
+    policy = get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base))
+    trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
+    frozen = sum(p.untyped_storage().nbytes() for p in policy.parameters() if not p.requires_grad)
+    scales = 0.0
+    for layer in policy.modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            scales += state.absmax.nbytes + state.state2.absmax.nbytes + layer.dense.nbytes
+    assert found["bytes"]["adapters"] == trained
+    assert found["bytes"]["weights"] == pytest.approx(frozen + scales, abs=layers_rounded(policy))
+    assert project.dpo.optimizer == "sgd"
+    assert found["bytes"]["optimiser"] == trained  # its gradients
+    assert found["total"] == pytest.approx(sum(found["bytes"].values()), abs=len(found["bytes"]))
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch_fused", 12), ("adamw_8bit", 6)])
+def test_optimisers_keep_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
+    with_moments = replace(project, dpo=replace(project.dpo, optimizer=optimizer))
+    [found] = planner.run(with_moments, ["dpo"], QUIET)["stages"]
+    assert found["bytes"]["optimiser"] == found["bytes"]["adapters"] / 4 * bytes_each
+
+
+def layers_rounded(policy: torch.nn.Module) -> int:
+    """A scale's scale may be begun and not filled in each layer."""
+    return 4 * sum(isinstance(layer, Linear4bit) for layer in policy.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_rest_is_what_a_step_takes(checkpointing: bool, project: recipe.Recipe) -> None:
+    project = replace(project, dpo=replace(project.dpo, gradient_checkpointing=checkpointing))
+    base = bases.find(project.base)
+    stage = stage_of(project, "dpo", base, QUIET)
+    assert stage is not None
+    planned = planner.planned(project, base, stage, device_of(project))
+    assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
+    taken = measured(base, stage, [stage.rows[i] for i in planned.part]).taken
+    assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
+
+
+def test_memory_is_what_an_allocator_counts() -> None:
+    def work() -> None:
+        one = torch.zeros(1000, 1000)
+        two = one + 1
+        del one
+        (two + 1).sum()
+
+    assert highest(work) == pytest.approx(8e6, rel=0.01)
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling for real takes longer than a test should; see `test_compiled`."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))
+
+
+def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compiler: None) -> None:
+    axis = '[preferences.brief]\ndata = "demo:pairs?rows=200"\nrank = "shorter"\n'
+    (tmp_path / "one.toml").write_text(f'[base]\nmodel = "demo"\nattention = "eager"\n{axis}')
+    words = ["plan", "--measure", "--json", "--recipe", str(tmp_path / "one.toml")]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert "dpo: taking a step" in done.err
+    of, tune = json.loads(done.out)["stages"]
+    assert (tune["stage"], tune["measured"]) == ("tune", None)
+    step = of["measured"]
+    assert of["rate"] * step["seconds"] == pytest.approx(of["operations_a_token"] * of["part"], rel=1e-6)
+    assert of["bytes"]["activations"] + of["bytes"]["logits"] == pytest.approx(step["taken"], rel=0.1)
+    compiling, kernel = of["switches"]
+    assert compiling["said"] == "dpo.compile=true"
+    assert "torch cannot compile the base here" in compiling["fault"]
+    assert (kernel["said"], kernel["fault"]) == ("base.attention=sdpa", "")
+    assert 0.1 < kernel["step"] < 3
+    worth = 0.97 * of["seconds"]  # to a second
+    assert kernel["pays"] or kernel["seconds"] > worth - 1
+    assert not kernel["pays"] or kernel["seconds"] < worth + 1
+    refused = cli("plan", "--measure", "--card", "a100")
+    assert refused.code == 2
+    assert "--measure takes a step on this machine" in refused.err
+
+
+def test_what_was_measured_is_told_in_words(no_compiler: None, project: recipe.Recipe) -> None:
+    assert project.rsf is not None
+    few = replace(project.rsf, iterations=2, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
+    planned = planner.run(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
+    [of] = planned["stages"]
+    assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # of the first iteration, which learns from the policy before; then
+    assert of["drawing"] > 0
+    text = planner.told(planned)
+    assert "before that it draws 40 answers (about " in text
+    assert "of the device's matrix rate" in text
+    assert "\n--set rsf.compile=true: torch cannot compile" in text
+    assert "before that it draws 40 answers (--measure says how long)" in planner.told(
+        planner.run(replace(project, rsf=few), ["rsf"], QUIET)
+    )
+
+
+def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recipe.Recipe) -> None:
+    """Eight layers by two cuts of them cost what eight layers run as a whole do."""
+    base = bases.find(project.base)
+    stage = stage_of(project, "dpo", base, QUIET)
+    assert stage is not None
+    rows = list(stage.rows)[:4]
+
+    def step(model: torch.nn.Module) -> torch.Tensor:
+        objective = stage.objective(model)
+        return objective.part(rows, objective.weights(rows)).loss
+
+    config = AutoConfig.from_pretrained(base.folder)
+    config.num_hidden_layers = 8
+    shape = Shape(config, torch.float32, True, False, True, lora_trainer.fresh_adapter(project.lora, base), False)
+    by_cuts, whole = shape.cost(step), shape._cost(8, step)
+    for name, value in vars(whole).items():
+        assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e4), name
+
+
+def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
+    """By its configuration and tokenizer alone: 8.03 billion parameters, 5.7 GB of them in NF4; on 24 GB it fits."""
+    folder = tmp_path / "8b"
+    shutil.copytree(bases.DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    words = ["plan", "--vram", "24", "--json", "--set", f'base.model="{folder}"', "--set", "dpo.limit=60"]
+    done = cli(*words, "--set", "reward.limit=60", "--set", "dpo.gradient_checkpointing=true")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["parameters"] == 8_030_261_248
+    found = next(of for of in told["stages"] if of["stage"] == "dpo")
+    assert found["bytes"]["weights"] == pytest.approx(5.7e9, rel=0.01)
+    adapter = 4 * 4 * 32 * 3 * (4096 + 14336)  # floats of rank 4, in 32 layers, on both sides of each MLP's matrices
+    assert found["bytes"]["adapters"] == adapter
+    assert 7e9 < found["total"] < 12e9
+
+
+def test_a_base_that_is_divided_weighs_its_part_and_two_layers(project: recipe.Recipe) -> None:
+    base = bases.find(project.base)
+    stage = stage_of(project, "dpo", base, QUIET)
+    assert stage is not None
+    divided = replace(project, base=replace(project.base, fsdp=True))
+    cards = [Device("four", 1e12, 1e12, torch.float32, 0.0, count) for count in (1, 4)]
+    (one, four), alone = ([planner.planned(of, base, stage, card) for card in cards] for of in (divided, project))
+    model = base.load()
+    linears = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    packed = sum(linear.weight.nbytes for linear in linears)
+    assert one.memory == alone[0].memory == alone[1].memory
+    layers = model.config.num_hidden_layers
+    assert four.memory["weights"] == pytest.approx(one.memory["weights"] - packed * 3 / 4 + 2 * packed / layers)
+    assert {**four.memory, "weights": 0.0} == {**one.memory, "weights": 0.0}
+    assert four.seconds == alone[1].seconds == pytest.approx(one.seconds / 4)
+
+
+def test_a_base_that_no_change_makes_fit_is_to_be_divided(project: recipe.Recipe) -> None:
+    short = replace(project, dpo=replace(project.dpo, tokens_per_batch=256, max_length=256), lora=recipe.Lora(rank=4))
+    base = bases.find(short.base)
+    stage = stage_of(short, "dpo", base, QUIET)
+    assert stage is not None
+    *_, (_, leanest, lora) = advice._changes(stage)
+    card = Device("small", 1e12, 1e12, torch.float32, 0.0)
+    least = planner.planned(short, base, replace(stage, settings=leanest, lora=lora), card)
+    found = planner.planned(short, base, stage, replace(card, memory=least.total - 50_000))
+    assert advice.fitting(short, base, found).startswith(
+        "it fits --cards 4 that divide the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
+    )
+
+
+def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> None:
+    base = bases.find(project.base)
+    stage = stage_of(project, "dpo", base, QUIET)
+    assert stage is not None
+    found = planner.planned(project, base, stage, Device("small", 1e9, 1e12, torch.float32, 0.8e9))
+    assert found.fits
+    tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
+    found = planner.planned(project, base, stage, tight)
+    assert not found.fits
+    assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.fitting(project, base, found)
+
+
+def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> None:
+    careful = replace(project, dpo=replace(project.dpo, gradient_checkpointing=True))
+    [found] = planner.run(careful, ["dpo"], QUIET, vram=24)["stages"]
+    assert found["advice"].startswith("quicker, and it fits, with --set dpo.gradient_checkpointing=false: ")
+    [without] = planner.run(project, ["dpo"], QUIET, vram=24)["stages"]
+    assert without["seconds"] <= found["seconds"]
+    assert not without["advice"]
+    base = bases.find(project.base)
+    stage = stage_of(careful, "dpo", base, QUIET)
+    assert stage is not None
+    roomy = planner.planned(careful, base, stage, Device("small", 1e12, 1e12, torch.float32, 0.0))
+    tight = replace(roomy, device=Device("small", roomy.total + 1e6, 1e12, torch.float32, 0.0))
+    assert tight.fits
+    assert not advice.quicker(careful, base, tight)
+    slow = replace(roomy, rate=roomy.cost.whole / 3600)  # as measured: an hour a part
+    assert slow.seconds > 3600
+    assert " h " in advice.quicker(careful, base, slow)
+
+
+def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> None:
+    """However little is left to change: each is whole `--set KEY=VALUE`s that the recipe takes."""
+    base = bases.find(project.base)
+    settings = replace(project.dpo, tokens_per_batch=256, max_length=256)
+    for checkpointing in (False, True):
+        these = replace(project, dpo=replace(settings, gradient_checkpointing=checkpointing), lora=recipe.Lora(rank=8))
+        stage = stage_of(these, "dpo", base, QUIET)
+        assert stage is not None
+        changes = [said for said, *_ in advice._changes(stage)]
+        assert changes
+        for said in changes:
+            words = said.split()
+            assert words[::2] == ["--set"] * (len(words) // 2)
+            recipe.load(recipe.builtin()["demo"], words[1::2])
+    assert changes == [" --set lora.rank=4"]
+    with_moments = replace(
+        stage, settings=replace(settings, optimizer="adamw_torch_fused", gradient_checkpointing=True)
+    )
+    assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [said for said, *_ in advice._changes(with_moments)]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "rsf"])
+def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, cli: Cli, tmp_path: Path) -> None:
+    more = {"dpo": ["--all"], "sft": ["--set", "sft.data=demo:conversations?rows=60"]}
+    words = [stage, *more.get(stage, []), "--limit", "40", "--dry-run"]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert f"{stage}.limit=40" in lines
+    own = lines[1 : lines.index("")]
+    assert {line.split(".")[0] for line in own} == {stage, "lora", "base"}
+    assert own[0].startswith(f"{stage}.")
+    assert lines[lines.index("") + 1] == "what else differs from its default:"
+    assert "tokens of a row" in done.out
+    assert f"\n{stage}: fits" in done.out
+    told = json.loads(cli(*words, "--json").out)
+    assert told["recipe"][stage]["limit"] == 40
+    [found] = told["stages"]
+    assert sum(count for *_, count in found["histogram"]) == found["rows"]
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_dry_run_of_what_consists_of_others_plans_their_pairs(cli: Cli) -> None:
+    rows = []
+    for pref in ("helpful", "harmless", "joint"):
+        words = ["dpo", "--pref", pref, "--limit", "40", "--dry-run", "--json"]
+        done = cli(*words, "--set", 'preferences.joint.of=["helpful","harmless"]')
+        assert done.code == 0, done.err
+        rows.append(json.loads(done.out)["stages"][0]["rows"])
+    assert rows[0] + rows[1] == rows[2] == 80
+
+
+def test_a_card_that_is_not_known_is_refused_with_those_that_are(cli: Cli) -> None:
+    done = cli("plan", "--card", "rtx-9999")
+    assert (done.code, "rtx-4090" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("said", ["4090", "RTX 4090", "rtx4090", "rtx-4090", "NVIDIA GeForce RTX 4090"])
+def test_a_card_is_known_however_it_is_written(said: str, project: recipe.Recipe) -> None:
+    assert device_of(project, said) == device_of(project, "rtx-4090")
+
+
+def test_cards_have_plausible_figures_and_names_of_their_own(project: recipe.Recipe) -> None:
+    for name, (memory, rate) in CARDS.items():
+        card = device_of(project, name)
+        assert (card.name, card.memory, card.rate) == (name, 1e9 * memory, 1e12 * rate)
+        assert 8 <= memory <= 80
+        assert 25 <= rate <= 1000
+    assert device_of(project, "T4").dtype == device_of(project, "v100").dtype == torch.float16
+    assert device_of(project, "l4").dtype == torch.bfloat16
+
+
+PARAMETERS = {  # as the makers' own weights count them
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "HuggingFaceH4/mistral-7b-sft-beta": 7_241_732_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_a_shipped_shape_has_the_parameters_its_makers_give(name: str, count: int, project: recipe.Recipe) -> None:
+    base = shapes.find(recipe.Base(name), outline=True)
+    assert shapes.is_shipped(base)
+    assert shape_of(project, base, project.lora, device_of(project, "4090")).parameters() == count
+
+
+def test_every_real_recipe_has_the_shape_of_its_base() -> None:
+    bases_of = {recipe.load(path).base.model for name, path in recipe.builtin().items() if name != "demo"}
+    assert bases_of <= PARAMETERS.keys()
+    with pytest.raises(UserError, match="is not in the cache and the hub cannot be reached"):
+        shapes.find(recipe.Base("nobody/nothing"), outline=True)
+    with pytest.raises(UserError, match="is not in the cache"):
+        shapes.find(recipe.Base("Qwen/Qwen3-8B"), outline=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"), [("qwen3-8b", ["dpo", "tune"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf", "tune"])]
+)
+def test_a_real_recipe_is_planned_without_a_file_of_its_base(name: str, stages: list[str]) -> None:
+    found = planner.run(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
+    assert [of["stage"] for of in found["stages"]] == stages
+    assert all(of["fits"] for of in found["stages"])
+    told = planner.told(found)
+    assert "By the shape of this base that comes with lora-align, not by its files" in told
+    assert told.count("no limit) are assumed: the base's tokenizer is not here") == len(stages)
+
+
+def test_where_data_cannot_be_had_rows_of_the_greatest_length_are_assumed(cli: Cli) -> None:
+    done = cli("plan", "--json", "--set", 'preferences.helpful.data="nobody/nothing"', "--set", "dpo.limit=10")
+    assert done.code == 0, done.err
+    found = next(of for of in json.loads(done.out)["stages"] if of["stage"] == "dpo")
+    project = recipe.load(recipe.builtin()["demo"], [])
+    assert found["rows"] == 10 * len(project.preferences)
+    assert "not in the cache and could not be fetched" in found["assumed"]
+    assert len(found["histogram"]) == 1
+
+
+def test_sizes_below_a_gigabyte_are_in_megabytes() -> None:
+    assert [size(count) for count in (5.7e9, 340.12e6, 2e6, 0)] == ["5.70 GB", "340.1 MB", "2.0 MB", "0.0 MB"]
+    assert size(2e6, "GB") == "<0.01 GB"
+    stage = {"stage": "dpo", "bytes": {"weights": 3e6}, "total": 4e6, "fits": True, "passes": 2, "rows": 1, "tokens": 9}
+    stage |= {"seconds": 1.0, "assumed": "", "answers": 0, "advice": "", "measured": None}
+    device = {"count": 1, "name": "this CPU", "memory": 8e9, "dtype": "float32", "rate": 1e12}
+    text = planner.told({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage], "shipped": False})
+    assert re.search(r"^MB  +weights  at most\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
+    assert "2 times over 1 row, 9 tokens" in text
+
+
+def test_tune_is_planned_with_dpo_s_settings_and_trains_nothing(project: recipe.Recipe) -> None:
+    two = replace(project, preferences={name: project.preferences[name] for name in ("helpful", "harmless")})
+    dpo, tune = planner.run(two, ["dpo", "tune"], QUIET)["stages"]
+    assert tune["rows"] == 2 * 48
+    assert tune["bytes"]["optimiser"] == 0
+    assert tune["bytes"]["adapters"] == 4 * dpo["bytes"]["adapters"], "two adapters of each preference"
+    base = bases.find(two.base)
+    stage = stage_of(two, "tune", base, QUIET)
+    assert stage is not None
+    said = [said for said, *_ in advice._changes(replace(stage, settings=replace(stage.settings, max_length=512)))]
+    assert said == [
+        " --set dpo.tokens_per_batch=1024",
+        " --set dpo.tokens_per_batch=512",
+        " --set dpo.gradient_checkpointing=true",
+        " --set dpo.tokens_per_batch=512 --set dpo.gradient_checkpointing=true",
+    ]

@@ -1,0 +1,430 @@
+"""Two iterations of rejection sampling by the installed command: what is published, kept, gone on from and asked."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pyarrow.parquet import read_table
+
+from lora_align import recipe, runs
+from lora_align.console import Screen
+from lora_align.data.rows import Message, prompt_key
+from lora_align.demo import world
+from lora_align.model import base as bases
+from lora_align.policy.blend import Policy
+from lora_align.want import Want
+from support import COMMAND, Done, Terminal, call, made_once
+
+SMALL = {
+    "reward.ratings.demo.data": '"demo:ratings?rows=160"',
+    "rsf.data": '"demo:conversations?rows=60"',
+    "rsf.per_prompt": "2",
+    "rsf.samples": "3",
+    "rsf.bootstrap": "6",
+    "rsf.epochs": "1",
+    "rsf.held_out": "0.2",
+}
+
+
+def rsf(folder: Path, *words: str, **changed: str) -> Done:
+    settings = {**SMALL, **{f"rsf.{key}": value for key, value in changed.items()}}
+    return call(folder, "rsf", *words, *(word for pair in settings.items() for word in ("--set", "=".join(pair))))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model, and what `rsf --iterations 2` makes with it."""
+
+    def make(folder: Path) -> None:
+        judge = call(folder, "reward", "--set", f"reward.ratings.demo.data={SMALL['reward.ratings.demo.data']}")
+        assert judge.code == 0, judge.err
+        done = rsf(folder, "--iterations", "2")
+        assert done.code == 0, done.err
+        (folder / "said.txt").write_text(done.out + done.err)
+
+    return made_once(tmp_path_factory, "rsf", make)
+
+
+def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
+    found = {run.path.name: run for run in runs.every(made / "runs" / "rsf")}
+    assert list(found) == ["steerlm", "t1", "t2"]
+    start_policy_alone = bases.find(recipe.Base("demo")).load()
+    PeftModel.from_pretrained(start_policy_alone, found["t2"].path)  # an ordinary adapter
+    assert len({run.manifest.initial_adapter for run in found.values()}) == 1, "all start from the start policy anew"
+    for label, per_request in (("t1", 3), ("t2", 3)):
+        found[label].check_files()
+        rows = read_table(found[label].path / "samples.parquet").to_pylist()
+        figures = found[label].manifest.metrics["collected"]
+        requests = {row["key"] for row in rows}
+        assert len({(row["key"], row["number"]) for row in rows}) == len(rows) == per_request * len(requests)
+        assert {len(row["asked"]) > 0 for row in rows} == {True}
+        assert figures["kept_value"] > figures["drawn_value"]
+        assert figures["kept"] <= len(requests)
+        assert not list(found[label].path.parent.glob(f".{label}.samples"))
+    said = (made / "said.txt").read_text()
+    assert "value kept" in said
+    assert "t2 draws" in said
+    assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
+
+
+def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
+    small = [word for setting in few for word in ("--set", setting)]
+    assert call(tmp_path, "sweep", *small).code == 2
+    done = call(tmp_path, "sweep", "--directions", "3", *small)
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "sweep" / "directions"
+    points = json.loads((folder / "points.json").read_text())
+    assert [point["contestant"].partition(":")[0] for point in points] == ["start", "want", "want", "want"]
+    first, second = (point["figures"]["words"]["value"] for point in (points[1], points[3]))
+    assert first != second
+    found = runs.read(folder).manifest.metrics
+    less = "reward: verbosity (less is better)"
+    assert found["scores"] == {"helpfulness": "reward: helpfulness", "verbosity": less}
+    values = [
+        [point["figures"][f"reward: {name}"]["value"] for name in ("helpfulness", "verbosity")] for point in points
+    ]
+    best = {
+        point["contestant"]
+        for point, (helpfulness, verbosity) in zip(points, values, strict=True)
+        if not any(h >= helpfulness and v <= verbosity and (h, v) != (helpfulness, verbosity) for h, v in values)
+    }
+    assert {point["word"] for point in found["front"]} == best
+    for name in ("front", "asked"):
+        assert (folder / f"{name}.png").is_file(), name
+    assert not (folder / "curves.png").exists()
+
+
+def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
+    small = [word for setting in few for word in ("--set", setting)]
+    asked, steered = "helpfulness=0.8,verbosity=-0.6", "helpfulness=90,verbosity=20"
+    words = [f"want:{asked}", f"want@rsf/policy/t2:{asked}", f"want@rsf/policy/t1:{asked}"]
+    words += [f"want@rsf/policy/steerlm:{steered}", "start"]
+    done = call(tmp_path, "eval", *words, "--json", *small)
+    assert done.code == 0, done.err
+    newest, last, first, steerlm, start = (json.loads(done.out)["contestants"][word] for word in words)
+    assert newest == last
+    assert len({json.dumps(one) for one in (last, first, steerlm, start)}) == 4
+    for word, says in {
+        "want@rsf/policy/steerlm:helpfulness=90": "is asked for scores of helpfulness and verbosity",
+        "want@reward/reward:helpfulness=1": "is a run of reward",
+        "want@rsf/policy/t2:honesty=1": "knows no objective 'honesty'",
+    }.items():
+        refused = call(tmp_path, "eval", word, *small)
+        assert (refused.code, says in refused.err) == (2, True), refused.err
+
+
+def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_path: Path) -> None:
+    """Through the chat template; the choices' likelihoods by hand, with stock PEFT."""
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    pairs = list(world.pairs(seed=8, count=16))
+    rows = [{"said": row["prompt"], "choices": [row["response_0"], row["response_1"]], "right": 0} for row in pairs]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "first.yaml").write_text(
+        "task: first\ndataset_path: json\ndataset_kwargs: {data_files: rows.jsonl}\ntest_split: train\n"
+        "output_type: multiple_choice\ndoc_to_text: said\ndoc_to_choice: choices\ndoc_to_target: right\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    few = ["eval.count=2", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=5"]
+    small = [word for setting in few for word in ("--set", setting)]
+    asked = "want@rsf/policy/t2:helpfulness=0.8,verbosity=-0.6"
+    done = call(tmp_path, "eval", asked, "start", "--tasks", "first.yaml", "--json", *small)
+    assert done.code == 0, done.err
+
+    base = bases.find(recipe.Base("demo"))
+    run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t2")
+    system = Policy.of(run, asked.partition(":")[2], Screen(quiet=True)).system()
+    policy = PeftModel.from_pretrained(base.load(), run.path).eval()
+
+    def first_is_likelier(row: dict[str, Any], before: Sequence[Message]) -> tuple[float, float]:
+        prompt = base.chat.prompt_ids([*before, Message("user", row["said"])])
+        likes = []
+        for choice in row["choices"]:
+            ids = base.chat.tokenizer(choice, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+            likes.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()))
+        return float(likes[0] > likes[1]), likes[0] - likes[1]
+
+    wanted = [first_is_likelier(row, [Message("system", system)]) for row in rows]
+    with policy.disable_adapter():
+        start = [first_is_likelier(row, []) for row in rows]
+    assert max(abs(now - before) for (_, now), (_, before) in zip(wanted, start, strict=True)) > 0.1
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "eval").glob("task-*")]
+    found = {one["contestant"]: one["values"]["acc"] for one in kept}
+    assert found == {asked: [first for first, _ in wanted], "start": [first for first, _ in start]}
+
+
+def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
+    prompts = {}
+    for label in ("t1", "t2"):
+        rows = read_table(made / "runs" / "rsf" / "policy" / label / "samples.parquet").to_pylist()
+        prompts[label] = {prompt_key(tuple(Message(**turn) for turn in row["prompt"])) for row in rows}
+    assert prompts["t1"]
+    assert prompts["t2"]
+    assert not prompts["t1"] & prompts["t2"]
+
+
+def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    changed = rsf(tmp_path, "--iterations", "3", samples="4")
+    assert changed.code == 2
+    assert "was made differently: rsf.samples was " in changed.err
+    judged = call(
+        tmp_path, "reward", "--force", "--limit", "40", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"'
+    )
+    assert judged.code == 0, judged.err
+    other = rsf(tmp_path, "--iterations", "3")
+    assert other.code == 2
+    assert "was made differently: another reward model" in other.err
+    shutil.rmtree(tmp_path / "runs" / "reward")
+    shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
+    before = runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json")
+    first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
+    said = json.loads(first.read_text())
+    said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
+    first.write_text(json.dumps({**said, "digest": ""}))
+    more = rsf(tmp_path, "--iterations", "3")
+    assert more.code == 0, more.err
+    assert re.search(r"t3: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
+    assert more.err.count("was made before") == 3
+    assert runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json") == before
+    assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t3")
+
+
+def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, tmp_path: Path) -> None:
+    """t2 of the demo's recipe does; with `pooled = 1` it keeps to the answers that were given to its own direction."""
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "rsf" / "policy" / "t2")
+    figures = {"pooled": runs.read(made / "runs" / "rsf" / "policy" / "t2").manifest.metrics["collected"]}
+    shutil.move(tmp_path / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
+    for label in ("steerlm", "t1"):  # as if they had been made so: their own answers were pooled either way
+        file = tmp_path / "runs" / "rsf" / "apart" / label / "manifest.json"
+        said = json.loads(file.read_text())
+        said["recipe"]["rsf"]["pooled"] = 1
+        file.write_text(json.dumps({**said, "digest": ""}))
+    done = rsf(tmp_path, "--iterations", "2", "--name", "apart", pooled="1")
+    assert done.code == 0, done.err
+    figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t2").manifest.metrics["collected"]
+    samples = [
+        read_table(folder / "t2" / "samples.parquet").to_pylist()
+        for folder in (made / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
+    ]
+    assert samples[0] == samples[1], "the same answers"
+    assert figures["pooled"]["answers"] == figures["apart"]["answers"] == len(samples[0])
+    assert figures["pooled"]["kept"] == figures["apart"]["kept"]
+    assert figures["pooled"]["kept_value"] > figures["apart"]["kept_value"]
+
+
+@pytest.mark.parametrize(
+    ("label", "key", "told"),
+    [("t1", "teacher", "another steerlm"), ("t2", "teacher", "another t1"), ("t1", "start", "another start policy")],
+)
+def test_a_series_has_one_start_and_each_policy_its_own_teacher(
+    label: str, key: str, told: str, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
+    said = json.loads(file.read_text())
+    changed = {"start": "another"} if key == "start" else {"method": {**said["method"], key: {}}}
+    file.write_text(json.dumps({**said, **changed, "digest": ""}))
+    done = rsf(tmp_path, "--iterations", "3")
+    assert done.code == 2
+    assert f"{label} was made differently: {told}" in done.err
+
+
+def test_answers_that_are_not_what_they_were_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "3", data='"demo:conversations?rows=60&seed=5"')
+    assert done.code == 2
+    assert "steerlm was made differently: rsf.data was" in done.err
+    manifest = tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    edited = {"data": {**said["data"], "fingerprint": "of a file that was edited"}, "digest": ""}
+    manifest.write_text(json.dumps({**said, **edited}))
+    done = rsf(tmp_path, "--iterations", "3")
+    assert done.code == 2
+    assert "t2 was made differently: data was of a file that was edited, is " in done.err
+    done = rsf(tmp_path, "--iterations", "3", "--set", "base.double_quant=false")
+    assert done.code == 2
+    assert "steerlm was made differently: base.double_quant was True, is False" in done.err
+
+
+@pytest.mark.parametrize(
+    "while_it", [".t2.samples/part-*.parquet", ".t2.unfinished/checkpoint-*"], ids=["draws", "learns"]
+)
+def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    policy = tmp_path / "runs" / "rsf" / "policy"
+    shutil.rmtree(policy / "t2")
+    words = [word for pair in SMALL.items() for word in ("--set", "=".join(pair))]
+    until = time.monotonic() + 120
+    words += ["--set", "rsf.save_minutes=0"]
+    child = subprocess.Popen([str(COMMAND), "rsf", "--iterations", "2", "--quiet", *words], cwd=tmp_path)
+    while not list(policy.glob(while_it)) and time.monotonic() < until:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    assert not runs.is_run(policy / "t2")
+    again = rsf(tmp_path, "--iterations", "2", "--resume")
+    assert again.code == 0, again.err
+    assert "requests were answered before" in again.err
+    assert ("goes on after step" in again.err) == ("checkpoint" in while_it)
+    weights = [folder / "rsf/policy/t2/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
+    assert runs.sha256(weights[0]) == runs.sha256(weights[1])
+    samples = [
+        {(row["key"], row["number"]): row["response"] for row in read_table(folder / "samples.parquet").to_pylist()}
+        for folder in (made / "runs" / "rsf" / "policy" / "t2", policy / "t2")
+    ]
+    assert samples[0] == samples[1]
+
+
+def test_both_halves_hold_prompts_out(made: Path) -> None:
+    """What is held out must not go by what parts the halves."""
+    for label in ("steerlm", "t1", "t2"):
+        assert runs.read(made / "runs" / "rsf" / "policy" / label).manifest.metrics["held_out"]["rows"] > 0
+
+
+def test_an_iteration_asks_as_many_prompts_as_the_recipe_says(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "3", "--name", "few", prompts="5", held_out="0.0")
+    assert done.code == 0, done.err
+    asked = [
+        {json.dumps(row["prompt"]) for row in read_table(tmp_path / f"runs/rsf/few/t{t}/samples.parquet").to_pylist()}
+        for t in range(1, 4)
+    ]
+    assert [len(prompts) for prompts in asked] == [5, 5, 5]
+    assert asked[0] != asked[2], "the same half, but other prompts"
+
+
+def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    scored = call(tmp_path, "score", "--data", "demo:ratings?rows=60", "--out", "scored.parquet")
+    assert scored.code == 0, scored.err
+    done = rsf(tmp_path, "--iterations", "1", "--name", "annotated", data='"scored.parquet"', prompts="4")
+    assert done.code == 0, done.err
+    assert "answers with scores of their own" in done.err
+    assert "steerlm scores" not in done.err
+    rows = read_table(tmp_path / "scored.parquet").to_pylist()
+    given = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}
+    used = json.loads((tmp_path / "runs" / "rsf" / "annotated" / "steerlm" / "scores.json").read_text())
+    assert len(used) > 10
+    assert {(score["helpfulness"], score["verbosity"]) for score in used} <= given
+
+
+def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
+    """The same texts, but what was asked counts too: before training, the base is surprised by it."""
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "1", "--name", "whole", loss_on='"all"')
+    assert done.code == 0, done.err
+    answers, everything = (
+        runs.read(tmp_path / "runs" / "rsf" / name / "t1").manifest.metrics["held_out"] for name in ("policy", "whole")
+    )
+    assert everything["loss_before"] > answers["loss_before"] + 0.5
+    assert everything["loss"] < everything["loss_before"]
+
+
+def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    done = rsf(tmp_path, "--iterations", "1", "--name", "preferred", learn='"dpo"', learning_rate="1e-3")
+    assert done.code == 0, done.err
+    metrics = runs.read(tmp_path / "runs" / "rsf" / "preferred" / "t1").manifest.metrics
+    assert abs(metrics["first_margin"]) < 1e-3
+    assert "t1 reference" in done.err
+
+
+def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -> None:
+    shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
+    words = ["chat", "--want", "helpfulness=8,verbosity=-6", "--prompt", "Tell me about rain.", "--seed", "3"]
+    done = call(workspace, *words, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
+    assert told["weights"] == {"rsf/policy/t2": 1.0}
+    assert "asked for helpfulness=0.80 verbosity=-0.60 (brought to length 1)" in done.err
+    both = json.loads(call(workspace, *words, "--weights", "helpful=0.5", "--json").out)
+    assert both["weights"] == {"rsf/policy/t2": 1.0, "helpful": 0.5}
+    live = call(
+        workspace, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
+    )
+    assert live.code == 0, live.err
+    assert "it was trained on helpfulness from 0.17" in live.err
+    unknown = call(workspace, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
+    assert unknown.code == 2
+    assert "it knows: helpfulness, verbosity" in unknown.err
+
+
+def test_another_direction_while_one_talks(made: Path) -> None:
+    terminal = Terminal(made, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
+    assert "helpfulness=0.80 verbosity=-0.60" in terminal.wait_for("› ")
+    assert "." in terminal.say("Tell me about rain.")
+    assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want helpfulness=3,verbosity=-4")
+    assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want")
+    assert "it knows: helpfulness, verbosity" in terminal.say("/want honesty=1")
+    assert "it was trained on verbosity from" in terminal.say("/want helpfulness=1")
+    terminal.say("/retry")
+    os.write(terminal.screen, b"/quit\n")
+    assert terminal.process.wait(timeout=20) == 0
+
+
+def test_a_comparison_leaves_the_policy_that_is_asked_in_force(made: Path, workspace: Path) -> None:
+    shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
+    terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
+    terminal.wait_for("› ")
+    terminal.say("Tell me about rain.")
+    told = terminal.say("/compare rsf/policy/t2=1 | helpful=0 | rsf/policy/t2=0")
+    named, left, off = re.findall(r"\((\d+) tokens\)", told)
+    assert named == left != off
+    assert "rsf/policy/t2=1 helpful=0" in terminal.say("/w")
+    os.write(terminal.screen, b"/quit\n")
+    assert terminal.process.wait(timeout=20) == 0
+
+
+def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
+    """The words chat puts before a conversation are those the samples were drawn and learned under."""
+    policy = runs.read(made / "runs" / "rsf" / "policy" / "t2")
+    ask, region = policy.manifest.method["ask"], recipe.load(recipe.builtin()["demo"], []).rsf.directions
+    rows = read_table(policy.path / "samples.parquet").to_pylist()
+    for row in rows:
+        wanted = Want({name: row[f"want_{name}"] for name in region})
+        assert math.hypot(*wanted.weights.values()) == pytest.approx(1)
+        assert all(low <= wanted.weights[name] <= high for name, (low, high) in region.items())
+        assert row["asked"] == wanted.asked(ask)
+    assert len({row["asked"] for row in rows}) > 3
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "told"),
+    [
+        ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
+        ([], {"reward": '"other"'}, "no reward model 'other'"),
+        ([], {"learn": '"dpo"', "samples": "1"}, "sets one answer against another, and needs 2 or more"),
+        ([], {"watch": '"harmlesness"'}, "rsf.watch: runs/reward/reward has no objective 'harmlesness'"),
+        ([], {"bootstrap": "7"}, "rsf.bootstrap: 7 answers a prompt do not divide among its 2 requests"),
+        ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
+        ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
+        (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_it_begins(
+    words: list[str], changed: dict[str, str], told: str, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
+    done = rsf(tmp_path, *words, **changed)
+    assert done.code == 2
+    assert told in done.err
+    assert not (tmp_path / "runs" / "rsf").exists()

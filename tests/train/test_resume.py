@@ -1,0 +1,369 @@
+"""Work that was stopped, killed or damaged goes on to the very bits it would have come to."""
+
+import json
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_align import runs
+from lora_align.cli import app
+from lora_align.train import checkpoints
+from support import COMMAND, Done, call, fill, made_once, small_disk
+
+SFT = ['sft.data="demo:conversations?rows=120"', "sft.packing=true", "sft.batch_size=2", "sft.epochs=3"]
+STAGES = {
+    "dpo": (
+        ["dpo", "--pref", "helpful", "--direction", "pos", "--set", "dpo.optimizer=adamw_torch", "--limit", "320"],
+        Path("dpo/helpful/pos"),
+    ),
+    "sft": (
+        ["sft", *(word for setting in SFT for word in ("--set", setting))],
+        Path("sft/start"),
+    ),
+    "reward": (
+        ["reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=240"', "--set", "reward.lora.dropout=0.1"],
+        Path("reward/reward"),
+    ),
+}
+NOISE = ["--set", "lora.dropout=0.1"]  # so that the order of chance counts, too
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant> {% endif %}"
+)
+
+
+TRAINS = re.compile(r"^\S.*  1/\d+  loss", re.MULTILINE)  # the line of the first step
+
+
+def words(stage: str) -> list[str]:
+    return [*STAGES[stage][0], *NOISE]
+
+
+def every_step(stage: str) -> list[str]:
+    return ["--set", f"{stage}.save_minutes=0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for all test processes: what was kept of other rows is computed beside other ones, and its last bits
+    are those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_ALIGN_CACHE", str(made_once(tmp_path_factory, "resumed-cache", lambda folder: None)))
+        yield
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(stage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+
+    def make(folder: Path) -> None:
+        done = call(folder, *words(stage))
+        assert done.code == 0, done.err
+
+    return made_once(tmp_path_factory, f"whole-{stage}", make) / "runs" / STAGES[stage][1]
+
+
+def stopped(folder: Path, stage: str, number: int, after: int, *more: str) -> Done:
+    """Begun, and killed once a checkpoint of that step is there; or sent another signal once it trains, long before a
+    checkpoint is due."""
+    out, killed = folder / "out.txt", number == signal.SIGKILL
+    with out.open("w") as stream:
+        child = subprocess.Popen(
+            [str(COMMAND), *words(stage), *(every_step(stage) if killed else []), *more],
+            cwd=folder,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        unfinished = unfinished_of(folder, stage)
+        until = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < until:
+            steps = [int(path.name.rpartition("-")[2]) for path in unfinished.glob("checkpoint-*")]
+            if max(steps, default=0) >= after if killed else TRAINS.search(out.read_text()):
+                time.sleep(random.Random(f"{stage} {after}").uniform(0, 0.2) if killed else 0)
+                child.send_signal(number)
+                break
+            time.sleep(0.005)
+        code = child.wait(60)
+    return Done(code, "", out.read_text())
+
+
+def unfinished_of(folder: Path, stage: str) -> Path:
+    target = folder / "runs" / STAGES[stage][1]
+    return target.parent / f".{target.name}.unfinished"
+
+
+def same(one: Path, other: Path) -> None:
+    """The adapters bit for bit, and every step's figures."""
+    for file in ("adapter_model.safetensors", "heads.safetensors"):
+        assert (one / file).exists() == (other / file).exists()
+        if (one / file).exists():
+            assert runs.sha256(one / file) == runs.sha256(other / file)
+    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    for record in (*records[0], *records[1]):
+        del record["tokens_per_second"]
+    assert records[0] == records[1]
+
+
+def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path, tmp_path: Path) -> None:
+    number = signal.SIGINT if stage == "dpo" else signal.SIGTERM
+    first = stopped(tmp_path, stage, number, 0)
+    assert first.code == 128 + number
+    assert "finishing the step at hand" in first.err
+    assert f"to go on: lora-align {stage}" in first.err
+    assert first.err.rstrip().endswith("--resume")
+    refused = call(tmp_path, *words(stage))
+    assert refused.code == 2
+    assert "is unfinished (step" in refused.err
+    assert "--resume goes on, --force begins anew" in refused.err
+    done = call(tmp_path, *words(stage), "--resume")
+    assert done.code == 0, done.err
+    assert "goes on after step" in done.err
+    assert not unfinished_of(tmp_path, stage).exists()
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+    unfinished_of(tmp_path, stage).mkdir()  # as a kill right after it was published leaves it
+    again = call(tmp_path, *words(stage), "--resume")
+    assert again.code == 0, again.err
+    assert "was made before" in again.err
+    assert not unfinished_of(tmp_path, stage).exists()
+    other = call(tmp_path, *words(stage), "--resume", "--set", f"{stage}.learning_rate=1e-3")
+    assert other.code == 2
+    assert f"recipe.{stage}.learning_rate was" in other.err
+
+
+AT_THE_LAST_STEP = """
+import os, signal
+from lora_align.train.stepper import Stepping
+
+step = Stepping.training_step
+
+def signalled(self, *given, **more):
+    found = step(self, *given, **more)
+    if self.state.global_step + 1 == self.state.max_steps:
+        os.kill(os.getpid(), signal.SIGINT)
+    return found
+
+Stepping.training_step = signalled
+"""
+BEHIND_IT = """
+import os, signal
+from lora_align.stages import training
+
+training.draw_curve = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # all is trained and measured
+"""
+PROGRAM = """
+from lora_align.cli import main
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("moment", "code"), [(AT_THE_LAST_STEP, 130), (BEHIND_IT, 143)], ids=["in it", "behind it"])
+def test_a_signal_at_the_last_step_loses_nothing(
+    moment: str, code: int, stage: str, whole: Path, tmp_path: Path
+) -> None:
+    both = ["--direction", "both"] if stage == "dpo" else []
+    asked = [sys.executable, "-c", moment + PROGRAM, *words(stage), *both]
+    first = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert first.returncode == code, first.stderr
+    assert first.stderr.rstrip().endswith("--resume")
+    assert not list(tmp_path.rglob("manifest.json")), "and the other direction does not begin"
+    done = call(tmp_path, *words(stage), "--resume")
+    assert done.code == 0, done.err
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"goes on after step {last}" in done.err
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+def test_the_recipe_says_what_is_computed_in(
+    stage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher says it
+    done = call(tmp_path, *words(stage))
+    assert done.code == 0, done.err
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+@pytest.mark.parametrize("after", [1, 8])  # `sft` is in its second epoch by then
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str, whole: Path, tmp_path: Path) -> None:
+    assert stopped(tmp_path, stage, signal.SIGKILL, after).code == -signal.SIGKILL
+    done = call(tmp_path, *words(stage), "--resume")
+    assert done.code == 0, done.err
+    same(whole, tmp_path / "runs" / STAGES[stage][1])
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("dpo --pref helpful --force", "lora-align dpo --pref helpful --resume"),
+        ("sft --set 'sft.data=my file.jsonl'", "lora-align sft --set 'sft.data=my file.jsonl' --resume"),
+        ("rsf --iterations 2 --force", "lora-align rsf --iterations 2 --resume"),
+        ("demo", "lora-align demo"),
+    ],
+)
+def test_the_line_that_goes_on_is_one_the_command_takes(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lora-align", *shlex.split(said)])
+    assert app._going_on() == told
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A `dpo` that was killed after some steps."""
+    assert stopped(tmp_path, "dpo", signal.SIGKILL, 4).code == -signal.SIGKILL
+    return tmp_path
+
+
+def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
+    folders = sorted(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert len(folders) in (2, 3)  # three, where the kill came before the oldest went
+    *_, before, newest = folders
+    content = bytearray((newest / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(content)
+    empty = unfinished_of(begun, "dpo") / "checkpoint-900"
+    empty.mkdir()
+    done = call(begun, *words("dpo"), "--resume")
+    assert done.code == 0, done.err
+    assert done.err.count("optimizer.pt is missing or not as it was written") == 1
+    assert "checkpoint-900 is passed over: files.json is missing" in done.err
+    assert f"goes on after step {before.name[11:]}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--set", "dpo.beta=3"], "recipe.dpo.beta was 1.5, is 3.0"),
+        (["--set", "lora.rank=8"], "recipe.lora.rank was 4, is 8"),
+        (["--set", "preferences.helpful.margin=1"], "data was"),
+        (["--set", "base.double_quant=false"], "base.double_quant was True, is False"),
+        (["--set", "base.dtype=bfloat16"], "base.dtype was auto, is bfloat16"),
+        (["--set", f"base.chat_template={TEMPLATE}"], "base.chat_format was"),
+    ],
+)
+def test_what_was_begun_otherwise_is_not_gone_on_with(changed: list[str], told: str, begun: Path) -> None:
+    done = call(begun, *words("dpo"), *changed, "--resume")
+    assert done.code == 2
+    assert told in done.err
+    assert "--force begins anew" in done.err
+
+
+def test_what_memory_bears_is_remembered(begun: Path) -> None:
+    """A step that was halved once is not tried whole again by who goes on."""
+    newest = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert json.loads((newest / "seen.json").read_text())["room"] == 4096
+    (newest / "seen.json").write_text(json.dumps({"tokens": 0, "room": 300}))
+    files = json.loads((newest / "files.json").read_text())
+    (newest / "files.json").write_text(json.dumps({**files, "seen.json": runs.sha256(newest / "seen.json")}))
+    stopped(begun, "dpo", signal.SIGKILL, int(newest.name[11:]) + 2, "--resume")
+    later = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert later != newest
+    assert json.loads((later / "seen.json").read_text())["room"] == 300
+
+
+def test_what_changes_no_result_may_change(begun: Path) -> None:
+    done = call(begun, *words("dpo"), "--set", "dpo.tokens_per_batch=600", "--resume")
+    assert done.code == 0, done.err
+    done = call(begun, *words("dpo"), "--direction", "both", "--resume")
+    assert done.code == 0, done.err
+    assert "runs/dpo/helpful/pos was made before" in done.err
+    other = call(begun, *words("dpo"), "--set", "dpo.beta=3", "--resume")
+    assert other.code == 2
+    assert "runs/dpo/helpful/pos was made differently: recipe.dpo.beta was 1.5, is 3.0" in other.err
+    both = call(begun, *words("dpo"), "--resume", "--force")
+    assert both.code == 2
+    assert "one or the other" in both.err
+
+
+def test_other_versions_of_libraries_are_said(begun: Path) -> None:
+    who = unfinished_of(begun, "dpo") / "who.json"
+    before = json.loads(who.read_text())
+    before["versions"]["trl"] = "1.15.9"
+    who.write_text(json.dumps(before))
+    done = call(begun, *words("dpo"), "--resume")
+    assert done.code == 0, done.err
+    assert "warning: runs/dpo/helpful/pos was begun with trl 1.15.9" in done.err
+
+
+def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -> None:
+    small_parts = [*words("dpo"), "--set", "dpo.tokens_per_batch=64", "--resume"]  # of which a step has many
+    child = subprocess.Popen([str(COMMAND), *small_parts], cwd=begun, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("helpful pos  "):
+            child.send_signal(signal.SIGINT)
+        elif "finishing the step at hand" in line:
+            child.send_signal(signal.SIGINT)
+            break
+    assert child.wait(60) == 130
+    assert "stopped; nothing unfinished was published" in child.stderr.read()
+    done = call(begun, *words("dpo"), "--resume")
+    assert done.code == 0, done.err
+    assert "goes on after step" in done.err
+    assert "passed over" not in done.err
+
+
+@pytest.mark.parametrize("how", [[], ["--resume"], ["--force"]], ids=["anew", "resume", "force"])
+@pytest.mark.parametrize("made", ["begun", "published"])
+def test_a_run_that_is_being_written_is_refused_with_its_writer(made: str, how: list[str], tmp_path: Path) -> None:
+    """Whether there is a checkpoint already, and whatever stood there before."""
+    if made == "published":
+        assert call(tmp_path, *words("dpo")).code == 0
+    child = subprocess.Popen(
+        [str(COMMAND), *words("dpo"), *every_step("dpo"), "--force"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(unfinished_of(tmp_path, "dpo").glob("checkpoint-*")) and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGSTOP)  # it writes for as long as the second takes
+    kept = sorted(unfinished_of(tmp_path, "dpo").iterdir())
+    try:
+        second = call(tmp_path, *words("dpo"), *how)
+        assert second.code == 2
+        assert f"is being written by process {child.pid} on {socket.gethostname()}" in second.err
+        assert sorted(unfinished_of(tmp_path, "dpo").iterdir()) == kept
+    finally:
+        child.kill()
+        child.wait(60)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        small = call(disk, *words("dpo"), *every_step("dpo"), "--set", "lora.rank=128")
+        assert small.code == 2
+        assert "MB will be written" in small.err
+        child = subprocess.Popen(
+            [str(COMMAND), *words("dpo"), *every_step("dpo")], cwd=disk, stderr=subprocess.PIPE, text=True
+        )
+        while not list(unfinished_of(disk, "dpo").glob("checkpoint-2")) and child.poll() is None:
+            time.sleep(0.005)
+        fill(disk)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert "No space left" in said
+        assert re.search(r"a checkpoint of about [\d.,]+ MB broke off after [\d.,]+ MB \(.*No space left", said), said
+        assert "is whole, --resume goes on from it" in said
+        (disk / "filler").unlink()
+        done = call(disk, *words("dpo"), "--resume")
+        assert done.code == 0, done.err
+
+
+def test_a_word_that_recipes_did_not_have_is_a_change_only_where_it_says_something() -> None:
+    assert not list(checkpoints.differences({"sft": {"data": "x"}}, {"sft": {"data": "x", "subset": ""}}))
+    assert list(checkpoints.differences({"sft": {}}, {"sft": {"subset": "a"}})) == ["sft.subset was None, is a"]
+    assert list(checkpoints.differences({"sft": {"limit": None}}, {"sft": {"limit": 0}}))

@@ -1,0 +1,190 @@
+"""The reward model: what it learns from, what it leaves alone, and that a reload scores as it did."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from lora_align import recipe, runs
+from lora_align.console import Screen
+from lora_align.data.rows import Message
+from lora_align.demo import world
+from lora_align.errors import UserError
+from lora_align.model import base as bases
+from lora_align.model.base import Base
+from lora_align.model.logprobs import Reader
+from lora_align.model.memory_budget import Room
+from lora_align.model.reward_model import Heads, RewardModel
+from lora_align.recipe import Recipe
+from lora_align.train import reward, reward_loss
+from lora_align.train.reward_loss import Example, Judging
+from support import made_once
+
+QUIET = Screen(quiet=True)
+SETTINGS = [
+    "reward.learning_rate=5e-3",
+    "reward.batch_size=32",
+    "reward.max_length=128",
+    "reward.held_out=0.2",
+    'reward.ratings.demo.data="demo:ratings?rows=480"',
+    'reward.pairs.shorter="brief"',
+    "reward.limit=320",
+    'reward.objectives.manner=["politeness", "warmth"]',
+]
+
+
+def demo(*overrides: str) -> Recipe:
+    return recipe.load(recipe.builtin()["demo"], [*SETTINGS, *overrides])
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return bases.find(recipe.Base("demo"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    made = made_once(tmp_path_factory, "reward", lambda folder: reward.run(demo(), folder, QUIET))
+    return runs.read(made / "reward" / "reward")
+
+
+@pytest.fixture(scope="module")
+def model(base: Base, trained: runs.Run) -> RewardModel:
+    return reward.load(base, trained)
+
+
+def _answers(base: Base, count: int) -> list[tuple[list[int], list[int]]]:
+    found = []
+    for row in world.ratings(seed=9, count=count, part="dev"):
+        prompt = [Message("user", str(row["prompt"]))]
+        found.append((base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, str(row["response"]))))
+    return found
+
+
+def test_it_learns_from_ratings_and_from_pairs(trained: runs.Run) -> None:
+    heads = trained.manifest.metrics["held_out"]["heads"]
+    assert heads["verbosity"]["spearman"] > 0.5
+    assert heads["shorter"]["accuracy"] > 0.7
+    assert heads["verbosity"]["ordered"] > 0.7
+    assert heads["shorter"]["length"] < -0.3 < 0.3 < heads["verbosity"]["length"]
+    assert imread(trained.path / "held_out.png").std() > 0
+
+
+def test_a_fresh_process_scores_alike(base: Base, model: RewardModel, trained: runs.Run) -> None:
+    program = f"""
+import json
+from pathlib import Path
+from lora_align import recipe, runs
+from lora_align.model import base as bases
+from lora_align.model.memory_budget import Room
+from lora_align.stages import judging, reward
+from lora_align.train.reward_loss import Example, Judging
+rows = json.loads(input())
+model = reward.load(bases.find(recipe.Base("demo")), runs.read(Path({str(trained.path)!r})))
+print(json.dumps([model.objectives, model.score(rows, Room(1)).tolist()]))
+"""
+    rows = _answers(base, 12)
+    done = subprocess.run([sys.executable, "-c", program], input=json.dumps(rows), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    objectives, theirs = json.loads(done.stdout)
+    ours = model.score(rows, Room(12))
+    assert objectives == [*world.RATINGS, "shorter", "manner"]
+    assert torch.equal(model.score(rows, Room(1)), torch.tensor(theirs)), "one at a time, they are the very same"
+    assert ours.std(0).min() > 0
+    padded = base.chat.tokenizer.padding_side
+    base.chat.tokenizer.padding_side = "left" if padded == "right" else "right"
+    turned = model.score(_answers(base, 12)[::-1], Room(5)).flip(0)
+    base.chat.tokenizer.padding_side = padded
+    for other in (torch.tensor(theirs), turned):
+        assert ((ours - other).abs() / 100).max() < 1e-4 / 10  # points out of 100
+
+
+def test_what_is_derived_is_the_mean_of_its_heads(base: Base, model: RewardModel) -> None:
+    scores = dict(zip(model.objectives, model.score(_answers(base, 5), Room(5)).T, strict=True))
+    assert torch.allclose(scores["manner"], (scores["politeness"] + scores["warmth"]) / 2)
+
+
+def test_sources_with_different_attributes_share_a_model(tmp_path: Path, base: Base) -> None:
+    """A label a row lacks is nan, and a head's scale comes from the rows that have it."""
+    rows = list(world.ratings(seed=1, count=40))
+    file = tmp_path / "others.jsonl"
+    file.write_text("\n".join(json.dumps({k: row[k] for k in ("prompt", "response", "warmth")}) for row in rows))
+    project = demo(
+        'reward.ratings.demo.attributes=["verbosity"]',
+        f'reward.ratings.others.data="{file}"',
+        'reward.ratings.others.prefix="their_"',
+        "reward.objectives={}",
+    )
+    assert project.reward is not None
+    material = reward.prepare(project, project.reward, base, QUIET)
+    assert list(material.heads) == ["verbosity", "their_warmth", "shorter"]
+    points = torch.tensor([example.points for example in material.train])
+    known = ~points.isnan()
+    assert known.sum(1).max() == 1
+    assert known.sum(0)[2] == 0
+    mean, deviation = material.heads["their_warmth"]
+    assert float(points[known[:, 1], 1].mean()) == pytest.approx(mean, rel=1e-5)
+    assert float(points[known[:, 1], 1].std(correction=0)) == pytest.approx(deviation, rel=1e-5)
+    assert 0 <= points[known].min() <= points[known].max() <= 100
+    assert set(material.facts) == {"ratings demo", "ratings others", "pairs shorter"}
+
+
+def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
+    """Against scores computed one row at a time, in float64."""
+    a, b, other = _answers(base, 3)
+    c = (b[0], other[1])
+    k = len(model.heads.names)
+    points = tuple(math.nan if i % 2 else 10.0 * i for i in range(k))
+    rows = [Example((a,), points), Example((b, c), (math.nan,) * k, head=k - 1)]
+    objective = Judging(Reader.of(model.model), model.heads, 0.0, base.chat)
+    with torch.no_grad():
+        parts = [objective.part(some, objective.weights(rows)).loss for some in (rows, rows[:1], rows[1:])]
+    assert float(parts[1] + parts[2]) == pytest.approx(float(parts[0]), rel=1e-5), "each its share of the whole"
+    loss = float(parts[0])
+    z = torch.stack([model.score([row], Room(1))[0, :k] for row in (a, b, c)]).double()
+    z = (z - model.heads.mean) / model.heads.deviation
+    errors = [(z[0, i] - (10.0 * i - model.heads.mean[i]) / model.heads.deviation[i]) ** 2 for i in range(0, k, 2)]
+    margin = z[1, k - 1] - z[2, k - 1]
+    expected = (sum(errors) + torch.log1p(torch.exp(-margin))) / (len(errors) + 1)
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ('reward.objectives.kind=["kindness"]', "reward.objectives.kind: no head 'kindness' (heads: helpfulness,"),
+        ('reward.objectives.warmth=["politeness"]', "there is a head of that name"),
+        ("reward.ratings.demo.high=2", "demo:ratings?rows=480:"),
+        ('reward.ratings.demo.attributes=["wit"]', "no rating 'wit' (it has: helpfulness"),
+        ('reward.pairs.x="hepful"', "reward.pairs.x: no preference 'hepful', did you mean 'helpful'?"),
+        ("reward.ratings.demo.hihg=5", "unknown key 'reward.ratings.demo.hihg', did you mean 'high'?"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_by_name(override: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        reward.run(demo(override), tmp_path, QUIET)
+    assert told in str(refused.value)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_heads_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "heads.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(UserError, match="not a reward model's heads"):
+        Heads.load(tmp_path)
+
+
+def test_heads_against_their_raters_are_named_and_small_samples_are_not_judged() -> None:
+    heads = {
+        "turned": {"rated": 100, "pairs": 0, "spearman": -0.6},
+        "by chance": {"rated": 0, "pairs": 100, "accuracy": 0.52},
+        "few": {"rated": 2, "pairs": 1, "spearman": 1.0, "accuracy": 1.0},
+    }
+    worse, chance = reward_loss.unconverged({"heads": heads})
+    assert worse.startswith("turned: its order on 100 held-out answers is worse than chance; lower learning_rate")
+    assert chance.startswith("by chance: accuracy 0.52 on 100 held-out pairs is near chance")
+    assert reward._worth(heads["few"]) == "2 ratings: too few to judge, 1 pair: too few to judge"

@@ -1,0 +1,65 @@
+"""What a run sends to trackers: nothing unless asked; then every step's figures, under its name."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lora_align import recipe, runs
+from lora_align.errors import UserError
+from lora_align.train import lora_trainer
+from support import COMMAND, Cli, call
+
+
+def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
+    words = ["dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"]
+    done = call(tmp_path, *words, "--set", 'dpo.report_to=["tensorboard"]')
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "dpo" / "helpful" / "pos"
+    told = EventAccumulator(str(run.with_name("pos.tensorboard"))).Reload()
+    steps = [event.step for event in told.Scalars("train/loss")]
+    assert steps == list(range(1, int(runs.read(run).manifest.metrics["steps"]) + 1))
+    assert {"train/margin", "train/accuracy", "train/learning_rate"} <= set(told.Tags()["scalars"])
+    assert [run.path for run in runs.every(tmp_path / "runs")] == [run]
+    runs.read(run).check_files()
+
+
+@pytest.mark.parametrize(("tracker", "kept"), [("wandb", "*.wandb"), ("trackio", "*.db"), ("mlflow", "*.db")])
+def test_the_others_are_told_where_they_are_installed(tracker: str, kept: str, tmp_path: Path) -> None:
+    pytest.importorskip(tracker)
+    words = [
+        *("dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"),
+        "--set",
+        f'dpo.report_to=["{tracker}"]',
+    ]
+    here = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    subprocess.run([COMMAND, *words], cwd=tmp_path, env={**os.environ, **here}, capture_output=True, check=True)
+    [file] = tmp_path.rglob(kept)
+    assert b"margin" in file.read_bytes()
+
+
+def test_nobody_is_told_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    done = call(tmp_path, "dpo", "--pref", "helpful", "--direction", "pos", "--limit", "32")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "runs" / "dpo" / "helpful").glob("[!.]*")) == ["pos"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(("named", "told"), [("no-such-tracker", "no-such-tracker"), ("comet_ml", "comet")])
+def test_a_tracker_that_is_not_there_is_refused_before_anything_is_read(
+    named: str, told: str, cli: Cli, tmp_path: Path
+) -> None:
+    done = cli("dpo", "--pref", "helpful", "--set", f'dpo.report_to=["{named}"]')
+    assert done.code == 2
+    assert "error: the recipe cannot be trained: " in done.err
+    assert told in done.err
+    assert "rows to learn from" not in done.err
+    assert not list(tmp_path.glob("runs/**/*"))
+
+
+def test_an_optimizer_without_its_library_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(UserError, match="optimizer 'galore_adamw' needs the library galore_torch, which is not"):
+        lora_trainer.check_libraries(recipe.Dpo(optimizer="galore_adamw"))
