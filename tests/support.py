@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lora_align.data.rows import Pair
     from lora_align.model.tokenise import TokenPair
-    from lora_align.train.token_rows import Material
+    from lora_align.train.token_rows import TokenRows
 
 COMMAND = Path(sys.executable).with_name("lora-align")
 PAIRS = ["--set", "dpo.limit=64"]
@@ -67,13 +67,15 @@ def pairs_of(preference: Preference, held_out: float = 0.0, limit: int | None = 
     return found
 
 
-def material_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> "Material[TokenPair]":
+def material_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> "TokenRows[TokenPair]":
     """Tokenised for the built-in base, and kept."""
     from lora_align import recipe
     from lora_align.model import base
     from lora_align.train import token_rows
 
-    return token_rows.of_pairs(preference, base.find(recipe.Base("demo")), held_out, limit, 512, Screen(quiet=True))
+    return token_rows.read_token_pairs(
+        preference, base.find(recipe.Base("demo")), held_out, limit, 512, Screen(quiet=True)
+    )
 
 
 def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:

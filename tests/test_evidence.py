@@ -17,10 +17,10 @@ from lora_align import recipe
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.model import base as bases
 from lora_align.model.logprobs import TOKENS, Reader, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.tokenise import TokenPair
-from lora_align.train.dpo import Preferring
+from lora_align.train.dpo import DpoLoss
 
 FOLDER = Path(__file__).parent / "benchmarks"
 ASKED = [[0, 1, 2, 3], [0, 1, 4, 5], [6, 7, 8, 9]]  # two of the first seed's prompts are the second's, too
@@ -93,7 +93,7 @@ def test_modpo_is_dpo_with_a_moved_reference(benchmarks: dict[str, ModuleType]) 
 
     def read(weight: float) -> torch.Tensor:
         mixer.set({"other": weight})
-        return answer_logprobs(model, [row.shared() for row in rows], Room(TOKENS)).view(-1, 2).double()
+        return answer_logprobs(model, [row.shared() for row in rows], MemoryBudget(TOKENS)).view(-1, 2).double()
 
     start, other, policy = read(0.0), read(1.0), read(-0.7)
     known = [
@@ -102,7 +102,7 @@ def test_modpo_is_dpo_with_a_moved_reference(benchmarks: dict[str, ModuleType]) 
     mixer.set({"other": 1.0})
     moved = modpo._moved(model, known)
     mixer.set({"other": -0.7})
-    objective = Preferring(Reader.of(model), base.chat, beta / modpo.OWN)
+    objective = DpoLoss(Reader.of(model), base.chat, beta / modpo.OWN)
     found = objective.part(moved, objective.weights(moved)).loss
     gain, margin = (of[:, 0] - of[:, 1] - start[:, 0] + start[:, 1] for of in (policy, other))
     wanted = -logsigmoid((beta * gain - (1 - modpo.OWN) * beta * margin) / modpo.OWN).mean()

@@ -10,7 +10,7 @@ import pytest
 
 from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.evaluate.test_set import RISKY, SAFE, exam_of
+from lora_align.evaluate.test_set import RISKY, SAFE, read_test_set
 from lora_align.model import base as bases
 from lora_align.plan import planner
 from lora_align.plan.stages import stage_of
@@ -78,7 +78,7 @@ def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
         *(["sft"] if project.sft else []), "dpo", *(["reward", "rsf"] if project.rsf else []), "tune"
     ]  # fmt: skip
     assert all(len(stage.rows) > 0 for stage in stages if stage)
-    exam = exam_of(project, Screen())
+    exam = read_test_set(project, Screen())
     assert not exam.lacks
     assert {question.kind for question in exam.questions} == {SAFE, RISKY}
     assert list(exam.pairs) == list(project.preferences)
@@ -104,5 +104,5 @@ def test_recipes_name_data_of_the_hub_as_unverified() -> None:
 def test_one_real_recipe_trains_with_a_limit(llama: Path, files: dict[str, Path], tmp_path: Path) -> None:
     project = rehearsed("qwen3-8b", llama, files)
     project = replace(project, dpo=replace(project.dpo, batch_size=4, limit=8))
-    [run] = dpo.run(project, ["brief"], [Direction.pos], tmp_path, QUIET)
+    [run] = dpo.train_dpo(project, ["brief"], [Direction.pos], tmp_path, QUIET)
     assert run.manifest.metrics["steps"] == 2

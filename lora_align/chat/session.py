@@ -10,11 +10,11 @@ from lora_align.console import Screen
 from lora_align.data.rows import Message, under_system
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.model.decoding import Memory, Sampling, stream, text_pieces
+from lora_align.model.decoding import PrefixCache, Sampling, stream_tokens, text_pieces
 from lora_align.model.mixer import Mixer
 from lora_align.policy import safe_ranges, vectors
 from lora_align.policy import start as start_policy
-from lora_align.policy.blend import Blend, Policy, check_stands_on
+from lora_align.policy.blend import Blend, ConditionedPolicy, check_stands_on
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 
@@ -34,8 +34,8 @@ class Session:
     mixer: Mixer | None = None
     turns: list[Message] = field(default_factory=list)
     system: str = ""
-    policy: Policy | None = None
-    memory: Memory = field(default_factory=Memory)
+    policy: ConditionedPolicy | None = None
+    memory: PrefixCache = field(default_factory=PrefixCache)
     tokens: int = 0
     retries: int = 0  # of the last question
 
@@ -75,7 +75,7 @@ class Session:
             self.mixer.set(merged)
         self.memory.forget()
         self.found |= new
-        far = safe_ranges.beyond(merged, self.found, self.runs_dir)
+        far = safe_ranges.warnings_beyond_reach(merged, self.found, self.runs_dir)
         return [*(doubt for vector in new.values() for doubt in vector.doubts()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
@@ -89,7 +89,7 @@ class Session:
         sampling = sampling or self.sampling
         sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         self.tokens = 0
-        drawn = stream(self.model, prompt, self.base.chat.stop_ids, sampling, self.memory)
+        drawn = stream_tokens(self.model, prompt, self.base.chat.stop_ids, sampling, self.memory)
         yield from text_pieces(self.base.chat.tokenizer, self._counted(drawn))
 
     def _counted(self, drawn: Iterator[int]) -> Iterator[int]:
@@ -118,7 +118,7 @@ def open_session(
         screen.note(
             "start adapter: " + ("part of the mix" if blend.contains_start or not start else f"{start.path}, added")
         )
-    far = safe_ranges.beyond(blend.weights, blend.found, runs_dir)
+    far = safe_ranges.warnings_beyond_reach(blend.weights, blend.found, runs_dir)
     for doubt in [*blend.doubts(), *_differences(base, blend.found.values()), *far]:
         screen.warn(doubt)
     model = start_policy.load(base, start)

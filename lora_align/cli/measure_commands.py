@@ -71,19 +71,19 @@ def evaluate(
     """
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
-    everyone = contestants.named(policies or ["mix", "start"], project, runs_dir, screen)
+    everyone = contestants.find_policies(policies or ["mix", "start"], project, runs_dir, screen)
     for name in by or ():
         judge_runs.check(name, project, runs_dir)
     screen.loading(project.base.model)
-    from lora_align.evaluate import compare as contest
+    from lora_align.evaluate import compare
     from lora_align.evaluate.lm_eval_tasks import figures as task_figures
     from lora_align.model.endpoint import Endpoint
 
     server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
-    held = contest.opened(everyone, project, runs_dir, screen, by or (), _oracle)
-    asked = task_figures(tasks, held.arena, held.folder, screen) if tasks else {}
-    result = contest.run(held, screen, server, asked)
-    screen.result(contest.told(result), result)
+    evaluation = compare.open_evaluation(everyone, project, runs_dir, screen, by or (), _oracle)
+    asked = task_figures(tasks, evaluation.arena, evaluation.folder, screen) if tasks else {}
+    result = compare.compare_policies(evaluation, screen, server, asked)
+    screen.result(compare.summary(result), result)
 
 
 def sweep(
@@ -115,25 +115,25 @@ def sweep(
     project = project_of(recipe, overrides, screen, runs_dir)
     values, _ = grid(axes or [])
     trained(values, runs_dir, project)
-    contestants.named(also or [], project, runs_dir, Screen(quiet=True))
+    contestants.find_policies(also or [], project, runs_dir, Screen(quiet=True))
     for judge in by or ():
         judge_runs.check(judge, project, runs_dir)
     screen.loading(project.base.model)
-    from lora_align.evaluate import compare as contest
-    from lora_align.evaluate import sweep as stage
+    from lora_align.evaluate import compare
+    from lora_align.evaluate.sweep import run_sweep, summary
 
-    made = stage.run(
+    made = run_sweep(
         axes or [],
         also or [],
         project,
         runs_dir,
         screen,
-        lambda everyone: contest.opened(everyone, project, runs_dir, screen, by or (), _oracle),
+        lambda everyone: compare.open_evaluation(everyone, project, runs_dir, screen, by or (), _oracle),
         asked=directions,
         name=called,
         force=force,
     )
-    screen.result(stage.told(made), {"sweep": str(made.path), **made.manifest.metrics})
+    screen.result(summary(made), {"sweep": str(made.path), **made.manifest.metrics})
 
 
 def tune(
@@ -181,26 +181,26 @@ def tune(
     trained(aims, runs_dir, project)
     screen.loading(project.base.model)
     from lora_align.evaluate import test_set
-    from lora_align.evaluate import tune as stage
-    from lora_align.evaluate.measure import Arena
+    from lora_align.evaluate import tune as tuning
+    from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.tune_objective import Bounds
     from lora_align.model import base as bases
     from lora_align.plan.stages import TUNED
 
     project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNED)))
-    parts = aims if groups == 1 else [part for name in aims for part in stage.parts(name, groups, project, runs_dir)]
+    parts = aims if groups == 1 else [part for name in aims for part in tuning.parts(name, groups, project, runs_dir)]
     word = ",".join(f"{name}=1" for name in parts)
-    everyone = contestants.named([word], project, runs_dir, screen)
-    field = contestants.field_of(everyone, project, bases.find(project.base), runs_dir, screen)
-    arena = Arena(field, test_set.exam_of(project, screen, aims), {})
-    found = stage.run(
+    everyone = contestants.find_policies([word], project, runs_dir, screen)
+    field = contestants.policy_set(everyone, project, bases.find(project.base), runs_dir, screen)
+    arena = Evaluator(field, test_set.read_test_set(project, screen, aims), {})
+    found = tuning.tune_weights(
         arena,
         {name: share / sum(aims.values()) for name, share in aims.items()},
         Bounds(kl, loss, refused, most),
         project.dpo,
         screen,
     )
-    screen.result(stage.told(found, runs_dir), stage.facts(found))
+    screen.result(tuning.summary(found, runs_dir), tuning.as_json(found))
 
 
 def reach(
@@ -238,20 +238,20 @@ def reach(
     if not asked:
         command = runs.command("dpo --all", runs_dir)
         raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `{command}` trains them")
-    everyone = contestants.named([",".join(f"{one}=1" for one in asked)], project, runs_dir, screen)
+    everyone = contestants.find_policies([",".join(f"{one}=1" for one in asked)], project, runs_dir, screen)
     screen.loading(project.base.model)
-    from lora_align.evaluate import compare as contest
-    from lora_align.evaluate import reach as stage
+    from lora_align.evaluate import compare
+    from lora_align.evaluate.reach import Limits, find_reach, summary
 
-    held = contest.opened(everyone, project, runs_dir, screen, [], _oracle, preferences=asked)
-    limits = stage.Limits(kl, loss, share)
+    evaluation = compare.open_evaluation(everyone, project, runs_dir, screen, [], _oracle, preferences=asked)
+    limits = Limits(kl, loss, share)
     called = checked(name) or name_of(asked)
-    made = stage.run(asked, limits, project, runs_dir, screen, held, name=called, force=force)
-    screen.result(stage.told(made), {"reach": str(made.path), **made.manifest.metrics})
+    made = find_reach(asked, limits, project, runs_dir, screen, evaluation, name=called, force=force)
+    screen.result(summary(made), {"reach": str(made.path), **made.manifest.metrics})
 
 
 def _oracle(base: "Base") -> "Mapping[str, Judge]":
     """Who knows all about the built-in world."""
     from lora_align.demo import oracle_judge
 
-    return {oracle_judge.NAME: oracle_judge.judge()} if base.recipe.model == "demo" else {}
+    return {oracle_judge.NAME: oracle_judge.oracle_judge()} if base.recipe.model == "demo" else {}

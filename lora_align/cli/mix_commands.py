@@ -92,8 +92,8 @@ def merge(
     trained(wanted, runs_dir, project)
     from lora_align.commands import merge
 
-    run = merge.run(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
-    screen.result(merge.told(run), facts(run))
+    run = merge.merge_adapters(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
+    screen.result(merge.summary(run), facts(run))
 
 
 def inspect(
@@ -133,9 +133,9 @@ def inspect(
     project = project_of(recipe, overrides, screen, runs_dir)
     how = How.said(method, option or [], rank, fit, None, same_base=True)
     trained([*(names or []), *wanted], runs_dir, project)
-    from lora_align.commands import inspect as stage
+    from lora_align.commands.inspect import inspect_vectors, summary
 
-    facts_found = stage.run(
+    found = inspect_vectors(
         names or [],
         wanted,
         project,
@@ -143,9 +143,9 @@ def inspect(
         how,
         picture,
     )
-    for doubt in facts_found["doubts"]:
+    for doubt in found["doubts"]:
         screen.warn(doubt)
-    screen.result(stage.told(facts_found), facts_found)
+    screen.result(summary(found), found)
 
 
 def push(
@@ -159,8 +159,8 @@ def push(
 
     Example: lora-align push runs/mix/helpful1 --to me/helpful
     """
-    from lora_align.commands import push as stage
+    from lora_align.commands.push import push_run
 
     screen = Screen(as_json, quiet)
-    address = stage.run(run, to, public=public, screen=screen)
+    address = push_run(run, to, public=public, screen=screen)
     screen.result(address, {"run": str(run), "repository": to, "address": address})

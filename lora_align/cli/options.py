@@ -77,8 +77,8 @@ def planned(project: Recipe, stage: str, screen: Screen, passes: int | None = No
     screen.loading(project.base.model)
     from lora_align.plan import planner
 
-    found = planner.run(project, [stage], screen, passes=passes)
-    parts = [planner.resolved(project, stage), planner.told(found, lengths=True)]
+    found = planner.plan_stages(project, [stage], screen, passes=passes)
+    parts = [planner.resolved(project, stage), planner.summary(found, lengths=True)]
     screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **found})
 
 

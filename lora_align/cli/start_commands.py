@@ -23,7 +23,7 @@ from lora_align.cli.options import (
 from lora_align.console import Screen, count, table
 from lora_align.data.pairs import ENOUGH
 from lora_align.errors import RunFailedError, UserError
-from lora_align.plan.cards import known as cards_known
+from lora_align.plan.cards import card_name as cards_known
 
 
 def demo(
@@ -39,7 +39,7 @@ def demo(
     screen.loading("demo")
     from lora_align.demo import story
 
-    story.tell(runs_dir, screen)
+    story.run_demo(runs_dir, screen)
 
 
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
@@ -82,11 +82,12 @@ def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, qui
 
     Example: lora-align doctor
     """
-    from lora_align.commands import doctor as doctors
+    from lora_align.commands.doctor import as_json as findings_json
+    from lora_align.commands.doctor import check_machine, summary
 
-    findings = doctors.run(runs_dir)
-    Screen(as_json, quiet).result(doctors.told(findings), doctors.facts(findings))
-    if not doctors.facts(findings)["good"]:
+    findings = check_machine(runs_dir)
+    Screen(as_json, quiet).result(summary(findings), findings_json(findings))
+    if not findings_json(findings)["good"]:
         raise typer.Exit(RunFailedError.exit_code)
 
 
@@ -117,10 +118,10 @@ def plan(
         cards_known(card)
     project = project_of(recipe, overrides, screen)
     screen.loading(project.base.model)
-    from lora_align.plan import planner as plans
+    from lora_align.plan.planner import STAGES, plan_stages, summary
 
-    found = plans.run(project, plans.STAGES, screen, card=card, vram=vram, cards=cards, measure=measure)
-    screen.result(plans.told(found), found)
+    found = plan_stages(project, STAGES, screen, card=card, vram=vram, cards=cards, measure=measure)
+    screen.result(summary(found), found)
     if not all(stage["fits"] for stage in found["stages"]):
         raise typer.Exit(RunFailedError.exit_code)
 
@@ -151,8 +152,8 @@ def data(
     screen.loading(project.base.model)
     from lora_align.commands import audit
 
-    found = audit.run(project, pref, show=show, picture=picture)
-    screen.result(audit.told(found), found)
+    found = audit.audit_pairs(project, pref, show=show, picture=picture)
+    screen.result(audit.summary(found), found)
     for doubt in found["doubts"]:
         screen.warn(doubt)
     if found["refused"]:

@@ -51,10 +51,10 @@ def sft(
         planned(project, "sft", screen)
         return
     screen.loading(project.base.model)
-    from lora_align.train import sft as stage
+    from lora_align.train.sft import summary, train_sft
 
-    run = stage.run(project, runs_dir, screen, force=force, resume=resume)
-    screen.result(stage.told(run), facts(run))
+    run = train_sft(project, runs_dir, screen, force=force, resume=resume)
+    screen.result(summary(run), facts(run))
 
 
 def dpo(
@@ -101,10 +101,10 @@ def dpo(
         planned(project, "dpo", screen, passes=len(directions))
         return
     screen.loading(project.base.model)
-    from lora_align.train import dpo as stage
+    from lora_align.train.dpo import summary, train_dpo
 
-    done = stage.run(project, names, directions, runs_dir, screen, name=checked(name), force=force, resume=resume)
-    screen.result("\n".join(stage.told(run) for run in done), {"runs": [facts(run) for run in done]})
+    done = train_dpo(project, names, directions, runs_dir, screen, name=checked(name), force=force, resume=resume)
+    screen.result("\n".join(summary(run) for run in done), {"runs": [facts(run) for run in done]})
 
 
 def reward(
@@ -130,10 +130,10 @@ def reward(
         planned(project, "reward", screen)
         return
     screen.loading(project.base.model)
-    from lora_align.train import reward as stage
+    from lora_align.train.reward import summary, train_reward_model
 
-    run = stage.run(project, runs_dir, screen, name=checked(name), force=force, resume=resume)
-    screen.result(stage.told(run), facts(run))
+    run = train_reward_model(project, runs_dir, screen, name=checked(name), force=force, resume=resume)
+    screen.result(summary(run), facts(run))
 
 
 def rsf(
@@ -171,7 +171,7 @@ def rsf(
         planned(project, "rsf", screen)
         return
     screen.loading(project.base.model)
-    from lora_align.rsf import loop as stage
+    from lora_align.rsf.loop import summary, train_rsf
 
-    made = stage.run(project, runs_dir, screen, name=checked(name), force=force, endpoint=endpoint)
-    screen.result(stage.told(made, runs_dir), {"runs": [facts(run) for run in made]})
+    made = train_rsf(project, runs_dir, screen, name=checked(name), force=force, endpoint=endpoint)
+    screen.result(summary(made, runs_dir), {"runs": [facts(run) for run in made]})

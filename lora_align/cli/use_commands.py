@@ -64,10 +64,10 @@ def score(
     shards.check_out(out)
     readable(data)
     screen.loading(project.base.model)
-    from lora_align.commands import score as stage
+    from lora_align.commands.score import score_file, summary
 
-    result = stage.run(project, runs_dir, data, out, by, screen)
-    screen.result(stage.told(result), result)
+    result = score_file(project, runs_dir, data, out, by, screen)
+    screen.result(summary(result), result)
 
 
 def chat(
@@ -202,7 +202,7 @@ def generate(
     readable(prompts)
     chosen = None if endpoint else blend.choose(runs_dir, project, screen, wanted, adapter, want)
     screen.loading(project.base.model)
-    from lora_align.commands import generate as stage
+    from lora_align.commands.generate import generate_file, summary
     from lora_align.model.decoding import Sampling
 
     if endpoint:
@@ -211,8 +211,8 @@ def generate(
         sampler, who, asked = _loaded(project, runs_dir, chosen, screen)
         system = f"{asked}\n\n{system}" if asked and system else asked or system
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    result = stage.run(prompts, out, sampler, who, screen, n=n, sampling=sampling, system=system, share=part)
-    screen.result(stage.told(result), result)
+    result = generate_file(prompts, out, sampler, who, screen, n=n, sampling=sampling, system=system, share=part)
+    screen.result(summary(result), result)
 
 
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:
@@ -230,13 +230,13 @@ def _loaded(project: Recipe, runs_dir: Path, chosen: Blend, screen: Screen) -> t
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
     from lora_align.model.decoding import Sampling
-    from lora_align.model.sampler import Embedded
+    from lora_align.model.sampler import LocalSampler
 
     base = bases.find(project.base)
     session = sessions.open_session(base, runs_dir, project, chosen, Sampling(), screen)
     parts = [parent.lineage() for vector in chosen.found.values() for parent in vector.parents]
     who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(chosen.weights)}
-    return Embedded(session.model, base), who, chosen.policy.system() if chosen.policy else ""
+    return LocalSampler(session.model, base), who, chosen.policy.system() if chosen.policy else ""
 
 
 def _part(share: str) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from array import array
 from collections import Counter
@@ -17,6 +16,7 @@ from lora_align.data import pairs, sources
 from lora_align.data.labels import labels_of
 from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
+from lora_align.metrics.histogram import bars, histogram
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
@@ -24,11 +24,10 @@ from lora_align.model.chat_format import text_of
 from lora_align.model.tokenise import CUT
 from lora_align.recipe import Dpo, Preference, Recipe
 from lora_align.train import lora_trainer
-from lora_align.train.token_rows import no_rows_left, unread
+from lora_align.train.token_rows import no_rows_left, unread_warnings
 
 SIDES = ("prompt", "chosen", "rejected")
 SHARES = (0.0, 0.5, 0.95, 1.0)  # of the lengths that a table tells
-BINS = 12
 WORD = re.compile(r"\w+")
 TOO_BIASED = 0.65  # how often one length may win before that is named
 
@@ -85,7 +84,7 @@ class Audit:
         }
 
 
-def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> dict[str, Any]:
+def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> dict[str, Any]:
     """Read all of a preference's rows, and look at each."""
     axis = recipe.preference(preference)
     if axis.of:
@@ -128,7 +127,7 @@ def run(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> 
     return facts
 
 
-def told(facts: Mapping[str, Any]) -> str:
+def summary(facts: Mapping[str, Any]) -> str:
     """Rows, then tables, then what is odd."""
     parts = ["\n".join(f"{name}: {row[name]}" for name in SIDES) for row in facts["shown"]]
     parts.append(
@@ -238,7 +237,7 @@ def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
 
 def _doubts(facts: Mapping[str, Any], settings: Dpo) -> list[str]:
     """What may spoil an adapter."""
-    found = unread(facts["unread"])
+    found = unread_warnings(facts["unread"])
     longer = None if facts["rank"] in ("shorter", "longer") else facts["longer_wins"]
     if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
@@ -271,25 +270,6 @@ def _doubts(facts: Mapping[str, Any], settings: Dpo) -> list[str]:
 def _quantiles(lengths: Sequence[int]) -> list[int]:
     ordered = sorted(lengths) or [0]
     return [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in SHARES]
-
-
-def bars(histogram: Sequence[tuple[int, int, int]]) -> list[str]:
-    """A line each bin."""
-    widest = max((count for _, _, count in histogram), default=1)
-    return [
-        f"{low:>6,} to {high:<6,} {'█' * math.ceil(24 * count / widest):<24} {count:,}"
-        for low, high, count in histogram
-    ]
-
-
-def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """From, to and how many, in bins of a round width."""
-    if not lengths:
-        return []
-    width = max(1, math.ceil((max(lengths) + 1) / BINS))
-    width = math.ceil(width / 10 ** (len(str(width)) - 1)) * 10 ** (len(str(width)) - 1)
-    counts = Counter(length // width for length in lengths)
-    return [(bin_ * width, (bin_ + 1) * width - 1, counts[bin_]) for bin_ in range(min(counts), max(counts) + 1)]
 
 
 def _share(part: int, of: int) -> float | None:

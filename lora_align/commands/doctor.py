@@ -32,20 +32,20 @@ class Finding:
     remedy: str = ""
 
 
-def run(runs_dir: Path) -> list[Finding]:
+def check_machine(runs_dir: Path) -> list[Finding]:
     """Look at everything. Nothing is downloaded and no base is loaded."""
     looks: list[Callable[[], Iterator[Finding]]] = [_system, _libraries, _device, _four_bit, _hub]
     return [*(finding for look in looks for finding in look()), *_disk(runs_dir)]
 
 
-def told(findings: list[Finding]) -> str:
+def summary(findings: list[Finding]) -> str:
     """A table, then what to do."""
     rows = [[MARKS[of.state], of.what, of.found] for of in findings]
     remedies = [f"{MARKS[of.state]} {of.what}: {of.remedy}" for of in findings if of.remedy]
     return "\n\n".join([table(["", "what", "found"], rows), *(["\n".join(remedies)] if remedies else [])])
 
 
-def facts(findings: list[Finding]) -> dict[str, Any]:
+def as_json(findings: list[Finding]) -> dict[str, Any]:
     """As plain data."""
     return {"findings": [asdict(of) for of in findings], "good": all(of.state != "bad" for of in findings)}
 

@@ -11,7 +11,7 @@ from lora_align.data.rows import Prompt, prompt_key, under_system
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
-from lora_align.model.sampler import Drawn, Sampler
+from lora_align.model.sampler import SampledText, Sampler
 
 AT_ONCE = 256  # answers between two files: what a kill may cost
 
@@ -25,7 +25,7 @@ class Work:
     prompt: Prompt
 
 
-def run(
+def generate_file(
     data: str,
     out: Path,
     sampler: Sampler,
@@ -83,7 +83,7 @@ def run(
     }
 
 
-def told(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """A line."""
     too_long = count(result["too_long"], "prompt")
     left_out = f"; left out, too long for the context: {too_long}" if result["too_long"] else ""
@@ -114,7 +114,7 @@ def _bucket(prompt: Prompt, parts: int) -> int:
     return int(prompt_key(prompt)[:16], 16) % parts
 
 
-def _row(item: Work, answer: Drawn) -> dict[str, Any]:
+def _row(item: Work, answer: SampledText) -> dict[str, Any]:
     return {KEY: item.key, "response": answer.text, "number": answer.number, "ended": answer.ended}
 
 

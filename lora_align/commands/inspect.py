@@ -26,7 +26,7 @@ WIDE = 7  # kinds of modules that a table has room for
 MIX, START = "(mix)", "(start)"
 
 
-def run(
+def inspect_vectors(
     names: Sequence[str], weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How, picture: Path | None
 ) -> dict[str, Any]:
     """Measure the named vectors, or all that are trained; with weights also the mix of those."""
@@ -68,7 +68,7 @@ def run(
     return {key: _without_nan(value) for key, value in facts.items()}
 
 
-def told(facts: Mapping[str, Any]) -> str:
+def summary(facts: Mapping[str, Any]) -> str:
     """Tables, then what is worth a sentence."""
     parts = [
         table(

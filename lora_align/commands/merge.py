@@ -26,7 +26,7 @@ from lora_align.runs import Manifest, Run
 from lora_align.weights import LONGEST, name_of
 
 
-def run(
+def merge_adapters(
     weights: Mapping[str, float],
     recipe: Recipe,
     runs_dir: Path,
@@ -45,7 +45,7 @@ def run(
     ready = prepare(weights, recipe, runs_dir, how)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
-    far = safe_ranges.beyond(weights, ready.vectors, runs_dir) if how.method == EXACT.method else []
+    far = safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir) if how.method == EXACT.method else []
     for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.doubts()), *far]:
         screen.warn(doubt)
     if ready.merge.cancels():
@@ -89,7 +89,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class Ready:
+class MergeInputs:
     """What a mix is made of, found fit to be added."""
 
     vectors: Mapping[str, Vector]
@@ -99,7 +99,7 @@ class Ready:
     merge: Merge
 
 
-def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> Ready:
+def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> MergeInputs:
     """Find, open and check everything; nothing is added yet."""
     check_weights(how.method, weights)
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
@@ -114,7 +114,7 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: H
     if start_id and how.with_start:
         adapters.append(Adapter(_start(runs_dir, start_id).path, whole=True))
         start = LoraDelta.of(adapters[-1])
-    return Ready(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
+    return MergeInputs(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
 
 
 def ranks(job: Merge, how: How) -> tuple[int | None, int]:
@@ -125,7 +125,7 @@ def ranks(job: Merge, how: How) -> tuple[int | None, int]:
     return rank, merge_methods.fitting(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
 
 
-def told(run: Run) -> str:
+def summary(run: Run) -> str:
     """A mix in one line."""
     left_out = run.manifest.metrics["left_out"]
     size = sum(file["bytes"] for file in run.manifest.files.values()) / 1e6

@@ -59,7 +59,7 @@ What it measured as it was made, and the recipe it was made by, are in `manifest
 """
 
 
-def run(path: Path, to: str, *, public: bool, screen: Screen) -> str:
+def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> str:
     """Push, and where to look at it. The repository is made where there is none: private, unless it is to be public."""
     found = runs.read(path)
     if found.manifest.stage not in (DPO, *KINDS):

@@ -19,7 +19,7 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.mixer import Mixer
 from lora_align.policy import judges
-from lora_align.policy.judges import Judge, Said, Scores
+from lora_align.policy.judges import Judge, JudgedAnswer, Scores
 from lora_align.rankers import SCORE
 from lora_align.recipe import Recipe
 
@@ -50,7 +50,7 @@ class Work:
         return SIDES["response_0" not in self.row]
 
 
-def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> dict[str, Any]:
+def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> dict[str, Any]:
     """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
     shards.check_out(out)
     work = list(_work(data))
@@ -84,7 +84,7 @@ def run(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: S
     return {"out": str(out), "rows": len(rows), **told}
 
 
-def told(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """A line for the file and one for each objective."""
     left_out = f", {result['too_long']:,} of them unscored: the prompt fills the context" if result["too_long"] else ""
     lines = [f"{result['out']}  {count(result['rows'], 'row')}{left_out}"]
@@ -119,10 +119,13 @@ def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], C
 
 
 def _scored(
-    items: Sequence[Work], base: Base, objectives: Sequence[str], says: Callable[[Sequence[Said]], Sequence[Scores]]
+    items: Sequence[Work],
+    base: Base,
+    objectives: Sequence[str],
+    says: Callable[[Sequence[JudgedAnswer]], Sequence[Scores]],
 ) -> list[dict[str, Any]]:
     """Each row's key, and its scores by column: nothing where the prompt leaves no room for an answer."""
-    read = [[judges.read(base, item.shape.prompt, answer) for answer in item.answers()] for item in items]
+    read = [[judges.tokenise_answer(base, item.shape.prompt, answer) for answer in item.answers()] for item in items]
     scores = iter(says([said for answers in read for said in answers if said]))
     found = []
     for item, answers in zip(items, read, strict=True):

@@ -9,13 +9,13 @@ from lora_align.demo import lexicon, oracle
 from lora_align.demo.measurement import ONLY_ON
 from lora_align.demo.oracle import AXES, Prompt, Score
 from lora_align.model.mixer import Mixer
-from lora_align.policy.judges import Judge, Said, Scores
+from lora_align.policy.judges import Judge, JudgedAnswer, Scores
 
 NAME = "oracle"
 FORMED, TRUE = "well-formed", "true facts"
 
 
-def judge() -> Judge:
+def oracle_judge() -> Judge:
     """Each preference's own grade of well-formed answers to prompts it is about; and what of the facts is true."""
     return Judge([*AXES, FORMED, TRUE], {}, NAME, _says)
 
@@ -29,11 +29,11 @@ def prompt_of(text: str) -> Prompt | None:
     return Prompt(text, topic, topic in lexicon.RISKS)
 
 
-def _says(_model: PreTrainedModel, _mixer: Mixer, said: Sequence[Said]) -> list[Scores]:
+def _says(_model: PreTrainedModel, _mixer: Mixer, said: Sequence[JudgedAnswer]) -> list[Scores]:
     return [_graded(one) for one in said]
 
 
-def _graded(said: Said) -> Scores:
+def _graded(said: JudgedAnswer) -> Scores:
     prompt = prompt_of(said.prompt[-1].content)
     return dict.fromkeys([*AXES, FORMED, TRUE]) if prompt is None else grades(prompt, oracle.score(prompt, said.text))
 

@@ -44,7 +44,7 @@ NEXT = (
 Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SECOND
 
 
-def tell(runs_dir: Path, screen: Screen) -> None:
+def run_demo(runs_dir: Path, screen: Screen) -> None:
     """The whole story. What was trained before is not trained again."""
     project = recipe.load(recipe.builtin()["demo"])
     screen.note("The built-in base, 0.9 M parameters in 4-bit, on this machine: a minute or two.")
@@ -86,7 +86,7 @@ def _train(project: recipe.Recipe, preference: str, runs_dir: Path, screen: Scre
         screen.note(f"{preference} {side.value}: trained before")
     missing = [side for side in Direction if not done[side]]
     if missing:
-        dpo.run(project, [preference], missing, runs_dir, screen, resume=True)
+        dpo.train_dpo(project, [preference], missing, runs_dir, screen, resume=True)
 
 
 def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
@@ -94,8 +94,8 @@ def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
         pos, neg = (peft_format.load(runs_dir / "dpo" / preference / side.value) for side in Direction)
         screen.note(f"{preference}: the cosine of its pos and neg is {pos.cosine(neg):.2f}")
     target = runs_dir / "mix" / merge.default_name(MIX)
-    mixed = runs.read(target) if runs.is_run(target) else merge.run(MIX, project, runs_dir, screen)
-    screen.note(merge.told(mixed))
+    mixed = runs.read(target) if runs.is_run(target) else merge.merge_adapters(MIX, project, runs_dir, screen)
+    screen.note(merge.summary(mixed))
     return mixed
 
 

@@ -9,8 +9,8 @@ from lora_align import runs
 from lora_align.console import Screen, count, table
 from lora_align.evaluate import server_judge
 from lora_align.evaluate.figures import Figures, figures, wins
-from lora_align.evaluate.measure import Arena, Measured, measured
-from lora_align.evaluate.test_set import exam_of
+from lora_align.evaluate.measure import Evaluator, Measured, measure_cached
+from lora_align.evaluate.test_set import read_test_set
 from lora_align.metrics.intervals import Estimate
 from lora_align.model import base as bases
 from lora_align.model.base import Base
@@ -25,10 +25,10 @@ FOLDER = "eval"  # of the runs folder: whom was measured stays there
 
 
 @dataclass(frozen=True)
-class Contest:
+class Evaluation:
     """Who is measured, and where what is found of them stays."""
 
-    arena: Arena
+    arena: Evaluator
     folder: Path
 
     def measured(self, screen: Screen) -> Iterator[Measured]:
@@ -40,10 +40,10 @@ class Contest:
                 def report(done: int, before: int = number * each) -> None:
                     progress.show(before + done, {})
 
-                yield measured(self.arena, contestant, self.folder, report)
+                yield measure_cached(self.arena, contestant, self.folder, report)
 
 
-def opened(
+def open_evaluation(
     everyone: Sequence[Named],
     recipe: Recipe,
     runs_dir: Path,
@@ -51,18 +51,18 @@ def opened(
     by: Sequence[str] = (),
     others: Callable[[Base], Mapping[str, Judge]] = lambda base: {},
     preferences: Iterable[str] | None = None,
-) -> Contest:
+) -> Evaluation:
     """With everything read and checked; `others` judge beside those that are named. Held-out pairs are those of some
     `preferences`, or of all."""
     base = bases.find(recipe.base)
-    field = contestants.field_of(everyone, recipe, base, runs_dir, screen)
+    field = contestants.policy_set(everyone, recipe, base, runs_dir, screen)
     named = by or ([reward.NAME] if runs.is_run(runs_dir / "reward" / reward.NAME) else [])
     panel = {name: judges.find(name, base, recipe, runs_dir) for name in named} | dict(others(base))
-    return Contest(Arena(field, exam_of(recipe, screen, preferences), panel), runs_dir / FOLDER)
+    return Evaluation(Evaluator(field, read_test_set(recipe, screen, preferences), panel), runs_dir / FOLDER)
 
 
-def run(
-    contest: Contest, screen: Screen, server: Sampler | None = None, asked: Mapping[str, Figures] | None = None
+def compare_policies(
+    contest: Evaluation, screen: Screen, server: Sampler | None = None, asked: Mapping[str, Figures] | None = None
 ) -> dict[str, Any]:
     """Measure all; the first is set against each of the rest, by scores and by a language model if one is served.
     What each was `asked` besides is told with the rest."""
@@ -84,7 +84,7 @@ def _plain(of: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
     return {name: asdict(figure) for name, figure in of.items()}
 
 
-def told(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """A line a figure, a column a contestant; then who wins how often, and how long the answers are."""
     everyone = result["contestants"]
     names = list(dict.fromkeys(name for figures_ in everyone.values() for name in figures_))

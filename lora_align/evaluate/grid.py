@@ -31,7 +31,7 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
     return values, points
 
 
-def said(weights: Weights) -> str:
+def weights_text(weights: Weights) -> str:
     """As `eval` takes it."""
     live = {name: weight for name, weight in weights.items() if weight}
     return ",".join(f"{name}={weight:g}" for name, weight in live.items()) or START

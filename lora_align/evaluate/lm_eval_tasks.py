@@ -14,9 +14,9 @@ from lora_align import runs
 from lora_align.console import Screen
 from lora_align.errors import UserError, first_line, nearest
 from lora_align.evaluate.figures import Figures
-from lora_align.evaluate.measure import Arena
+from lora_align.evaluate.measure import Evaluator
 from lora_align.metrics import intervals
-from lora_align.policy.contestants import Contestant
+from lora_align.policy.contestants import Policy
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -26,7 +26,7 @@ AT_ONCE = 16  # texts
 Values = Mapping[str, Sequence[float]]  # of each metric, one a question
 
 
-def figures(words: Sequence[str], arena: Arena, folder: Path, screen: Screen) -> dict[str, Figures]:
+def figures(words: Sequence[str], arena: Evaluator, folder: Path, screen: Screen) -> dict[str, Figures]:
     """Every contestant's, by task and metric. Tasks have names, or are files that say what they ask.
 
     Where a contestant is asked for a direction, all are asked through the chat template; else as tasks are written.
@@ -59,7 +59,7 @@ def _loaded(words: Sequence[str]) -> "dict[str, Task]":
         raise UserError(f"--tasks: {', '.join(words)} could not be loaded: {first_line(fault)}") from fault
 
 
-def _values(name: str, task: "Task", contestant: Contestant, arena: Arena, folder: Path, screen: Screen) -> Values:
+def _values(name: str, task: "Task", contestant: Policy, arena: Evaluator, folder: Path, screen: Screen) -> Values:
     """As they were measured before, if they were: by the task's settings and questions, and who answers."""
     chat = any(other.system for other in arena.field.contestants)
     import lm_eval
@@ -104,7 +104,7 @@ def _asked(name: str, task: "Task", model: "HFLM", system: str, chat: bool) -> V
     return values
 
 
-def _model(arena: Arena) -> "HFLM":
+def _model(arena: Evaluator) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
     chat = arena.base.chat

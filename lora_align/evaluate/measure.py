@@ -19,16 +19,16 @@ from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.data import shards
 from lora_align.data.rows import Fact, under_system
-from lora_align.evaluate.test_set import Exam
+from lora_align.evaluate.test_set import TestSet
 from lora_align.metrics import refusals, repetition
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
-from lora_align.model.sampler import Drawn, Embedded
+from lora_align.model.sampler import LocalSampler, SampledText
 from lora_align.policy import judges, vectors
-from lora_align.policy.contestants import START, Contestant, Field
+from lora_align.policy.contestants import START, Policy, PolicySet
 from lora_align.policy.judges import Judge
 
 Row = dict[str, Any]
@@ -48,10 +48,10 @@ class Measured:
     facts: Sequence[Row]
 
 
-class Arena:
+class Evaluator:
     """One loaded base, and over it all that contestants and judges are made of."""
 
-    def __init__(self, field: Field, exam: Exam, judges_: Mapping[str, Judge]) -> None:
+    def __init__(self, field: PolicySet, exam: TestSet, judges_: Mapping[str, Judge]) -> None:
         self.field, self.exam, self.judges, self.base = field, exam, judges_, field.base
 
     @cached_property
@@ -60,9 +60,9 @@ class Arena:
         return self.base.load()
 
     @cached_property
-    def sampler(self) -> Embedded:
+    def sampler(self) -> LocalSampler:
         """One for all, so that it remembers how many answers fit into memory at once."""
-        return Embedded(self.model, self.base)
+        return LocalSampler(self.model, self.base)
 
     @cached_property
     def mixer(self) -> Mixer:
@@ -77,13 +77,13 @@ class Arena:
     @cached_property
     def start_likes(self) -> Mapping[str, Tensor]:
         """log π of both answers of every pair under the start policy."""
-        return self.likes(Contestant(START, {START: 1.0}))
+        return self.likes(Policy(START, {START: 1.0}))
 
-    def become(self, contestant: Contestant) -> None:
+    def become(self, contestant: Policy) -> None:
         """From here on the model is this one."""
         self.mixer.set(contestant.weights)
 
-    def measure(self, contestant: Contestant, report: Callable[[int], None]) -> Measured:
+    def measure(self, contestant: Policy, report: Callable[[int], None]) -> Measured:
         """Ask everything; `report` hears of answers drawn."""
         answers = self._answers(contestant, report)
         margins, forgets = self._margins(contestant), (self._texts(contestant), self._facts(contestant))
@@ -91,7 +91,7 @@ class Arena:
 
     # --- answers ---
 
-    def _answers(self, contestant: Contestant, report: Callable[[int], None]) -> list[Row]:
+    def _answers(self, contestant: Policy, report: Callable[[int], None]) -> list[Row]:
         asked = [under_system(contestant.system, question.prompt) for question in self.exam.questions]
         self.become(contestant)
         rows: list[Row] = []
@@ -104,7 +104,7 @@ class Arena:
         self._add_scores(rows)
         return rows
 
-    def _read(self, drawn: Drawn) -> Row:
+    def _read(self, drawn: SampledText) -> Row:
         question = self.exam.questions[drawn.prompt]
         return {
             "prompt": drawn.prompt,
@@ -118,11 +118,11 @@ class Arena:
             "refused": refusals.refuses(drawn.text),
         }
 
-    def _add_kl(self, contestant: Contestant, rows: Sequence[Row]) -> None:
+    def _add_kl(self, contestant: Policy, rows: Sequence[Row]) -> None:
         """log π − log π_start of each answer. As answers at temperature 1 are drawn from π itself, the mean is the KL
         divergence KL(π‖π_start)."""
         sides = []
-        for who, system in ((contestant, contestant.system), (Contestant(START, {START: 1.0}), "")):
+        for who, system in ((contestant, contestant.system), (Policy(START, {START: 1.0}), "")):
             self.become(who)
             read = []
             for row in rows:
@@ -131,13 +131,15 @@ class Arena:
                 answer = self.base.chat.answer_ids(prompt, row["answer"], ended=row["ended"])
                 read.append((ids, [answer[: max(1, self.base.max_length - len(ids))]]))
                 row["tokens"] = len(read[-1][1][0])
-            sides.append(answer_logprobs(self.model, read, Room(TOKENS)))
+            sides.append(answer_logprobs(self.model, read, MemoryBudget(TOKENS)))
         for row, found in zip(rows, (sides[0] - sides[1]).tolist(), strict=True):
             row["kl"] = found
 
     def _add_scores(self, rows: Sequence[Row]) -> None:
         """What each judge says, who sees the prompt as it is, without what was asked for."""
-        said = [judges.read(self.base, self.exam.questions[row["prompt"]].prompt, row["answer"]) for row in rows]
+        said = [
+            judges.tokenise_answer(self.base, self.exam.questions[row["prompt"]].prompt, row["answer"]) for row in rows
+        ]
         for name, judge in self.judges.items():
             places = [place for place, one in enumerate(said) if one]
             found = judge.says(self.model, self.mixer, [one for one in said if one])
@@ -146,7 +148,7 @@ class Arena:
 
     # --- likes ---
 
-    def likes(self, contestant: Contestant) -> dict[str, Tensor]:
+    def likes(self, contestant: Policy) -> dict[str, Tensor]:
         """log π(chosen) − log π(rejected) of every preference's pairs; nan where they do not fit."""
         self.become(contestant)
         found = {}
@@ -156,12 +158,12 @@ class Arena:
             ]
             tokens = tokenise.pairs(asked, self.base.chat, self.base.max_length, Counter())
             rows: list[Shared] = [row.shared() for row in tokens if row]
-            sums = answer_logprobs(self.model, rows, Room(TOKENS)).view(-1, 2)
+            sums = answer_logprobs(self.model, rows, MemoryBudget(TOKENS)).view(-1, 2)
             found[name] = torch.full((len(pairs),), torch.nan)
             found[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(found[name])
         return found
 
-    def _margins(self, contestant: Contestant) -> list[Row]:
+    def _margins(self, contestant: Policy) -> list[Row]:
         """Of pairs that fit behind what the contestant is asked for, and without it."""
         before, now = self.start_likes, self.likes(contestant)
         return [
@@ -173,7 +175,7 @@ class Arena:
 
     # --- forgets ---
 
-    def _texts(self, contestant: Contestant) -> list[Row]:
+    def _texts(self, contestant: Policy) -> list[Row]:
         """Nats of ordinary text behind its first token, with nothing of a chat around it."""
         self.become(contestant)
         encode = self.base.chat.tokenizer
@@ -181,26 +183,26 @@ class Arena:
         ids = [row for row in ids if len(row) > 1]
         if not ids:
             return []
-        sums = answer_logprobs(self.model, [(row[:1], [row[1:]]) for row in ids], Room(TOKENS))
+        sums = answer_logprobs(self.model, [(row[:1], [row[1:]]) for row in ids], MemoryBudget(TOKENS))
         return [
             {"text": place, "nats": -value, "tokens": len(row) - 1}
             for place, (row, value) in enumerate(zip(ids, sums.tolist(), strict=True))
         ]
 
-    def _facts(self, contestant: Contestant) -> list[Row]:
+    def _facts(self, contestant: Policy) -> list[Row]:
         """Whether it finds what is right likelier than all that is wrong."""
         self.become(contestant)
         asked = [replace(fact, prompt=under_system(contestant.system, fact.prompt)) for fact in self.exam.facts]
-        found = known(self.model, self.base, asked)
+        found = facts_known(self.model, self.base, asked)
         return [{"fact": place, "known": value} for place, value in enumerate(found) if value is not None]
 
 
-def known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[bool | None]:
+def facts_known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[bool | None]:
     """Of each fact, whether its right answer has the largest log-probability a token; None where one does not fit."""
     asked = base.chat.answered_each([(fact.prompt, [fact.right, *fact.wrong]) for fact in facts])
     fits = [len(prompt) + max(map(len, answers)) <= base.max_length for prompt, answers in asked]
     fitting = [one for one, fit in zip(asked, fits, strict=True) if fit]
-    sums = iter(answer_logprobs(model, fitting, Room(TOKENS)).tolist())
+    sums = iter(answer_logprobs(model, fitting, MemoryBudget(TOKENS)).tolist())
     found: list[bool | None] = []
     for (_, answers), fit in zip(asked, fits, strict=True):
         right, *wrong = [next(sums) / len(answer) for answer in answers] if fit else [math.nan]
@@ -208,8 +210,8 @@ def known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[boo
     return found
 
 
-def measured(
-    arena: Arena, contestant: Contestant, folder: Path, report: Callable[[int], None] = lambda done: None
+def measure_cached(
+    arena: Evaluator, contestant: Policy, folder: Path, report: Callable[[int], None] = lambda done: None
 ) -> Measured:
     """As it was measured before, if it was: by what it is made of, what it is asked, and who judges."""
     identity = {

@@ -9,11 +9,11 @@ from typing import Any
 from lora_align import runs
 from lora_align.console import Screen, table
 from lora_align.errors import UserError
-from lora_align.evaluate.compare import Contest
+from lora_align.evaluate.compare import Evaluation
 from lora_align.evaluate.figures import figures
-from lora_align.evaluate.measure import measured
+from lora_align.evaluate.measure import measure_cached
 from lora_align.policy import safe_ranges
-from lora_align.policy.contestants import START, Contestant
+from lora_align.policy.contestants import START, Policy
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 
@@ -57,7 +57,7 @@ class Side:
 class Walk:
     """Weights, tried one after the other; whoever was measured once is not measured again."""
 
-    def __init__(self, contest: Contest, limits: Limits, report: Callable[[str], None]) -> None:
+    def __init__(self, contest: Evaluation, limits: Limits, report: Callable[[str], None]) -> None:
         self.arena, self.folder, self.limits, self.report = contest.arena, contest.folder, limits, report
         self.start = self._look({})
         self.liked: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
@@ -75,26 +75,26 @@ class Walk:
         """Each preference's mean margin on held-out pairs; read once, as every pair asks for those of its two."""
         key = frozenset(weights.items())
         if key not in self.liked:
-            now = self.arena.likes(Contestant("", {START: 1.0, **weights}))
+            now = self.arena.likes(Policy("", {START: 1.0, **weights}))
             before = self.arena.start_likes
             self.liked[key] = {name: float((likes - before[name]).nanmean()) for name, likes in now.items()}
         return self.liked[key]
 
     def _look(self, weights: Weights) -> dict[str, float]:
         name = ",".join(f"{name}={weight:g}" for name, weight in weights.items()) or START
-        found = measured(self.arena, Contestant(name, {START: 1.0, **weights}), self.folder)
+        found = measure_cached(self.arena, Policy(name, {START: 1.0, **weights}), self.folder)
         tokens = sum(row["tokens"] for row in found.answers)
         kl = sum(row["kl"] for row in found.answers) / max(tokens, 1)
         return {**{name: figure.value for name, figure in figures(found).items()}, KL: kl}
 
 
-def run(
+def find_reach(
     names: Sequence[str],
     limits: Limits,
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
-    contest: Contest,
+    contest: Evaluation,
     *,
     name: str,
     force: bool,
@@ -151,7 +151,7 @@ def _term(walk: Walk, pair: tuple[str, str]) -> dict[str, float]:
     return {name: both[name] - sum(of[name] for of in each) for name in pair}
 
 
-def told(made: Run) -> str:
+def summary(made: Run) -> str:
     """A line a vector, a line a pair."""
     found = made.manifest.metrics
     rows = [

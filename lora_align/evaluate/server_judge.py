@@ -6,7 +6,7 @@ from lora_align.console import Screen
 from lora_align.data.rows import Message, Prompt
 from lora_align.evaluate.figures import Figures, side_by_side
 from lora_align.evaluate.measure import Measured, Row
-from lora_align.evaluate.test_set import Exam
+from lora_align.evaluate.test_set import TestSet
 from lora_align.metrics import intervals
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import Sampler
@@ -30,7 +30,7 @@ BEGINNING = re.compile(r"\W*([012])\b")
 SURE = Sampling(temperature=0.0, max_new_tokens=16)
 
 
-def compared(one: Measured, other: Measured, exam: Exam, judge: Sampler, screen: Screen) -> Figures:
+def compared(one: Measured, other: Measured, exam: TestSet, judge: Sampler, screen: Screen) -> Figures:
     """The share one wins: 1 or 0 where the judge says the same in both orders, else a half."""
     both = side_by_side(one, other)
     asked = [_asked(exam, *pair) for pair in both] + [_asked(exam, b, a) for a, b in both]
@@ -52,7 +52,7 @@ def compared(one: Measured, other: Measured, exam: Exam, judge: Sampler, screen:
     }
 
 
-def _asked(exam: Exam, first: Row, second: Row) -> Prompt:
+def _asked(exam: TestSet, first: Row, second: Row) -> Prompt:
     request = "\n".join(f"{turn.role}: {turn.content}" for turn in exam.questions[first["prompt"]].prompt)
     return (Message("user", QUESTION.format(asked=request, first=first["answer"], second=second["answer"])),)
 

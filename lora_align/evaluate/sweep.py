@@ -15,15 +15,15 @@ from lora_align.console import Screen, table
 from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.evaluate import sweep_plots, sweep_report
-from lora_align.evaluate.compare import Contest
+from lora_align.evaluate.compare import Evaluation
 from lora_align.evaluate.figures import figures, wins
 from lora_align.evaluate.goals import Score, score_of
-from lora_align.evaluate.grid import grid, said
-from lora_align.evaluate.sweep_point import Point
+from lora_align.evaluate.grid import grid, weights_text
+from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.metrics import pareto
 from lora_align.metrics.intervals import Estimate
 from lora_align.policy import blend
-from lora_align.policy.contestants import START, WANT, Named, named
+from lora_align.policy.contestants import START, WANT, Named, find_policies
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 from lora_align.want import Want
@@ -43,13 +43,13 @@ def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[dict[str, Wa
     return asked, {name: high <= 0 for name, (_, high) in region.items()}
 
 
-def run(
+def run_sweep(
     axes: Sequence[str],
     also: Sequence[str],
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
-    contest: Callable[[Sequence[Named]], Contest],
+    contest: Callable[[Sequence[Named]], Evaluation],
     *,
     asked: int,
     name: str,
@@ -63,10 +63,10 @@ def run(
     wanted, objectives = directions(asked, runs_dir, screen) if asked else ({}, {})
     if not axes and not wanted:
         raise UserError("sweep: over what? axes, as in helpful=-1:1:0.5, or --directions")
-    words = list(dict.fromkeys([START, *(said(point) for point in points), *wanted, *also]))
-    of_word = {said(point): point for point in points}
+    words = list(dict.fromkeys([START, *(weights_text(point) for point in points), *wanted, *also]))
+    of_word = {weights_text(point): point for point in points}
     of_word.setdefault(START, dict.fromkeys(values, 0.0))
-    held = contest(named(words, recipe, runs_dir, screen))
+    held = contest(find_policies(words, recipe, runs_dir, screen))
     with runs.claim(target, screen, force=force) as staging:
         found = list(held.measured(screen))
         told_of = [figures(one) for one in found]
@@ -77,7 +77,7 @@ def run(
         scores = {goal: score for goal, score in goals.items() if score}
         less = {score.name for score in scores.values() if score.less}
         measured_points = [
-            Point(word, of_word.get(word), wanted.get(word), one, of, wins(one, found[0], less))
+            SweepPoint(word, of_word.get(word), wanted.get(word), one, of, wins(one, found[0], less))
             for word, one, of in zip(words, found, told_of, strict=True)
         ]
         result = _written(values, names, scores, measured_points, staging)
@@ -87,7 +87,7 @@ def run(
         return runs.publish(staging, target, manifest)
 
 
-def told(made: Run) -> str:
+def summary(made: Run) -> str:
     """The front, and where to look."""
     result = made.manifest.metrics
     names = list(result["scores"].values())
@@ -108,7 +108,7 @@ def _written(
     values: Mapping[str, Sequence[float]],
     names: Sequence[str],
     scores: Mapping[str, Score],
-    points: Sequence[Point],
+    points: Sequence[SweepPoint],
     folder: Path,
 ) -> dict[str, Any]:
     """Tables and pictures; what they come to, by the score of each goal."""

@@ -11,7 +11,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from lora_align.evaluate.goals import Score
-from lora_align.evaluate.sweep_point import Point
+from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.metrics import pareto, plots
 from lora_align.metrics.plots import BROKEN, INK, PALE
 
@@ -21,7 +21,7 @@ COSTS = ("text loss", "facts known", "KL")
 
 
 def draw(
-    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[Point]
+    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[SweepPoint]
 ) -> None:
     """Each picture for which there is something to show."""
     grid = [point for point in points if point.weights is not None] if values else []
@@ -39,7 +39,9 @@ def draw(
             picture.savefig(folder / f"{name}.png", dpi=150)
 
 
-def curves(values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]) -> Figure | None:
+def curves(
+    values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPoint]
+) -> Figure | None:
     """A panel an axis: its own score, with its interval, and the other axes' scores; all other weights 0, or as near
     to it as the sweep came."""
     axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
@@ -69,7 +71,7 @@ def curves(values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], g
     return picture
 
 
-def front(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
+def front(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
     """Every point by the first two scores, those that no other beats joined, others than the grid's by name; better is
     up and to the right."""
     if len(scores) < 2:
@@ -118,7 +120,7 @@ def _without_overlap(names: Sequence[Annotation]) -> None:
             shown.append(box)
 
 
-def lengths(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
+def lengths(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
     """How often a point beats the start policy, against how much longer its answers are."""
     judged = [score for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
@@ -139,7 +141,7 @@ def lengths(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | No
     return picture
 
 
-def asked(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
+def asked(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
     """What a policy of two objectives makes of a direction: a panel a score, over the angle that was asked for."""
     wanted = [(point, point.want.weights) for point in points if point.want and len(point.want.weights) == 2]
     known = [score.name for score in scores.values() if all(score.name in point.figures for point, _ in wanted)]
@@ -157,7 +159,7 @@ def asked(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
     return picture
 
 
-def costs(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None:
+def costs(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
     """What scores are paid with: loss of ordinary text, facts no longer known, distance from the start policy."""
     shown = [name for name in COSTS if any(name in point.figures for point in points)]
     if not shown or not scores:
@@ -182,7 +184,9 @@ def costs(scores: Mapping[str, Score], points: Sequence[Point]) -> Figure | None
     return picture
 
 
-def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[Point]) -> None:
+def _map(
+    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPoint]
+) -> None:
     """Each score over both weights."""
     (one, ones), (other, others) = values.items()
     at = {((point.weights or {})[one], (point.weights or {})[other]): point for point in grid}
@@ -191,7 +195,7 @@ def _map(file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str,
     plots.weight_map(file, (one, other), (ones, others), found)
 
 
-def _value(point: Point, name: str) -> float:
+def _value(point: SweepPoint, name: str) -> float:
     return point.figures[name].value if name in point.figures else math.nan
 
 

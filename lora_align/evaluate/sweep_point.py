@@ -9,7 +9,7 @@ from lora_align.want import Want
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """`weights` where it belongs to the grid, `want` where a policy was asked; `wins` are against the start policy."""
 
     word: str

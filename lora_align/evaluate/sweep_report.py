@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment
 
 from lora_align.console import inert
-from lora_align.evaluate.sweep_point import Point
+from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.metrics.intervals import Estimate
 
 SHOWN, ANSWERED = 3, 9  # prompts whose answers are shown, and of how many points
@@ -54,7 +54,7 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 
 
 def write(
-    folder: Path, title: str, base: str, result: Mapping[str, Any], covered: str, points: Sequence[Point]
+    folder: Path, title: str, base: str, result: Mapping[str, Any], covered: str, points: Sequence[SweepPoint]
 ) -> None:
     """`report.html`, with all that lies in the folder as a picture."""
     names = list(dict.fromkeys(name for point in points for name in point.figures))
@@ -85,7 +85,7 @@ def write(
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
-def _questions(points: Sequence[Point]) -> list[dict[str, Any]]:
+def _questions(points: Sequence[SweepPoint]) -> list[dict[str, Any]]:
     """The same few prompts, answered by each."""
     asked = list(dict.fromkeys((row["kind"], row["asked"]) for point in points for row in point.measured.answers))
     of_kind: dict[str, list[str]] = {}

@@ -30,7 +30,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Exam:
+class TestSet:
     """The same for all."""
 
     questions: Sequence[Question]
@@ -57,7 +57,7 @@ class Exam:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = None) -> Exam:
+def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = None) -> TestSet:
     """As the recipe's [eval] table says; prompts are those of held-out pairs where it names none. Pairs are those of
     some `preferences`, or of all."""
     settings = recipe.eval
@@ -88,7 +88,7 @@ def exam_of(recipe: Recipe, screen: Screen, preferences: Iterable[str] | None = 
         if counts:
             screen.note(f"{key}: passed over {reasons(counts)}")
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
-    return Exam(questions, settings.samples, sampling, pairs, texts, facts)
+    return TestSet(questions, settings.samples, sampling, pairs, texts, facts)
 
 
 def _read(source: Asked, form: Callable[[sources.Row, str], Found], dropped: Counter[str]) -> Iterator[Found]:

@@ -10,12 +10,12 @@ import torch
 from lora_align import runs
 from lora_align.console import Screen, table
 from lora_align.errors import RunFailedError
-from lora_align.evaluate.measure import Arena
+from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.test_set import SAFE
-from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Hill, Place
+from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Evaluated, TuneObjective
 from lora_align.metrics import refusals
 from lora_align.policy import vectors
-from lora_align.policy.contestants import START, Contestant
+from lora_align.policy.contestants import START, Policy
 from lora_align.recipe import Recipe, Training
 
 STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
@@ -39,11 +39,13 @@ class Tuned:
     steps: int
 
 
-def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen) -> Tuned:
+def tune_weights(
+    arena: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen
+) -> Tuned:
     """Climb, then look at what is said to safe prompts, and go back as long as that is refused too often."""
     for lack in arena.exam.lacks:
         screen.warn(lack)
-    hill = Hill(arena, aims, bounds, settings)
+    hill = TuneObjective(arena, aims, bounds, settings)
     with screen.progress("tune", STEPS) as progress:
         place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
         progress.show(STEPS, {})
@@ -53,7 +55,7 @@ def run(arena: Arena, aims: Mapping[str, float], bounds: Bounds, settings: Train
     return Tuned(rounded, place.preferred, place.found[KL], lost, share, steps)
 
 
-def _less_refused(hill: Hill, place: Place) -> tuple[Place, float | None]:
+def _less_refused(hill: TuneObjective, place: Evaluated) -> tuple[Evaluated, float | None]:
     """Back towards no weights until no more safe prompts are refused than is allowed, and the share that is."""
     arena = hill.arena
     if not any(question.kind == SAFE for question in arena.exam.questions):
@@ -71,7 +73,7 @@ def _less_refused(hill: Hill, place: Place) -> tuple[Place, float | None]:
     return place, share
 
 
-def within(hill: Hill, place: Place) -> Place:
+def within(hill: TuneObjective, place: Evaluated) -> Evaluated:
     """About as far out towards these weights as the bounds allow, which climbing may pass by a little where that pays.
     What they bound grows with the square of how far one goes, or, as the second step takes it, more slowly."""
     for power in (0.5, *[1.0] * BACKWARDS):
@@ -82,7 +84,7 @@ def within(hill: Hill, place: Place) -> Place:
     return place if hill.beyond(place) <= 1 else hill.at(0 * place.weights)
 
 
-def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[Place, int]:
+def climbed(hill: TuneObjective, report: Callable[[int, dict[str, str]], None]) -> tuple[Evaluated, int]:
     """By steps of BFGS from no weights at all: along the slope first, then by how the slope changes. A weight that has
     come to its bound stays there while the slope leads beyond."""
     most = hill.bounds.weight
@@ -105,7 +107,7 @@ def climbed(hill: Hill, report: Callable[[int, dict[str, str]], None]) -> tuple[
     return here, STEPS
 
 
-def _higher(hill: Hill, here: Place, way: torch.Tensor) -> Place:
+def _higher(hill: TuneObjective, here: Evaluated, way: torch.Tensor) -> Evaluated:
     """Along the way, or here: where it would go down, to the top of the parabola that has this slope and goes through
     that place. On the way to a top half of what the slope promises is gained."""
     most = hill.bounds.weight
@@ -128,7 +130,7 @@ def parts(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
     return vectors.stretches(name, vectors.layer_count(update), count)
 
 
-def told(tuned: Tuned, runs_dir: Path) -> str:
+def summary(tuned: Tuned, runs_dir: Path) -> str:
     """The weights, how far they go, and how to have them."""
     weights = [[name, f"{weight:.2f}"] for name, weight in tuned.weights.items()]
     shares = [[name, f"{share:.0%}"] for name, share in tuned.preferred.items()]
@@ -148,18 +150,18 @@ def told(tuned: Tuned, runs_dir: Path) -> str:
     )
 
 
-def facts(tuned: Tuned) -> dict[str, Any]:
+def as_json(tuned: Tuned) -> dict[str, Any]:
     """As plain data."""
     return asdict(tuned)
 
 
-def _named(hill: Hill, weights: torch.Tensor) -> dict[str, float]:
+def _named(hill: TuneObjective, weights: torch.Tensor) -> dict[str, float]:
     return dict(zip(hill.names, weights.tolist(), strict=True))
 
 
-def share_refused(arena: Arena, weights: Mapping[str, float]) -> float:
+def share_refused(arena: Evaluator, weights: Mapping[str, float]) -> float:
     """Share of safe prompts whose one answer refuses."""
-    arena.become(Contestant("", {START: 1.0, **weights}))
+    arena.become(Policy("", {START: 1.0, **weights}))
     prompts = [question.prompt for question in arena.exam.questions if question.kind == SAFE]
     drawn = [one for batch in arena.sampler.draw(prompts, 1, arena.exam.sampling) for one in batch]
     return sum(refusals.refuses(one.text) for one in drawn) / max(len(drawn), 1)

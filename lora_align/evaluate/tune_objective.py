@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_align.errors import UserError
-from lora_align.evaluate.measure import Arena
+from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.test_set import Question
 from lora_align.model import tokenise
 from lora_align.model.logprobs import Answered, Reader, in_parts
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.plan.stages import TUNED
-from lora_align.policy.contestants import START, Contestant
+from lora_align.policy.contestants import START, Policy
 from lora_align.recipe import Training
 from lora_align.train.lora_trainer import TOO_LONG
 
@@ -61,7 +61,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Place:
+class Evaluated:
     """Weights, how high they lie, which way is up, and what was found there."""
 
     weights: Tensor
@@ -71,23 +71,23 @@ class Place:
     preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly, counted
 
 
-class Hill:
+class TuneObjective:
     """What `tune` maximises over weights: Σ aim · the share of held-out pairs that would be preferred rightly. So that
     it has a gradient, that share is taken from the mean margin over the spread of margins under the preference's own
     vector, as if margins were normal."""
 
-    def __init__(self, arena: Arena, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
+    def __init__(self, arena: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
         self.arena, self.aims, self.bounds, self.settings = arena, aims, bounds, settings
-        self.room = Room(settings.tokens_per_batch, TOO_LONG)
+        self.room = MemoryBudget(settings.tokens_per_batch, TOO_LONG)
         self.longest = min(settings.max_length, arena.base.max_length)
         self.names = list(arena.field.vectors)  # whose weights are sought: preferences, or stretches of their layers
         self.reader = Reader.of(arena.model)
         self.pairs = {name: self._pairs(name) for name in aims}
         self.spread = {name: self._own_spread(name) for name in aims}
         self.drawn, self.texts = self._start_answers(), self._lines()
-        self.known: dict[tuple[float, ...], Place] = {}
+        self.known: dict[tuple[float, ...], Evaluated] = {}
 
-    def at(self, weights: Tensor) -> Place:
+    def at(self, weights: Tensor) -> Evaluated:
         """How it is there, or next to there towards no weights at all: what is looked at has the decimals that weights
         are told with. Whoever climbs comes to the edge of what is allowed again and again."""
         weights = (weights * ROUND).trunc() / ROUND
@@ -96,7 +96,7 @@ class Hill:
             self.known[key] = self._seen(weights)
         return self.known[key]
 
-    def _seen(self, weights: Tensor) -> Place:
+    def _seen(self, weights: Tensor) -> Evaluated:
         found: dict[str, float] = {}
         preferred: dict[str, float] = {}
         height, slope = 0.0, torch.zeros_like(weights)
@@ -111,9 +111,9 @@ class Hill:
             if (over := found[name] / bound - 1) > 0:  # within the bound it has no slope
                 height -= STEEP * over**2
                 slope = slope - 2 * STEEP * over / bound * self._sums(weights, rows, value)[1]
-        return Place(weights, height, slope, found, preferred)
+        return Evaluated(weights, height, slope, found, preferred)
 
-    def beyond(self, place: Place) -> float:
+    def beyond(self, place: Evaluated) -> float:
         """How far that is, in shares of the nearest bound that needs no answers: more than 1 passes it."""
         return max(place.found[name] / bound for name, bound in self.bounds.read.items())
 
@@ -162,7 +162,7 @@ class Hill:
     def _start_answers(self) -> Rows:
         exam, chat = self.arena.exam, self.arena.base.chat
         asked = [question.prompt for question in spread(exam.questions, ANSWERS)]
-        self.arena.become(Contestant(START, {START: 1.0}))
+        self.arena.become(Policy(START, {START: 1.0}))
         drawn = [one for batch in self.arena.sampler.draw(asked, 1, exam.sampling) for one in batch]
         rows = [
             (chat.prompt_ids(asked[one.prompt]), chat.answer_ids(asked[one.prompt], one.text, ended=one.ended))
@@ -185,7 +185,7 @@ class Hill:
     @torch.no_grad()
     def _read(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> list[Tensor]:
         """log π of every token of every answer."""
-        self.arena.become(Contestant("", weights))
+        self.arena.become(Policy("", weights))
         found: dict[int, Tensor] = {}
 
         def some(part: list[int]) -> Tensor:

@@ -68,11 +68,11 @@ class Base:
             if model.device.type == "cpu":
                 keep_dequantised(model, compute_dtype(self.recipe))
             return model
-        from lora_align.model.fsdp import divide
+        from lora_align.model.fsdp import shard_base
 
         processes.meet()  # who meet for the first time get acquainted
         with FileLock(runs.cache_folder() / ".dividing.lock"):  # one whole base in a machine's memory, not several
-            return divide(_load(source, self.recipe, torch.device("cpu")), device())
+            return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
 
 
 def find(base: recipe.Base, *, outline: bool = False) -> Base:

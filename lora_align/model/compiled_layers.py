@@ -11,7 +11,7 @@ from lora_align.errors import RunFailedError, first_line
 
 
 @contextmanager
-def compiled(model: Module, *, wanted: bool = True) -> Iterator[None]:
+def compiled_layers(model: Module, *, wanted: bool = True) -> Iterator[None]:
     """Each layer runs as a program made of it, one for all layers and lengths; afterwards as it did before."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
     for layer in layers:

@@ -22,7 +22,7 @@ class Sampling:
 
 
 @dataclass
-class Memory:
+class PrefixCache:
     """Keys and values of the tokens seen so far; forgotten when the weights change."""
 
     cache: DynamicCache | None = None
@@ -34,15 +34,15 @@ class Memory:
 
 
 @torch.inference_mode()
-def stream(
+def stream_tokens(
     model: PreTrainedModel,
     prompt: Sequence[int],
     stops: frozenset[int],
     sampling: Sampling,
-    memory: Memory | None = None,
+    memory: PrefixCache | None = None,
 ) -> Iterator[int]:
     """Yield an answer's tokens, without the stop token. What `memory` shares with the prompt is not computed again."""
-    memory = memory if memory is not None else Memory()
+    memory = memory if memory is not None else PrefixCache()
     if memory.cache is None or list(prompt[: len(memory.tokens)]) != memory.tokens or len(memory.tokens) >= len(prompt):
         memory.forget()
         memory.cache = growing_cache(model)
@@ -53,14 +53,14 @@ def stream(
         ids = torch.tensor([fresh], device=model.device)
         logits = model(input_ids=ids, past_key_values=memory.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         memory.tokens += fresh
-        token = draw(logits.float(), sampling, generator)
+        token = sample_token(logits.float(), sampling, generator)
         if token in stops:
             return
         yield token
         fresh = [token]
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token from logits [vocabulary]."""
     if sampling.temperature == 0:
         return int(logits.argmax())

@@ -17,7 +17,7 @@ from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import DEMO
 from lora_align.model.decoding import Sampling
-from lora_align.model.sampler import Drawn
+from lora_align.model.sampler import SampledText
 from lora_align.recipe import Recipe
 
 KEY = "OPENAI_API_KEY"
@@ -29,7 +29,7 @@ BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 REFUSED = (400, 413, 422)  # a request for what it is; a prompt that does not fit is one of the reasons
 
 
-Task = asyncio.Task[list[Drawn]]
+Task = asyncio.Task[list[SampledText]]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Endpoint:
         """The server will tell."""
         return True
 
-    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
+    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
         """A prompt's answers at a time, as they come; the first failure ends it, and nobody waits for the others."""
         with asyncio.Runner() as runner:
             client, waiting = runner.run(self._begun(prompts, n, sampling))
@@ -142,7 +142,7 @@ class Endpoint:
     ) -> tuple[httpx.AsyncClient, set[Task]]:
         client, gate = _client(), asyncio.Semaphore(AT_ONCE)
 
-        async def answers(index: int, prompt: Prompt) -> list[Drawn]:
+        async def answers(index: int, prompt: Prompt) -> list[SampledText]:
             async with gate:
                 return await self._answers(client, index, prompt, n, sampling)
 
@@ -167,10 +167,10 @@ class Endpoint:
 
     async def _answers(
         self, client: httpx.AsyncClient, index: int, prompt: Prompt, n: int, sampling: Sampling
-    ) -> list[Drawn]:
+    ) -> list[SampledText]:
         """All n, or none where the prompt does not fit; a server that knows nothing of `n` is asked for the others."""
         until = time.monotonic() + self.deadline
-        found: list[Drawn] = []
+        found: list[SampledText] = []
         while len(found) < n:
             body: dict[str, Any] = {
                 "model": self.model,
@@ -190,7 +190,7 @@ class Endpoint:
             if answer.status != httpx.codes.OK:
                 raise RunFailedError(f"{answer.url}: {answer.status} {answer.told}")
             for text, ended in answer.choices()[: n - len(found)]:
-                found.append(Drawn(index, len(found), text.strip(), ended))
+                found.append(SampledText(index, len(found), text.strip(), ended))
         return found
 
     async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Answer:

@@ -22,7 +22,7 @@ from lora_align.model.nf4 import Linear4bit
 IDLE = [[0, 0]]  # tokens that are read for company
 
 
-def divide(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Leave each process its part of a loaded base's 4-bit weights, and the rest whole, on its device."""
     decoder = model.get_decoder()
     linears = [module for module in decoder.modules() if isinstance(module, Linear4bit)]
@@ -45,7 +45,7 @@ def divide(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def is_divided(model: PreTrainedModel) -> bool:
+def is_sharded(model: PreTrainedModel) -> bool:
     """Whether this process has a part of it only."""
     return isinstance(model.get_decoder(), FSDPModule)
 
@@ -53,7 +53,7 @@ def is_divided(model: PreTrainedModel) -> bool:
 @contextmanager
 def in_step(model: PreTrainedModel, *, learning: bool = False) -> Iterator[None]:
     """A process that is done, or fails, keeps running the base's forward until all are done: they gather its parts."""
-    if not is_divided(model):
+    if not is_sharded(model):
         yield
         return
     asking = model.get_decoder().register_forward_pre_hook(_asked)

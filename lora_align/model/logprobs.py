@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_align.errors import RunFailedError, UserError
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone, noise
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
@@ -190,7 +190,7 @@ def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def in_parts(
-    lengths: Sequence[int], room: Room, work: Callable[[list[int]], Found]
+    lengths: Sequence[int], room: MemoryBudget, work: Callable[[list[int]], Found]
 ) -> Iterator[tuple[list[int], Found]]:
     """Do some work on rows in parts; yield each part and what came of it. Memory that runs out halves `room`."""
     left = list(range(len(lengths)))
@@ -210,7 +210,7 @@ def in_parts(
 def answer_logprobs(
     model: PreTrainedModel,
     rows: Sequence[Shared],
-    room: Room,
+    room: MemoryBudget,
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """log π(answer | prompt) of every answer, in their order, in float32 on the CPU; `report` hears of rows done."""

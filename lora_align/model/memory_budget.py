@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class Room:
+class MemoryBudget:
     """Rows, or tokens, that fit. Halved where memory runs out, and kept so: what follows need not fail first."""
 
     size: int

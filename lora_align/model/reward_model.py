@@ -14,7 +14,7 @@ from lora_align.adapters import peft_format
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.packing import Backbone
 
@@ -86,7 +86,9 @@ class RewardModel:
         return [*self.heads.names, *self.derived]
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Answered], room: Room, report: Callable[[int], None] = lambda done: None) -> Tensor:
+    def score(
+        self, rows: Sequence[Answered], room: MemoryBudget, report: Callable[[int], None] = lambda done: None
+    ) -> Tensor:
         """Points for answers to prompts, both as token ids: [n, objectives] float32 on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         backbone = Backbone.of(self.model)

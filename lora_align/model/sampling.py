@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lora_align.model.base import Base, device_memory
 from lora_align.model.decoding import Sampling, probabilities
 from lora_align.model.kv_cache import growing_cache
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 
 RETIRE_AT = 0.75  # share of rows still running at which the others are taken out of the cache
 ROWS = 512  # drawn at once where memory allows it
@@ -21,7 +21,7 @@ CACHE_SHARE = 0.5  # of the memory that the base leaves, which keys and values m
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledTokens:
     """One of a prompt's answers: its tokens without the stop token, and whether it came to its own end."""
 
     prompt: int
@@ -36,21 +36,21 @@ def sample(
     prompts: Sequence[Sequence[int]],
     n: int,
     sampling: Sampling,
-    room: Room | None = None,
-) -> Iterator[list[Answer]]:
+    room: MemoryBudget | None = None,
+) -> Iterator[list[SampledTokens]]:
     """n answers to each prompt, a batch at a time, the shortest prompts first; at most `room.size` are drawn at once.
 
     An answer depends on the seed, its prompt and its number, and not on what shares its batch (but for rounding).
     Where memory runs out, half as many rows are tried, and the batches before stay.
     """
     seed = sampling.seed if sampling.seed is not None else torch.seed()
-    room = room or Room(ROWS)
+    room = room or MemoryBudget(ROWS)
     longest = min(max(map(len, prompts), default=0) + sampling.max_new_tokens, base.max_length)
     room.size = min(room.size, affordable(model, longest))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     todo = [(prompt, number) for prompt in order for number in range(n)]
 
-    def batch(rows: int) -> list[Answer]:
+    def batch(rows: int) -> list[SampledTokens]:
         """A prompt's answers stay together where they fit."""
         return _batch(model, base, prompts, todo[: rows // n * n or rows], sampling, seed)
 
@@ -83,7 +83,7 @@ def _batch(
     wanted: Sequence[tuple[int, int]],
     sampling: Sampling,
     seed: int,
-) -> list[Answer]:
+) -> list[SampledTokens]:
     """Draw all of these at once, each a (prompt, number)."""
     where = model.device
     cache = growing_cache(model)
@@ -129,7 +129,7 @@ def _batch(
         ).logits[:, -1]
     texts = [row[:end] for row, end in zip(drawn.tolist(), count.tolist(), strict=True)]
     finished = zip(wanted, texts, ended.tolist(), strict=True)
-    return [Answer(prompt, number, tokens, end) for (prompt, number), tokens, end in finished]
+    return [SampledTokens(prompt, number, tokens, end) for (prompt, number), tokens, end in finished]
 
 
 def _read(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: DynamicCache) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ from transformers.utils import is_flash_attn_2_available
 from lora_align.console import clock
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.plan.estimate import Found, planned, size
+from lora_align.plan.estimate import StageEstimate, estimate_stage, size
 from lora_align.plan.stages import Stage
-from lora_align.plan.timing import measured
+from lora_align.plan.timing import time_step
 from lora_align.recipe import Lora, Recipe, Training
 
 SMALL_ADAM = "adamw_8bit"
@@ -31,13 +31,13 @@ class Tried:
     fault: str = ""  # why it was not taken
 
 
-def switches(base: Base, plan: Found) -> Iterator[Tried]:
+def switches(base: Base, plan: StageEstimate) -> Iterator[Tried]:
     """Other ways to compute a step, each measured beside the best before it."""
     for said, of_base, of_stage in _ways(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
         stage = replace(plan.stage, settings=replace(plan.stage.settings, **of_stage))
         try:
-            step = measured(other, stage, [stage.rows[i] for i in plan.part])
+            step = time_step(other, stage, [stage.rows[i] for i in plan.part])
         except UserError as fault:
             yield Tried(said, fault=str(fault))
             continue
@@ -62,12 +62,12 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
             yield f"base.attention={kernel}", {"attention": kernel}, {}
 
 
-def fitting(recipe: Recipe, base: Base, plan: Found) -> str:
+def fitting(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """The first change that makes it fit; or among how many cards."""
     found, said = plan, ""
     for said, settings, lora in _changes(plan.stage):
         changed = replace(plan.stage, settings=settings, lora=lora)
-        found = replace(planned(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
+        found = replace(estimate_stage(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if found.fits:
             return f"it fits with{said}: {size(found.total)}, about {clock(found.seconds)}"
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
@@ -77,12 +77,12 @@ def fitting(recipe: Recipe, base: Base, plan: Found) -> str:
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit: a smaller base will"
 
 
-def quicker(recipe: Recipe, base: Base, plan: Found) -> str:
+def quicker(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """What costs time and is not needed for it to fit."""
     if not plan.stage.settings.gradient_checkpointing:
         return ""
     kept = replace(plan.stage, settings=replace(plan.stage.settings, gradient_checkpointing=False))
-    found = replace(planned(recipe, base, kept, plan.device, plan.lengths), rate=plan.rate)
+    found = replace(estimate_stage(recipe, base, kept, plan.device, plan.lengths), rate=plan.rate)
     if not found.fits:
         return ""
     said = f"--set {plan.stage.table}.gradient_checkpointing=false"

@@ -34,7 +34,7 @@ CARDS = {
 NO_BFLOAT16 = ("t4", "v100")
 
 
-def known(card: str) -> str:
+def card_name(card: str) -> str:
     """Return the card that a name means: 4090, RTX 4090 and `NVIDIA GeForce RTX 4090` are all rtx-4090."""
     said = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", card.lower())
     found = [name for name in CARDS if name.removeprefix("rtx-").replace("-", "") == said]

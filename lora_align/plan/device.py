@@ -31,7 +31,7 @@ class Device:
 def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: int = 1) -> Device:
     """The card that is named, or what this machine trains on; so many of them."""
     if card or vram:
-        card = cards.known(card or "rtx-4090")
+        card = cards.card_name(card or "rtx-4090")
         memory, rate = cards.CARDS[card]
         half = torch.float16 if card in cards.NO_BFLOAT16 else torch.bfloat16
         dtype = half if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from lora_align.commands import audit
+from lora_align.metrics.histogram import histogram
 from lora_align.model.base import Base
 from lora_align.model.nf4 import fits_dequantised
 from lora_align.plan.device import Device
 from lora_align.plan.stages import Stage
 from lora_align.plan.step_cost import Cost, Shape
-from lora_align.plan.timing import Measured
+from lora_align.plan.timing import StepTiming
 from lora_align.recipe import Lora, Recipe
 from lora_align.train import lora_trainer
-from lora_align.train.stepper import Objective
+from lora_align.train.stepper import Loss
 
 SHARE = 0.5  # of a device's matrix rate that training is taken to reach; not measured on any card yet
 PLACES = 64  # of the lengths at which the fullest part is looked for
@@ -25,7 +25,7 @@ MOMENTS = {"8bit": 2, "sgd": 0}  # bytes a trained value that optimisers of such
 
 
 @dataclass(frozen=True)
-class Found:
+class StageEstimate:
     """A stage's plan: bytes by part, operations, seconds."""
 
     stage: Stage
@@ -37,7 +37,7 @@ class Found:
     gathered: float  # bytes of a base's layers that are whole at once where it is divided
     divided: bool  # among the devices
     rate: float  # operations a second: the share of the device's that is assumed, or as measured
-    measured: Measured | None = None  # that part
+    measured: StepTiming | None = None  # that part
     counted: float = 0.0  # the activations and logits that were planned before it was measured
 
     @property
@@ -69,7 +69,7 @@ class Found:
         """With all that is reserved."""
         return self.total <= self.device.memory
 
-    def by(self, step: Measured) -> "Found":
+    def by(self, step: StepTiming) -> "StageEstimate":
         """As it is where a part of a step takes what was measured."""
         counted = self.cost.activations + self.cost.logits
         share = step.taken / counted
@@ -92,7 +92,7 @@ class Found:
             "rows": len(self.lengths),
             "passes": self.stage.passes,
             "tokens": self.tokens,
-            "histogram": audit.histogram(self.lengths),
+            "histogram": histogram(self.lengths),
             "assumed": self.stage.assumed,
             "answers": self.stage.drawing.answers if self.stage.drawing else 0,
             "bytes": {name: round(value) for name, value in self.memory.items()},
@@ -118,7 +118,9 @@ def shape_of(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpoi
     return replace(shape, dequantised=dense)
 
 
-def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None) -> Found:
+def estimate_stage(
+    recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None
+) -> StageEstimate:
     """What the fullest part of a stage's steps takes; its rows' lengths, where they are known, are not looked up."""
     checkpointing = stage.settings.gradient_checkpointing
     shape = shape_of(recipe, base, stage.lora, device, checkpointing=checkpointing)
@@ -132,7 +134,9 @@ def planned(recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: S
 
     cost = shape.cost(step)
     gathered = GATHERED * cost.packed / shape.layers
-    return Found(stage, cost, sum(lengths), lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate)
+    return StageEstimate(
+        stage, cost, sum(lengths), lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate
+    )
 
 
 def size(count: float, unit: str = "") -> str:
@@ -142,7 +146,7 @@ def size(count: float, unit: str = "") -> str:
     return f"{'<0.01' if count and shown == '0.00' else shown} {unit}"
 
 
-def _lengths(stage: Stage, objective: Objective[Any]) -> list[int]:
+def _lengths(stage: Stage, objective: Loss[Any]) -> list[int]:
     return [objective.length(row) for row in stage.rows]
 
 

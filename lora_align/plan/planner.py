@@ -6,14 +6,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lora_align import processes
-from lora_align.commands import audit
 from lora_align.console import Screen, clock, count, table
 from lora_align.errors import UserError
+from lora_align.metrics.histogram import bars
 from lora_align.plan import advice, shapes
 from lora_align.plan.device import device_of
-from lora_align.plan.estimate import SHARE, planned, shape_of, size
+from lora_align.plan.estimate import SHARE, estimate_stage, shape_of, size
 from lora_align.plan.stages import stage_of
-from lora_align.plan.timing import drawn, measured
+from lora_align.plan.timing import time_sampling, time_step
 from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 
 BELOW = ("lora", "base")  # tables that every stage stands on
@@ -21,7 +21,7 @@ DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", 
 STAGES = ("sft", "dpo", "reward", "rsf", "tune")
 
 
-def run(
+def plan_stages(
     recipe: Recipe,
     names: Sequence[str],
     screen: Screen,
@@ -42,15 +42,15 @@ def run(
     for name in names:
         stage = stage_of(recipe, name, base, screen)
         if stage is not None:
-            plan = planned(recipe, base, replace(stage, passes=passes or stage.passes), device)
+            plan = estimate_stage(recipe, base, replace(stage, passes=passes or stage.passes), device)
             taken: dict[str, Any] = {}
             if measure and plan.fits and stage.trains:
                 screen.note(f"{name}: taking a step, and others in other ways")
-                plan = plan.by(measured(base, stage, [stage.rows[i] for i in plan.part]))
+                plan = plan.by(time_step(base, stage, [stage.rows[i] for i in plan.part]))
                 taken["switches"] = [asdict(tried) for tried in advice.switches(base, plan)]
                 if stage.drawing:
                     screen.note(f"{name}: drawing answers")
-                    taken["drawing"] = stage.drawing.answers / drawn(base, stage.drawing)
+                    taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
             said = advice.quicker(recipe, base, plan) if plan.fits else advice.fitting(recipe, base, plan)
             found.append({**plan.facts(), "advice": said, **taken})
     if not found:
@@ -64,7 +64,7 @@ def run(
     }
 
 
-def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
+def summary(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
     """A table by part, then what it comes to; how long the rows are, if asked for."""
     device = plan["device"]
     several = f"{device['count']} × " if device["count"] > 1 else ""
@@ -90,7 +90,7 @@ def told(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
             "\n".join(filter(None, [line, of["assumed"], *_drawing(of), of["advice"], *_measured(of, device)]))
         )
         if lengths:
-            parts.append("\n".join(["tokens of a row, prompt and answers:", *audit.bars(of["histogram"])]))
+            parts.append("\n".join(["tokens of a row, prompt and answers:", *bars(of["histogram"])]))
     if not all(of["measured"] for of in plan["stages"]):
         parts.append(f"Times are at {SHARE:.0%} of the device's matrix rate, {device['rate'] / 1e12:,.3g} TFLOP/s.")
     return "\n\n".join(parts)

@@ -20,15 +20,15 @@ from lora_align.rsf import inputs, sampling_requests
 from lora_align.rsf.candidates import AT_ONCE
 from lora_align.train import dpo, reward, reward_loss, sft
 from lora_align.train import token_rows as materials
-from lora_align.train.row_files import View, joined
-from lora_align.train.stepper import Objective
+from lora_align.train.row_files import LazyRows, concat
+from lora_align.train.stepper import Loss
 
 TUNED, LOOKS = 48, 8  # pairs of a preference that `tune` reads, and how often it reads them, about
 UNKNOWN_ROWS = 1000  # where neither data nor a limit says how many there are
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingWork:
     """The answers a stage draws on the way, and some of the conversations it draws them to."""
 
     answers: int  # of all its policies
@@ -45,11 +45,11 @@ class Stage:
     settings: Training
     lora: Lora
     rows: Sequence[Any]
-    objective: Callable[[PreTrainedModel], Objective[Any]]
+    objective: Callable[[PreTrainedModel], Loss[Any]]
     passes: int  # over them, an adapter each
     referenced: bool = False
     assumed: str = ""  # why the rows are not the real ones
-    drawing: Drawing | None = None
+    drawing: SamplingWork | None = None
     trains: bool = True  # an adapter; tune reads through vectors that are there
 
     @property
@@ -74,26 +74,26 @@ def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | N
 
 def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     assert recipe.sft is not None
-    found = materials.of_conversations(recipe.sft, base, screen).train
+    found = materials.read_token_texts(recipe.sft, base, screen).train
     packs = sft.packed(found, recipe.sft, base)
-    return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, packs, _saying(base), 1)
+    return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, packs, _sft_loss(base), 1)
 
 
 def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     found = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
-    return Stage("dpo", recipe.dpo, recipe.lora, joined(found), _preferring(recipe, base), 2, referenced=True)
+    return Stage("dpo", recipe.dpo, recipe.lora, concat(found), _dpo_loss(recipe, base), 2, referenced=True)
 
 
 def _tune(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     found = [dpo.prepare(recipe, name, base, screen).train[:TUNED] for name in recipe.preferences]
-    return _tuning(recipe, base, joined(found))
+    return _tuning(recipe, base, concat(found))
 
 
 def _tuning(recipe: Recipe, base: Base, rows: Sequence[TokenPair]) -> Stage:
     """Pairs read through the vectors of all preferences, each of two adapters, forwards and backwards."""
     settings = replace(recipe.dpo, epochs=1.0)
     lora = replace(recipe.lora, rank=2 * recipe.lora.rank * len(recipe.preferences))
-    return Stage("tune", settings, lora, rows, _preferring(recipe, base), LOOKS, trains=False)
+    return Stage("tune", settings, lora, rows, _dpo_loss(recipe, base), LOOKS, trains=False)
 
 
 def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage:
@@ -101,7 +101,7 @@ def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     assert settings is not None
     found = reward.prepare(recipe, settings, base, screen)
     return Stage(
-        "reward", settings, settings.lora or recipe.lora, found.train, _judging(found.heads, settings, base), 1
+        "reward", settings, settings.lora or recipe.lora, found.train, _reward_loss(found.heads, settings, base), 1
     )
 
 
@@ -116,7 +116,7 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     answers = sum(len(requests) * sampling_requests.each(settings, t) for t, requests in enumerate(asked, 1))
     some = [under_system(of.system, of.prompt) for of in asked[-1][: max(1, AT_ONCE // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
-    drawing = Drawing(answers, some, sampling_requests.each(settings, settings.iterations), sampling)
+    drawing = SamplingWork(answers, some, sampling_requests.each(settings, settings.iterations), sampling)
     why = "(rows of the greatest length are assumed, as they are drawn on the way)"
     return replace(_learning(recipe, base, max(map(len, asked))), assumed=why, drawing=drawing)
 
@@ -127,8 +127,8 @@ def _learning(recipe: Recipe, base: Base, rows: int) -> Stage:
     settings = recipe.rsf
     assert settings is not None
     longest = min(settings.max_length, base.max_length)
-    same = View(rows, lambda _: _texts(longest, several=settings.packing))
-    return Stage("rsf", settings, settings.lora or recipe.lora, same, _saying(base), settings.iterations + 1)
+    same = LazyRows(rows, lambda _: _texts(longest, several=settings.packing))
+    return Stage("rsf", settings, settings.lora or recipe.lora, same, _sft_loss(base), settings.iterations + 1)
 
 
 _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
@@ -144,25 +144,25 @@ def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
     settings = recipe.sft
     assert settings is not None
     longest = min(settings.max_length, base.max_length)
-    rows = View(settings.limit or UNKNOWN_ROWS, lambda _: _texts(longest, several=settings.packing))
-    return Stage("sft", settings, settings.lora or recipe.lora, rows, _saying(base), 1)
+    rows = LazyRows(settings.limit or UNKNOWN_ROWS, lambda _: _texts(longest, several=settings.packing))
+    return Stage("sft", settings, settings.lora or recipe.lora, rows, _sft_loss(base), 1)
 
 
 def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
     rows = _longest_pairs(recipe, base, recipe.dpo.limit or UNKNOWN_ROWS)
-    return Stage("dpo", recipe.dpo, recipe.lora, rows, _preferring(recipe, base), 2, referenced=True)
+    return Stage("dpo", recipe.dpo, recipe.lora, rows, _dpo_loss(recipe, base), 2, referenced=True)
 
 
 def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
     return _tuning(recipe, base, _longest_pairs(recipe, base, TUNED))
 
 
-def _longest_pairs(recipe: Recipe, base: Base, each: int) -> View[TokenPair]:
+def _longest_pairs(recipe: Recipe, base: Base, each: int) -> LazyRows[TokenPair]:
     """Return so many pairs of the greatest length of each preference."""
     longest = min(recipe.dpo.max_length, base.max_length)
     prompt = longest // 4
     pair = TokenPair([0] * prompt, [0] * (longest - prompt), [0] * (longest - prompt), (0.0, 0.0))
-    return View(each * len(recipe.preferences), lambda _: pair)
+    return LazyRows(each * len(recipe.preferences), lambda _: pair)
 
 
 def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
@@ -172,8 +172,8 @@ def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
     rated = [of.prefix + name for of in settings.ratings.values() for name in of.attributes or ("rating",)]
     heads = dict.fromkeys((*rated, *settings.pairs), reward.UNRATED)
     example = reward_loss.Example((([0] * (longest // 4), [0] * (longest - longest // 4)),), (0.0,) * len(heads))
-    rows = View((settings.limit or UNKNOWN_ROWS) * len((*settings.ratings, *settings.pairs)), lambda _: example)
-    return Stage("reward", settings, settings.lora or recipe.lora, rows, _judging(heads, settings, base), 1)
+    rows = LazyRows((settings.limit or UNKNOWN_ROWS) * len((*settings.ratings, *settings.pairs)), lambda _: example)
+    return Stage("reward", settings, settings.lora or recipe.lora, rows, _reward_loss(heads, settings, base), 1)
 
 
 def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
@@ -195,21 +195,21 @@ def _texts(length: int, *, several: bool) -> list[TokenText]:
     return [TokenText([0] * part, [0] * part) for part in parts]
 
 
-def _saying(base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:
-    return lambda model: sft.Saying(Reader.unchecked(model), base.chat)
+def _sft_loss(base: Base) -> Callable[[PreTrainedModel], Loss[Any]]:
+    return lambda model: sft.SftLoss(Reader.unchecked(model), base.chat)
 
 
-def _judging(
+def _reward_loss(
     known: Mapping[str, tuple[float, float]], settings: Reward, base: Base
-) -> Callable[[PreTrainedModel], Objective[Any]]:
-    def objective(model: PreTrainedModel) -> reward_loss.Judging:
+) -> Callable[[PreTrainedModel], Loss[Any]]:
+    def objective(model: PreTrainedModel) -> reward_loss.RewardLoss:
         means, deviations = ({name: pair[i] for name, pair in known.items()} for i in (0, 1))
         heads = Heads(model.config.get_text_config().hidden_size, means, deviations)
-        return reward_loss.Judging(Reader.unchecked(model), heads, settings.lm_weight, base.chat)
+        return reward_loss.RewardLoss(Reader.unchecked(model), heads, settings.lm_weight, base.chat)
 
     return objective
 
 
-def _preferring(recipe: Recipe, base: Base) -> Callable[[PreTrainedModel], Objective[Any]]:
+def _dpo_loss(recipe: Recipe, base: Base) -> Callable[[PreTrainedModel], Loss[Any]]:
     settings = recipe.dpo
-    return lambda model: dpo.Preferring(Reader.unchecked(model), base.chat, settings.beta, settings.label_smoothing)
+    return lambda model: dpo.DpoLoss(Reader.unchecked(model), base.chat, settings.beta, settings.label_smoothing)

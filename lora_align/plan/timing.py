@@ -11,17 +11,17 @@ from peft import get_peft_model
 
 from lora_align.model import base as bases
 from lora_align.model.base import Base, compute_dtype
-from lora_align.model.compiled_layers import compiled
-from lora_align.model.sampler import Embedded
-from lora_align.plan.stages import Drawing, Stage
+from lora_align.model.compiled_layers import compiled_layers
+from lora_align.model.sampler import LocalSampler
+from lora_align.plan.stages import SamplingWork, Stage
 from lora_align.train import lora_trainer
-from lora_align.train.stepper import padded
+from lora_align.train.stepper import with_padding
 
 TIMES = 3  # a step is taken, and the quickest counts
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepTiming:
     """A part of a step, forwards and backwards."""
 
     seconds: float
@@ -29,7 +29,7 @@ class Measured:
     taken: float  # bytes, at their highest
 
 
-def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
+def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     """Load the base and take a part of a step of its stage, on this device."""
     model = base.load()
     if stage.settings.gradient_checkpointing:
@@ -38,7 +38,7 @@ def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
     policy = get_peft_model(model, lora_trainer.fresh_adapter(stage.lora, base)).train()
     objective, where, dtype = stage.objective(model), bases.device(), compute_dtype(base.recipe)
     if stage.settings.compile:
-        objective = padded(objective)
+        objective = with_padding(objective)
 
     def step() -> None:
         policy.zero_grad()
@@ -47,17 +47,17 @@ def measured(base: Base, stage: Stage, rows: Sequence[Any]) -> Measured:
         part.loss.backward()
         float(part.loss.detach())  # waits until it is there
 
-    with compiled(policy, wanted=stage.settings.compile):
+    with compiled_layers(policy, wanted=stage.settings.compile):
         first = _seconds(step)  # what is made once and kept is not the step's
         policy.zero_grad()
         taken = highest(step)
         seconds = min(_seconds(step) for _ in range(TIMES))
-    return Measured(seconds, first - seconds, taken)
+    return StepTiming(seconds, first - seconds, taken)
 
 
-def drawn(base: Base, drawing: Drawing) -> float:
+def time_sampling(base: Base, drawing: SamplingWork) -> float:
     """Answers a second: of some that the base draws on this device, as if it were the policy."""
-    sampler, answers = Embedded(base.load(), base), 0
+    sampler, answers = LocalSampler(base.load(), base), 0
     began = time.perf_counter()
     for batch in sampler.draw(drawing.asked, drawing.each, drawing.sampling):
         answers += len(batch)

@@ -25,7 +25,7 @@ class Blend:
     found: Mapping[str, Vector]
     weights: Mapping[str, float]
     contains_start: bool = False
-    policy: "Policy | None" = None
+    policy: "ConditionedPolicy | None" = None
 
     def doubts(self) -> list[str]:
         """Why it may not do what its names say."""
@@ -34,32 +34,32 @@ class Blend:
 
 def newest_policy(runs_dir: Path, option: str, screen: Screen) -> Run:
     """The last one that `rsf` has published and that can be asked for a direction, as some option needs."""
-    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf" and not steered(run)]
+    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf" and not takes_scores(run)]
     if not made:
         command = runs.command("rsf", runs_dir)
         raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `{command}` trains one")
     return made[-1]
 
 
-def steered(run: Run) -> bool:
+def takes_scores(run: Run) -> bool:
     """Whether a policy of `rsf` is asked for scores, as SteerLM's are, in place of a direction."""
     return bool(run.manifest.method["steer"])
 
 
 @dataclass(frozen=True)
-class Policy:
+class ConditionedPolicy:
     """A policy that can be asked for a direction, and what it is asked for."""
 
     run: Run
     want: Want
 
     @classmethod
-    def newest(cls, runs_dir: Path, asked: str, screen: Screen) -> "Policy":
+    def newest(cls, runs_dir: Path, asked: str, screen: Screen) -> "ConditionedPolicy":
         """The last one `rsf` has published, asked for `helpfulness=0.8,verbosity=-0.6`."""
         return cls.of(newest_policy(runs_dir, "--want", screen), asked, screen)
 
     @classmethod
-    def of(cls, run: Run, asked: str, screen: Screen) -> "Policy":
+    def of(cls, run: Run, asked: str, screen: Screen) -> "ConditionedPolicy":
         """Say what becomes of the weights, and whether the policy has ever been asked for the like."""
         want = Want.parse(asked, run.manifest.method["objectives"])
         screen.note(f"{run.path} asked for {want} (brought to length 1)")
@@ -90,7 +90,7 @@ def choose(
     With a want, the newest conditioned policy, and the vectors beside it.
     """
     if want is not None:
-        policy = Policy.newest(runs_dir, want, screen)
+        policy = ConditionedPolicy.newest(runs_dir, want, screen)
         name = policy.named(runs_dir)
         found = {name: vectors.at(policy.run.path, name)}
         found |= {name: vectors.find(name, runs_dir, recipe.preferences) for name in weights or ()}

@@ -14,7 +14,7 @@ from lora_align.data.rows import Prompt
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.logprobs import TOKENS, Answered, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.policy import judge_runs
@@ -28,7 +28,7 @@ TOGETHER = 16  # answers a reward model reads at once
 
 
 @dataclass(frozen=True)
-class Said:
+class JudgedAnswer:
     """An answer to a prompt, as text and as token ids."""
 
     prompt: Prompt
@@ -46,7 +46,7 @@ class Judge:
     objectives: Sequence[str]
     updates: Mapping[str, LoraDelta]
     identity: str
-    says: Callable[[PreTrainedModel, Mixer, Sequence[Said]], list[Scores]]
+    says: Callable[[PreTrainedModel, Mixer, Sequence[JudgedAnswer]], list[Scores]]
 
 
 def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
@@ -67,9 +67,9 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
     _check(run, base)
     heads, derived, update = Heads.load(run.path), run.manifest.method["objectives"], f"judge {name}"
     objectives = [*heads.names, *derived]
-    room = Room(TOGETHER)
+    room = MemoryBudget(TOGETHER)
 
-    def says(model: PreTrainedModel, mixer: Mixer, said: Sequence[Said]) -> list[Scores]:
+    def says(model: PreTrainedModel, mixer: Mixer, said: Sequence[JudgedAnswer]) -> list[Scores]:
         mixer.set({update: 1.0})
         points = RewardModel(base, model, heads.to(model.device), derived).score([one.ids for one in said], room)
         return [dict(zip(objectives, row, strict=True)) for row in points.tolist()]
@@ -90,9 +90,9 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     if start is not None:
         updates[below] = peft_format.load(start.path, whole=True)
     beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
-    room = Room(TOKENS)
+    room = MemoryBudget(TOKENS)
 
-    def says(model: PreTrainedModel, mixer: Mixer, said: Sequence[Said]) -> list[Scores]:
+    def says(model: PreTrainedModel, mixer: Mixer, said: Sequence[JudgedAnswer]) -> list[Scores]:
         rows = [(prompt, [answer]) for prompt, answer in (one.ids for one in said)]
         likes = []
         for side in Direction:
@@ -103,11 +103,11 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     return Judge([preference], updates, " ".join(map(_identity, sides.values())), says)
 
 
-def read(base: Base, prompt: Prompt, text: str) -> Said | None:
+def tokenise_answer(base: Base, prompt: Prompt, text: str) -> JudgedAnswer | None:
     """An answer as a judge reads it, cut where the context ends; None where the prompt fills it."""
     ids = base.chat.prompt_ids(prompt)
     room = base.max_length - len(ids)
-    return Said(prompt, text, (ids, base.chat.answer_ids(prompt, text)[:room])) if room > 0 else None
+    return JudgedAnswer(prompt, text, (ids, base.chat.answer_ids(prompt, text)[:room])) if room > 0 else None
 
 
 def _check(run: Run, base: Base) -> None:

@@ -14,7 +14,7 @@ FOLDER = "reach"  # of the runs folder
 FAR = 2.0  # a weight that no vector was trained near
 
 
-def beyond(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: Path) -> list[str]:
+def warnings_beyond_reach(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: Path) -> list[str]:
     """Name weights that lie farther out than `reach` found safe; of vectors it has not measured, those beyond FAR."""
     measured = _measured(runs_dir)
     made_of = {name: found[name].lineage() for name, weight in weights.items() if weight and name in found}

@@ -13,10 +13,10 @@ from lora_align.data.rows import Prompt, prompt_key, under_system
 from lora_align.data.shards import KEY, Shards
 from lora_align.model.base import Base
 from lora_align.model.decoding import Sampling
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
-from lora_align.model.sampler import Drawn, Embedded, Sampler
+from lora_align.model.sampler import LocalSampler, SampledText, Sampler
 from lora_align.rankers import SCORE
 from lora_align.rsf.selection import Candidate
 from lora_align.runs import Run
@@ -42,7 +42,7 @@ class Request:
         return f"{prompt_key(self.prompt)} {self.number}"
 
 
-class Panel:
+class SamplerAndJudge:
     """One loaded base that answers as a policy and judges as the reward model, each with its adapter."""
 
     def __init__(self, base: Base, reward: Run, start: Run | None = None, policy: Run | None = None) -> None:
@@ -55,13 +55,13 @@ class Panel:
         )
         heads = Heads.load(reward.path).to(model.device)
         self.judge = RewardModel(base, model, heads, reward.manifest.method["objectives"])
-        self.base, self.embedded, self.room = base, Embedded(model, base), Room(JUDGED_AT_ONCE)
+        self.base, self.embedded, self.room = base, LocalSampler(model, base), MemoryBudget(JUDGED_AT_ONCE)
 
     def fits(self, prompt: Prompt) -> bool:
         """As a sampler."""
         return self.embedded.fits(prompt)
 
-    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[Drawn]]:
+    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
         """As a sampler; not while it judges."""
         self.mixer.set({"start": 1.0, "policy": 1.0})
         yield from self.embedded.draw(prompts, n, sampling)
@@ -77,12 +77,12 @@ class Panel:
         return self.judge.score(rows, self.room, report)[[places[row] for row in said]]
 
 
-def collect(
+def collect_candidates(
     requests: Sequence[Request],
     n: int,
     sampling: Sampling,
     sampler: Sampler,
-    panel: Panel,
+    panel: SamplerAndJudge,
     store: Shards,
     screen: Screen,
     label: str,
@@ -117,7 +117,7 @@ def candidates_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Candidate
     return {key: [candidate for _, candidate in sorted(rows, key=lambda row: row[0])] for key, rows in found.items()}
 
 
-def _judged(batch: Sequence[Request], found: Sequence[Drawn], panel: Panel) -> list[dict[str, Any]]:
+def _judged(batch: Sequence[Request], found: Sequence[SampledText], panel: SamplerAndJudge) -> list[dict[str, Any]]:
     """Rows of answers with their scores. The judge sees the prompt as it is, without what was asked for."""
     scores = panel.score([(batch[answer.prompt].prompt, answer.text) for answer in found]).tolist()
     rows = []

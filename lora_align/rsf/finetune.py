@@ -18,24 +18,26 @@ from lora_align.policy import start as start_policy
 from lora_align.rankers import Direction
 from lora_align.recipe import Dpo, Rsf, Training
 from lora_align.rsf import sampling_requests
-from lora_align.rsf.inputs import Plan
+from lora_align.rsf.inputs import RsfInputs
 from lora_align.rsf.selection import Choice
 from lora_align.train import checkpoints, dpo, sft
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.reference_cache import References
-from lora_align.train.token_rows import Material, Row
+from lora_align.train.reference_cache import ReferenceCache
+from lora_align.train.token_rows import Row, TokenRows
 
-Learned = list[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to learn from
+Examples = list[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to learn from
 
 
-def replayed(settings: Rsf, half: Sequence[Rated], beside: int, t: int) -> Learned:
+def replayed(settings: Rsf, half: Sequence[Rated], beside: int, t: int) -> Examples:
     """Answers as they came, under no direction, so that they make up the recipe's share of the whole."""
     count = min(len(half), round(beside * settings.replay / (1 - settings.replay)))
     picked = random.Random(f"{settings.seed} replay {t}").sample(half, count)
     return [(row.prompt, Conversation((*row.prompt, Message("assistant", row.answer)))) for row in picked]
 
 
-def supervised(plan: Plan, learned: Learned, label: str, staging: Path, screen: Screen) -> dict[str, Any]:
+def finetune_supervised(
+    plan: RsfInputs, learned: Examples, label: str, staging: Path, screen: Screen
+) -> dict[str, Any]:
     """Supervised, on the answers (or on all the text)."""
     settings = plan.settings
     counts: Counter[str] = Counter()
@@ -45,11 +47,13 @@ def supervised(plan: Plan, learned: Learned, label: str, staging: Path, screen: 
     material = _split([prompt for prompt, _ in learned], rows, settings.held_out, label)
     model = start_policy.load(plan.base, plan.start)
     unfinished = _begun(plan, material, label, screen)
-    facts = sft.train(model, plan.base, plan.lora, settings, material, label, staging, unfinished, screen)
+    facts = sft.train_adapter(model, plan.base, plan.lora, settings, material, label, staging, unfinished, screen)
     return _with_counts(facts, counts)
 
 
-def preferred(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, screen: Screen) -> dict[str, Any]:
+def finetune_dpo(
+    plan: RsfInputs, choices: Sequence[Choice], label: str, staging: Path, screen: Screen
+) -> dict[str, Any]:
     """By DPO, the best answer over the worst, both behind what was asked."""
     settings = plan.settings
     counts: Counter[str] = Counter()
@@ -62,23 +66,23 @@ def preferred(plan: Plan, choices: Sequence[Choice], label: str, staging: Path, 
     model = start_policy.load(plan.base, plan.start)
     shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
     recipe = replace(plan.recipe, lora=plan.lora, dpo=Dpo(**shared, beta=settings.beta))
-    references = References.of(plan.base, start_policy.identity(plan.start))
+    references = ReferenceCache.of(plan.base, start_policy.identity(plan.start))
     tokens = 2 * settings.tokens_per_batch
     material = dpo.referenced(material, references, model, tokens, f"{label} reference", screen)
     unfinished = _begun(plan, material, label, screen)
-    facts, _ = dpo.train(model, plan.base, recipe, material, Direction.pos, label, staging, unfinished, screen)
+    facts, _ = dpo.train_adapter(model, plan.base, recipe, material, Direction.pos, label, staging, unfinished, screen)
     return _with_counts(facts, counts)
 
 
-def _begun(plan: Plan, material: Material[Row], label: str, screen: Screen) -> Unfinished:
+def _begun(plan: RsfInputs, material: TokenRows[Row], label: str, screen: Screen) -> Unfinished:
     """A series always goes on: that of which things it is made was checked before."""
     rows = json.dumps([asdict(row) for row in material.train])
     data = hashlib.sha256(rows.encode()).hexdigest()
-    who = checkpoints.who("rsf", plan.recipe, plan.base, start_policy.identity(plan.start), data)
+    who = checkpoints.run_identity("rsf", plan.recipe, plan.base, start_policy.identity(plan.start), data)
     return Unfinished.of(plan.folder / label, who, resume=True, force=plan.force, screen=screen)
 
 
-def _split(prompts: Sequence[Prompt], rows: Sequence[Row | None], held_out: float, label: str) -> Material[Row]:
+def _split(prompts: Sequence[Prompt], rows: Sequence[Row | None], held_out: float, label: str) -> TokenRows[Row]:
     sides: tuple[list[Row], list[Row]] = ([], [])
     for prompt, row in zip(prompts, rows, strict=True):
         if row is not None:
@@ -87,7 +91,7 @@ def _split(prompts: Sequence[Prompt], rows: Sequence[Row | None], held_out: floa
         raise RunFailedError(
             f"{label}: nothing to learn from (held out: {count(len(sides[1]), 'row')}): more prompts, please"
         )
-    return Material(*sides, facts={})
+    return TokenRows(*sides, facts={})
 
 
 def _with_counts(facts: dict[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ STEERLM = "steerlm"  # the paper's θ₀; t1, t2 and so on follow
 
 
 @dataclass(frozen=True)
-class Plan:
+class RsfInputs:
     """What every policy of a series has in common."""
 
     recipe: Recipe
@@ -33,7 +33,7 @@ class Plan:
     base: Base
     start: Run | None
     reward: Run
-    answers: "Answers"
+    answers: "RatedHalves"
     folder: Path
     force: bool
     server: Endpoint | None
@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Answers:
+class RatedHalves:
     """What a series is made from: in two halves that share no prompt, what was dropped by reason, which columns were
     not read, and its name."""
 
@@ -104,7 +104,7 @@ def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
     return run
 
 
-def answers_of(settings: Rsf, base: Base) -> Answers:
+def answers_of(settings: Rsf, base: Base) -> RatedHalves:
     """In two halves, as a prompt's text decides."""
     digest = hashlib.sha256()
     halves: tuple[list[Rated], list[Rated]] = ([], [])
@@ -129,4 +129,4 @@ def answers_of(settings: Rsf, base: Base) -> Answers:
     if not all(halves):
         counted = f"{len(prompts)}; dropped: {dict(dropped)}"
         raise UserError(f"{sources.name(settings)}: too few prompts for two halves ({counted})")
-    return Answers(halves, dict(dropped), unread, digest.hexdigest())
+    return RatedHalves(halves, dict(dropped), unread, digest.hexdigest())

@@ -33,19 +33,19 @@ from lora_align.policy import start as start_policy
 from lora_align.rankers import SCORE
 from lora_align.recipe import Recipe
 from lora_align.rsf import finetune, inputs, sampling_requests
-from lora_align.rsf.candidates import Panel, Request, candidates_of, collect
-from lora_align.rsf.finetune import Learned
-from lora_align.rsf.inputs import STEERLM, Plan
+from lora_align.rsf.candidates import Request, SamplerAndJudge, candidates_of, collect_candidates
+from lora_align.rsf.finetune import Examples
+from lora_align.rsf.inputs import STEERLM, RsfInputs
 from lora_align.rsf.selection import choose, fell, glimpse, spread
 from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
-from lora_align.train.token_rows import unread
+from lora_align.train.token_rows import unread_warnings
 
 NAME = "policy"
 SAMPLES, SCORES = "samples.parquet", "scores.json"
 
 
-def run(
+def train_rsf(
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
@@ -71,7 +71,7 @@ def run(
     start = start_policy.adapter(recipe, runs_dir)
     reward = inputs.reward_run(recipe.rsf, base, runs_dir)
     answers = inputs.answers_of(recipe.rsf, base)
-    for warning in unread(answers.unread):
+    for warning in unread_warnings(answers.unread):
         screen.warn(f"rsf: {warning}")
     done: dict[str, Run] = {}
     for label in labels if not force else ():
@@ -82,18 +82,18 @@ def run(
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # one that cannot load adapters is refused before anything is trained
         server.load_adapter(reward.path, reward.path.name, recipe)
-    plan = Plan(recipe, recipe.rsf, base, start, reward, answers, folder, force, server)
+    plan = RsfInputs(recipe, recipe.rsf, base, start, reward, answers, folder, force, server)
     for label in labels:
         if label in done:
             screen.note(f"{folder / label} was made before")
         elif label == STEERLM:
-            done[label] = _steerlm(plan, screen)
+            done[label] = _train_steerlm(plan, screen)
         else:
-            done[label] = _iteration(plan, int(label[1:]), done, screen)
+            done[label] = _train_iteration(plan, int(label[1:]), done, screen)
     return [done[label] for label in labels]
 
 
-def told(made: Sequence[Run], runs_dir: Path) -> str:
+def summary(made: Sequence[Run], runs_dir: Path) -> str:
     """A table of the iterations: what the answers drawn for each were worth, and those kept of them."""
     newest = made[-1]
     found = {run.path.name: run.manifest.metrics["collected"] for run in made if "collected" in run.manifest.metrics}
@@ -119,7 +119,7 @@ def _example(run: Run) -> str:
 # --- the policies ---
 
 
-def _steerlm(plan: Plan, screen: Screen) -> Run:
+def _train_steerlm(plan: RsfInputs, screen: Screen) -> Run:
     """Learns answers of the second half, each under a system message that asks for its own scores."""
     settings, target = plan.settings, plan.folder / STEERLM
     with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
@@ -128,11 +128,11 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
         sound = [i for i, score in enumerate(scores) if all(map(math.isfinite, score.values()))]
         rows, scores = [rows[i] for i in sound], [scores[i] for i in sound]
         targets = [{name: score[name] for name in settings.directions} for score in scores]
-        learned: Learned = []
+        learned: Examples = []
         for row, target_scores in zip(rows, targets, strict=True):
             asked = under_system(want.scores_asked(target_scores, settings.steer), row.prompt)
             learned.append((row.prompt, Conversation((*asked, Message("assistant", row.answer)))))
-        facts = finetune.supervised(plan, learned, STEERLM, staging, screen)
+        facts = finetune.finetune_supervised(plan, learned, STEERLM, staging, screen)
         watched = [score[settings.watch] for score in scores if settings.watch in score]
         if len(watched) > 1:
             facts["metrics"]["watched"] = spread(watched)
@@ -142,7 +142,7 @@ def _steerlm(plan: Plan, screen: Screen) -> Run:
         return _published(staging, target, replace(about, **facts), screen)
 
 
-def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[str, float]]:
+def _scores(plan: RsfInputs, rows: Sequence[Rated], screen: Screen) -> list[Mapping[str, float]]:
     """What each answer is worth by objective: as `score` has written beside it, or as the judge says now."""
     known: list[Mapping[str, float]] = [
         {name.removeprefix(SCORE): value for name, value in row.ratings.items() if name.startswith(SCORE)}
@@ -152,7 +152,7 @@ def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[s
     if len(left) < len(rows):
         screen.note(f"{STEERLM}: {len(rows) - len(left):,} of {count(len(rows), 'answer')} with scores of their own")
     if left:
-        panel, mine = Panel(plan.base, plan.reward), left[processes.number() :: processes.count()]
+        panel, mine = SamplerAndJudge(plan.base, plan.reward), left[processes.number() :: processes.count()]
         with screen.progress(f"{STEERLM} scores", len(mine)) as progress:
             said = [(rows[i].prompt, rows[i].answer) for i in mine]
             points = panel.score(said, lambda count: progress.show(count, {})).tolist()
@@ -164,7 +164,7 @@ def _scores(plan: Plan, rows: Sequence[Rated], screen: Screen) -> list[Mapping[s
     return known
 
 
-def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> Run:
+def _train_iteration(plan: RsfInputs, t: int, done: Mapping[str, Run], screen: Screen) -> Run:
     """Draw answers of the policy before, judge them, choose, and learn anew from the start policy."""
     settings, label = plan.settings, f"t{t}"
     teacher = done[inputs.teacher_of(label)]
@@ -185,13 +185,13 @@ def _iteration(plan: Plan, t: int, done: Mapping[str, Run], screen: Screen) -> R
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
             candidates = candidates_of(store.rows())
             shards.write(list(store.rows()), staging / SAMPLES)
-        chosen = choose(sampling_requests.wishes(settings, requests, candidates, t), settings.watch)
+        chosen = choose(sampling_requests.wanted_pools(settings, requests, candidates, t), settings.watch)
         replayed = finetune.replayed(settings, half, len(chosen.choices), t) if settings.learn == "sft" else []
         if settings.learn == "dpo":
-            facts = finetune.preferred(plan, chosen.choices, label, staging, screen)
+            facts = finetune.finetune_dpo(plan, chosen.choices, label, staging, screen)
         else:
             learned = [sampling_requests.best(settings, choice) for choice in chosen.choices]
-            facts = finetune.supervised(plan, [*learned, *replayed], label, staging, screen)
+            facts = finetune.finetune_supervised(plan, [*learned, *replayed], label, staging, screen)
         facts["metrics"] |= {"collected": chosen.figures, "watched": chosen.figures.pop("watched", None)}
         about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
         published = _published(staging, target, replace(about, **facts), screen)
@@ -216,11 +216,11 @@ def _watch(made: Run, others: Mapping[str, Run], watched: str, screen: Screen) -
 def _published(staging: Path, target: Path, manifest: Manifest, screen: Screen) -> Run:
     run = runs.publish(staging, target, manifest)
     shutil.rmtree(checkpoints.beside(target), ignore_errors=True)
-    lora_trainer.warn_of(run, screen)
+    lora_trainer.warn_unconverged(run, screen)
     return run
 
 
-def _about(plan: Plan, data: Mapping[str, Any], steer: str, teacher: Run | None) -> Manifest:
+def _about(plan: RsfInputs, data: Mapping[str, Any], steer: str, teacher: Run | None) -> Manifest:
     settings = plan.settings
     return Manifest(
         stage="rsf",
@@ -248,27 +248,27 @@ def _about(plan: Plan, data: Mapping[str, Any], steer: str, teacher: Run | None)
 
 
 def _draw(
-    plan: Plan, teacher: Run, requests: Sequence[Request], t: int, store: shards.Shards, screen: Screen, label: str
+    plan: RsfInputs, teacher: Run, requests: Sequence[Request], t: int, store: shards.Shards, screen: Screen, label: str
 ) -> None:
     """With the policy before, here or on a server; the judge is always here."""
     settings = plan.settings
     n = sampling_requests.each(settings, t)
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed + t)
-    panel = Panel(plan.base, plan.reward, plan.start, None if plan.server else teacher)
+    panel = SamplerAndJudge(plan.base, plan.reward, plan.start, None if plan.server else teacher)
     sampler: Sampler = panel
     if plan.server:
         adapter = processes.by_first(lambda: _whole(plan, teacher, store.folder))
         sampler = plan.server.load_adapter(adapter, teacher.path.name, plan.recipe)
 
     def figures(batch: Sequence[Request], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        return glimpse(sampling_requests.wishes(settings, batch, candidates_of(rows), t))
+        return glimpse(sampling_requests.wanted_pools(settings, batch, candidates_of(rows), t))
 
-    collect(requests, n, sampling, sampler, panel, store, screen, label, figures)
+    collect_candidates(requests, n, sampling, sampler, panel, store, screen, label, figures)
     del panel, sampler
     gc.collect()  # the next thing loaded is the base again, to train
 
 
-def _whole(plan: Plan, policy: Run, folder: Path) -> Path:
+def _whole(plan: RsfInputs, policy: Run, folder: Path) -> Path:
     """The adapter a server needs: the policy's, and the start adapter's with it."""
     if plan.start is None:
         return policy.path

@@ -70,7 +70,7 @@ def for_directions(settings: Rsf, asked: Sequence[Prompt], t: int) -> list[Reque
     ]
 
 
-def wishes(
+def wanted_pools(
     settings: Rsf, requests: Sequence[Request], candidates: Mapping[str, Sequence[Candidate]], t: int
 ) -> list[tuple[Prompt, Want, Sequence[Candidate]]]:
     """Each prompt with a direction drawn for it and the answers to choose from: those asked for that direction.

@@ -167,7 +167,7 @@ def beside(target: Path) -> Path:
     return target.parent / f".{target.name}.unfinished"
 
 
-def who(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:
+def run_identity(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:
     """What has to be the same for work to go on; `data` is what names the rows."""
     settings = recipe.as_dict()
     return {

@@ -20,7 +20,7 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base, inside
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import TokenPair
 from lora_align.policy import start as start_policy
 from lora_align.rankers import Direction
@@ -29,10 +29,10 @@ from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
 from lora_align.train import token_rows as materials
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.reference_cache import References
-from lora_align.train.row_files import View, joined
-from lora_align.train.stepper import Part, Stepping
-from lora_align.train.token_rows import Material
+from lora_align.train.reference_cache import ReferenceCache
+from lora_align.train.row_files import LazyRows, concat
+from lora_align.train.stepper import Part, StepTrainer
+from lora_align.train.token_rows import TokenRows
 
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
 HUGE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
@@ -40,12 +40,12 @@ WORSE = -1.0  # mean margin below which a loss is about twice that of no trainin
 LAST = 10  # steps whose mean margin says where a run ended
 
 
-class SteppingDPOTrainer(Stepping[TokenPair], DPOTrainer):
+class SteppingDPOTrainer(StepTrainer[TokenPair], DPOTrainer):
     """TRL's trainer, with steps made here."""
 
 
 @dataclass(frozen=True)
-class Preferring:
+class DpoLoss:
     """−log σ(margin) over pairs: the margin is β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)].
 
     `smoothing` is the chance that a label is the wrong way round.
@@ -81,7 +81,7 @@ class Preferring:
         return self.chat.opening(row.chosen)
 
 
-def run(
+def train_dpo(
     recipe: Recipe,
     preferences: Sequence[str],
     directions: Sequence[Direction],
@@ -108,14 +108,14 @@ def run(
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
     prepared = {preference: prepare(recipe, preference, base, screen) for preference in preferences}
-    references = References.of(base, start_policy.identity(start))
-    room = Room(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)
+    references = ReferenceCache.of(base, start_policy.identity(start))
+    room = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)
     begun: dict[Path, Unfinished] = {}
     for preference in preferences:
         for direction in directions:
             target = _target(runs_dir, name or preference, direction)
             data = prepared[preference].facts["fingerprint"]
-            who = checkpoints.who("dpo", recipe, base, start_policy.identity(start), data)
+            who = checkpoints.run_identity("dpo", recipe, base, start_policy.identity(start), data)
             begun[target] = Unfinished.of(
                 target, {**who, "direction": direction.value}, resume=resume, force=force, screen=screen
             )
@@ -131,7 +131,7 @@ def run(
             seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
             data=material.facts,
         )
-        ready: Material[TokenPair] | None = None
+        ready: TokenRows[TokenPair] | None = None
         for direction in directions:
             called = name or preference
             target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
@@ -143,16 +143,18 @@ def run(
                 if ready is None:
                     tokens = 2 * recipe.dpo.tokens_per_batch  # nothing is kept for a gradient
                     ready = referenced(material, references, model, tokens, f"{called} reference", screen)
-                facts, model = train(model, base, recipe, ready, direction, label, staging, begun[target], screen, room)
+                facts, model = train_adapter(
+                    model, base, recipe, ready, direction, label, staging, begun[target], screen, room
+                )
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
                 begun[target].clear()
-            lora_trainer.warn_of(published[-1], screen)
+            lora_trainer.warn_unconverged(published[-1], screen)
             if "note" in (held_out := published[-1].manifest.metrics["held_out"]):
                 screen.warn(f"{target}: {held_out['note']}")
     return published
 
 
-def told(run: Run) -> str:
+def summary(run: Run) -> str:
     """A run in one line."""
     held_out = run.manifest.metrics["held_out"]
     if not held_out["pairs"]:
@@ -167,58 +169,58 @@ def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
     return runs_dir / "dpo" / name / direction.value
 
 
-def prepare(recipe: Recipe, preference: str, base: Base, screen: Screen) -> Material[TokenPair]:
+def prepare(recipe: Recipe, preference: str, base: Base, screen: Screen) -> TokenRows[TokenPair]:
     """Read, rank, split and tokenise; whatever is dropped or cut is counted."""
     settings = recipe.dpo
     found = [
-        materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
+        materials.read_token_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
         for axis in recipe.parts(preference)
     ]
-    material = materials.together(found)
-    materials.told(preference, material.facts, screen)
+    material = materials.interleave(found)
+    materials.report_dropped(preference, material.facts, screen)
     return material
 
 
 def referenced(
-    material: Material[TokenPair],
-    references: References,
+    material: TokenRows[TokenPair],
+    references: ReferenceCache,
     model: PreTrainedModel,
     tokens: int,
     label: str,
     screen: Screen,
-) -> Material[TokenPair]:
+) -> TokenRows[TokenPair]:
     """With the start policy's log-probabilities: computed once, for both directions and for later runs."""
-    rows = joined([material.train, material.held_out[: lora_trainer.EVALUATE_AT_MOST]])
-    shared = View(len(rows), lambda i: rows[i].shared())
+    rows = concat([material.train, material.held_out[: lora_trainer.EVALUATE_AT_MOST]])
+    shared = LazyRows(len(rows), lambda i: rows[i].shared())
     found = references.logprobs(model, shared, tokens, label, screen)
 
     def with_reference(i: int) -> TokenPair:
         chosen, rejected = found[i]
         return replace(rows[i], reference=(chosen, rejected))
 
-    known = View(len(rows), with_reference)
+    known = LazyRows(len(rows), with_reference)
     return replace(material, train=known[: len(material.train)], held_out=known[len(material.train) :])
 
 
-def train(
+def train_adapter(
     model: PreTrainedModel,
     base: Base,
     recipe: Recipe,
-    material: Material[TokenPair],
+    material: TokenRows[TokenPair],
     direction: Direction,
     label: str,
     folder: Path,
     unfinished: Unfinished,
     screen: Screen,
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """Train one adapter into a folder, in as much room as one before it found; the manifest's fields about it, and the
     model as it came."""
     with lora_trainer.accepted_by_libraries():
         trainer = SteppingDPOTrainer(
-            objective=Preferring(Reader.of(model), base.chat, recipe.dpo.beta, recipe.dpo.label_smoothing),
-            rows=View(len(material.train), lambda i: material.train[i].facing(direction)),
-            room=room or Room(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG),
+            objective=DpoLoss(Reader.of(model), base.chat, recipe.dpo.beta, recipe.dpo.label_smoothing),
+            rows=LazyRows(len(material.train), lambda i: material.train[i].facing(direction)),
+            room=room or MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),
             model=model,
@@ -258,7 +260,7 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
     if not rows:
         return {"pairs": 0}
     policy.eval()
-    trained = answer_logprobs(inside(policy), [row.shared() for row in rows], Room(tokens)).view(-1, 2)
+    trained = answer_logprobs(inside(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
     rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
     margins = rewards[:, 0] - rewards[:, 1]
     found = {"pairs": len(rows), "margin": float(margins.mean())}

@@ -27,12 +27,12 @@ from lora_align.console import Progress, Screen, count
 from lora_align.data.pairs import ENOUGH
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
-from lora_align.model.compiled_layers import compiled
+from lora_align.model.compiled_layers import compiled_layers
 from lora_align.model.nf4 import dense_weight
 from lora_align.recipe import Dpo, Lora, Training, optimizers
 from lora_align.runs import Run
 from lora_align.train.checkpoints import KEPT
-from lora_align.train.stepper import METRICS, Stepping, padded, trainable
+from lora_align.train.stepper import METRICS, StepTrainer, trainable, with_padding
 
 STATE_BYTES = 12  # a trained value, and the two moments that Adam keeps of it
 # in short, as a line of progress has to fit 80 columns
@@ -97,7 +97,7 @@ def too_few_steps(rows: int, settings: Training) -> str:
     )
 
 
-def warn_of(run: Run, screen: Screen) -> None:
+def warn_unconverged(run: Run, screen: Screen) -> None:
     """Say why a run may have learned nothing, or something else than it was to."""
     for reason in run.manifest.unconverged:
         screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")
@@ -171,10 +171,10 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
     return math.sqrt(delta), math.sqrt(delta / weights)
 
 
-class Watch(TrainerCallback):
+class StepRecorder(TrainerCallback):
     """Records every step and shows some of it."""
 
-    def __init__(self, progress: Progress, records: Path, stop: "Stop", save_seconds: float) -> None:
+    def __init__(self, progress: Progress, records: Path, stop: "StopSignal", save_seconds: float) -> None:
         self.progress, self.records, self.stop, self.save_seconds = progress, records, stop, save_seconds
         self.started = self.saved = time.monotonic()
         self.stopped = 0  # by which signal
@@ -213,13 +213,13 @@ class Watch(TrainerCallback):
         self.progress.show(state.global_step, {**shown, "tok/s": f"{rate:,.0f}"})
 
 
-class Stop:
+class StopSignal:
     """The first SIGINT or SIGTERM is noted, so that a step can be finished; the second does what it always does."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen, self.signal = screen, 0
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignal":
         self.before = {number: signal.signal(number, self._noted) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -233,11 +233,11 @@ class Stop:
         self.__exit__()
 
 
-def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -> Watch:
+def fit(trainer: StepTrainer[Any], settings: Training, screen: Screen, what: str) -> StepRecorder:
     """Train, from the newest checkpoint on if there is one; progress on the screen, and a record in the folder."""
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     if settings.compile:
-        trainer.objective = padded(trainer.objective)
+        trainer.objective = with_padding(trainer.objective)
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     begun = trainer.unfinished.begin(screen)
     needed = (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters
@@ -250,15 +250,15 @@ def fit(trainer: Stepping[Any], settings: Training, screen: Screen, what: str) -
     steps = math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
     if few := too_few_steps(trainer.rows_each_epoch, settings):
         screen.warn(f"{what}: {few}")
-    with screen.progress(what, steps, done) as progress, Stop(screen) as stop:
-        watch = Watch(progress, trainer.records, stop, 60 * settings.save_minutes)
+    with screen.progress(what, steps, done) as progress, StopSignal(screen) as stop:
+        watch = StepRecorder(progress, trainer.records, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(trainer.unfinished.events)
         try:
-            with compiled(trainer.model, wanted=settings.compile):
+            with compiled_layers(trainer.model, wanted=settings.compile):
                 if begun and done >= steps:
                     trainer.take(begun)
                 else:

@@ -25,8 +25,8 @@ from lora_align.console import Screen, count
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.fsdp import in_step
 from lora_align.model.logprobs import Shared, answer_logprobs
-from lora_align.model.memory_budget import Room
-from lora_align.train.row_files import View
+from lora_align.model.memory_budget import MemoryBudget
+from lora_align.train.row_files import LazyRows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,13 +38,13 @@ Numbers = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class References:
+class ReferenceCache:
     """The log-probabilities that one start policy has given so far."""
 
     folder: Path
 
     @classmethod
-    def of(cls, base: Base, start: str) -> "References":
+    def of(cls, base: Base, start: str) -> "ReferenceCache":
         """Of a base as it is computed with, and the start adapter over it; the tokens say everything else."""
         who = {
             "fingerprint": base.fingerprint,
@@ -64,7 +64,7 @@ class References:
         tokens: int,
         label: str,
         screen: Screen,
-    ) -> View[tuple[float, ...]]:
+    ) -> LazyRows[tuple[float, ...]]:
         """Of every answer of every row. What is not known is computed with the model, and kept."""
         asked = _Asked.of(rows)
         known = self._read(asked, screen)
@@ -79,12 +79,12 @@ class References:
         mine = longest_first[processes.number() :: processes.count()]
         with in_step(model):
             if len(mine):
-                self._compute(model, rows, asked, known, mine, Room(tokens), label, screen)
+                self._compute(model, rows, asked, known, mine, MemoryBudget(tokens), label, screen)
         own = asked.answers(mine)
         for at, found in processes.gathered((own, known[own])):
             known[at] = found
         known = known[asked.first]
-        return View(len(rows), lambda i: tuple(known[asked.starts[i] : asked.starts[i + 1]].tolist()))
+        return LazyRows(len(rows), lambda i: tuple(known[asked.starts[i] : asked.starts[i + 1]].tolist()))
 
     def _compute(
         self,
@@ -93,7 +93,7 @@ class References:
         asked: "_Asked",
         known: Numbers,
         which: Numbers,
-        room: Room,
+        room: MemoryBudget,
         label: str,
         screen: Screen,
     ) -> None:

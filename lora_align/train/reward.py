@@ -15,9 +15,9 @@ from lora_align.errors import UserError
 from lora_align.metrics import plots
 from lora_align.model import base as bases
 from lora_align.model.base import Base, inside
-from lora_align.model.fsdp import is_divided
+from lora_align.model.fsdp import is_sharded
 from lora_align.model.logprobs import Reader
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.tokenise import TokenPair, TokenRated
 from lora_align.recipe import Recipe, Reward
@@ -25,9 +25,9 @@ from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer, reward_loss
 from lora_align.train import token_rows as materials
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.reward_loss import Example, Judging
-from lora_align.train.row_files import View, joined
-from lora_align.train.stepper import Stepping
+from lora_align.train.reward_loss import Example, RewardLoss
+from lora_align.train.row_files import LazyRows, concat
+from lora_align.train.stepper import StepTrainer
 
 NAME = "reward"
 UNRATED = (50.0, 25.0)  # mean and deviation, in points, of a head that learns from pairs alone
@@ -44,7 +44,7 @@ class Material:
     facts: dict[str, Any]
 
 
-def run(
+def train_reward_model(
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
@@ -67,7 +67,7 @@ def run(
     runs.check_base(runs_dir, base.identity)
     material = prepare(recipe, recipe.reward, base, screen)
     data = {source: of["fingerprint"] for source, of in material.facts.items()}
-    who = checkpoints.who("reward", recipe, base, "", data)
+    who = checkpoints.run_identity("reward", recipe, base, "", data)
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
     if resume and (made := unfinished.made(target, screen)):
         return made
@@ -80,14 +80,14 @@ def run(
         method={"objectives": recipe.reward.objectives},
     )
     with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
-        facts = train(base, recipe, recipe.reward, material, staging, unfinished, screen)
+        facts = train_heads(base, recipe, recipe.reward, material, staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
         unfinished.clear()
-    lora_trainer.warn_of(published, screen)
+    lora_trainer.warn_unconverged(published, screen)
     return published
 
 
-def told(run: Run) -> str:
+def summary(run: Run) -> str:
     """A run in a few lines: what each head is worth on prompts it never saw."""
     heads = run.manifest.metrics["held_out"]["heads"]
     parts = [f"{name} {_worth(figures)}" for name, figures in heads.items()]
@@ -124,17 +124,19 @@ def prepare(recipe: Recipe, settings: Reward, base: Base, screen: Screen) -> Mat
     facts: dict[str, Any] = {}
     rated = []
     for name, table in settings.ratings.items():
-        answers = materials.of_ratings(table, base, settings.held_out, settings.limit, settings.max_length, screen)
+        answers = materials.read_token_ratings(
+            table, base, settings.held_out, settings.limit, settings.max_length, screen
+        )
         facts[f"ratings {name}"] = answers.facts
         rated.append((answers.train, answers.held_out))
     compared = {}
     for head, preference in settings.pairs.items():
         axis = recipe.preference(preference)
-        pairs = materials.of_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
+        pairs = materials.read_token_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
         facts[f"pairs {head}"] = pairs.facts
         compared[head] = pairs.train, pairs.held_out
     for source, found in facts.items():
-        materials.told(source, found, screen)
+        materials.report_dropped(source, found, screen)
     heads = _heads(settings, (row for train, _ in rated for row in train))
     sides = [
         [
@@ -143,24 +145,24 @@ def prepare(recipe: Recipe, settings: Reward, base: Base, screen: Screen) -> Mat
         ]
         for side in (0, 1)
     ]
-    return Material(heads, joined(sides[0]), joined(sides[1]), facts)
+    return Material(heads, concat(sides[0]), concat(sides[1]), facts)
 
 
-def _rated(rows: Sequence[TokenRated], heads: Sequence[str]) -> View[Example]:
+def _rated(rows: Sequence[TokenRated], heads: Sequence[str]) -> LazyRows[Example]:
     def example(at: int) -> Example:
         row = rows[at]
         return Example(((row.prompt, row.answer),), tuple(row.ratings.get(name, math.nan) for name in heads))
 
-    return View(len(rows), example)
+    return LazyRows(len(rows), example)
 
 
-def _compared(rows: Sequence[TokenPair], heads: int, head: int) -> View[Example]:
+def _compared(rows: Sequence[TokenPair], heads: int, head: int) -> LazyRows[Example]:
     def example(at: int) -> Example:
         row = rows[at]
         both = ((row.prompt, row.chosen), (row.prompt, row.rejected))
         return Example(both, (math.nan,) * heads, head)
 
-    return View(len(rows), example)
+    return LazyRows(len(rows), example)
 
 
 def _heads(settings: Reward, rated: Iterable[TokenRated]) -> dict[str, tuple[float, float]]:
@@ -187,11 +189,11 @@ def _heads(settings: Reward, rated: Iterable[TokenRated]) -> dict[str, tuple[flo
 # --- training ---
 
 
-class SteppingTrainer(Stepping[Example], Trainer):
+class SteppingTrainer(StepTrainer[Example], Trainer):
     """transformers' trainer, with steps made here."""
 
 
-def train(
+def train_heads(
     base: Base,
     recipe: Recipe,
     settings: Reward,
@@ -215,9 +217,9 @@ def train(
         if settings.gradient_checkpointing:
             policy.enable_input_require_grads()
         trainer = SteppingTrainer(
-            objective=Judging(reader, policy.heads, settings.lm_weight, base.chat),
+            objective=RewardLoss(reader, policy.heads, settings.lm_weight, base.chat),
             rows=material.train,
-            room=Room(settings.tokens_per_batch, lora_trainer.TOO_LONG),
+            room=MemoryBudget(settings.tokens_per_batch, lora_trainer.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{NAME}: {text}"),
             model=policy,
@@ -228,8 +230,8 @@ def train(
     policy.heads.save(folder)
     judge = RewardModel(base, inside(policy).eval(), policy.heads, settings.objectives)
     known = max(1, settings.tokens_per_batch // settings.max_length)  # a divided base cannot find out how many fit
-    at_once = known if is_divided(judge.model) else MEASURED_AT_ONCE
-    report = reward_loss.measure(judge, reward_loss.measured(material.held_out), Room(at_once))
+    at_once = known if is_sharded(judge.model) else MEASURED_AT_ONCE
+    report = reward_loss.measure_heads(judge, reward_loss.sample_held_out(material.held_out), MemoryBudget(at_once))
     lora_trainer.draw_curve(watch.history, NAME, folder / "curve.png")
     if material.held_out:
         plots.reward_report(folder / "held_out.png", report)

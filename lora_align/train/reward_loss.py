@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from lora_align.metrics import rank
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Answered, Reader
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.train.stepper import Part
 
@@ -50,7 +50,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Judging:
+class RewardLoss:
     """Squared error on ratings, Bradley–Terry on pairs, and a language model's loss on the answers beside them.
 
     The mean over ratings of (z − (points − mean)/deviation)² and over pairs of −log σ(z_chosen − z_rejected).
@@ -114,12 +114,12 @@ def _ends(row: Example) -> list[int]:
     return list(itertools.accumulate(map(len, _shared(row))))[1:]
 
 
-def measured(held_out: Sequence[Example]) -> Sequence[Example]:
+def sample_held_out(held_out: Sequence[Example]) -> Sequence[Example]:
     """As many as are measured, of every source as large a share."""
     return random.Random(0).sample(held_out, min(len(held_out), MEASURE_AT_MOST))
 
 
-def measure(model: RewardModel, examples: Sequence[Example], room: Room) -> dict[str, Any]:
+def measure_heads(model: RewardModel, examples: Sequence[Example], room: MemoryBudget) -> dict[str, Any]:
     """On held-out prompts: order, error and calibration of each head; what it goes along with, other heads included."""
     names = model.heads.names
     if not examples:

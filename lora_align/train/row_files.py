@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Out = TypeVar("Out", covariant=True)
 
 
-class View(Sequence[Out]):
+class LazyRows(Sequence[Out]):
     """Rows that are made when they are asked for."""
 
     def __init__(self, count: int, make: Callable[[int], Out]) -> None:
@@ -30,13 +30,13 @@ class View(Sequence[Out]):
     @overload
     def __getitem__(self, at: int) -> Out: ...
     @overload
-    def __getitem__(self, at: slice) -> "View[Out]": ...
-    def __getitem__(self, at: int | slice) -> "Out | View[Out]":
+    def __getitem__(self, at: slice) -> "LazyRows[Out]": ...
+    def __getitem__(self, at: int | slice) -> "Out | LazyRows[Out]":
         picked = range(self.length)[at]  # raises IndexError, by which iteration ends
-        return self.make(picked) if isinstance(picked, int) else View(len(picked), lambda i: self.make(picked[i]))
+        return self.make(picked) if isinstance(picked, int) else LazyRows(len(picked), lambda i: self.make(picked[i]))
 
 
-def joined(parts: Sequence[Sequence[Out]]) -> View[Out]:
+def concat(parts: Sequence[Sequence[Out]]) -> LazyRows[Out]:
     """Rows of one after those of another."""
     ends = list(accumulate(map(len, parts)))
 
@@ -44,10 +44,10 @@ def joined(parts: Sequence[Sequence[Out]]) -> View[Out]:
         part = bisect.bisect_right(ends, at)
         return parts[part][at - ends[part] + len(parts[part])]
 
-    return View(ends[-1] if ends else 0, made)
+    return LazyRows(ends[-1] if ends else 0, made)
 
 
-class Side:
+class RowWriter:
     """A file that rows are appended to; the digest is of what was read, before it was cut."""
 
     def __init__(self, file: Path, shape: type[Any]) -> None:
@@ -59,7 +59,7 @@ class Side:
         self.stream = pyarrow.OSFile(str(file), "wb")
         self.writer = pyarrow.ipc.new_file(self.stream, self.schema)
 
-    def __enter__(self) -> "Side":
+    def __enter__(self) -> "RowWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +91,7 @@ def _schema(shape: type[Any]) -> "pyarrow.Schema":
     return pyarrow.schema(of[shape])
 
 
-def rows(file: Path, shape: type[Any]) -> View[Any]:
+def rows(file: Path, shape: type[Any]) -> LazyRows[Any]:
     """As they were, each made when it is asked for."""
     import pyarrow
 
@@ -107,4 +107,4 @@ def rows(file: Path, shape: type[Any]) -> View[Any]:
             }
         )
 
-    return joined([View(len(batch), partial(made, batch)) for batch in batches])
+    return concat([LazyRows(len(batch), partial(made, batch)) for batch in batches])

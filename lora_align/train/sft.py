@@ -17,7 +17,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base, inside
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import IGNORED, TokenText
 from lora_align.policy import start as start_policy
 from lora_align.recipe import Lora, Recipe, Rsf, Sft
@@ -25,14 +25,14 @@ from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
 from lora_align.train import token_rows as materials
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.row_files import View
-from lora_align.train.stepper import Part, Stepping
-from lora_align.train.token_rows import Material
+from lora_align.train.row_files import LazyRows
+from lora_align.train.stepper import Part, StepTrainer
+from lora_align.train.token_rows import TokenRows
 
 RISEN = 1.0  # nats a token by which a held-out loss rises when training has gone astray
 
 
-def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
+def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
     """Train and publish the adapter every preference then starts from."""
     if recipe.sft is None:
         raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
@@ -43,9 +43,9 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
         runs.refuse_existing(target, force, "--runs DIR keeps both")
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
-    material = materials.of_conversations(recipe.sft, base, screen)
-    materials.told("sft", material.facts, screen)
-    who = checkpoints.who("sft", recipe, base, "", material.facts["fingerprint"])
+    material = materials.read_token_texts(recipe.sft, base, screen)
+    materials.report_dropped("sft", material.facts, screen)
+    who = checkpoints.run_identity("sft", recipe, base, "", material.facts["fingerprint"])
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
     if resume and (made := unfinished.made(target, screen)):
         return made
@@ -59,14 +59,14 @@ def run(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, 
     )
     with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
         lora = recipe.sft.lora or recipe.lora
-        facts = train(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
+        facts = train_adapter(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
         unfinished.clear()
-    lora_trainer.warn_of(published, screen)
+    lora_trainer.warn_unconverged(published, screen)
     return published
 
 
-def told(run: Run) -> str:
+def summary(run: Run) -> str:
     """A run in one line."""
     held_out = run.manifest.metrics["held_out"]
     if not held_out["rows"]:
@@ -75,20 +75,20 @@ def told(run: Run) -> str:
     return f"{run.path}  held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f} ({rows})"
 
 
-def packed(rows: Sequence[TokenText], settings: Sft | Rsf, base: Base) -> View[Sequence[TokenText]]:
+def packed(rows: Sequence[TokenText], settings: Sft | Rsf, base: Base) -> LazyRows[Sequence[TokenText]]:
     """What a step's rows are: texts side by side where the recipe packs them, else each by itself."""
     packs = [[i] for i in range(len(rows))]
     if settings.packing:
         packs = tokenise.pack([len(row.ids) for row in rows], min(settings.max_length, base.max_length))
-    return View(len(packs), lambda pack: [rows[i] for i in packs[pack]])
+    return LazyRows(len(packs), lambda pack: [rows[i] for i in packs[pack]])
 
 
-def train(
+def train_adapter(
     model: PreTrainedModel,
     base: Base,
     lora: Lora,
     settings: Sft | Rsf,
-    material: Material[TokenText],
+    material: TokenRows[TokenText],
     label: str,
     folder: Path,
     unfinished: Unfinished,
@@ -97,9 +97,9 @@ def train(
     """Train an adapter on a start policy into a folder; the manifest's fields about it."""
     with lora_trainer.accepted_by_libraries():
         trainer = SteppingSFTTrainer(
-            objective=Saying(Reader.of(model), base.chat),
+            objective=SftLoss(Reader.of(model), base.chat),
             rows=packed(material.train, settings, base),
-            room=Room(settings.tokens_per_batch, lora_trainer.TOO_LONG),
+            room=MemoryBudget(settings.tokens_per_batch, lora_trainer.TOO_LONG),
             unfinished=unfinished,
             tell=lambda text: screen.note(f"{label}: {text}"),
             model=model,
@@ -121,12 +121,12 @@ def train(
     return {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(learned)}
 
 
-class SteppingSFTTrainer(Stepping[Sequence[TokenText]], SFTTrainer):
+class SteppingSFTTrainer(StepTrainer[Sequence[TokenText]], SFTTrainer):
     """TRL's trainer, with steps made here."""
 
 
 @dataclass(frozen=True)
-class Saying:
+class SftLoss:
     """−log π of every token that is to be learned, the mean over a step's; a row is a pack of one or more texts."""
 
     reader: Reader
@@ -162,9 +162,9 @@ def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> 
     if not count:
         return {"rows": 0}
     policy.eval()
-    after = -float(answer_logprobs(inside(policy), learned, Room(tokens)).sum()) / count
+    after = -float(answer_logprobs(inside(policy), learned, MemoryBudget(tokens)).sum()) / count
     with policy.disable_adapter():
-        before = -float(answer_logprobs(inside(policy), learned, Room(tokens)).sum()) / count
+        before = -float(answer_logprobs(inside(policy), learned, MemoryBudget(tokens)).sum()) / count
     return {"rows": len(rows), "loss_before": before, "loss": after}
 
 

@@ -30,9 +30,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from lora_align import processes
 from lora_align.errors import RunFailedError
 from lora_align.model.base import inside
-from lora_align.model.fsdp import in_step, is_divided
+from lora_align.model.fsdp import in_step, is_sharded
 from lora_align.model.logprobs import Reader, parts
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.train.checkpoints import PREFIX, Unfinished
 
 Row = TypeVar("Row")
@@ -52,7 +52,7 @@ class Part:
     figures: Figures
 
 
-class Objective(Protocol[RowIn]):
+class Loss(Protocol[RowIn]):
     """What is learned from rows."""
 
     @property
@@ -72,18 +72,18 @@ class Objective(Protocol[RowIn]):
         """How a row begins, for a person to find it by."""
 
 
-class Stepping(Trainer, Generic[Row]):
+class StepTrainer(Trainer, Generic[Row]):
     """Put before a trainer's class: its loop, optimiser and records, and steps made here."""
 
     model: PeftModel
-    objective: Objective[Row]
+    objective: Loss[Row]
 
     def __init__(
         self,
         *,
-        objective: Objective[Row],
+        objective: Loss[Row],
         rows: Sequence[Row],
-        room: Room,
+        room: MemoryBudget,
         unfinished: Unfinished,
         tell: Callable[[str], None],
         **settings: Any,
@@ -131,7 +131,7 @@ class Stepping(Trainer, Generic[Row]):
         rows: Sequence[Row] = inputs["rows"]
         lengths = [self.objective.length(row) for row in rows]
         model.train()
-        mine, weights = [rows[i] for i in share(lengths)], self.objective.weights(rows)
+        mine, weights = [rows[i] for i in rows_of_process(lengths)], self.objective.weights(rows)
         summed = processes.together(lambda: self._computed(model, mine, weights))
         self._reduce_gradients(model, rows, weights)
         self.tokens_seen += sum(lengths)
@@ -196,7 +196,7 @@ class Stepping(Trainer, Generic[Row]):
     def _spoiling(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
         """Those whose own loss or gradient is not finite; all of them, where none is by itself, or where the base is
         divided and the others do not go through it again."""
-        if is_divided(inside(self.model)):
+        if is_sharded(inside(self.model)):
             return rows
         found = []
         for row in rows:
@@ -262,12 +262,12 @@ class Stepping(Trainer, Generic[Row]):
         super().log(logs, *args, **settings)
 
 
-def padded(objective: Objective[Row]) -> Objective[Row]:
+def with_padding(objective: Loss[Row]) -> Loss[Row]:
     """Return the same objective, its rows padded."""
     return replace(objective, reader=objective.reader.padded())  # type: ignore[type-var]
 
 
-def share(lengths: Sequence[int]) -> Sequence[int]:
+def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
     """Which of a step's rows are this process's: each gets long ones and short ones."""
     if processes.count() == 1:
         return range(len(lengths))

@@ -32,7 +32,7 @@ from lora_align.model.chat_format import ChatFormat
 from lora_align.model.tokenise import CUT, TokenPair, TokenRated, TokenText
 from lora_align.recipe import Preference, Ratings, Sft
 from lora_align.train import row_files
-from lora_align.train.row_files import Side, View, joined
+from lora_align.train.row_files import LazyRows, RowWriter, concat
 
 AT_ONCE = 256  # rows that are tokenised together
 UNUSED_DAYS = 30  # after which kept rows are deleted
@@ -44,7 +44,7 @@ Raw = TypeVar("Raw", Pair, Rated, Conversation)
 
 
 @dataclass(frozen=True)
-class Material(Generic[Row]):
+class TokenRows(Generic[Row]):
     """Rows to train on, rows held out by their prompt, and what a manifest says of them."""
 
     train: Sequence[Row]
@@ -61,36 +61,36 @@ class Tokenising(Protocol[Raw, Row]):  # type: ignore[misc]
         """None for rows of which nothing is left."""
 
 
-def of_pairs(
+def read_token_pairs(
     axis: Preference, base: Base, held_out: float, limit: int | None, max_length: int, screen: Screen
-) -> Material[TokenPair]:
+) -> TokenRows[TokenPair]:
     """A preference's pairs."""
     about = {**asdict(axis), "held_out": held_out, "limit": limit}
     read = partial(pairs.read_pairs, axis, held_out, limit)
-    return _Keeping(TokenPair, axis, about, base, max_length, screen).kept(read, tokenise.pairs)
+    return _CachedRows(TokenPair, axis, about, base, max_length, screen).kept(read, tokenise.pairs)
 
 
-def of_ratings(
+def read_token_ratings(
     table: Ratings, base: Base, held_out: float, limit: int | None, max_length: int, screen: Screen
-) -> Material[TokenRated]:
+) -> TokenRows[TokenRated]:
     """Answers that were rated."""
     about = {**asdict(table), "held_out": held_out, "limit": limit}
     read = partial(ratings.read_ratings, table, held_out, limit)
-    return _Keeping(TokenRated, table, about, base, max_length, screen).kept(read, tokenise.rated)
+    return _CachedRows(TokenRated, table, about, base, max_length, screen).kept(read, tokenise.rated)
 
 
-def of_conversations(table: Sft, base: Base, screen: Screen) -> Material[TokenText]:
+def read_token_texts(table: Sft, base: Base, screen: Screen) -> TokenRows[TokenText]:
     """Conversations to learn the assistant's part of, or all."""
     names = ("data", "split", "revision", "subset", "columns", "skip_bad", "held_out", "limit", "answers_only")
     about = {name: getattr(table, name) for name in names}
     texts = partial(tokenise.texts, answers_only=table.answers_only)
-    keeping = _Keeping(TokenText, table, about, base, table.max_length, screen)
+    keeping = _CachedRows(TokenText, table, about, base, table.max_length, screen)
     return keeping.kept(partial(pairs.read_conversations, table), texts)
 
 
-def told(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
+def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
     """Say what of a source is not learned from, if anything."""
-    for warning in unread(facts["unread"]):
+    for warning in unread_warnings(facts["unread"]):
         screen.warn(f"{what}: {warning}")
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
     lost += [f"answers cut: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
@@ -99,7 +99,7 @@ def told(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
         screen.note(f"{what}: {rows}; {'; '.join(lost)}")
 
 
-def unread(columns: Mapping[str, int]) -> list[str]:
+def unread_warnings(columns: Mapping[str, int]) -> list[str]:
     """A sentence for each known column that was not read."""
     return [
         f"column {name!r} is not read, though it holds something in {count:,} rows: is it part of what is asked? "
@@ -120,7 +120,7 @@ def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], m
     return UserError(f"{sources.name(source)}: no rows left ({why})")
 
 
-def together(parts: Sequence[Material[Row]]) -> Material[Row]:
+def interleave(parts: Sequence[TokenRows[Row]]) -> TokenRows[Row]:
     """Several as one, each spread evenly over the whole; `fingerprint` names all of them."""
     if len(parts) == 1:
         return parts[0]
@@ -132,17 +132,17 @@ def together(parts: Sequence[Material[Row]]) -> Material[Row]:
         **{name: dict(sum((Counter(fact[name]) for fact in facts), Counter[str]())) for name in ("dropped", "unread")},
         "max_length": facts[0]["max_length"],
     }
-    return Material(_spread([part.train for part in parts]), _spread([part.held_out for part in parts]), said)
+    return TokenRows(_spread([part.train for part in parts]), _spread([part.held_out for part in parts]), said)
 
 
-def _spread(parts: Sequence[Sequence[Row]]) -> View[Row]:
-    rows = joined(parts)
+def _spread(parts: Sequence[Sequence[Row]]) -> LazyRows[Row]:
+    rows = concat(parts)
     order = numpy.concatenate([numpy.arange(len(part)) / max(len(part), 1) for part in parts]).argsort(kind="stable")
-    return View(len(rows), lambda i: rows[int(order[i])])
+    return LazyRows(len(rows), lambda i: rows[int(order[i])])
 
 
 @dataclass(frozen=True)
-class _Keeping(Generic[Row]):
+class _CachedRows(Generic[Row]):
     """One source's rows, and everything that decides what they become."""
 
     shape: type[Row]
@@ -156,15 +156,15 @@ class _Keeping(Generic[Row]):
     def max_length(self) -> int:
         return min(self.longest, self.base.max_length)
 
-    def kept(self, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]) -> Material[Row]:
+    def kept(self, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]) -> TokenRows[Row]:
         """From disk, where they are kept from here on at the latest."""
         folder = runs.cache_folder() / "tokens" / self._key()
         facts = processes.first_here(lambda: self._made(folder, rows, tokenising))
         parts = [folder / str(number) for number in range(facts["parts"])]
         train, held_out = (
-            joined([row_files.rows(part / f"{side}.arrow", self.shape) for part in parts]) for side in SIDES
+            concat([row_files.rows(part / f"{side}.arrow", self.shape) for part in parts]) for side in SIDES
         )
-        return Material(train, held_out, facts["rows"])
+        return TokenRows(train, held_out, facts["rows"])
 
     def _made(
         self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]
@@ -244,7 +244,7 @@ class _Keeping(Generic[Row]):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         dropped: Counter[str] = Counter()
-        sides = [row_files.Side(folder / f"{side}.arrow", self.shape) for side in SIDES]
+        sides = [row_files.RowWriter(folder / f"{side}.arrow", self.shape) for side in SIDES]
         with sides[0], sides[1]:
             chunks = iter(lambda: list(islice(found, AT_ONCE)), [])
             for done, some in enumerate(chain([first], islice(chunks, PART // AT_ONCE - 1)), 1):
@@ -266,7 +266,7 @@ class _Part:
     files: Mapping[str, str]
 
     @classmethod
-    def written(cls, folder: Path, sides: Sequence[Side], dropped: Mapping[str, int]) -> "_Part":
+    def written(cls, folder: Path, sides: Sequence[RowWriter], dropped: Mapping[str, int]) -> "_Part":
         """Whole from here on."""
         train, held_out = sides
         digest = hashlib.sha256(train.digest.digest() + held_out.digest.digest()).hexdigest()

@@ -76,7 +76,9 @@ def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, f
     """Seconds and memory of one merge."""
     before, began = peak(), time.perf_counter()
     plan = merge_options.How.said(*how)
-    merge.run(weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out")
+    merge.merge_adapters(
+        weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out"
+    )
     return {"seconds": time.perf_counter() - began, "MB": peak() - before}
 
 

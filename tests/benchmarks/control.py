@@ -57,7 +57,7 @@ class Bench:
         target = self.work / folder
         missing = [side for side in Direction if not runs.is_run(target / "dpo" / preference / side.value)]
         if missing:
-            dpo.run(project, [preference], missing, target, Screen(), resume=True)
+            dpo.train_dpo(project, [preference], missing, target, Screen(), resume=True)
 
     def vectors(self, kind: str, name: str) -> list[LoraDelta]:
         """One preference's vector from each data seed."""

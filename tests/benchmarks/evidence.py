@@ -38,7 +38,7 @@ from lora_align.console import Screen
 from lora_align.data import forms, sources
 from lora_align.demo import measurement, oracle, oracle_judge, world
 from lora_align.demo.oracle import AXES
-from lora_align.evaluate.measure import known
+from lora_align.evaluate.measure import facts_known
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer
 from lora_align.policy import vectors
@@ -73,7 +73,7 @@ def adapters(work: Path, folder: str, preference: str, project: Recipe, sides: S
     """A preference's adapters, unless they are there."""
     missing = [side for side in sides if not runs.is_run(work / folder / "dpo" / preference / side.value)]
     if missing:
-        dpo.run(project, [preference], missing, work / folder, Screen(quiet=True), resume=True)
+        dpo.train_dpo(project, [preference], missing, work / folder, Screen(quiet=True), resume=True)
 
 
 def trainings(work: Path) -> Iterator[Job]:
@@ -102,7 +102,9 @@ def rewarded(work: Path, seed: int, noise: float) -> dict[str, float]:
     heads = [f"reward.pairs={{{', '.join(f'{name}={json.dumps(name)}' for name in PAIR)}}}", "reward.ratings={}"]
     project = world_of(seed, *heads, "reward.limit=1200", noise=noise)
     folder = work / f"rloo{noise}-{seed}"
-    seconds = {"reward": reward.run(project, folder, Screen(quiet=True), force=True).manifest.metrics["seconds"]}
+    seconds = {
+        "reward": reward.train_reward_model(project, folder, Screen(quiet=True), force=True).manifest.metrics["seconds"]
+    }
     safe, risky = (world.prompts(seed, risky=is_risky) for is_risky in (False, True))
     count = rloo.STEPS * rloo.PROMPTS // 2
     prompts = [next(some).text for some in itertools.chain(*zip([safe] * count, [risky] * count, strict=True))]
@@ -141,7 +143,9 @@ class Examiner:
     def known(self, update: LoraDelta) -> list[float]:
         """Of every fact, whether it is found likelier of its subject than three that are true of others alone."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
-        found = known(self.model, self.base, [forms.fact(row, where) for where, row in sources.good_rows("demo:facts")])
+        found = facts_known(
+            self.model, self.base, [forms.fact(row, where) for where, row in sources.good_rows("demo:facts")]
+        )
         mixer.remove()
         return [float(bool(one)) for one in found]
 

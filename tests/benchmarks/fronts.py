@@ -36,7 +36,7 @@ from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
 from lora_align.rankers import Direction
 from lora_align.rsf import loop
-from lora_align.rsf.candidates import Panel
+from lora_align.rsf.candidates import SamplerAndJudge
 from lora_align.runs import Run
 from lora_align.train import dpo, reward
 from lora_align.want import Want
@@ -122,9 +122,9 @@ def targets(steerlm: Run) -> list[dict[str, float]]:
 def miniature(bench: Bench, seed: int) -> dict[str, float]:
     """The second road from nothing: seconds for the reward model, and for the bootstrap and four iterations."""
     project, folder, began = bench.project(seed), bench.runs(seed), time.perf_counter()
-    reward.run(project, folder, Screen(), force=True)
+    reward.train_reward_model(project, folder, Screen(), force=True)
     judged = time.perf_counter()
-    loop.run(project, folder, Screen(), force=True)
+    loop.train_rsf(project, folder, Screen(), force=True)
     return {"reward": judged - began, "rsf": time.perf_counter() - judged}
 
 
@@ -133,7 +133,7 @@ def steerlm(bench: Bench, seed: int) -> Run:
     longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=1"]  # what comes after it is as short as can be
     folder = bench.runs(seed) / "rsf" / "rival"
     if not runs.is_run(folder / loop.STEERLM):
-        loop.run(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
+        loop.train_rsf(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
     return runs.read(folder / loop.STEERLM)
 
 
@@ -143,13 +143,13 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
     for name in ("helpful", "brief"):
         missing = [side for side in Direction if not runs.is_run(folder / "dpo" / name / side.value)]
         if missing:
-            dpo.run(project, [name], missing, folder, Screen(), resume=True)
+            dpo.train_dpo(project, [name], missing, folder, Screen(), resume=True)
     found = [runs.read(folder / "dpo" / "helpful" / "pos")]
     for number, wanted in enumerate(directions(project)):
         name = f"direction{number}"
         if not runs.is_run(folder / "mix" / name):
             weights = {"helpful": wanted.weights["helpfulness"], "brief": -wanted.weights["verbosity"]}
-            merge.run(weights, project, folder, Screen(quiet=True), name=name)
+            merge.merge_adapters(weights, project, folder, Screen(quiet=True), name=name)
         found.append(runs.read(folder / "mix" / name))
     return found
 
@@ -161,7 +161,7 @@ def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str])
     """What a policy answers under each system message, graded: the oracle's 0 to 1, the reward model's 0 to 100."""
     project = bench.project(seed)
     base = bases.find(project.base)
-    panel = Panel(base, runs.read(bench.runs(seed) / "reward" / reward.NAME), None, policy)
+    panel = SamplerAndJudge(base, runs.read(bench.runs(seed) / "reward" / reward.NAME), None, policy)
     asked = [prompt for prompt in measurement.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
     graded = [graded_answers(panel, asked, system, seed) for system in systems]
     del panel
@@ -169,7 +169,9 @@ def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str])
     return graded
 
 
-def graded_answers(panel: Panel, asked: Sequence[oracle.Prompt], system: str, seed: int) -> list[list[list[float]]]:
+def graded_answers(
+    panel: SamplerAndJudge, asked: Sequence[oracle.Prompt], system: str, seed: int
+) -> list[list[list[float]]]:
     """[prompts, samples, FIELDS] for one system message."""
     prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in asked]
     sampling = Sampling(1.0, 1.0, measurement.LONGEST, seed)
@@ -188,7 +190,7 @@ def graded_answers(panel: Panel, asked: Sequence[oracle.Prompt], system: str, se
 def heads(bench: Bench, seed: int) -> dict[str, float]:
     """Each head's Spearman with the oracle on the base's fresh answers: helpful on safe prompts, harmless on risky."""
     base = bases.find(bench.project(seed).base)
-    panel = Panel(base, runs.read(bench.runs(seed) / "reward" / reward.NAME))
+    panel = SamplerAndJudge(base, runs.read(bench.runs(seed) / "reward" / reward.NAME))
     asked = measurement.questions(seed, PROMPTS, part=bench.part)
     texts = measurement.answers(panel.judge.model, base, asked, SAMPLES, seed)
     said = [(prompt, text) for prompt, some in zip(asked, texts, strict=True) for text in some]

@@ -170,17 +170,17 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     from lora_align.rankers import Direction
     from lora_align.train import dpo
     from lora_align.train.checkpoints import Unfinished
-    from lora_align.train.reference_cache import References
-    from lora_align.train.token_rows import Material
+    from lora_align.train.reference_cache import ReferenceCache
+    from lora_align.train.token_rows import TokenRows
 
     project = project_of(work, "dpo", length, settings)
     screen, base = Screen(quiet=True), bases.find(project.base)
     model = base.load()
-    material = Material(pairs(length, model.config.vocab_size), [], {})
+    material = TokenRows(pairs(length, model.config.vocab_size), [], {})
     folder = work / "dpo"
     shutil.rmtree(folder, ignore_errors=True)
     tokens = 2 * length * PAIRS
-    known = References(folder / "references")
+    known = ReferenceCache(folder / "references")
     with Meter() as reading:
         ready = dpo.referenced(material, known, model, 2 * project.dpo.tokens_per_batch, "references", screen)
     for _ in range(2):
@@ -189,7 +189,9 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
         staging.mkdir(parents=True)
         unfinished = Unfinished(folder / "unfinished", {}, anew=True)
         with Meter() as training:
-            facts, model = dpo.train(model, base, project, ready, Direction.pos, "pos", staging, unfinished, screen)
+            facts, model = dpo.train_adapter(
+                model, base, project, ready, Direction.pos, "pos", staging, unfinished, screen
+            )
     each = ANEW if project.dpo.gradient_checkpointing else LEARNING
     return {
         "references": reading.figures(tokens) | share(base, project, FORWARD, tokens, reading.seconds),
@@ -267,19 +269,21 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     from lora_align.model.tokenise import TokenText
     from lora_align.train import sft
     from lora_align.train.checkpoints import Unfinished
-    from lora_align.train.token_rows import Material
+    from lora_align.train.token_rows import TokenRows
 
     project = project_of(work, "sft", length, settings)
     base = bases.find(project.base)
     model = base.load()
     texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
-    material = Material([TokenText(ids, ids) for ids in texts], [], {})
+    material = TokenRows([TokenText(ids, ids) for ids in texts], [], {})
     folder = work / "sft"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     unfinished = Unfinished(folder / "unfinished", {})
     with Meter() as meter:
-        sft.train(model, base, project.lora, project.sft, material, "sft", folder, unfinished, Screen(quiet=True))
+        sft.train_adapter(
+            model, base, project.lora, project.sft, material, "sft", folder, unfinished, Screen(quiet=True)
+        )
     tokens, each = length * TEXTS, ANEW if project.sft.gradient_checkpointing else LEARNING
     return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)
 

@@ -21,13 +21,13 @@ def _pairs(model: Any, count: int, length: int) -> list[Any]:
     """Pairs of words drawn by lot, the longer sequence of each of that many tokens, with their true references: margins
     off by hundreds of nats would make gradients so small that processors take several times as long over them."""
     from lora_align.model.logprobs import answer_logprobs
-    from lora_align.model.memory_budget import Room
+    from lora_align.model.memory_budget import MemoryBudget
     from lora_align.model.tokenise import TokenPair
 
     lot, quarter = random.Random(count * length), length // 4
     words = [lot.choices(range(5, 1000), k=6 * quarter) for _ in range(count)]
     plain = [TokenPair(of[:quarter], of[quarter:length], of[length:]) for of in words]
-    references = answer_logprobs(model, [pair.shared() for pair in plain], Room(4096)).view(-1, 2).tolist()
+    references = answer_logprobs(model, [pair.shared() for pair in plain], MemoryBudget(4096)).view(-1, 2).tolist()
     return [replace(pair, reference=tuple(known)) for pair, known in zip(plain, references, strict=True)]
 
 
@@ -38,7 +38,7 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
     from lora_align.rankers import Direction
     from lora_align.train import dpo
     from lora_align.train.checkpoints import Unfinished
-    from lora_align.train.token_rows import Material
+    from lora_align.train.token_rows import TokenRows
 
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
     project = recipe_of("demo", work)
@@ -50,11 +50,11 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         model = base.load()
-        material = Material(_pairs(model, count, length), [], {})
+        material = TokenRows(_pairs(model, count, length), [], {})
         this = replace(project, dpo=replace(project.dpo, save_minutes=60.0))
         began = time.perf_counter()
         unfinished = Unfinished(folder / "unfinished", {})
-        dpo.train(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
+        dpo.train_adapter(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
         took = time.perf_counter() - began
         quickest[count, length] = min(took, quickest.get((count, length), took))
     found = [{"rows": count, "tokens": n, "seconds": round(took, 2)} for (count, n), took in quickest.items()]

@@ -17,7 +17,7 @@ from lora_align.adapters import peft_format
 from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model.logprobs import TOKENS, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.tokenise import TokenPair
 from lora_align.policy import start as start_policy
@@ -25,7 +25,7 @@ from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.train import dpo
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.reference_cache import References
+from lora_align.train.reference_cache import ReferenceCache
 
 OWN = 0.5  # the weight of the preference whose pairs it learns from; the other one has the rest
 
@@ -38,8 +38,8 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     base, screen = bases.find(project.base), Screen(quiet=True)
     start = start_policy.adapter(project, folder.parent)
     model = start_policy.load(base, start)
-    room = Room(project.dpo.tokens_per_batch)
-    references = References.of(base, start_policy.identity(start))
+    room = MemoryBudget(project.dpo.tokens_per_batch)
+    references = ReferenceCache.of(base, start_policy.identity(start))
     material = dpo.referenced(
         dpo.prepare(project, own, base, screen), references, model, 2 * room.size, "MODPO", screen
     )
@@ -50,14 +50,14 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     took = time.perf_counter() - began
     settings = replace(project, dpo=replace(project.dpo, beta=project.dpo.beta / OWN))
     unfinished = Unfinished.of(folder, {}, resume=False, force=True, screen=screen)
-    facts, _ = dpo.train(model, base, settings, moved, Direction.pos, "MODPO", folder, unfinished, screen, room)
+    facts, _ = dpo.train_adapter(model, base, settings, moved, Direction.pos, "MODPO", folder, unfinished, screen, room)
     unfinished.clear()
     return took + float(facts["metrics"]["seconds"])
 
 
 def _moved(model: PreTrainedModel, rows: Sequence[TokenPair]) -> list[TokenPair]:
     """With references between the start policy's and those of the model as it is now."""
-    found = answer_logprobs(model, [row.shared() for row in rows], Room(TOKENS)).view(-1, 2).tolist()
+    found = answer_logprobs(model, [row.shared() for row in rows], MemoryBudget(TOKENS)).view(-1, 2).tolist()
     moved = []
     for row, there in zip(rows, found, strict=True):
         chosen, rejected = (OWN * before + (1 - OWN) * now for before, now in zip(row.reference, there, strict=True))

@@ -58,8 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = Path(folder)
         for preference in WEIGHTS:
-            dpo.run(project, [preference], list(Direction), runs_dir, Screen(quiet=True))
-        made = merge.run(WEIGHTS, project, runs_dir, Screen(quiet=True))
+            dpo.train_dpo(project, [preference], list(Direction), runs_dir, Screen(quiet=True))
+        made = merge.merge_adapters(WEIGHTS, project, runs_dir, Screen(quiet=True))
         expected = dense(runs_dir)
         plain = stock()
         keep_plain(plain)

@@ -64,7 +64,7 @@ def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:
 
 def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair]) -> Callable[[], None]:
     """A step's gradients, as the trainer computes them."""
-    objective = dpo.Preferring(reader, base.chat, 0.1)
+    objective = dpo.DpoLoss(reader, base.chat, 0.1)
     lengths, weights = [objective.length(row) for row in rows], objective.weights(rows)
 
     def work() -> None:

@@ -59,7 +59,7 @@ def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
     from lora_align.plan import planner
     from lora_align.plan.device import device_of
     from lora_align.plan.stages import stage_of
-    from lora_align.plan.timing import measured
+    from lora_align.plan.timing import time_step
 
     few = ["dpo.limit=200", "reward.limit=200", 'sft.data="demo:conversations?rows=200"']
     overrides = [f'base.model="{base}"', *few, *settings]
@@ -67,7 +67,7 @@ def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
     found = bases.find(project.base)
     stage = stage_of(project, name, found, Screen(quiet=True))
     planned = planner.planned(project, found, stage, device_of(project))
-    taken = measured(found, stage, [stage.rows[i] for i in planned.part]).taken
+    taken = time_step(found, stage, [stage.rows[i] for i in planned.part]).taken
     said = planned.cost.activations + planned.cost.logits
     return {"planned": round(said / 1e6, 1), "taken": round(taken / 1e6, 1), "ratio": round(said / taken, 3)}
 
@@ -85,9 +85,9 @@ def times() -> dict[str, Any]:
 
     project, screen = recipe.load(recipe.builtin()["demo"], ["dpo.held_out=0"]), Screen(quiet=True)
     one = replace(project, preferences={"helpful": project.preferences["helpful"]})
-    said = planner.run(one, ["dpo"], screen, measure=True)["stages"][0]["seconds"]
+    said = planner.plan_stages(one, ["dpo"], screen, measure=True)["stages"][0]["seconds"]
     began = time.perf_counter()
-    dpo.run(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
+    dpo.train_dpo(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
     taken = time.perf_counter() - began
     return {"planned": said, "taken": round(taken, 1), "ratio": round(said / taken, 3)}
 
@@ -118,7 +118,7 @@ def evening(work: Path) -> dict[str, Any]:
         said = [f'base.model="{folder}"', f"dpo.gradient_checkpointing={checkpointing}"]
         project = recipe.load(recipe.builtin()["llama-3.1-8b"], said)
         one = {name: axis for name, axis in project.preferences.items() if name == "helpful"}
-        of = planner.run(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24)["stages"][0]
+        of = planner.plan_stages(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24)["stages"][0]
         found[f"checkpointing {checkpointing}"] = {name: of[name] for name in ("bytes", "total", "fits", "seconds")}
     return found
 

@@ -16,7 +16,7 @@ from lora_align import runs
 from lora_align.data.rows import Message
 from lora_align.demo.measurement import LONGEST
 from lora_align.model import base as bases
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.policy import start as start_policy
 from lora_align.recipe import Recipe
 from lora_align.train import lora_trainer, reward
@@ -33,7 +33,7 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
     start = start_policy.adapter(project, folder.parent)
     judged = reward.load(base, runs.read(judge))
     columns = [judged.objectives.index(name) for name in wanted]
-    room = Room(PROMPTS * ANSWERS)
+    room = MemoryBudget(PROMPTS * ANSWERS)
 
     def paid(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         asked = ([Message(said["role"], said["content"]) for said in prompt] for prompt in prompts)

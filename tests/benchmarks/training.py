@@ -90,7 +90,7 @@ def ours(world: str, work: Path) -> dict[str, Any]:
         began = time.perf_counter()
         this = replace(project, dpo=replace(project.dpo, seed=seed))
         of = "first" if name == "again" else name
-        made = dpo.run(this, [of], list(Direction), runs, Screen(quiet=True), name=name)
+        made = dpo.train_dpo(this, [of], list(Direction), runs, Screen(quiet=True), name=name)
         seconds.append(time.perf_counter() - began)
         pairs.append(made[0].manifest.data["rows"])
         for run in made if name != "again" else ():

@@ -45,7 +45,7 @@ def test_a_card_that_torch_does_not_see(
     drivers[where].write_text(VERSION)
     monkeypatch.setattr(doctor, "DRIVERS", drivers)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    found = {of.what: of for of in doctor.run(runs.DEFAULT)}["device"]
+    found = {of.what: of for of in doctor.check_machine(runs.DEFAULT)}["device"]
     assert found.state == "bad"
     assert says in found.found
     assert found.remedy.startswith(remedy)
@@ -58,7 +58,7 @@ def test_a_card_that_torch_does_not_see(
 def test_systems(system: str, release: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.platform, "system", lambda: system)
     monkeypatch.setattr(doctor.platform, "release", lambda: release)
-    told = {of.what: of for of in doctor.run(runs.DEFAULT)}["system"]
+    told = {of.what: of for of in doctor.check_machine(runs.DEFAULT)}["system"]
     assert told.state == state
     assert told.found.startswith(f"{found}, Python ")
     assert ("WSL" in told.remedy) == (state == "bad")
@@ -69,11 +69,11 @@ def test_what_is_wrong_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "requires", lambda name: needed)
     monkeypatch.setattr(doctor, "LIBRARIES", {"peft", "trl", "no-such-library", "torch"})
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1e18)
-    found = {of.what: of for of in doctor.run(runs.DEFAULT)}
+    found = {of.what: of for of in doctor.check_machine(runs.DEFAULT)}
     assert found["peft"].remedy == "it has to be >=99.0: pip install 'peft>=99.0'"
     assert found["trl"].state == "bad", "one that is too new is told, too"
     assert found["torch"].state == "good"
     assert found["no-such-library"].state == "bad"
     assert found["cache"].state == "warning"
     assert "an 8B base takes" in found["cache"].remedy
-    assert not doctor.facts(list(found.values()))["good"]
+    assert not doctor.as_json(list(found.values()))["good"]

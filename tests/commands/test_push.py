@@ -197,7 +197,7 @@ def test_a_report_is_no_adapter(tmp_path: Path) -> None:
     with runs.claim(target, quiet) as staging:
         runs.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
     with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
-        stage.run(target, "me/it", public=False, screen=quiet)
+        stage.push_run(target, "me/it", public=False, screen=quiet)
 
 
 def test_recipe_text_on_a_card_is_inert(tmp_path: Path) -> None:

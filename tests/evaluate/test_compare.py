@@ -21,12 +21,12 @@ from lora_align.data import forms, sources
 from lora_align.data.rows import Fact, Message, Pair, Prompt
 from lora_align.demo import data_source, oracle, oracle_judge
 from lora_align.evaluate.figures import wins
-from lora_align.evaluate.measure import Arena, Measured, known
-from lora_align.evaluate.test_set import exam_of
+from lora_align.evaluate.measure import Evaluator, Measured, facts_known
+from lora_align.evaluate.test_set import read_test_set
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.policy import contestants
-from lora_align.policy.contestants import START, Contestant
+from lora_align.policy.contestants import START, Policy
 from support import Cli, call, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
@@ -81,7 +81,7 @@ def test_margins_are_what_stock_peft_says_of_the_merged_mix(
     merged = cli("merge", "--weights", MIX, "--out", "merged")
     assert merged.code == 0, merged.err
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
-    pairs = exam_of(project, Screen(quiet=True)).pairs["helpful"]
+    pairs = read_test_set(project, Screen(quiet=True)).pairs["helpful"]
     base = bases.find(project.base)
     policy = PeftModel.from_pretrained(base.load(), tmp_path / "merged").eval()
 
@@ -101,7 +101,7 @@ def test_a_fact_is_known_where_stock_peft_finds_it_likeliest_a_token(evaluated: 
     project = recipe.load(recipe.builtin()["demo"], FEW)
     base = bases.find(project.base)
     policy = PeftModel.from_pretrained(base.load(), tmp_path / "runs" / "dpo" / "helpful" / "pos").eval()
-    facts = exam_of(project, Screen(quiet=True)).facts
+    facts = read_test_set(project, Screen(quiet=True)).facts
 
     def likely(prompt: Prompt, answer: str) -> float:
         return likes(policy, base, prompt, answer) / len(base.chat.answer_ids(prompt, answer))
@@ -120,7 +120,7 @@ def test_a_fact_that_is_put_the_wrong_way_round_is_not_known() -> None:
     turned = [{**row, "right": row["wrong"][0], "wrong": [row["right"]]} for row in rows]
     facts = [forms.fact(row, "") for row in rows + turned]
     long = Fact((Message("user", "moon " * base.max_length),), "Yes.", ("No.",))
-    found = known(base.load(), base, [*facts, long])
+    found = facts_known(base.load(), base, [*facts, long])
     assert sum(map(bool, found[:12])) > 9
     assert sum(map(bool, found[12:24])) < 3
     assert found[24] is None, "it does not fit"
@@ -230,7 +230,7 @@ def test_a_start_policy_that_is_not_the_base(trained: Path, tmp_path: Path) -> N
     assert base["margin helpful"]["value"] != 0
     assert mix["KL"]["value"] > 0
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
-    pairs = exam_of(project, Screen(quiet=True)).pairs["helpful"]
+    pairs = read_test_set(project, Screen(quiet=True)).pairs["helpful"]
     found = bases.find(project.base)
     policy = PeftModel.from_pretrained(found.load(), tmp_path / "runs" / "sft" / "start").eval()
 
@@ -301,15 +301,15 @@ def test_a_pair_that_does_not_fit_behind_what_is_asked_for_is_nobody_s(workspace
     project = recipe.load(recipe.builtin()["demo"], FEW)
     base = bases.find(project.base)
     runs_dir, quiet = workspace / "runs", Screen(quiet=True)
-    field = contestants.field_of(
-        contestants.named(["helpful=1"], project, runs_dir, quiet), project, base, runs_dir, quiet
+    field = contestants.policy_set(
+        contestants.find_policies(["helpful=1"], project, runs_dir, quiet), project, base, runs_dir, quiet
     )
-    exam = exam_of(project, Screen(quiet=True), ["helpful"])
+    exam = read_test_set(project, Screen(quiet=True), ["helpful"])
     first, *_, last = exam.pairs["helpful"]
     room = base.max_length - 40 - max(len(base.chat.prompt_ids(pair.prompt)) for pair in (first, last))
     long = replace(first, prompt=(Message("user", "rain " * room + first.prompt[0].content),))
-    arena = Arena(field, replace(exam, pairs={"helpful": [long, first, last]}), {})
-    asked = Contestant("asked", {START: 1.0, "helpful": 1.0}, "help " * 60)
+    arena = Evaluator(field, replace(exam, pairs={"helpful": [long, first, last]}), {})
+    asked = Policy("asked", {START: 1.0, "helpful": 1.0}, "help " * 60)
     found = arena._margins(asked)
     assert [row["pair"] for row in found] == [1, 2]
     now = arena.likes(asked)["helpful"][1:] - arena.start_likes["helpful"][1:]

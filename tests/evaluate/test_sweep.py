@@ -16,7 +16,7 @@ from lora_align.errors import UserError
 from lora_align.evaluate.goals import Score, score_of
 from lora_align.evaluate.measure import Measured
 from lora_align.evaluate.sweep import _written, grid, said
-from lora_align.evaluate.sweep_point import Point
+from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.rankers import Ranker
 from support import COMMAND, Cli
 
@@ -161,7 +161,7 @@ def test_a_sweep_that_was_stopped_goes_on(workspace: Path, cli: Cli) -> None:
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
     evil = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx"]
-    points = [Point(word, None, None, Measured(word, [], [], [], []), {}, {}) for word in [*evil, "start"]]
+    points = [SweepPoint(word, None, None, Measured(word, [], [], [], []), {}, {}) for word in [*evil, "start"]]
     _written({"=axis": [0.0, 1.0]}, evil, {}, points, tmp_path)
     with (tmp_path / "points.csv").open(newline="") as stream:
         header, *rows = csv.reader(stream)

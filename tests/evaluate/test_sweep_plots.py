@@ -9,7 +9,7 @@ import pytest
 from lora_align.evaluate import sweep_plots
 from lora_align.evaluate.goals import Score
 from lora_align.evaluate.measure import Measured
-from lora_align.evaluate.sweep_point import Point
+from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.metrics.intervals import Estimate
 from lora_align.want import Want
 
@@ -23,21 +23,23 @@ def estimate(value: float) -> Estimate:
     return Estimate(value, value - 1, value + 2, 10)
 
 
-def point(word: str, figures: Mapping[str, float], wins: Mapping[str, float] = {}, want: Want | None = None) -> Point:
+def point(
+    word: str, figures: Mapping[str, float], wins: Mapping[str, float] = {}, want: Want | None = None
+) -> SweepPoint:
     weights = dict(zip(SCORES, GRID[word], strict=True)) if word in GRID else None
     told = [{name: estimate(value) for name, value in of.items()} for of in (figures, wins)]
-    return Point(word, weights, want, Measured(word, [], [], [], []), *told)
+    return SweepPoint(word, weights, want, Measured(word, [], [], [], []), *told)
 
 
 @pytest.fixture
-def grid() -> list[Point]:
+def grid() -> list[SweepPoint]:
     return [
         point(word, {"reward: speech": SPEECH[word], "words": WORDS[word], "text loss": 1.5}, {"reward: speech": 0.7})
         for word in GRID
     ]
 
 
-def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[Point]) -> None:
+def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[SweepPoint]) -> None:
     picture = sweep_plots.front(SCORES, grid)
     assert picture
     (panel,) = picture.axes
@@ -49,8 +51,8 @@ def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[Poi
     assert sweep_plots.front({"brief": SCORES["brief"]}, grid) is None
 
 
-def test_names_lie_on_no_other_name(grid: list[Point]) -> None:
-    twin = Point("twin", None, None, grid[-1].measured, grid[-1].figures, {})
+def test_names_lie_on_no_other_name(grid: list[SweepPoint]) -> None:
+    twin = SweepPoint("twin", None, None, grid[-1].measured, grid[-1].figures, {})
     picture = sweep_plots.front(SCORES, [*grid, twin])
     assert picture
     shown = [name for name in picture.axes[0].texts if name.get_visible()]
@@ -59,7 +61,7 @@ def test_names_lie_on_no_other_name(grid: list[Point]) -> None:
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
-def test_a_curve_leaves_the_other_weights_at_0(grid: list[Point]) -> None:
+def test_a_curve_leaves_the_other_weights_at_0(grid: list[SweepPoint]) -> None:
     picture = sweep_plots.curves({"talkative": [0.0, 1.0], "brief": [0.0, 1.0]}, SCORES, grid)
     assert picture
     first, second = picture.axes
@@ -68,7 +70,7 @@ def test_a_curve_leaves_the_other_weights_at_0(grid: list[Point]) -> None:
     assert second.get_xlabel() == "weight of brief"
 
 
-def test_wins_stand_over_words_as_shares_of_the_start_policy_s(grid: list[Point]) -> None:
+def test_wins_stand_over_words_as_shares_of_the_start_policy_s(grid: list[SweepPoint]) -> None:
     picture = sweep_plots.lengths(SCORES, grid)
     assert picture
     (panel,) = picture.axes
@@ -77,7 +79,7 @@ def test_wins_stand_over_words_as_shares_of_the_start_policy_s(grid: list[Point]
     assert panel.get_ylabel() == "wins by reward: speech"
 
 
-def test_what_is_paid_stands_across_and_what_for_up(grid: list[Point]) -> None:
+def test_what_is_paid_stands_across_and_what_for_up(grid: list[SweepPoint]) -> None:
     picture = sweep_plots.costs(SCORES, grid)
     assert picture
     speech, words = picture.axes

@@ -12,7 +12,7 @@ from lora_align.console import Screen
 from lora_align.data.pairs import is_held_out
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
-from lora_align.evaluate.test_set import RISKY, SAFE, Exam, exam_of
+from lora_align.evaluate.test_set import RISKY, SAFE, TestSet, read_test_set
 
 QUIET = Screen(quiet=True)
 
@@ -26,11 +26,11 @@ def mixed(tmp_path: Path) -> Path:
     return file
 
 
-def exam(tables: Mapping[str, Any], *overrides: str, screen: Screen = QUIET) -> Exam:
-    return exam_of(recipe.from_dict({"base": {"model": "demo"}, **tables}, "mine.toml", overrides), screen)
+def exam(tables: Mapping[str, Any], *overrides: str, screen: Screen = QUIET) -> TestSet:
+    return read_test_set(recipe.from_dict({"base": {"model": "demo"}, **tables}, "mine.toml", overrides), screen)
 
 
-def asked(found: Exam) -> dict[str, list[str]]:
+def asked(found: TestSet) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {SAFE: [], RISKY: []}
     for question in found.questions:
         kinds[question.kind].append(question.prompt[0].content)

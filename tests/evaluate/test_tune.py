@@ -12,15 +12,15 @@ from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError
 from lora_align.evaluate import tune
-from lora_align.evaluate.measure import Arena
-from lora_align.evaluate.test_set import exam_of
-from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Hill
+from lora_align.evaluate.measure import Evaluator
+from lora_align.evaluate.test_set import read_test_set
+from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, TuneObjective
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.mixer import Mixer
 from lora_align.policy import contestants
-from lora_align.policy.contestants import START, Contestant, Field
+from lora_align.policy.contestants import START, Policy, PolicySet
 from lora_align.recipe import Dpo
 from support import Cli
 
@@ -30,19 +30,19 @@ AIMS = {"helpful": 0.6, "harmless": 0.4}
 
 
 @pytest.fixture
-def arena(workspace: Path) -> Arena:
+def arena(workspace: Path) -> Evaluator:
     return arena_of("helpful=1,harmless=1", workspace)
 
 
-def field_of(word: str, project: recipe.Recipe, base: Base, runs_dir: Path) -> Field:
-    everyone = contestants.named([word], project, runs_dir, QUIET)
-    return contestants.field_of(everyone, project, base, runs_dir, QUIET)
+def field_of(word: str, project: recipe.Recipe, base: Base, runs_dir: Path) -> PolicySet:
+    everyone = contestants.find_policies([word], project, runs_dir, QUIET)
+    return contestants.policy_set(everyone, project, base, runs_dir, QUIET)
 
 
-def arena_of(vectors: str, workspace: Path) -> Arena:
+def arena_of(vectors: str, workspace: Path) -> Evaluator:
     project = recipe.load(recipe.builtin()["demo"], FEW)
     field = field_of(vectors, project, bases.find(project.base), workspace / "runs")
-    return Arena(field, exam_of(project, QUIET, AIMS), {})
+    return Evaluator(field, read_test_set(project, QUIET, AIMS), {})
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,11 @@ def arena_of(vectors: str, workspace: Path) -> Arena:
 def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
     arena, here, step = arena_of(vectors, workspace), torch.tensor(weights), 0.05
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    passed = Hill(arena, AIMS, free, Dpo()).at(here).found
+    passed = TuneObjective(arena, AIMS, free, Dpo()).at(here).found
     assert passed[LOSS] > 5e-4
-    hill = Hill(arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5), Dpo())  # both push back
+    hill = TuneObjective(
+        arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5), Dpo()
+    )  # both push back
     found = hill.at(here)
     rounding = 0.01 * float(found.slope.norm()) if "@" in vectors else 0.0  # the lower layers alone do next to nothing
     for slope, aside in zip(found.slope.tolist(), torch.eye(len(weights)) * step, strict=True):
@@ -62,16 +64,16 @@ def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[flo
         assert slope == pytest.approx(rise, rel=0.02, abs=rounding)
 
 
-def test_at_no_weights_it_is_the_start_policy(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
+def test_at_no_weights_it_is_the_start_policy(arena: Evaluator) -> None:
+    hill = TuneObjective(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
     nowhere = hill.at(torch.zeros(2))
     assert nowhere.height == pytest.approx(0.5, abs=1e-4)  # a coin decides every pair
     assert nowhere.found == pytest.approx(dict.fromkeys(nowhere.found, 0.0), abs=1e-5)
 
 
-def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> None:
+def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Evaluator) -> None:
     bounds = Bounds(kl=5e-5, loss=0.05, refused=1.0, weight=9.0)
-    hill = Hill(arena, AIMS, bounds, Dpo())
+    hill = TuneObjective(arena, AIMS, bounds, Dpo())
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.height > 0.5
     assert 0.5 * bounds.kl < found.found[KL] < 1.2 * bounds.kl, "it is what stops the climb"
@@ -81,20 +83,20 @@ def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Arena) -> N
     assert flipped.height < found.height
 
 
-def test_a_weight_stays_at_its_bound_while_others_climb(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
+def test_a_weight_stays_at_its_bound_while_others_climb(arena: Evaluator) -> None:
+    hill = TuneObjective(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.weights.abs().max() == pytest.approx(0.3)
     assert (found.slope * found.weights).min() > 0, "they would go on"
 
 
 @pytest.mark.parametrize(("name", "weight"), [(KL, 4.0), (LOSS, -4.0)])
-def test_what_has_passed_a_bound_comes_back(arena: Arena, name: str, weight: float) -> None:
+def test_what_has_passed_a_bound_comes_back(arena: Evaluator, name: str, weight: float) -> None:
     far = torch.tensor([weight, weight])  # the way on which that bound is passed
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    bound = Hill(arena, AIMS, free, Dpo()).at(far).found[name] / 3
+    bound = TuneObjective(arena, AIMS, free, Dpo()).at(far).found[name] / 3
     assert bound > 0
-    hill = Hill(arena, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
+    hill = TuneObjective(arena, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
     there = hill.at(far)
     assert hill.beyond(there) == pytest.approx(3)
     back = tune.within(hill, there)
@@ -108,11 +110,11 @@ def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) 
     project = recipe.load(recipe.builtin()["demo"], [*FEW, 'eval.prompts="demo:prompts?risky=1"', "eval.count=24"])
     base = bases.find(project.base)
     field = field_of("harmless=1", project, base, workspace / "runs")
-    arena = Arena(field, exam_of(project, QUIET, ["harmless"]), {})
+    arena = Evaluator(field, read_test_set(project, QUIET, ["harmless"]), {})
     far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
 
     def found(refused: float) -> tune.Tuned:
-        return tune.run(arena, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
+        return tune.tune_weights(arena, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
 
     free, start = found(1.0), tune.share_refused(arena, {})
     more = 0.5 * (free.refused - start)
@@ -124,7 +126,7 @@ def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) 
         found(-1.0)
 
 
-def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Arena) -> None:
+def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Evaluator) -> None:
     model, updates = arena.model, dict(arena.mixer.updates)
     arena.mixer.remove()
     mixer = Mixer(model, updates, {})
@@ -168,9 +170,9 @@ def test_what_the_recipe_names_nothing_for_is_not_held_to_and_said(workspace: Pa
     assert "eval.text names no ordinary text: its loss is not looked at" in done.err
 
 
-def test_what_is_told_as_preferred_was_counted(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
-    likes, before = arena.likes(Contestant("", {START: 1.0, "helpful": 1.0, "harmless": -0.5})), arena.start_likes
+def test_what_is_told_as_preferred_was_counted(arena: Evaluator) -> None:
+    hill = TuneObjective(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
+    likes, before = arena.likes(Policy("", {START: 1.0, "helpful": 1.0, "harmless": -0.5})), arena.start_likes
     found = hill.at(torch.tensor([1.0, -0.5])).preferred
     assert found == {name: float((likes[name] > before[name]).float().mean()) for name in AIMS}
     assert len(set(found.values())) == 2
@@ -204,11 +206,11 @@ def test_what_cannot_be_aimed_at_is_refused(workspace: Path, cli: Cli, aim: str,
 
 
 def test_memory_that_runs_out_halves_the_parts_and_the_slope_is_what_it_was(
-    arena: Arena, monkeypatch: pytest.MonkeyPatch
+    arena: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
-    expected = Hill(arena, AIMS, bounds, Dpo()).at(here)
-    hill = Hill(arena, AIMS, bounds, Dpo(tokens_per_batch=2048))
+    expected = TuneObjective(arena, AIMS, bounds, Dpo()).at(here)
+    hill = TuneObjective(arena, AIMS, bounds, Dpo(tokens_per_batch=2048))
     whole = Reader.tokens
 
     def tokens(self: Reader, rows: Sequence[Answered]) -> torch.Tensor:
@@ -223,16 +225,16 @@ def test_memory_that_runs_out_halves_the_parts_and_the_slope_is_what_it_was(
     assert found.slope.tolist() == pytest.approx(expected.slope.tolist(), abs=1e-5)
 
 
-def test_checkpointing_leaves_the_slope_as_it_was(arena: Arena) -> None:
+def test_checkpointing_leaves_the_slope_as_it_was(arena: Evaluator) -> None:
     bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
-    plain = Hill(arena, AIMS, bounds, Dpo()).at(here)
-    anew = Hill(arena, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
+    plain = TuneObjective(arena, AIMS, bounds, Dpo()).at(here)
+    anew = TuneObjective(arena, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
     assert anew.slope.tolist() == pytest.approx(plain.slope.tolist(), abs=1e-6)
     assert not arena.model.training
 
 
-def test_pairs_are_cut_at_the_length_of_training(arena: Arena) -> None:
-    hill = Hill(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
+def test_pairs_are_cut_at_the_length_of_training(arena: Evaluator) -> None:
+    hill = TuneObjective(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
     rows = [row for of in (*hill.pairs.values(), hill.drawn) for row in of.rows]
     assert rows
     assert max(len(prompt) + len(answer) for prompt, answer in rows) <= 32

@@ -17,7 +17,7 @@ from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.decoding import Sampling, stream
+from lora_align.model.decoding import Sampling, stream_tokens
 from lora_align.model.nf4 import DequantisedLinear4bit
 from support import small_disk
 
@@ -69,7 +69,7 @@ def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(
     with torch.no_grad():
         policy(input_ids=IDS)
     prompt = base.chat.prompt_ids([Message("user", "Tell me about cats.")])
-    assert list(stream(model, prompt, frozenset(), Sampling(max_new_tokens=4, seed=0)))
+    assert list(stream_tokens(model, prompt, frozenset(), Sampling(max_new_tokens=4, seed=0)))
     after = _gradients(policy)
     for name, gradient in expected.items():
         scale = gradient.norm()

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_align import recipe
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.compiled_layers import compiled
+from lora_align.model.compiled_layers import compiled_layers
 from lora_align.model.logprobs import Reader, Shared
 from lora_align.train import lora_trainer
 from support import Cli
@@ -49,7 +49,7 @@ def gradients(policy: PeftModel) -> dict[str, torch.Tensor]:
 def test_gradients_are_those_of_layers_that_are_not_compiled(policy: PeftModel) -> None:
     wanted = gradients(policy)
     before = counters["stats"]["unique_graphs"]
-    with compiled(policy):
+    with compiled_layers(policy):
         found = gradients(policy)
         again = gradients(policy)
     made = counters["stats"]["unique_graphs"] - before
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_layers_that_are_not_compiled(policy: PeftModel) 
 
 def test_nothing_is_compiled_unless_wanted(policy: PeftModel) -> None:
     before = counters["stats"]["unique_graphs"]
-    with compiled(policy, wanted=False):
+    with compiled_layers(policy, wanted=False):
         gradients(policy)
     assert counters["stats"]["unique_graphs"] == before
 

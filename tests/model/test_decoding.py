@@ -8,9 +8,9 @@ from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.decoding import Memory, Sampling, draw, stream, text_pieces
+from lora_align.model.decoding import PrefixCache, Sampling, sample_token, stream_tokens, text_pieces
 from lora_align.model.logprobs import answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 
 GREEDY = Sampling(temperature=0, max_new_tokens=30)
 
@@ -32,7 +32,7 @@ def _ask(base: Base, *turns: str) -> list[int]:
 
 def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedModel) -> None:
     prompt = _ask(base, "Tell me about rain.")
-    ours = list(stream(model, prompt, base.chat.stop_ids, GREEDY))
+    ours = list(stream_tokens(model, prompt, base.chat.stop_ids, GREEDY))
     theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, pad_token_id=0)[
         0, len(prompt) :
     ]
@@ -40,22 +40,22 @@ def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedMode
 
 
 def test_what_is_remembered_changes_nothing(base: Base, model: PreTrainedModel) -> None:
-    memory, turns = Memory(), ["Tell me about rain."]
+    memory, turns = PrefixCache(), ["Tell me about rain."]
     for question in ("And snow?", "I like cats."):
         prompt = _ask(base, *turns)
-        answer = list(stream(model, prompt, base.chat.stop_ids, GREEDY, memory))
-        assert answer == list(stream(model, prompt, base.chat.stop_ids, GREEDY))
+        answer = list(stream_tokens(model, prompt, base.chat.stop_ids, GREEDY, memory))
+        assert answer == list(stream_tokens(model, prompt, base.chat.stop_ids, GREEDY))
         assert memory.tokens[: len(prompt)] == prompt
         turns += [base.chat.tokenizer.decode(answer), question]
     shorter = _ask(base, "Can you explain bees?")
-    assert list(stream(model, shorter, base.chat.stop_ids, GREEDY, memory)) == list(
-        stream(model, shorter, base.chat.stop_ids, GREEDY)
+    assert list(stream_tokens(model, shorter, base.chat.stop_ids, GREEDY, memory)) == list(
+        stream_tokens(model, shorter, base.chat.stop_ids, GREEDY)
     )
 
 
 def test_a_seed_is_a_promise(base: Base, model: PreTrainedModel) -> None:
     prompt = _ask(base, "Tell me about rain.")
-    answers = [tuple(stream(model, prompt, base.chat.stop_ids, Sampling(1.0, seed=s))) for s in (1, 1, 2, 3, 4)]
+    answers = [tuple(stream_tokens(model, prompt, base.chat.stop_ids, Sampling(1.0, seed=s))) for s in (1, 1, 2, 3, 4)]
     assert answers[0] == answers[1]
     assert len(set(answers)) > 1
 
@@ -65,7 +65,7 @@ def test_draws_follow_temperature_and_nucleus() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def share(sampling: Sampling) -> torch.Tensor:
-        drawn = torch.tensor([draw(logits, sampling, generator) for _ in range(4000)])
+        drawn = torch.tensor([sample_token(logits, sampling, generator) for _ in range(4000)])
         return torch.bincount(drawn, minlength=4) / 4000
 
     assert torch.allclose(share(Sampling(1.0)), logits.softmax(0), atol=0.03)
@@ -76,7 +76,7 @@ def test_draws_follow_temperature_and_nucleus() -> None:
         atol=0.03,
     )
     assert share(Sampling(1.0, top_p=0.01))[0] == 1
-    assert draw(logits, Sampling(0), generator) == 0
+    assert sample_token(logits, Sampling(0), generator) == 0
 
 
 @pytest.mark.parametrize("text", ["Cats sleep.", "Grüße 你好 👩‍👩‍👧 end", " \n two  spaces "])
@@ -99,5 +99,5 @@ def test_log_probs_are_the_same_in_any_batch_and_by_hand(base: Base, model: PreT
             logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
         by_hand.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
     for tokens in (1, 30, 500):
-        found = answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], Room(tokens))
+        found = answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], MemoryBudget(tokens))
         assert torch.allclose(found, torch.tensor(by_hand), atol=1e-3)

@@ -148,7 +148,7 @@ def exhaust() -> str:
 
     from lora_align.errors import OutOfStepError
     from lora_align.model.fsdp import in_step
-    from lora_align.model.memory_budget import Room
+    from lora_align.model.memory_budget import MemoryBudget
 
     divided, tokens = adapted(fsdp=True), 1_000
     if os.environ["RANK"] == "1":
@@ -157,7 +157,7 @@ def exhaust() -> str:
         resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
     try:
         with torch.no_grad(), in_step(divided.get_base_model()):
-            Room(tokens).attempt(lambda size: states(divided, torch.zeros(size // 100, 100, dtype=torch.long)))
+            MemoryBudget(tokens).attempt(lambda size: states(divided, torch.zeros(size // 100, 100, dtype=torch.long)))
     except OutOfStepError as fault:
         return str(fault)
     return ""

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import logprobs, packing
 from lora_align.model.logprobs import Reader, Shared, answer_logprobs, parts
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone
 from support import make_base
 
@@ -99,7 +99,7 @@ def test_any_number_at_once_gives_the_same(model: PreTrainedModel) -> None:
     with torch.no_grad():
         expected = by_hand(model, given).float()
     for tokens in (1, 60, 10_000):
-        assert torch.allclose(answer_logprobs(model, given, Room(tokens)), expected, atol=1e-4)
+        assert torch.allclose(answer_logprobs(model, given, MemoryBudget(tokens)), expected, atol=1e-4)
 
 
 def test_weights_that_are_nan_are_named(llama: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ def test_memory_that_runs_out_halves_the_room(fault: str) -> None:
     def work(size: int) -> None:
         raise RuntimeError(fault)
 
-    room = Room(8)
+    room = MemoryBudget(8)
     assert room.attempt(work) is None
     assert room.size == 4
 
@@ -27,4 +27,4 @@ def test_other_faults_pass_through() -> None:
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
     with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
-        Room(8).attempt(work)
+        MemoryBudget(8).attempt(work)

@@ -16,7 +16,7 @@ from lora_align.model import sampling as sampling_module
 from lora_align.model.base import Base
 from lora_align.model.decoding import Sampling
 from lora_align.model.kv_cache import growing_cache
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.sampling import affordable, sample
 from support import make_base
 
@@ -38,14 +38,14 @@ def _prompts(base: Base) -> list[list[int]]:
 
 
 def _all(
-    model: PreTrainedModel, base: Base, n: int, sampling: Sampling, room: Room
+    model: PreTrainedModel, base: Base, n: int, sampling: Sampling, room: MemoryBudget
 ) -> dict[tuple[int, int], list[int]]:
     batches = sample(model, base, _prompts(base), n, sampling, room)
     return {(answer.prompt, answer.number): answer.tokens for batch in batches for answer in batch}
 
 
 def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedModel) -> None:
-    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), room=Room(64))
+    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), room=MemoryBudget(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0]
         theirs = [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
@@ -57,7 +57,7 @@ def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
     """Gemma 2 has layers that see a window only; their caches are cut and padded in another way."""
     base = bases.find(recipe.Base(str(make_base(tmp_path / family, family))))
     model = base.load()
-    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), room=Room(64))
+    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), room=MemoryBudget(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)[0]
         assert ours[i, 0] == [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
@@ -65,8 +65,12 @@ def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
 
 def test_company_changes_nothing(base: Base, model: PreTrainedModel) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
-    together = _all(model, base, 5, sampling, room=Room(64))
-    assert together == _all(model, base, 5, sampling, room=Room(1)) == _all(model, base, 5, sampling, room=Room(7))
+    together = _all(model, base, 5, sampling, room=MemoryBudget(64))
+    assert (
+        together
+        == _all(model, base, 5, sampling, room=MemoryBudget(1))
+        == _all(model, base, 5, sampling, room=MemoryBudget(7))
+    )
     assert len(set(map(tuple, together.values()))) > 10
 
 
@@ -75,7 +79,11 @@ def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedMod
     """The first token of 4,000 answers against its probability, the second against transformers' own sampling."""
     n, prompt = 4000, _prompts(base)[0]
     sampling = Sampling(temperature=0.9, top_p=top_p, max_new_tokens=2, seed=0)
-    ours = [answer.tokens for batch in sample(model, base, [prompt], n, sampling, room=Room(1000)) for answer in batch]
+    ours = [
+        answer.tokens
+        for batch in sample(model, base, [prompt], n, sampling, room=MemoryBudget(1000))
+        for answer in batch
+    ]
     torch.manual_seed(0)
     theirs = model.generate(
         torch.tensor([prompt] * n), do_sample=True, temperature=0.9, top_p=top_p, top_k=0, max_new_tokens=2
@@ -102,7 +110,9 @@ def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedMod
 def test_prompts_that_nearly_fill_the_context(base: Base, model: PreTrainedModel) -> None:
     long = (_prompts(base)[0] * 100)[: base.max_length - 3]
     full = (_prompts(base)[0] * 100)[: base.max_length]
-    [answers] = sample(model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), room=Room(8))
+    [answers] = sample(
+        model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), room=MemoryBudget(8)
+    )
     by_prompt = {i: [answer for answer in answers if answer.prompt == i] for i in (0, 1)}
     assert all(len(answer.tokens) <= 3 for answer in by_prompt[0])
     assert [(answer.tokens, answer.ended) for answer in by_prompt[1]] == [([], False)] * 2
@@ -148,7 +158,7 @@ def test_sampling_begins_with_what_memory_holds(
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 4
     monkeypatch.setattr(sampling_module, "device_memory", lambda _: model.get_memory_footprint() + 6 * row)
     assert affordable(model, tokens) == 3
-    room = Room(512)
+    room = MemoryBudget(512)
     prompt = [5] * (tokens - 8)
     batches = list(sample(model, base, [prompt], 7, Sampling(temperature=1.0, max_new_tokens=8, seed=0), room))
     assert [len(batch) for batch in batches] == [3, 3, 1]

@@ -22,7 +22,7 @@ from lora_align.plan.device import Device, device_of
 from lora_align.plan.estimate import shape_of, size
 from lora_align.plan.stages import stage_of
 from lora_align.plan.step_cost import Shape
-from lora_align.plan.timing import highest, measured
+from lora_align.plan.timing import highest, time_step
 from lora_align.train import lora_trainer
 from support import Cli
 
@@ -36,7 +36,7 @@ def project() -> recipe.Recipe:
 
 
 def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> None:
-    [found] = planner.run(project, ["dpo"], QUIET)["stages"]
+    [found] = planner.plan_stages(project, ["dpo"], QUIET)["stages"]
     base = bases.find(project.base)
     policy = get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base))
     trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
@@ -56,7 +56,7 @@ def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> No
 @pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch_fused", 12), ("adamw_8bit", 6)])
 def test_optimisers_keep_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
     with_moments = replace(project, dpo=replace(project.dpo, optimizer=optimizer))
-    [found] = planner.run(with_moments, ["dpo"], QUIET)["stages"]
+    [found] = planner.plan_stages(with_moments, ["dpo"], QUIET)["stages"]
     assert found["bytes"]["optimiser"] == found["bytes"]["adapters"] / 4 * bytes_each
 
 
@@ -73,7 +73,7 @@ def test_the_rest_is_what_a_step_takes(checkpointing: bool, project: recipe.Reci
     assert stage is not None
     planned = planner.planned(project, base, stage, device_of(project))
     assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
-    taken = measured(base, stage, [stage.rows[i] for i in planned.part]).taken
+    taken = time_step(base, stage, [stage.rows[i] for i in planned.part]).taken
     assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
 
 
@@ -122,16 +122,16 @@ def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compil
 def test_what_was_measured_is_told_in_words(no_compiler: None, project: recipe.Recipe) -> None:
     assert project.rsf is not None
     few = replace(project.rsf, iterations=2, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
-    planned = planner.run(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
+    planned = planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
     [of] = planned["stages"]
     assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # of the first iteration, which learns from the policy before; then
     assert of["drawing"] > 0
-    text = planner.told(planned)
+    text = planner.summary(planned)
     assert "before that it draws 40 answers (about " in text
     assert "of the device's matrix rate" in text
     assert "\n--set rsf.compile=true: torch cannot compile" in text
-    assert "before that it draws 40 answers (--measure says how long)" in planner.told(
-        planner.run(replace(project, rsf=few), ["rsf"], QUIET)
+    assert "before that it draws 40 answers (--measure says how long)" in planner.summary(
+        planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET)
     )
 
 
@@ -220,9 +220,9 @@ def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> No
 
 def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> None:
     careful = replace(project, dpo=replace(project.dpo, gradient_checkpointing=True))
-    [found] = planner.run(careful, ["dpo"], QUIET, vram=24)["stages"]
+    [found] = planner.plan_stages(careful, ["dpo"], QUIET, vram=24)["stages"]
     assert found["advice"].startswith("quicker, and it fits, with --set dpo.gradient_checkpointing=false: ")
-    [without] = planner.run(project, ["dpo"], QUIET, vram=24)["stages"]
+    [without] = planner.plan_stages(project, ["dpo"], QUIET, vram=24)["stages"]
     assert without["seconds"] <= found["seconds"]
     assert not without["advice"]
     base = bases.find(project.base)
@@ -341,10 +341,10 @@ def test_every_real_recipe_has_the_shape_of_its_base() -> None:
     ("name", "stages"), [("qwen3-8b", ["dpo", "tune"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf", "tune"])]
 )
 def test_a_real_recipe_is_planned_without_a_file_of_its_base(name: str, stages: list[str]) -> None:
-    found = planner.run(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
+    found = planner.plan_stages(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
     assert [of["stage"] for of in found["stages"]] == stages
     assert all(of["fits"] for of in found["stages"])
-    told = planner.told(found)
+    told = planner.summary(found)
     assert "By the shape of this base that comes with lora-align, not by its files" in told
     assert told.count("no limit) are assumed: the base's tokenizer is not here") == len(stages)
 
@@ -365,14 +365,14 @@ def test_sizes_below_a_gigabyte_are_in_megabytes() -> None:
     stage = {"stage": "dpo", "bytes": {"weights": 3e6}, "total": 4e6, "fits": True, "passes": 2, "rows": 1, "tokens": 9}
     stage |= {"seconds": 1.0, "assumed": "", "answers": 0, "advice": "", "measured": None}
     device = {"count": 1, "name": "this CPU", "memory": 8e9, "dtype": "float32", "rate": 1e12}
-    text = planner.told({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage], "shipped": False})
+    text = planner.summary({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage], "shipped": False})
     assert re.search(r"^MB  +weights  at most\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
     assert "2 times over 1 row, 9 tokens" in text
 
 
 def test_tune_is_planned_with_dpo_s_settings_and_trains_nothing(project: recipe.Recipe) -> None:
     two = replace(project, preferences={name: project.preferences[name] for name in ("helpful", "harmless")})
-    dpo, tune = planner.run(two, ["dpo", "tune"], QUIET)["stages"]
+    dpo, tune = planner.plan_stages(two, ["dpo", "tune"], QUIET)["stages"]
     assert tune["rows"] == 2 * 48
     assert tune["bytes"]["optimiser"] == 0
     assert tune["bytes"]["adapters"] == 4 * dpo["bytes"]["adapters"], "two adapters of each preference"

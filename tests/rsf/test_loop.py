@@ -22,7 +22,7 @@ from lora_align.console import Screen
 from lora_align.data.rows import Message, prompt_key
 from lora_align.demo import world
 from lora_align.model import base as bases
-from lora_align.policy.blend import Policy
+from lora_align.policy.blend import ConditionedPolicy
 from lora_align.want import Want
 from support import COMMAND, Done, Terminal, call, made_once
 
@@ -147,7 +147,7 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
 
     base = bases.find(recipe.Base("demo"))
     run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t2")
-    system = Policy.of(run, asked.partition(":")[2], Screen(quiet=True)).system()
+    system = ConditionedPolicy.of(run, asked.partition(":")[2], Screen(quiet=True)).system()
     policy = PeftModel.from_pretrained(base.load(), run.path).eval()
 
     def first_is_likelier(row: dict[str, Any], before: Sequence[Message]) -> tuple[float, float]:

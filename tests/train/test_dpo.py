@@ -29,7 +29,7 @@ from lora_align.recipe import Recipe
 from lora_align.train import dpo, sft
 from lora_align.train import token_rows as materials
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.reference_cache import References
+from lora_align.train.reference_cache import ReferenceCache
 from support import Cli, made_once
 
 QUIET = Screen(quiet=True)
@@ -66,7 +66,9 @@ NOUGHT = pytest.approx((0, 0, 0), abs=ROUNDING)
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Run]:
     both_directions = list(Direction)
     made = made_once(
-        tmp_path_factory, "both", lambda folder: dpo.run(demo(), ["helpful", "brief"], both_directions, folder, QUIET)
+        tmp_path_factory,
+        "both",
+        lambda folder: dpo.train_dpo(demo(), ["helpful", "brief"], both_directions, folder, QUIET),
     )
     return {f"{run.manifest.preference} {run.manifest.direction}": run for run in runs.every(made)}
 
@@ -98,17 +100,17 @@ def test_both_directions_take_one_load_one_pass_over_references_and_one_room(
         monkeypatch.setattr(owner, name, called)
 
     counting(bases.Base, "load")
-    counting(References, "logprobs")
-    counting(materials, "of_pairs")
+    counting(ReferenceCache, "logprobs")
+    counting(materials, "read_token_pairs")
     counting(dpo, "Room")
     monkeypatch.setattr(dpo, "held_out_margins", lambda *_: {"pairs": 0})  # which has a room of its own
-    dpo.run(demo(), ["helpful"], list(Direction), tmp_path, QUIET)
+    dpo.train_dpo(demo(), ["helpful"], list(Direction), tmp_path, QUIET)
     assert counted == {"load": 1, "logprobs": 1, "of_pairs": 1, "Room": 1}
 
 
 def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802
-    (reordered,) = dpo.run(demo("dpo.seed=7"), ["helpful"], [Direction.pos], tmp_path / "a", QUIET)
-    (redrawn,) = dpo.run(demo("lora.init_seed=1"), ["helpful"], [Direction.pos], tmp_path / "b", QUIET)
+    (reordered,) = dpo.train_dpo(demo("dpo.seed=7"), ["helpful"], [Direction.pos], tmp_path / "a", QUIET)
+    (redrawn,) = dpo.train_dpo(demo("lora.init_seed=1"), ["helpful"], [Direction.pos], tmp_path / "b", QUIET)
     first = both["helpful pos"]
     assert reordered.manifest.initial_adapter == first.manifest.initial_adapter
     assert not same(reordered, first)
@@ -117,8 +119,8 @@ def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both:
 
 def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path) -> None:
     """With the same references: computed anew beside other rows, these differ by rounding."""
-    pos, neg = dpo.run(demo(), ["helpful"], list(Direction), tmp_path / "both", QUIET)
-    (alone,) = dpo.run(demo(), ["helpful"], [Direction.neg], tmp_path / "alone", QUIET)
+    pos, neg = dpo.train_dpo(demo(), ["helpful"], list(Direction), tmp_path / "both", QUIET)
+    (alone,) = dpo.train_dpo(demo(), ["helpful"], [Direction.neg], tmp_path / "alone", QUIET)
     assert same(alone, neg)
     assert not same(alone, pos)
 
@@ -134,7 +136,7 @@ def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None
         file.write_text("\n".join(map(json.dumps, content)))
         labels = ("preferences.helpful.rank=label:better_response_id", "preferences.helpful.margin=0")
         project = demo(f"preferences.helpful.data='{file}'", *labels)
-        made += dpo.run(project, ["helpful"], [direction], tmp_path / name, QUIET)
+        made += dpo.train_dpo(project, ["helpful"], [direction], tmp_path / name, QUIET)
     assert same(*made)
 
 
@@ -146,7 +148,7 @@ def test_a_preference_of_two_is_trained_on_the_pairs_of_both(tmp_path: Path, cli
         rows = [list(getattr(part, side)) for part in (one, other, both)]
         assert sorted(map(repr, rows[2])) == sorted(map(repr, rows[0] + rows[1]))
     assert [row in list(one.train) for row in both.train[:6]] == [True, False] * 3
-    (run,) = dpo.run(project, ["joint"], [Direction.pos], tmp_path, QUIET)
+    (run,) = dpo.train_dpo(project, ["joint"], [Direction.pos], tmp_path, QUIET)
     assert run.manifest.data["rows"] == 60
     assert run.manifest.data["source"] == "demo:pairs?rows=8000 + demo:pairs?rows=8000"
     assert run.manifest.data["fingerprint"] not in (one.facts["fingerprint"], other.facts["fingerprint"])
@@ -157,7 +159,7 @@ def test_a_preference_of_two_is_trained_on_the_pairs_of_both(tmp_path: Path, cli
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, both: dict[str, runs.Run]) -> None:
     project = demo("dpo.gradient_checkpointing=true")
-    pos, neg = dpo.run(project, ["helpful"], list(Direction), tmp_path, QUIET)
+    pos, neg = dpo.train_dpo(project, ["helpful"], list(Direction), tmp_path, QUIET)
     for run in (pos, neg):
         assert run.manifest.metrics["first_margin"] == pytest.approx(0, abs=ROUNDING)
         plain = tensors(both[f"helpful {run.manifest.direction}"])
@@ -165,7 +167,7 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, both: dict[str
 
 
 def test_dropout_is_the_adapters_and_is_real(tmp_path: Path, both: dict[str, runs.Run]) -> None:
-    (run,) = dpo.run(demo("lora.dropout=0.5"), ["helpful"], [Direction.pos], tmp_path, QUIET)
+    (run,) = dpo.train_dpo(demo("lora.dropout=0.5"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert run.manifest.metrics["first_margin"] == pytest.approx(0, abs=ROUNDING)
     assert not same(run, both["helpful pos"])
 
@@ -194,7 +196,9 @@ def test_a_run_is_readable_by_a_person(both: dict[str, runs.Run]) -> None:
 
 
 def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
-    (run,) = dpo.run(demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), ["helpful"], [Direction.pos], tmp_path, QUIET)
+    (run,) = dpo.train_dpo(
+        demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), ["helpful"], [Direction.pos], tmp_path, QUIET
+    )
     told = " ".join(run.manifest.unconverged)
     assert "tiny" in told
     assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0})
@@ -219,7 +223,7 @@ def test_divergence_is_named_at_any_number_of_pairs(pairs: int) -> None:
 
 def test_a_diverged_run_says_so_and_is_listed_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wild = demo("dpo.learning_rate=1e3", "dpo.max_grad_norm=1e6", "dpo.limit=128", "lora.alpha=64")
-    (run,) = dpo.run(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
+    (run,) = dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert "pos: diverged: " in capsys.readouterr().err
     assert start_commands._worth(run) == "diverged"
 
@@ -232,9 +236,9 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert 0 < held_out["pairs"] < 20
     assert held_out["accuracy"] is None
     assert "too few to judge" in held_out["note"]
-    assert "accuracy" not in dpo.told(run) + start_commands._worth(run)
-    assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.told(run)
-    (made,) = dpo.run(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
+    assert "accuracy" not in dpo.summary(run) + start_commands._worth(run)
+    assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.summary(run)
+    (made,) = dpo.train_dpo(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     told = capsys.readouterr().err
     assert "helpful pos: 16 pairs make 1 optimiser step, in which little is learned" in told
     assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
@@ -245,15 +249,15 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> No
         "dpo.learning_rate=1e3", "dpo.weight_decay=10", "dpo.max_grad_norm=1e9", "dpo.warmup=0", "dpo.batch_size=8"
     )
     with pytest.raises(RunFailedError, match="not finite"):
-        dpo.run(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
+        dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert runs.every(tmp_path) == []
 
 
 def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     project = replace(demo(), sft=recipe.Sft(data="demo:conversations", limit=64, learning_rate=1e-3, max_length=128))
     with pytest.raises(UserError, match="lora-align sft"):
-        dpo.run(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
-    start = sft.run(project, tmp_path, QUIET)
+        dpo.train_dpo(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
+    start = sft.train_sft(project, tmp_path, QUIET)
     held_out = start.manifest.metrics["held_out"]
     assert start.manifest.contains_start
     base = bases.find(project.base)
@@ -261,21 +265,23 @@ def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     probe = torch.arange(20, 60).view(1, 40)
     with torch.no_grad():
         before = model(probe).logits.clone()
-    references = References.of(base, start_policy.identity(start))
+    references = ReferenceCache.of(base, start_policy.identity(start))
     material = dpo.referenced(dpo.prepare(project, "helpful", base, QUIET), references, model, 4096, "reference", QUIET)
     unfinished = Unfinished(tmp_path / "unfinished", {})
-    facts, model = dpo.train(model, base, project, material, Direction.pos, "helpful", tmp_path, unfinished, QUIET)
+    facts, model = dpo.train_adapter(
+        model, base, project, material, Direction.pos, "helpful", tmp_path, unfinished, QUIET
+    )
     with torch.no_grad():
         assert torch.equal(model.eval()(probe).logits, before)  # the start policy has not moved
     assert facts["metrics"]["relative_norm"] > 1e-4
-    (run,) = dpo.run(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
+    (run,) = dpo.train_dpo(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
     first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["chosen_reward"], first["rejected_reward"], first["margin"]) == NOUGHT
     assert run.manifest.start == start.manifest.files[peft_format.WEIGHTS]["sha256"]
     assert not run.manifest.contains_start
     assert held_out["rows"] > 0
     # the reference is base and SFT together: without the start adapter the same training ends elsewhere
-    (bare,) = dpo.run(demo(), ["helpful"], [Direction.pos], tmp_path / "bare", QUIET)
+    (bare,) = dpo.train_dpo(demo(), ["helpful"], [Direction.pos], tmp_path / "bare", QUIET)
     assert bare.manifest.initial_adapter == run.manifest.initial_adapter
     assert not same(bare, run)
     assert isinstance(peft_format.load(run.path), LoraDelta)

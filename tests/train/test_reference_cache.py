@@ -15,9 +15,9 @@ from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Shared, answer_logprobs
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.train import reference_cache as module
-from lora_align.train.reference_cache import References
+from lora_align.train.reference_cache import ReferenceCache
 
 ROWS: list[Shared] = [([5, 6, 7 + i], [[8, 9 + i], [10, 11, 12 + i]]) for i in range(6)]
 
@@ -32,14 +32,14 @@ def model(base: Base) -> PreTrainedModel:
     return base.load()
 
 
-def asked(references: References, model: PreTrainedModel, rows: list[Shared]) -> torch.Tensor:
+def asked(references: ReferenceCache, model: PreTrainedModel, rows: list[Shared]) -> torch.Tensor:
     return torch.tensor(references.logprobs(model, rows, 4096, "helpful reference", Screen()))
 
 
 def test_it_is_computed_once(model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    references = References(tmp_path)
+    references = ReferenceCache(tmp_path)
     first = asked(references, model, ROWS[:4])
-    assert torch.allclose(first.flatten(), answer_logprobs(model, ROWS[:4], Room(4096)), atol=1e-4)
+    assert torch.allclose(first.flatten(), answer_logprobs(model, ROWS[:4], MemoryBudget(4096)), atol=1e-4)
     assert "computed before" not in capsys.readouterr().err
     again = asked(references, model, ROWS)
     assert "4 of 6 rows were computed before" in capsys.readouterr().err
@@ -53,7 +53,7 @@ def test_it_is_computed_once(model: PreTrainedModel, tmp_path: Path, capsys: pyt
 
 def test_what_one_has_heard_is_what_the_next_one_hears(model: PreTrainedModel, tmp_path: Path) -> None:
     """Also of an answer that is known where another one to its prompt is not, and of answers that stand twice."""
-    references = References(tmp_path)
+    references = ReferenceCache(tmp_path)
     [(prompt, [known, other])] = ROWS[:1]
     first = asked(references, model, [(prompt, [known])])
     longer = [(prompt, [known, other]), (prompt, [other, known]), *ROWS[1:]]
@@ -68,7 +68,7 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(
 ) -> None:
     rows: list[Shared] = [([5, 6, 7 + i], [[8, 9 + i], [*range(10, 12 + i)]]) for i in range(8)]
     monkeypatch.setattr(module, "AT_ONCE", 3)
-    whole = asked(References(tmp_path / "whole"), model, rows)
+    whole = asked(ReferenceCache(tmp_path / "whole"), model, rows)
     calls = itertools.count()
 
     def stopped(*given: Any) -> torch.Tensor:
@@ -79,16 +79,16 @@ def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(module, "answer_logprobs", stopped)
         with pytest.raises(KeyboardInterrupt):
-            asked(References(tmp_path / "stopped"), model, rows)
+            asked(ReferenceCache(tmp_path / "stopped"), model, rows)
     capsys.readouterr()
-    assert torch.equal(asked(References(tmp_path / "stopped"), model, rows), whole)
+    assert torch.equal(asked(ReferenceCache(tmp_path / "stopped"), model, rows), whole)
     assert "6 of 8 rows were computed before" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_not_believed(
     model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    references = References(tmp_path)
+    references = ReferenceCache(tmp_path)
     first = asked(references, model, ROWS[:3])
     [file] = tmp_path.glob("*.parquet")
     content = bytearray(file.read_bytes())
@@ -104,12 +104,12 @@ def test_another_start_or_another_quantisation_is_another_policy(base: Base) -> 
     double, half = (bases.find(recipe.Base("demo", **how)) for how in ({"double_quant": False}, {"dtype": "bfloat16"}))
     other = replace(base, fingerprint="0" * 64)
     policies = ((base, ""), (base, "x"), (double, ""), (half, ""), (other, ""))
-    assert len({References.of(of, start).folder for of, start in policies}) == len(policies)
+    assert len({ReferenceCache.of(of, start).folder for of, start in policies}) == len(policies)
 
 
 def test_references_are_kept_by_device_and_kernel(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = References.of(base, "").folder
+    here = ReferenceCache.of(base, "").folder
     eager = replace(base, recipe=replace(base.recipe, attention="eager"))
-    assert References.of(eager, "").folder != here
+    assert ReferenceCache.of(eager, "").folder != here
     monkeypatch.setattr(module, "_device_name", lambda: "another card")
-    assert References.of(base, "").folder != here
+    assert ReferenceCache.of(base, "").folder != here

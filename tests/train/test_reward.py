@@ -18,11 +18,11 @@ from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.recipe import Recipe
 from lora_align.train import reward, reward_loss
-from lora_align.train.reward_loss import Example, Judging
+from lora_align.train.reward_loss import Example, RewardLoss
 from support import made_once
 
 QUIET = Screen(quiet=True)
@@ -49,7 +49,7 @@ def base() -> Base:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
-    made = made_once(tmp_path_factory, "reward", lambda folder: reward.run(demo(), folder, QUIET))
+    made = made_once(tmp_path_factory, "reward", lambda folder: reward.train_reward_model(demo(), folder, QUIET))
     return runs.read(made / "reward" / "reward")
 
 
@@ -92,20 +92,22 @@ print(json.dumps([model.objectives, model.score(rows, Room(1)).tolist()]))
     done = subprocess.run([sys.executable, "-c", program], input=json.dumps(rows), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     objectives, theirs = json.loads(done.stdout)
-    ours = model.score(rows, Room(12))
+    ours = model.score(rows, MemoryBudget(12))
     assert objectives == [*world.RATINGS, "shorter", "manner"]
-    assert torch.equal(model.score(rows, Room(1)), torch.tensor(theirs)), "one at a time, they are the very same"
+    assert torch.equal(model.score(rows, MemoryBudget(1)), torch.tensor(theirs)), (
+        "one at a time, they are the very same"
+    )
     assert ours.std(0).min() > 0
     padded = base.chat.tokenizer.padding_side
     base.chat.tokenizer.padding_side = "left" if padded == "right" else "right"
-    turned = model.score(_answers(base, 12)[::-1], Room(5)).flip(0)
+    turned = model.score(_answers(base, 12)[::-1], MemoryBudget(5)).flip(0)
     base.chat.tokenizer.padding_side = padded
     for other in (torch.tensor(theirs), turned):
         assert ((ours - other).abs() / 100).max() < 1e-4 / 10  # points out of 100
 
 
 def test_what_is_derived_is_the_mean_of_its_heads(base: Base, model: RewardModel) -> None:
-    scores = dict(zip(model.objectives, model.score(_answers(base, 5), Room(5)).T, strict=True))
+    scores = dict(zip(model.objectives, model.score(_answers(base, 5), MemoryBudget(5)).T, strict=True))
     assert torch.allclose(scores["manner"], (scores["politeness"] + scores["warmth"]) / 2)
 
 
@@ -141,12 +143,12 @@ def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
     k = len(model.heads.names)
     points = tuple(math.nan if i % 2 else 10.0 * i for i in range(k))
     rows = [Example((a,), points), Example((b, c), (math.nan,) * k, head=k - 1)]
-    objective = Judging(Reader.of(model.model), model.heads, 0.0, base.chat)
+    objective = RewardLoss(Reader.of(model.model), model.heads, 0.0, base.chat)
     with torch.no_grad():
         parts = [objective.part(some, objective.weights(rows)).loss for some in (rows, rows[:1], rows[1:])]
     assert float(parts[1] + parts[2]) == pytest.approx(float(parts[0]), rel=1e-5), "each its share of the whole"
     loss = float(parts[0])
-    z = torch.stack([model.score([row], Room(1))[0, :k] for row in (a, b, c)]).double()
+    z = torch.stack([model.score([row], MemoryBudget(1))[0, :k] for row in (a, b, c)]).double()
     z = (z - model.heads.mean) / model.heads.deviation
     errors = [(z[0, i] - (10.0 * i - model.heads.mean[i]) / model.heads.deviation[i]) ** 2 for i in range(0, k, 2)]
     margin = z[1, k - 1] - z[2, k - 1]
@@ -167,7 +169,7 @@ def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
 )
 def test_what_cannot_be_learned_is_refused_by_name(override: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        reward.run(demo(override), tmp_path, QUIET)
+        reward.train_reward_model(demo(override), tmp_path, QUIET)
     assert told in str(refused.value)
     assert not list(tmp_path.rglob("manifest.json"))
 

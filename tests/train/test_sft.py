@@ -31,7 +31,7 @@ def test_packed_rows_do_not_see_each_other() -> None:
     assert all(sum(len(row.ids) for row in pack) <= 256 for pack in packs)
     assert len(packs) < len(texts) / 2
     with torch.no_grad():
-        objective = sft.Saying(Reader.of(model), base.chat)
+        objective = sft.SftLoss(Reader.of(model), base.chat)
         [tokens] = objective.weights(packs)
         found = objective.part(packs, [tokens])
         parts = [objective.part([pack], [tokens]).loss for pack in packs]

@@ -18,13 +18,13 @@ from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import TokenPair
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.dpo import Preferring, SteppingDPOTrainer
-from lora_align.train.reference_cache import References
+from lora_align.train.dpo import DpoLoss, SteppingDPOTrainer
+from lora_align.train.reference_cache import ReferenceCache
 from support import fill, small_disk
 
 QUIET = Screen(quiet=True)
@@ -42,15 +42,15 @@ def base() -> Base:
 @pytest.fixture(scope="module")
 def pairs(base: Base) -> list[TokenPair]:
     material = dpo.prepare(demo(), "helpful", base, QUIET)
-    return list(dpo.referenced(material, References.of(base, ""), base.load(), 4096, "reference", QUIET).train)
+    return list(dpo.referenced(material, ReferenceCache.of(base, ""), base.load(), 4096, "reference", QUIET).train)
 
 
 def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> SteppingDPOTrainer:
     model = base.load()
     made = SteppingDPOTrainer(
-        objective=Preferring(Reader.of(model), base.chat, settings.dpo.beta, settings.dpo.label_smoothing),
+        objective=DpoLoss(Reader.of(model), base.chat, settings.dpo.beta, settings.dpo.label_smoothing),
         rows=pairs,
-        room=Room(tokens),
+        room=MemoryBudget(tokens),
         unfinished=Unfinished(folder / "unfinished", {}),
         tell=lambda text: None,
         model=model,
@@ -101,7 +101,7 @@ def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
     ours = trainer(base, pairs, 4096, tmp_path, settings)
     found = []
     for tokens in (4096, 200, 1):
-        ours.room = Room(tokens)
+        ours.room = MemoryBudget(tokens)
         ours.model.zero_grad()
         loss = ours.training_step(ours.model, {"rows": pairs})
         found.append((float(loss), gradients(ours.model)))

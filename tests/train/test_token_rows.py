@@ -19,7 +19,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.recipe import Preference
 from lora_align.train import token_rows
-from lora_align.train.row_files import View, joined
+from lora_align.train.row_files import LazyRows, concat
 from support import call, fill, pairs_of, small_disk
 
 QUIET = Screen(quiet=True)
@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_kept_rows_are_those_that_were_read(base: Base) -> None:
     read = pairs_of(HELPFUL, 0.2)
     for _ in ("tokenised", "from disk"):
-        found = token_rows.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
+        found = token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
         for rows, raw in ((found.train, read.train), (found.held_out, read.held_out)):
             assert [row.shared() for row in rows] == [
                 (prompt, answers)
@@ -54,11 +54,11 @@ def test_rated_answers_and_conversations_come_back_as_they_were(base: Base, tmp_
     file = tmp_path / "rated.jsonl"
     rows = [{"prompt": f"What is {i}?", "response": "A number.", "warmth": i % 5, "other": None} for i in range(7)]
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    rated = token_rows.of_ratings(recipe.Ratings(str(file)), base, 0.0, None, 512, QUIET).train
+    rated = token_rows.read_token_ratings(recipe.Ratings(str(file)), base, 0.0, None, 512, QUIET).train
     assert [row.ratings["warmth"] for row in rated] == [25.0 * (i % 5) for i in range(7)]
     table = recipe.Sft(data="demo:conversations?rows=9", held_out=0.0)
     [said, all_said] = (
-        token_rows.of_conversations(replace(table, answers_only=only), base, QUIET).train for only in (True, False)
+        token_rows.read_token_texts(replace(table, answers_only=only), base, QUIET).train for only in (True, False)
     )
     assert [row.ids for row in said] == [row.ids for row in all_said]
     assert all(row.ids == row.labels for row in all_said)
@@ -71,7 +71,7 @@ def test_rows_are_made_once_for_what_was_said_of_them(base: Base, cache: Path, t
     file.write_text("\n".join(lines))
 
     def made(axis: Preference, limit: int | None = None, max_length: int = 64) -> set[Path]:
-        token_rows.of_pairs(axis, base, 0.0, limit, max_length, QUIET)
+        token_rows.read_token_pairs(axis, base, 0.0, limit, max_length, QUIET)
         return set(cache.glob("*/facts.json"))
 
     axis = Preference(str(file))
@@ -85,7 +85,7 @@ def test_rows_are_made_once_for_what_was_said_of_them(base: Base, cache: Path, t
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut", "facts gone", "facts are no facts"])
 def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> None:
-    whole = [row.shared() for row in token_rows.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train]
+    whole = [row.shared() for row in token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train]
     [folder] = (path for path in cache.iterdir() if path.is_dir())
     rows, facts = folder / "0" / "train.arrow", folder / "facts.json"
     content = bytearray(rows.read_bytes())
@@ -98,7 +98,7 @@ def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> N
         facts.unlink()
     else:
         facts.write_text("[]")
-    assert [row.shared() for row in token_rows.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train] == whole
+    assert [row.shared() for row in token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train] == whole
 
 
 def test_of_what_broke_off_nothing_stays(base: Base, cache: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_of_what_broke_off_nothing_stays(base: Base, cache: Path, tmp_path: Path
     good = json.dumps({"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."})
     file.write_text("\n".join([good] * 600 + ["not JSON"]))
     with pytest.raises(UserError, match=r"pairs\.jsonl:601"):
-        token_rows.of_pairs(Preference(str(file)), base, 0.0, None, 64, QUIET)
+        token_rows.read_token_pairs(Preference(str(file)), base, 0.0, None, 64, QUIET)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
@@ -154,17 +154,17 @@ def test_killed_while_rows_are_made_it_goes_on_with_the_parts_that_were(
 
 
 def test_rows_that_nobody_asked_for_of_late_go(base: Base, cache: Path) -> None:
-    token_rows.of_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
+    token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
     [facts] = cache.glob("*/facts.json")
     month_ago = time.time() - 31 * 24 * 3600
     os.utime(facts, (month_ago, month_ago))
-    token_rows.of_pairs(HELPFUL, base, 0.2, None, 256, QUIET)
+    token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 256, QUIET)
     [left] = cache.glob("*/facts.json")
     assert left != facts
 
 
 def test_a_view_is_a_sequence() -> None:
-    rows = joined([View(3, lambda i: i), [], [3, 4], View(2, lambda i: 5 + i)])
+    rows = concat([LazyRows(3, lambda i: i), [], [3, 4], LazyRows(2, lambda i: 5 + i)])
     assert list(rows) == list(range(7))
     assert (rows[-1], list(rows[2:5]), list(rows[::-3]), len(rows[1:][2:])) == (6, [2, 3, 4], [6, 3, 0], 4)
     with pytest.raises(IndexError):
@@ -262,7 +262,7 @@ def test_rows_of_ten_megabytes_are_cut_or_dropped_and_counted(base: Base, tmp_pa
     file.write_text("\n".join(map(json.dumps, rows)))
     program = [sys.executable, "-c", MEASURED, str(file)]  # where nothing was large before
     done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
-    found = token_rows.of_pairs(Preference(str(file), "label"), base, 0.0, None, 256, QUIET)
+    found = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.0, None, 256, QUIET)
     assert (found.facts["rows"], found.facts["answers_cut"]) == (3, 2)
     assert found.facts["dropped"] == {"prompt too long": 2}
     assert found.train[0].shared() == base.chat.answered([Message("user", "Why?")], ["It is so.", "No."])

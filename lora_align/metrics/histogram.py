@@ -1,0 +1,26 @@
+"""A histogram of lengths, and its bars as text."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+BINS = 12
+
+
+def bars(histogram: Sequence[tuple[int, int, int]]) -> list[str]:
+    """A line each bin."""
+    widest = max((count for _, _, count in histogram), default=1)
+    return [
+        f"{low:>6,} to {high:<6,} {'█' * math.ceil(24 * count / widest):<24} {count:,}"
+        for low, high, count in histogram
+    ]
+
+
+def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """From, to and how many, in bins of a round width."""
+    if not lengths:
+        return []
+    width = max(1, math.ceil((max(lengths) + 1) / BINS))
+    width = math.ceil(width / 10 ** (len(str(width)) - 1)) * 10 ** (len(str(width)) - 1)
+    counts = Counter(length // width for length in lengths)
+    return [(bin_ * width, (bin_ + 1) * width - 1, counts[bin_]) for bin_ in range(min(counts), max(counts) + 1)]
