@@ -183,7 +183,7 @@ def make_base(folder: Path, family: str = "llama", positions: int = 256) -> Path
     import torch
     import transformers
 
-    from lora_align.model.base import DEMO
+    from lora_align.demo import BASE as DEMO
 
     torch.manual_seed(0)
     shape = {

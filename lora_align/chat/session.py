@@ -14,7 +14,7 @@ from lora_align.model.decoding import PrefixCache, Sampling, stream_tokens, text
 from lora_align.model.mixer import Mixer
 from lora_align.policy import safe_ranges, vectors
 from lora_align.policy import start as start_policy
-from lora_align.policy.blend import Blend, ConditionedPolicy, check_stands_on
+from lora_align.policy.policy import Conditioned, Policy, check_stands_on
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 
@@ -30,11 +30,11 @@ class Session:
     sampling: Sampling
     start: str = ""
     fixed: bool = False
-    found: dict[str, Vector] = field(default_factory=dict)
+    vectors: dict[str, Vector] = field(default_factory=dict)
     mixer: Mixer | None = None
     turns: list[Message] = field(default_factory=list)
     system: str = ""
-    policy: ConditionedPolicy | None = None
+    conditioned: Conditioned | None = None
     memory: PrefixCache = field(default_factory=PrefixCache)
     tokens: int = 0
     retries: int = 0  # of the last question
@@ -47,12 +47,12 @@ class Session:
     @property
     def want(self) -> dict[str, float] | None:
         """The direction that is asked for."""
-        return dict(self.policy.want.weights) if self.policy else None
+        return dict(self.conditioned.want.weights) if self.conditioned and self.conditioned.want else None
 
     def nothing_but(self, weights: Mapping[str, float]) -> dict[str, float]:
         """These weights, and 0 for all others but that of a policy that is asked for something."""
-        asked = {self.policy.named(self.runs_dir)} if self.policy else set()
-        return {**{name: weight if name in asked else 0.0 for name, weight in self.weights.items()}, **weights}
+        asked = self.conditioned.name if self.conditioned else ""
+        return {**{name: weight if name == asked else 0.0 for name, weight in self.weights.items()}, **weights}
 
     def turn(self, weights: Mapping[str, float]) -> list[str]:
         """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts."""
@@ -74,13 +74,13 @@ class Session:
         elif self.mixer:
             self.mixer.set(merged)
         self.memory.forget()
-        self.found |= new
-        far = safe_ranges.warnings_beyond_reach(merged, self.found, self.runs_dir)
+        self.vectors |= new
+        far = safe_ranges.warnings_beyond_reach(merged, self.vectors, self.runs_dir)
         return [*(doubt for vector in new.values() for doubt in vector.doubts()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """The assistant's next words, piece by piece; `tokens` counts them."""
-        asked = self.policy.system() if self.policy else ""
+        asked = self.conditioned.system if self.conditioned else ""
         turns = under_system(asked, under_system(self.system, tuple(self.turns)))
         prompt = self.base.chat.prompt_ids(turns)
         room = self.base.max_length - len(prompt)
@@ -99,32 +99,31 @@ class Session:
 
 
 def open_session(
-    base: Base, runs_dir: Path, recipe: Recipe, blend: Blend, sampling: Sampling, screen: Screen
+    base: Base, runs_dir: Path, recipe: Recipe, policy: Policy, sampling: Sampling, screen: Screen
 ) -> Session:
-    """Load the start policy and lay the blend over it."""
-    found, fixed = dict(blend.found), False
-    if blend.contains_start:
+    """Load the base with a policy's adapters over it."""
+    found, fixed, start, start_id = dict(policy.vectors), False, None, ""
+    if policy.contains_start:
         _, start_id = vectors.common(found.values())
         start = start_policy.published(runs_dir, start_id)
         fixed = start is None
-        if start is not None:  # so that turning the mix leaves the start policy alone
+        if start is not None:  # so that the mix can change its weight and the start policy stays
             found = {name: vector.without(start) for name, vector in found.items()}
-    else:
-        vectors.refuse_start_inside(found.values())
+    elif policy.start:
         start = start_policy.adapter(recipe, runs_dir)
         start_id = start_policy.identity(start)
-    check_stands_on(base, start_id, blend.found.values())
+    check_stands_on(base, start_id, policy.vectors.values())
     if recipe.sft is not None:
-        screen.note(
-            "start adapter: " + ("part of the mix" if blend.contains_start or not start else f"{start.path}, added")
-        )
-    far = safe_ranges.warnings_beyond_reach(blend.weights, blend.found, runs_dir)
-    for doubt in [*blend.doubts(), *_differences(base, blend.found.values()), *far]:
-        screen.warn(doubt)
+        part = policy.contains_start or not start
+        screen.note("start adapter: " + ("part of the mix" if part or start is None else f"{start.path}, added"))
+    far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
+    for warning in [*policy.warnings(), *_differences(base, policy.vectors.values()), *far]:
+        screen.warn(warning)
     model = start_policy.load(base, start)
-    session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, dict(blend.found), policy=blend.policy)
+    loaded = dict(policy.vectors)
+    session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, loaded, conditioned=policy.conditioned)
     if found:
-        session.mixer = Mixer(session.model, {n: v.load() for n, v in found.items()}, blend.weights)
+        session.mixer = Mixer(session.model, {n: v.load() for n, v in found.items()}, policy.weights)
     return session
 
 

@@ -12,7 +12,7 @@ from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model.decoding import Sampling
-from lora_align.policy.blend import ConditionedPolicy
+from lora_align.policy.policy import Conditioned
 from lora_align.weights import parse_weights
 
 LEAVING = ("/quit", "/exit")
@@ -134,11 +134,13 @@ def _turn(session: Session, argument: str, screen: Screen) -> None:
 
 
 def _want(session: Session, argument: str, screen: Screen) -> None:
-    if session.policy is None:
+    conditioned = session.conditioned
+    if conditioned is None:
         raise UserError("nothing here can be asked for a direction; start with chat --want")
     if argument:
-        session.policy = ConditionedPolicy.of(session.policy.run, argument, screen)
-    screen.say(str(session.policy.want))
+        conditioned = Conditioned.asked(conditioned.name, conditioned.run, argument, screen)
+        session.conditioned = conditioned
+    screen.say(str(conditioned.want))
 
 
 def _compare(session: Session, argument: str, screen: Screen) -> None:

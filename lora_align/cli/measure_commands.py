@@ -1,6 +1,5 @@
 """Commands that measure: contestants side by side."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,12 +21,12 @@ from lora_align.cli.options import (
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.grid import grid
-from lora_align.policy import contestants, judge_runs, vectors
+from lora_align.policy import judge_runs, vectors
+from lora_align.policy.policy import find_policies, weighted
 from lora_align.weights import name_of, parse_weights
 
 if TYPE_CHECKING:
-    from lora_align.model.base import Base
-    from lora_align.policy.judges import Judge
+    pass
 
 ByOption = Annotated[
     list[str] | None,
@@ -71,19 +70,19 @@ def evaluate(
     """
     screen = Screen(as_json, quiet)
     project = project_of(recipe, overrides, screen, runs_dir)
-    everyone = contestants.find_policies(policies or ["mix", "start"], project, runs_dir, screen)
+    chosen = find_policies(policies or ["mix", "start"], project, runs_dir, screen)
     for name in by or ():
         judge_runs.check(name, project, runs_dir)
     screen.loading(project.base.model)
-    from lora_align.evaluate import compare
+    from lora_align.evaluate.compare import compare_policies, summary
     from lora_align.evaluate.lm_eval_tasks import figures as task_figures
+    from lora_align.evaluate.measure import Evaluator
     from lora_align.model.endpoint import Endpoint
 
     server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
-    evaluation = compare.open_evaluation(everyone, project, runs_dir, screen, by or (), _oracle)
-    asked = task_figures(tasks, evaluation.arena, evaluation.folder, screen) if tasks else {}
-    result = compare.compare_policies(evaluation, screen, server, asked)
-    screen.result(compare.summary(result), result)
+    evaluator = Evaluator.of(chosen, project, runs_dir, screen, by or ())
+    result = compare_policies(evaluator, screen, server, task_figures(tasks, evaluator, screen) if tasks else {})
+    screen.result(summary(result), result)
 
 
 def sweep(
@@ -115,11 +114,11 @@ def sweep(
     project = project_of(recipe, overrides, screen, runs_dir)
     values, _ = grid(axes or [])
     trained(values, runs_dir, project)
-    contestants.find_policies(also or [], project, runs_dir, Screen(quiet=True))
+    find_policies(also or [], project, runs_dir, Screen(quiet=True))
     for judge in by or ():
         judge_runs.check(judge, project, runs_dir)
     screen.loading(project.base.model)
-    from lora_align.evaluate import compare
+    from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.sweep import run_sweep, summary
 
     made = run_sweep(
@@ -128,7 +127,7 @@ def sweep(
         project,
         runs_dir,
         screen,
-        lambda everyone: compare.open_evaluation(everyone, project, runs_dir, screen, by or (), _oracle),
+        lambda policies: Evaluator.of(policies, project, runs_dir, screen, by or ()),
         asked=directions,
         name=called,
         force=force,
@@ -180,21 +179,20 @@ def tune(
     project = project_of(recipe, overrides, screen, runs_dir)
     trained(aims, runs_dir, project)
     screen.loading(project.base.model)
-    from lora_align.evaluate import test_set
     from lora_align.evaluate import tune as tuning
-    from lora_align.evaluate.measure import Evaluator
+    from lora_align.evaluate.measure import FOLDER, Evaluator
+    from lora_align.evaluate.test_set import read_test_set
     from lora_align.evaluate.tune_objective import Bounds
     from lora_align.model import base as bases
     from lora_align.plan.stages import TUNED
+    from lora_align.policy.policy_set import PolicySet
 
     project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNED)))
     parts = aims if groups == 1 else [part for name in aims for part in tuning.parts(name, groups, project, runs_dir)]
-    word = ",".join(f"{name}=1" for name in parts)
-    everyone = contestants.find_policies([word], project, runs_dir, screen)
-    field = contestants.policy_set(everyone, project, bases.find(project.base), runs_dir, screen)
-    arena = Evaluator(field, test_set.read_test_set(project, screen, aims), {})
+    policy = weighted(dict.fromkeys(parts, 1.0), project, runs_dir)
+    policies = PolicySet.of([policy], project, bases.find(project.base), runs_dir, screen)
     found = tuning.tune_weights(
-        arena,
+        Evaluator(policies, read_test_set(project, screen, aims), runs_dir / FOLDER),
         {name: share / sum(aims.values()) for name, share in aims.items()},
         Bounds(kl, loss, refused, most),
         project.dpo,
@@ -238,20 +236,13 @@ def reach(
     if not asked:
         command = runs.command("dpo --all", runs_dir)
         raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `{command}` trains them")
-    everyone = contestants.find_policies([",".join(f"{one}=1" for one in asked)], project, runs_dir, screen)
+    policy = weighted(dict.fromkeys(asked, 1.0), project, runs_dir)
     screen.loading(project.base.model)
-    from lora_align.evaluate import compare
+    from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.reach import Limits, find_reach, summary
 
-    evaluation = compare.open_evaluation(everyone, project, runs_dir, screen, [], _oracle, preferences=asked)
+    evaluator = Evaluator.of([policy], project, runs_dir, screen, preferences=asked)
     limits = Limits(kl, loss, share)
     called = checked(name) or name_of(asked)
-    made = find_reach(asked, limits, project, runs_dir, screen, evaluation, name=called, force=force)
+    made = find_reach(asked, limits, project, runs_dir, screen, evaluator, name=called, force=force)
     screen.result(summary(made), {"reach": str(made.path), **made.manifest.metrics})
-
-
-def _oracle(base: "Base") -> "Mapping[str, Judge]":
-    """Who knows all about the built-in world."""
-    from lora_align.demo import oracle_judge
-
-    return {oracle_judge.NAME: oracle_judge.oracle_judge()} if base.recipe.model == "demo" else {}

@@ -19,8 +19,8 @@ from lora_align.cli.options import (
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.errors import UserError
-from lora_align.policy import blend, judge_runs
-from lora_align.policy.blend import Blend
+from lora_align.policy import judge_runs
+from lora_align.policy.policy import Policy, chosen
 from lora_align.recipe import Recipe
 from lora_align.weights import parse_weights
 
@@ -117,7 +117,7 @@ def chat(
         raise UserError("chat: --json takes one prompt, no commands")
     project = project_of(recipe, overrides, screen, runs_dir)
     wanted = parse_weights(weights) if weights is not None else None
-    chosen = blend.choose(runs_dir, project, screen, wanted, adapter, want)
+    policy = chosen(runs_dir, project, screen, wanted, adapter, want)
     screen.loading(project.base.model)
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
@@ -125,7 +125,7 @@ def chat(
     from lora_align.model.decoding import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    session = sessions.open_session(bases.find(project.base), runs_dir, project, chosen, sampling, screen)
+    session = sessions.open_session(bases.find(project.base), runs_dir, project, policy, sampling, screen)
     session.system = system
     if prompt is not None:
         terminal.once(session, prompt.strip(), screen)
@@ -200,15 +200,15 @@ def generate(
     wanted = parse_weights(weights) if weights is not None else None
     shards.check_out(out)
     readable(prompts)
-    chosen = None if endpoint else blend.choose(runs_dir, project, screen, wanted, adapter, want)
+    policy = None if endpoint else chosen(runs_dir, project, screen, wanted, adapter, want)
     screen.loading(project.base.model)
     from lora_align.commands.generate import generate_file, summary
     from lora_align.model.decoding import Sampling
 
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, project)
-    elif chosen is not None:
-        sampler, who, asked = _loaded(project, runs_dir, chosen, screen)
+    elif policy is not None:
+        sampler, who, asked = _loaded(project, runs_dir, policy, screen)
         system = f"{asked}\n\n{system}" if asked and system else asked or system
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, screen, n=n, sampling=sampling, system=system, share=part)
@@ -225,7 +225,7 @@ def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> 
     return server, {"server": server.url, "model": server.model}
 
 
-def _loaded(project: Recipe, runs_dir: Path, chosen: Blend, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
+def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
     """The base with what was chosen over it, what names it, and the system message that asks."""
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
@@ -233,10 +233,10 @@ def _loaded(project: Recipe, runs_dir: Path, chosen: Blend, screen: Screen) -> t
     from lora_align.model.sampler import LocalSampler
 
     base = bases.find(project.base)
-    session = sessions.open_session(base, runs_dir, project, chosen, Sampling(), screen)
-    parts = [parent.lineage() for vector in chosen.found.values() for parent in vector.parents]
-    who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(chosen.weights)}
-    return LocalSampler(session.model, base), who, chosen.policy.system() if chosen.policy else ""
+    session = sessions.open_session(base, runs_dir, project, policy, Sampling(), screen)
+    parts = [parent.lineage() for vector in policy.vectors.values() for parent in vector.parents]
+    who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(policy.weights)}
+    return LocalSampler(session.model, base), who, policy.system
 
 
 def _part(share: str) -> tuple[int, int]:

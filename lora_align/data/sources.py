@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lora_align import runs
+from lora_align import plugins, runs
 from lora_align.data.rows import texts
 from lora_align.errors import NotFetchedError, UserError, first_line, nearest
 
@@ -160,10 +160,8 @@ def name(source: Source) -> str:
 
 def rows(data: str, split: str = "train", revision: str = "", subset: str = "") -> Rows:
     """Every row of a source with the place it stands in, or what is wrong with it."""
-    if data.startswith("demo:"):
-        from lora_align.demo import data_source
-
-        return data_source.rows(data)
+    if source := _registered(data):
+        return source(data)
     file = _file(data)
     if file:
         return _FILES[file.suffix.lower()](file)
@@ -176,11 +174,17 @@ def _named(data: str, subset: str) -> str:
 
 
 def identity(source: Source) -> str:
-    """What names a source's rows before they are read; those of the built-in world are this program's own."""
-    if source.data.startswith("demo:"):
+    """What names a source's rows before they are read; those of a registered source are named by themselves."""
+    if _registered(source.data):
         return source.data
     file = _file(source.data)
     return runs.sha256(file) if file else str(_table(*place(source))._fingerprint)
+
+
+def _registered(data: str) -> Callable[[str], Rows] | None:
+    """Return the registered source that a name such as `demo:pairs` begins with, if any."""
+    prefix, colon, _ = data.partition(":")
+    return plugins.load("sources").get(prefix) if colon else None
 
 
 def _file(data: str) -> Path | None:

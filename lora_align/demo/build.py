@@ -12,10 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_align.demo import world
+from lora_align.demo import BASE, world
 from lora_align.demo.muon import Muon
 
-BASE = Path(__file__).parent / "base"
 SHARPER = 1.3  # factor on the logits once trained: so small a model leaves too much to chance
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from lora_align.demo import lexicon, oracle
 from lora_align.demo.measurement import ONLY_ON
 from lora_align.demo.oracle import AXES, Prompt, Score
+from lora_align.model.base import Base
 from lora_align.model.mixer import Mixer
 from lora_align.policy.judges import Judge, JudgedAnswer, Scores
 
@@ -15,9 +16,9 @@ NAME = "oracle"
 FORMED, TRUE = "well-formed", "true facts"
 
 
-def oracle_judge() -> Judge:
-    """Each preference's own grade of well-formed answers to prompts it is about; and what of the facts is true."""
-    return Judge([*AXES, FORMED, TRUE], {}, NAME, _says)
+def judges_of(base: Base) -> dict[str, Judge]:
+    """Return the oracle for the demo base, and nothing for other bases. Registered as an entry point."""
+    return {NAME: Judge([*AXES, FORMED, TRUE], {}, NAME, _says)} if base.recipe.model == "demo" else {}
 
 
 def prompt_of(text: str) -> Prompt | None:

@@ -21,8 +21,7 @@ from lora_align.demo.measurement import Figures
 from lora_align.metrics import plots
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
-from lora_align.policy import vectors
-from lora_align.policy.blend import Blend
+from lora_align.policy.policy import weighted
 from lora_align.rankers import Direction
 from lora_align.train import dpo
 
@@ -100,9 +99,8 @@ def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
 
 
 def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
-    blend = Blend({name: vectors.find(name, runs_dir) for name in PREFERENCES}, MIX)
     sampling = Sampling(temperature=0.7, max_new_tokens=measurement.LONGEST, seed=SEED)
-    return open_session(bases.find(project.base), runs_dir, project, blend, sampling, screen)
+    return open_session(bases.find(project.base), runs_dir, project, weighted(MIX, project, runs_dir), sampling, screen)
 
 
 def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lora_align.errors import UserError
-from lora_align.policy.contestants import START
+from lora_align.policy.policy import START
 from lora_align.weights import NAME
 
 Weights = Mapping[str, float]

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, put to every contestant by way of the model that is loaded here."""
+"""Tasks of lm-evaluation-harness, put to every policy by way of the model that is loaded here."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from lora_align.errors import UserError, first_line, nearest
 from lora_align.evaluate.figures import Figures
 from lora_align.evaluate.measure import Evaluator
 from lora_align.metrics import intervals
-from lora_align.policy.contestants import Policy
+from lora_align.policy.policy import Policy
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -26,19 +26,19 @@ AT_ONCE = 16  # texts
 Values = Mapping[str, Sequence[float]]  # of each metric, one a question
 
 
-def figures(words: Sequence[str], arena: Evaluator, folder: Path, screen: Screen) -> dict[str, Figures]:
-    """Every contestant's, by task and metric. Tasks have names, or are files that say what they ask.
+def figures(words: Sequence[str], evaluator: Evaluator, screen: Screen) -> dict[str, Figures]:
+    """Every policy's, by task and metric. Tasks have names, or are files that say what they ask.
 
-    Where a contestant is asked for a direction, all are asked through the chat template; else as tasks are written.
+    Where a policy is asked for a direction, all are asked through the chat template; else as tasks are written.
     """
     tasks = _loaded(words)
     told: dict[str, Figures] = {}
-    for contestant in arena.field.contestants:
+    for policy in evaluator.policies.policies:
         found: Figures = {}
         for name, task in tasks.items():
-            for metric, values in _values(name, task, contestant, arena, folder, screen).items():
+            for metric, values in _values(name, task, policy, evaluator, screen).items():
                 found[f"{name}: {metric}"] = intervals.mean(values, range(len(values)))
-        told[contestant.name] = found
+        told[policy.name] = found
     return told
 
 
@@ -59,28 +59,28 @@ def _loaded(words: Sequence[str]) -> "dict[str, Task]":
         raise UserError(f"--tasks: {', '.join(words)} could not be loaded: {first_line(fault)}") from fault
 
 
-def _values(name: str, task: "Task", contestant: Policy, arena: Evaluator, folder: Path, screen: Screen) -> Values:
+def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, screen: Screen) -> Values:
     """As they were measured before, if they were: by the task's settings and questions, and who answers."""
-    chat = any(other.system for other in arena.field.contestants)
+    chat = any(other.system for other in evaluator.policies.policies)
     import lm_eval
 
     identity = {
-        "contestant": arena.field.lineage(contestant),
+        "policy": evaluator.policies.lineage(policy),
         "task": task.dump_config(),
         "questions": list(task.eval_docs),
         "chat": chat,
         "versions": {**runs.library_versions(), "lm_eval": lm_eval.__version__},
     }
     text = json.dumps(identity, sort_keys=True, default=str)
-    kept = folder / f"task-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    kept = evaluator.folder / f"task-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     if not kept.is_file():
-        screen.note(f"{name}: {contestant.name}")
-        arena.become(contestant)
+        screen.note(f"{name}: {policy.name}")
+        evaluator.policies.activate(policy)
         with _quietly(hide=screen.quiet or not sys.stderr.isatty()):
-            values = _asked(name, task, _model(arena), contestant.system, chat)
+            values = _asked(name, task, _model(evaluator), policy.system, chat)
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_name(f".{kept.name}")
-        unfinished.write_text(json.dumps({"task": name, "contestant": contestant.name, "values": values}))
+        unfinished.write_text(json.dumps({"task": name, "policy": policy.name, "values": values}))
         unfinished.replace(kept)
     values = json.loads(kept.read_text())["values"]
     if not values:
@@ -104,15 +104,15 @@ def _asked(name: str, task: "Task", model: "HFLM", system: str, chat: bool) -> V
     return values
 
 
-def _model(arena: Evaluator) -> "HFLM":
+def _model(evaluator: Evaluator) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
-    chat = arena.base.chat
+    chat = evaluator.base.chat
     chat.tokenizer.chat_template = chat.template  # the harness knows no other
     return HFLM(
-        pretrained=arena.model,
+        pretrained=evaluator.model,
         tokenizer=chat.tokenizer,
-        max_length=arena.base.max_length,
+        max_length=evaluator.base.max_length,
         batch_size=AT_ONCE,
         chat_template_args=dict(chat.template_kwargs),
     )

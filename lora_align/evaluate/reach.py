@@ -9,11 +9,10 @@ from typing import Any
 from lora_align import runs
 from lora_align.console import Screen, table
 from lora_align.errors import UserError
-from lora_align.evaluate.compare import Evaluation
 from lora_align.evaluate.figures import figures
-from lora_align.evaluate.measure import measure_cached
+from lora_align.evaluate.measure import Evaluator
 from lora_align.policy import safe_ranges
-from lora_align.policy.contestants import START, Policy
+from lora_align.policy.policy import START
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 
@@ -57,8 +56,9 @@ class Side:
 class Walk:
     """Weights, tried one after the other; whoever was measured once is not measured again."""
 
-    def __init__(self, contest: Evaluation, limits: Limits, report: Callable[[str], None]) -> None:
-        self.arena, self.folder, self.limits, self.report = contest.arena, contest.folder, limits, report
+    def __init__(self, evaluator: Evaluator, limits: Limits, report: Callable[[str], None]) -> None:
+        self.evaluator, self.limits, self.report = evaluator, limits, report
+        [self.policy] = evaluator.policies.policies
         self.start = self._look({})
         self.liked: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
 
@@ -75,14 +75,14 @@ class Walk:
         """Each preference's mean margin on held-out pairs; read once, as every pair asks for those of its two."""
         key = frozenset(weights.items())
         if key not in self.liked:
-            now = self.arena.likes(Policy("", {START: 1.0, **weights}))
-            before = self.arena.start_likes
+            now = self.evaluator.likes(self.policy.at(weights))
+            before = self.evaluator.start_likes
             self.liked[key] = {name: float((likes - before[name]).nanmean()) for name, likes in now.items()}
         return self.liked[key]
 
     def _look(self, weights: Weights) -> dict[str, float]:
         name = ",".join(f"{name}={weight:g}" for name, weight in weights.items()) or START
-        found = measure_cached(self.arena, Policy(name, {START: 1.0, **weights}), self.folder)
+        found = self.evaluator.measured(self.policy.at(weights, name))
         tokens = sum(row["tokens"] for row in found.answers)
         kl = sum(row["kl"] for row in found.answers) / max(tokens, 1)
         return {**{name: figure.value for name, figure in figures(found).items()}, KL: kl}
@@ -94,7 +94,7 @@ def find_reach(
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
-    contest: Evaluation,
+    evaluator: Evaluator,
     *,
     name: str,
     force: bool,
@@ -102,9 +102,9 @@ def find_reach(
     """Walk out from the start policy along every vector, both ways, and along every two of them; publish how far."""
     target = runs_dir / safe_ranges.FOLDER / name
     runs.refuse_existing(target, force)
-    if contest.arena.exam.sampling.temperature != 1:
+    if evaluator.test_set.sampling.temperature != 1:
         raise UserError("reach: the KL divergence it goes by needs answers as they are drawn; set eval.temperature=1")
-    for lack in contest.arena.exam.lacks:
+    for lack in evaluator.test_set.lacks:
         screen.warn(lack)
     pairs = list(combinations(names, 2))
     most = STEPS * (2 * len(names) + len(SIGNS) * len(pairs))
@@ -113,7 +113,7 @@ def find_reach(
         screen.progress("looks", most) as progress,
     ):
         looks = iter(range(10**9))
-        walk = Walk(contest, limits, lambda where: progress.show(next(looks), {"at": where}))
+        walk = Walk(evaluator, limits, lambda where: progress.show(next(looks), {"at": where}))
         alone = {
             one: {"up": asdict(walk.side({one: 1.0})), "down": asdict(walk.side({one: -1.0}))} | _line(walk, one)
             for one in names
@@ -121,8 +121,8 @@ def find_reach(
         together = [{"names": pair, "sides": _quarters(walk, pair), "term": _term(walk, pair)} for pair in pairs]
         progress.show(most, {})
         found = {"alone": alone, "together": together, "limits": asdict(limits)}
-        made_of = {name: contest.arena.field.vectors[name].lineage() for name in names}
-        base = contest.arena.base.identity
+        made_of = {name: evaluator.policies.vectors[name].lineage() for name in names}
+        base = evaluator.base.identity
         manifest = Manifest(
             stage="reach", base=base, recipe=recipe.as_dict(), method={"vectors": made_of}, metrics=found
         )

@@ -30,10 +30,10 @@ BEGINNING = re.compile(r"\W*([012])\b")
 SURE = Sampling(temperature=0.0, max_new_tokens=16)
 
 
-def compared(one: Measured, other: Measured, exam: TestSet, judge: Sampler, screen: Screen) -> Figures:
+def compared(one: Measured, other: Measured, test_set: TestSet, judge: Sampler, screen: Screen) -> Figures:
     """The share one wins: 1 or 0 where the judge says the same in both orders, else a half."""
     both = side_by_side(one, other)
-    asked = [_asked(exam, *pair) for pair in both] + [_asked(exam, b, a) for a, b in both]
+    asked = [_asked(test_set, *pair) for pair in both] + [_asked(test_set, b, a) for a, b in both]
     said: dict[int, str] = {}
     with screen.progress(f"{one.name} against {other.name}", len(asked)) as progress:
         for some in judge.draw(asked, 1, SURE):
@@ -52,8 +52,8 @@ def compared(one: Measured, other: Measured, exam: TestSet, judge: Sampler, scre
     }
 
 
-def _asked(exam: TestSet, first: Row, second: Row) -> Prompt:
-    request = "\n".join(f"{turn.role}: {turn.content}" for turn in exam.questions[first["prompt"]].prompt)
+def _asked(test_set: TestSet, first: Row, second: Row) -> Prompt:
+    request = "\n".join(f"{turn.role}: {turn.content}" for turn in test_set.questions[first["prompt"]].prompt)
     return (Message("user", QUESTION.format(asked=request, first=first["answer"], second=second["answer"])),)
 
 

@@ -1,4 +1,4 @@
-"""A grid of weights or of directions, every point measured like any contestant: files, pictures, a page."""
+"""A grid of weights or of directions, every point measured like any policy: files, pictures, a page."""
 
 import csv
 import itertools
@@ -15,15 +15,14 @@ from lora_align.console import Screen, table
 from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.evaluate import sweep_plots, sweep_report
-from lora_align.evaluate.compare import Evaluation
 from lora_align.evaluate.figures import figures, wins
 from lora_align.evaluate.goals import Score, score_of
 from lora_align.evaluate.grid import grid, weights_text
+from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.metrics import pareto
 from lora_align.metrics.intervals import Estimate
-from lora_align.policy import blend
-from lora_align.policy.contestants import START, WANT, Named, find_policies
+from lora_align.policy.policy import START, WANT, Policy, find_policies, newest_conditioned
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
 from lora_align.want import Want
@@ -32,7 +31,7 @@ from lora_align.want import Want
 def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[dict[str, Want], dict[str, bool]]:
     """Directions over the region the newest policy was trained on, evenly for two objectives, else drawn, by the words
     that name them; and of each objective whether less of it is wanted there."""
-    region = blend.newest_policy(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
+    region = newest_conditioned(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
     drawn = [want.drawn(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
     if len(region) == 2:
@@ -49,7 +48,7 @@ def run_sweep(
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
-    contest: Callable[[Sequence[Named]], Evaluation],
+    evaluate: Callable[[Sequence[Policy]], Evaluator],
     *,
     asked: int,
     name: str,
@@ -66,9 +65,9 @@ def run_sweep(
     words = list(dict.fromkeys([START, *(weights_text(point) for point in points), *wanted, *also]))
     of_word = {weights_text(point): point for point in points}
     of_word.setdefault(START, dict.fromkeys(values, 0.0))
-    held = contest(find_policies(words, recipe, runs_dir, screen))
+    evaluator = evaluate(find_policies(words, recipe, runs_dir, screen))
     with runs.claim(target, screen, force=force) as staging:
-        found = list(held.measured(screen))
+        found = list(evaluator.measure_all(screen))
         told_of = [figures(one) for one in found]
         names = list(dict.fromkeys(name for of in told_of for name in of))
         rankers = {name: table.ranker for name, table in recipe.preferences.items() if not table.of}
@@ -81,7 +80,7 @@ def run_sweep(
             for word, one, of in zip(words, found, told_of, strict=True)
         ]
         result = _written(values, names, scores, measured_points, staging)
-        base = held.arena.base.identity
+        base = evaluator.base.identity
         sweep_report.write(staging, f"sweep {name}", base["model"], result, covered(result), measured_points)
         manifest = Manifest(stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": values}, metrics=result)
         return runs.publish(staging, target, manifest)
@@ -114,17 +113,17 @@ def _written(
     """Tables and pictures; what they come to, by the score of each goal."""
     with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        header = ["contestant", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))]
+        header = ["policy", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))]
         writer.writerow(map(_no_formula, header))
         for point in points:
             weights = [point.weights[axis] if point.weights else "" for axis in values]
             cells = [_cells(point.figures.get(name)) for name in names]
             writer.writerow([_no_formula(point.word), *weights, *itertools.chain.from_iterable(cells)])
-    rows = [{"contestant": point.word, **row} for point in points for row in point.measured.answers]
+    rows = [{"policy": point.word, **row} for point in points for row in point.measured.answers]
     shards.write(rows, folder / "answers.parquet")
     facts = [
         {
-            "contestant": point.word,
+            "policy": point.word,
             "weights": point.weights,
             "figures": {name: asdict(figure) for name, figure in point.figures.items()},
             "wins": {name: asdict(figure) for name, figure in point.wins.items()},

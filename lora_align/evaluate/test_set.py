@@ -41,6 +41,11 @@ class TestSet:
     facts: Sequence[Fact] = ()
 
     @property
+    def answers(self) -> int:
+        """How many answers each policy gives."""
+        return len(self.questions) * self.samples
+
+    @property
     def lacks(self) -> list[str]:
         """What nobody can be held to, as the recipe names nothing to look at."""
         lacking = []

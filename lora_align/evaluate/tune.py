@@ -15,7 +15,6 @@ from lora_align.evaluate.test_set import SAFE
 from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Evaluated, TuneObjective
 from lora_align.metrics import refusals
 from lora_align.policy import vectors
-from lora_align.policy.contestants import START, Policy
 from lora_align.recipe import Recipe, Training
 
 STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
@@ -40,34 +39,34 @@ class Tuned:
 
 
 def tune_weights(
-    arena: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen
+    evaluator: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen
 ) -> Tuned:
     """Climb, then look at what is said to safe prompts, and go back as long as that is refused too often."""
-    for lack in arena.exam.lacks:
+    for lack in evaluator.test_set.lacks:
         screen.warn(lack)
-    hill = TuneObjective(arena, aims, bounds, settings)
+    hill = TuneObjective(evaluator, aims, bounds, settings)
     with screen.progress("tune", STEPS) as progress:
         place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
         progress.show(STEPS, {})
     place, share = _less_refused(hill, within(hill, place))
     rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
-    lost = place.found[LOSS] if arena.exam.texts else None
+    lost = place.found[LOSS] if evaluator.test_set.texts else None
     return Tuned(rounded, place.preferred, place.found[KL], lost, share, steps)
 
 
 def _less_refused(hill: TuneObjective, place: Evaluated) -> tuple[Evaluated, float | None]:
     """Back towards no weights until no more safe prompts are refused than is allowed, and the share that is."""
-    arena = hill.arena
-    if not any(question.kind == SAFE for question in arena.exam.questions):
+    evaluator = hill.evaluator
+    if not any(question.kind == SAFE for question in evaluator.test_set.questions):
         return place, None
-    share, allowed = share_refused(arena, _named(hill, place.weights)), hill.bounds.refused
+    share, allowed = share_refused(evaluator, _named(hill, place.weights)), hill.bounds.refused
     if share > allowed:  # the start policy, too, may refuse some
-        allowed += share_refused(arena, {})
+        allowed += share_refused(evaluator, {})
     for _ in range(BACKS):
         if share <= allowed:
             return place, share
         place = within(hill, hill.at(BACK * place.weights))
-        share = share_refused(arena, _named(hill, place.weights))
+        share = share_refused(evaluator, _named(hill, place.weights))
     if share > allowed:
         raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
     return place, share
@@ -159,9 +158,10 @@ def _named(hill: TuneObjective, weights: torch.Tensor) -> dict[str, float]:
     return dict(zip(hill.names, weights.tolist(), strict=True))
 
 
-def share_refused(arena: Evaluator, weights: Mapping[str, float]) -> float:
+def share_refused(evaluator: Evaluator, weights: Mapping[str, float]) -> float:
     """Share of safe prompts whose one answer refuses."""
-    arena.become(Policy("", {START: 1.0, **weights}))
-    prompts = [question.prompt for question in arena.exam.questions if question.kind == SAFE]
-    drawn = [one for batch in arena.sampler.draw(prompts, 1, arena.exam.sampling) for one in batch]
+    policies = evaluator.policies
+    policies.activate(policies.policies[0].at(weights))
+    prompts = [question.prompt for question in evaluator.test_set.questions if question.kind == SAFE]
+    drawn = [one for batch in policies.sampler.draw(prompts, 1, evaluator.test_set.sampling) for one in batch]
     return sum(refusals.refuses(one.text) for one in drawn) / max(len(drawn), 1)

@@ -22,7 +22,7 @@ from lora_align.model import tokenise
 from lora_align.model.logprobs import Answered, Reader, in_parts
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.plan.stages import TUNED
-from lora_align.policy.contestants import START, Policy
+from lora_align.policy.policy import START, START_POLICY
 from lora_align.recipe import Training
 from lora_align.train.lora_trainer import TOO_LONG
 
@@ -76,12 +76,13 @@ class TuneObjective:
     it has a gradient, that share is taken from the mean margin over the spread of margins under the preference's own
     vector, as if margins were normal."""
 
-    def __init__(self, arena: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
-        self.arena, self.aims, self.bounds, self.settings = arena, aims, bounds, settings
+    def __init__(self, evaluator: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
+        self.evaluator, self.policies = evaluator, evaluator.policies
+        self.aims, self.bounds, self.settings = aims, bounds, settings
         self.room = MemoryBudget(settings.tokens_per_batch, TOO_LONG)
-        self.longest = min(settings.max_length, arena.base.max_length)
-        self.names = list(arena.field.vectors)  # whose weights are sought: preferences, or stretches of their layers
-        self.reader = Reader.of(arena.model)
+        self.longest = min(settings.max_length, evaluator.base.max_length)
+        self.names = list(evaluator.policies.vectors)  # preferences, or ranges of their layers
+        self.reader = Reader.of(evaluator.model)
         self.pairs = {name: self._pairs(name) for name in aims}
         self.spread = {name: self._own_spread(name) for name in aims}
         self.drawn, self.texts = self._start_answers(), self._lines()
@@ -119,7 +120,7 @@ class TuneObjective:
 
     def _read_sums(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> Tensor:
         """Of each row, what is made of log π − log π_start of its tokens, with the row's sign."""
-        now = self._read(rows.rows, {START: 1.0, **dict(zip(self.names, weights.tolist(), strict=True))})
+        now = self._read(rows.rows, dict(zip(self.names, weights.tolist(), strict=True)))
         signed = zip(rows.signs, now, rows.start, strict=True)
         return torch.tensor([float(sign * value(a - b).sum()) for sign, a, b in signed])
 
@@ -127,11 +128,11 @@ class TuneObjective:
         """The same, and the gradient of what they come to, part by part."""
         moved = weights.detach().requires_grad_()
         steered = {name: moved[place] for place, name in enumerate(self.names)}
-        if self.arena.field.start is not None:
+        if self.policies.start is not None:
             steered[START] = torch.ones(())
 
         def some(part: list[int]) -> tuple[Tensor, Tensor]:
-            self.arena.mixer.steer(steered)
+            self.policies.mixer.steer(steered)
             now = self.reader.tokens([rows.rows[i] for i in part])
             gains = value(now - torch.cat([rows.start[i] for i in part]).to(now))
             each = gains.split([len(rows.start[i]) for i in part])
@@ -139,14 +140,14 @@ class TuneObjective:
             return signed.detach().cpu(), torch.autograd.grad(signed.sum() / rows.count, moved)[0].cpu()
 
         sums, slope = torch.zeros(len(rows.rows)), torch.zeros_like(weights)
-        with checkpointed(self.arena.model, wanted=self.settings.gradient_checkpointing):
+        with checkpointed(self.evaluator.model, wanted=self.settings.gradient_checkpointing):
             for part, (signed, way) in in_parts(_lengths(rows.rows), self.room, some):
                 sums[part] = signed
                 slope += way
         return sums, slope
 
     def _pairs(self, name: str) -> Rows:
-        pairs, base = self.arena.exam.pairs[name][:TUNED], self.arena.base
+        pairs, base = self.evaluator.test_set.pairs[name][:TUNED], self.evaluator.base
         tokens = [row for row in tokenise.pairs(pairs, base.chat, self.longest, Counter()) if row]
         if len(tokens) < 2:
             raise UserError(f"{name}: too few held-out pairs to tune by (dpo.held_out, eval.pairs)")
@@ -160,10 +161,10 @@ class TuneObjective:
         return max(float(_margins(self._read_sums(weights, self.pairs[name], _gain)).std()), 1e-6)
 
     def _start_answers(self) -> Rows:
-        exam, chat = self.arena.exam, self.arena.base.chat
-        asked = [question.prompt for question in spread(exam.questions, ANSWERS)]
-        self.arena.become(Policy(START, {START: 1.0}))
-        drawn = [one for batch in self.arena.sampler.draw(asked, 1, exam.sampling) for one in batch]
+        test_set, chat = self.evaluator.test_set, self.evaluator.base.chat
+        asked = [question.prompt for question in spread(test_set.questions, ANSWERS)]
+        self.policies.activate(START_POLICY)
+        drawn = [one for batch in self.policies.sampler.draw(asked, 1, test_set.sampling) for one in batch]
         rows = [
             (chat.prompt_ids(asked[one.prompt]), chat.answer_ids(asked[one.prompt], one.text, ended=one.ended))
             for one in drawn
@@ -172,20 +173,20 @@ class TuneObjective:
 
     def _lines(self) -> Rows:
         """Ordinary text behind its first token."""
-        encode = self.arena.base.chat.tokenizer
-        ids = [encode(text, add_special_tokens=False)["input_ids"] for text in self.arena.exam.texts[:LINES]]
+        encode = self.evaluator.base.chat.tokenizer
+        ids = [encode(text, add_special_tokens=False)["input_ids"] for text in self.evaluator.test_set.texts[:LINES]]
         lines = [(row[:1], row[1 : self.longest]) for row in ids if len(row) > 1]
         return self._known(lines, [-1.0] * len(lines))
 
     def _known(self, rows: Sequence[Answered], signs: Sequence[float] = (), count: float = 0.0) -> Rows:
         """With the start policy's log-probabilities; by the token, unless said otherwise."""
         tokens = sum(len(answer) for _, answer in rows)
-        return Rows(rows, signs or [1.0] * len(rows), self._read(rows, {START: 1.0}), count or max(tokens, 1))
+        return Rows(rows, signs or [1.0] * len(rows), self._read(rows, {}), count or max(tokens, 1))
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> list[Tensor]:
         """log π of every token of every answer."""
-        self.arena.become(Policy("", weights))
+        self.policies.activate(self.policies.policies[0].at(weights))
         found: dict[int, Tensor] = {}
 
         def some(part: list[int]) -> Tensor:

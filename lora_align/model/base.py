@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lora_align import processes, recipe, runs
+from lora_align import plugins, processes, recipe, runs
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import keep_dequantised, keep_plain
@@ -25,7 +25,6 @@ from lora_align.model.template_check import check_template
 if TYPE_CHECKING:
     from peft import PeftModel
 
-DEMO = Path(__file__).parent.parent / "demo" / "base"
 KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; smaller bases quantise faster than they load
 MOVED = "LORA_ALIGN_CACHE moves the cache"
 HASH_ONCE_FROM = 1 << 26  # bytes; smaller files are hashed every time
@@ -139,13 +138,19 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _folder(base: recipe.Base, outline: bool) -> Path:
-    """The base's folder: built in, on this disk, or from the hub's cache, fetched if it has to be."""
-    if base.model == "demo":
-        return DEMO
-    path = Path(base.model).expanduser()
-    if path.is_dir():
+def local_folder(model: str) -> Path | None:
+    """Return the folder that a model's name means here: one on this disk, or that of a registered base."""
+    path = Path(model).expanduser()
+    if path.is_dir() and model not in plugins.names("bases"):
         return path
+    registered = plugins.load("bases").get(model)
+    return registered() if registered else None
+
+
+def _folder(base: recipe.Base, outline: bool) -> Path:
+    """Return the base's folder: registered, on this disk, or from the hub's cache, fetched if necessary."""
+    if folder := local_folder(base.model):
+        return folder
     if base.model.count("/") != 1 or base.model.startswith((".", "/", "~")):
         raise UserError(f"base.model {base.model!r} is neither a folder nor a model's hub id (owner/name)")
     return _from_hub(base.model, base.revision or None, outline)

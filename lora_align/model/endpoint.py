@@ -15,7 +15,7 @@ import httpx2 as httpx
 
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError, UserError, first_line
-from lora_align.model.base import DEMO
+from lora_align.model.base import local_folder
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import SampledText
 from lora_align.recipe import Recipe
@@ -264,7 +264,7 @@ def serve_line(recipe: Recipe) -> str:
     rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # the start adapter goes with it
     rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # it is loaded to see if one can
     ranks = [size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank]
-    model = str(DEMO) if base.model == "demo" else base.model
+    model = str(local_folder(base.model) or base.model)
     words = ["vllm", "serve", model, *(["--revision", base.revision] if base.revision else [])]
     words += ["--chat-template", base.chat_template] if base.chat_template else []
     words += ["--quantization", "bitsandbytes"] if base.quantization == "nf4" else []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lora_align import plugins, runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.data.rows import Prompt
@@ -24,6 +25,7 @@ from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
+REWARD = "reward"  # the name of a reward model that is given none
 TOGETHER = 16  # answers a reward model reads at once
 
 
@@ -54,6 +56,16 @@ def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
     if name.startswith(PAIR):
         return pair(base, recipe, runs_dir, name.removeprefix(PAIR))
     return reward(base, runs_dir, name)
+
+
+def find_all(names: Sequence[str], base: Base, recipe: Recipe, runs_dir: Path) -> dict[str, Judge]:
+    """Return the judges of those names, without any the reward model if there is one, and those of the base."""
+    if not names and runs.is_run(runs_dir / "reward" / REWARD):
+        names = [REWARD]
+    found = {name: find(name, base, recipe, runs_dir) for name in names}
+    for judges_of in plugins.load("judges").values():
+        found |= judges_of(base)
+    return found
 
 
 def column(name: str, objective: str) -> str:

@@ -11,7 +11,7 @@ from lora_align import runs
 from lora_align.adapters.module_names import place
 from lora_align.adapters.peft_config import CONFIG, WEIGHTS
 from lora_align.errors import UserError, nearest
-from lora_align.recipe import LOCAL
+from lora_align.recipe import DEFAULT, LOCAL
 from lora_align.runs import Run
 from lora_align.weights import NAME
 
@@ -123,8 +123,8 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
         missing = "neg" if trained == ["pos"] else "pos"
         named = f" --name {name}" if done.preference != name else ""
         command = runs.command(f"dpo --pref {done.preference} --direction {missing}{named}", runs_dir)
-        if done.base["model"] != "demo" and not LOCAL.exists():
-            command += " --recipe (the one it was trained with)"
+        if not LOCAL.exists() and (source := done.recipe.get("source", "")) not in ("", DEFAULT):
+            command += f" --recipe {source}"
         raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
     if NAME.fullmatch(name) and runs.is_run(runs_dir / "mix" / name):
         return at(runs_dir / "mix" / name, name)

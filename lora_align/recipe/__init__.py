@@ -48,6 +48,7 @@ TABLES = {  # whose keys --set takes
     }.items()
 }
 LOCAL = Path("lora-align.toml")
+DEFAULT = "demo"  # the recipe of a command that is given none
 
 
 def builtin() -> dict[str, Path]:
@@ -62,7 +63,7 @@ def find(name: str | None) -> tuple[Path, str]:
     if name is None:
         if LOCAL.exists():
             return LOCAL, f"recipe: ./{LOCAL}"
-        return builtin()["demo"], f"recipe: the built-in demo (no --recipe and no ./{LOCAL})"
+        return builtin()[DEFAULT], f"recipe: the built-in demo (no --recipe and no ./{LOCAL})"
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():  # a folder may have a recipe's name
         if path.is_file():

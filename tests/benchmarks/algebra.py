@@ -313,7 +313,7 @@ def small_base(folder: Path) -> dict[str, float]:
     """One layer of those shapes with random values, and a tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from lora_align.model.base import DEMO
+    from lora_align.demo import BASE as DEMO
 
     LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=1, vocab_size=1024)).bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)

@@ -35,9 +35,9 @@ def measured(seed: int, work: Path) -> dict[str, list[dict[str, float]]]:
     asked = [word for value in (*ASKED, *tune.FRESH) for word in ("--set", value)]
     words = {text.format(scale): (name, scale) for name, (text, scales) in CURVES.items() for scale in scales}
     found, _ = tune.command(folder, "eval", *words, "start", *asked)
-    curves: dict[str, list[dict[str, float]]] = {name: [_point(found["contestants"]["start"], 0.0)] for name in CURVES}
+    curves: dict[str, list[dict[str, float]]] = {name: [_point(found["policies"]["start"], 0.0)] for name in CURVES}
     for word, (name, scale) in words.items():
-        curves[name].append(_point(found["contestants"][word], scale))
+        curves[name].append(_point(found["policies"][word], scale))
     return curves
 
 

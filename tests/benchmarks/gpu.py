@@ -63,7 +63,7 @@ def write_base(folder: Path, small: bool) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from lora_align.model.base import DEMO
+    from lora_align.demo import BASE as DEMO
 
     if (folder / "model.safetensors.index.json").exists():
         return

@@ -17,7 +17,7 @@ from lora_align import recipe
 from lora_align.adapters import peft_format
 from lora_align.commands import merge
 from lora_align.console import Screen
-from lora_align.model.base import DEMO
+from lora_align.demo import BASE as DEMO
 from lora_align.model.nf4 import keep_plain
 from lora_align.policy.vectors import find
 from lora_align.rankers import Direction

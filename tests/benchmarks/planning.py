@@ -36,7 +36,7 @@ def base_of(size: tuple[int, int] | None, work: Path) -> str:
         return "demo"
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from lora_align.model.base import DEMO
+    from lora_align.demo import BASE as DEMO
 
     layers, width = size
     folder = work / f"{layers}x{width}"
@@ -103,7 +103,7 @@ def evening(work: Path) -> dict[str, Any]:
 
     from lora_align import recipe
     from lora_align.console import Screen
-    from lora_align.model.base import DEMO
+    from lora_align.demo import BASE as DEMO
     from lora_align.plan import planner
 
     folder = work / "8b"

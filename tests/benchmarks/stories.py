@@ -176,10 +176,10 @@ def swept(folder: Path) -> dict[str, dict[str, list[float]]]:
     published = Path(__file__).parent / "evidence" / "stories.html"
     published.write_text(page.replace(where, Path(where).name), encoding="utf-8")
     points = json.loads((report / "points.json").read_text())
-    figures = {point["contestant"]: {name: _mean(point["figures"][name]) for name in TOLD} for point in points}
+    figures = {point["policy"]: {name: _mean(point["figures"][name]) for name in TOLD} for point in points}
     stories = read_table(report / "answers.parquet").to_pylist()
     for contestant, of in figures.items():
-        own = [row for row in stories if row["contestant"] == contestant]
+        own = [row for row in stories if row["policy"] == contestant]
         spoken = [float(len(SPEECH.findall(row["answer"]))) for row in own]
         of["quotations, counted"] = _mean(asdict(intervals.mean(spoken, [row["prompt"] for row in own])))
     return figures

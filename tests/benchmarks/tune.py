@@ -75,7 +75,7 @@ def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     made, seconds = command(folder, "sweep", *(f"{name}=-1:1:0.5" for name in aims), "--force", *data)
     points = list(csv.DictReader((folder / made["sweep"] / "points.csv").open(encoding="utf-8")))
     best = max(points, key=lambda row: sum(aim * float(row[f"oracle: {name}"]) for name, aim in aims.items()))
-    return {"weights": best["contestant"], "points": len(points), "seconds": round(seconds, 1)}
+    return {"weights": best["policy"], "points": len(points), "seconds": round(seconds, 1)}
 
 
 def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: in
     told, _ = command(folder, "eval", *dict.fromkeys(everyone.values()), *words)
     sums = {}
     for name, word in everyone.items():
-        scores = told["contestants"][word]
+        scores = told["policies"][word]
         sums[f"{name}: score"] = sum(aim * scores[f"oracle: {axis}"]["value"] for axis, aim in aims.items())
         sums[f"{name}: KL"] = scores["KL"]["value"]
     return sums

@@ -14,7 +14,7 @@ from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base
 from lora_align.model.decoding import Sampling
-from lora_align.policy.blend import Blend
+from lora_align.policy.policy import START_POLICY
 from support import COMMAND, Cli, Terminal, make_base
 
 SCREEN = Screen()
@@ -24,7 +24,7 @@ SCREEN = Screen()
 def loaded() -> Session:
     project = recipe.load(recipe.builtin()["demo"])
     sampling = Sampling(temperature=1.0, max_new_tokens=12, seed=5)
-    return open_session(base.find(project.base), Path("none"), project, Blend({}, {}), sampling, Screen(quiet=True))
+    return open_session(base.find(project.base), Path("none"), project, START_POLICY, sampling, Screen(quiet=True))
 
 
 @pytest.fixture

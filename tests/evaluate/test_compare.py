@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lora_align import recipe
+from lora_align import recipe, runs
 from lora_align.console import Screen
 from lora_align.data import forms, sources
 from lora_align.data.rows import Fact, Message, Pair, Prompt
@@ -25,8 +25,8 @@ from lora_align.evaluate.measure import Evaluator, Measured, facts_known
 from lora_align.evaluate.test_set import read_test_set
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.policy import contestants
-from lora_align.policy.contestants import START, Policy
+from lora_align.policy.policy import Conditioned, weighted
+from lora_align.policy.policy_set import PolicySet
 from support import Cli, call, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
@@ -110,7 +110,7 @@ def test_a_fact_is_known_where_stock_peft_finds_it_likeliest_a_token(evaluated: 
     rows = tables(tmp_path)["dpo/helpful/pos"]["facts"]
     assert [row["known"] for row in rows] == wanted
     assert len(facts) == 10
-    told = evaluated["contestants"]["dpo/helpful/pos"]["facts known"]
+    told = evaluated["policies"]["dpo/helpful/pos"]["facts known"]
     assert told["value"] == pytest.approx(sum(wanted) / len(facts))
 
 
@@ -166,7 +166,7 @@ def test_divergence_and_the_pair_s_score_are_what_stock_peft_says(evaluated: dic
     scores = [project.dpo.beta * (pos - neg) for pos, neg in zip(said["pos"], said["neg"], strict=True)]
     assert [row["score pair:helpful"] for row in rows] == pytest.approx(scores, abs=1e-4)
     assert min(max(map(abs, apart)), max(map(abs, scores))) > 0.01
-    told = evaluated["contestants"]["dpo/helpful/pos"]
+    told = evaluated["policies"]["dpo/helpful/pos"]
     assert told["KL"]["value"] == pytest.approx(sum(apart) / len(apart), abs=1e-4)
     assert told["pair:helpful"]["value"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
 
@@ -193,18 +193,18 @@ def test_a_reward_model_s_scores_are_those_of_its_adapter_and_heads(workspace: P
         wanted.append(float(heads["mean"][place] + heads["deviation"][place] * standard))
     assert [row["score reward: verbosity"] for row in rows] == pytest.approx(wanted, abs=0.01)  # points out of 100
     assert max(wanted) - min(wanted) > 1
-    told = json.loads(done.out)["contestants"]["helpful=1"]["reward: verbosity"]["value"]
+    told = json.loads(done.out)["policies"]["helpful=1"]["reward: verbosity"]["value"]
     assert told == pytest.approx(sum(wanted) / len(wanted), abs=0.01)
 
 
 def test_the_start_policy_is_where_it_starts(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    assert set(evaluated["contestants"]) == {MIX, "start", "base", "dpo/helpful/pos"}
-    start, base = evaluated["contestants"]["start"], evaluated["contestants"]["base"]
+    assert set(evaluated["policies"]) == {MIX, "start", "base", "dpo/helpful/pos"}
+    start, base = evaluated["policies"]["start"], evaluated["policies"]["base"]
     assert start == base, "the demo's start policy is its base"
     assert start["KL"]["value"] == pytest.approx(0, abs=1e-5)
     assert start["margin helpful"]["value"] == 0
     assert "accuracy helpful" not in start
-    mix = evaluated["contestants"][MIX]
+    mix = evaluated["policies"][MIX]
     assert mix["margin helpful"]["value"] != 0
     assert mix["margin helpful"]["low"] <= mix["margin helpful"]["value"] <= mix["margin helpful"]["high"]
     assert evaluated["answers"] == 24  # six prompts to answer, six to refuse, twice each
@@ -223,7 +223,7 @@ def test_a_start_policy_that_is_not_the_base(trained: Path, tmp_path: Path) -> N
     assert trained_on_it.code == 0, trained_on_it.err
     told = call(tmp_path, "eval", "helpful=9", "start", "base", "--json", *SMALL, *words)
     assert told.code == 0, told.err
-    mix, start, base = json.loads(told.out)["contestants"].values()
+    mix, start, base = json.loads(told.out)["policies"].values()
     assert start["KL"]["value"] == pytest.approx(0, abs=1e-5)
     assert start["margin helpful"]["value"] == 0
     assert base["KL"]["value"] > 0.01
@@ -251,7 +251,7 @@ def test_refusals_are_counted_of_the_prompts_they_are_told_of(evaluated: dict[st
             rows = [row for row in found["answers"] if row["kind"] == kind]
             prompts = [oracle_judge.prompt_of(row["asked"]) for row in rows]
             read = [oracle.score(of, row["answer"]) for of, row in zip(prompts, rows, strict=True) if of]
-            told = evaluated["contestants"][name][f"refused {kind}"]
+            told = evaluated["policies"][name][f"refused {kind}"]
             assert told["value"] == pytest.approx(sum(row["refused"] for row in rows) / len(rows))
             assert told["low"] <= told["value"] <= told["high"]
             assert sum(row["refused"] == of.refused for row, of in zip(rows, read, strict=True)) >= len(rows) - 1
@@ -272,10 +272,10 @@ def test_who_was_measured_is_not_measured_again(evaluated: dict[str, Any], tmp_p
 
     before = made()
     again = cli("eval", MIX, "start", "--json", *BY, *SMALL)
-    assert json.loads(again.out)["contestants"][MIX] == evaluated["contestants"][MIX]
+    assert json.loads(again.out)["policies"][MIX] == evaluated["policies"][MIX]
     assert made() == before
     other = cli("eval", MIX, "--json", *BY, *SMALL, "--set", "eval.seed=1")
-    assert json.loads(other.out)["contestants"][MIX]["words"] != evaluated["contestants"][MIX]["words"]
+    assert json.loads(other.out)["policies"][MIX]["words"] != evaluated["policies"][MIX]["words"]
     assert made() != before
 
 
@@ -301,20 +301,19 @@ def test_a_pair_that_does_not_fit_behind_what_is_asked_for_is_nobody_s(workspace
     project = recipe.load(recipe.builtin()["demo"], FEW)
     base = bases.find(project.base)
     runs_dir, quiet = workspace / "runs", Screen(quiet=True)
-    field = contestants.policy_set(
-        contestants.find_policies(["helpful=1"], project, runs_dir, quiet), project, base, runs_dir, quiet
-    )
+    policies = PolicySet.of([weighted({"helpful": 1.0}, project, runs_dir)], project, base, runs_dir, quiet)
     exam = read_test_set(project, Screen(quiet=True), ["helpful"])
     first, *_, last = exam.pairs["helpful"]
     room = base.max_length - 40 - max(len(base.chat.prompt_ids(pair.prompt)) for pair in (first, last))
     long = replace(first, prompt=(Message("user", "rain " * room + first.prompt[0].content),))
-    arena = Evaluator(field, replace(exam, pairs={"helpful": [long, first, last]}), {})
-    asked = Policy("asked", {START: 1.0, "helpful": 1.0}, "help " * 60)
-    found = arena._margins(asked)
+    evaluator = Evaluator(policies, replace(exam, pairs={"helpful": [long, first, last]}), runs_dir / "eval")
+    plain = policies.policies[0]
+    asked = replace(plain, conditioned=Conditioned("helpful", runs.read(runs_dir / "dpo/helpful/pos"), "help " * 60))
+    found = evaluator._margins(asked)
     assert [row["pair"] for row in found] == [1, 2]
-    now = arena.likes(asked)["helpful"][1:] - arena.start_likes["helpful"][1:]
+    now = evaluator.likes(asked)["helpful"][1:] - evaluator.start_likes["helpful"][1:]
     assert [row["margin"] for row in found] == now.tolist()
-    assert len(arena._margins(replace(asked, system=""))) == 3
+    assert len(evaluator._margins(plain)) == 3
 
 
 @pytest.mark.parametrize(

@@ -59,16 +59,16 @@ def test_a_local_task_is_asked_of_every_contestant_once(task: str, workspace: Pa
     words = ["eval", "helpful=4", "base", "--tasks", task, "--json", *SMALL]
     done = cli(*words)
     assert done.code == 0, done.err
-    told = json.loads(done.out)["contestants"]
+    told = json.loads(done.out)["policies"]
     answers = by_hand()
     assert 0 < sum(answers) < len(answers)
     assert told["base"]["mine: acc"]["value"] == pytest.approx(sum(answers) / len(answers))
     assert told["base"]["mine: acc"]["low"] < told["base"]["mine: acc"]["high"]
-    kept = {json.loads(file.read_text())["contestant"]: file for file in (workspace / "runs" / "eval").glob("task-*")}
+    kept = {json.loads(file.read_text())["policy"]: file for file in (workspace / "runs" / "eval").glob("task-*")}
     assert json.loads(kept["base"].read_text())["values"] == {"acc": answers}
     assert set(kept) == {"helpful=4", "base"}
     again = cli(*words)
-    assert json.loads(again.out)["contestants"] == told
+    assert json.loads(again.out)["policies"] == told
     assert "mine: base" in done.err
     assert "mine: base" not in again.err
 

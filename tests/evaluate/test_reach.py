@@ -15,7 +15,7 @@ from lora_align.console import Screen
 from lora_align.evaluate.reach import KL, Limits
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
-from lora_align.policy import blend as blends
+from lora_align.policy.policy import weighted
 from support import Cli, call, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
@@ -80,7 +80,7 @@ def test_it_ends_where_the_next_step_breaks_something(reached: dict[str, Any], t
 def test_the_line_and_the_term_are_those_of_eval_s_margins(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
     weights = [-1.0, -0.5, 0.5, 1.0]
     words = [*(f"helpful={weight:g}" for weight in weights), "harmless=1", "helpful=1,harmless=1"]
-    told = json.loads(cli("eval", *words, "--json", *SMALL).out)["contestants"]
+    told = json.loads(cli("eval", *words, "--json", *SMALL).out)["policies"]
     margins = [told[word]["margin helpful"]["value"] for word in words]
     (slope,), *_ = numpy.linalg.lstsq(numpy.array(weights)[:, None], numpy.array(margins[:4]))
     assert reached["alone"]["helpful"]["slope"] == pytest.approx(slope, abs=1e-4)
@@ -108,8 +108,8 @@ def test_merge_chat_and_generate_warn_beyond_and_not_before(reached: dict[str, A
 def test_a_weight_that_is_turned_while_one_talks_is_warned_of(reached: dict[str, Any], tmp_path: Path) -> None:
     project, quiet = recipe.load(recipe.builtin()["demo"]), Screen(quiet=True)
     runs_dir = tmp_path / "runs"
-    blend = blends.choose(runs_dir, project, quiet, {"helpful": 0.1})
-    session = sessions.open_session(bases.find(project.base), runs_dir, project, blend, Sampling(), quiet)
+    policy = weighted({"helpful": 0.1}, project, runs_dir)
+    session = sessions.open_session(bases.find(project.base), runs_dir, project, policy, Sampling(), quiet)
     assert session.turn({"helpful": 0.2}) == []
     assert ["harmless=9 is farther out than" in doubt for doubt in session.turn({"harmless": 9.0})] == [True]
     assert session.turn({"harmless": 0.1}) == []
@@ -175,6 +175,6 @@ def test_answers_at_another_temperature_tell_no_divergence(workspace: Path, cli:
     cold = ["--set", "eval.temperature=0.5", *SMALL]
     done = cli("reach", "helpful", *cold)
     assert (done.code, "set eval.temperature=1" in done.err) == (2, True)
-    told = json.loads(cli("eval", "helpful=1", "--json", *cold).out)["contestants"]["helpful=1"]
+    told = json.loads(cli("eval", "helpful=1", "--json", *cold).out)["policies"]["helpful=1"]
     assert "words" in told
     assert "KL" not in told

@@ -74,11 +74,11 @@ def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
     with (folder / "points.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     for row, point in zip(rows, points, strict=True):
-        assert row["contestant"] == point["contestant"]
+        assert row["policy"] == point["policy"]
         assert float(row["words"]) == pytest.approx(point["figures"]["words"]["value"])
     answers = read_table(folder / "answers.parquet").to_pylist()
     assert len(answers) == len(points) * 8
-    assert {answer["contestant"] for answer in answers} == {point["contestant"] for point in points}
+    assert {answer["policy"] for answer in answers} == {point["policy"] for point in points}
     for name in ("curves", "map", "front", "length", "cost"):
         assert imread(folder / f"{name}.png").std() > 0.02, name
     page = _Page()
@@ -165,5 +165,5 @@ def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
     _written({"=axis": [0.0, 1.0]}, evil, {}, points, tmp_path)
     with (tmp_path / "points.csv").open(newline="") as stream:
         header, *rows = csv.reader(stream)
-    assert header[:3] == ["contestant", "'=axis", "'=1+1"]
+    assert header[:3] == ["policy", "'=axis", "'=1+1"]
     assert [row[0] for row in rows] == [*(f"'{word}" for word in evil), "start"]

@@ -1,7 +1,7 @@
 """`tune`: its slope against finite differences, its bounds, and what is found beside a search of every place."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.test_set import read_test_set
 from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, TuneObjective
 from lora_align.model import base as bases
-from lora_align.model.base import Base
 from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.mixer import Mixer
-from lora_align.policy import contestants
-from lora_align.policy.contestants import START, Policy, PolicySet
+from lora_align.policy.policy import weighted
+from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Dpo
+from lora_align.weights import parse_weights
 from support import Cli
 
 QUIET = Screen(quiet=True)
@@ -30,19 +30,15 @@ AIMS = {"helpful": 0.6, "harmless": 0.4}
 
 
 @pytest.fixture
-def arena(workspace: Path) -> Evaluator:
-    return arena_of("helpful=1,harmless=1", workspace)
+def evaluator(workspace: Path) -> Evaluator:
+    return evaluator_of("helpful=1,harmless=1", workspace)
 
 
-def field_of(word: str, project: recipe.Recipe, base: Base, runs_dir: Path) -> PolicySet:
-    everyone = contestants.find_policies([word], project, runs_dir, QUIET)
-    return contestants.policy_set(everyone, project, base, runs_dir, QUIET)
-
-
-def arena_of(vectors: str, workspace: Path) -> Evaluator:
-    project = recipe.load(recipe.builtin()["demo"], FEW)
-    field = field_of(vectors, project, bases.find(project.base), workspace / "runs")
-    return Evaluator(field, read_test_set(project, QUIET, AIMS), {})
+def evaluator_of(vectors: str, workspace: Path, settings: list[str] = FEW, aims: Iterable[str] = AIMS) -> Evaluator:
+    project, runs_dir = recipe.load(recipe.builtin()["demo"], settings), workspace / "runs"
+    policy = weighted(parse_weights(vectors), project, runs_dir)
+    policies = PolicySet.of([policy], project, bases.find(project.base), runs_dir, QUIET)
+    return Evaluator(policies, read_test_set(project, QUIET, aims), runs_dir / "eval")
 
 
 @pytest.mark.parametrize(
@@ -50,12 +46,12 @@ def arena_of(vectors: str, workspace: Path) -> Evaluator:
     [("helpful=1,harmless=1", [-3.0, 2.0]), ("helpful@0-1=1,helpful@2-3=1,harmless=1", [-3.0, -2.0, 2.0])],
 )
 def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
-    arena, here, step = arena_of(vectors, workspace), torch.tensor(weights), 0.05
+    evaluator, here, step = evaluator_of(vectors, workspace), torch.tensor(weights), 0.05
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    passed = TuneObjective(arena, AIMS, free, Dpo()).at(here).found
+    passed = TuneObjective(evaluator, AIMS, free, Dpo()).at(here).found
     assert passed[LOSS] > 5e-4
     hill = TuneObjective(
-        arena, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5), Dpo()
+        evaluator, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5), Dpo()
     )  # both push back
     found = hill.at(here)
     rounding = 0.01 * float(found.slope.norm()) if "@" in vectors else 0.0  # the lower layers alone do next to nothing
@@ -64,16 +60,16 @@ def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[flo
         assert slope == pytest.approx(rise, rel=0.02, abs=rounding)
 
 
-def test_at_no_weights_it_is_the_start_policy(arena: Evaluator) -> None:
-    hill = TuneObjective(arena, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
+def test_at_no_weights_it_is_the_start_policy(evaluator: Evaluator) -> None:
+    hill = TuneObjective(evaluator, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
     nowhere = hill.at(torch.zeros(2))
     assert nowhere.height == pytest.approx(0.5, abs=1e-4)  # a coin decides every pair
     assert nowhere.found == pytest.approx(dict.fromkeys(nowhere.found, 0.0), abs=1e-5)
 
 
-def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Evaluator) -> None:
+def test_what_is_climbed_to_lies_higher_than_places_around_it(evaluator: Evaluator) -> None:
     bounds = Bounds(kl=5e-5, loss=0.05, refused=1.0, weight=9.0)
-    hill = TuneObjective(arena, AIMS, bounds, Dpo())
+    hill = TuneObjective(evaluator, AIMS, bounds, Dpo())
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.height > 0.5
     assert 0.5 * bounds.kl < found.found[KL] < 1.2 * bounds.kl, "it is what stops the climb"
@@ -83,20 +79,20 @@ def test_what_is_climbed_to_lies_higher_than_places_around_it(arena: Evaluator) 
     assert flipped.height < found.height
 
 
-def test_a_weight_stays_at_its_bound_while_others_climb(arena: Evaluator) -> None:
-    hill = TuneObjective(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
+def test_a_weight_stays_at_its_bound_while_others_climb(evaluator: Evaluator) -> None:
+    hill = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
     found, _ = tune.climbed(hill, lambda *_: None)
     assert found.weights.abs().max() == pytest.approx(0.3)
     assert (found.slope * found.weights).min() > 0, "they would go on"
 
 
 @pytest.mark.parametrize(("name", "weight"), [(KL, 4.0), (LOSS, -4.0)])
-def test_what_has_passed_a_bound_comes_back(arena: Evaluator, name: str, weight: float) -> None:
+def test_what_has_passed_a_bound_comes_back(evaluator: Evaluator, name: str, weight: float) -> None:
     far = torch.tensor([weight, weight])  # the way on which that bound is passed
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    bound = TuneObjective(arena, AIMS, free, Dpo()).at(far).found[name] / 3
+    bound = TuneObjective(evaluator, AIMS, free, Dpo()).at(far).found[name] / 3
     assert bound > 0
-    hill = TuneObjective(arena, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
+    hill = TuneObjective(evaluator, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
     there = hill.at(far)
     assert hill.beyond(there) == pytest.approx(3)
     back = tune.within(hill, there)
@@ -107,16 +103,14 @@ def test_what_has_passed_a_bound_comes_back(arena: Evaluator, name: str, weight:
 
 def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) -> None:
     """Risky prompts stand in for safe ones, as these vectors leave safe ones alone."""
-    project = recipe.load(recipe.builtin()["demo"], [*FEW, 'eval.prompts="demo:prompts?risky=1"', "eval.count=24"])
-    base = bases.find(project.base)
-    field = field_of("harmless=1", project, base, workspace / "runs")
-    arena = Evaluator(field, read_test_set(project, QUIET, ["harmless"]), {})
+    settings = [*FEW, 'eval.prompts="demo:prompts?risky=1"', "eval.count=24"]
+    evaluator = evaluator_of("harmless=1", workspace, settings, ["harmless"])
     far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
 
     def found(refused: float) -> tune.Tuned:
-        return tune.tune_weights(arena, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
+        return tune.tune_weights(evaluator, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
 
-    free, start = found(1.0), tune.share_refused(arena, {})
+    free, start = found(1.0), tune.share_refused(evaluator, {})
     more = 0.5 * (free.refused - start)
     held = found(more)
     assert more > 0
@@ -126,9 +120,9 @@ def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) 
         found(-1.0)
 
 
-def test_weights_that_are_steered_are_forgotten_when_others_are_set(arena: Evaluator) -> None:
-    model, updates = arena.model, dict(arena.mixer.updates)
-    arena.mixer.remove()
+def test_weights_that_are_steered_are_forgotten_when_others_are_set(evaluator: Evaluator) -> None:
+    model, updates = evaluator.model, dict(evaluator.policies.mixer.updates)
+    evaluator.policies.mixer.remove()
     mixer = Mixer(model, updates, {})
     reader, rows = Reader.unchecked(model), [([5, 6, 7], [8, 9, 10])]
     with torch.no_grad():
@@ -170,9 +164,12 @@ def test_what_the_recipe_names_nothing_for_is_not_held_to_and_said(workspace: Pa
     assert "eval.text names no ordinary text: its loss is not looked at" in done.err
 
 
-def test_what_is_told_as_preferred_was_counted(arena: Evaluator) -> None:
-    hill = TuneObjective(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
-    likes, before = arena.likes(Policy("", {START: 1.0, "helpful": 1.0, "harmless": -0.5})), arena.start_likes
+def test_what_is_told_as_preferred_was_counted(evaluator: Evaluator) -> None:
+    hill = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
+    likes, before = (
+        evaluator.likes(evaluator.policies.policies[0].at({"helpful": 1.0, "harmless": -0.5})),
+        evaluator.start_likes,
+    )
     found = hill.at(torch.tensor([1.0, -0.5])).preferred
     assert found == {name: float((likes[name] > before[name]).float().mean()) for name in AIMS}
     assert len(set(found.values())) == 2
@@ -206,11 +203,11 @@ def test_what_cannot_be_aimed_at_is_refused(workspace: Path, cli: Cli, aim: str,
 
 
 def test_memory_that_runs_out_halves_the_parts_and_the_slope_is_what_it_was(
-    arena: Evaluator, monkeypatch: pytest.MonkeyPatch
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
-    expected = TuneObjective(arena, AIMS, bounds, Dpo()).at(here)
-    hill = TuneObjective(arena, AIMS, bounds, Dpo(tokens_per_batch=2048))
+    expected = TuneObjective(evaluator, AIMS, bounds, Dpo()).at(here)
+    hill = TuneObjective(evaluator, AIMS, bounds, Dpo(tokens_per_batch=2048))
     whole = Reader.tokens
 
     def tokens(self: Reader, rows: Sequence[Answered]) -> torch.Tensor:
@@ -225,16 +222,16 @@ def test_memory_that_runs_out_halves_the_parts_and_the_slope_is_what_it_was(
     assert found.slope.tolist() == pytest.approx(expected.slope.tolist(), abs=1e-5)
 
 
-def test_checkpointing_leaves_the_slope_as_it_was(arena: Evaluator) -> None:
+def test_checkpointing_leaves_the_slope_as_it_was(evaluator: Evaluator) -> None:
     bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
-    plain = TuneObjective(arena, AIMS, bounds, Dpo()).at(here)
-    anew = TuneObjective(arena, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
+    plain = TuneObjective(evaluator, AIMS, bounds, Dpo()).at(here)
+    anew = TuneObjective(evaluator, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
     assert anew.slope.tolist() == pytest.approx(plain.slope.tolist(), abs=1e-6)
-    assert not arena.model.training
+    assert not evaluator.model.training
 
 
-def test_pairs_are_cut_at_the_length_of_training(arena: Evaluator) -> None:
-    hill = TuneObjective(arena, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
+def test_pairs_are_cut_at_the_length_of_training(evaluator: Evaluator) -> None:
+    hill = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
     rows = [row for of in (*hill.pairs.values(), hill.drawn) for row in of.rows]
     assert rows
     assert max(len(prompt) + len(answer) for prompt, answer in rows) <= 32

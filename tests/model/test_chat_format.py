@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_align.data.rows import Message
+from lora_align.demo import BASE as DEMO
 from lora_align.errors import UserError
-from lora_align.model.base import DEMO
 from lora_align.model.chat_format import ChatFormat
 from support import real_data
 

@@ -15,9 +15,9 @@ import pytest
 
 from lora_align import recipe
 from lora_align.data.rows import Message
+from lora_align.demo import BASE as DEMO
 from lora_align.demo import oracle, world
 from lora_align.errors import RunFailedError, UserError
-from lora_align.model.base import DEMO
 from lora_align.model.decoding import Sampling
 from lora_align.model.endpoint import Endpoint, serve_line
 from support import Cli, free_port, listening

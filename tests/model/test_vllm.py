@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_align import recipe
 from lora_align.data.rows import Message
+from lora_align.demo import BASE as DEMO
 from lora_align.model import base as bases
-from lora_align.model.base import DEMO
 from support import call, free_port
 
 COMMAND = os.environ.get("LORA_ALIGN_VLLM")

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from lora_align import recipe, runs
 from lora_align.console import Screen
 from lora_align.model import base as bases
-from lora_align.policy import contestants, safe_ranges, vectors
-from lora_align.policy.contestants import PolicySet
+from lora_align.policy import safe_ranges, vectors
+from lora_align.policy.policy import find_policies
+from lora_align.policy.policy_set import PolicySet
 from support import Cli
 
 
@@ -65,9 +66,9 @@ def test_a_part_is_not_taken_for_the_whole(workspace: Path) -> None:
     project = recipe.load(recipe.builtin()["demo"])
     words = ["helpful=1", "helpful@0-3=1", "helpful@0-1=1"]
     runs_dir, quiet = workspace / "runs", Screen(quiet=True)
-    everyone = contestants.find_policies(words, project, runs_dir, quiet)
-    field: PolicySet = contestants.policy_set(everyone, project, bases.find(project.base), runs_dir, quiet)
-    known = [str(field.lineage(contestant)) for contestant in field.contestants]
+    chosen = find_policies(words, project, runs_dir, quiet)
+    policies = PolicySet.of(chosen, project, bases.find(project.base), runs_dir, quiet)
+    known = [str(policies.lineage(policy)) for policy in policies.policies]
     assert len(set(known)) == 3
-    [far] = safe_ranges.warnings_beyond_reach({"helpful@0-1": 9.0}, field.vectors, runs_dir)
+    [far] = safe_ranges.warnings_beyond_reach({"helpful@0-1": 9.0}, policies.vectors, runs_dir)
     assert "far beyond what it was trained at" in far

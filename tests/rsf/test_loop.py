@@ -22,7 +22,7 @@ from lora_align.console import Screen
 from lora_align.data.rows import Message, prompt_key
 from lora_align.demo import world
 from lora_align.model import base as bases
-from lora_align.policy.blend import ConditionedPolicy
+from lora_align.policy.policy import Conditioned
 from lora_align.want import Want
 from support import COMMAND, Done, Terminal, call, made_once
 
@@ -87,7 +87,7 @@ def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path:
     assert done.code == 0, done.err
     folder = tmp_path / "runs" / "sweep" / "directions"
     points = json.loads((folder / "points.json").read_text())
-    assert [point["contestant"].partition(":")[0] for point in points] == ["start", "want", "want", "want"]
+    assert [point["policy"].partition(":")[0] for point in points] == ["start", "want", "want", "want"]
     first, second = (point["figures"]["words"]["value"] for point in (points[1], points[3]))
     assert first != second
     found = runs.read(folder).manifest.metrics
@@ -97,7 +97,7 @@ def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path:
         [point["figures"][f"reward: {name}"]["value"] for name in ("helpfulness", "verbosity")] for point in points
     ]
     best = {
-        point["contestant"]
+        point["policy"]
         for point, (helpfulness, verbosity) in zip(points, values, strict=True)
         if not any(h >= helpfulness and v <= verbosity and (h, v) != (helpfulness, verbosity) for h, v in values)
     }
@@ -116,7 +116,7 @@ def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
     words += [f"want@rsf/policy/steerlm:{steered}", "start"]
     done = call(tmp_path, "eval", *words, "--json", *small)
     assert done.code == 0, done.err
-    newest, last, first, steerlm, start = (json.loads(done.out)["contestants"][word] for word in words)
+    newest, last, first, steerlm, start = (json.loads(done.out)["policies"][word] for word in words)
     assert newest == last
     assert len({json.dumps(one) for one in (last, first, steerlm, start)}) == 4
     for word, says in {
@@ -147,7 +147,7 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
 
     base = bases.find(recipe.Base("demo"))
     run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t2")
-    system = ConditionedPolicy.of(run, asked.partition(":")[2], Screen(quiet=True)).system()
+    system = Conditioned.asked("", run, asked.partition(":")[2], Screen(quiet=True)).system
     policy = PeftModel.from_pretrained(base.load(), run.path).eval()
 
     def first_is_likelier(row: dict[str, Any], before: Sequence[Message]) -> tuple[float, float]:
@@ -165,7 +165,7 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
         start = [first_is_likelier(row, []) for row in rows]
     assert max(abs(now - before) for (_, now), (_, before) in zip(wanted, start, strict=True)) > 0.1
     kept = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "eval").glob("task-*")]
-    found = {one["contestant"]: one["values"]["acc"] for one in kept}
+    found = {one["policy"]: one["values"]["acc"] for one in kept}
     assert found == {asked: [first for first, _ in wanted], "start": [first for first, _ in start]}
 
 

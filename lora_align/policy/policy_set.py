@@ -1,0 +1,81 @@
+"""Several policies and judges over one loaded base; one of them is active at a time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_align.adapters import peft_format
+from lora_align.console import Screen
+from lora_align.model.base import Base
+from lora_align.model.mixer import Mixer
+from lora_align.model.sampler import LocalSampler
+from lora_align.policy import start as start_policy
+from lora_align.policy import vectors
+from lora_align.policy.judges import Judge
+from lora_align.policy.policy import START, Policy, check_stands_on
+from lora_align.recipe import Recipe
+from lora_align.runs import Run
+
+
+class PolicySet:
+    """Policies on one base. The base is loaded when a policy is first activated, with all vectors over it."""
+
+    def __init__(
+        self, base: Base, policies: Sequence[Policy], start: Run | None, judges: Mapping[str, Judge] | None = None
+    ) -> None:
+        self.base, self.policies, self.start, self.judges = base, policies, start, judges or {}
+        self.vectors = {name: vector for policy in policies for name, vector in policy.vectors.items()}
+
+    @classmethod
+    def of(
+        cls,
+        policies: Sequence[Policy],
+        recipe: Recipe,
+        base: Base,
+        runs_dir: Path,
+        screen: Screen,
+        judges: Mapping[str, Judge] | None = None,
+    ) -> "PolicySet":
+        """Check that policies stand on a recipe's base and start adapter, and warn of what is doubtful."""
+        start = start_policy.adapter(recipe, runs_dir)
+        made = cls(base, policies, start, judges)
+        check_stands_on(base, start_policy.identity(start), made.vectors.values())
+        for vector in made.vectors.values():
+            for warning in vector.doubts():
+                screen.warn(warning)
+        return made
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The loaded base."""
+        return self.base.load()
+
+    @cached_property
+    def sampler(self) -> LocalSampler:
+        """One sampler for all policies, because it remembers how many answers fit into memory at once."""
+        return LocalSampler(self.model, self.base)
+
+    @cached_property
+    def mixer(self) -> Mixer:
+        """Every adapter over the base, all at weight 0."""
+        updates, _ = vectors.opened(self.vectors)
+        if self.start is not None:
+            updates[START] = peft_format.load(self.start.path, whole=True)
+        for judge in self.judges.values():
+            updates |= judge.updates
+        return Mixer(self.model, updates, {})
+
+    def activate(self, policy: Policy) -> None:
+        """Make the model answer as this policy from now on."""
+        self.mixer.set(policy.scales)
+
+    def lineage(self, policy: Policy) -> dict[str, Any]:
+        """Identify a policy, whatever it is called: the files of its adapters, and their weights."""
+        parts = [[weight, policy.vectors[name].lineage()] for name, weight in policy.weights.items() if weight]
+        start = start_policy.identity(self.start) if policy.start else ""
+        ordered = sorted(parts, key=json.dumps)
+        return {"base": self.base.identity, "start": start, "made_of": ordered, "system": policy.system}
