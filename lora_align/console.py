@@ -21,6 +21,7 @@ _CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x
 _CONTROLS |= {*range(0xD800, 0xE000)}
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
 _JSON = {code: f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
+TAB = 8  # columns of a terminal between two tab stops
 _COMMANDS = re.compile(r"(\S*`[^`\n]*`\S*)")
 
 
@@ -97,6 +98,8 @@ class Wrapper:
         if cells > self.columns and " " in word:  # a command that is longer than a line
             return "".join(map(self.put, re.findall(r"\S+|\s", word)))
         blanks, self.blanks = self.blanks, ""
+        if "\t" in blanks:
+            blanks = ("x" * self.used + blanks).expandtabs(TAB)[self.used :]
         if self.used + _cells(blanks) + cells > self.columns:
             end, self.used = "\n" if self.used else "", 0
             return end + self._placed(word)

@@ -115,6 +115,11 @@ def _check_types(manifest: Manifest) -> None:
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]
     numbers = [file["bytes"] for file in manifest.files.values()] + [of["weight"] for of in manifest.parents]
+    if not isinstance(held_out := manifest.metrics.get("held_out", {}), Mapping):
+        raise TypeError(f"metrics.held_out is of type {type(held_out).__name__}")
+    if manifest.stage == "mix":
+        texts.append(manifest.method["name"])
+        numbers += [manifest.method["rank"], manifest.metrics["left_out"]]
     wrong = [value for value in texts if not isinstance(value, str)]
     wrong += [value for value in numbers if not isinstance(value, int | float)]
     if wrong:

@@ -247,7 +247,7 @@ def test_a_damaged_manifest_is_passed_over_and_told(cli: Cli, workspace: Path) -
 def test_overrides_apply_to_the_recipe_a_run_keeps(cli: Cli, workspace: Path) -> None:
     done = cli("chat", "--weights", "helpful=1", "--prompt", "Hi.", "--set", "base.chat_template_kwargs.x=1")
     assert done.code == 0, done.err
-    assert "recipe: the one kept in" in done.err
+    assert "recipe: the one stored in" in done.err
     assert "another chat template or tokenizer" in done.err
     assert cli("chat", "--prompt", "Hi.", "--set", "base.x=1").code == 2
 

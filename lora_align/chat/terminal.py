@@ -10,7 +10,7 @@ from lora_align import runs
 from lora_align.chat.session import Session
 from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
-from lora_align.errors import UserError
+from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
 from lora_align.policy.policy import Conditioned
 from lora_align.weights import parse_weights
@@ -43,10 +43,13 @@ def once(session: Session, prompt: str, screen: Screen) -> None:
 
 def script(session: Session, lines: Iterable[str], screen: Screen) -> None:
     """Obey lines that are piped in, as they would be on a terminal; the first that fails ends it."""
-    for line in map(str.strip, lines):
+    for number, line in enumerate(map(str.strip, lines), 1):
         if line in LEAVING:
             return
-        _take(session, line, screen)
+        try:
+            _take(session, line, screen)
+        except UserError as fault:
+            raise RunFailedError(f"line {number}: {fault}") from fault
 
 
 def talk(session: Session, screen: Screen) -> None:

@@ -1,40 +1,23 @@
 """Commands that measure: contestants side by side."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lora_align import runs
-from lora_align.cli.options import (
-    ForceOption,
-    JsonOption,
-    NameOption,
-    QuietOption,
-    RecipeOption,
-    RunsOption,
-    SetOption,
-    checked,
-    project_of,
-    trained,
-)
+from lora_align.cli.shared import MEASURES, ByOption, Given, check_url, takes
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.grid import grid
-from lora_align.policy import judge_runs, vectors
-from lora_align.policy.policy import find_policies, weighted
+from lora_align.policy import vectors
+from lora_align.policy.policy import find_policies, newest_conditioned, weighted
 from lora_align.weights import name_of, parse_weights
 
-if TYPE_CHECKING:
-    pass
 
-ByOption = Annotated[
-    list[str] | None,
-    typer.Option("--by", metavar="JUDGE", help="A reward model, or pair:PREFERENCE for its two adapters. Repeatable."),
-]
-
-
+@takes(*MEASURES)
 def evaluate(
+    given: Given,
     policies: Annotated[
         list[str] | None,
         typer.Argument(
@@ -56,11 +39,6 @@ def evaluate(
             "--tasks", metavar="NAME|FILE", help="A task of lm-evaluation-harness, or its .yaml file. Repeatable."
         ),
     ] = None,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Measure policies on the same prompts, the first against others.
 
@@ -68,24 +46,27 @@ def evaluate(
 
     Example: lora-align eval helpful=1 start --by pair:helpful
     """
-    screen = Screen(as_json, quiet)
-    project = project_of(recipe, overrides, screen, runs_dir)
-    chosen = find_policies(policies or ["mix", "start"], project, runs_dir, screen)
-    for name in by or ():
-        judge_runs.check(name, project, runs_dir)
-    screen.loading(project.base.model)
+    check_url("--judge", judge)
+    project = given.of_runs()
+    chosen = find_policies(policies or ["mix", "start"], project, given.runs_dir, given.screen)
+    given.check_judges(by, project)
+    given.screen.loading(project.base.model)
     from lora_align.evaluate.compare import compare_policies, summary
     from lora_align.evaluate.lm_eval_tasks import figures as task_figures
     from lora_align.evaluate.measure import Evaluator
     from lora_align.model.endpoint import Endpoint
 
     server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
-    evaluator = Evaluator.of(chosen, project, runs_dir, screen, by or ())
-    result = compare_policies(evaluator, screen, server, task_figures(tasks, evaluator, screen) if tasks else {})
-    screen.result(summary(result), result)
+    evaluator = Evaluator.of(chosen, project, given.runs_dir, given.screen, by or ())
+    result = compare_policies(
+        evaluator, given.screen, server, task_figures(tasks, evaluator, given.screen) if tasks else {}
+    )
+    given.screen.result(summary(result), result)
 
 
+@takes(*MEASURES, "name", "force")
 def sweep(
+    given: Given,
     axes: Annotated[
         list[str] | None, typer.Argument(metavar="NAME=FROM:TO:STEP", help="An axis, as in helpful=-1:1:0.5.")
     ] = None,
@@ -97,27 +78,20 @@ def sweep(
         int, typer.Option("--directions", metavar="N", min=0, help="Measure this many directions of the newest policy.")
     ] = 0,
     by: ByOption = None,
-    name: NameOption = None,
-    force: ForceOption = False,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Measure a grid of weights or directions, and draw it. Continues where it was stopped.
 
     Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
     """
-    screen = Screen(as_json, quiet)
-    called = checked(name) or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
-    project = project_of(recipe, overrides, screen, runs_dir)
+    called = given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
+    project = given.of_runs()
     values, _ = grid(axes or [])
-    trained(values, runs_dir, project)
-    find_policies(also or [], project, runs_dir, Screen(quiet=True))
-    for judge in by or ():
-        judge_runs.check(judge, project, runs_dir)
-    screen.loading(project.base.model)
+    given.check_vectors(values, project)
+    find_policies(also or [], project, given.runs_dir, Screen(quiet=True))
+    given.check_judges(by, project)
+    if directions:
+        newest_conditioned(given.runs_dir, "--directions", given.screen)
+    given.screen.loading(project.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.sweep import run_sweep, summary
 
@@ -125,17 +99,19 @@ def sweep(
         axes or [],
         also or [],
         project,
-        runs_dir,
-        screen,
-        lambda policies: Evaluator.of(policies, project, runs_dir, screen, by or ()),
+        given.runs_dir,
+        given.screen,
+        lambda policies: Evaluator.of(policies, project, given.runs_dir, given.screen, by or ()),
         asked=directions,
         name=called,
-        force=force,
+        force=given.force,
     )
-    screen.result(summary(made), {"sweep": str(made.path), **made.manifest.metrics})
+    given.screen.result(summary(made), {"sweep": str(made.path), **made.manifest.metrics})
 
 
+@takes(*MEASURES)
 def tune(
+    given: Given,
     aim: Annotated[
         str,
         typer.Option(
@@ -162,23 +138,17 @@ def tune(
             "--groups", metavar="N", min=1, help="Split the layers into this many groups, each with weights of its own."
         ),
     ] = 1,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Find weights by gradient on held-out pairs, without a grid. They stay within the bounds below.
 
     Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
     """
-    screen = Screen(as_json, quiet)
     aims = parse_weights(aim)
     if min(aims.values()) <= 0:
         raise UserError("--aim: shares above 0; to turn a preference round, give merge a negative weight")
-    project = project_of(recipe, overrides, screen, runs_dir)
-    trained(aims, runs_dir, project)
-    screen.loading(project.base.model)
+    project = given.of_runs()
+    given.check_vectors(aims, project)
+    given.screen.loading(project.base.model)
     from lora_align.evaluate import tune as tuning
     from lora_align.evaluate.measure import FOLDER, Evaluator
     from lora_align.evaluate.test_set import read_test_set
@@ -188,20 +158,24 @@ def tune(
     from lora_align.policy.policy_set import PolicySet
 
     project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNED)))
-    parts = aims if groups == 1 else [part for name in aims for part in tuning.parts(name, groups, project, runs_dir)]
-    policy = weighted(dict.fromkeys(parts, 1.0), project, runs_dir)
-    policies = PolicySet.of([policy], project, bases.find(project.base), runs_dir, screen)
+    parts = (
+        aims if groups == 1 else [part for name in aims for part in tuning.parts(name, groups, project, given.runs_dir)]
+    )
+    policy = weighted(dict.fromkeys(parts, 1.0), project, given.runs_dir)
+    policies = PolicySet.of([policy], project, bases.find(project.base), given.runs_dir, given.screen)
     found = tuning.tune_weights(
-        Evaluator(policies, read_test_set(project, screen, aims), runs_dir / FOLDER),
+        Evaluator(policies, read_test_set(project, given.screen, aims), given.runs_dir / FOLDER),
         {name: share / sum(aims.values()) for name, share in aims.items()},
         Bounds(kl, loss, refused, most),
         project.dpo,
-        screen,
+        given.screen,
     )
-    screen.result(tuning.summary(found, runs_dir), tuning.as_json(found))
+    given.screen.result(tuning.summary(found, given.runs_dir), tuning.as_json(found))
 
 
+@takes(*MEASURES, "name", "force")
 def reach(
+    given: Given,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="NAME", help="Preferences; without any: all trained ones.")
     ] = None,
@@ -218,31 +192,23 @@ def reach(
             "--share", metavar="SHARE", min=1e-6, help="Maximum loss of refusals and known facts: 0.1 is 10 %."
         ),
     ] = 0.1,
-    name: NameOption = None,
-    force: ForceOption = False,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Find the largest weights before quality breaks. Per vector and per pair; `merge` and `chat` warn beyond them.
 
     Example: lora-align reach helpful harmless
     """
-    screen = Screen(as_json, quiet)
-    project = project_of(recipe, overrides, screen, runs_dir)
-    asked = list(dict.fromkeys(names or vectors.trained(runs_dir)))
+    project = given.of_runs()
+    asked = list(dict.fromkeys(names or vectors.trained(given.runs_dir)))
     if not asked:
-        command = runs.command("dpo --all", runs_dir)
-        raise UserError(f"reach: no preference has both its adapters in {runs_dir}/; `{command}` trains them")
-    policy = weighted(dict.fromkeys(asked, 1.0), project, runs_dir)
-    screen.loading(project.base.model)
+        command = runs.command("dpo --all", given.runs_dir)
+        raise UserError(f"reach: no preference has both its adapters in {given.runs_dir}/; `{command}` trains them")
+    policy = weighted(dict.fromkeys(asked, 1.0), project, given.runs_dir)
+    given.screen.loading(project.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.reach import Limits, find_reach, summary
 
-    evaluator = Evaluator.of([policy], project, runs_dir, screen, preferences=asked)
+    evaluator = Evaluator.of([policy], project, given.runs_dir, given.screen, preferences=asked)
     limits = Limits(kl, loss, share)
-    called = checked(name) or name_of(asked)
-    made = find_reach(asked, limits, project, runs_dir, screen, evaluator, name=called, force=force)
-    screen.result(summary(made), {"reach": str(made.path), **made.manifest.metrics})
+    called = given.name or name_of(asked)
+    made = find_reach(asked, limits, project, given.runs_dir, given.screen, evaluator, name=called, force=given.force)
+    given.screen.result(summary(made), {"reach": str(made.path), **made.manifest.metrics})

@@ -7,21 +7,7 @@ import typer
 
 from lora_align import runs
 from lora_align.adapters.merge_options import How, check_weights
-from lora_align.cli.options import (
-    ForceOption,
-    JsonOption,
-    NameOption,
-    QuietOption,
-    RecipeOption,
-    RunsOption,
-    SetOption,
-    checked,
-    drawable,
-    project_of,
-    trained,
-)
-from lora_align.cli.start_commands import facts
-from lora_align.console import Screen
+from lora_align.cli.shared import MEASURES, Given, check_picture, run_facts, takes
 from lora_align.errors import UserError
 from lora_align.weights import parse_weights
 
@@ -43,7 +29,9 @@ FitOption = Annotated[
 ]
 
 
+@takes(*MEASURES, "name", "force")
 def merge(
+    given: Given,
     weights: Annotated[
         str,
         typer.Option(
@@ -70,33 +58,32 @@ def merge(
     with_start: Annotated[
         bool, typer.Option("--with-start/--without-start", help="Include the SFT adapter, or leave it out.")
     ] = True,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    name: NameOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Add weighted preference vectors up to one ordinary adapter.
 
     Example: lora-align merge --weights helpful=1,harmless=0.5
     """
-    screen = Screen(as_json, quiet)
     wanted = parse_weights(weights)
-    if out is not None and (name is not None or not out.name):
+    if out is not None and (given.name is not None or not out.name):
         raise UserError("merge: --out takes the path of a new folder, and goes without --name")
-    project = project_of(recipe, overrides, screen, runs_dir)
+    if out is not None:
+        runs.refuse_missing_parent(out)
     how = How.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     check_weights(method, wanted)
-    trained(wanted, runs_dir, project)
-    from lora_align.commands import merge
+    project = given.of_runs()
+    given.check_vectors(wanted, project)
+    given.screen.note("adding adapters up …")
+    from lora_align.commands.merge import merge_adapters, summary
 
-    run = merge.merge_adapters(wanted, project, runs_dir, screen, how, name=checked(name), out=out, force=force)
-    screen.result(merge.summary(run), facts(run))
+    run = merge_adapters(
+        wanted, project, given.runs_dir, given.screen, how, name=given.name, out=out, force=given.force
+    )
+    given.screen.result(summary(run), run_facts(run))
 
 
+@takes(*MEASURES)
 def inspect(
+    given: Given,
     names: Annotated[
         list[str] | None,
         typer.Argument(metavar="NAME", help="Preferences, runs or folders; without any: all trained preferences."),
@@ -117,50 +104,38 @@ def inspect(
             "--picture", metavar="FILE", help="Draw a map of every vector's layers to this .png, .pdf or .svg file."
         ),
     ] = None,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Measure vectors: norms, angles, spectra, interference. With --weights, also what a mix keeps of each.
 
     Example: lora-align inspect helpful harmless
     """
-    screen = Screen(as_json, quiet)
     wanted = parse_weights(weights) if weights else {}
-    drawable(picture)
-    project = project_of(recipe, overrides, screen, runs_dir)
+    check_picture(picture)
     how = How.said(method, option or [], rank, fit, None, same_base=True)
-    trained([*(names or []), *wanted], runs_dir, project)
+    project = given.of_runs()
+    given.check_vectors([*(names or []), *wanted], project)
+    given.screen.note("reading adapters …")
     from lora_align.commands.inspect import inspect_vectors, summary
 
-    found = inspect_vectors(
-        names or [],
-        wanted,
-        project,
-        runs_dir,
-        how,
-        picture,
-    )
+    found = inspect_vectors(names or [], wanted, project, given.runs_dir, how, picture)
     for doubt in found["doubts"]:
-        screen.warn(doubt)
-    screen.result(summary(found), found)
+        given.screen.warn(doubt)
+    given.screen.result(summary(found), found)
 
 
+@takes()
 def push(
+    given: Given,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/mix/helpful1.")],
     to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Visible to everybody; private otherwise.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Push a run to the hub, with a model card.
 
     Example: lora-align push runs/mix/helpful1 --to me/helpful
     """
+    given.screen.note("loading libraries …")
     from lora_align.commands.push import push_run
 
-    screen = Screen(as_json, quiet)
-    address = push_run(run, to, public=public, screen=screen)
-    screen.result(address, {"run": str(run), "repository": to, "address": address})
+    address = push_run(run, to, public=public, screen=given.screen)
+    given.screen.result(address, {"run": str(run), "repository": to, "address": address})

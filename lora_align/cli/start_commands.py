@@ -3,46 +3,35 @@
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lora_align import recipe as recipes
 from lora_align import runs
-from lora_align.cli.options import (
-    JsonOption,
-    LimitOption,
-    QuietOption,
-    RecipeOption,
-    RunsOption,
-    SetOption,
-    drawable,
-    limited,
-    project_of,
-)
-from lora_align.console import Screen, count, table
+from lora_align.cli.shared import RECIPE, Given, check_picture, run_facts, takes
+from lora_align.console import count, table
 from lora_align.data.pairs import ENOUGH
 from lora_align.errors import RunFailedError, UserError
-from lora_align.plan.cards import card_name as cards_known
+from lora_align.plan.cards import card_name
 
 
+@takes("runs_dir", runs_dir=Path("lora-align-demo"))
 def demo(
-    runs_dir: RunsOption = Path("lora-align-demo"),
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    given: Given,
 ) -> None:
     """Run the whole story on the built-in base: minutes on a CPU. Train, subtract, mix and measure, without a network.
 
     Example: lora-align demo
     """
-    screen = Screen(as_json, quiet)
-    screen.loading("demo")
+    given.screen.loading("demo")
     from lora_align.demo import story
 
-    story.run_demo(runs_dir, screen)
+    story.run_demo(given.runs_dir, given.screen)
 
 
-def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+@takes()
+def list_recipes(given: Given) -> None:
     """List the built-in recipes.
 
     Example: lora-align recipes
@@ -56,14 +45,14 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
         )
         rows += [[name, first], *(["", line] for line in more)]
     data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in found.items()}
-    Screen(as_json, quiet).result(table(["recipe", "about"], rows), data)
+    given.screen.result(table(["recipe", "about"], rows), data)
 
 
+@takes()
 def init(
+    given: Given,
     name: Annotated[str, typer.Argument(metavar="RECIPE", help="The built-in recipe to start from.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Copy a built-in recipe to ./lora-align.toml, to make your own.
 
@@ -74,24 +63,28 @@ def init(
         raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
     recipes.LOCAL.write_bytes(path.read_bytes())
     text = f"wrote ./{recipes.LOCAL} from {name}; every command here now uses it"
-    Screen(as_json, quiet).result(text, {"wrote": str(recipes.LOCAL), "from": name})
+    given.screen.result(text, {"wrote": str(recipes.LOCAL), "from": name})
 
 
-def doctor(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+@takes("runs_dir")
+def doctor(given: Given) -> None:
     """Check this machine, and say how to get what it lacks.
 
     Example: lora-align doctor
     """
+    given.screen.note("loading libraries …")
     from lora_align.commands.doctor import as_json as findings_json
     from lora_align.commands.doctor import check_machine, summary
 
-    findings = check_machine(runs_dir)
-    Screen(as_json, quiet).result(summary(findings), findings_json(findings))
+    findings = check_machine(given.runs_dir)
+    given.screen.result(summary(findings), findings_json(findings))
     if not findings_json(findings)["good"]:
         raise typer.Exit(RunFailedError.exit_code)
 
 
+@takes(*RECIPE)
 def plan(
+    given: Given,
     vram: Annotated[
         float | None, typer.Option("--vram", metavar="GB", min=1, help="Memory of a card as fast as an RTX 4090.")
     ] = None,
@@ -102,31 +95,28 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Take one step of each stage here, and base the times on it.")
     ] = False,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Plan each stage's memory and time before training. Where it does not fit, say what to change.
 
     Example: lora-align plan --recipe qwen3-8b --card rtx-4090
     """
-    screen = Screen(as_json, quiet)
     if measure and (card or vram or cards > 1):
         raise UserError("--measure takes a step on this machine: not with --card, --vram or --cards")
     if card:
-        cards_known(card)
-    project = project_of(recipe, overrides, screen)
-    screen.loading(project.base.model)
+        card_name(card)
+    project = given.of_recipe()
+    given.screen.loading(project.base.model)
     from lora_align.plan.planner import STAGES, plan_stages, summary
 
-    found = plan_stages(project, STAGES, screen, card=card, vram=vram, cards=cards, measure=measure)
-    screen.result(summary(found), found)
+    found = plan_stages(project, STAGES, given.screen, card=card, vram=vram, cards=cards, measure=measure)
+    given.screen.result(summary(found), found)
     if not all(stage["fits"] for stage in found["stages"]):
         raise typer.Exit(RunFailedError.exit_code)
 
 
+@takes(*RECIPE, "limit")
 def data(
+    given: Given,
     pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="A preference of the recipe.")],
     show: Annotated[
         int, typer.Option("--show", metavar="N", min=0, help="How many pairs to show as the model sees them.")
@@ -135,45 +125,39 @@ def data(
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Draw the lengths into this .png, .pdf or .svg file."),
     ] = None,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    limit: LimitOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Look at a preference's pairs before training. Show them as the model sees them, their lengths, and what is odd.
 
     Example: lora-align data --pref helpful --show 3
     """
-    screen = Screen(as_json, quiet)
-    drawable(picture)
-    project = project_of(recipe, limited(overrides, "dpo", limit), screen)
+    check_picture(picture)
+    project = given.to_train("dpo")
     project.preference(pref)
-    screen.loading(project.base.model)
+    given.screen.loading(project.base.model)
     from lora_align.commands import audit
 
     found = audit.audit_pairs(project, pref, show=show, picture=picture)
-    screen.result(audit.summary(found), found)
+    given.screen.result(audit.summary(found), found)
     for doubt in found["doubts"]:
-        screen.warn(doubt)
+        given.screen.warn(doubt)
     if found["refused"]:
         raise UserError(found["refused"])
 
 
-def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+@takes("runs_dir")
+def list_runs(given: Given) -> None:
     """List runs in the order they were made, and what each is made of.
 
     Example: lora-align list --runs runs
     """
-    screen = Screen(as_json, quiet)
-    if not runs_dir.is_dir() and (runs_dir != runs.DEFAULT or runs_dir.exists()):
-        raise UserError(f"--runs {runs_dir}: there is no such folder")
-    found = runs.every(runs_dir, screen)
-    if not found and not as_json:
-        screen.note(f"no runs in {runs_dir}/ yet")
+    if not given.runs_dir.is_dir() and (given.runs_dir != runs.DEFAULT or given.runs_dir.exists()):
+        raise UserError(f"--runs {given.runs_dir}: there is no such folder")
+    found = runs.every(given.runs_dir, given.screen)
+    if not found and not given.as_json:
+        given.screen.note(f"no runs in {given.runs_dir}/ yet")
     rows = [
         [
-            run.path.relative_to(runs_dir).as_posix(),
+            run.path.relative_to(given.runs_dir).as_posix(),
             run.manifest.created[5:16].replace("T", " "),  # 80 columns; --json has the year
             _origin(run),
             _worth(run),
@@ -181,24 +165,7 @@ def list_runs(runs_dir: RunsOption = runs.DEFAULT, as_json: JsonOption = False, 
         for run in found
     ]
     text = table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
-    screen.result(text, {"runs": [facts(run) for run in found]})
-
-
-def facts(run: runs.Run) -> dict[str, Any]:
-    """A run for JSON."""
-    manifest = run.manifest
-    return {
-        "path": str(run.path),
-        "stage": manifest.stage,
-        "preference": manifest.preference,
-        "direction": manifest.direction,
-        "created": manifest.created,
-        "base": manifest.base.get("model"),
-        "contains_start": manifest.contains_start,
-        "parents": manifest.parents,
-        "metrics": manifest.metrics,
-        "unconverged": manifest.unconverged,
-    }
+    given.screen.result(text, {"runs": [run_facts(run) for run in found]})
 
 
 def _origin(run: runs.Run) -> str:
@@ -216,7 +183,7 @@ def _worth(run: runs.Run) -> str:
     if reasons := run.manifest.unconverged:
         return "diverged" if any(reason.startswith("diverged") for reason in reasons) else "unconverged"
     if pairs := held_out.get("pairs"):
-        return f"{pairs} pairs: too few" if pairs < ENOUGH else f"accuracy {held_out['accuracy']:.2f}"
+        return f"{count(pairs, 'pair')}: too few" if pairs < ENOUGH else f"accuracy {held_out['accuracy']:.2f}"
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method['rank']}"
     if "points" in run.manifest.metrics:

@@ -6,38 +6,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_align import runs
-from lora_align.cli.options import (
-    JsonOption,
-    QuietOption,
-    RecipeOption,
-    RunsOption,
-    SetOption,
-    project_of,
-    readable,
+from lora_align.cli.shared import (
+    MEASURES,
+    SEEDS,
+    AdapterOption,
+    Given,
+    LengthOption,
+    TopPOption,
+    WantOption,
+    WeightsOption,
+    check_first_row,
+    check_text,
+    check_url,
+    takes,
+    weights_of,
 )
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.errors import UserError
-from lora_align.policy import judge_runs
 from lora_align.policy.policy import Policy, chosen
 from lora_align.recipe import Recipe
-from lora_align.weights import parse_weights
 
 if TYPE_CHECKING:
     from lora_align.model.sampler import Sampler
 
-WantOption = Annotated[
-    str | None,
-    typer.Option(
-        "--want",
-        metavar="NAME=WEIGHT,…",
-        help="A direction for the policy of `rsf`, as in helpfulness=0.8,verbosity=-0.6.",
-    ),
-]
 
-
+@takes(*MEASURES)
 def score(
+    given: Given,
     data: Annotated[
         str, typer.Option("--data", metavar="FILE|ID", help="Answers or pairs: a file, or a data set's hub id.")
     ],
@@ -48,54 +44,34 @@ def score(
         str,
         typer.Option("--by", metavar="JUDGE", help="A reward model's name, or pair:PREFERENCE for its two adapters."),
     ] = "reward",
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Score answers, or both answers of pairs. Continues where it was stopped.
 
     Example: lora-align score --data answers.jsonl --out scored.jsonl
     """
-    screen = Screen(as_json, quiet)
-    project = project_of(recipe, overrides, screen, runs_dir)
-    judge_runs.check(by, project, runs_dir)
+    project = given.of_runs()
+    given.check_judges([by], project)
     shards.check_out(out)
-    readable(data)
-    screen.loading(project.base.model)
+    check_first_row(data)
+    given.screen.loading(project.base.model)
     from lora_align.commands.score import score_file, summary
 
-    result = score_file(project, runs_dir, data, out, by, screen)
-    screen.result(summary(result), result)
+    result = score_file(project, given.runs_dir, data, out, by, given.screen)
+    given.screen.result(summary(result), result)
 
 
+@takes(*MEASURES)
 def chat(
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            "-w",
-            metavar="NAME=WEIGHT,…",
-            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
-        ),
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="Any PEFT LoRA folder.")] = None,
+    given: Given,
+    weights: WeightsOption = None,
+    adapter: AdapterOption = None,
     want: WantOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit.")] = None,
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
     temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[
-        float,
-        typer.Option(metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens of this probability."),
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 512,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same answers every time.")] = None,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: LengthOption = 512,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same answers every time.", **SEEDS)] = None,
 ) -> None:
     """Talk to a mix, an adapter or a policy, and change its weights. Without options: the newest mix.
 
@@ -103,9 +79,10 @@ def chat(
 
     Example: lora-align chat --weights helpful=1,harmless=-0.5
     """
-    screen = Screen(as_json, quiet)
     if adapter is not None and (weights is not None or want is not None):
         raise UserError("chat: --adapter goes without --weights and --want")
+    check_text("--prompt", prompt)
+    check_text("--system", system)
     script: list[str] = []
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
@@ -113,29 +90,31 @@ def chat(
             script, prompt = prompt.splitlines(), None
     if prompt is not None and not prompt.strip():
         raise UserError("chat: the prompt is empty; pipe one in, or give --prompt TEXT")
-    if script and as_json:
+    if script and given.as_json:
         raise UserError("chat: --json takes one prompt, no commands")
-    project = project_of(recipe, overrides, screen, runs_dir)
-    wanted = parse_weights(weights) if weights is not None else None
-    policy = chosen(runs_dir, project, screen, wanted, adapter, want)
-    screen.loading(project.base.model)
+    project = given.of_runs()
+    wanted = weights_of(weights)
+    policy = chosen(given.runs_dir, project, given.screen, wanted, adapter, want)
+    given.screen.loading(project.base.model)
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
     from lora_align.model import base as bases
     from lora_align.model.decoding import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    session = sessions.open_session(bases.find(project.base), runs_dir, project, policy, sampling, screen)
+    session = sessions.open_session(bases.find(project.base), given.runs_dir, project, policy, sampling, given.screen)
     session.system = system
     if prompt is not None:
-        terminal.once(session, prompt.strip(), screen)
+        terminal.once(session, prompt.strip(), given.screen)
     elif script:
-        terminal.script(session, script, screen)
+        terminal.script(session, script, given.screen)
     else:
-        terminal.talk(session, screen)
+        terminal.talk(session, given.screen)
 
 
+@takes(*MEASURES)
 def generate(
+    given: Given,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -144,16 +123,8 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file.")] = None,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Answers to each prompt.")] = 1,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            "-w",
-            metavar="NAME=WEIGHT,…",
-            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
-        ),
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="Any PEFT LoRA folder.")] = None,
+    weights: WeightsOption = None,
+    adapter: AdapterOption = None,
     want: WantOption = None,
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
     endpoint: Annotated[
@@ -167,52 +138,45 @@ def generate(
         str, typer.Option("--share", metavar="I/N", help="Only this part of the prompts, as in 2/4.")
     ] = "1/1",
     temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[
-        float,
-        typer.Option(metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens of this probability."),
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(metavar="N", help="Another one gives other answers.")] = 0,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    runs_dir: RunsOption = runs.DEFAULT,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: LengthOption = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="Another one gives other answers.", **SEEDS)] = 0,
 ) -> None:
     """Answer a file of prompts, n times each. Continues where it was stopped.
 
     Example: lora-align generate --prompts prompts.txt --out answers.jsonl -n 4
     """
-    screen = Screen(as_json, quiet)
     if endpoint and (weights is not None or want is not None):
         raise UserError("generate: a server draws with --model or --adapter; `merge` makes an adapter of weights")
     if adapter is not None and (weights is not None or want is not None):
         raise UserError("generate: --adapter goes without --weights and --want")
-    project = project_of(recipe, overrides, screen, runs_dir)
+    check_url("--endpoint", endpoint)
+    check_text("--system", system)
+    project = given.of_runs()
     if show_server:
         from lora_align.model.endpoint import serve_line
 
-        screen.result(serve_line(project), {"serve": serve_line(project)})
+        given.screen.result(serve_line(project), {"serve": serve_line(project)})
         return
     if prompts is None or out is None:
         raise UserError("generate: --prompts FILE and --out FILE are needed")
     part = _part(share)
-    wanted = parse_weights(weights) if weights is not None else None
+    wanted = weights_of(weights)
     shards.check_out(out)
-    readable(prompts)
-    policy = None if endpoint else chosen(runs_dir, project, screen, wanted, adapter, want)
-    screen.loading(project.base.model)
+    check_first_row(prompts)
+    policy = None if endpoint else chosen(given.runs_dir, project, given.screen, wanted, adapter, want)
+    given.screen.loading(project.base.model)
     from lora_align.commands.generate import generate_file, summary
     from lora_align.model.decoding import Sampling
 
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, project)
     elif policy is not None:
-        sampler, who, asked = _loaded(project, runs_dir, policy, screen)
+        sampler, who, asked = _loaded(project, given.runs_dir, policy, given.screen)
         system = f"{asked}\n\n{system}" if asked and system else asked or system
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    result = generate_file(prompts, out, sampler, who, screen, n=n, sampling=sampling, system=system, share=part)
-    screen.result(summary(result), result)
+    result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
+    given.screen.result(summary(result), result)
 
 
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:

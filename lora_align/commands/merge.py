@@ -45,7 +45,8 @@ def merge_adapters(
     ready = prepare(weights, recipe, runs_dir, how)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
-    far = safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir) if how.method == EXACT.method else []
+    # policies have shares, which are not weights of vectors
+    far = [] if METHODS[how.method].of_policies else safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir)
     for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.doubts()), *far]:
         screen.warn(doubt)
     if ready.merge.cancels():

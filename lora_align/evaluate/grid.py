@@ -22,8 +22,10 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
             count = math.floor((high - low) / step + 1e-9) + 1
         except (ValueError, ZeroDivisionError):
             count = 0
-        if not NAME.fullmatch(name.partition("@")[0]) or not span or not 1 <= count <= MOST:
+        if not NAME.fullmatch(name.partition("@")[0]) or not span or count < 1:
             raise UserError(f"sweep: {axis!r} is no axis; as in helpful=-1:1:0.5, from, to, and in what steps")
+        if count > MOST:
+            raise UserError(f"sweep: {axis!r} has {count:,} values, more than {MOST:,}; take larger steps")
         values[name] = [round(low + step * place, 6) for place in range(count)]
     points: list[Weights] = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
     if len(points) > MOST:

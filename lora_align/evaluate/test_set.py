@@ -9,7 +9,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data import forms, sources
 from lora_align.data.pairs import is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
@@ -132,10 +132,11 @@ def _prompts(recipe: Recipe, key: str, source: Asked, dropped: Counter[str], scr
         if len(found) == recipe.eval.count:
             break
     if passed:
-        told = f"{key}: {len(passed):,} prompts of {sources.name(source)} are trained on ({', '.join(trained)})"
+        skipped = f"{key}: {count(len(passed), 'prompt')} of {sources.name(source)} skipped, because the recipe trains "
+        skipped += f"on them ({', '.join(trained)})"
         if not found:
-            raise UserError(f"{told}, and no others are left: name others, or hold some out")
-        screen.note(f"{told} and passed over")
+            raise UserError(f"{skipped}; no others are left: name other prompts, or hold some out")
+        screen.note(skipped)
     if not found:
         raise UserError(f"{key}: no prompts in {sources.name(source)}")
     return list(found.values())

@@ -212,8 +212,11 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
     keep_plain(model)
     for module in model.modules():
+        # a frozen base is never noisy; an adapter's own dropout is the recipe's business
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # a frozen base is never noisy; an adapter's own dropout is the recipe's business
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):  # a number that attention kernels take
+            module.attention_dropout = 0.0
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 

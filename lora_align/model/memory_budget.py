@@ -10,7 +10,13 @@ import torch
 from lora_align import processes
 from lora_align.errors import OutOfStepError, RunFailedError
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
 Result = TypeVar("Result")
 
 

@@ -28,7 +28,8 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
     """Refuse a template that loops, allocates, divides by zero or recurses. One found good is not tried again."""
     long = [{"role": ROLES[turn % 2], "content": f"What is {turn}?"} for turn in range(TURNS)]
     system = [{"role": "system", "content": "Be brief."}]
-    asked = {"template": template, "variables": variables, "conversations": [long[:1], long, [*system, *long[:3]]]}
+    talks = [*(long[:turns] for turns in (1, 2, 3)), long, [*system, *long[:2]], [*system, *long[:3]]]
+    asked = {"template": template, "variables": variables, "conversations": talks}
     text = json.dumps(asked, default=str)
     known = runs.cache_folder() / "templates" / hashlib.sha256(text.encode()).hexdigest()
     if known.exists():

@@ -42,6 +42,8 @@ def main() -> None:
                 continue
             except (MemoryError, RecursionError, ArithmeticError) as fault:
                 sys.exit(type(fault).__name__)
+            except Exception:  # noqa: BLE001 - a template may fail on one conversation and hang on the next
+                continue
             if len(rendered[0][0]) > LONGEST:
                 sys.exit("Length")
 

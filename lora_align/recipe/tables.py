@@ -231,6 +231,13 @@ class Eval:
     seed: Seed = 0
 
 
+TABLES_HOLD = {  # of stages that a recipe may lack
+    "sft": "its start policy is the base, and `dpo` needs nothing more",
+    "reward": "name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]",
+    "rsf": "it names prompts, and bounds in [rsf.directions]",
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A whole project, resolved: every default filled in. `source` is set on reading: a built-in recipe's name or a
@@ -246,6 +253,11 @@ class Recipe:
     reward: Reward | None = None
     rsf: Rsf | None = None
     eval: Eval = field(default_factory=Eval)
+
+    def check_table(self, stage: str) -> None:
+        """Refuse a recipe without a stage's table, and say what belongs there."""
+        if getattr(self, stage) is None:
+            raise UserError(f"the recipe has no [{stage}] table: {TABLES_HOLD[stage]}")
 
     def preference(self, name: str) -> Preference:
         """The preference of that name, or an error that lists the known ones."""

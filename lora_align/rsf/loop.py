@@ -55,8 +55,8 @@ def train_rsf(
     endpoint: str | None = None,
 ) -> list[Run]:
     """Train and publish what is not there yet of the SteerLM-style policy and the iterations."""
-    if recipe.rsf is None:
-        raise UserError("the recipe has no [rsf] table: it names prompts, and bounds in [rsf.directions]")
+    recipe.check_table("rsf")
+    assert recipe.rsf is not None
     lora_trainer.check_libraries(recipe.rsf)
     sampling_requests.check(recipe.rsf)
     if recipe.base.fsdp and processes.count() > 1:

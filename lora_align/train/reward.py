@@ -54,10 +54,8 @@ def train_reward_model(
     resume: bool = False,
 ) -> Run:
     """Train and publish the reward model."""
-    if recipe.reward is None:
-        raise UserError(
-            "the recipe has no [reward] table: name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]"
-        )
+    recipe.check_table("reward")
+    assert recipe.reward is not None
     lora_trainer.check_libraries(recipe.reward)
     target = runs_dir / "reward" / (name or NAME)
     runs.refuse_busy(target)

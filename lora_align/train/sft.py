@@ -11,7 +11,6 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_align import runs
 from lora_align.console import Screen, count, library_log
-from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base, inside
@@ -34,8 +33,8 @@ RISEN = 1.0  # nats a token by which a held-out loss rises when training has gon
 
 def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
     """Train and publish the adapter every preference then starts from."""
-    if recipe.sft is None:
-        raise UserError("the recipe has no [sft] table: its start policy is the base, and `dpo` needs nothing more")
+    recipe.check_table("sft")
+    assert recipe.sft is not None
     lora_trainer.check_libraries(recipe.sft)
     target = start_policy.folder(runs_dir)
     runs.refuse_busy(target)

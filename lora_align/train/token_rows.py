@@ -102,9 +102,9 @@ def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
 def unread_warnings(columns: Mapping[str, int]) -> list[str]:
     """A sentence for each known column that was not read."""
     return [
-        f"column {name!r} is not read, though it holds something in {count:,} rows: is it part of what is asked? "
+        f"column {name!r} is not read, though it holds something in {count(rows, 'row')}: is it part of what is asked? "
         "`columns` gives it the name of what it is"
-        for name, count in columns.items()
+        for name, rows in columns.items()
     ]
 
 

@@ -224,6 +224,6 @@ def test_data_says_what_training_will_lack(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = cli("data", "--pref", "own", "--set", 'preferences.own={data="pairs.jsonl"}')
     assert done.code == 0, done.err
-    assert "2 held-out pairs are too few to judge a run by" in done.err
+    assert "2 held-out pairs: too few to judge a run by" in done.err
     assert "8 pairs make 1 optimiser step, in which little is learned: more pairs, a smaller batch_size" in done.err
     assert "column 'input' is not read, though it holds something in 10 rows" in done.err

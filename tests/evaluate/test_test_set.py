@@ -80,10 +80,11 @@ def test_prompts_that_are_trained_on_are_passed_over(tmp_path: Path, capsys: pyt
     assert kept == [row["prompt"] for row in rows if is_held_out((Message("user", row["prompt"]),), 0.2)]
     assert 3 < len(kept) < 30
     told = capsys.readouterr().err
-    assert f"eval.prompts: {60 - len(kept)} prompts of {file} are trained on (preferences.good) and passed over" in told
+    skipped = f"eval.prompts: {60 - len(kept)} prompts of {file} skipped, because the recipe trains on them"
+    assert f"{skipped} (preferences.good)" in told
     fewer = asked(exam({**tables, "sft": {"data": str(file), "held_out": 0.1}}))[SAFE]
     assert fewer == [text for text in kept if is_held_out((Message("user", text),), 0.1)]
-    with pytest.raises(UserError, match=r"60 prompts of .* are trained on \(preferences.good\), and no others"):
+    with pytest.raises(UserError, match=r"60 prompts of .* skipped, because .* \(preferences.good\); no others"):
         exam(tables, "dpo.held_out=0")
     other = tmp_path / "others.jsonl"
     other.write_text(file.read_text())
