@@ -216,7 +216,7 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):  # a number that attention kernels take
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 

@@ -79,8 +79,8 @@ def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[
 def too_few_pairs(pairs: int) -> str:
     """Say that so many held-out pairs measure nothing."""
     return (
-        f"{count(pairs, 'held-out pair')}: too few to judge a run by (at least {ENOUGH} are needed): more prompts, a larger "
-        "dpo.limit, or a larger dpo.held_out"
+        f"{count(pairs, 'held-out pair')}: too few to judge a run by (at least {ENOUGH} are needed); take more "
+        "prompts, a larger dpo.limit, or a larger dpo.held_out"
     )
 
 
