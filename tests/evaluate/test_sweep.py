@@ -15,7 +15,7 @@ from pyarrow.parquet import read_table
 from lora_align.errors import UserError
 from lora_align.evaluate.goals import Score, score_of
 from lora_align.evaluate.measure import Measured
-from lora_align.evaluate.sweep import _written, grid, said
+from lora_align.evaluate.sweep import _written, grid, weights_text
 from lora_align.evaluate.sweep_point import SweepPoint
 from lora_align.rankers import Ranker
 from support import COMMAND, Cli
@@ -29,8 +29,8 @@ def test_an_axis_is_its_values() -> None:
     values, points = grid(["helpful=-1:1", "brief=0:0.3:0.1"])
     assert values == {"helpful": [-1.0, -0.5, 0.0, 0.5, 1.0], "brief": [0.0, 0.1, 0.2, 0.3]}
     assert len(points) == 20
-    assert said(points[0]) == "helpful=-1"
-    assert said({"helpful": 0.0, "brief": 0.0}) == "start"
+    assert weights_text(points[0]) == "helpful=-1"
+    assert weights_text({"helpful": 0.0, "brief": 0.0}) == "start"
 
 
 @pytest.mark.parametrize("axis", ["helpful", "helpful=", "helpful=1:0", "helpful=0:1:0", "helpful=a:b", "../x=0:1"])

@@ -124,7 +124,7 @@ from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
-from lora_align.model.memory_budget import Room
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.sampling import sample
 
 torch.set_num_threads(1)
@@ -132,10 +132,10 @@ base = bases.find(recipe.Base("demo"))
 model = base.load()
 prompt = base.chat.prompt_ids([Message("user", "Tell me about rain.")])
 sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=0)
-list(sample(model, base, [prompt], 8, sampling, room=Room(8)))
+list(sample(model, base, [prompt], 8, sampling, room=MemoryBudget(8)))
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + 150_000_000, resource.RLIM_INFINITY))
-room = Room(8192)
+room = MemoryBudget(8192)
 sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, room)]
 print(sum(sizes), max(sizes), room.size)
 """

@@ -16,7 +16,7 @@ from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base as bases
-from lora_align.plan import advice, planner, shapes
+from lora_align.plan import advice, estimate, planner, shapes
 from lora_align.plan.cards import CARDS
 from lora_align.plan.device import Device, device_of
 from lora_align.plan.estimate import shape_of, size
@@ -71,7 +71,7 @@ def test_the_rest_is_what_a_step_takes(checkpointing: bool, project: recipe.Reci
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    planned = planner.planned(project, base, stage, device_of(project))
+    planned = estimate.estimate_stage(project, base, stage, device_of(project))
     assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
     taken = time_step(base, stage, [stage.rows[i] for i in planned.part]).taken
     assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
@@ -181,7 +181,9 @@ def test_a_base_that_is_divided_weighs_its_part_and_two_layers(project: recipe.R
     assert stage is not None
     divided = replace(project, base=replace(project.base, fsdp=True))
     cards = [Device("four", 1e12, 1e12, torch.float32, 0.0, count) for count in (1, 4)]
-    (one, four), alone = ([planner.planned(of, base, stage, card) for card in cards] for of in (divided, project))
+    (one, four), alone = (
+        [estimate.estimate_stage(of, base, stage, card) for card in cards] for of in (divided, project)
+    )
     model = base.load()
     linears = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     packed = sum(linear.weight.nbytes for linear in linears)
@@ -199,8 +201,8 @@ def test_a_base_that_no_change_makes_fit_is_to_be_divided(project: recipe.Recipe
     assert stage is not None
     *_, (_, leanest, lora) = advice._changes(stage)
     card = Device("small", 1e12, 1e12, torch.float32, 0.0)
-    least = planner.planned(short, base, replace(stage, settings=leanest, lora=lora), card)
-    found = planner.planned(short, base, stage, replace(card, memory=least.total - 50_000))
+    least = estimate.estimate_stage(short, base, replace(stage, settings=leanest, lora=lora), card)
+    found = estimate.estimate_stage(short, base, stage, replace(card, memory=least.total - 50_000))
     assert advice.fitting(short, base, found).startswith(
         "it fits --cards 4 that divide the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
     )
@@ -210,10 +212,10 @@ def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> No
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    found = planner.planned(project, base, stage, Device("small", 1e9, 1e12, torch.float32, 0.8e9))
+    found = estimate.estimate_stage(project, base, stage, Device("small", 1e9, 1e12, torch.float32, 0.8e9))
     assert found.fits
     tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
-    found = planner.planned(project, base, stage, tight)
+    found = estimate.estimate_stage(project, base, stage, tight)
     assert not found.fits
     assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.fitting(project, base, found)
 
@@ -228,7 +230,7 @@ def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> No
     base = bases.find(project.base)
     stage = stage_of(careful, "dpo", base, QUIET)
     assert stage is not None
-    roomy = planner.planned(careful, base, stage, Device("small", 1e12, 1e12, torch.float32, 0.0))
+    roomy = estimate.estimate_stage(careful, base, stage, Device("small", 1e12, 1e12, torch.float32, 0.0))
     tight = replace(roomy, device=Device("small", roomy.total + 1e6, 1e12, torch.float32, 0.0))
     assert tight.fits
     assert not advice.quicker(careful, base, tight)

@@ -102,10 +102,10 @@ def test_both_directions_take_one_load_one_pass_over_references_and_one_room(
     counting(bases.Base, "load")
     counting(ReferenceCache, "logprobs")
     counting(materials, "read_token_pairs")
-    counting(dpo, "Room")
+    counting(dpo, "MemoryBudget")
     monkeypatch.setattr(dpo, "held_out_margins", lambda *_: {"pairs": 0})  # which has a room of its own
     dpo.train_dpo(demo(), ["helpful"], list(Direction), tmp_path, QUIET)
-    assert counted == {"load": 1, "logprobs": 1, "of_pairs": 1, "Room": 1}
+    assert counted == {"load": 1, "logprobs": 1, "read_token_pairs": 1, "MemoryBudget": 1}
 
 
 def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802

@@ -148,9 +148,9 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
 
 AT_THE_LAST_STEP = """
 import os, signal
-from lora_align.train.stepper import Stepping
+from lora_align.train.stepper import StepTrainer
 
-step = Stepping.training_step
+step = StepTrainer.training_step
 
 def signalled(self, *given, **more):
     found = step(self, *given, **more)
@@ -158,13 +158,13 @@ def signalled(self, *given, **more):
         os.kill(os.getpid(), signal.SIGINT)
     return found
 
-Stepping.training_step = signalled
+StepTrainer.training_step = signalled
 """
 BEHIND_IT = """
 import os, signal
-from lora_align.stages import training
+from lora_align.train import lora_trainer
 
-training.draw_curve = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # all is trained and measured
+lora_trainer.draw_curve = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # all is trained and measured
 """
 PROGRAM = """
 from lora_align.cli import main

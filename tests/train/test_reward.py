@@ -81,12 +81,11 @@ import json
 from pathlib import Path
 from lora_align import recipe, runs
 from lora_align.model import base as bases
-from lora_align.model.memory_budget import Room
-from lora_align.stages import judging, reward
-from lora_align.train.reward_loss import Example, Judging
+from lora_align.model.memory_budget import MemoryBudget
+from lora_align.train import reward
 rows = json.loads(input())
 model = reward.load(bases.find(recipe.Base("demo")), runs.read(Path({str(trained.path)!r})))
-print(json.dumps([model.objectives, model.score(rows, Room(1)).tolist()]))
+print(json.dumps([model.objectives, model.score(rows, MemoryBudget(1)).tolist()]))
 """
     rows = _answers(base, 12)
     done = subprocess.run([sys.executable, "-c", program], input=json.dumps(rows), capture_output=True, text=True)

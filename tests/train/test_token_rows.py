@@ -114,12 +114,13 @@ SLOWLY = """
 import sys
 from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.model import base, material
+from lora_align.model import base
 from lora_align.recipe import Preference
+from lora_align.train import token_rows
 
-material.PART = 256
+token_rows.PART = 256
 axis = Preference("demo:pairs?rows=4000", "label:better_response_id")
-found = material.of_pairs(axis, base.find(recipe.Base("demo")), 0.2, None, 512, Screen(quiet=True))
+found = token_rows.read_token_pairs(axis, base.find(recipe.Base("demo")), 0.2, None, 512, Screen(quiet=True))
 print(found.facts["fingerprint"], len(found.train), len(found.held_out))
 """
 
@@ -186,10 +187,11 @@ HUNDRED_TIMES = (
 import sys
 from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.model import base as bases, material
+from lora_align.model import base as bases
 from lora_align.recipe import Preference
+from lora_align.train import token_rows
 base = bases.find(recipe.Base("demo"))
-found = material.of_pairs(Preference(sys.argv[1]), base, 0.0, None, 512, Screen(quiet=True))
+found = token_rows.read_token_pairs(Preference(sys.argv[1]), base, 0.0, None, 512, Screen(quiet=True))
 tokens = sum(len(row.chosen) for row in found.train)
 print(len(found.train), tokens, peak())
 """
@@ -242,12 +244,13 @@ MEASURED = (
 import sys
 from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.model import base, material
+from lora_align.model import base
 from lora_align.recipe import Preference
+from lora_align.train import token_rows
 
 axis, demo = Preference(sys.argv[1], "label"), base.find(recipe.Base("demo"))
 before = peak()
-assert len(material.of_pairs(axis, demo, 0.0, None, 256, Screen(quiet=True)).train) == 3
+assert len(token_rows.read_token_pairs(axis, demo, 0.0, None, 256, Screen(quiet=True)).train) == 3
 print((peak() - before) // 1024)
 """
 )
