@@ -132,6 +132,7 @@ def data(
     """
     check_picture(picture)
     project = given.to_train("dpo")
+    project.check_trains("dpo")
     project.preference(pref)
     given.screen.loading(project.base.model)
     from lora_align.commands import audit

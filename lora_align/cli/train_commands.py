@@ -18,7 +18,7 @@ def sft(given: Given) -> None:
     Example: lora-align sft --recipe my.toml --limit 1000
     """
     project = given.to_train("sft")
-    project.check_table("sft")
+    project.check_trains("sft")
     if given.dry_run:
         show_plan(project, "sft", given.screen)
         return
@@ -47,6 +47,7 @@ def dpo(
     Example: lora-align dpo --pref helpful --set dpo.beta=0.05
     """
     project = given.to_train("dpo")
+    project.check_trains("dpo")
     if every == (pref is not None):
         raise UserError(f"dpo: either --pref NAME or --all (the recipe knows: {', '.join(project.preferences)})")
     if every and given.name:
@@ -90,7 +91,7 @@ def reward(given: Given) -> None:
     Example: lora-align reward --recipe my.toml
     """
     project = given.to_train("reward")
-    project.check_table("reward")
+    project.check_trains("reward")
     if given.dry_run:
         show_plan(project, "reward", given.screen)
         return
@@ -124,7 +125,7 @@ def rsf(
     """
     check_url("--endpoint", endpoint)
     project = given.to_train("rsf", *([f"rsf.iterations={iterations}"] if iterations is not None else []))
-    project.check_table("rsf")
+    project.check_trains("rsf")
     if given.dry_run:
         show_plan(project, "rsf", given.screen)
         return

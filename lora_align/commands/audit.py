@@ -24,7 +24,7 @@ from lora_align.model.chat_format import text_of
 from lora_align.model.tokenise import CUT
 from lora_align.recipe import Dpo, Preference, Recipe
 from lora_align.train import lora_trainer
-from lora_align.train.token_rows import no_rows_left, unread_warnings
+from lora_align.train.token_rows import no_rows_left
 
 SIDES = ("prompt", "chosen", "rejected")
 SHARES = (0.0, 0.5, 0.95, 1.0)  # of the lengths that a table tells
@@ -237,7 +237,7 @@ def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
 
 def _doubts(facts: Mapping[str, Any], settings: Dpo) -> list[str]:
     """What may spoil an adapter."""
-    found = unread_warnings(facts["unread"])
+    found = sources.unread_warnings(facts["unread"])
     longer = None if facts["rank"] in ("shorter", "longer") else facts["longer_wins"]
     if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)

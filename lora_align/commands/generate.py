@@ -1,5 +1,6 @@
 """Many answers to a file of prompts, into a file that is data like any other; goes on where it was stopped."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ def generate_file(
     """
     shards.check_out(out)
     settings = {"data": data, "model": dict(who), "n": n, "sampling": asdict(sampling), "share": list(share)}
-    work = [item for item in _work(data, system) if _bucket(item.prompt, share[1]) == share[0] - 1]
+    unread: Counter[str] = Counter()
+    work = [item for item in _work(data, system, unread) if _bucket(item.prompt, share[1]) == share[0] - 1]
+    for warning in sources.unread_warnings(unread):
+        screen.warn(f"{data}: {warning}")
     fitting = [item for item in work if sampler.fits(item.prompt)]
     if not fitting:
         raise UserError(f"{data}: no prompts to answer ({len(work)} fill the context)")
@@ -94,10 +98,10 @@ def summary(result: Mapping[str, Any]) -> str:
     )
 
 
-def _work(data: str, system: str) -> Iterator[Work]:
-    """The prompts in order; one that stands there twice is two pieces of work."""
-    for number, (where, row) in enumerate(sources.good_rows(data)):
-        prompt = under_system(system, forms.prompt(row, where))
+def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
+    """Yield the prompts in order; a prompt that occurs twice is two pieces of work."""
+    for number, (row, asked) in enumerate(sources.read_all(data, forms.prompt, unread)):
+        prompt = under_system(system, asked)
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,10 @@ class Work:
 def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> dict[str, Any]:
     """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
     shards.check_out(out)
-    work = list(_work(data))
+    unread: Counter[str] = Counter()
+    work = list(_work(data, unread))
+    for warning in sources.unread_warnings(unread):
+        screen.warn(f"{data}: {warning}")
     if not work:
         raise UserError(f"{data}: no rows to score")
     base = bases.find(recipe.base)
@@ -97,10 +101,10 @@ def summary(result: Mapping[str, Any]) -> str:
 # --- rows ---
 
 
-def _work(data: str) -> Iterator[Work]:
+def _work(data: str, unread: Counter[str]) -> Iterator[Work]:
     """A source's rows in order; a row that stands in it twice is two pieces of work, one of many answers many."""
-    pieces = (piece for where, row in sources.good_rows(data) for piece in _pieces(row, where))
-    for number, (row, shape) in enumerate(pieces):
+    read = sources.read_all(data, lambda row, where: list(_pieces(row, where)), unread)
+    for number, (row, shape) in enumerate(piece for _, pieces in read for piece in pieces):
         content = json.dumps(row, sort_keys=True, default=str)
         yield Work(f"{number} {hashlib.sha256(content.encode()).hexdigest()}", row, shape)
 

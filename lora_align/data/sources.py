@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_align import plugins, runs
+from lora_align.console import count
 from lora_align.data.rows import texts
 from lora_align.errors import NotFetchedError, UserError, first_line, nearest
 
@@ -24,10 +25,13 @@ INVALID = "invalid row"  # a reason to drop one
 UNREAD = "column not read: "  # begins what is counted beside reasons to drop a row; `unread_in` takes it out
 # every column that some form reads text or turns of, and those that trainers of conversations know beside them
 KNOWN = (
-    "system", "prompt", "instruction", "input", "history", "context", "query", "question", "messages", "conversations",
+    "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "messages", "conversations",
     "response", "completion", "completions", "output", "chosen", "rejected", "response_0", "response_1", "response_2",
     "response1", "response2", "output1", "output2", "output_1", "output_2", "tools", "images", "videos", "audios",
 )  # fmt: skip
+ASKED = {  # columns that may be part of what is asked
+    "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "tools",
+}  # fmt: skip
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # as datasets says it
 
@@ -112,7 +116,8 @@ def read(
             fault = fault or refused
         else:
             good += 1
-            dropped.update(UNREAD + column for column in watched.unread(found))
+            if found is not None:  # None: a row that is not wanted
+                dropped.update(UNREAD + column for column in watched.unread(found))
             yield where, found
     if fault and not good:
         raise UserError(f"{fault} (no other row can be read either)")
@@ -131,6 +136,15 @@ def unread_in(counts: Counter[str]) -> dict[str, int]:
     return {name.removeprefix(UNREAD): counts.pop(name) for name in sorted(counts) if name.startswith(UNREAD)}
 
 
+def unread_warnings(columns: Mapping[str, int]) -> list[str]:
+    """A sentence for each known column that was not read."""
+    return [
+        f"column {name!r} is not read, though it holds something in {count(rows, 'row')}: is it part of what is asked? "
+        "`columns` gives it the name of what it is"
+        for name, rows in columns.items()
+    ]
+
+
 def _said(value: Any) -> list[Any]:
     """The texts that a cell with text or turns consists of."""
     if isinstance(value, str):
@@ -146,6 +160,15 @@ def good_rows(data: str) -> Iterator[tuple[str, Row]]:
         if isinstance(row, UserError):
             raise row
         yield where, row
+
+
+def read_all(data: str, form: Callable[[Row, str], Found], unread: Counter[str]) -> Iterator[tuple[Row, Found]]:
+    """Yield every row of a source as it is and in a form; count columns that may be asked and that the form ignores."""
+    for where, row in good_rows(data):
+        watched = Watched(row)
+        found = form(watched, where)
+        unread.update(name for name in watched.unread(found) if name in ASKED)
+        yield row, found
 
 
 def place(source: Source) -> tuple[str, str, str, str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lora_align.console import Screen, count
 from lora_align.data import forms, sources
-from lora_align.data.pairs import is_held_out, read_pairs, reasons
+from lora_align.data.pairs import ENOUGH, is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
 from lora_align.model.decoding import Sampling
@@ -73,6 +73,11 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
             pairs[name] = _held_out(recipe, name)
         except NotFetchedError as fault:
             screen.warn(f"{name}: its pairs are left out: {fault}")
+            continue
+        if 0 < len(pairs[name]) < ENOUGH:
+            screen.warn(
+                f"{name}: {count(len(pairs[name]), 'held-out pair')}: too few for an accuracy ({ENOUGH} needed)"
+            )
     dropped: dict[str, Counter[str]] = defaultdict(Counter)
     named = {SAFE: ("eval.prompts", settings.prompts), RISKY: ("eval.risky", settings.risky)}
     questions = [
@@ -90,8 +95,11 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
     texts = list(islice(filter(str.strip, _read(settings.text, _text, dropped["eval.text"])), settings.count))
     facts = list(islice(_read(settings.facts, forms.fact, dropped["eval.facts"]), settings.pairs))
     for key, counts in dropped.items():
+        unread = {name: rows for name, rows in sources.unread_in(counts).items() if name in sources.ASKED}
+        for warning in sources.unread_warnings(unread):
+            screen.warn(f"{key}: {warning}")
         if counts:
-            screen.note(f"{key}: passed over {reasons(counts)}")
+            screen.note(f"{key}: skipped {reasons(counts)}")
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     return TestSet(questions, settings.samples, sampling, pairs, texts, facts)
 
@@ -136,7 +144,7 @@ def _prompts(recipe: Recipe, key: str, source: Asked, dropped: Counter[str], scr
         skipped += f"on them ({', '.join(trained)})"
         if not found:
             raise UserError(f"{skipped}; no others are left: name other prompts, or hold some out")
-        screen.note(skipped)
+        screen.warn(skipped)
     if not found:
         raise UserError(f"{key}: no prompts in {sources.name(source)}")
     return list(found.values())
@@ -163,7 +171,8 @@ def _trained_on(recipe: Recipe, source: Asked) -> dict[str, float]:
 def _rows_of(source: sources.Source) -> tuple[str, ...]:
     """Name the rows of a source: a file by its place, however it is written."""
     file = Path(source.data).expanduser()
-    return (str(file.resolve()),) if file.is_file() else (source.data, source.split, source.subset)
+    split = source.split.partition("[")[0]  # train[:100] is part of train
+    return (str(file.resolve()),) if file.is_file() else (source.data, split)
 
 
 def _text(row: sources.Row, where: str) -> str:

@@ -51,7 +51,10 @@ def plan_stages(
                 if stage.drawing:
                     screen.note(f"{name}: drawing answers")
                     taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
-            said = advice.quicker(recipe, base, plan) if plan.fits else advice.fitting(recipe, base, plan)
+            if plan.fits:
+                said = advice.quicker(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
+            else:
+                said = advice.fitting(recipe, base, plan)
             found.append({**plan.facts(), "advice": said, **taken})
     if not found:
         raise UserError(f"the recipe has no {' or '.join(names)} to plan")

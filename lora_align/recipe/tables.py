@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 
 from lora_align.errors import UserError, nearest
 from lora_align.rankers import Ranker, Winner
+from lora_align.recipe import optimizers
 
 # Upper bounds are beyond what anybody needs. They refuse slips at once that would end in an overflow, or in a wait.
 Positive = Annotated[float, Gt(0), Le(1_000)]
@@ -254,10 +255,15 @@ class Recipe:
     rsf: Rsf | None = None
     eval: Eval = field(default_factory=Eval)
 
-    def check_table(self, stage: str) -> None:
-        """Refuse a recipe without a stage's table, and say what belongs there."""
-        if getattr(self, stage) is None:
+    def check_trains(self, stage: str) -> None:
+        """Refuse a recipe that lacks a stage's table, or whose optimizer needs a library that is not installed."""
+        table = getattr(self, stage)
+        if table is None:
             raise UserError(f"the recipe has no [{stage}] table: {TABLES_HOLD[stage]}")
+        if library := optimizers.missing_library(table.optimizer):
+            raise UserError(
+                f"{stage}.optimizer: {table.optimizer!r} needs the library {library}, which is not installed"
+            )
 
     def preference(self, name: str) -> Preference:
         """The preference of that name, or an error that lists the known ones."""

@@ -1,7 +1,7 @@
 """What a policy answers when asked for something, and what the reward model says of that: batch by batch, on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.sampler import LocalSampler, SampledText, Sampler
+from lora_align.model.sampling import ROWS
 from lora_align.rankers import SCORE
 from lora_align.rsf.selection import Candidate
 from lora_align.runs import Run
@@ -42,10 +43,25 @@ class Request:
         return f"{prompt_key(self.prompt)} {self.number}"
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """How many answers are sampled and judged at once: found out by one policy, remembered for the next."""
+
+    sampled: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))
+    judged: MemoryBudget = field(default_factory=lambda: MemoryBudget(JUDGED_AT_ONCE))
+
+
 class SamplerAndJudge:
     """One loaded base that answers as a policy and judges as the reward model, each with its adapter."""
 
-    def __init__(self, base: Base, reward: Run, start: Run | None = None, policy: Run | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        reward: Run,
+        start: Run | None = None,
+        policy: Run | None = None,
+        budgets: Budgets | None = None,
+    ) -> None:
         adapters = {"reward": reward, "start": start, "policy": policy}
         for run in filter(None, adapters.values()):
             run.check_files()
@@ -55,7 +71,8 @@ class SamplerAndJudge:
         )
         heads = Heads.load(reward.path).to(model.device)
         self.judge = RewardModel(base, model, heads, reward.manifest.method["objectives"])
-        self.base, self.embedded, self.room = base, LocalSampler(model, base), MemoryBudget(JUDGED_AT_ONCE)
+        budgets = budgets or Budgets()
+        self.base, self.embedded, self.room = base, LocalSampler(model, base, budgets.sampled), budgets.judged
 
     def fits(self, prompt: Prompt) -> bool:
         """As a sampler."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lora_align.model.reward_model import Heads
 from lora_align.policy import start as start_policy
 from lora_align.recipe import Lora, Recipe, Rsf
 from lora_align.rsf import sampling_requests
+from lora_align.rsf.candidates import Budgets
 from lora_align.runs import Run
 from lora_align.train import checkpoints
 
@@ -37,6 +38,7 @@ class RsfInputs:
     folder: Path
     force: bool
     server: Endpoint | None
+    budgets: Budgets = field(default_factory=Budgets)
 
     @property
     def lora(self) -> Lora:

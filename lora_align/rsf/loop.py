@@ -39,7 +39,6 @@ from lora_align.rsf.inputs import STEERLM, RsfInputs
 from lora_align.rsf.selection import choose, fell, glimpse, spread
 from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
-from lora_align.train.token_rows import unread_warnings
 
 NAME = "policy"
 SAMPLES, SCORES = "samples.parquet", "scores.json"
@@ -55,9 +54,9 @@ def train_rsf(
     endpoint: str | None = None,
 ) -> list[Run]:
     """Train and publish what is not there yet of the SteerLM-style policy and the iterations."""
-    recipe.check_table("rsf")
+    recipe.check_trains("rsf")
     assert recipe.rsf is not None
-    lora_trainer.check_libraries(recipe.rsf)
+    lora_trainer.check_trackers(recipe.rsf)
     sampling_requests.check(recipe.rsf)
     if recipe.base.fsdp and processes.count() > 1:
         raise UserError(
@@ -71,7 +70,7 @@ def train_rsf(
     start = start_policy.adapter(recipe, runs_dir)
     reward = inputs.reward_run(recipe.rsf, base, runs_dir)
     answers = inputs.answers_of(recipe.rsf, base)
-    for warning in unread_warnings(answers.unread):
+    for warning in sources.unread_warnings(answers.unread):
         screen.warn(f"rsf: {warning}")
     done: dict[str, Run] = {}
     for label in labels if not force else ():
@@ -152,7 +151,10 @@ def _scores(plan: RsfInputs, rows: Sequence[Rated], screen: Screen) -> list[Mapp
     if len(left) < len(rows):
         screen.note(f"{STEERLM}: {len(rows) - len(left):,} of {count(len(rows), 'answer')} with scores of their own")
     if left:
-        panel, mine = SamplerAndJudge(plan.base, plan.reward), left[processes.number() :: processes.count()]
+        panel, mine = (
+            SamplerAndJudge(plan.base, plan.reward, budgets=plan.budgets),
+            left[processes.number() :: processes.count()],
+        )
         with screen.progress(f"{STEERLM} scores", len(mine)) as progress:
             said = [(rows[i].prompt, rows[i].answer) for i in mine]
             points = panel.score(said, lambda count: progress.show(count, {})).tolist()
@@ -254,7 +256,7 @@ def _draw(
     settings = plan.settings
     n = sampling_requests.each(settings, t)
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed + t)
-    panel = SamplerAndJudge(plan.base, plan.reward, plan.start, None if plan.server else teacher)
+    panel = SamplerAndJudge(plan.base, plan.reward, plan.start, None if plan.server else teacher, plan.budgets)
     sampler: Sampler = panel
     if plan.server:
         adapter = processes.by_first(lambda: _whole(plan, teacher, store.folder))

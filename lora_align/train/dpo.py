@@ -37,6 +37,7 @@ from lora_align.train.token_rows import TokenRows
 TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
 HUGE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
 WORSE = -1.0  # mean margin below which a loss is about twice that of no training at all
+BELOW, FAR_BELOW = -1.0, -5.0  # mean margins in nats, not scaled by β: clearly below 0, and diverged
 LAST = 10  # steps whose mean margin says where a run ended
 
 
@@ -96,7 +97,8 @@ def train_dpo(
 
     Everything that can be refused is, for all of them, before the first one trains.
     """
-    lora_trainer.check_libraries(recipe.dpo)
+    recipe.check_trains("dpo")
+    lora_trainer.check_trackers(recipe.dpo)
     for preference in preferences:
         recipe.preference(preference)
         for direction in directions:
@@ -248,7 +250,7 @@ def train_adapter(
         "seconds": round(watch.seconds, 1),
     }
     lora_trainer.draw_curve(watch.history, label, folder / "curve.png")
-    facts = {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics)}
+    facts = {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics, recipe.dpo.beta)}
     return facts, lora_trainer.unwrap(policy)
 
 
@@ -269,11 +271,15 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
     return {**found, "accuracy": float((margins > 0).float().mean())}
 
 
-def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """Reasons to believe that a run has learned nothing, or has left what it was to learn."""
+def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
+    """Return why a run seems to have learned nothing, or to have diverged."""
     held_out, size = metrics["held_out"], metrics["relative_norm"]
     margins = {"held-out": held_out.get("margin", 0.0), "last training": metrics.get("last_margin", 0.0)}
-    worse = [f"the {which} margin is {margin:.2f}" for which, margin in margins.items() if margin < WORSE]
+    worse = [
+        f"the {which} margin is {margin:.2f}"
+        for which, margin in margins.items()
+        if margin < WORSE or margin / beta < FAR_BELOW
+    ]
     worse += [f"the adapter is huge, ‖Δ‖/‖W‖ = {size:.2f}"] if size > HUGE else []
     if worse:
         return (f"{lora_trainer.DIVERGED}{' and '.join(worse)}; lower learning_rate",)
@@ -284,6 +290,8 @@ def unconverged(metrics: Mapping[str, Any]) -> tuple[str, ...]:
         said = f"held-out accuracy {accuracy:.2f} on {count(held_out['pairs'], 'pair')} is "
         if accuracy < 0.5 - reach:
             found.append(f"{said}worse than chance; lower learning_rate, or look at the labels")
+        elif accuracy < 0.5 + reach and margins["held-out"] / beta < BELOW:
+            found.append(f"{said}near chance, with a margin below 0; lower learning_rate, or look at the data")
         elif accuracy < 0.5 + reach:
             found.append(f"{said}near chance; train longer, or at a higher learning_rate, or look at the data")
     if size < TINY:

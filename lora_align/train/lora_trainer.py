@@ -29,7 +29,7 @@ from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled_layers import compiled_layers
 from lora_align.model.nf4 import dense_weight
-from lora_align.recipe import Dpo, Lora, Training, optimizers
+from lora_align.recipe import Dpo, Lora, Training
 from lora_align.runs import Run
 from lora_align.train.checkpoints import KEPT
 from lora_align.train.stepper import METRICS, StepTrainer, trainable, with_padding
@@ -126,10 +126,8 @@ def accepted_by_libraries() -> Iterator[None]:
         raise UserError(f"the recipe cannot be trained: {first_line(fault)}") from fault
 
 
-def check_libraries(settings: Training) -> None:
-    """Refuse an optimizer and trackers whose library is not installed, before anything is read."""
-    if library := optimizers.missing_library(settings.optimizer):
-        raise UserError(f"optimizer {settings.optimizer!r} needs the library {library}, which is not installed")
+def check_trackers(settings: Training) -> None:
+    """Refuse trackers whose library is not installed, before anything is read."""
     for tracker in settings.report_to:
         try:
             for callback in get_reporting_integration_callbacks([tracker]):

@@ -54,9 +54,9 @@ def train_reward_model(
     resume: bool = False,
 ) -> Run:
     """Train and publish the reward model."""
-    recipe.check_table("reward")
+    recipe.check_trains("reward")
     assert recipe.reward is not None
-    lora_trainer.check_libraries(recipe.reward)
+    lora_trainer.check_trackers(recipe.reward)
     target = runs_dir / "reward" / (name or NAME)
     runs.refuse_busy(target)
     if not resume:

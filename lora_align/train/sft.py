@@ -33,9 +33,9 @@ RISEN = 1.0  # nats a token by which a held-out loss rises when training has gon
 
 def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
     """Train and publish the adapter every preference then starts from."""
-    recipe.check_table("sft")
+    recipe.check_trains("sft")
     assert recipe.sft is not None
-    lora_trainer.check_libraries(recipe.sft)
+    lora_trainer.check_trackers(recipe.sft)
     target = start_policy.folder(runs_dir)
     runs.refuse_busy(target)
     if not resume:

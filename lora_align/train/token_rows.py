@@ -90,22 +90,13 @@ def read_token_texts(table: Sft, base: Base, screen: Screen) -> TokenRows[TokenT
 
 def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
     """Say what of a source is not learned from, if anything."""
-    for warning in unread_warnings(facts["unread"]):
+    for warning in sources.unread_warnings(facts["unread"]):
         screen.warn(f"{what}: {warning}")
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
     lost += [f"answers cut: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
     if lost:
         rows = f"{count(facts['rows'], 'row')} to learn from, {facts['held_out']:,} held out"
         screen.note(f"{what}: {rows}; {'; '.join(lost)}")
-
-
-def unread_warnings(columns: Mapping[str, int]) -> list[str]:
-    """A sentence for each known column that was not read."""
-    return [
-        f"column {name!r} is not read, though it holds something in {count(rows, 'row')}: is it part of what is asked? "
-        "`columns` gives it the name of what it is"
-        for name, rows in columns.items()
-    ]
 
 
 def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], max_length: int) -> UserError:

@@ -201,8 +201,8 @@ def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
     )
     told = " ".join(run.manifest.unconverged)
     assert "tiny" in told
-    assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0})
-    assert not dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.7}, "relative_norm": 0.1})
+    assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0}, 0.1)
+    assert not dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.7}, "relative_norm": 0.1}, 0.1)
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 3, 300])
@@ -212,13 +212,30 @@ def test_divergence_is_named_at_any_number_of_pairs(pairs: int) -> None:
         {"held_out": far, "relative_norm": 0.01, "last_margin": -30.0},
         {"held_out": {"pairs": 0}, "relative_norm": 3.0},
     ):
-        [reason] = dpo.unconverged(metrics)
+        [reason] = dpo.unconverged(metrics, 0.1)
         assert reason.startswith("diverged: ")
         assert "lower learning_rate" in reason
         assert "longer" not in reason
         assert "higher" not in reason
-    [reason] = dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.2, "margin": -0.1}, "relative_norm": 0.01})
+    [reason] = dpo.unconverged(
+        {"held_out": {"pairs": 100, "accuracy": 0.2, "margin": -0.1}, "relative_norm": 0.01}, 0.1
+    )
     assert "worse than chance; lower learning_rate" in reason
+
+
+@pytest.mark.parametrize(
+    ("margin", "beta", "reason"),
+    [
+        (-0.9, 0.1, "diverged: "),
+        (-0.9, 0.01, "diverged: "),
+        (-0.2, 0.1, "with a margin below 0; lower learning_rate"),
+        (0.02, 0.1, "train longer, or at a higher learning_rate"),
+    ],
+)
+def test_advice_on_learning_rate_follows_the_sign_of_the_margin(margin: float, beta: float, reason: str) -> None:
+    held_out = {"pairs": 100, "accuracy": 0.45, "margin": margin}
+    [found] = dpo.unconverged({"held_out": held_out, "relative_norm": 0.01}, beta)
+    assert reason in found
 
 
 def test_a_diverged_run_says_so_and_is_listed_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

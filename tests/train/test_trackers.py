@@ -9,7 +9,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lora_align import recipe, runs
 from lora_align.errors import UserError
-from lora_align.train import lora_trainer
 from support import COMMAND, Cli, call
 
 
@@ -61,5 +60,6 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_read(
 
 
 def test_an_optimizer_without_its_library_is_refused_before_anything_is_read() -> None:
-    with pytest.raises(UserError, match="optimizer 'galore_adamw' needs the library galore_torch, which is not"):
-        lora_trainer.check_libraries(recipe.Dpo(optimizer="galore_adamw"))
+    project = recipe.load(recipe.builtin()["demo"], ["dpo.optimizer=galore_adamw"])
+    with pytest.raises(UserError, match=r"dpo.optimizer: 'galore_adamw' needs the library galore_torch, which is not"):
+        project.check_trains("dpo")
