@@ -25,9 +25,10 @@ INVALID = "invalid row"  # a reason to drop one
 UNREAD = "column not read: "  # begins what is counted beside reasons to drop a row; `unread_in` takes it out
 # every column that some form reads text or turns of, and those that trainers of conversations know beside them
 KNOWN = (
-    "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "messages", "conversations",
-    "response", "completion", "completions", "output", "chosen", "rejected", "response_0", "response_1", "response_2",
-    "response1", "response2", "output1", "output2", "output_1", "output_2", "tools", "images", "videos", "audios",
+    "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "messages",
+    "conversations", "response", "completion", "completions", "output", "chosen", "rejected", "response_0",
+    "response_1", "response_2", "response1", "response2", "output1", "output2", "output_1", "output_2", "tools",
+    "images", "videos", "audios",
 )  # fmt: skip
 ASKED = {  # columns that may be part of what is asked
     "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "tools",
