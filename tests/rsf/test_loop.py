@@ -416,7 +416,7 @@ def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
         ([], {"watch": '"harmlesness"'}, "rsf.watch: runs/reward/reward has no objective 'harmlesness'"),
         ([], {"bootstrap": "7"}, "rsf.bootstrap: 7 answers a prompt do not divide among its 2 requests"),
         ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
-        ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
+        ([], {"directions.verbosity": "[0.5, -0.5]"}, "expected [low, high] from -1 to 1"),
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
     ],
 )
