@@ -1,4 +1,4 @@
-"""What a person sees: results on stdout, everything else on stderr, and model text made inert."""
+"""Terminal output: results on stdout, everything else on stderr, control characters escaped."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from lora_align import processes
 
-# C0 and C1 controls but tab and newline, DEL, the marks that reorder or hide text, and lone surrogates.
+# C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.
 _CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 _CONTROLS |= {*range(0xD800, 0xE000)}
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
@@ -26,12 +26,12 @@ _COMMANDS = re.compile(r"(\S*`[^`\n]*`\S*)")
 
 
 def inert(text: str) -> str:
-    """Text that cannot move a cursor, recolour a terminal or reorder a line."""
+    """Escape control characters, so that text cannot move a cursor, recolour a terminal or reorder a line."""
     return text.translate(_VISIBLE)
 
 
 def write(text: str, stream: TextIO) -> None:
-    """Print text: control characters are shown escaped, and on a terminal lines break between words."""
+    """Print text with control characters escaped and, on a terminal, lines broken between words."""
     lines = Wrapper(_columns(stream))
     pieces = [
         lines.put(part) if command else lines.stream(part) + lines.rest()
@@ -42,7 +42,7 @@ def write(text: str, stream: TextIO) -> None:
 
 
 def _columns(stream: TextIO) -> int:
-    """The width of the terminal that a stream writes to; 0 for a pipe, a file or an unknown width."""
+    """Return the width of a stream's terminal; 0 for a pipe, a file or an unknown width."""
     try:
         return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
     except OSError:
@@ -50,15 +50,15 @@ def _columns(stream: TextIO) -> int:
 
 
 class Wrapper:
-    """Break lines before a word that does not fit `columns` cells. A longer word stays whole; 0 columns: no breaks."""
+    """Break lines before a word that does not fit into `columns` cells. Longer words stay whole; 0 disables breaks."""
 
     def __init__(self, columns: int) -> None:
         self.columns, self.used = columns, 0
         self.blanks = self.word = ""
-        self.too_long = False  # the word that is being written
+        self.too_long = False  # whether the current word exceeds a line
 
     def stream(self, text: str) -> str:
-        """Return what can be written of text that comes in pieces: all but the word that may go on, see `rest`."""
+        """Take the next piece of a text and return what can be written now: all but an unfinished word, see `rest`."""
         if not self.columns:
             return text
         written = []
@@ -69,23 +69,23 @@ class Wrapper:
                 self.too_long = False
             elif self.too_long:
                 written.append(self._placed(character))
-            elif cells and (cells > 1 or _cells(self.word[:1]) > 1):  # a line may break beside wide ones
+            elif cells and (cells > 1 or _cells(self.word[:1]) > 1):  # a line may break next to wide characters
                 written.append(self.rest())
                 self.word = character
             else:
                 self.word += character
-                if cells and _cells(self.word) > self.columns:  # it fits no line: nobody waits for its end
+                if cells and _cells(self.word) > self.columns:  # the word fits no line, so write it at once
                     written.append(self.rest())
                     self.too_long = True
         return "".join(written)
 
     def rest(self) -> str:
-        """Return the word that was held back."""
+        """Return the unfinished word that `stream` held back."""
         word, self.word = self.word, ""
         return self.put(word) if word else ""
 
     def put(self, word: str) -> str:
-        """Return what to write for one word, or one white-space character: blanks wait for the word behind them."""
+        """Return what to write for one word or one white-space character; blanks are held back until the next word."""
         if not self.columns:
             return word
         if word == "\n":
@@ -111,7 +111,7 @@ class Wrapper:
 
 
 def _cells(text: str) -> int:
-    """The columns that text takes on a terminal: two for most East Asian characters and emoji."""
+    """Return the width of text on a terminal; most East Asian characters and emoji take two cells."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -121,46 +121,46 @@ def _cells(text: str) -> int:
 
 @dataclass(frozen=True)
 class Screen:
-    """The one way out: `result` to stdout, `note` and progress to stderr. Of several processes the first one has it."""
+    """All output of a command: results to stdout, notes and progress to stderr. Only rank 0 prints."""
 
     as_json: bool = False
     quiet: bool = False
 
     def result(self, text: str, data: Mapping[str, Any]) -> None:
-        """What the command was for: the text, or with --json the data as one object."""
+        """Print the command's result: the text, or with --json the data as one object."""
         if not self.as_json:
             self._out(text)
-        elif processes.number() == 0:  # never broken into lines
+        elif processes.number() == 0:  # without line breaks
             print(json.dumps(data, ensure_ascii=False, default=str).translate(_JSON), flush=True)  # noqa: T201
 
     def show(self, text: str) -> None:
-        """A part of the result as soon as it is known; with --json the result itself holds it."""
+        """Print a part of the result early; nothing with --json, where `result` contains it."""
         if not self.as_json:
             self._out(text)
 
     def note(self, text: str) -> None:
-        """A line about what is going on."""
+        """Print a line about progress, unless --quiet."""
         if not self.quiet:
             self.say(text)
 
     def loading(self, base: str) -> None:
-        """Say why nothing else is said for some seconds: libraries are imported, then the base is read."""
+        """Announce the import of libraries and the loading of the base, which take some seconds."""
         self.note(f"loading libraries and the base {base} …")
 
     def say(self, text: str) -> None:
-        """What somebody asked for, on a terminal: not hidden by --quiet."""
+        """Print a line to stderr, even with --quiet."""
         if processes.number() == 0:
             write(text, sys.stderr)
 
     def warn(self, text: str) -> None:
-        """A line that --quiet does not hide."""
+        """Print a warning, even with --quiet."""
         self.say(f"warning: {text}")
 
     @contextmanager
     def progress(self, what: str, total: int | None, already: int = 0) -> Iterator["Progress"]:
-        """Progress with rate and time left, where the total is known: a bar on a terminal, lines elsewhere.
+        """Show progress with rate and, if the total is known, time left: a bar on a terminal, lines elsewhere.
 
-        What was done `already`, in an earlier call, took no time in this one.
+        `already` counts the work of earlier calls, which does not enter the rate.
         """
         progress: Progress
         if self.quiet or processes.number():
@@ -176,7 +176,7 @@ class Screen:
 
     @contextmanager
     def streaming(self) -> Iterator[Callable[[str], None]]:
-        """A way to show a result that comes in pieces, as soon as they come; the line is ended behind them."""
+        """Yield a function that prints pieces of a result as they come; end the line at exit."""
         lines, out = Wrapper(_columns(sys.stdout)), sys.stdout
 
         def show(piece: str) -> None:
@@ -193,36 +193,36 @@ class Screen:
 
 
 class Progress:
-    """Counts towards a total; this one is silent."""
+    """Progress towards a total. This base class prints nothing."""
 
     def __init__(self, what: str, total: int | None, already: int) -> None:
         self.what, self.total, self.already, self.started = what, total, already, time.monotonic()
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
-        """Say how far it is, with a few figures."""
+        """Show the number done and some figures."""
 
     def close(self) -> None:
-        """No more will follow."""
+        """End the display."""
 
     def seconds_each(self, done: int) -> float:
-        """At the rate so far."""
+        """Return the mean seconds per item so far."""
         return (time.monotonic() - self.started) / max(done - self.already, 1)
 
 
 class _Lines(Progress):
-    """A plain line every few seconds, and the last."""
+    """Print a line every few seconds, and at the end."""
 
     every = 5.0
 
     def __init__(self, what: str, total: int | None, already: int) -> None:
         super().__init__(what, total, already)
-        self.said = self.started - (self.every if total else 0.0)
+        self.printed = self.started - (self.every if total else 0.0)
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         now = time.monotonic()
-        if done != self.total and now - self.said < self.every:
+        if done != self.total and now - self.printed < self.every:
             return
-        self.said = now
+        self.printed = now
         counted = f"{done}/{self.total}" if self.total else f"{done:,}"
         parts = [f"{self.what}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
         if done != self.total:
@@ -232,10 +232,10 @@ class _Lines(Progress):
 
 
 class _Bar(Progress):
-    """A bar that redraws itself."""
+    """Draw a bar with rich."""
 
     width = 8
-    time_left = 8  # cells: 12:34:56
+    time_left = 8  # cells of 12:34:56
 
     def __init__(self, what: str, total: int | None, already: int) -> None:
         from rich.console import Console
@@ -260,13 +260,13 @@ class _Bar(Progress):
         self._update(done, [rate(self.seconds_each(done)), *parts] if done != self.total else parts)
 
     def _update(self, done: int, parts: list[str]) -> None:
-        """Redraw with as many figures as leave room for the time left, the first ones first."""
+        """Redraw with as many figures as fit beside the time left, first ones first."""
         counted = f"{done}/{self.total}" if self.total else f"{done:,}"
-        room = self.bar.console.width - self.width - self.time_left - 3
-        space = room - len(counted)
-        what = self.what if _cells(self.what) <= space else f"{self.what[: max(space - 1, 0)]}…"
+        width = self.bar.console.width - self.width - self.time_left - 3
+        title_width = width - len(counted)
+        what = self.what if _cells(self.what) <= title_width else f"{self.what[: max(title_width - 1, 0)]}…"
         texts = itertools.accumulate([counted, *parts], "{} {}".format)
-        fitting = [text for text in texts if text == counted or _cells(what + text) <= room]
+        fitting = [text for text in texts if text == counted or _cells(what + text) <= width]
         self.bar.update(self.task, description=what, completed=done, counted=fitting[-1])
 
     def close(self) -> None:
@@ -274,14 +274,14 @@ class _Bar(Progress):
 
 
 def rate(seconds_each: float) -> str:
-    """How fast it goes, in the figure people can hold: 250/s, 3.2/s, 4.1 s each."""
+    """Format a rate: 250/s, 3.2/s, 4.1 s each."""
     if seconds_each > 1:
         return f"{seconds_each:.1f} s each"
     return f"{1 / max(seconds_each, 1e-9):.{0 if seconds_each < 0.1 else 1}f}/s"
 
 
 def clock(seconds: float) -> str:
-    """A duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Format a duration: 45 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -290,12 +290,12 @@ def clock(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun: `1 pair`, `1,024 pairs`."""
+    """Format a number with its noun: `1 pair`, `1,024 pairs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A plain aligned table; columns that are numbers for the most part to the right."""
+    """Format an aligned table; columns with mostly numbers are right-aligned."""
     columns, rows = [inert(cell) for cell in columns], [[inert(cell) for cell in row] for row in rows]
     widths = [max(_cells(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     numbers = [2 * sum(map(_is_number, column)) > len(rows) for column in zip(*rows, strict=True)] or [False] * len(
@@ -315,7 +315,7 @@ def _is_number(cell: str) -> bool:
 
 
 class _LogFile(logging.FileHandler):
-    """A file that is made when there is something to say. A log that cannot be written must not end the work."""
+    """Create the log file with its first record. A log that cannot be written does not end the work."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -327,7 +327,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def library_log(path: Path) -> Iterator[None]:
-    """Send what libraries log and warn to a file, so that the screen stays ours and nothing is lost."""
+    """Send log records and warnings of libraries to a file instead of the screen."""
     handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -339,7 +339,7 @@ def library_log(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if warnings.showwarning is not shown_before:  # an outer log goes on capturing
+        if warnings.showwarning is not shown_before:  # an outer `library_log` still captures warnings
             logging.captureWarnings(False)
         root.handlers[:] = before
         root.setLevel(level)

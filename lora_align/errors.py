@@ -1,28 +1,28 @@
-"""The two ways a command fails, each told in one line: what, where, what to do."""
+"""Errors of commands. A message says in one line what happened, where, and what to do."""
 
 
 class UserError(Exception):
-    """Refused before work began (exit 2). A message may hold several faults, a line each."""
+    """The command was refused before it began (exit code 2). A message may list several faults, one per line."""
 
     exit_code = 2
 
 
 class NotFetchedError(UserError):
-    """Data that is not here and could not be had."""
+    """Data is not in the cache and could not be fetched."""
 
 
 class RunFailedError(UserError):
-    """Failed after work began (exit 1)."""
+    """The command failed after it began (exit code 1)."""
 
     exit_code = 1
 
 
 class OutOfStepError(RunFailedError):
-    """Failed in the middle of something all processes do together: they cannot be told, and end with this one."""
+    """One process failed inside a collective operation. It cannot tell the other processes; they end with it."""
 
 
 class Stopped(BaseException):
-    """A signal asked for the end; 128 + its number is the exit code."""
+    """A signal stopped the command; the exit code is 128 + its number."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -30,12 +30,12 @@ class Stopped(BaseException):
 
 
 def first_line(fault: BaseException) -> str:
-    """What a library has to say, in one line; its kind where it says nothing."""
+    """Return the first line of an exception's message, or its class name if the message is empty."""
     return next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__).strip()
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`, did you mean 'x'?` when a known word is close, else nothing."""
+    """Return `, did you mean 'x'?` if a known word is close, else ""."""
     from difflib import get_close_matches
 
     match = get_close_matches(word, known, n=1)

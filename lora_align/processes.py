@@ -1,5 +1,4 @@
-"""The processes that torchrun or `accelerate launch` has started, if one has: all of them train, the first one speaks
-and writes."""
+"""Processes started by torchrun or `accelerate launch`: all ranks train; rank 0 prints and writes."""
 
 import os
 from collections.abc import Callable
@@ -8,43 +7,45 @@ from typing import TypeVar
 
 from lora_align.errors import OutOfStepError, UserError
 
-PATIENCE = timedelta(days=1)  # while the first one reads, or draws a picture
+PATIENCE = timedelta(days=1)  # the other ranks wait so long while rank 0 reads data or plots
 Found = TypeVar("Found")
-in_step = False  # whether all of them go through the base at once, as each has a part of it
+in_step = False  # whether all ranks must run the base together, because each holds a part of it
 
 
 def count() -> int:
-    """How many there are."""
+    """Return the world size."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def number() -> int:
-    """This one's, from 0 on."""
+    """Return the rank of this process."""
     return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def here() -> int:
-    """This process's number on this machine, which is the number of its card."""
+    """Return the local rank, which is the index of this process's GPU."""
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
 
 
 def check(command: str, *, trains: bool) -> None:
-    """Refuse to do together what one process does, and to have the base divided by accelerate: its way is to divide
-    adapters, optimiser and checkpoints too. What it would compute in, the recipe says."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which trainers believe more than their own settings
+    """Refuse several processes for commands that do not train, and refuse accelerate's own FSDP or DeepSpeed.
+
+    Those would also shard adapters, optimizer and checkpoints. The recipe sets the precision, not accelerate.
+    """
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # would override the trainers' own settings
     if not trains and count() > 1:
-        raise UserError(f"{command}: one process does this, and {count()} were launched")
-    for divides in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{divides}", "").lower() == "true":
+        raise UserError(f"{command} runs in one process, but {count()} were launched; start it without a launcher")
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true":
             raise UserError(
-                f"accelerate is configured for {divides}, which would divide adapters, optimiser and checkpoints, too; "
-                "here only the base is divided, where the recipe says so: "
+                f"accelerate is configured for {plugin}, which would also shard adapters, optimizer and checkpoints; "
+                "to shard the base alone, use "
                 "accelerate launch --multi_gpu --num_processes N -m lora_align … --set base.fsdp=true"
             )
 
 
 def gathered(mine: Found) -> list[Found]:
-    """What all of them have, in their order; nobody goes on before everybody has come here."""
+    """Gather an object from every rank and return the list on every rank (all-gather)."""
     if count() == 1:
         return [mine]
     import torch
@@ -56,12 +57,12 @@ def gathered(mine: Found) -> list[Found]:
 
 
 def meet() -> None:
-    """Wait until all have come here."""
+    """Wait for all ranks (barrier)."""
     gathered(None)
 
 
 def together(work: Callable[[], Found]) -> list[Found]:
-    """Everyone's part of some work, in their order. What fails for one fails for all."""
+    """Run `work` on every rank and return all results on every rank. A UserError of one rank is raised on all."""
     found, fault = None, None
     try:
         found = work()
@@ -69,19 +70,19 @@ def together(work: Callable[[], Found]) -> list[Found]:
         raise
     except UserError as mine:
         fault = mine
-    told = gathered((found, fault))
-    for _, failed in told:
+    results = gathered((found, fault))
+    for _, failed in results:
         if failed:
             raise failed
-    return [found for found, _ in told]  # type: ignore[misc]
+    return [found for found, _ in results]  # type: ignore[misc]
 
 
 def by_first(work: Callable[[], Found]) -> Found:
-    """What the first one makes of it, for all."""
+    """Run `work` on rank 0 and return the result on every rank."""
     return together(lambda: work() if number() == 0 else None)[0]  # type: ignore[return-value]
 
 
 def first_here(work: Callable[[], Found]) -> Found:
-    """On each machine its first one does it, then the others, who find it done."""
+    """Run `work` on local rank 0 of each machine, then on the other ranks, which find the cached result."""
     found = together(lambda: work() if here() == 0 else None)[number()]
     return found if here() == 0 else work()  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""How the better of two answers is found: by a label, a rating or the length, and towards it or away from it."""
+"""Rankers: find the better of two answers by a label, a rating or the length. Directions of labels."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,14 +8,14 @@ SCORE = "score_"  # prefix of the columns that `score` writes
 
 
 class Direction(StrEnum):
-    """Which way the labels point. `neg` switches them and changes nothing else."""
+    """The direction of the labels. `neg` swaps chosen and rejected and changes nothing else."""
 
     pos = "pos"
     neg = "neg"
 
 
 class Winner(StrEnum):
-    """What a value of a label column says of two answers: which is better, if one is."""
+    """The answer that a label prefers."""
 
     first = "first"
     second = "second"
@@ -24,15 +24,15 @@ class Winner(StrEnum):
 
 @dataclass(frozen=True)
 class Ranker:
-    """How a comparison's winner is found: by a label, by a rating (the lower one if asked), or by length."""
+    """A parsed `rank`: by label, by rating, or by length."""
 
     kind: str
     column: str = ""
-    lower: bool = False
+    lower: bool = False  # the lower rating wins
 
     @classmethod
     def parse(cls, text: str) -> "Ranker":
-        """Read one of RANKERS; ValueError otherwise."""
+        """Parse one of RANKERS; raise a ValueError for anything else."""
         kind, _, column = text.partition(":")
         lower = kind in ("rating", "score") and column.startswith("-")
         column = column[lower:]
@@ -41,4 +41,4 @@ class Ranker:
         takes_column = kind in ("label", "rating")
         if (takes_column or (kind in ("shorter", "longer") and not column)) and (kind != "rating" or column):
             return cls(kind, column, lower)
-        raise ValueError(f"no ranker {text!r}; one of {', '.join(RANKERS)}")
+        raise ValueError(f"no ranker {text!r}; use one of {', '.join(RANKERS)}")

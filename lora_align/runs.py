@@ -1,4 +1,4 @@
-"""Finished stages on disk. A run is published whole or not at all, and readers believe only its manifest."""
+"""Runs: finished stages on disk. A run is published completely or not at all; readers trust only its manifest."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that make adapters
 
 
 def command(words: str, folder: Path) -> str:
-    """A command as a person types it who keeps runs in that folder."""
+    """Return a command line for messages, with --runs if the runs folder is not the default."""
     return f"lora-align {words}" + (f" --runs {shlex.quote(str(folder))}" if folder != DEFAULT else "")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is, where it comes from, and the size and sha256 of every file it consists of."""
+    """The description of a run: its stage, inputs, metrics, and the size and sha256 of every file."""
 
     stage: str
     base: Mapping[str, Any]
@@ -55,10 +55,10 @@ class Manifest:
     unconverged: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
-    order: int = 0  # of publication: larger than that of every run published before, whatever the clock says
+    order: int = 0  # order of publication: larger than in every earlier run, even if the clock was set back
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema: int = SCHEMA
-    digest: str = ""  # sha256 of all the above; a manifest of an older version has none
+    digest: str = ""  # sha256 of all the above; empty in manifests of older versions
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """The base it was made on."""
+        """Return the fingerprint of the run's base."""
         return str(self.manifest.base["fingerprint"])
 
     def check_files(self) -> None:
-        """Refuse a run any file of which is not the one that was published."""
+        """Refuse a run if any of its files was changed or removed since publication."""
         for name, known in self.manifest.files.items():
             file = self.path / name
             size = file.stat().st_size if file.is_file() else -1
@@ -82,39 +82,39 @@ class Run:
                 found = "is missing" if size < 0 else f"has {size:,} bytes"
                 raise UserError(f"{file}: {found}, the manifest says {known['bytes']:,}; train or merge it again")
             if sha256(file) != known["sha256"]:
-                raise UserError(
-                    f"{file}: its sha256 is not the manifest's: the file was changed; train or merge it again"
-                )
+                raise UserError(f"{file}: changed since publication (other sha256); train or merge it again")
 
 
 def read(path: Path) -> Run:
-    """Return the run in a folder, or refuse a manifest that is damaged or not ours."""
+    """Return the run in a folder; refuse a manifest that is damaged or of another schema."""
     try:
         data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
-            raise UserError(f"{path}: manifest schema {data.get('schema')!r}; this version reads {SCHEMA}")
+            raise UserError(
+                f"{path}: manifest schema {data.get('schema')!r}, but this version reads {SCHEMA}; make the run again"
+            )
         data["parents"], data["unconverged"] = tuple(data["parents"]), tuple(data["unconverged"])
         manifest = Manifest(**data)
         _check_types(manifest)
         if manifest.digest and manifest.digest != _digest(manifest):
-            raise ValueError("its sha256 is not the one it was published with")
+            raise ValueError("changed since publication: other sha256")
     except FileNotFoundError:
         raise UserError(f"no run in {path}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
-        why = "it lacks " + str(fault) if isinstance(fault, KeyError) else first_line(fault)
+        why = f"no key {fault}" if isinstance(fault, KeyError) else first_line(fault)
         raise UserError(f"{path / MANIFEST}: damaged ({why}); make the run again") from fault
     return Run(path, manifest)
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Raise where a value is of another type than every reader relies on."""
+    """Raise a TypeError if a value has another type than its readers expect."""
     for known in fields(manifest):
         value = getattr(manifest, known.name)
         if not isinstance(value, cast(type, get_origin(known.type) or known.type)):
             raise TypeError(f"{known.name} is of type {type(value).__name__}")
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
-    texts += [file["sha256"] for file in manifest.files.values()] + [of["name"] for of in manifest.parents]
-    numbers = [file["bytes"] for file in manifest.files.values()] + [of["weight"] for of in manifest.parents]
+    texts += [file["sha256"] for file in manifest.files.values()] + [parent["name"] for parent in manifest.parents]
+    numbers = [file["bytes"] for file in manifest.files.values()] + [parent["weight"] for parent in manifest.parents]
     if not isinstance(held_out := manifest.metrics.get("held_out", {}), Mapping):
         raise TypeError(f"metrics.held_out is of type {type(held_out).__name__}")
     if manifest.stage == "mix":
@@ -127,20 +127,20 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def _digest(manifest: Manifest) -> str:
-    """Name what a manifest says, in whatever layout."""
-    said = json.loads(json.dumps(asdict(replace(manifest, digest=""))))
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """Return the sha256 of a manifest's content, independent of its layout."""
+    content = json.loads(json.dumps(asdict(replace(manifest, digest=""))))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_run(path: Path) -> bool:
-    """A folder is a run when its manifest stands in it."""
+    """Return whether a folder holds a manifest."""
     return (path / MANIFEST).is_file()
 
 
 def every(folder: Path, screen: Screen | None = None) -> list[Run]:
-    """All runs below a folder, in order of publication; one with a damaged manifest is passed over, and `screen` told.
+    """Return all runs below a folder in order of publication, without unfinished ones and those moved aside.
 
-    What was moved aside or is unfinished is not among them.
+    Runs with a damaged manifest are skipped with a warning on `screen`.
     """
     found = []
     for manifest in folder.rglob(MANIFEST):
@@ -149,12 +149,12 @@ def every(folder: Path, screen: Screen | None = None) -> list[Run]:
                 found.append(read(manifest.parent))
             except UserError as fault:
                 if screen:
-                    screen.warn(f"passed over: {fault}")
+                    screen.warn(f"skipped: {fault}")
     return sorted(found, key=lambda run: (run.manifest.order, run.manifest.created))
 
 
 def check_base(folder: Path, base: Mapping[str, Any]) -> None:
-    """Refuse to put runs of two bases into one folder. A mix of adapters without a manifest has no known base."""
+    """Refuse to put runs of two bases into one folder. Runs without a known base are ignored."""
     for run in every(folder):
         if run.fingerprint and run.fingerprint != base["fingerprint"]:
             raise UserError(
@@ -164,7 +164,7 @@ def check_base(folder: Path, base: Mapping[str, Any]) -> None:
 
 
 def refuse_existing(target: Path, force: bool, keep_both: str = "--name NEW keeps both") -> None:
-    """Refuse a target that exists, unless it may be moved aside; asked before anything slow begins."""
+    """Refuse a target that exists, unless `force`. Call this before slow work."""
     if target.exists() and not force:
         raise UserError(f"{target} exists; {keep_both}, --force moves the old one aside")
 
@@ -177,9 +177,9 @@ def refuse_busy(target: Path) -> None:
 
 @contextmanager
 def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path]:
-    """Hold a target's lock and yield an empty staging folder beside it; `publish` turns it into the run.
+    """Lock a target and yield an empty staging folder beside it, which `publish` turns into the run.
 
-    Of several processes the first one does. The others get folders that nobody will look into.
+    Only rank 0 locks. The other ranks get temporary folders, whose contents are discarded.
     """
     held: list[FileLock] = []
     processes.by_first(lambda: held.append(_locked(target, force)))
@@ -190,12 +190,12 @@ def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path
     holder, staging = target.parent / f".{target.name}.holder", target.parent / f".{target.name}.staging"
     try:
         if holder.exists():
-            screen.note(f"took over {target} from {_holder(target)}, which ended without finishing")
+            screen.note(f"took over {target} from {_holder(target)}, which stopped before it finished")
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-    except Exception:  # a signal is no failure
+    except Exception:  # a signal (BaseException) is not a failure
         _keep_log(staging, target, screen)
         raise
     finally:
@@ -229,16 +229,16 @@ def _lock(target: Path) -> "FileLock":
 
 
 def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
-    """Write the manifest last, everything to the disk, and give the folder its name in one step."""
+    """Add the manifest to a staging folder, sync it to disk, and rename it to the target."""
 
-    def published() -> Run:
-        with writing(target, "nothing of it was published, what there was before stays"):
-            return _published(staging, target, manifest)
+    def publish_and_report() -> Run:
+        with writing(target, "nothing was published, and an earlier run is unchanged; free disk space and try again"):
+            return _publish(staging, target, manifest)
 
-    return processes.by_first(published)
+    return processes.by_first(publish_and_report)
 
 
-def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
+def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     files = {
         file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(staging.rglob("*"))
@@ -250,7 +250,7 @@ def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
     manifest = replace(manifest, digest=_digest(manifest))
     (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
     for name in files:
-        shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files only their owner can read
+        shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files that only the owner can read
     sync(staging)
     if target.exists():
         aside = target.with_name(f"{target.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -261,7 +261,7 @@ def _published(staging: Path, target: Path, manifest: Manifest) -> Run:
 
 
 def _next_order(target: Path, stage: str) -> int:
-    """Return microseconds of the clock, or one more than the newest run of the same runs folder where that is more."""
+    """Return the clock in microseconds, but at least one more than the newest run of the same runs folder."""
     above = [folder.parent for folder in (target, *target.parents[:2]) if folder.name == stage]
     newest = max((run.manifest.order for folder in above for run in every(folder)), default=0)
     return max(time.time_ns() // 1000, newest + 1)
@@ -269,7 +269,7 @@ def _next_order(target: Path, stage: str) -> int:
 
 @contextmanager
 def writing(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
-    """Report a disk that takes no more in one line: where, the bytes `needed` where they are known, the remedy."""
+    """Turn a failed write into a RunFailedError with the folder, the bytes `needed` if known, and the remedy."""
     try:
         yield
     except OSError as fault:
@@ -279,15 +279,14 @@ def writing(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
 
 
 def check_room(folder: Path, needed: int, remedy: str) -> None:
-    """Refuse to begin where the disk cannot hold what will be written."""
+    """Refuse to begin if the disk has fewer free bytes than will be written."""
     if (free := _free(folder)) < needed:
-        told = f"about {_size(needed)} will be written, {_size(free)} are free"
-        raise UserError(f"{folder}: {told}; {remedy}")
+        raise UserError(f"{folder}: about {_size(needed)} will be written, {_size(free)} are free; {remedy}")
 
 
 def _free(folder: Path) -> int:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _size(count: int) -> str:
@@ -295,13 +294,13 @@ def _size(count: int) -> str:
 
 
 def refuse_missing_parent(out: Path) -> None:
-    """Refuse a path to write whose folder is not there; asked before anything slow begins."""
+    """Refuse an --out path whose folder does not exist. Call this before slow work."""
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first (mkdir -p), or choose another")
 
 
 def library_versions() -> dict[str, str]:
-    """The versions a result may depend on."""
+    """Return the versions of the libraries that a result may depend on."""
     import platform
     from importlib.metadata import version
 
@@ -310,18 +309,18 @@ def library_versions() -> dict[str, str]:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's contents."""
+    """Return the sha256 of a file's contents."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _keep_log(staging: Path, target: Path, screen: Screen) -> None:
-    """What libraries said before a failure outlives the unfinished run."""
+    """Move the libraries' log of a failed run out of the staging folder."""
     log = staging / LOG
     if log.is_file() and log.stat().st_size:
         kept = target.with_name(f"{target.name}.failed-log.txt")
         log.replace(kept)
-        screen.note(f"what the libraries had to say is in {kept}")
+        screen.note(f"messages of libraries are in {kept}")
 
 
 def _holder(target: Path) -> str:
@@ -330,7 +329,7 @@ def _holder(target: Path) -> str:
 
 
 def sync(folder: Path, *, contents: bool = True) -> None:
-    """Have the disk, not only the kernel, hold a folder and what is in it."""
+    """Flush a folder, and all files below it if `contents`, to disk with fsync."""
     for path in (*(folder.rglob("*") if contents else ()), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -340,7 +339,7 @@ def sync(folder: Path, *, contents: bool = True) -> None:
 
 
 def cache_folder() -> Path:
-    """Where quantised bases, tokenised rows, references and libraries' chatter go; `LORA_ALIGN_CACHE` moves it."""
+    """Return the folder for quantised bases, tokenised rows, references and library logs; LORA_ALIGN_CACHE sets it."""
     import platformdirs
 
     return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))

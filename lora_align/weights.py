@@ -1,4 +1,4 @@
-"""Names of preferences and runs, and weights over them as a person types them."""
+"""Names of preferences and runs, and the syntax of weights: helpful=1,harmless=-0.5."""
 
 import math
 import re
@@ -6,18 +6,18 @@ from collections.abc import Iterable
 
 from lora_align.errors import UserError
 
-LONGEST = 64  # characters of a name
+LONGEST = 64  # characters in a name
 NAME = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{LONGEST - 1}}}")
 
 
 def name_of(parts: Iterable[str]) -> str:
-    """Join parts to a name that a folder may have."""
+    """Join parts to a valid name."""
     joined = "_".join(re.sub(r"[^a-z0-9_-]+", "-", part.lower()) for part in parts)
     return re.sub(r"^[^a-z0-9]+", "", joined)[:LONGEST]
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Read `helpful=1,harmless=-0.5`."""
+    """Parse `helpful=1,harmless=-0.5`."""
     weights: dict[str, float] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, number = part.rpartition("=")
@@ -31,5 +31,5 @@ def parse_weights(text: str) -> dict[str, float]:
             raise UserError(f"weights: {name.strip()!r} is given twice")
         weights[name.strip()] = weight
     if not weights:
-        raise UserError("weights: none given; as in helpful=1,harmless=0.5")
+        raise UserError("weights: none given; expected NAME=NUMBER, as in helpful=1,harmless=0.5")
     return weights

@@ -16,14 +16,14 @@ from support import Terminal
 
 
 @given(st.text())
-def test_no_text_reaches_a_terminal_as_a_command(text: str) -> None:
+def test_inert_escapes_all_control_characters(text: str) -> None:
     shown = inert(text)
     assert not any(ord(c) < 0x20 and c not in "\n\t" for c in shown)
     assert not any(0x7F <= ord(c) < 0xA0 for c in shown)
     assert inert(shown) == shown
 
 
-def test_harmless_text_is_shown_as_it_is() -> None:
+def test_inert_keeps_printable_text() -> None:
     text = "Grüße, 你好 [bold]not markup[/bold] <b>\n\ttab"
     assert inert(text) == text
     assert inert("\x1b[31mred\x07\u202e") == "\\x1b[31mred\\x07\\u202e"
@@ -32,7 +32,7 @@ def test_harmless_text_is_shown_as_it_is() -> None:
 EVIL = "\x1b[31mred\u202e \ud800 name"
 
 
-def test_results_tables_and_streams_on_stdout_are_inert(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_is_inert_for_results_tables_and_streams(capsys: pytest.CaptureFixture[str]) -> None:
     Screen().result(EVIL, {})
     Screen().show(table(["name"], [[EVIL]]))
     with Screen().streaming() as show:
@@ -58,7 +58,7 @@ def test_progress_names_are_inert() -> None:
     assert out.getvalue().count("\\x1b[31mred\\u202e") == 3
 
 
-def test_table_columns_align_beside_wide_and_escaped_text() -> None:
+def test_tables_align_with_wide_and_escaped_text() -> None:
     rows = [["你好", "x"], ["a\x1b", "y"], ["abcdefgh", "z"]]
     assert table(["n", "m"], rows).splitlines()[2:] == ["你好      x", "a\\x1b     y", "abcdefgh  z"]
 
@@ -115,15 +115,15 @@ def test_lines_fit_a_terminal_and_keep_the_time_left(columns: int, tmp_path: Pat
     assert any("a name [red] a name" in line and "…" in line and "100/300" in line for line in lines)
 
 
-def test_pipes_get_long_lines_unbroken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipes_get_unbroken_lines(capsys: pytest.CaptureFixture[str]) -> None:
     Screen().warn("word " * 100)
     with Screen().streaming() as show:
         show("word " * 100)
-    said = capsys.readouterr()
-    assert said.err.count("\n") == said.out.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == captured.out.count("\n") == 1
 
 
-def test_progress_away_from_a_terminal_is_lines() -> None:
+def test_progress_prints_lines_without_a_terminal() -> None:
     out = io.StringIO()
     with redirect_stderr(out), Screen().progress("dpo", 2) as progress:
         progress.show(1, {"loss": "0.5"})
@@ -134,7 +134,7 @@ def test_progress_away_from_a_terminal_is_lines() -> None:
     assert lines[1] == "dpo  2/2  loss 0.4"
 
 
-def test_tables_and_clocks() -> None:
+def test_tables_clocks_and_rates_are_formatted() -> None:
     assert table(["a", "n"], [["x", "-1"], ["long", "20"]]).splitlines()[2:] == ["x     -1", "long  20"]
     assert table(["what", "found"], [["one", "1"], ["two", "a b c"], ["three", "2 of c"]]).splitlines()[2] == "one    1"
     assert table(["name"], []).splitlines() == ["name", "────"]
@@ -142,11 +142,13 @@ def test_tables_and_clocks() -> None:
     assert [rate(s) for s in (0.004, 0.3125, 4.1)] == ["250/s", "3.2/s", "4.1 s each"]
 
 
-def test_counted_nouns_are_singular_for_one() -> None:
+def test_count_uses_the_singular_for_one() -> None:
     assert [count(n, "pair") for n in (0, 1, 2, 1024)] == ["0 pairs", "1 pair", "2 pairs", "1,024 pairs"]
 
 
-def test_what_libraries_say_goes_to_a_file_made_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_log_collects_records_and_warnings_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "not" / "there" / "log.txt"
     with library_log(log):
         logging.getLogger("somebody").warning("odd thing")

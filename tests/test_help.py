@@ -70,7 +70,7 @@ def test_shell_completes_commands_and_options(tmp_path: Path) -> None:
 def test_set_without_a_table_names_the_full_keys() -> None:
     demo = recipe.builtin()["demo"]
     full = "one of sft.learning_rate, dpo.learning_rate, reward.learning_rate, rsf.learning_rate"
-    with pytest.raises(UserError, match=f"--set 'learning_rate=1': the key lacks its table; {full}"):
+    with pytest.raises(UserError, match=f"--set 'learning_rate=1': the key has no table; use {full}"):
         recipe.load(demo, ["learning_rate=1"])
     with pytest.raises(UserError, match=r"one of lora\.rank, preferences\.NAME\.rank$"):
         recipe.load(demo, ["rank=8"])

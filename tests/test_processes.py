@@ -1,4 +1,4 @@
-"""Two processes of the installed command train as one: the same steps, one voice, one run."""
+"""Two processes train like one: same steps, one output, one run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 REWARD = ["reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"']
 ADAM = ["--set", "dpo.optimizer=adamw_torch", "--set", "dpo.learning_rate=1e-2"]
-STAGES = {  # none of them has a last step as full as the others, and reward's has one row for two processes
+STAGES = {  # each last step has fewer rows than the others; that of reward has 1 row for 2 processes
     "dpo": ["dpo", "--pref", "helpful", "--direction", "pos", "--limit", "44", *ADAM],
     "sft": ["sft", "--set", 'sft.data="demo:conversations?rows=40"', "--set", "sft.batch_size=6"],
     "reward": [*REWARD, "--set", "reward.batch_size=4", "--set", "reward.limit=49"],
@@ -43,7 +43,7 @@ def launched(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> subpr
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All stages by one process."""
+    """Train all stages in one process."""
 
     def make(folder: Path) -> None:
         for words in STAGES.values():
@@ -57,7 +57,7 @@ def records(run: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in found:
         del record["tokens_per_second"]
-        if abs(record.get("margin", 1.0)) < 1e-4:  # nothing is learned yet: these are signs of rounding errors
+        if abs(record.get("margin", 1.0)) < 1e-4:  # before any training, the accuracy is the sign of rounding errors
             del record["accuracy"]
     return found
 
@@ -74,7 +74,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_take_the_steps_of_one(way: str, one: Path, tmp_path: Path) -> None:
+def test_two_processes_take_the_same_steps_as_one(way: str, one: Path, tmp_path: Path) -> None:
     stage, more = WAYS[way]
     if stage == "rsf":
         shutil.copytree(one / "runs" / "reward", tmp_path / "runs" / "reward")
@@ -95,12 +95,12 @@ def test_two_processes_take_the_steps_of_one(way: str, one: Path, tmp_path: Path
             assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
         lines = (theirs / "metrics.jsonl").read_text().count("\n")
         assert lines == len(expected), "each step is recorded once"
-    assert out.count(str(Path("runs") / made[-1])) == 1, "the first process alone speaks"
+    assert out.count(str(Path("runs") / made[-1])) == 1, "only rank 0 prints"
     assert not list((tmp_path / "runs").rglob(".*.staging"))
 
 
 @pytest.mark.parametrize("more", [(), DIVIDED], ids=["whole", "divided"])
-def test_stopped_together_and_gone_on_with_by_one(more: tuple[str, ...], one: Path, tmp_path: Path) -> None:
+def test_run_of_two_processes_resumes_in_one(more: tuple[str, ...], one: Path, tmp_path: Path) -> None:
     words = [*STAGES["dpo"], "--set", "dpo.save_minutes=0"]
     two = launched(tmp_path, *words, *more)
     checkpoints = tmp_path / "runs" / "dpo" / "helpful" / ".pos.unfinished"
@@ -118,12 +118,12 @@ def test_stopped_together_and_gone_on_with_by_one(more: tuple[str, ...], one: Pa
     assert "goes on after step" in done.err
     run = Path("runs") / "dpo" / "helpful" / "pos"
     for before, now in zip(records(one / run), records(tmp_path / run), strict=True):
-        if more:  # the answers to a prompt are read apart, which takes more tokens
+        if more:  # with FSDP, the two answers to a prompt are separate rows, which takes more tokens
             before["tokens"] = now["tokens"]
         assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
 
 
-def test_a_step_that_fails_for_one_fails_for_both_and_says_why(tmp_path: Path) -> None:
+def test_failed_step_ends_both_processes_with_one_error(tmp_path: Path) -> None:
     wild = ["dpo.learning_rate=1e3", "dpo.weight_decay=10", "dpo.max_grad_norm=1e9", "dpo.warmup=0", "dpo.batch_size=8"]
     two = launched(tmp_path, *STAGES["dpo"], *(word for value in wild for word in ("--set", value)))
     _, err = two.communicate(timeout=120)
@@ -133,18 +133,18 @@ def test_a_step_that_fails_for_one_fails_for_both_and_says_why(tmp_path: Path) -
     assert not list((tmp_path / "runs" / "dpo").rglob("manifest.json"))
 
 
-def test_accelerate_launches_it_and_what_one_process_does_is_refused(tmp_path: Path) -> None:
-    for words, told in (
-        (("list",), "error: list: one process does this, and 2 were launched"),
+def test_errors_are_printed_once_under_accelerate(tmp_path: Path) -> None:
+    for words, message in (
+        (("list",), "error: list runs in one process, but 2 were launched"),
         (("dpo", "--pref", "helpfull"), "error: no preference 'helpfull' in the recipe, did you mean 'helpful'?"),
     ):
         two = launched(tmp_path, *words, launcher=BY_ACCELERATE)
         _, err = two.communicate(timeout=120)
         assert two.returncode
-        assert err.count(told) == 1, err
+        assert err.count(message) == 1, err
 
 
-def test_what_a_divided_base_is_not_for(tmp_path: Path) -> None:
+def test_fsdp_is_refused_for_rsf_and_unquantised_bases(tmp_path: Path) -> None:
     two = launched(tmp_path, "rsf", *DIVIDED)
     _, err = two.communicate(timeout=120)
     assert two.returncode
@@ -155,7 +155,9 @@ def test_what_a_divided_base_is_not_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("divides", ["FSDP", "DEEPSPEED"])
-def test_a_base_divided_by_accelerate_is_refused(divides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_and_deepspeed_of_accelerate_are_refused(
+    divides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{divides}", "true")
     done = call(tmp_path, "dpo", "--all")
     assert done.code == 2

@@ -6,19 +6,19 @@ from lora_align.rankers import Ranker
 from lora_align.weights import parse_weights
 
 
-def test_weights_are_read_in_order() -> None:
+def test_weights_are_parsed_in_order() -> None:
     assert parse_weights(" helpful=1, harmless = -0.5,a/b=1e-2 ") == {"helpful": 1.0, "harmless": -0.5, "a/b": 0.01}
 
 
 @pytest.mark.parametrize(
     "text", ["", ",", "helpful", "helpful=", "=1", "helpful=nan", "helpful=1e999", "helpful=-inf", "a=1,a=2", "a=one"]
 )
-def test_weights_that_mean_nothing_are_refused(text: str) -> None:
+def test_invalid_weights_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="weights:"):
         parse_weights(text)
 
 
-def test_a_rating_can_be_better_the_lower_it_is() -> None:
+def test_minus_ranks_the_lower_rating_first() -> None:
     two = Comparison((), ("long", "short"), ratings={"verbosity": (4.0, 1.0)})
     assert two.ranked(Ranker.parse("rating:verbosity")) == Pair((), "long", "short")
     assert two.ranked(Ranker.parse("rating:-verbosity")) == Pair((), "short", "long")
@@ -26,7 +26,7 @@ def test_a_rating_can_be_better_the_lower_it_is() -> None:
         Ranker.parse("rating:-")
 
 
-def test_a_margin_leaves_out_what_is_nearly_equal() -> None:
+def test_margin_drops_nearly_equal_pairs() -> None:
     two = Comparison((), ("long one", "short"), ratings={"verbosity": (4.0, 2.5), "help": (1.0, float("nan"))})
     for ranker, apart in (("rating:verbosity", 1.5), ("shorter", 3)):
         assert two.ranked(Ranker.parse(ranker), margin=apart + 0.01) == "too close"

@@ -12,13 +12,13 @@ from lora_align.recipe import optimizers
 
 
 @pytest.mark.parametrize("name", recipe.builtin())
-def test_built_in_recipes_load_and_survive_a_manifest(name: str) -> None:
+def test_built_in_recipes_load_from_file_and_manifest(name: str) -> None:
     loaded = recipe.load(recipe.builtin()[name])
     assert loaded.preferences or loaded.rsf
     assert recipe.from_dict(loaded.as_dict(), "manifest") == loaded
 
 
-def test_every_fault_is_told_at_once_with_its_key() -> None:
+def test_one_error_lists_every_fault_with_its_key() -> None:
     text = """
         [base]
         modle = "x"
@@ -37,9 +37,9 @@ def test_every_fault_is_told_at_once_with_its_key() -> None:
         [sft]
         learning_rat = 1
     """
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         recipe.from_dict(tomllib.loads(text), "mine.toml")
-    lines = str(told.value).splitlines()
+    lines = str(refused.value).splitlines()
     for expected in (
         "base.model: missing",
         "unknown key 'base.modle', did you mean 'model'?",
@@ -49,7 +49,7 @@ def test_every_fault_is_told_at_once_with_its_key() -> None:
         "preferences.Bad: a name",
         "preferences.Bad.data: missing",
         "preferences.Bad.rank: no ranker 'loudest'",
-        "preferences.good.margin: a label says who won",
+        "preferences.good.margin: labels have no size",
         "dpo.epochs",
         "dpo.beta",
         "sft.data: missing",
@@ -63,7 +63,7 @@ def test_every_fault_is_told_at_once_with_its_key() -> None:
     ("override", "value"),
     [("dpo.beta=0.05", 0.05), ("dpo.beta=1", 1.0), ("base.revision=main", "main"), ("base.model='a b'", "a b")],
 )
-def test_overrides_are_toml_or_text(override: str, value: object) -> None:
+def test_override_values_are_toml_or_text(override: str, value: object) -> None:
     loaded = recipe.load(recipe.builtin()["demo"], [override])
     table, key = override.partition("=")[0].split(".")
     assert getattr(getattr(loaded, table), key) == value
@@ -75,15 +75,15 @@ def test_bad_overrides_are_refused(override: str) -> None:
         recipe.load(recipe.builtin()["demo"], [override])
 
 
-def test_a_fault_that_was_typed_is_not_the_files() -> None:
-    with pytest.raises(UserError) as told:
+def test_faults_of_overrides_are_attributed_to_set() -> None:
+    with pytest.raises(UserError) as refused:
         recipe.load(recipe.builtin()["demo"], ["dpo.betta=1", "lora.rank=0"])
-    lines = str(told.value).splitlines()
+    lines = str(refused.value).splitlines()
     assert len(lines) == 2
     assert all(line.startswith("--set: ") for line in lines), lines
 
 
-def test_a_new_preference_is_a_table_and_nothing_else(tmp_path: Path) -> None:
+def test_new_preference_needs_only_a_table(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     tables = "".join(
         f'[preferences.{name}]\ndata = "pairs.jsonl"\nrank = "{rank}"\n'
@@ -94,7 +94,7 @@ def test_a_new_preference_is_a_table_and_nothing_else(tmp_path: Path) -> None:
     assert [p.ranker.kind for p in loaded.preferences.values()] == ["label", "shorter", "longer"]
 
 
-def test_a_preference_may_consist_of_others_that_have_pairs() -> None:
+def test_preference_of_other_preferences_is_checked() -> None:
     tables = {
         "base": {"model": "demo"},
         "preferences": {
@@ -107,17 +107,17 @@ def test_a_preference_may_consist_of_others_that_have_pairs() -> None:
         },
         "reward": {"pairs": {"joint": "both"}},
     }
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         recipe.from_dict(tables, "mine.toml")
-    assert str(told.value).splitlines() == [
-        "mine.toml: preferences.nested.of: both consists of others itself; name those",
+    assert str(refused.value).splitlines() == [
+        "mine.toml: preferences.nested.of: both has `of` itself; list good, brief",
         "mine.toml: preferences.unknown.of: no preference 'goood', did you mean 'good'?",
-        "mine.toml: preferences.ranked: the preferences it consists of have data and ranks, it has none of its own",
-        "mine.toml: reward.pairs.joint: both consists of others; a head learns from one of them",
+        "mine.toml: preferences.ranked: a preference with `of` has no other keys; set them in good, brief",
+        "mine.toml: reward.pairs.joint: both combines several preferences; choose one of good, brief",
     ]
 
 
-def test_a_template_may_stand_in_a_file_beside_the_recipe(tmp_path: Path) -> None:
+def test_chat_template_is_read_from_a_file_beside_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[base]\nmodel = "demo"\nchat_template = "chat.jinja"\n')
     with pytest.raises(UserError, match=r"no file .*chat\.jinja"):
@@ -126,15 +126,17 @@ def test_a_template_may_stand_in_a_file_beside_the_recipe(tmp_path: Path) -> Non
     assert recipe.load(file).base.chat_template == "{{ messages }}"
 
 
-def test_a_template_that_is_typed_lies_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_template_override_is_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "elsewhere" / "mine.toml"
     file.parent.mkdir()
     file.write_text('[base]\nmodel = "demo"\n')
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
     monkeypatch.chdir(tmp_path)
     assert recipe.load(file, ["base.chat_template=chat.jinja"]).base.chat_template == "{{ messages }}"
-    kept = recipe.load(file).as_dict()
-    assert recipe.from_dict(kept, "kept", ["base.chat_template=chat.jinja"]).base.chat_template == "{{ messages }}"
+    stored = recipe.load(file).as_dict()
+    assert recipe.from_dict(stored, "stored", ["base.chat_template=chat.jinja"]).base.chat_template == "{{ messages }}"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_template_that_is_typed_lies_where_one_is(tmp_path: Path, monkeypatch:
         ("evall.count=3", "'evall', did you mean 'eval'"),
     ],
 )
-def test_a_slip_is_set_right_from_the_table_it_stands_in(override: str, told: str) -> None:
+def test_unknown_key_gets_a_suggestion_from_its_own_table(override: str, told: str) -> None:
     with pytest.raises(UserError, match=f"unknown key {told}"):
         recipe.load(recipe.builtin()["demo"], ["preferences.base.data='demo:pairs'", override])
 
@@ -180,11 +182,11 @@ def test_a_slip_is_set_right_from_the_table_it_stands_in(override: str, told: st
         ("preferences.helpful.margin=1e300", "1000000000"),
     ],
 )
-def test_absurd_values_are_refused_with_key_and_bound(override: str, bound: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_out_of_range_values_are_refused_with_key_and_bound(override: str, bound: str) -> None:
+    with pytest.raises(UserError) as refused:
         recipe.load(recipe.builtin()["demo"], [override])
     key = override.partition("=")[0]
-    assert re.search(rf"--set: {key}: input should be .* {bound}(\.0)?, not ", str(told.value))
+    assert re.search(rf"--set: {key}: input should be .* {bound}(\.0)?, not ", str(refused.value))
 
 
 def test_every_number_of_a_recipe_has_two_bounds() -> None:
@@ -215,24 +217,24 @@ def test_optimizers_are_those_of_transformers() -> None:
         recipe.load(recipe.builtin()["demo"], ["dpo.optimizer=adamw_torch_fusd"])
 
 
-def test_an_optimizer_whose_library_is_missing_is_named() -> None:
+def test_missing_library_of_an_optimizer_is_found() -> None:
     assert optimizers.missing_library("galore_adamw_8bit") == "galore_torch"
     assert not any(map(optimizers.missing_library, ("adamw_torch_fused", "adamw_8bit", "sgd", "paged_lion_8bit")))
 
 
 @pytest.mark.parametrize("text", ["rating:", "rating", "shorter:x", "", "louder"])
-def test_rankers_that_do_not_exist(text: str) -> None:
+def test_unknown_rankers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no ranker"):
         Ranker.parse(text)
 
 
-def test_a_folder_of_a_recipes_name_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_named_like_a_recipe_does_not_hide_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert recipe.find("demo") == (recipe.builtin()["demo"], "")
 
 
-def test_unknown_recipes_and_files() -> None:
+def test_unknown_recipes_and_files_are_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'demo'"):
         recipe.find("demmo")
     with pytest.raises(UserError, match="no recipe file"):

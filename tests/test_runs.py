@@ -1,4 +1,4 @@
-"""A run is there whole or not at all."""
+"""A run is published completely or not at all."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def _publish(target: Path, *, force: bool = False, text: str = "weights") -> run
 
 
 def _edit(run: runs.Run, changed: dict[str, object]) -> None:
-    """Change a manifest by hand, and take its digest out."""
+    """Change a manifest and remove its digest."""
     whole = json.loads((run.path / runs.MANIFEST).read_text()) | changed
     whole.pop("digest", None)
     (run.path / runs.MANIFEST).write_text(json.dumps(whole))
 
 
-def test_a_published_run_reads_back(tmp_path: Path) -> None:
+def test_published_run_reads_back(tmp_path: Path) -> None:
     made = _publish(tmp_path / "dpo" / "a" / "pos")
     found = runs.read(tmp_path / "dpo" / "a" / "pos")
     assert found.manifest == made.manifest
@@ -42,7 +42,7 @@ def test_a_published_run_reads_back(tmp_path: Path) -> None:
     assert [run.path for run in runs.every(tmp_path)] == [made.path]
 
 
-def test_every_truncation_and_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_check_files_detects_truncation_and_flipped_bits(tmp_path: Path) -> None:
     run = _publish(tmp_path / "a", text="0123456789abcdef")
     file = run.path / "adapter.bin"
     whole = file.read_bytes()
@@ -61,7 +61,7 @@ def test_every_truncation_and_every_flipped_bit_is_noticed(tmp_path: Path) -> No
         run.check_files()
 
 
-def test_an_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
+def test_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
     _publish(tmp_path / "a", text="old")
     with pytest.raises(UserError, match=r"--name NEW .* --force"):
         _publish(tmp_path / "a")
@@ -71,7 +71,7 @@ def test_an_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
     assert len(runs.every(tmp_path)) == 1
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_failure_leaves_no_run(tmp_path: Path) -> None:
     def fail() -> None:
         with runs.claim(tmp_path / "a", Screen(quiet=True)) as staging:
             (staging / "half").write_text("x")
@@ -98,7 +98,9 @@ def _spawn(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
-def test_kill_9_leaves_no_run_and_the_next_one_takes_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_process_leaves_no_run_and_the_next_takes_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     child = _spawn(
         tmp_path,
         """
@@ -120,7 +122,7 @@ def test_kill_9_leaves_no_run_and_the_next_one_takes_over(tmp_path: Path, capsys
     assert f"process {child.pid}" in capsys.readouterr().err
 
 
-def test_of_many_processes_racing_for_one_folder_one_wins(tmp_path: Path) -> None:
+def test_one_of_many_racing_processes_publishes(tmp_path: Path) -> None:
     start = time.time() + 1.5
     children = [
         _spawn(
@@ -143,7 +145,7 @@ def test_of_many_processes_racing_for_one_folder_one_wins(tmp_path: Path) -> Non
     assert outcomes.count("refused") == 11
 
 
-def test_damaged_manifests_and_other_schemas_are_errors(tmp_path: Path) -> None:
+def test_damaged_manifests_and_other_schemas_are_refused(tmp_path: Path) -> None:
     run = _publish(tmp_path / "a")
     manifest = run.path / runs.MANIFEST
     whole = manifest.read_text()
@@ -178,16 +180,16 @@ def test_damaged_manifests_and_other_schemas_are_errors(tmp_path: Path) -> None:
         {"unconverged": 1},
     ],
 )
-def test_one_ill_typed_manifest_is_passed_over(
+def test_manifest_with_wrong_types_is_skipped(
     changed: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = _publish(tmp_path / "good"), _publish(tmp_path / "bad")
     _edit(bad, changed)
     assert runs.every(tmp_path, Screen()) == [good]
-    assert "passed over" in capsys.readouterr().err
+    assert "skipped" in capsys.readouterr().err
 
 
-def test_a_manifest_that_is_no_object_or_no_file_is_passed_over(tmp_path: Path) -> None:
+def test_manifest_that_is_not_an_object_or_file_is_skipped(tmp_path: Path) -> None:
     good = _publish(tmp_path / "good")
     for name, content in {"list": "[]", "deep": "[" * 100_000, "latin": "\xff", "number": "1" * 5000}.items():
         (tmp_path / name).mkdir()
@@ -198,27 +200,27 @@ def test_a_manifest_that_is_no_object_or_no_file_is_passed_over(tmp_path: Path) 
         runs.read(tmp_path / "folder")
 
 
-def test_a_flipped_bit_in_any_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+def test_flipped_bit_in_a_manifest_is_detected(tmp_path: Path) -> None:
     run = _publish(tmp_path / "a")
     file = run.path / runs.MANIFEST
-    whole, meant = file.read_bytes(), json.loads(file.read_text())
-    for place in range(len(whole)):
+    whole, content = file.read_bytes(), json.loads(file.read_text())
+    for position in range(len(whole)):
         flipped = bytearray(whole)
-        flipped[place] ^= 1 << place % 8
+        flipped[position] ^= 1 << position % 8
         file.write_bytes(flipped)
         with pytest.raises(UserError, match="a"):
             runs.read(run.path)
-    file.write_text(json.dumps(meant))  # another layout, the same content
+    file.write_text(json.dumps(content))  # same content in another layout
     assert runs.read(run.path) == run
-    file.write_text(json.dumps({key: of for key, of in meant.items() if key not in ("digest", "order")}))
-    assert runs.read(run.path).manifest.created == run.manifest.created, "as older versions wrote them"
+    file.write_text(json.dumps({key: value for key, value in content.items() if key not in ("digest", "order")}))
+    assert runs.read(run.path).manifest.created == run.manifest.created, "manifests of older versions"
 
 
-def test_newest_run_is_the_last_published_after_the_clock_was_set_back(tmp_path: Path) -> None:
+def test_publication_order_survives_a_clock_set_back(tmp_path: Path) -> None:
     first = _publish(tmp_path / "dpo" / "a" / "pos")
     whole = json.loads((first.path / runs.MANIFEST).read_text())
     later = {"created": "2099-01-01T00:00:00.000000+00:00", "order": 4_070_908_800_000_000}
-    _edit(first, {key: of for key, of in later.items() if key in whole})
+    _edit(first, {key: value for key, value in later.items() if key in whole})
     second = _publish(tmp_path / "dpo" / "b" / "pos")
     assert [run.path for run in runs.every(tmp_path)] == [first.path, second.path]
 
@@ -230,13 +232,13 @@ def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:
         runs.check_base(tmp_path, {"model": "other", "fingerprint": "0" * 64})
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         _publish(tmp_path / "file" / "a")
 
 
-def test_published_files_can_be_read_by_others(tmp_path: Path) -> None:
+def test_published_files_are_readable_by_other_users(tmp_path: Path) -> None:
     with runs.claim(tmp_path / "a", Screen(quiet=True)) as staging:
         (staging / "secretive").write_text("x")
         (staging / "secretive").chmod(0o600)
@@ -246,23 +248,23 @@ def test_published_files_can_be_read_by_others(tmp_path: Path) -> None:
     assert json.loads((run.path / runs.MANIFEST).read_text())["versions"]["torch"]
 
 
-def test_a_disk_that_is_full_publishes_nothing(tmp_path: Path) -> None:
+def test_full_disk_publishes_nothing(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "256k") as disk:
         before = _publish(disk / "a")
 
-        def anew() -> None:
+        def publish_again() -> None:
             with runs.claim(disk / "a", Screen(quiet=True), force=True) as staging:
                 (staging / "adapter.bin").write_text("weights")
                 fill(disk)
                 runs.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))
 
-        with pytest.raises(RunFailedError, match="No space left on device; nothing of it was published"):
-            anew()
+        with pytest.raises(RunFailedError, match="No space left on device; nothing was published"):
+            publish_again()
         before.check_files()
         assert {path.name for path in disk.iterdir() if not path.name.startswith(".")} == {"a", "filler"}
 
 
-def test_list_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_list_refuses_a_missing_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in ("nowhere", "file"):
         done = subprocess.run([COMMAND, "list", "--runs", folder], cwd=tmp_path, capture_output=True, text=True)

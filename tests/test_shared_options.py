@@ -38,14 +38,14 @@ def test_overrides_of_a_measurement_end_with_it(folder: Path, capsys: pytest.Cap
     publish(folder, "mix", "mix", demo("eval.samples=9"))
     found = recipe_of(None, None, Screen(), folder)
     assert (found.dpo.limit, found.eval) == (64, demo().eval)
-    assert capsys.readouterr().err == f"recipe: the one stored in {folder}/dpo, beside demo: dpo.limit=64\n"
+    assert capsys.readouterr().err == f"recipe: the one stored in {folder}/dpo, changed from demo: dpo.limit=64\n"
 
 
 def test_overrides_of_a_training_are_inherited_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(folder, "dpo", "dpo", demo("eval.count=24", "lora.rank=8"))
     found = recipe_of(None, ["eval.samples=2"], Screen(), folder)
     assert (found.eval.count, found.eval.samples, found.lora.rank) == (24, 2, 8)
-    assert "/dpo, beside demo: lora.rank=8, eval.count=24\n" in capsys.readouterr().err
+    assert "/dpo, changed from demo: lora.rank=8, eval.count=24\n" in capsys.readouterr().err
 
 
 def test_a_recipe_without_its_file_is_compared_with_defaults(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,10 +56,10 @@ def test_a_recipe_without_its_file_is_compared_with_defaults(folder: Path, capsy
     assert "/dpo\n" in capsys.readouterr().err
     file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.2\n')
     recipe_of(None, None, Screen(), folder)
-    assert f"/dpo, beside {file}: dpo.beta=0.3\n" in capsys.readouterr().err
+    assert f"/dpo, changed from {file}: dpo.beta=0.3\n" in capsys.readouterr().err
     file.unlink()
     recipe_of(None, None, Screen(), folder)
-    assert "/dpo, beside the defaults: dpo.beta=0.3\n" in capsys.readouterr().err
+    assert "/dpo, changed from the defaults: dpo.beta=0.3\n" in capsys.readouterr().err
 
 
 def test_a_folder_of_mixes_alone_has_the_newest_ones_recipe(folder: Path) -> None:

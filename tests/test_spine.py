@@ -233,11 +233,11 @@ def test_a_mix_of_adapters_without_a_manifest_lives_beside_runs(workspace: Path)
     assert more.code == 0, more.err
 
 
-def test_a_damaged_manifest_is_passed_over_and_told(cli: Cli, workspace: Path) -> None:
+def test_damaged_manifest_is_skipped_with_a_warning(cli: Cli, workspace: Path) -> None:
     (workspace / "runs" / "dpo" / "helpful" / "pos" / "manifest.json").write_text("{")
     listed = cli("list")
     assert listed.code == 0
-    assert "passed over" in listed.err
+    assert "skipped" in listed.err
     assert "dpo/harmless/neg" in listed.out
     merged = cli("merge", "--weights", "helpful=1")
     assert merged.code == 2

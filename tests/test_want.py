@@ -1,4 +1,4 @@
-"""Directions: brought to length 1, drawn evenly, put into words, and refused by name."""
+"""Directions: normalised, sampled uniformly, written into prompts, and checked."""
 
 import math
 import random
@@ -17,7 +17,7 @@ WEIGHTS = st.dictionaries(st.sampled_from(KNOWN), st.floats(-10, 10).map(lambda 
 
 
 @given(WEIGHTS)
-def test_any_weights_keep_their_proportions_and_come_to_length_1(weights: dict[str, float]) -> None:
+def test_of_normalises_weights_and_refuses_zeros(weights: dict[str, float]) -> None:
     if not any(weights.values()):
         with pytest.raises(UserError, match="not 0"):
             Want.of(weights)
@@ -28,7 +28,7 @@ def test_any_weights_keep_their_proportions_and_come_to_length_1(weights: dict[s
     assert all(unit[name] * size == pytest.approx(weights[name]) for name in weights)
 
 
-def test_what_is_not_named_weighs_nothing_and_what_is_not_known_is_refused() -> None:
+def test_parse_fills_zeros_and_refuses_unknown_objectives() -> None:
     assert Want.parse("verbosity=-2", KNOWN).weights == {"helpfulness": 0, "verbosity": -1, "honesty": 0}
     with pytest.raises(UserError, match="no objective 'verbose', did you mean 'verbosity'"):
         Want.parse("verbose=1", KNOWN)
@@ -51,25 +51,25 @@ def test_value_is_the_inner_product() -> None:
         (0.8, -0.6, "{{ 'short ' * (-5 * want.verbosity)|round|int }}", "short short short"),
     ],
 )
-def test_the_words_of_the_paper_of_the_released_model_and_of_ones_own(
+def test_templates_give_the_formats_of_paper_and_released_model(
     helpfulness: float, verbosity: float, template: str, words: str
 ) -> None:
     assert Want({"helpfulness": helpfulness, "verbosity": verbosity}).asked(template) == words
 
 
 @pytest.mark.parametrize("template", ["{{ honesty }}", "{{ want.honesty }}", "{{ decimals", "{{ want * 2 }}"])
-def test_a_template_that_cannot_be_filled_is_refused(template: str) -> None:
-    with pytest.raises(UserError, match=r"rsf\.ask: .*\(it may name want, decimals, integers\)"):
+def test_invalid_template_is_refused(template: str) -> None:
+    with pytest.raises(UserError, match=r"rsf\.ask: .*\(the template may use want, decimals, integers\)"):
         Want({"helpfulness": 1.0}).asked(template)
 
 
-def test_scores_are_asked_for_in_points() -> None:
+def test_scores_template_gets_rounded_points() -> None:
     scores = {"helpfulness": 79.6, "verbosity": 25.0}
     assert want.scores_asked(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
     assert want.scores_asked(scores, "{{ scores.verbosity|int }} words") == "25 words"
 
 
-def test_drawn_directions_fill_their_region_evenly() -> None:
+def test_directions_are_sampled_uniformly() -> None:
     draw = random.Random(0)
     region = {"helpfulness": (math.cos(1.2), 1.0), "verbosity": (-1.0, 0.0)}
     angles = sorted(
@@ -81,6 +81,6 @@ def test_drawn_directions_fill_their_region_evenly() -> None:
     assert sum((count - 200) ** 2 / 200 for count in counts) < 27.9  # chi-square of 9 degrees, one in a thousand
 
 
-def test_an_empty_region_is_refused() -> None:
-    with pytest.raises(UserError, match="next to no unit vector has a"):
+def test_empty_region_is_refused() -> None:
+    with pytest.raises(UserError, match="almost no unit vector has a"):
         want.drawn({"a": (0.9, 1.0), "b": (0.9, 1.0)}, random.Random(0))

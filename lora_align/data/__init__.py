@@ -1,1 +1,1 @@
-"""From anybody's rows to pairs and conversations."""
+"""Reading data sources into pairs, conversations, rated answers, prompts and facts."""

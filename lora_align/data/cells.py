@@ -1,6 +1,6 @@
-"""What stands in the cells of a row: text, turns, labels, numbers.
+"""Readers for single cells: text, turns, labels, numbers.
 
-A ValueError names the column and says what is wrong; whoever reads the row says where.
+Each raises a ValueError that names the column; the caller adds the place of the row.
 """
 
 import json
@@ -18,44 +18,42 @@ EXACT = 2**53  # whole numbers that a float holds exactly
 
 
 def kind(value: Any) -> str:
-    """Name what a cell holds in the words of a data file."""
+    """Return the type of a cell in a data file's terms: text, a number, a list, an object, null, true, false."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     names = {str: "text", int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "an object"}
-    return next((name for of, name in names.items() if isinstance(value, of)), "no text")
+    return next((name for type_, name in names.items() if isinstance(value, type_)), "not text")
 
 
 def text(value: Any, column: str) -> str:
-    """Return text, and refuse anything else."""
+    """Return the cell's text; raise if it is not text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise ValueError(f"{column} is {kind(value)}; expected text")
     try:
-        value.encode("utf-8")  # a crash in the tokenizer otherwise
+        value.encode("utf-8")  # an unpaired surrogate would crash the tokenizer
     except UnicodeEncodeError as fault:
-        raise ValueError(f"{column} holds half a character at position {fault.start}: surrogates not allowed") from None
+        raise ValueError(f"{column} holds an unpaired surrogate at position {fault.start}; expected text") from None
     return value
 
 
 def record(value: Any, column: str) -> Mapping[str, Any]:
-    """Return an object, and refuse anything else."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{column} is {kind(value)}; expected an object")
     return value
 
 
 def turn(value: Any, column: str) -> Message:
-    """Read one turn, in TRL's words or in ShareGPT's."""
-    said = record(value, f"a turn of {column}")
-    if "role" in said:
-        return Message(text(said["role"], f"{column}: role"), text(said.get("content"), f"{column}: content"))
-    role = text(said.get("from"), f"{column}: from")
+    """Read one turn in TRL's keys (role, content) or in ShareGPT's (from, value)."""
+    fields = record(value, f"a turn of {column}")
+    if "role" in fields:
+        return Message(text(fields["role"], f"{column}: role"), text(fields.get("content"), f"{column}: content"))
+    role = text(fields.get("from"), f"{column}: from")
     if role not in SHAREGPT_ROLES:
-        raise ValueError(f"{column}: unknown speaker {role!r}")
-    return Message(SHAREGPT_ROLES[role], text(said.get("value"), f"{column}: value"))
+        raise ValueError(f"{column}: unknown speaker {role!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
+    return Message(SHAREGPT_ROLES[role], text(fields.get("value"), f"{column}: value"))
 
 
 def messages(value: Any, column: str) -> tuple[Message, ...]:
-    """Read a list of turns."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"{column} is {kind(value)}; expected text or a list of turns")
     if not value:
@@ -64,94 +62,98 @@ def messages(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def prompt(value: Any, column: str) -> tuple[Message, ...]:
-    """Read a list of turns, or what a user says."""
+    """Read a list of turns; text alone is one user turn."""
     return (Message("user", text(value, column)),) if isinstance(value, str) else messages(value, column)
 
 
 def request(row: Row, column: str = "prompt") -> tuple[Message, ...]:
-    """Read what is asked. Text is followed by `input`, as Alpaca joins them, and preceded by the turns of `history`."""
+    """Read the prompt. For text, add the `history` turns before and the `input` text behind, as Alpaca does."""
     if not isinstance(row[column], str):
         return behind_system(row, prompt(row[column], column))
-    asked = text(row[column], column)
-    if column != "input" and (more := text(row.get("input") or "", "input")) != asked:
-        asked = "\n\n".join(filter(None, (asked, more)))
-    return (*system(row), *history(row), Message("user", asked))
+    question = text(row[column], column)
+    if column != "input" and (more := text(row.get("input") or "", "input")) != question:
+        question = "\n\n".join(filter(None, (question, more)))
+    return (*system(row), *history(row), Message("user", question))
 
 
 def history(row: Row) -> tuple[Message, ...]:
-    """Read the turns that Alpaca's form has before the instruction: a list of questions with their answers."""
-    before = row.get("history") or ()
-    if not isinstance(before, list | tuple) or not all(
-        isinstance(both, list | tuple) and len(both) == 2 for both in before
+    """Read Alpaca's `history` column: earlier turns as a list of [question, answer]."""
+    earlier = row.get("history") or ()
+    if not isinstance(earlier, list | tuple) or not all(
+        isinstance(both, list | tuple) and len(both) == 2 for both in earlier
     ):
-        raise ValueError("history is no list of [question, answer]")
+        raise ValueError("history is not a list of [question, answer]")
     return tuple(
-        Message(role, text(said, "history"))
-        for both in before
-        for role, said in zip(("user", "assistant"), both, strict=True)
+        Message(role, text(content, "history"))
+        for both in earlier
+        for role, content in zip(("user", "assistant"), both, strict=True)
     )
 
 
 def behind_system(row: Row, turns: Prompt) -> tuple[Message, ...]:
-    """Put the system message that another column holds before turns, unless they begin with one."""
+    """Put the `system` column's message before the turns, unless they begin with a system message."""
     return (*turns,) if turns[:1] and turns[0].role == "system" else (*system(row), *turns)
 
 
 def answer(message: Message, column: str) -> str:
-    """Return what the assistant says."""
+    """Return the assistant's text; raise if the message has another role."""
     if message.role != "assistant":
         raise ValueError(f"{column}: the last turn is the {message.role}'s, not the assistant's")
     return message.content
 
 
 def up_to_answer(turns: Prompt) -> Prompt:
-    """Without the answer at their end, if there is one."""
+    """Return the turns without the assistant's answer at the end, if there is one."""
     return turns[:-1] if turns[-1].role == "assistant" else turns
 
 
 def ending_in_answer(turns: Prompt, column: str) -> tuple[Message, ...]:
-    """The same turns, if the last is an answer."""
+    """Return the turns; raise if the last is not the assistant's."""
     answer(turns[-1], column)
     return (*turns,)
 
 
 def system(row: Row) -> tuple[Message, ...]:
-    """Read the system message that a column of that name holds, if any."""
+    """Read the `system` column as a message; return nothing if the row has none."""
     return (Message("system", text(row["system"], "system")),) if row.get("system") else ()
 
 
 def label(value: Any, first: int) -> int | str | None:
-    """Return which of two answers a label prefers, the first of which has the number `first`; None for a tie.
+    """Return the index of the answer that a label prefers; None for a tie.
 
-    A value that means neither is returned as it is written: what is wrong then is the column, not the row.
+    `first` is the number that labels give the first answer. An unknown label is returned as text, because the
+    fault then lies in the column and not in the row.
     """
     if isinstance(value, Winner):
         return WINNERS[value]
-    written = label_text(value)
-    return WINNERS[winner] if (winner := {"": Winner.tie, **numbered(first)}.get(written)) else written
+    key = label_text(value)
+    return WINNERS[winner] if (winner := {"": Winner.tie, **numbered(first)}.get(key)) else key
 
 
 def numbered(first: int) -> dict[str, Winner]:
-    """Return what labels mean that number the answers from `first`; where that is 1, 0 is a tie."""
+    """Return the meaning of labels that number the answers from `first`; if `first` is 1, label 0 is a tie."""
     return {str(first): Winner.first, str(first + 1): Winner.second} | ({"0": Winner.tie} if first else {})
 
 
 def label_text(value: Any) -> str:
-    """Write a label as a key of a `labels` table: 1 for 1.0 and for "1.0", nothing where there is none."""
+    """Return a label as a key of the `labels` table: "1" for 1.0 and for "1.0", "" for a missing label."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list | tuple | dict):
         return kind(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    written = str(value).strip()
-    if not written or not is_number(written) or not abs(as_number := float(written)) < EXACT:
-        return "" if written.lower() == "nan" else written
-    return str(int(as_number)) if as_number.is_integer() else written
+    key = str(value).strip()
+    if not key or not is_number(key) or not abs(as_number := float(key)) < EXACT:
+        return "" if key.lower() == "nan" else key
+    return str(int(as_number)) if as_number.is_integer() else key
 
 
 def ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]]:
-    """Read numbers that stand once for each answer, as in score_chosen and score_rejected; nan for a missing one."""
+    """Return each rating that has one column per answer, such as score_chosen and score_rejected; nan if empty.
+
+    `first` and `second` are column names with {} for the rating's name.
+    """
     prefix, suffix = first.split("{}")
     names = [
         key[len(prefix) : len(key) - len(suffix)] for key in row if key.startswith(prefix) and key.endswith(suffix)
@@ -162,7 +164,7 @@ def ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]]
 
 
 def is_number(value: Any) -> bool:
-    """A number, its text, or nothing at all."""
+    """Return whether a cell holds a number, a number as text, or nothing."""
     if isinstance(value, str):
         try:
             float(value.strip() or "nan")
@@ -173,7 +175,7 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any, column: str) -> float:
-    """Read a number; nan where there is nothing at all."""
+    """Read a number; return nan for an empty cell."""
     if not is_number(value):
         raise ValueError(f"{column} is {kind(value)}; expected a number")
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""One function for each form rows come in, into the shapes everything here works on."""
+"""One reader for each form of row, into comparisons, conversations, rated answers, prompts and facts."""
 
 import itertools
 import math
@@ -14,10 +14,15 @@ from lora_align.errors import UserError
 
 Shape = TypeVar("Shape", Comparison, list[Comparison], Conversation, list[Rated], Prompt, Fact)
 Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
-TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV have them
-UNREAD = ("query", "input", "context")  # columns that may be what is asked
-ASKED = ("prompt", "instruction", "question", "input")  # columns with what two answers reply to; the first one counts
-ANSWERS = (  # names of two answers' columns
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV write booleans
+MAYBE_PROMPT = ("query", "input", "context")  # columns that may hold a prompt, but are not read as one
+PROMPT_COLUMNS = (
+    "prompt",
+    "instruction",
+    "question",
+    "input",
+)  # of labelled pairs; the first present counts
+ANSWER_COLUMNS = (  # column names of two answers
     ("response_0", "response_1"), ("output_1", "output_2"), ("response1", "response2"), ("response_1", "response_2"),
     ("output1", "output2"),
 )  # fmt: skip
@@ -26,7 +31,7 @@ TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # of an HH-RLHF transcript
 
 
 def comparisons(row: Row, where: str) -> list[Comparison]:
-    """One row as a comparison; of several answers, each with each."""
+    """Read a row as comparisons: one for two answers, one for each pair of several answers."""
     if "completions" in row:
         answers = rated(row, where)
         return [_between(first, second) for first, second in itertools.combinations(answers, 2)]
@@ -34,27 +39,27 @@ def comparisons(row: Row, where: str) -> list[Comparison]:
 
 
 def conversation(row: Row, where: str) -> Conversation:
-    """One row as a conversation that ends with an answer."""
+    """Read a row as a conversation that ends with an answer."""
     return _first_form(_CONVERSATIONS, row, where, "conversation")
 
 
 def rated(row: Row, where: str) -> list[Rated]:
-    """The rated answers of one row."""
+    """Read the rated answers of a row."""
     return _first_form(_RATED, row, where, "rated answer")
 
 
 def prompt(row: Row, where: str) -> Prompt:
-    """What one row asks: its turns up to the answer, if it has one."""
+    """Read the prompt of a row: its turns without the answer at the end."""
     return _first_form(_PROMPTS, row, where, "prompt")
 
 
 def fact(row: Row, where: str) -> Fact:
-    """What one row wants to be known."""
+    """Read a row as a fact."""
     return _first_form(_FACTS, row, where, "fact")
 
 
 def answered(row: Row, where: str) -> list[Rated]:
-    """Every answer in one row behind its prompt, rated or not."""
+    """Read every answer of a row with its prompt; `ratings` is empty for an unrated answer."""
     if any(columns <= row.keys() for columns, _ in _RATED):
         return rated(row, where)
     *turns, last = conversation(row, where).messages
@@ -62,7 +67,7 @@ def answered(row: Row, where: str) -> list[Rated]:
 
 
 def label_columns(row: Row) -> tuple[tuple[str, str], list[str]] | None:
-    """The columns of two answers, and those that may say which is better; None for rows of another form."""
+    """Return the columns of the two answers and the label columns; None if the form has no labels."""
     read = next((read for columns, read in _COMPARISONS if columns <= row.keys()), None)
     return (read.keywords["names"], _labels(row)) if isinstance(read, partial) and "names" in read.keywords else None
 
@@ -72,14 +77,17 @@ def _labels(row: Row) -> list[str]:
 
 
 def numbered_from(names: tuple[str, str]) -> int | None:
-    """The number of the first of two answers by their columns' names; None where they count in another way."""
-    ends = (names[0][-1:], names[1][-1:])
-    known = {("0", "1"): 0, ("1", "2"): 1}.get(ends)
-    return 0 if known is None and not "".join(ends).isdigit() else known
+    """Return the number of the first answer (0 or 1) by the last digit of the column names.
+
+    Return 0 if the names do not end in digits, and None for digits other than 0, 1 and 1, 2.
+    """
+    digits = (names[0][-1:], names[1][-1:])
+    known = {("0", "1"): 0, ("1", "2"): 1}.get(digits)
+    return 0 if known is None and not "".join(digits).isdigit() else known
 
 
 def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
-    """Read by the first form whose columns are all there; a fault of the row is told with its place."""
+    """Read a row with the first form whose columns are all present; errors name the place of the row."""
     for columns, read in forms:
         if columns <= row.keys():
             try:
@@ -88,23 +96,23 @@ def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
                 raise UserError(f"{where}: {fault}") from fault
             except RecursionError as fault:
                 raise UserError(f"{where}: nested too deeply to be read") from fault
-    missing = min((sorted(columns - row.keys()) for columns, _ in forms), key=len)  # of the form that is nearest
+    missing = min((sorted(columns - row.keys()) for columns, _ in forms), key=len)  # columns of the nearest form
     raise UserError(
-        f"{where}: no {what} in columns {', '.join(map(str, row))} (nearest: with {' and '.join(missing)}); "
-        "`columns` names them otherwise, skip_bad = true counts such rows"
+        f"{where}: no {what} in columns {', '.join(map(str, row))} (the nearest form also needs "
+        f"{' and '.join(missing)}); name your columns in `columns`, or skip such rows with skip_bad = true"
     )
 
 
 # --- forms of comparison ---
 
 
-def _two_answers(row: Row, asked: str, names: tuple[str, str]) -> Comparison:
-    """PKU-SafeRLHF, PandaLM, LLMBar: two answers, and columns that say which is better."""
+def _two_answers(row: Row, prompt_column: str, names: tuple[str, str]) -> Comparison:
+    """Read the form of PKU-SafeRLHF, PandaLM and LLMBar: two answers and label columns."""
     first = numbered_from(names) or 0
-    apart = "_" if "_" in names[0] else None  # before the number of an answer
-    rated = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}") if apart else {}
+    has_underscore = "_" in names[0]  # as in response_0; only then are ratings named like score_0
+    rated = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}") if has_underscore else {}
     return Comparison(
-        prompt=cells.request(row, asked),
+        prompt=cells.request(row, prompt_column),
         answers=(cells.text(row[names[0]], names[0]), cells.text(row[names[1]], names[1])),
         labels={name: cells.label(row[name], first) for name in _labels(row)},
         ratings={name: both for name, both in rated.items() if f"{name}_{first}" != names[0]},
@@ -113,13 +121,13 @@ def _two_answers(row: Row, asked: str, names: tuple[str, str]) -> Comparison:
 
 
 def _safe(row: Row) -> tuple[bool, bool] | None:
-    """PKU-SafeRLHF's own word on each response."""
+    """Return whether PKU-SafeRLHF calls each response safe; None if a value is missing."""
     first, second = (TRUTHS.get(str(row.get(f"is_response_{side}_safe")).lower()) for side in (0, 1))
     return None if first is None or second is None else (first, second)
 
 
 def _strengths(row: Row, prompt: str, first: str, second: str, strength: str) -> Comparison:
-    """HelpSteer2 and 3: a number from -3, the first is much better, to 3, the second is."""
+    """Read the form of HelpSteer2 and 3: a strength from -3 (first much better) to 3 (second much better)."""
     value = cells.number(row[strength], strength)
     if not -3 <= value <= 3:
         raise ValueError(f"{strength} is {value:g}; expected -3 to 3")
@@ -137,14 +145,14 @@ def _helpsteer3(row: Row) -> Comparison:
 
 
 def _between(first: Rated, second: Rated) -> Comparison:
-    """Two answers of several to one prompt; what both were rated for can rank them."""
+    """Compare two rated answers to one prompt by the attributes that both have."""
     shared = [name for name in first.ratings if name in second.ratings]
     ratings = {name: (first.ratings[name], second.ratings[name]) for name in shared}
     return Comparison(first.prompt, (first.answer, second.answer), {}, ratings)
 
 
 def _transcripts(row: Row) -> Comparison:
-    """HH-RLHF: two whole conversations as text, the same but for the last answer."""
+    """Read the form of HH-RLHF: two conversations as text that differ in the last answer."""
     turns = [_transcript(cells.text(row[side], side)) for side in ("chosen", "rejected")]
     if turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
@@ -157,23 +165,25 @@ def _transcript(text: str) -> tuple[Message, ...]:
     if start.strip() or not parts:
         raise ValueError(r"not a transcript: it does not begin with \n\nHuman:")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True))
+    return tuple(Message(roles[who], content.strip()) for who, content in zip(parts[::2], parts[1::2], strict=True))
 
 
 def _chosen_rejected(row: Row) -> Comparison:
-    """TRL's preference form, standard or conversational, with the prompt apart or shared by both."""
+    """Read TRL's preference form, standard or conversational, with an explicit or an implicit prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
     ratings = {**cells.ratings(row, "chosen_{}", "rejected_{}"), **cells.ratings(row, "{}_chosen", "{}_rejected")}
-    asked = next((name for name in ("prompt", "question") if name in row), "")  # question: PsychoCounsel-Preference
-    if isinstance(chosen, str) and asked:
+    column = next((name for name in ("prompt", "question") if name in row), "")  # question: PsychoCounsel-Preference
+    if isinstance(chosen, str) and column:
         answers = (cells.text(chosen, "chosen"), cells.text(rejected, "rejected"))
-        return Comparison(cells.request(row, asked), answers, {"label": 0}, ratings)
+        return Comparison(cells.request(row, column), answers, {"label": 0}, ratings)
     if isinstance(chosen, str) and TURN.match(chosen):
         return _transcripts(row)
     if isinstance(chosen, str):
-        if unread := [name for name in UNREAD if row.get(name)]:
-            raise ValueError(f"no prompt column, but {unread[0]!r}: is it one? columns = {{ prompt = {unread[0]!r} }}")
-        shared = _beginning(cells.text(chosen, "chosen"), cells.text(rejected, "rejected"))
+        if unread := [name for name in MAYBE_PROMPT if row.get(name)]:
+            raise ValueError(
+                f"no prompt column; if {unread[0]!r} holds the prompt, add columns = {{ prompt = {unread[0]!r} }}"
+            )
+        shared = _common_prefix(cells.text(chosen, "chosen"), cells.text(rejected, "rejected"))
         answers = (chosen.removeprefix(shared).lstrip(), rejected.removeprefix(shared).lstrip())
         return Comparison(cells.system(row) + cells.prompt(shared, "chosen"), answers, {"label": 0}, ratings)
     turns = [cells.messages(chosen, "chosen"), cells.messages(rejected, "rejected")]
@@ -181,76 +191,75 @@ def _chosen_rejected(row: Row) -> Comparison:
     if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
     if "prompt" not in row and len(turns[0]) == 1:
-        raise ValueError("chosen and rejected hold an answer alone, and there is no prompt column")
+        raise ValueError("chosen and rejected hold only an answer, and there is no prompt column")
     answers = (cells.answer(turns[0][-1], "chosen"), cells.answer(turns[1][-1], "rejected"))
     repeated = (prompt, cells.prompt(row["prompt"], "prompt")) if "prompt" in row else ()
     if repeated and any(len(t) > 1 and t[:-1] not in repeated for t in turns):
-        raise ValueError("chosen and rejected hold more than one turn beside the prompt column")
+        raise ValueError("chosen and rejected hold more than one turn, although there is a prompt column")
     return Comparison(prompt, answers, {"label": 0}, ratings)
 
 
-def _beginning(one: str, other: str) -> str:
-    """What two texts share, to the end of a word: the prompt, where it has no column."""
-    alike = itertools.takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False))
-    shared = "".join(letter for letter, _ in alike)
-    if not one[len(shared) :][:1].isspace() or not other[len(shared) :][:1].isspace():  # within a word
+def _common_prefix(first: str, second: str) -> str:
+    """Return the whole words that both texts begin with: the prompt if there is no prompt column."""
+    equal = itertools.takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False))
+    shared = "".join(letter for letter, _ in equal)
+    if not first[len(shared) :][:1].isspace() or not second[len(shared) :][:1].isspace():  # within a word
         shared = re.sub(r"\S+$", "", shared)
     shared = shared.rstrip()
     if not shared:
-        raise ValueError("chosen and rejected are plain text that begins unlike, and there is no prompt column")
+        raise ValueError("chosen and rejected have no common beginning, and there is no prompt column")
     return shared
 
 
 def _alpaca_pair(row: Row) -> Comparison:
-    """Alpaca's columns, with two answers to choose from; where they hold whole conversations, those."""
+    """Read Alpaca's columns with two answers, or with two whole conversations."""
     if not isinstance(row["chosen"], str):
         return _chosen_rejected(row)
     answers = (cells.text(row["chosen"], "chosen"), cells.text(row["rejected"], "rejected"))
-    return Comparison(_alpaca_asked(row), answers, {"label": 0}, cells.ratings(row, "{}_chosen", "{}_rejected"))
+    return Comparison(_alpaca_prompt(row), answers, {"label": 0}, cells.ratings(row, "{}_chosen", "{}_rejected"))
 
 
 def _sharegpt_pair(row: Row) -> Comparison:
-    """ShareGPT with two last turns: conversations, chosen, rejected."""
+    """Read ShareGPT's form with two last turns: conversations, chosen, rejected."""
     answers = [cells.answer(cells.turn(row[side], side), side) for side in ("chosen", "rejected")]
     ratings = cells.ratings(row, "{}_chosen", "{}_rejected")
     return Comparison(_turns(row, "conversations"), (answers[0], answers[1]), {"label": 0}, ratings)
 
 
-def _better_and_worse(row: Row, asked: str, column: str) -> Comparison:
-    """LLaMA-Factory: the better answer and the worse one, in a list."""
+def _better_and_worse(row: Row, prompt_column: str, column: str) -> Comparison:
+    """Read LLaMA-Factory's form: [better, worse] in one column."""
     both = row[column]
     if not isinstance(both, list | tuple) or len(both) != 2:
         found = f"a list of {len(both)}" if isinstance(both, list | tuple) else cells.kind(both)
-        raise ValueError(f"{column} is {found}; a pair has two answers there, [better, worse]")
+        raise ValueError(f"{column} is {found}; expected a list of two answers, [better, worse]")
     better, worse = (cells.text(one, column) for one in both)
-    return Comparison(cells.request(row, asked), (better, worse), {"label": 0})
+    return Comparison(cells.request(row, prompt_column), (better, worse), {"label": 0})
 
 
 def _labelled(*answers: tuple[str, str]) -> Forms[Comparison]:
     return [
-        (frozenset({asked, *names}), partial(_two_answers, asked=asked, names=names))
-        for asked in ASKED
+        (frozenset({prompt_column, *names}), partial(_two_answers, prompt_column=prompt_column, names=names))
+        for prompt_column in PROMPT_COLUMNS
         for names in answers
     ]
 
 
 _COMPARISONS: Forms[Comparison] = [
-    *_labelled(ANSWERS[0]),
+    *_labelled(ANSWER_COLUMNS[0]),
     (frozenset({"prompt", "response_1", "response_2", "preference_strength"}), _helpsteer2_pair),
     (frozenset({"context", "response1", "response2", "overall_preference"}), _helpsteer3),
     (frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
     (frozenset({"instruction", "chosen", "rejected"}), _alpaca_pair),
     (frozenset({"chosen", "rejected"}), _chosen_rejected),
-    *_labelled(*ANSWERS[1:]),
-    (frozenset({"prompt", "response"}), partial(_better_and_worse, asked="prompt", column="response")),
-    (frozenset({"instruction", "output"}), partial(_better_and_worse, asked="instruction", column="output")),
+    *_labelled(*ANSWER_COLUMNS[1:]),
+    (frozenset({"prompt", "response"}), partial(_better_and_worse, prompt_column="prompt", column="response")),
+    (frozenset({"instruction", "output"}), partial(_better_and_worse, prompt_column="instruction", column="output")),
 ]
 
 # --- forms of conversation ---
 
 
 def _turns(row: Row, column: str) -> tuple[Message, ...]:
-    """Turns behind the system message that another column may hold."""
     return cells.behind_system(row, cells.messages(row[column], column))
 
 
@@ -263,15 +272,15 @@ def _sharegpt(row: Row) -> Conversation:
 
 
 def _alpaca(row: Row) -> Conversation:
-    return Conversation((*_alpaca_asked(row), Message("assistant", cells.text(row["output"], "output"))))
+    return Conversation((*_alpaca_prompt(row), Message("assistant", cells.text(row["output"], "output"))))
 
 
 def _prompt_completion(row: Row) -> Conversation:
-    said = row["completion"]
+    completion = row["completion"]
     turns = (
-        (Message("assistant", cells.text(said, "completion")),)
-        if isinstance(said, str)
-        else cells.messages(said, "completion")
+        (Message("assistant", cells.text(completion, "completion")),)
+        if isinstance(completion, str)
+        else cells.messages(completion, "completion")
     )
     return Conversation(cells.ending_in_answer(cells.request(row) + turns, "completion"))
 
@@ -287,19 +296,19 @@ _CONVERSATIONS: Forms[Conversation] = [
 
 
 def _helpsteer(row: Row) -> list[Rated]:
-    """HelpSteer: one answer a row, and a column of numbers for each attribute."""
+    """Read the form of HelpSteer: one answer a row, and a column of numbers for each attribute."""
     others = {name: value for name, value in row.items() if name not in ("prompt", "response")}
     ratings = {name: cells.number(value, name) for name, value in others.items() if cells.is_number(value)}
     return [Rated(cells.request(row), cells.text(row["response"], "response"), ratings)]
 
 
 def _ultrafeedback(row: Row) -> list[Rated]:
-    """UltraFeedback: some answers to one instruction, each with annotations, and a score over all of them."""
+    """Read the form of UltraFeedback: several answers to one instruction, each with annotations and a score."""
     if not isinstance(row["completions"], list | tuple):
         raise ValueError(f"completions is {cells.kind(row['completions'])}; expected a list of answers")
-    found = []
-    for one in row["completions"]:
-        completion = cells.record(one, "completions")
+    answers = []
+    for item in row["completions"]:
+        completion = cells.record(item, "completions")
         notes = cells.record(completion.get("annotations"), "completions: annotations")
         given = {name: cells.record(note, f"annotations: {name}").get("Rating") for name, note in notes.items()}
         given["overall"] = completion.get("overall_score")
@@ -307,13 +316,13 @@ def _ultrafeedback(row: Row) -> list[Rated]:
             name: cells.number(value, name) if cells.is_number(value) else math.nan for name, value in given.items()
         }
         answer = cells.text(completion.get("response"), "completions: response")
-        found.append(Rated(cells.request(row, "instruction"), answer, ratings))
-    return found
+        answers.append(Rated(cells.request(row, "instruction"), answer, ratings))
+    return answers
 
 
 def _rated_pair(row: Row) -> list[Rated]:
-    """Two answers with numbers for each."""
-    pair = _two_answers(row, "prompt", ANSWERS[0])
+    """Read two answers with numbers for each, such as helpfulness_0 and helpfulness_1."""
+    pair = _two_answers(row, "prompt", ANSWER_COLUMNS[0])
     return [
         Rated(pair.prompt, answer, {name: both[side] for name, both in pair.ratings.items()})
         for side, answer in enumerate(pair.answers)
@@ -329,27 +338,27 @@ _RATED: Forms[list[Rated]] = [
 # --- forms of prompts ---
 
 
-def _asked(row: Row) -> Prompt:
+def _prompt(row: Row) -> Prompt:
     return cells.request(row)
 
 
-def _alpaca_asked(row: Row) -> Prompt:
+def _alpaca_prompt(row: Row) -> Prompt:
     return cells.request(row, "instruction")
 
 
-def _chat_asked(row: Row) -> Prompt:
+def _chat_prompt(row: Row) -> Prompt:
     return cells.up_to_answer(_turns(row, "messages"))
 
 
-def _sharegpt_asked(row: Row) -> Prompt:
+def _sharegpt_prompt(row: Row) -> Prompt:
     return cells.up_to_answer(_turns(row, "conversations"))
 
 
 _PROMPTS: Forms[Prompt] = [
-    (frozenset({"prompt"}), _asked),
-    (frozenset({"messages"}), _chat_asked),
-    (frozenset({"conversations"}), _sharegpt_asked),
-    (frozenset({"instruction"}), _alpaca_asked),
+    (frozenset({"prompt"}), _prompt),
+    (frozenset({"messages"}), _chat_prompt),
+    (frozenset({"conversations"}), _sharegpt_prompt),
+    (frozenset({"instruction"}), _alpaca_prompt),
 ]
 
 

@@ -1,4 +1,4 @@
-"""From a preference to pairs, and from an [sft] table to conversations: rank, drop with a reason, split by prompt."""
+"""Pairs of a preference and conversations of [sft]: rank, drop with a reason, split by prompt."""
 
 import hashlib
 import json
@@ -16,23 +16,23 @@ from lora_align.errors import UserError
 from lora_align.rankers import Ranker
 from lora_align.recipe import Preference, Sft
 
-ENOUGH = 20  # held-out pairs below which an accuracy says nothing
-FIFTHS = 5  # the share of its prompts that a small source holds out at most: one of so many
+ENOUGH = 20  # fewest held-out pairs for a meaningful accuracy
+FIFTHS = 5  # a small source holds out at most one prompt in FIFTHS
 T = TypeVar("T")
-Split = Iterator[tuple[T, bool]]  # each row, and whether it is held out
+Split = Iterator[tuple[T, bool]]  # (row, whether it is held out)
 
 
 class Judged(NamedTuple):
-    """A comparison and where it stands; the pair a preference makes of it, or why none; whether it is held out."""
+    """A ranked comparison."""
 
     where: str
     comparison: Comparison
-    pair: Pair | str
-    aside: bool
+    pair: Pair | str  # the pair, or the reason why there is none
+    aside: bool  # held out
 
 
 def compared(preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]) -> Iterator[Judged]:
-    """Rank a preference's comparisons, up to `limit` pairs to train on; those that make no pair are counted."""
+    """Rank a preference's comparisons up to `limit` training pairs; count those without a pair in `dropped`."""
     if labels := labels_of(preference):
         preference = replace(preference, rank=f"label:{labels.column}")
     below = split_at((one.prompt for _, some in sources.sound(preference, forms.comparisons) for one in some), held_out)
@@ -52,86 +52,86 @@ def compared(preference: Preference, held_out: float, limit: int | None, dropped
 
 
 def read_pairs(preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Pair]:
-    """Yield a preference's pairs, at most `limit` to train on."""
+    """Yield a preference's pairs, at most `limit` for training."""
     for one in compared(preference, held_out, limit, dropped):
         if not isinstance(one.pair, str):
             yield one.pair, one.aside
 
 
 def ranked(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
-    """A comparison, and the pair in a preference's eyes, or why there is none to learn from."""
+    """Return the comparison with its pair under a preference, or with the reason why there is none."""
     ranker = preference.ranker
     if missing := _missing(comparison, ranker):
         if not preference.skip_bad:
             raise UserError(f"{where}: {missing}")
         return comparison, sources.INVALID
-    if ranker.kind == "label":  # of a row that is unlike the ones that were looked at before
+    if ranker.kind == "label":  # `labels_of` did not see this row's columns if it is of another form than the others
         names = [ranker.column] if ranker.column else list(comparison.labels)
         if len(names) > 1:
-            raise UserError(f'{where}: several label columns ({", ".join(names)}); rank = "label:COLUMN" names one')
+            raise UserError(f'{where}: several label columns ({", ".join(names)}); set rank = "label:COLUMN"')
         if isinstance(value := comparison.labels[names[0]], str):
-            raise UserError(f"{where}: {names[0]} is {value}; `labels` says which answer each value prefers")
-    found = comparison.ranked(ranker, preference.margin)
-    return comparison, found if isinstance(found, str) else _usable(found)
+            raise UserError(f"{where}: unknown label {names[0]} = {value}; set in `labels` which answer it prefers")
+    pair = comparison.ranked(ranker, preference.margin)
+    return comparison, pair if isinstance(pair, str) else _usable(pair)
 
 
 def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:
-    """The conversations an [sft] table names; at most its `limit` to train on."""
+    """Yield the conversations of an [sft] table, at most its `limit` for training."""
     left = sft.limit or -1
-    below = split_at((found.messages[:-1] for _, found in sources.sound(sft, forms.conversation)), sft.held_out)
-    for _, found in sources.read(sft, forms.conversation, dropped):
-        if not found.messages[-1].content.strip():
+    below = split_at((one.messages[:-1] for _, one in sources.sound(sft, forms.conversation)), sft.held_out)
+    for _, conversation in sources.read(sft, forms.conversation, dropped):
+        if not conversation.messages[-1].content.strip():
             dropped["empty answer"] += 1
         else:
-            aside = is_held_out(found.messages[:-1], below)
-            yield found, aside
+            aside = is_held_out(conversation.messages[:-1], below)
+            yield conversation, aside
             left -= not aside
         if not left:
             break
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:
-    """Decided by the prompt alone, so that a prompt never stands on both sides."""
-    return _place(prompt) < share
+    """Return whether a prompt is held out. A hash of its text decides, so no prompt is on both sides of the split."""
+    return _hash(prompt) < share
 
 
 def split_at(prompts: Iterable[Prompt], share: float) -> float:
-    """Return the share of prompts that a source holds out: the one asked for, or more where it is small.
+    """Return the share of prompts that a source holds out: `share`, or more for a small source.
 
-    Of a source in which less than ENOUGH rows would be held out, as many prompts are, though at most a fifth of them.
-    All of a source's prompts decide that, ranked or not and whatever the limit: so all preferences and directions on it
-    hold out the same ones. Only as many rows are looked at as it takes to see that there are enough.
+    If `share` holds out fewer than ENOUGH rows, ENOUGH prompts are held out, but at most a fifth of all prompts.
+    `prompts` are all prompts of the source, without ranking or limit, so that all preferences and directions hold out
+    the same prompts. Reading stops once ENOUGH rows are found.
     """
     if not share:
         return share
     rows, known, lowest = 0, set[float](), list[float]()
     for prompt in prompts:
-        place = _place(prompt)
-        rows += place < share
+        value = _hash(prompt)
+        rows += value < share
         if rows >= ENOUGH:
             return share
-        if place not in lowest:
-            insort(lowest, place)
+        if value not in lowest:
+            insort(lowest, value)
             del lowest[ENOUGH:]
         if len(known) < FIFTHS * ENOUGH:
-            known.add(place)
+            known.add(value)
     wanted = min(ENOUGH, len(known) // FIFTHS)
     return max(share, math.nextafter(lowest[wanted - 1], 1)) if wanted else share
 
 
-def _place(prompt: Prompt) -> float:
-    """From 0 to 1, by the text of a prompt."""
+def _hash(prompt: Prompt) -> float:
+    """Return a hash of the prompt's text from 0 to 1."""
     text = json.dumps([(m.role, " ".join(m.content.split())) for m in prompt])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def reasons(dropped: Counter[str]) -> str:
-    """`3 tie, 1 empty answer`."""
+    """Return the reasons with their counts, such as `3 tie, 1 empty answer`."""
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
 
 
 def _missing(comparison: Comparison, ranker: Ranker) -> str:
-    """What a ranker needs and is not there."""
+    """Say which label or rating the ranker needs and the comparison lacks; "" if none."""
     names = {"label": comparison.labels, "rating": comparison.ratings}.get(ranker.kind)
     if names is None or ranker.column in names or (names and not ranker.column):
         return ""
@@ -140,7 +140,7 @@ def _missing(comparison: Comparison, ranker: Ranker) -> str:
 
 
 def _usable(pair: Pair) -> Pair | str:
-    """The pair, or why nothing can be learned from it."""
+    """Return the pair, or the reason why it cannot be trained on."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty answer"
     return "equal answers" if pair.chosen == pair.rejected else pair

@@ -1,4 +1,4 @@
-"""From a table of ratings to rated answers, every attribute on one scale from 0 to 100."""
+"""Rated answers of a [reward.ratings.NAME] table, with every attribute scaled to 0 to 100."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ POINTS = 100.0
 
 
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
-    """Rated answers, nan where raters did not say; `limit` to train on, and the rest of the row they came in."""
+    """Yield rated answers, nan for a missing rating. Stop after the row that brings `limit` answers for training."""
     train, names = 0, frozenset[str]()
     below = split_at((one.prompt for _, some in sources.sound(table, forms.rated) for one in some), held_out)
     for where, answers in sources.read(table, forms.rated, dropped):
@@ -37,13 +37,15 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
 
 
 def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, float] | str:
-    """The attributes asked for, or all that the first row has, from the raters' scale to points; or what is wrong: one
-    is no number, not there, not in the first row, or off the scale."""
+    """Return an answer's ratings scaled to 0 to 100, or what is wrong with them.
+
+    `names` are the attributes of the recipe, or else of the first row; each must be present and on the recipe's scale.
+    """
     wanted = table.attributes or tuple(row.ratings)
     if missing := sorted(names - row.ratings.keys()):
         return f"no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})"
-    if further := [name for name in wanted if name not in names]:
-        return f"a rating {further[0]!r}, which the first row has not; `attributes` says which are meant"
+    if extra := [name for name in wanted if name not in names]:
+        return f"a rating {extra[0]!r}, which the first row does not have; list the ones to read in `attributes`"
     scaled = {}
     for name in wanted:
         value = row.ratings[name]

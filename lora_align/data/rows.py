@@ -1,4 +1,4 @@
-"""The row shapes every source is read into: a comparison of two answers, a rated answer, and a conversation."""
+"""The shapes that rows are read into: comparisons, pairs, rated answers, conversations, prompts, facts."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from lora_align.rankers import Ranker
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn of a conversation."""
 
     role: str
     content: str
@@ -23,14 +23,14 @@ Prompt = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that end with the answer to learn."""
+    """Turns; the last is the answer to train on."""
 
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Rated:
-    """An answer and what raters gave it, by attribute; nan where one was not rated."""
+    """An answer and its ratings by attribute; nan for a missing rating."""
 
     prompt: tuple[Message, ...]
     answer: str
@@ -39,7 +39,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Fact:
-    """A question, the answer that is right, and others that are wrong."""
+    """A question with its right answer and some wrong answers."""
 
     prompt: tuple[Message, ...]
     right: str
@@ -48,7 +48,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, the answer to move towards and the one to move away from."""
+    """A prompt with a chosen and a rejected answer."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -57,10 +57,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt, unranked: `labels` say which was preferred, `ratings` how much each got, or nan.
+    """Two answers to one prompt, with labels and ratings by name but not yet ranked.
 
-    A label is 0, 1, None for a tie, or text where nobody has said which answer it means. `safe` is what somebody said
-    of each, if they did.
+    A label is the index of the preferred answer, None for a tie, or text if its meaning is unknown. A missing rating is
+    nan. `safe` says for each answer if the data calls it safe.
     """
 
     prompt: tuple[Message, ...]
@@ -70,7 +70,7 @@ class Comparison:
     safe: tuple[bool, bool] | None = None
 
     def ranked(self, ranker: Ranker, margin: float = 0.0) -> Pair | str:
-        """The pair in this ranker's eyes, or why it sees none: with a margin, nearly equal ratings are none."""
+        """Return the pair as `ranker` orders it, or the reason why there is none: a tie, too close, or no rating."""
         if ranker.kind == "label":
             winner = self.labels[ranker.column or next(iter(self.labels))]
             return self._won_by(winner) if isinstance(winner, int) else "tie"
@@ -89,22 +89,22 @@ class Comparison:
         return Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
 
 
-def texts(found: Any) -> set[str]:
-    """Return every text in a shape, or in a list of them."""
-    if isinstance(found, str):
-        return {found}
-    inside = found if isinstance(found, tuple | list) else vars(found).values() if is_dataclass(found) else ()
-    return {text for one in inside for text in texts(one)}
+def texts(shape: Any) -> set[str]:
+    """Return every text in a shape, or in a list of shapes."""
+    if isinstance(shape, str):
+        return {shape}
+    parts = shape if isinstance(shape, tuple | list) else vars(shape).values() if is_dataclass(shape) else ()
+    return {text for part in parts for text in texts(part)}
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Names a prompt by what it says: work is divided, resumed and merged by it."""
+    """Return a hash of the prompt, by which work is divided, resumed and merged."""
     text = json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def under_system(text: str, prompt: Prompt) -> Prompt:
-    """The prompt under a system message, put before the one it may have."""
+    """Return the prompt with a system message, put before its own one if it has one."""
     if not text:
         return prompt
     if prompt and prompt[0].role == "system":

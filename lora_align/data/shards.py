@@ -1,4 +1,4 @@
-"""Rows that must outlive a crash: each batch becomes a Parquet file of its own, whole or not there at all."""
+"""Crash-safe storage of rows: each batch is one Parquet file, written completely or not at all."""
 
 import json
 import os
@@ -16,45 +16,45 @@ from lora_align.errors import UserError
 if TYPE_CHECKING:
     from pyarrow import Table
 
-KEY = "key"  # the column that says which piece of work a row is the answer to
+KEY = "key"  # the column with the key of the work item that a row belongs to
 UNFINISHED = ".unfinished"
-GOES_ON = "make room and say it again: finished rows are kept"
-SUFFIXES = (".jsonl", ".parquet")  # of the files that are made of shards
+REMEDY = "free disk space and run the command again: finished rows are stored"
+SUFFIXES = (".jsonl", ".parquet")  # of --out files
 
 
 class Shards:
-    """A folder of Parquet files, numbered as they were written. Its rows' keys say what need not be done again."""
+    """A folder of numbered Parquet files. The keys of its rows say which work is done."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.look()
 
     def look(self) -> None:
-        """What has been written by now, by all processes."""
+        """List the files that all processes have written so far."""
         self.files = sorted(self.folder.glob("part-*.parquet"))
 
     def keys(self) -> set[str]:
-        """What has been done."""
+        """Return the keys of all rows."""
         from pyarrow.parquet import read_table
 
         return {key for file in self.files for key in read_table(file, columns=[KEY])[KEY].to_pylist()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Everything, in the order it was written."""
+        """Yield all rows in the order of writing."""
         from pyarrow.parquet import read_table
 
         for file in self.files:
             yield from read_table(file).to_pylist()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a batch: a file with another name, brought to the disk, then renamed in one step."""
+        """Write a batch to a temporary file, sync it to disk, then rename it."""
         from pyarrow.parquet import write_table
 
         number = int(self.files[-1].stem.split("-")[1]) + 1 if self.files else 0
-        whose = f"-{processes.number()}" if processes.number() else ""
-        file = self.folder / f"part-{number:06d}{whose}.parquet"
+        rank = f"-{processes.number()}" if processes.number() else ""
+        file = self.folder / f"part-{number:06d}{rank}.parquet"
         unfinished, table = file.with_suffix(UNFINISHED), _table(rows)
-        with runs.writing(self.folder, GOES_ON, table.nbytes), unfinished.open("wb") as stream:
+        with runs.writing(self.folder, REMEDY, table.nbytes), unfinished.open("wb") as stream:
             write_table(table, stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -65,23 +65,23 @@ class Shards:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Shards]:
-    """The shards in a folder, for one program at a time; what a killed one left unfinished is cleared away."""
+    """Lock a folder, remove unfinished files of a killed program, and yield its shards."""
     lock = FileLock(folder / ".lock")
     try:
-        processes.by_first(lambda: _taken(folder, lock))
+        processes.by_first(lambda: _lock_and_clean(folder, lock))
         store = Shards(folder)
-        processes.meet()  # before anybody adds to it
+        processes.meet()  # all ranks list the files before any rank adds one
         yield store
     finally:
         lock.release()
 
 
-def _taken(folder: Path, lock: FileLock) -> None:
+def _lock_and_clean(folder: Path, lock: FileLock) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{folder} is being written by another process") from None
+        raise UserError(f"{folder} is being written by another process; wait until it ends") from None
     except OSError as fault:
         raise UserError(f"cannot write {folder.parent}: {fault.strerror}; choose another folder") from fault
     for left in folder.glob(f"*{UNFINISHED}"):
@@ -89,9 +89,9 @@ def _taken(folder: Path, lock: FileLock) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Refuse a file that cannot be made; asked before anything slow begins."""
+    """Refuse an --out file that cannot be written. Call this before slow work."""
     if out.suffix not in SUFFIXES:
-        raise UserError(f"--out {out}: a {' or '.join(SUFFIXES)} file")
+        raise UserError(f"--out {out}: expected a {' or '.join(SUFFIXES)} file")
     runs.refuse_missing_parent(out)
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
@@ -99,9 +99,9 @@ def check_out(out: Path) -> None:
 
 @contextmanager
 def towards(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
-    """The shards a file is to be made of, in a hidden folder beside it; `finish` makes it of them.
+    """Yield the shards of an --out file, in a hidden folder beside it. `finish` then writes the file.
 
-    What was begun with other settings is refused.
+    Shards that were begun with other settings are refused.
     """
     with opened(_parts(out)) as store:
         same_work(_parts(out), settings)
@@ -109,24 +109,24 @@ def towards(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
 
 
 def finish(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write the file, and clear the shards away."""
+    """Write the file and delete its shards."""
     write(rows, out)
     shutil.rmtree(_parts(out))
 
 
 def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """The whole file, or none."""
+    """Write rows to a .jsonl or .parquet file, completely or not at all."""
     unfinished = out.with_name(f".{out.name}{UNFINISHED}")
     try:
         if out.suffix == ".parquet":
             from pyarrow.parquet import write_table
 
             table = _table(rows)
-            with runs.writing(out, GOES_ON, table.nbytes):
+            with runs.writing(out, REMEDY, table.nbytes):
                 write_table(table, unfinished)
         else:
             lines = [f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode() for row in rows]
-            with runs.writing(out, GOES_ON, sum(map(len, lines))), unfinished.open("wb") as stream:
+            with runs.writing(out, REMEDY, sum(map(len, lines))), unfinished.open("wb") as stream:
                 stream.writelines(lines)
         unfinished.replace(out)
     finally:
@@ -134,7 +134,7 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def same_work(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with shards that were begun with other settings."""
+    """Refuse to continue shards that were begun with other settings."""
     processes.by_first(lambda: _same_work(folder, settings))
 
 
@@ -143,14 +143,14 @@ def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
     before = json.loads(file.read_text()) if file.exists() else {}
     changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
     if before and changed:
-        raise UserError(f"{folder} was begun with another {', '.join(changed)}; delete it, or choose another name")
+        raise UserError(f"{folder} was begun with another {', '.join(changed)}; delete it or choose another name")
     unfinished = file.with_suffix(UNFINISHED)
     unfinished.write_text(text)
     unfinished.replace(file)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> "Table":
-    """With every column that some row has; pyarrow by itself takes those of the first."""
+    """Return a table with the columns of all rows; pyarrow would use those of the first row only."""
     import pyarrow
 
     names = dict.fromkeys(name for row in rows for name in row)

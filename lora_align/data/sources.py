@@ -1,4 +1,4 @@
-"""Where rows come from: the built-in world, files, and data sets on the hub."""
+"""Data sources: read rows from the demo world, files, and datasets on the hub."""
 
 import csv
 import json
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = Mapping[str, Any]
-Rows = Iterator[tuple[str, Row | UserError]]  # each with the place it stands in, or what is wrong with it
+Rows = Iterator[tuple[str, Row | UserError]]  # (place, row or the fault that makes it unreadable)
 Found = TypeVar("Found")
-INVALID = "invalid row"  # a reason to drop one
-UNREAD = "column not read: "  # begins what is counted beside reasons to drop a row; `unread_in` takes it out
-# every column that some form reads text or turns of, and those that trainers of conversations know beside them
+INVALID = "invalid row"  # a reason to drop a row
+UNREAD = "column not read: "  # prefix of counts that are not reasons to drop a row; `unread_in` removes them
+# every column with text or turns that some form reads, and further ones that chat trainers know
 KNOWN = (
     "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "messages",
     "conversations", "response", "completion", "completions", "output", "chosen", "rejected", "response_0",
@@ -34,39 +34,37 @@ ASKED = {  # columns that may be part of what is asked
     "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "tools",
 }  # fmt: skip
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # as datasets says it
+SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # in messages of `datasets`
 
 
 class Source(Protocol):
-    """A recipe's table that names data."""
+    """A recipe table that names data. `split`, `revision` and `subset` apply to datasets on the hub."""
 
     @property
     def data(self) -> str:
-        """A name, a file or a hub id."""
+        """`demo:…`, a file, or a hub id."""
 
     @property
-    def split(self) -> str:
-        """Of a data set on the hub."""
+    def split(self) -> str: ...
 
     @property
-    def revision(self) -> str:
-        """Of a data set on the hub."""
+    def revision(self) -> str: ...
 
     @property
     def subset(self) -> str:
-        """Of a data set on the hub: a part that it names, or a folder of it."""
+        """A configuration or a folder of the dataset."""
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """What a column is to be called → what it is called there."""
+        """Known column name → its name in the data."""
 
     @property
     def skip_bad(self) -> bool:
-        """Whether rows that cannot be read are counted instead of refused."""
+        """Whether unreadable rows are counted and skipped instead of refused."""
 
 
 class Watched(dict[str, Any]):
-    """A row that knows which of its columns were read."""
+    """A row that records which of its columns are read."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(row)
@@ -77,18 +75,17 @@ class Watched(dict[str, Any]):
         return super().__getitem__(column)
 
     def get(self, column: str, default: Any = None) -> Any:
-        """As any dictionary has it."""
-        return self[column] if column in self else default  # noqa: SIM401 (that would be this)
+        """Return the cell, or `default`, and record the read."""
+        return self[column] if column in self else default  # noqa: SIM401 (would call this method itself)
 
-    def unread(self, found: Any) -> list[str]:
-        """Known columns that hold what no form has looked at, unless the shape that was found says the same."""
+    def unread(self, shape: Any) -> list[str]:
+        """Return the known columns that were not read and whose text is not in the resulting shape either."""
         filled = [(name, value) for name in KNOWN if name not in self.seen and (value := dict.get(self, name))]
-        said = texts(found) if filled else set()
-        return [name for name, value in filled if not said.issuperset(_said(value))]
+        present = texts(shape) if filled else set()
+        return [name for name, value in filled if not present.issuperset(_cell_texts(value))]
 
 
 def unchanged(row: Row) -> Row:
-    """A row as it is."""
     return row
 
 
@@ -98,10 +95,11 @@ def read(
     dropped: Counter[str],
     changed: Callable[[Row], Row] = unchanged,
 ) -> Iterator[tuple[str, Found]]:
-    """Yield every row of a source in a form, with its place; what cannot be read ends it, or is counted.
+    """Yield every row of a source, read with `form`, with its place.
 
-    Known columns that the form does not read are counted, too. Where no row at all can be read, the fault of the first
-    one ends it, whatever the source says of bad rows.
+    `changed` is applied to each row first. An unreadable row raises, or is counted in `dropped` if the source sets
+    `skip_bad`. Known columns that the form does not read are counted, too. If no row at all can be read, the first
+    fault is raised.
     """
     fault, good = None, 0
     for where, row in rows(*place(source)):
@@ -125,7 +123,7 @@ def read(
 
 
 def sound(source: Source, form: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
-    """Yield every row that can be read in a form, to look at a source before it is read."""
+    """Yield the rows that `form` can read, with their places. Used for a first pass, before `read`."""
     for where, row in rows(*place(source)):
         with suppress(UserError):
             if not isinstance(row, UserError):
@@ -133,12 +131,12 @@ def sound(source: Source, form: Callable[[Row, str], Found]) -> Iterator[tuple[s
 
 
 def unread_in(counts: Counter[str]) -> dict[str, int]:
-    """Take the columns that were not read out of counts: in how many rows they hold something."""
+    """Remove the columns that were not read from `counts`, and return them with their numbers of filled rows."""
     return {name.removeprefix(UNREAD): counts.pop(name) for name in sorted(counts) if name.startswith(UNREAD)}
 
 
 def unread_warnings(columns: Mapping[str, int]) -> list[str]:
-    """A sentence for each known column that was not read."""
+    """Return a sentence for each known column that was not read."""
     return [
         f"column {name!r} is not read, though it holds something in {count(rows, 'row')}: is it part of what is asked? "
         "`columns` gives it the name of what it is"
@@ -146,8 +144,8 @@ def unread_warnings(columns: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _said(value: Any) -> list[Any]:
-    """The texts that a cell with text or turns consists of."""
+def _cell_texts(value: Any) -> list[Any]:
+    """Return the text of a cell, or of each of its turns; None for anything else."""
     if isinstance(value, str):
         return [value]
     turns = value if isinstance(value, list | tuple) else [value]
@@ -156,7 +154,7 @@ def _said(value: Any) -> list[Any]:
 
 
 def good_rows(data: str) -> Iterator[tuple[str, Row]]:
-    """Every row of a source with its place; the first that is none ends it."""
+    """Yield every row of a source with its place; raise at the first unreadable row."""
     for where, row in rows(data):
         if isinstance(row, UserError):
             raise row
@@ -173,17 +171,17 @@ def read_all(data: str, form: Callable[[Row, str], Found], unread: Counter[str])
 
 
 def place(source: Source) -> tuple[str, str, str, str]:
-    """Where its rows lie."""
+    """Return the values that locate a source's rows: data, split, revision, subset."""
     return source.data, source.split, source.revision, source.subset
 
 
 def name(source: Source) -> str:
-    """What a person calls it."""
+    """Return a source's name for messages."""
     return _named(source.data, source.subset)
 
 
 def rows(data: str, split: str = "train", revision: str = "", subset: str = "") -> Rows:
-    """Every row of a source with the place it stands in, or what is wrong with it."""
+    """Return the rows of a source, each with its place or as the fault that makes it unreadable."""
     if source := _registered(data):
         return source(data)
     file = _file(data)
@@ -198,7 +196,7 @@ def _named(data: str, subset: str) -> str:
 
 
 def identity(source: Source) -> str:
-    """What names a source's rows before they are read; those of a registered source are named by themselves."""
+    """Return a fingerprint of a source's rows without reading them; rows of a registered source depend on their name."""
     if _registered(source.data):
         return source.data
     file = _file(source.data)
@@ -212,7 +210,7 @@ def _registered(data: str) -> Callable[[str], Rows] | None:
 
 
 def _file(data: str) -> Path | None:
-    """The file that a name means; None for a hub id."""
+    """Return the file that `data` names; None for a hub id."""
     path = Path(data).expanduser()
     if path.suffix.lower() in _FILES:
         if not path.is_file():
@@ -221,14 +219,14 @@ def _file(data: str) -> Path | None:
     if any(Path(f"{path}{suffix}").is_file() for suffix in _FILES):
         raise UserError(f"no data file {data!r}{_near(path)}")
     if path.is_dir() or data.count("/") != 1:
-        raise UserError(f"data {data!r} is neither a {', '.join(_FILES)} file nor a data set's hub id (owner/name)")
+        raise UserError(f"data {data!r} is neither a {', '.join(_FILES)} file nor a dataset's hub id (owner/name)")
     return None
 
 
 def _near(path: Path) -> str:
-    """The data file of the nearest name in the same folder, as a question."""
-    there = path.parent.iterdir() if path.parent.is_dir() else ()
-    return nearest(path.name, [file.name for file in there if file.suffix.lower() in _FILES])
+    """Suggest the data file with the nearest name in the same folder."""
+    files = path.parent.iterdir() if path.parent.is_dir() else ()
+    return nearest(path.name, [file.name for file in files if file.suffix.lower() in _FILES])
 
 
 def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
@@ -239,18 +237,18 @@ def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
     return others | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-# --- places ---
+# --- file formats ---
 
 
 def _jsonl(path: Path) -> Rows:
-    with path.open("rb") as stream:  # bytes: text mode would also split at U+2028 and friends
+    with path.open("rb") as stream:  # bytes, because text mode also splits at U+2028 and similar characters
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield _object(line, f"{path}:{number}")
 
 
 def _json(path: Path) -> Rows:
-    """A list of objects, read one by one: a fault is told with its place."""
+    """Read a list of objects one by one, so that a fault has a line number."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -271,7 +269,7 @@ def _json(path: Path) -> Rows:
         elif text[at : at + 1] != "]":
             raise UserError(f"{path}:{_line(text, at)}: not valid JSON: expected a comma, or ] at the end of the list")
     if _next(text, at + 1) < len(text):
-        raise UserError(f"{path}:{_line(text, at)}: not valid JSON: more text behind the list")
+        raise UserError(f"{path}:{_line(text, at)}: not valid JSON: text after the list")
 
 
 def _line(text: str, at: int) -> int:
@@ -279,9 +277,9 @@ def _line(text: str, at: int) -> int:
 
 
 def _next(text: str, at: int) -> int:
-    """Where the next character is that is no space."""
-    found = JSON_SPACE.match(text, at)
-    return found.end() if found else at
+    """Return the index of the next character that is not white space."""
+    match = JSON_SPACE.match(text, at)
+    return match.end() if match else at
 
 
 def _parquet(path: Path) -> Rows:
@@ -296,7 +294,7 @@ def _parquet(path: Path) -> Rows:
                     number += 1
                     yield f"{path} row {number}", row
     except (ArrowInvalid, OSError) as fault:
-        raise UserError(f"{path}: not a whole Parquet file: {fault}") from fault
+        raise UserError(f"{path}: not a complete Parquet file: {fault}") from fault
 
 
 def _csv(path: Path) -> Rows:
@@ -308,7 +306,7 @@ def _csv(path: Path) -> Rows:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    yield where, UserError(f"{where}: not as many fields as its header; quote text that holds commas")
+                    yield where, UserError(f"{where}: more or fewer fields than the header; quote text with commas")
                 else:
                     yield where, row
         except (csv.Error, UnicodeDecodeError) as fault:
@@ -316,14 +314,14 @@ def _csv(path: Path) -> Rows:
 
 
 def _check_commas(path: Path, header: Sequence[str]) -> None:
-    """Refuse a table whose fields something else than commas separates."""
+    """Refuse a table whose fields are separated by something other than commas."""
     separators = {";": "semicolons", "\t": "tabs", "|": "bars"}
     if len(header) == 1 and (found := [name for sign, name in separators.items() if sign in header[0]]):
         raise UserError(f"{path}:1: fields are separated by {found[0]}; save the table with commas between them")
 
 
 def _lines(path: Path) -> Rows:
-    """Plain text: a prompt a line."""
+    """Read plain text with one prompt per line."""
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
@@ -342,17 +340,17 @@ _FILES: dict[str, Callable[[Path], Rows]] = {
 
 
 def _table(data: str, split: str, revision: str, subset: str) -> "Dataset":
-    """A data set on the hub, or in its cache."""
+    """Load a dataset from the hub or from its cache."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         return _subset(partial(datasets.load_dataset, split=split), data, revision or None, subset)
     except datasets.exceptions.DatasetNotFoundError as fault:
-        if "gated" in str(fault):  # datasets drops the cause
+        if "gated" in str(fault):  # `datasets` does not keep the cause
             page = f"https://huggingface.co/datasets/{data}"
-            raise UserError(f"data {data!r} is gated: accept its terms at {page}, then `hf auth login`") from fault
-        raise UserError(f"data {data!r}: {first_line(fault)} (a private one needs `hf auth login`)") from fault
+            raise UserError(f"data {data!r} is gated: accept its terms at {page}, then run `hf auth login`") from fault
+        raise UserError(f"data {data!r}: {first_line(fault)}; for a private dataset, run `hf auth login`") from fault
     except ConnectionError as fault:
         why = first_line(fault)
         raise NotFetchedError(f"data {data!r} is not in the cache and could not be fetched: {why}") from fault
@@ -360,12 +358,12 @@ def _table(data: str, split: str, revision: str, subset: str) -> "Dataset":
         why = first_line(fault.__cause__ or fault)
         if SEVERAL in why:
             _, _, names = str(fault).partition("[")
-            why = f"it has several subsets, [{names.partition(']')[0]}]; `subset` in the recipe's table names one"
+            why = f"it has several subsets, [{names.partition(']')[0]}]; choose one with `subset` in the recipe's table"
         raise UserError(f"data {data!r} (split {split!r}) could not be read: {why}") from fault
 
 
 def _subset(load: Callable[..., "Dataset"], data: str, revision: str | None, name: str) -> "Dataset":
-    """What the data set calls by that name, else its folder of that name; without one its default part."""
+    """Load a dataset's configuration `name`, or else its folder `name`; "" loads the default configuration."""
     try:
         return load(data, name=name or None, revision=revision)
     except (ValueError, ConnectionError) as fault:
@@ -381,7 +379,7 @@ def _subset(load: Callable[..., "Dataset"], data: str, revision: str | None, nam
 
 
 def _folder(data: str, revision: str | None, name: str) -> Path | None:
-    """A folder of a data set, fetched alone, or as it lies in the cache."""
+    """Fetch one folder of a dataset, or return it from the cache; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -410,9 +408,9 @@ def _checked(row: Any, where: str) -> tuple[str, Row | UserError]:
 
 
 def _invalid(fault: Exception) -> str:
-    """What is wrong with a piece of JSON."""
+    """Describe why JSON could not be parsed."""
     if isinstance(fault, RecursionError):
         return "nested too deeply to be read"
     if isinstance(fault, json.JSONDecodeError | UnicodeDecodeError):
         return f"not valid JSON: {fault}"
-    return "not valid JSON: a number has too many digits"  # the one thing else that json refuses
+    return "not valid JSON: a number has too many digits"  # json's only other ValueError

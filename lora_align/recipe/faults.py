@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, in the words of a recipe."""
+"""Checks of a recipe; each fault is one line that begins with its key."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -16,7 +16,7 @@ TABLES: Mapping[str, Any] = {
 
 
 def described(fault: Mapping[str, Any]) -> str:
-    """One validation fault in the words of a recipe."""
+    """Return one of pydantic's validation errors in a recipe's terms."""
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {where!r}{_suggestion(fault['loc'])}"
@@ -29,7 +29,7 @@ def described(fault: Mapping[str, Any]) -> str:
 
 
 def of_recipe(recipe: Recipe) -> Iterator[str]:
-    """Faults of tables that are each well-formed."""
+    """Yield the faults of a recipe whose types are correct."""
     yield from _of_optimizers(recipe)
     yield from _of_pairs(recipe)
     yield from _of_reward(recipe)
@@ -37,10 +37,10 @@ def of_recipe(recipe: Recipe) -> Iterator[str]:
 
 
 def of_preferences(tables: Any) -> Iterator[str]:
-    """Faults that types cannot tell: names that cannot be folders, rankers that do not exist, margins of labels."""
+    """Yield faults of `[preferences]` that types cannot express: bad names, unknown rankers, margins of labels."""
     for name, table in tables.items() if isinstance(tables, Mapping) else ():
         if not NAME.fullmatch(str(name)):
-            yield f"preferences.{name}: a name is 1 to 64 of a-z 0-9 _ - and starts with a letter or digit"
+            yield f"preferences.{name}: a name has 1 to 64 characters of a-z 0-9 _ - and starts with a letter or digit"
         if not isinstance(table, Mapping):
             continue
         if not table.get("data") and not table.get("of"):
@@ -53,73 +53,74 @@ def of_preferences(tables: Any) -> Iterator[str]:
                 yield f"preferences.{name}.rank: {fault}"
                 continue
             if table.get("labels") and kind != "label":
-                yield f'preferences.{name}.labels: they mean something to rank = "label" alone, not to {rank!r}'
+                yield f'preferences.{name}.labels: only rank = "label" reads them, not {rank!r}'
             if kind == "label" and table.get("margin"):
-                yield f"preferences.{name}.margin: a label says who won, not by how much; rank by rating: or score:"
+                yield f"preferences.{name}.margin: labels have no size; rank by rating: or score:, or remove the margin"
 
 
 def _of_pairs(recipe: Recipe) -> Iterator[str]:
-    """Preferences that consist of what they cannot."""
+    """Yield faults of `labels` and of `of` in the preferences."""
     for name, table in recipe.preferences.items():
         if table.labels and not {Winner.first, Winner.second} <= set(table.labels.values()):
-            yield f'preferences.{name}.labels: name a value for "first" and one for "second"'
+            yield f'preferences.{name}.labels: give a value for "first" and one for "second"'
         if table.of and table != Preference(of=table.of):
-            yield f"preferences.{name}: the preferences it consists of have data and ranks, it has none of its own"
+            yield f"preferences.{name}: a preference with `of` has no other keys; set them in {', '.join(table.of)}"
         for part in table.of:
             if part not in recipe.preferences:
                 yield f"preferences.{name}.of: no preference {part!r}{nearest(part, list(recipe.preferences))}"
             elif recipe.preferences[part].of:
-                yield f"preferences.{name}.of: {part} consists of others itself; name those"
+                yield f"preferences.{name}.of: {part} has `of` itself; list {', '.join(recipe.preferences[part].of)}"
 
 
 def _of_optimizers(recipe: Recipe) -> Iterator[str]:
-    """Names that the installed transformers has no optimizer for."""
+    """Yield optimizers that the installed transformers does not have."""
     tables = {"sft": recipe.sft, "dpo": recipe.dpo, "reward": recipe.reward, "rsf": recipe.rsf}
     for stage, table in tables.items():
         known = optimizers.names()
         if table is not None and known and table.optimizer not in known:
-            meant = nearest(table.optimizer, known) or f" (known: {', '.join(known)})"
-            yield f"{stage}.optimizer: no optimizer {table.optimizer!r}{meant}"
+            hint = nearest(table.optimizer, known) or f" (known: {', '.join(known)})"
+            yield f"{stage}.optimizer: no optimizer {table.optimizer!r}{hint}"
 
 
 def _of_reward(recipe: Recipe) -> Iterator[str]:
-    """What a [reward] table says of preferences and heads that are not there."""
+    """Yield faults of the `[reward]` table."""
     if recipe.reward is None:
         return
     if not recipe.reward.ratings and not recipe.reward.pairs:
-        yield "reward: nothing to learn from; give [reward.ratings.NAME] or [reward.pairs]"
+        yield "reward: no training data; add [reward.ratings.NAME] or [reward.pairs]"
     for head, preference in recipe.reward.pairs.items():
         if preference not in recipe.preferences:
             yield f"reward.pairs.{head}: no preference {preference!r}{nearest(preference, list(recipe.preferences))}"
         elif recipe.preferences[preference].of:
-            yield f"reward.pairs.{head}: {preference} consists of others; a head learns from one of them"
+            parts = ", ".join(recipe.preferences[preference].of)
+            yield f"reward.pairs.{head}: {preference} combines several preferences; choose one of {parts}"
     for name, table in recipe.reward.ratings.items():
         if table.high <= table.low:
             yield f"reward.ratings.{name}: high ({table.high:g}) must be above low ({table.low:g})"
     for name, heads in recipe.reward.objectives.items():
         if not heads:
-            yield f"reward.objectives.{name}: no heads to take the mean of"
+            yield f"reward.objectives.{name}: the list is empty; name the heads to average"
 
 
 def _of_rsf(recipe: Recipe) -> Iterator[str]:
-    """Directions that are none."""
+    """Yield faults of `rsf.directions`."""
     if recipe.rsf is None:
         return
     if len(recipe.rsf.directions) < 2:
-        yield "rsf.directions: two objectives or more, each with its bounds, as in verbosity = [-0.7, 0.0]"
+        yield "rsf.directions: give two objectives or more, each with its bounds, as in verbosity = [-0.7, 0.0]"
     for name, (low, high) in recipe.rsf.directions.items():
         if not -1 <= low <= high <= 1:
-            yield f"rsf.directions.{name}: bounds from -1 to 1, the lower first, not [{low:g}, {high:g}]"
+            yield f"rsf.directions.{name}: expected [low, high] from -1 to 1, not [{low:g}, {high:g}]"
 
 
 def _suggestion(location: tuple[str | int, ...]) -> str:
-    """The known key nearest to an unknown one, in the table it stands in."""
+    """Return the nearest known key of the same table as a question, or else all of its keys."""
     known = [field.name for field in fields(_table(location[:-1]))]
     return nearest(str(location[-1]), known) or f" (known: {', '.join(known)})"
 
 
 def _table(location: tuple[str | int, ...]) -> Any:
-    """What the table at a place is made of."""
+    """Return the dataclass of the table at a location."""
     match location:
         case ("preferences", _):
             return Preference

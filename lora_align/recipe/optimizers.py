@@ -1,11 +1,11 @@
-"""The optimizers that transformers has, by name, and the library each needs. Imports none of them."""
+"""The names of transformers' optimizers and the library each needs, found without importing any."""
 
 import re
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-LIBRARIES = {  # by a part of the optimizer's name; the others need torch or bitsandbytes, which are always there
+LIBRARIES = {  # part of an optimizer's name → library; all others need only torch or bitsandbytes
     "anyprecision": "torchdistx",
     "apollo": "apollo_torch",
     "galore": "galore_torch",
@@ -22,9 +22,9 @@ LIBRARIES = {  # by a part of the optimizer's name; the others need torch or bit
 
 @lru_cache
 def names() -> list[str]:
-    """Return the names that the installed transformers gives its optimizers, none if they are not where they were.
+    """Return the optimizer names of the installed transformers; empty if its source has another layout.
 
-    They are read from its source, because importing it takes seconds.
+    The names are read from the source file, because the import takes seconds.
     """
     package = find_spec("transformers")
     source = Path(package.origin).with_name("training_args.py") if package and package.origin else None
@@ -35,6 +35,6 @@ def names() -> list[str]:
 
 
 def missing_library(name: str) -> str:
-    """Return the library that an optimizer needs and that is not installed, or nothing."""
+    """Return the library that an optimizer needs if it is not installed; "" otherwise."""
     needed = next((library for part, library in LIBRARIES.items() if part in name), "")
     return needed if needed and find_spec(needed) is None else ""

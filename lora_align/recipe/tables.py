@@ -1,4 +1,4 @@
-"""The tables of a recipe, with their defaults."""
+"""The tables of a recipe as dataclasses, with defaults and bounds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +10,7 @@ from lora_align.errors import UserError, nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
 
-# Upper bounds are beyond what anybody needs. They refuse slips at once that would end in an overflow, or in a wait.
+# Upper bounds exceed any practical use. They catch typing errors that would end in an overflow or an endless run.
 Positive = Annotated[float, Gt(0), Le(1_000)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Rows = Annotated[int, Ge(1), Le(1_000_000_000)]
@@ -18,13 +18,15 @@ Few = Annotated[int, Ge(1), Le(100_000)]
 Tokens = Annotated[int, Ge(1), Le(10_000_000)]
 Weight = Annotated[float, Ge(0), Le(1_000)]
 Points = Annotated[float, Ge(-1e9), Le(1e9)]
-Seed = Annotated[int, Ge(0), Lt(2**32)]  # what NumPy takes
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # NumPy's range
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model everything stands on. Empty text means the model's own. With `fsdp`, processes that train together have
-    a part of a 4-bit base each, for one that no card holds."""
+    """The base model. An empty `revision` or `chat_template` means the model's own.
+
+    `fsdp` divides a 4-bit base among the training processes if it does not fit on one GPU.
+    """
 
     model: str
     revision: str = ""
@@ -39,7 +41,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Lora:
-    """The shape of every adapter. `init_seed` fixes A for all preferences and both directions."""
+    """The shape of every adapter. `init_seed` fixes the initial A for all preferences and both directions."""
 
     rank: Annotated[int, Ge(1), Le(16_384)] = 16
     alpha: Annotated[float, Gt(0), Le(1e6)] = 32.0
@@ -50,11 +52,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class Training:
-    """What all training has in common. Batches count rows; `limit` stops reading after that many to train on.
+    """The keys that all training stages share.
 
-    A batch is computed in parts of about `tokens_per_batch` tokens, which changes memory and speed and nothing else.
-    `compile` makes programs of the base's layers first, which takes time; `plan --measure` says whether that pays.
-    `warmup` below 1 is a share of the steps, from 1 on their number. A checkpoint is kept every `save_minutes`.
+    `batch_size` counts rows. A batch is computed in parts of about `tokens_per_batch` tokens, which affects memory and
+    speed only. `limit` is the maximum number of training rows. `warmup` below 1 is a share of the steps, otherwise
+    their number. `compile` runs `torch.compile` on the base's layers; `plan --measure` shows if the time pays off. A
+    checkpoint is saved every `save_minutes`.
     """
 
     epochs: Positive = 1.0
@@ -78,7 +81,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Sft(Training):
-    """The start policy's adapter, trained on conversations."""
+    """The `[sft]` table: train the start policy's adapter on conversations."""
 
     data: str
     split: str = "train"
@@ -93,7 +96,7 @@ class Sft(Training):
 
 @dataclass(frozen=True)
 class Dpo(Training):
-    """Preference adapters. `beta` is DPO's; `seed` orders the data and never touches A."""
+    """The `[dpo]` table: train preference adapters. `seed` orders the data and does not affect the initial A."""
 
     beta: Positive = 0.1
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
@@ -101,13 +104,13 @@ class Dpo(Training):
 
 @dataclass(frozen=True)
 class Preference:
-    """One `[preferences.NAME]` table of a recipe. `margin` is how far apart two ratings (or lengths) must be.
+    """One `[preferences.NAME]` table: where pairs come from and how they are ranked.
 
-    Of a data set on the hub `split`, `revision` and `subset` (a part it names, or a folder of it) say what is read.
-    `columns` says what a column that is known here is called in the data; with `skip_bad` rows that cannot be read are
-    counted instead of refused. `labels` says which answer each value of a label column prefers, as in
-    { A = "first", B = "second", C = "tie" }. A table may name other preferences, `of` whose pairs it consists, instead
-    of data.
+    `margin` is the minimum difference of two ratings or lengths. For a dataset on the hub, `split`, `revision` and
+    `subset` (a configuration or a folder) choose the rows. `columns` maps known column names to those in the data.
+    With `skip_bad`, unreadable rows are counted and skipped. `labels` sets the answer that each value of a label
+    column prefers, as in { A = "first", B = "second", C = "tie" }. `of` combines the pairs of other preferences and
+    replaces `data`.
     """
 
     data: str = ""
@@ -123,13 +126,16 @@ class Preference:
 
     @property
     def ranker(self) -> Ranker:
-        """The parsed `rank`."""
+        """Return the parsed `rank`."""
         return Ranker.parse(self.rank)
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """One `[reward.ratings.NAME]` table: rated answers and the raters' scale. No attributes named: all there are."""
+    """One `[reward.ratings.NAME]` table: rated answers on a scale from `low` to `high`.
+
+    Empty `attributes` means all attributes of the data. `prefix` is put before the names of the heads.
+    """
 
     data: Annotated[str, Len(1)]
     split: str = "train"
@@ -145,9 +151,10 @@ class Ratings:
 
 @dataclass(frozen=True)
 class Reward(Training):
-    """The reward model. A head a rated attribute, and a head each name in `pairs`, trained on that preference's pairs.
+    """The `[reward]` table: train a reward model with one head per rated attribute and per name in `pairs`.
 
-    `objectives` derives further ones, each the mean of heads. `lm_weight` is that of the language-model loss.
+    `pairs` maps a head to the preference whose pairs train it. `objectives` defines means of heads. `lm_weight` is the
+    weight of the language-model loss.
     """
 
     ratings: Mapping[str, Ratings] = field(default_factory=dict)
@@ -159,15 +166,17 @@ class Reward(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Rsf(Training):
-    """Rejection sampling: one policy that is asked for a direction over the reward model's objectives.
+    """The `[rsf]` table: rejection-sampling finetuning of one policy, conditioned on a direction over objectives.
 
-    `directions` bounds each objective's weight. So many `iterations` follow the SteerLM-style policy, as the paper
-    counts them. Each asks `prompts` of its half (or all). A prompt gets `per_prompt` directions and `samples` answers
-    for each; the first iteration learns from `bootstrap` answers a prompt of the SteerLM-style policy. The first
-    `pooled` iterations choose among all of a prompt's answers, whatever was asked for; later ones among those to the
-    direction at hand. `ask` and `steer` are the system messages that ask for directions and for scores, as Jinja
-    templates: `ask` may name `want` (a weight for each objective), `decimals` and `integers` (both spelt out), `steer`
-    may name `scores` and `listed`. `watch` is the objective whose fall is named. `beta` is for `learn = "dpo"`.
+    `directions` bounds the weight of each objective. `iterations` counts as in the paper, after the SteerLM-style
+    policy. Each iteration uses `prompts` of its half of the data (default: all). It samples `per_prompt` directions
+    for each prompt and `samples` answers for each direction. The first iteration learns from `bootstrap` answers per
+    prompt, sampled from the SteerLM-style policy. The first `pooled` iterations choose among all answers to a prompt;
+    later ones among the answers to one direction.
+
+    `ask` and `steer` are Jinja templates of the system messages for a direction and for scores. `ask` may use `want`
+    (the weight of each objective), `decimals` and `integers` (the weights as text); `steer` may use `scores` and
+    `listed`. `watch` names the objective whose drop is reported. `beta` applies to `learn = "dpo"`.
     """
 
     data: Annotated[str, Len(1)]
@@ -199,8 +208,10 @@ class Rsf(Training):
 
 @dataclass(frozen=True)
 class Asked:
-    """A source of [eval]; `prompts = "FILE or hub id"` is short for one. `where` keeps the rows whose columns hold the
-    values it names, as in `where = { label = "safe" }`."""
+    """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form.
+
+    `where` selects rows by the values of their columns, as in `where = { label = "safe" }`.
+    """
 
     data: str = ""
     split: str = "train"
@@ -213,11 +224,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Eval:
-    """What everyone who is measured is asked: `prompts` to answer, `risky` ones to refuse, `count` of each, `samples`
-    answers to every one; `text` whose loss should not rise; `facts` that should stay known, up to `pairs` of them, and
-    up to `pairs` held-out pairs of each preference.
+    """The `[eval]` table: the test set of every policy.
 
-    Where no prompts are named, those of held-out pairs are asked. Prompts that the recipe trains on are passed over.
+    A policy gives `samples` answers to `count` of the `prompts` and to `count` of the `risky` prompts, which it should
+    refuse. The loss of `text` should not rise. Up to `pairs` of the `facts` should stay known. Up to `pairs` held-out
+    pairs of each preference are scored. Without `prompts`, the prompts of held-out pairs are used. Prompts that the
+    recipe trains on are skipped.
     """
 
     prompts: Asked = field(default_factory=Asked)
@@ -241,8 +253,7 @@ TABLES_HOLD = {  # of stages that a recipe may lack
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole project, resolved: every default filled in. `source` is set on reading: a built-in recipe's name or a
-    file."""
+    """A whole recipe with every default filled in. `source` is the built-in recipe's name or the file it comes from."""
 
     base: Base
     about: str = ""
@@ -266,17 +277,17 @@ class Recipe:
             )
 
     def preference(self, name: str) -> Preference:
-        """The preference of that name, or an error that lists the known ones."""
+        """Return a preference by name; the error for an unknown name lists the known ones."""
         if name not in self.preferences:
             known = list(self.preferences)
             raise UserError(f"no preference {name!r} in the recipe{nearest(name, known)} (known: {', '.join(known)})")
         return self.preferences[name]
 
     def parts(self, name: str) -> list[Preference]:
-        """The tables a preference's pairs come from: its own, or those of the preferences it consists of."""
+        """Return the tables that a preference's pairs come from: those named in `of`, or else its own."""
         found = self.preference(name)
         return [self.preferences[part] for part in found.of] or [found]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, as kept in a run's manifest; `from_dict` reads it back."""
+        """Return plain data, as stored in a run's manifest; `from_dict` reads it back."""
         return {key: value for key, value in asdict(self).items() if value is not None}

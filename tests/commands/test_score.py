@@ -146,7 +146,7 @@ def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
     [
         (["--by", "nobody"], "no reward model 'nobody' in runs/reward: run `lora-align reward`"),
         (["--by", "pair:nobody"], "nobody"),
-        (["--out", "scored.txt"], "--out scored.txt: a .jsonl or .parquet file"),
+        (["--out", "scored.txt"], "--out scored.txt: expected a .jsonl or .parquet file"),
         (["--data", "demo:conversations"], "no pair of answers in columns"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Data sets on a hub: which commit of them, and which part."""
+"""Datasets on the hub: revision, subset and split."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def hub() -> Iterator[str]:
 
 @pytest.fixture
 def data(hub: str, tmp_path: Path) -> Data:
-    def asked(*, offline: bool = False, **settings: str) -> "subprocess.CompletedProcess[str]":
+    def run_data(*, offline: bool = False, **settings: str) -> "subprocess.CompletedProcess[str]":
         words = [word for name, value in settings.items() for word in ("--set", f"preferences.helpful.{name}={value}")]
         home = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(tmp_path / ".cache" / "hf")}
         line = [str(COMMAND), "data", "--pref", "helpful", "--json", "--set", "preferences.helpful.rank=label"]
@@ -46,7 +46,7 @@ def data(hub: str, tmp_path: Path) -> Data:
             line, cwd=tmp_path, env={**os.environ, **home}, capture_output=True, text=True, timeout=120
         )
 
-    return asked
+    return run_data
 
 
 @pytest.mark.parametrize(
@@ -57,34 +57,34 @@ def data(hub: str, tmp_path: Path) -> Data:
         ({"data": "owner/parts", "subset": "two"}, 6),
     ],
 )
-def test_what_is_named_is_read(settings: dict[str, str], rows: int, data: Data) -> None:
+def test_revision_subset_and_split_choose_the_rows(settings: dict[str, str], rows: int, data: Data) -> None:
     done = data(**settings)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read"] == rows
 
 
-def test_a_folder_that_was_fetched_is_read_with_no_network(data: Data) -> None:
-    there = {"data": "owner/folders", "subset": "kind"}
-    assert "not in the cache" in data(offline=True, **there).stderr
-    assert json.loads(data(**there).stdout)["source"] == "owner/folders kind"
-    again = data(offline=True, **there)
+def test_fetched_folder_is_read_offline(data: Data) -> None:
+    folder = {"data": "owner/folders", "subset": "kind"}
+    assert "not in the cache" in data(offline=True, **folder).stderr
+    assert json.loads(data(**folder).stdout)["source"] == "owner/folders kind"
+    again = data(offline=True, **folder)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["read"] == 4
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (
             {"data": "owner/parts"},
-            "it has several subsets, ['one', 'two']; `subset` in the recipe's table names one",
+            "it has several subsets, ['one', 'two']; choose one with `subset` in the recipe's table",
         ),
         ({"data": "owner/parts", "subset": "three"}, "no subset and no folder 'three'"),
         ({"data": "owner/folders", "subset": "kind", "split": "dev"}, 'Unknown split "dev"'),
     ],
 )
-def test_what_is_not_there_is_told(settings: dict[str, str], told: str, data: Data) -> None:
+def test_missing_subset_or_split_is_an_error(settings: dict[str, str], message: str, data: Data) -> None:
     done = data(**settings)
     assert done.returncode == 2, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

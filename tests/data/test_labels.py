@@ -1,4 +1,4 @@
-"""Label columns are read as they are meant, or refused with the values they hold: never turned round."""
+"""Label columns are read with the right meaning, or refused with the values they hold: never inverted."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,23 +33,25 @@ def chosen(preference: Preference) -> list[str]:
 
 @pytest.mark.parametrize("skip_bad", [True, False])
 @pytest.mark.parametrize("form", [LLMBAR, PANDALM])
-def test_labels_1_and_2_name_the_answers_numbered_so(form: Mapping[str, Any], skip_bad: bool, tmp_path: Path) -> None:
+def test_labels_1_and_2_mean_answers_1_and_2(form: Mapping[str, Any], skip_bad: bool, tmp_path: Path) -> None:
     file = written(tmp_path, [{**form, "label": label} for label in (1, 2, 0, 1)])
     found = pairs_of(Preference(file, skip_bad=skip_bad))
     assert [pair.chosen for pair in found.train] == [FIRST, SECOND, FIRST]
     assert found.dropped == {"tie": 1}
-    asked = "Hi?" if form is LLMBAR else "Add.\n\n1 and 2"
-    assert {pair.prompt[0].content for pair in found.train} == {asked}
+    prompt = "Hi?" if form is LLMBAR else "Add.\n\n1 and 2"
+    assert {pair.prompt[0].content for pair in found.train} == {prompt}
 
 
 @pytest.mark.parametrize("skip_bad", [True, False])
-def test_renamed_answers_keep_the_numbers_of_their_own_names(skip_bad: bool, tmp_path: Path) -> None:
+def test_renamed_answer_columns_keep_their_original_numbers(skip_bad: bool, tmp_path: Path) -> None:
     file = written(tmp_path, [{**LLMBAR, "label": 1}] * 3)
     columns = {"prompt": "input", "response_0": "output_1", "response_1": "output_2"}
     assert chosen(Preference(file, columns=columns, skip_bad=skip_bad)) == [FIRST] * 3
-    turned = {"prompt": "input", "response_0": "output_2", "response_1": "output_1"}
-    with pytest.raises(UserError, match=r"label is 1; expected what `labels` says"):
-        chosen(Preference(file, columns=turned, skip_bad=skip_bad))
+    swapped = {"prompt": "input", "response_0": "output_2", "response_1": "output_1"}
+    with pytest.raises(
+        UserError, match=r"label is 1; its meaning is unknown\. .*; set which answer each value prefers"
+    ):
+        chosen(Preference(file, columns=swapped, skip_bad=skip_bad))
 
 
 @pytest.mark.parametrize("labels", [(1, 2), (0, 1, 0, 2), (0, "A"), ("model_a", "model_b"), (0, 1, 0.5), (0, -1)])
@@ -61,7 +63,7 @@ def test_unexpected_labels_are_refused_under_skip_bad(labels: Sequence[object], 
     assert "labels = {" in str(refused.value)
 
 
-def test_a_late_label_is_seen_although_a_limit_stops_before_it(tmp_path: Path) -> None:
+def test_label_behind_the_limit_is_checked(tmp_path: Path) -> None:
     file = written(tmp_path, [{**PKU, "label": i % 2} for i in range(50)] + [{**PKU, "label": 2}])
     with pytest.raises(UserError, match=r":51: label is 2; .*0 \(25\), 1 \(25\), 2 \(1\)") as refused:
         pairs_of(Preference(file), limit=5)
@@ -70,12 +72,12 @@ def test_a_late_label_is_seen_although_a_limit_stops_before_it(tmp_path: Path) -
 
 def test_labels_0_and_1_of_answers_1_and_2_are_ambiguous(tmp_path: Path) -> None:
     file = written(tmp_path, [{**LLMBAR, "label": label} for label in (0, 1)])
-    with pytest.raises(UserError, match="label is 0; it may be the first of output_1 and output_2, or a tie"):
+    with pytest.raises(UserError, match="label is 0; no label is 2, so 0 may mean output_1 or a tie"):
         chosen(Preference(file, skip_bad=True))
     assert chosen(Preference(file, labels={"0": Winner.first, "1": Winner.second})) == [FIRST, SECOND]
 
 
-def test_a_labels_table_says_what_values_mean(tmp_path: Path) -> None:
+def test_labels_table_sets_the_meaning_of_values(tmp_path: Path) -> None:
     file = written(tmp_path, [{**PKU, "winner": label} for label in ("B", "C", "A", None)])
     found = pairs_of(Preference(file, labels=A_OR_B))
     assert [pair.chosen for pair in found.train] == [SECOND, FIRST]
@@ -89,24 +91,24 @@ def test_a_labels_table_says_what_values_mean(tmp_path: Path) -> None:
     ]
 
 
-def test_labels_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+def test_labels_table_is_refused_for_rows_without_labels(tmp_path: Path) -> None:
     file = written(tmp_path, [{"prompt": "Hi?", "chosen": FIRST, "rejected": SECOND}])
-    with pytest.raises(UserError, match="`labels` is given, but its rows have no label column"):
+    with pytest.raises(UserError, match="`labels` is set, but the rows have no label column"):
         chosen(Preference(file, labels=A_OR_B))
 
 
 @pytest.mark.parametrize(
-    ("table", "told"),
+    ("table", "message"),
     [
-        ('{data="x.jsonl", labels={A="first"}}', 'labels: name a value for "first" and one for "second"'),
+        ('{data="x.jsonl", labels={A="first"}}', 'labels: give a value for "first" and one for "second"'),
         ('{data="x.jsonl", labels={A="first", B="worse"}}', "labels.B: input should be 'first', 'second' or 'tie'"),
-        ('{data="x.jsonl", rank="shorter", labels={A="first", B="second"}}', "labels: they mean something to rank ="),
+        ('{data="x.jsonl", rank="shorter", labels={A="first", B="second"}}', 'labels: only rank = "label" reads them'),
     ],
 )
-def test_a_labels_table_is_checked_with_the_recipe(table: str, told: str) -> None:
+def test_recipe_rejects_a_bad_labels_table(table: str, message: str) -> None:
     with pytest.raises(UserError, match=r"preferences\.own") as refused:
         recipe.load(recipe.builtin()["demo"], [f"preferences.own={table}"])
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     good = 'preferences.own={data="x.jsonl", labels={1="first", "model b"="second"}}'
     read = recipe.load(recipe.builtin()["demo"], [good])
     assert read.preference("own").labels == {"1": Winner.first, "model b": Winner.second}
@@ -114,7 +116,7 @@ def test_a_labels_table_is_checked_with_the_recipe(table: str, told: str) -> Non
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_one_of_several_label_columns_has_to_be_named(together: bool, tmp_path: Path) -> None:
+def test_several_label_columns_require_a_choice(together: bool, tmp_path: Path) -> None:
     labels = {"better_response_id": 0, "safer_response_id": 1}
     rows = [labels] * 2 if together else [{name: label} for name, label in labels.items()]
     file = written(tmp_path, [{**PKU, **row} for row in rows])
@@ -125,7 +127,7 @@ def test_one_of_several_label_columns_has_to_be_named(together: bool, tmp_path: 
     assert set(chosen(Preference(file, columns=columns, skip_bad=True))) == {FIRST}
 
 
-def test_a_column_that_does_not_rank_may_hold_anything(tmp_path: Path) -> None:
+def test_label_column_that_does_not_rank_is_not_checked(tmp_path: Path) -> None:
     file = written(tmp_path, [{**PKU, "better_response_id": 0, "annotator1": "unsure"}])
     assert chosen(Preference(file, "label:better_response_id")) == [FIRST]
     assert chosen(Preference(file, "shorter")) == [SECOND]

@@ -1,4 +1,4 @@
-"""What is held out: decided by the prompt alone, for all preferences on a source alike, and enough to measure by."""
+"""The held-out split depends on the prompt alone, is the same for all preferences, and is large enough."""
 
 import json
 from collections import Counter
@@ -18,29 +18,29 @@ def prompts(count: int) -> list[Prompt]:
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(4, 0), (5, 1), (30, 6), (100, 20), (200, 20)])
-def test_a_small_source_holds_out_a_fifth_of_its_prompts(count: int, held_out: int) -> None:
+def test_small_source_holds_out_a_fifth_of_its_prompts(count: int, held_out: int) -> None:
     some = prompts(count)
     below = pairs.split_at(some, 0.001)
     assert sum(pairs.is_held_out(prompt, below) for prompt in some) == held_out
-    assert pairs.split_at(some * 3, 0.001) == below, "a prompt that stands there thrice is one"
+    assert pairs.split_at(some * 3, 0.001) == below, "repeated prompts count once"
     assert pairs.split_at(some[::-1], 0.001) == below
 
 
-def test_a_source_that_holds_out_enough_stays_as_it_is() -> None:
+def test_split_keeps_the_share_of_a_large_source() -> None:
     assert pairs.split_at(prompts(1000), 0.05) == 0.05
     assert pairs.split_at(prompts(60), 0.5) == 0.5
-    assert pairs.split_at(prompts(20), 0.5) == 0.5, "less than enough, but more than a fifth"
+    assert pairs.split_at(prompts(20), 0.5) == 0.5, "fewer than ENOUGH, but more than a fifth"
     assert pairs.split_at(prompts(60), 0.0) == 0.0
-    assert pairs.split_at(prompts(1), 0.05) == 0.05, "its only prompt is not taken from training"
+    assert pairs.split_at(prompts(1), 0.05) == 0.05, "the only prompt is for training"
 
 
-def test_a_large_source_is_looked_at_no_further_than_needed() -> None:
+def test_split_stops_reading_a_large_source_early() -> None:
     rest = iter(prompts(10_000))
     assert pairs.split_at(rest, 0.05) == 0.05
     assert len(list(rest)) > 9000
 
 
-def test_preferences_on_a_small_source_hold_out_the_same_prompts(tmp_path: Path) -> None:
+def test_preferences_on_one_source_hold_out_the_same_prompts(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"What is {i}?", "response_0": "x" * (i % 4), "response_1": "xx", "label": None if i % 3 else 0}
         for i in range(90)
@@ -53,7 +53,7 @@ def test_preferences_on_a_small_source_hold_out_the_same_prompts(tmp_path: Path)
     assert not trained & held
 
 
-def test_ratings_and_conversations_of_a_small_source_are_held_out_too(tmp_path: Path) -> None:
+def test_ratings_and_conversations_hold_out_a_fifth_as_well(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"What is {i}?", "response": "x", "completion": "x", "help": 3} for i in range(50)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

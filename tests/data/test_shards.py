@@ -1,4 +1,4 @@
-"""Batches that are there whole or not at all, whenever the process that writes them is killed."""
+"""Shards are complete or absent, whenever the writing process is killed."""
 
 import random
 import subprocess
@@ -21,14 +21,14 @@ with shards.opened(Path(sys.argv[1])) as store:
     done = store.keys()
     todo = [i for i in range(400) if str(i) not in done]
     for start in range(0, len(todo), 10):
-        sys.stdin.readline()  # as often as it is told to, however slow its killer is
+        sys.stdin.readline()  # write only as many batches as the test allows
         store.append([{"key": str(i), "text": "word " * i, "score": float(i)} for i in todo[start:start + 10]])
         print(start, flush=True)
 """
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_killed_writer_loses_a_batch_at_most_and_repeats_nothing(seed: int, tmp_path: Path) -> None:
+def test_killed_writer_loses_at_most_one_batch_and_repeats_none(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)
     kills = 0
     while True:
@@ -40,12 +40,12 @@ def test_a_killed_writer_loses_a_batch_at_most_and_repeats_nothing(seed: int, tm
         batches = draw.randint(1, 15)
         child.stdin.write("\n" * (batches + 1))
         child.stdin.flush()
-        said = [line for _, line in zip(range(batches), child.stdout, strict=False)]
+        reported = [line for _, line in zip(range(batches), child.stdout, strict=False)]
         time.sleep(draw.random() * 0.01)
         child.kill()
         child.communicate(timeout=60)
         found = list(shards.Shards(tmp_path).rows())
-        assert len(found) >= BATCH * len(said)
+        assert len(found) >= BATCH * len(reported)
         assert len({row["key"] for row in found}) == len(found)
         assert all(row["text"] == "word " * int(row["score"]) for row in found)
         if len(found) == ROWS:
@@ -55,12 +55,12 @@ def test_a_killed_writer_loses_a_batch_at_most_and_repeats_nothing(seed: int, tm
     assert {row["key"] for row in found} == set(map(str, range(ROWS)))
 
 
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     with shards.opened(tmp_path), pytest.raises(UserError, match="another process"), shards.opened(tmp_path):
         pass
 
 
-def test_what_was_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
+def test_unfinished_files_are_removed(tmp_path: Path) -> None:
     with shards.opened(tmp_path) as store:
         store.append([{"key": "a"}])
     (tmp_path / "part-000001.unfinished").write_bytes(b"half a fi")
@@ -72,7 +72,7 @@ def test_what_was_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", shards.SUFFIXES)
-def test_rows_of_several_kinds_keep_all_their_columns(suffix: str, tmp_path: Path) -> None:
+def test_rows_with_different_columns_keep_all_columns(suffix: str, tmp_path: Path) -> None:
     out = tmp_path / f"out{suffix}"
     shards.write([{"prompt": "a", "score:x": 1.0}, {"prompt": "b", "score:x_0": 2.0}], out)
     first, second = (row for _, row in sources.rows(str(out)))
@@ -90,17 +90,17 @@ def test_missing_parent_of_an_out_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", shards.SUFFIXES)
-def test_full_disk_is_one_line_with_path_bytes_and_cure(suffix: str, tmp_path: Path) -> None:
-    told = r"No space left on device \(\d[\d.]* .B to write, 0 kB free\); make room and say it again"
+def test_full_disk_error_has_path_bytes_and_remedy(suffix: str, tmp_path: Path) -> None:
+    message = r"No space left on device \(\d[\d.]* .B to write, 0 kB free\); free disk space and run the command again"
     rows = [{"key": str(i), "text": f"{i} " * 5000} for i in range(40)]
     with small_disk(tmp_path / "disk", "64k") as disk:
         out = disk / f"out{suffix}"
         with shards.towards(out, {}) as store:
             store.append([{"key": "first"}])
             fill(disk)
-            with pytest.raises(RunFailedError, match=rf"^{disk}/\.out{suffix}\.parts: .*{told}"):
+            with pytest.raises(RunFailedError, match=rf"^{disk}/\.out{suffix}\.parts: .*{message}"):
                 store.append(rows)
-        with pytest.raises(RunFailedError, match=rf"^{out}: .*{told}"):
+        with pytest.raises(RunFailedError, match=rf"^{out}: .*{message}"):
             shards.write(rows, out)
         assert not [file for file in disk.rglob("*unfinished*") if file.name.startswith(".out")]
         assert list(shards.Shards(disk / f".out{suffix}.parts").rows()) == [{"key": "first"}]

@@ -1,4 +1,4 @@
-"""Every form of pair people have, read from every kind of file."""
+"""Reading every row form from every file format."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def only(row: Mapping[str, Any]) -> Comparison:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_reads_alike(form: str) -> None:
+def test_every_form_gives_the_same_comparison(form: str) -> None:
     found = only(FORMS[form])
     assert found.prompt == (Message("user", "Hi?"),)
     assert found.answers == (GOOD, BAD)
@@ -91,7 +91,7 @@ AWKWARD = '2024-01-01 \u2028 \x00 é e\u0301 \r\n,"quotes"'
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-def test_every_kind_of_file_keeps_every_character(suffix: str, tmp_path: Path) -> None:
+def test_every_file_format_preserves_every_character(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"pairs{suffix}"
     text = AWKWARD.replace("\x00", "") if suffix == ".csv" else AWKWARD
     _write(file, [{"prompt": text, "chosen": GOOD, "rejected": BAD}, {"prompt": "2", "chosen": "3", "rejected": "4"}])
@@ -102,14 +102,14 @@ def test_every_kind_of_file_keeps_every_character(suffix: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
 @pytest.mark.parametrize("text", ["2024-01-01", "1e5", "true", "a\x00b", "a\r\nb", "\u00e9", "e\u0301", " a "])
-def test_text_that_looks_like_something_else_stays_text(text: str, suffix: str, tmp_path: Path) -> None:
+def test_text_is_not_converted_to_other_types(text: str, suffix: str, tmp_path: Path) -> None:
     _write(tmp_path / f"pairs{suffix}", [{"prompt": text, "chosen": GOOD, "rejected": BAD}])
     [(where, row)] = sources.good_rows(str(tmp_path / f"pairs{suffix}"))
     assert only(row).prompt[0].content == text, where
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"pairs{suffix}"
     rows = [{"prompt": f"Hi {n}?", "chosen": GOOD, "rejected": BAD} for n in range(3)]
     _write(file, rows)
@@ -121,16 +121,16 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ', ":2: not valid JSON"),
         ("[1]", ":1: expected an object"),
         ('{"question": "a"}', ":1: no pair of answers in columns question"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen is a number; expected text or a list of turns"),
-        ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogates"),
-        ('{"chosen": "\\n\\nHi \\ud800", "rejected": "\\n\\nHi c"}', ":1: .*surrogates"),
-        ('{"chosen": "b", "rejected": "c"}', "begins unlike, and there is no prompt column"),
-        ('{"chosen": "better", "rejected": "best"}', "begins unlike, and there is no prompt column"),
+        ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogate"),
+        ('{"chosen": "\\n\\nHi \\ud800", "rejected": "\\n\\nHi c"}', ":1: .*surrogate"),
+        ('{"chosen": "b", "rejected": "c"}', "have no common beginning, and there is no prompt column"),
+        ('{"chosen": "better", "rejected": "best"}', "have no common beginning, and there is no prompt column"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}', ":2: "),
         ('{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}', "better_response_id is 2"),
         ("", "no rows left"),
@@ -140,8 +140,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_pa
         ('{"prompt": "a", "response_0": "b", "response_1": null}', ":1: response_1 is null; expected text"),
         ('{"prompt": "a", "chosen": [{"role": "user"}], "rejected": []}', ":1: chosen: content is null; expected text"),
         ('{"prompt": "a", "chosen": [null], "rejected": []}', ":1: a turn of chosen is null; expected an object"),
-        ('{"prompt": "a", "response": "b"}', r":1: response is text; a pair has two answers there, \[better, worse\]"),
-        ('{"prompt": "a", "response": ["b"]}', ":1: response is a list of 1; a pair has two answers there"),
+        (
+            '{"prompt": "a", "response": "b"}',
+            r": response is text; expected a list of two answers, \[better, worse\]",
+        ),
+        ('{"prompt": "a", "response": ["b"]}', ":1: response is a list of 1; expected a list of two answers"),
         (
             '{"context": "a", "response1": "", "response2": "", "overall_preference": []}',
             "is a list; expected a number",
@@ -158,10 +161,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(suffix: str, tmp_pa
         ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "1 empty answer"),
     ],
 )
-def test_bad_rows_are_named_by_file_and_line(content: str, told: str, tmp_path: Path) -> None:
+def test_bad_rows_are_refused_with_file_and_line(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         material_of(Preference(str(file)))
 
 
@@ -170,20 +173,20 @@ NAMES_OF_TYPES = re.compile(r"NoneType|\bint\b|\bfloat\b|\bstr\b|\bdict\b|\blist
 
 @pytest.mark.parametrize("cell", [None, 3, True, [], {}, [None], [{}], [3], [[]], "9" * 5000, 10**4000, 1e999])
 @pytest.mark.parametrize("form", [*FORMS, "ultrafeedback"])
-def test_any_cell_in_any_column_is_read_or_told_in_the_words_of_the_file(form: str, cell: object) -> None:
+def test_bad_cells_are_reported_without_python_type_names(form: str, cell: object) -> None:
     row = {**FORMS.get(form, RATED["UltraFeedback"])}
-    told = []
+    messages = []
     for column in row:
         try:
             forms.comparisons({**row, column: cell, f"{column}_chosen": 1}, "pairs.jsonl:7")
         except UserError as fault:
-            told.append(str(fault))
-    assert [text for text in told if not text.startswith("pairs.jsonl:7: ")] == []
-    assert [text for text in told if NAMES_OF_TYPES.search(text) or len(text) > 400] == []
+            messages.append(str(fault))
+    assert [text for text in messages if not text.startswith("pairs.jsonl:7: ")] == []
+    assert [text for text in messages if NAMES_OF_TYPES.search(text) or len(text) > 400] == []
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_rows_that_no_reader_bears_are_counted_too(suffix: str, tmp_path: Path) -> None:
+def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) -> None:
     good, deep = json.dumps(FORMS["plain"]), '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}"
     bad = ['{"prompt": []}', json.dumps({**FORMS["plain"], "prompt": None}), "3", "[4]"]
     rows = [good, *bad, good] if suffix == ".json" else [good, *bad, deep, good]
@@ -194,7 +197,7 @@ def test_rows_that_no_reader_bears_are_counted_too(suffix: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("pairs.jsonl", json.dumps([FORMS["plain"]] * 3, indent=1), r":1: .*a list of rows is a \.json file"),
         ("pairs.jsonl", json.dumps([FORMS["plain"]] * 3), r":1: .*a list of rows is a \.json file"),
@@ -207,15 +210,15 @@ def test_rows_that_no_reader_bears_are_counted_too(suffix: str, tmp_path: Path) 
     ],
 )
 @pytest.mark.parametrize("skip_bad", [True, False])
-def test_files_of_another_kind_are_told_what_they_look_like(
-    name: str, content: str, told: str, skip_bad: bool, tmp_path: Path
+def test_wrong_file_format_is_reported_with_the_right_one(
+    name: str, content: str, message: str, skip_bad: bool, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=re.escape(name) + f".*{told}"):
+    with pytest.raises(UserError, match=re.escape(name) + f".*{message}"):
         pairs_of(Preference(str(tmp_path / name), skip_bad=skip_bad))
 
 
-def test_a_file_of_a_near_name_is_proposed(tmp_path: Path) -> None:
+def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").touch()
     for near in ("pair.jsonl", "pairs.json", "pairs"):
         with pytest.raises(UserError, match=r"no data file .*, did you mean 'pairs\.jsonl'\?"):
@@ -223,18 +226,18 @@ def test_a_file_of_a_near_name_is_proposed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
-def test_sources_that_are_not_there(data: str) -> None:
+def test_missing_sources_are_refused(data: str) -> None:
     with pytest.raises(UserError):
         list(sources.good_rows(data))
 
 
-def test_a_data_set_that_is_not_in_the_cache_says_so_without_a_network() -> None:
+def test_uncached_dataset_is_reported_offline() -> None:
     with pytest.raises(UserError, match="not in the cache and could not be fetched"):
         list(sources.good_rows("nobody/nothing"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_rankers_give_three_axes_from_one_file(suffix: str, tmp_path: Path) -> None:
+def test_rankers_order_one_file_in_four_ways(suffix: str, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"p{i}", "chosen": "x" * (i % 3 + 1), "rejected": "yy", "score_chosen": i % 2, "score_rejected": 0.5}
         for i in range(60)
@@ -259,26 +262,26 @@ def test_rankers_give_three_axes_from_one_file(suffix: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["plain", "psychocounsel", "implicit prompt", "alpaca", "sharegpt", "pku"])
-def test_a_system_message_in_a_column_is_part_of_what_is_asked(form: str) -> None:
+def test_system_column_is_part_of_the_prompt(form: str) -> None:
     found = only({**FORMS[form], "system": "Be kind."})
     assert found.prompt == (Message("system", "Be kind."), Message("user", "Hi?"))
     assert only({**FORMS[form], "system": ""}).prompt == (Message("user", "Hi?"),)
 
 
-def test_a_question_in_a_column_of_another_name_is_not_lost() -> None:
+def test_unread_query_column_is_refused() -> None:
     row = {"query": "What is it?", "chosen": "It is Paris.", "rejected": "It is Lyon."}
-    with pytest.raises(UserError, match="no prompt column, but 'query': is it one"):
+    with pytest.raises(UserError, match="no prompt column; if 'query' holds the prompt, add columns"):
         only(row)
     turns = [[*ASK, {"role": "assistant", "content": answer}] for answer in (GOOD, BAD)]
     whole = {"instruction": "Hi?", "chosen": turns[0], "rejected": turns[1]}
     assert only(whole) == only(FORMS["implicit prompt"])
 
 
-ASKING = ["plain", "psychocounsel", "alpaca", "pku", "llama-factory", "llama-factory's alpaca", "pandalm"]
+FORMS_WITH_INPUT = ["plain", "psychocounsel", "alpaca", "pku", "llama-factory", "llama-factory's alpaca", "pandalm"]
 
 
-@pytest.mark.parametrize("form", ASKING)
-def test_input_and_history_are_part_of_what_is_asked(form: str) -> None:
+@pytest.mark.parametrize("form", FORMS_WITH_INPUT)
+def test_input_and_history_are_part_of_the_prompt(form: str) -> None:
     found = only({**FORMS[form], "input": "Of this.", "history": [["Ho?", "Hum."]], "system": "Be kind."})
     said = [("system", "Be kind."), ("user", "Ho?"), ("assistant", "Hum."), ("user", "Hi?\n\nOf this.")]
     assert [(turn.role, turn.content) for turn in found.prompt] == said
@@ -295,7 +298,7 @@ def test_input_and_history_are_part_of_what_is_asked(form: str) -> None:
         ("sharegpt", "prompt", "Another one?"),
     ],
 )
-def test_known_columns_that_are_not_read_are_counted(form: str, column: str, value: Any, tmp_path: Path) -> None:
+def test_unread_known_columns_are_counted(form: str, column: str, value: Any, tmp_path: Path) -> None:
     rows = [{**FORMS[form], column: of} for of in (value, None, value)]
     _write(tmp_path / "pairs.jsonl", rows)
     dropped = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "shorter")).dropped
@@ -303,7 +306,7 @@ def test_known_columns_that_are_not_read_are_counted(form: str, column: str, val
     assert not dropped
 
 
-def test_a_column_that_repeats_what_was_read_is_not_one_that_is_lost(tmp_path: Path) -> None:
+def test_columns_that_repeat_the_prompt_are_not_counted_as_unread(tmp_path: Path) -> None:
     whole = [*ASK, {"role": "assistant", "content": GOOD}]
     row = {**FORMS["prompt twice"], "messages": whole, "instruction": "Hi?", "question": "Hi?"}
     _write(tmp_path / "pairs.jsonl", [row])
@@ -318,34 +321,34 @@ def test_all_turns_of_a_completion_are_read() -> None:
 
 
 @pytest.mark.parametrize(("said", "read"), [("False", False), ("true", True), (True, True), (1, True), ("", None)])
-def test_safety_is_known_from_any_kind_of_file(said: object, read: bool | None) -> None:
+def test_safety_flags_are_read_from_bool_int_and_text(said: object, read: bool | None) -> None:
     found = only({**FORMS["pku"], "is_response_0_safe": said, "is_response_1_safe": said})
     assert found.safe == (None if read is None else (read, read))
 
 
-def test_a_rating_that_becomes_text_is_named(tmp_path: Path) -> None:
+def test_rating_that_becomes_text_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi?", "response": GOOD, "helpfulness": said, "verbosity": 1} for said in (3, 3, "three")]
     _write(tmp_path / "ratings.jsonl", rows)
     table = Ratings(str(tmp_path / "ratings.jsonl"))
     with pytest.raises(UserError, match=r"ratings\.jsonl:3: no rating 'helpfulness' \(it has: verbosity\)"):
         list(read_ratings(table, 0.0, None, Counter()))
     _write(tmp_path / "ratings.jsonl", rows[::-1])
-    with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row has not"):
+    with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row does not have"):
         list(read_ratings(table, 0.0, None, Counter()))
 
 
-def test_a_damaged_page_of_a_parquet_file_is_the_file_s_fault(tmp_path: Path) -> None:
+def test_damaged_parquet_page_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "pairs.parquet"
     _write(file, [{**FORMS["plain"], "chosen": f"{GOOD} {i * 7919 % 1000}"} for i in range(3000)])
     content = bytearray(file.read_bytes())
     content[200:400] = bytes(byte ^ 0x5A for byte in content[200:400])
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"pairs\.parquet: not a whole Parquet file") as refused:
+    with pytest.raises(UserError, match=r"pairs\.parquet: not a complete Parquet file") as refused:
         material_of(Preference(str(file)))
     assert refused.value.exit_code == 2
 
 
-def test_labels_in_csv_are_labels(tmp_path: Path) -> None:
+def test_csv_labels_rank_pairs(tmp_path: Path) -> None:
     _write(
         tmp_path / "pairs.csv",
         [{**FORMS["pku"], "safer_response_id": ""}, {**FORMS["pku"], "safer_response_id": "1.0"}],
@@ -355,7 +358,7 @@ def test_labels_in_csv_are_labels(tmp_path: Path) -> None:
     assert found.dropped == {"tie": 1}
 
 
-def test_files_that_are_not_text_are_named(tmp_path: Path) -> None:
+def test_undecodable_files_are_refused_with_a_line(tmp_path: Path) -> None:
     for suffix, content in (
         (".jsonl", b'{"prompt": "\xff"}'),
         (".csv", b"prompt,chosen,rejected\n\xff,b,c\n"),
@@ -367,13 +370,13 @@ def test_files_that_are_not_text_are_named(tmp_path: Path) -> None:
             list(sources.good_rows(str(file)))
 
 
-def test_everything_held_out_is_said(tmp_path: Path) -> None:
+def test_error_says_that_all_rows_are_held_out(tmp_path: Path) -> None:
     _write(tmp_path / "pairs.jsonl", [FORMS["plain"]])
     with pytest.raises(UserError, match="all 1 held out"):
         material_of(Preference(str(tmp_path / "pairs.jsonl")), 0.999999)
 
 
-def test_a_ranker_that_the_rows_do_not_have_lists_what_they_do(tmp_path: Path) -> None:
+def test_missing_label_or_rating_lists_the_existing_ones(tmp_path: Path) -> None:
     _write(tmp_path / "pairs.jsonl", [FORMS["pku"]])
     file = str(tmp_path / "pairs.jsonl")
     with pytest.raises(UserError, match="better_response_id, safer_response_id"):
@@ -382,7 +385,7 @@ def test_a_ranker_that_the_rows_do_not_have_lists_what_they_do(tmp_path: Path) -
         pairs_of(Preference(file, "rating:helpfulness"))
 
 
-def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
+def test_limit_bounds_the_rows_and_changes_the_fingerprint() -> None:
     few, again, more = (
         material_of(Preference("demo:pairs", "label:better_response_id"), 0.05, limit) for limit in (10, 10, 11)
     )
@@ -401,20 +404,20 @@ def test_a_limit_stops_reading_and_the_fingerprint_names_the_rows() -> None:
         {"messages": [*ASK, {"role": "assistant", "content": GOOD}], "system": None},
     ],
 )
-def test_forms_of_conversation(row: Mapping[str, Any], tmp_path: Path) -> None:
+def test_every_conversation_form_gives_the_same_turns(row: Mapping[str, Any], tmp_path: Path) -> None:
     assert forms.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
     _write(tmp_path / "chats.jsonl", [row])
     table = Sft(data=str(tmp_path / "chats.jsonl"), held_out=0.0)
     assert [aside for _, aside in pairs.read_conversations(table, Counter())] == [False]
 
 
-def test_unlabelled_ties_are_ties() -> None:
+def test_missing_label_is_a_tie() -> None:
     row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
     found = only(row)
     assert found.ranked(Ranker.parse("label")) == "tie"
 
 
-def test_an_instruction_with_what_went_before() -> None:
+def test_alpaca_history_precedes_the_instruction() -> None:
     row = {"instruction": "And?", "input": "x", "output": GOOD, "system": "Be kind.", "history": [["Hi?", BAD]]}
     said = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
     before = [("system", "Be kind."), ("user", "Hi?"), ("assistant", BAD)]
@@ -454,7 +457,7 @@ RATED: dict[str, Mapping[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", RATED)
-def test_rated_answers_read_alike(form: str) -> None:
+def test_every_rated_form_gives_the_same_ratings(form: str) -> None:
     first, *others = forms.rated(RATED[form], "here")
     assert first.prompt == (Message("user", "Hi?"),)
     assert first.answer == GOOD
@@ -465,13 +468,13 @@ def test_rated_answers_read_alike(form: str) -> None:
         assert (other.answer, other.ratings["helpfulness"]) == (BAD, 0)
 
 
-def test_the_built_in_ratings_are_read() -> None:
+def test_demo_ratings_are_read() -> None:
     rows = [row for where, raw in sources.good_rows("demo:ratings?rows=50") for row in forms.rated(raw, where)]
     assert len(rows) == 50
     assert all(isinstance(row, Rated) and 0 <= row.ratings["politeness"] <= 4 for row in rows)
 
 
-def test_transcripts_of_several_turns() -> None:
+def test_hh_transcripts_with_several_turns() -> None:
     before = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And now?\nStill here?"
     found = only({"chosen": f"{before}\n\nAssistant: {GOOD}", "rejected": f"{before}\n\nAssistant: {BAD}"})
     assert [(turn.role, turn.content) for turn in found.prompt] == [
@@ -487,7 +490,7 @@ def test_transcripts_of_several_turns() -> None:
 
 
 @pytest.mark.parametrize(("strength", "won"), [(-3, GOOD), (-1, GOOD), (0, "tie"), (2, BAD)])
-def test_a_strength_is_a_label_and_a_rating(strength: int, won: str) -> None:
+def test_helpsteer_strength_is_a_label_and_a_rating(strength: int, won: str) -> None:
     found = only({**FORMS["helpsteer3"], "overall_preference": strength})
     ranked = found.ranked(Ranker.parse("label"))
     assert (ranked if isinstance(ranked, str) else ranked.chosen) == won
@@ -495,7 +498,7 @@ def test_a_strength_is_a_label_and_a_rating(strength: int, won: str) -> None:
     assert isinstance(close, str) == (abs(strength) < 2)
 
 
-def test_of_several_answers_each_is_set_against_each(tmp_path: Path) -> None:
+def test_several_answers_give_all_pairs(tmp_path: Path) -> None:
     completions = [
         {"response": str(n), "annotations": {"honesty": {"Rating": str(n)}}, "overall_score": 5.0} for n in range(4)
     ]
@@ -508,7 +511,7 @@ def test_of_several_answers_each_is_set_against_each(tmp_path: Path) -> None:
         material_of(tied)
 
 
-def test_columns_of_any_name(tmp_path: Path) -> None:
+def test_columns_renames_columns(tmp_path: Path) -> None:
     _write(tmp_path / "own.jsonl", [{"ask": "Hi?", "better": GOOD, "worse": BAD, "chosen": "of something else"}])
     columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
     [pair] = pairs_of(Preference(str(tmp_path / "own.jsonl"), columns=columns)).train
@@ -517,7 +520,7 @@ def test_columns_of_any_name(tmp_path: Path) -> None:
         pairs_of(Preference(str(tmp_path / "own.jsonl"), columns={"chosen": "best"}))
 
 
-def test_bad_rows_can_be_counted_instead(tmp_path: Path) -> None:
+def test_skip_bad_counts_bad_rows(tmp_path: Path) -> None:
     good = json.dumps(FORMS["plain"])
     (tmp_path / "pairs.jsonl").write_text(f'{good}\n{{"prompt": \n[1]\n{{"prompt": 3}}\n{good}\n')
     with pytest.raises(UserError, match=":2: not valid JSON"):
@@ -527,7 +530,7 @@ def test_bad_rows_can_be_counted_instead(tmp_path: Path) -> None:
     assert found.dropped == {"invalid row": 3}
 
 
-def test_a_row_without_the_rating_that_ranks_or_off_the_scale_is_a_bad_one(tmp_path: Path) -> None:
+def test_missing_or_off_scale_rating_makes_a_row_invalid(tmp_path: Path) -> None:
     rated = [{"score_chosen": 2, "score_rejected": 1}, {}, {"score_chosen": 3, "score_rejected": 1}]
     _write(tmp_path / "pairs.jsonl", [{**FORMS["plain"], **scores} for scores in rated])
     found = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "rating:score", skip_bad=True))
@@ -545,13 +548,13 @@ def test_a_row_without_the_rating_that_ranks_or_off_the_scale_is_a_bad_one(tmp_p
 
 
 @pytest.mark.parametrize("row", [{"instruction": "a", "input": "\ud800"}, {"prompt": "a", "completion": "\ud800"}])
-def test_no_text_of_a_conversation_breaks_a_tokenizer(row: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=r"here: .*surrogates"):
+def test_unpaired_surrogates_are_refused(row: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"here: .*surrogate"):
         forms.conversation({"output": "b", **row}, "here")
 
 
-def test_many_rows_pass_in_bounded_memory(tmp_path: Path) -> None:
-    """Through the reader, not into a list; a row of ten megabytes among them."""
+def test_many_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
+    """One row has ten megabytes."""
     file = tmp_path / "pairs.jsonl"
     row = json.dumps(FORMS["plain"]) + "\n"
     with file.open("w") as stream:

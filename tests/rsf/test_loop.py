@@ -122,7 +122,7 @@ def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
     for word, says in {
         "want@rsf/policy/steerlm:helpfulness=90": "is asked for scores of helpfulness and verbosity",
         "want@reward/reward:helpfulness=1": "is a run of reward",
-        "want@rsf/policy/t2:honesty=1": "knows no objective 'honesty'",
+        "want@rsf/policy/t2:honesty=1": "has no objective 'honesty'",
     }.items():
         refused = call(tmp_path, "eval", word, *small)
         assert (refused.code, says in refused.err) == (2, True), refused.err
@@ -365,7 +365,7 @@ def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -
     assert "it was trained on helpfulness from 0.17" in live.err
     unknown = call(workspace, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
     assert unknown.code == 2
-    assert "it knows: helpfulness, verbosity" in unknown.err
+    assert "it has: helpfulness, verbosity" in unknown.err
 
 
 def test_another_direction_while_one_talks(made: Path) -> None:
@@ -374,7 +374,7 @@ def test_another_direction_while_one_talks(made: Path) -> None:
     assert "." in terminal.say("Tell me about rain.")
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want helpfulness=3,verbosity=-4")
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want")
-    assert "it knows: helpfulness, verbosity" in terminal.say("/want honesty=1")
+    assert "it has: helpfulness, verbosity" in terminal.say("/want honesty=1")
     assert "it was trained on verbosity from" in terminal.say("/want helpfulness=1")
     terminal.say("/retry")
     os.write(terminal.screen, b"/quit\n")
@@ -416,7 +416,7 @@ def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
         ([], {"watch": '"harmlesness"'}, "rsf.watch: runs/reward/reward has no objective 'harmlesness'"),
         ([], {"bootstrap": "7"}, "rsf.bootstrap: 7 answers a prompt do not divide among its 2 requests"),
         ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
-        ([], {"directions.verbosity": "[0.5, -0.5]"}, "bounds from -1 to 1, the lower first"),
+        ([], {"directions.verbosity": "[0.5, -0.5]"}, "expected [low, high] from -1 to 1"),
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
     ],
 )
