@@ -55,7 +55,7 @@ def test_whoever_is_done_keeps_company_and_learns_nothing_by_it(found: list[dict
 def test_memory_that_runs_out_for_one_ends_both(tmp_path: Path) -> None:
     done = by_two("exhaust", tmp_path)
     assert done.returncode != 0
-    assert (tmp_path / "1.json").read_text().startswith('"memory ran out with 1,000,000 at once')
+    assert (tmp_path / "1.json").read_text().startswith('"out of memory at a batch size of 1,000,000')
 
 
 # --- what each process runs ---
