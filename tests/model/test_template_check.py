@@ -42,7 +42,7 @@ def test_harmful_chat_template_is_refused_within_ten_seconds(template: str) -> N
     assert not list(runs.cache_folder().rglob("*"))
 
 
-def test_good_chat_template_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_chat_template_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     check_template(GOOD, {"eos_token": "</s>"}, "x")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     check_template(GOOD, {"eos_token": "</s>"}, "x")
@@ -54,10 +54,10 @@ def test_good_chat_template_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
     "template",
     ["{{ raise_exception('no system message') }}", "{{ messages[7].content.x }}", "{% for %}", "{{ 1 + '' }}"],
 )
-def test_what_a_template_refuses_itself_is_left_to_rendering(template: str) -> None:
+def test_error_raised_by_the_template_passes_the_check(template: str) -> None:
     check_template(template, {}, "x")
 
 
-def test_variables_of_a_recipe_reach_the_template() -> None:
+def test_recipe_variables_reach_the_template() -> None:
     with pytest.raises(UserError, match="divides by zero"):
         check_template("{{ 1 // (size - 3) }}", json.loads('{"size": 3}'), "x")
