@@ -25,7 +25,7 @@ from support import call, free_port
 
 COMMAND = os.environ.get("LORA_ALIGN_VLLM")
 pytestmark = pytest.mark.skipif(not COMMAND, reason="LORA_ALIGN_VLLM does not name a vllm command")
-PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"  # on a CPU, a chunked prefill with a seed ends the server
+PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"  # with a seed, chunked prefill ends a CPU server
 WORDS = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-model-len 512 {PARTS}"
 SMALL = ['rsf.data="demo:conversations?rows=60"', "rsf.per_prompt=2", "rsf.samples=3", "rsf.bootstrap=6"]
 
