@@ -151,7 +151,7 @@ def test_fsdp_is_refused_for_rsf_and_unquantised_bases(tmp_path: Path) -> None:
     assert err.count("error: base.fsdp: rsf draws its answers token by token") == 1, err
     done = call(tmp_path, "dpo", "--all", *DIVIDED, "--set", "base.quantization=none")
     assert done.code == 2
-    assert "base.fsdp divides weights in 4-bit, and base.quantization is 'none'" in done.err
+    assert "base.fsdp shards 4-bit weights, but base.quantization is 'none'" in done.err
 
 
 @pytest.mark.parametrize("divides", ["FSDP", "DEEPSPEED"])

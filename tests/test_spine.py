@@ -366,7 +366,7 @@ def test_a_conversation(workspace: Path) -> None:
     assert "compare takes two" in terminal.say("/compare helpful=1")
     assert "expected NAME=NUMBER" in terminal.say("/w helpful=lots")
     assert "no preference or run" in terminal.say("/w unheard=1")
-    assert "not made for this base" in terminal.say(f"/w {alien}=1")
+    assert "does not fit this base" in terminal.say(f"/w {alien}=1")
     assert "helpful=0.3 harmless=-1" in terminal.say("/w")
     terminal.say("/retry")
     terminal.say("/system You are terse.")

@@ -196,7 +196,7 @@ def _named(data: str, subset: str) -> str:
 
 
 def identity(source: Source) -> str:
-    """Return a fingerprint of a source's rows without reading them; rows of a registered source depend on their name."""
+    """Return a fingerprint of a source's rows without reading them; a registered source's rows depend on its name."""
     if _registered(source.data):
         return source.data
     file = _file(source.data)

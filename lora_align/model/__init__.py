@@ -1,1 +1,1 @@
-"""The frozen 4-bit base: loading, tokens, log-probabilities, adapters over it, sampling."""
+"""The frozen 4-bit base model: loading, chat format, log-probabilities, mixing of vectors, sampling."""

@@ -1,4 +1,4 @@
-"""The one way a base is found, named and loaded. Everything that trains, samples or scores comes through here."""
+"""Locate, fingerprint and load the base model."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ from lora_align.model.template_check import check_template
 if TYPE_CHECKING:
     from peft import PeftModel
 
-KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; smaller bases quantise faster than they load
+KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
 MOVED = "LORA_ALIGN_CACHE moves the cache"
-HASH_ONCE_FROM = 1 << 26  # bytes; smaller files are hashed every time
+HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
 
 transformers.utils.logging.disable_default_handler()
 transformers.utils.logging.enable_propagation()
@@ -36,7 +36,7 @@ transformers.utils.logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Base:
-    """A base found on disk, not loaded yet: its folder, its name, and how it talks."""
+    """A base model on disk, not loaded yet: its folder, its fingerprint and its chat format."""
 
     folder: Path
     recipe: recipe.Base
@@ -46,7 +46,7 @@ class Base:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """Return what a manifest records about the base."""
         return {
             "model": self.recipe.model,
             "revision": self.recipe.revision,
@@ -57,7 +57,10 @@ class Base:
         }
 
     def load(self, keep_from: int = KEEP_QUANTIZED_FROM) -> PreTrainedModel:
-        """Load the frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one."""
+        """Load the frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one.
+
+        From `keep_from` bytes of weights on, the 4-bit model is cached on disk.
+        """
         weights = sum(file.stat().st_size for file in _weights(self.folder))
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
@@ -69,22 +72,27 @@ class Base:
             return model
         from lora_align.model.fsdp import shard_base
 
-        processes.meet()  # who meet for the first time get acquainted
-        with FileLock(runs.cache_folder() / ".dividing.lock"):  # one whole base in a machine's memory, not several
+        processes.meet()  # initialises torch.distributed
+        with FileLock(runs.cache_folder() / ".dividing.lock"):  # hold one whole base in memory at a time
             return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
 
 
 def find(base: recipe.Base, *, outline: bool = False) -> Base:
-    """Locate a base, name it by its weights, and make sure it has a chat template. Of an `outline` nothing is loaded:
-    its weights need not be there, and are not fetched."""
+    """Locate a base, hash its weights and check its chat template.
+
+    With `outline` the weights are neither fetched nor hashed, and need not exist.
+    """
     folder = _folder(base, outline)
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
     if base.fsdp and base.quantization != "nf4":
-        raise UserError(f"base.fsdp divides weights in 4-bit, and base.quantization is {base.quantization!r}")
+        raise UserError(
+            f"base.fsdp shards 4-bit weights, but base.quantization is {base.quantization!r}; "
+            'set base.quantization = "nf4" or base.fsdp = false'
+        )
     weights = [] if outline else _weights(folder)
     if not weights and not outline:
-        raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickled ones are not opened)")
+        raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickle files are not read)")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -111,26 +119,26 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
 
 
 def device() -> torch.device:
-    """The GPU if there is one, of several processes to each its own."""
+    """Return this process's GPU, or the CPU if there is no GPU."""
     return torch.device("cuda", processes.here()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_memory(where: torch.device) -> int:
-    """Return the bytes of a card's memory, or of this machine's."""
+    """Return the total memory of a GPU, or of this machine, in bytes."""
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).total_memory
     return int(psutil.virtual_memory().total)
 
 
 def inside(policy: "PeftModel") -> PreTrainedModel:
-    """The model that an adapter was put into, with the adapter in it."""
+    """Return the base model under the PEFT wrapper, with the adapter layers in place."""
     model = policy.get_base_model()
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def compute_dtype(base: recipe.Base) -> torch.dtype:
-    """What activations are computed in: bfloat16 where the card has it, float32 on a CPU."""
+    """Return the dtype of activations: float32 on a CPU, bfloat16 on a GPU that supports it, else float16."""
     if base.dtype != "auto":
         return getattr(torch, base.dtype)  # type: ignore[no-any-return]
     if device().type == "cpu":
@@ -152,11 +160,11 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     if folder := local_folder(base.model):
         return folder
     if base.model.count("/") != 1 or base.model.startswith((".", "/", "~")):
-        raise UserError(f"base.model {base.model!r} is neither a folder nor a model's hub id (owner/name)")
+        raise UserError(f"base.model {base.model!r} is neither a folder nor a hub id (owner/name)")
     return _from_hub(base.model, base.revision or None, outline)
 
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # what is known of a base without its weights
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # everything but the weights
 
 
 def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
@@ -164,32 +172,32 @@ def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
 
     wanted = [*SMALL_FILES, *([] if outline else ["*.safetensors"])]
     try:
-        # consolidated: Mistral's repositories hold every weight a second time in a form of their own
+        # consolidated*: Mistral's repositories store every weight a second time, in another format
         unwanted = ["original/*", "consolidated*"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except errors.GatedRepoError as fault:
         raise UserError(
-            f"base {name!r} is gated and this account has no access: ask for it at https://huggingface.co/{name}, "
-            "then `hf auth login`"
+            f"base {name!r} is gated and this account has no access: request access at "
+            f"https://huggingface.co/{name}, then run `hf auth login`"
         ) from fault
     except errors.RepositoryNotFoundError as fault:
-        raise UserError(f"no model {name!r} on the hub (or it is private: `hf auth login`)") from fault
+        raise UserError(f"no model {name!r} on the hub; if it is private, run `hf auth login`") from fault
     except errors.RevisionNotFoundError as fault:
         raise UserError(f"model {name!r} has no revision {revision!r}") from fault
     except errors.HFValidationError as fault:
-        raise UserError(f"base.model {name!r} is no hub id: {fault}") from fault
+        raise UserError(f"base.model {name!r} is not a valid hub id: {fault}") from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
         only = "".join(f" --include '{files}'" for files in SMALL_FILES) if outline else ""
         raise UserError(
-            f"base {name!r} is not in the cache and the hub cannot be reached; with a network: "
-            f"`hf download {name}{only}`, or name a local folder in base.model"
+            f"base {name!r} is not in the cache and the hub cannot be reached; with a network, run "
+            f"`hf download {name}{only}`, or set base.model to a local folder"
         ) from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise UserError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault
 
 
 def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedModel:
-    chosen: dict[str, Any] = {}  # what is not said is left to the model's own configuration
+    chosen: dict[str, Any] = {}  # settings that are not chosen come from the model's own configuration
     if base.quantization == "nf4" and not _comes_quantized(source):
         chosen["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -212,7 +220,7 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
     keep_plain(model)
     for module in model.modules():
-        # a frozen base is never noisy; an adapter's own dropout is the recipe's business
+        # the frozen base has no dropout; the recipe sets the adapter's dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):  # a number that attention kernels take
@@ -222,7 +230,7 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
 
 
 def _quantized(base: Base) -> Path:
-    """The folder that keeps this base in 4-bit, filled on first use."""
+    """Return the cache folder of this base in 4-bit. Fill the folder on first use."""
     settings = {
         "fingerprint": base.fingerprint,
         "double": base.recipe.double_quant,
@@ -233,7 +241,7 @@ def _quantized(base: Base) -> Path:
     if _comes_quantized(base.folder):
         return base.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process quantises, the others wait for it
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process quantises, the others wait
         if not folder.is_dir():
             staging = folder.with_name(f".{folder.name}.staging")
             shutil.rmtree(staging, ignore_errors=True)
@@ -245,14 +253,14 @@ def _quantized(base: Base) -> Path:
                 runs.sync(staging)
             except (OSError, SafetensorError) as fault:
                 shutil.rmtree(staging, ignore_errors=True)
-                why = f"the base in 4-bit could not be kept ({first_line(fault)})"
+                why = f"the 4-bit base could not be cached ({first_line(fault)})"
                 raise RunFailedError(f"{folder.parent}: {why}; {MOVED}") from fault
             staging.rename(folder)
     return folder
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files a base's weights are in, all of them there: the one, or those its index names."""
+    """Return the base's safetensors files: the single file, or every shard that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
@@ -272,7 +280,6 @@ def _comes_quantized(folder: Path) -> bool:
 
 
 def _stops(folder: Path, eos: int | None) -> frozenset[int]:
-    """The end-of-text ids the tokenizer and the base's generation settings name."""
     path = folder / "generation_config.json"
     settings: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     named = settings.get("eos_token_id")
@@ -281,10 +288,10 @@ def _stops(folder: Path, eos: int | None) -> frozenset[int]:
 
 
 def _weights_hash(file: Path) -> str:
-    """A file's sha256; large files are hashed once and remembered by path, size and time."""
+    """Return a file's sha256. The hash of a large file is cached under its path, size and modification time."""
     real = file.resolve()
     if real.parent.name == "blobs" and len(real.name) == 64:
-        return real.name  # the hub's cache names its blobs by their sha256
+        return real.name  # the hub's cache names a blob by its sha256
     status = real.stat()
     if status.st_size < HASH_ONCE_FROM:
         return runs.sha256(real)

@@ -1,4 +1,4 @@
-"""Conversations as token ids. Training and chat both come here, so a prefix always renders alike."""
+"""Conversion of conversations to token ids. Training and chat both use it, so they render a prefix alike."""
 
 import hashlib
 import json
@@ -14,23 +14,23 @@ from transformers import PreTrainedTokenizerBase
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 
-PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand for control tokens in somebody's text
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand in for control tokens in a message
 PROBE = "\N{BALLOT BOX WITH CHECK}answer\N{BALLOT BOX WITH CHECK}"
-CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # some tokenizers also add runs of spaces, which are only text
-UNFIT = (ArithmeticError, MemoryError, RecursionError, SyntaxError)  # a template's, beside those Jinja names
+CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # other added tokens, such as runs of spaces, are plain text
+UNFIT = (ArithmeticError, MemoryError, RecursionError, SyntaxError)  # faults of a template besides Jinja's own
 OPENING = 12  # tokens that an error quotes
-Answered = tuple[list[int], list[list[int]]]  # a prompt, and the answers to it
+Answered = tuple[list[int], list[list[int]]]  # a prompt and the answers to it
 StandIns = Mapping[str, str]  # private character → the control token it stands for
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:
-    """What token ids say, with the special ones among them or without."""
+    """Decode token ids to text, with or without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer, the template in force and its keyword arguments."""
+    """A tokenizer, a chat template and the template's keyword arguments."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -38,21 +38,21 @@ class ChatFormat:
     also_stops: frozenset[int] = frozenset()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation so far, up to where the assistant speaks."""
+        """Return the ids of a conversation, with the generation prompt at its end."""
         stand_ins = self._stand_ins(messages)
         return self._encode(self._render(messages, stand_ins, generation=True), stand_ins)
 
     def answer_ids(self, prompt: Sequence[Message], answer: str, *, ended: bool = True) -> list[int]:
-        """What the assistant then says, up to and including the token it stops with, where it came to that."""
+        """Return the ids of the answer that follows `prompt`. Unless it `ended`, leave out the stop token."""
         ids = self.answered(prompt, [answer])[1][0]
         return ids if ended or len(ids) == 1 else ids[:-1]
 
     def answered(self, prompt: Sequence[Message], answers: Sequence[str]) -> Answered:
-        """The conversation so far, and each answer to it as it would be said."""
+        """Return the ids of the prompt, and of each answer up to and including its stop token."""
         return self.answered_each([(prompt, answers)])[0]
 
     def answered_each(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[Answered]:
-        """The same of many, as tokenizers take many texts on all cores at once."""
+        """Do `answered` for many prompts at once: tokenizers process a batch on all cores."""
         said = [[Message("assistant", answer) for answer in answers] for _, answers in asked]
         stand_ins = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, said, strict=True)]
         texts = [
@@ -70,37 +70,40 @@ class ChatFormat:
         return found
 
     def _answer(self, before: list[int], said: Message, whole: list[int], stand_ins: StandIns) -> list[int]:
-        """Behind the conversation so far, up to and including the token it stops with."""
+        """Return the ids of the answer, up to and including its stop token.
+
+        `before` is the prompt's ids, `whole` the ids of prompt and answer rendered together.
+        """
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
-        else:  # the template shows a finished turn differently (as with thoughts): say what chat would hear
+        else:  # the template renders a finished turn differently, for example without thoughts: use the raw answer
             ids = self._encode(self._hidden(said, stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters that a token can stand for, at most."""
+        """The length of the longest token, in characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def opening(self, ids: Sequence[int]) -> str:
-        """How a text begins, for an error to quote."""
+        """Return the beginning of a text, for an error to quote."""
         text = " ".join(text_of(self.tokenizer, ids[:OPENING]).split())
         return repr(text + (" …" if len(ids) > OPENING else ""))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Any of these ends an answer: the template's own end of turn, and the base's."""
+        """The ids that end an answer: the template's end of turn, and the stop tokens of the base."""
         return frozenset({self._stop, *self.also_stops})
 
     def fingerprint(self) -> str:
-        """Names the vocabulary, the template and its arguments."""
+        """Return a hash of the vocabulary, the template and its arguments."""
         parts = [sorted(self.tokenizer.get_vocab().items()), self.template, sorted(self.template_kwargs.items())]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     @cached_property
     def _controls(self) -> dict[str, int]:
-        """Special tokens, and added ones that look like them (as <think>): text is cut at these before it is split."""
+        """The special tokens, and added tokens that look like them (such as <think>), with their ids."""
         added = {
             token.content: i
             for i, token in self.tokenizer.added_tokens_decoder.items()
@@ -111,30 +114,36 @@ class ChatFormat:
 
     @cached_property
     def _stop(self) -> int:
-        """The first control token the template puts behind an answer, else the tokenizer's end of text."""
+        """The first control token that the template puts after an answer, else the tokenizer's end of text."""
         text = self._render([Message("user", "?"), Message("assistant", PROBE)], {}, generation=False)
         ids = self.tokenizer(text.partition(PROBE)[2], add_special_tokens=False)["input_ids"]
         controls = [token for token in ids if token in self._controls.values()]
         stop = controls[0] if controls else self.tokenizer.eos_token_id
         if stop is None:
-            raise UserError("the base's tokenizer has no end-of-text token and its chat template ends no turn with one")
+            raise UserError(
+                "the base's tokenizer has no end-of-text token and its chat template ends a turn without one; "
+                "give a template in the recipe: base.chat_template"
+            )
         return int(stop)
 
     @cached_property
     def _special(self) -> frozenset[str]:
-        """The control tokens nobody may write. The others an assistant may: templates look for its </think>."""
+        """The control tokens that no message may contain as ids.
+
+        The other control tokens are allowed in assistant messages, because templates look for </think> there.
+        """
         added = self.tokenizer.added_tokens_decoder.values()
         return frozenset({t.content for t in added if t.special} | set(self.tokenizer.all_special_tokens))
 
     def _stand_ins(self, messages: Sequence[Message]) -> StandIns:
-        """A private character, unused so far, for each control token somebody has spelled out; longest first."""
+        """Assign an unused private character to each control token that a message spells out, longest first."""
         text = "".join(m.content for m in messages)
         spelled = sorted((token for token in self._controls if token in text), key=len, reverse=True)
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
         return dict(zip(unused, spelled, strict=False))
 
     def _render(self, messages: Sequence[Message], stand_ins: StandIns, *, generation: bool) -> str:
-        """The template applied, with the control tokens of its own and nobody else's."""
+        """Apply the template. Control tokens in messages are replaced by their stand-ins."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -151,7 +160,7 @@ class ChatFormat:
             raise UserError(f"base.chat_template fails on a conversation of {roles}: {why}") from fault
 
     def _hidden(self, message: Message, stand_ins: StandIns) -> str:
-        """A message's text with its control tokens replaced by their stand-ins."""
+        """Return a message's text with its control tokens replaced by their stand-ins."""
         text = message.content
         for character, token in stand_ins.items():
             if token in self._special or message.role != "assistant":
@@ -159,7 +168,10 @@ class ChatFormat:
         return text
 
     def _encode(self, text: str, stand_ins: StandIns) -> list[int]:
-        """Control tokens of the template become control ids; those in user text stay words, in two halves."""
+        """Tokenise a rendered text. The template's control tokens become control ids; a stand-in's token stays text.
+
+        The text of such a token is tokenised in two halves, so that it does not become the control id.
+        """
         ids: list[int] = []
         for part in re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]:
             literal = stand_ins.get(part)

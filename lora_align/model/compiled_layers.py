@@ -1,4 +1,4 @@
-"""A model whose layers are compiled while it trains."""
+"""Compilation of a model's layers with `torch.compile` while it trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from lora_align.errors import RunFailedError, first_line
 
 @contextmanager
 def compiled_layers(model: Module, *, wanted: bool = True) -> Iterator[None]:
-    """Each layer runs as a program made of it, one for all layers and lengths; afterwards as it did before."""
+    """Compile every layer inside the block, with dynamic shapes. Restore the eager layers at its end."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,4 +1,4 @@
-"""One answer, token by token, over a cache that later turns can go on from."""
+"""Streaming of one answer, with a key-value cache that later turns of the chat reuse."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from lora_align.model.kv_cache import growing_cache
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. A temperature of 0 takes the likeliest."""
+    """Sampling settings. A temperature of 0 means greedy decoding."""
 
     temperature: float = 0.7
     top_p: float = 1.0
@@ -23,13 +23,13 @@ class Sampling:
 
 @dataclass
 class PrefixCache:
-    """Keys and values of the tokens seen so far; forgotten when the weights change."""
+    """Keys and values of the tokens so far. Call `forget` when the weights change."""
 
     cache: DynamicCache | None = None
     tokens: list[int] = field(default_factory=list)
 
     def forget(self) -> None:
-        """Start from nothing next time."""
+        """Empty the cache."""
         self.cache, self.tokens = None, []
 
 
@@ -41,7 +41,7 @@ def stream_tokens(
     sampling: Sampling,
     memory: PrefixCache | None = None,
 ) -> Iterator[int]:
-    """Yield an answer's tokens, without the stop token. What `memory` shares with the prompt is not computed again."""
+    """Yield an answer's tokens, without the stop token. The prefix that `memory` holds is not recomputed."""
     memory = memory if memory is not None else PrefixCache()
     if memory.cache is None or list(prompt[: len(memory.tokens)]) != memory.tokens or len(memory.tokens) >= len(prompt):
         memory.forget()
@@ -61,14 +61,14 @@ def stream_tokens(
 
 
 def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from logits [vocabulary]."""
+    """Sample one token from logits [vocabulary]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Softmax at the temperature over the last dimension, cut to the nucleus; what is left is not scaled up again."""
+    """Return the softmax at the temperature, with tokens outside the nucleus (top-p) set to 0 and not renormalised."""
     p = torch.softmax(logits / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered, order = p.sort(descending=True, dim=-1)
@@ -78,7 +78,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
-    """Decode a stream piece by piece, holding back a character until all its bytes are there."""
+    """Decode a stream of tokens into pieces of text. Yield a character only when all its bytes have arrived."""
     pending: list[int] = []
     context: list[int] = []
     for token in tokens:

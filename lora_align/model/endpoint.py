@@ -1,4 +1,4 @@
-"""Answers from an OpenAI-compatible server: vLLM, SGLang, a cluster of them, or any other."""
+"""The sampler over an OpenAI-compatible server, such as vLLM or SGLang."""
 
 import asyncio
 import json
@@ -21,20 +21,19 @@ from lora_align.model.sampler import SampledText
 from lora_align.recipe import Recipe
 
 KEY = "OPENAI_API_KEY"
-AT_ONCE = 32  # requests on their way
+AT_ONCE = 32  # concurrent requests
 DEADLINE = 600.0  # seconds for one prompt's answers, retries included
-PATIENCE = 30.0  # seconds between two tries, at most
-LARGEST = 16 << 20  # bytes of one answer; every prompt's n answers at 4,096 tokens are a small part of it
-BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
-REFUSED = (400, 413, 422)  # a request for what it is; a prompt that does not fit is one of the reasons
-
+LONGEST_PAUSE = 30.0  # seconds between two tries, at most
+LARGEST = 16 << 20  # bytes of one response, far more than n answers of 4,096 tokens take
+BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that are retried
+REFUSED = (400, 413, 422)  # status codes of a bad request, for example when the prompt does not fit the context
 
 Task = asyncio.Task[list[SampledText]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said to one request: all of it, within the time and the size that were allowed."""
+    """A server's whole response to one request."""
 
     url: str
     status: int
@@ -42,39 +41,38 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Its words, whatever they are."""
         return self.content.decode("utf-8", "replace")
 
     @property
     def told(self) -> str:
-        """What it says, in a line."""
+        """Return the beginning of the response in one line, for an error to quote."""
         return " ".join(self.text[:1000].split())[:200]
 
     def object(self) -> dict[str, Any]:
-        """The JSON object that it is, or an error that names the server."""
+        """Parse the response as a JSON object. Raise an error that names the server if it is none."""
         try:
             found = json.loads(self.content)
         except (ValueError, RecursionError) as fault:
-            raise RunFailedError(f"{self.url}: not JSON ({first_line(fault)}): {self.told}") from fault
+            raise RunFailedError(f"{self.url}: the response is not JSON ({first_line(fault)}): {self.told}") from fault
         if not isinstance(found, dict):
-            raise RunFailedError(f"{self.url}: JSON, but no object: {self.told}")
+            raise RunFailedError(f"{self.url}: the response is not a JSON object: {self.told}")
         return found
 
     def models(self) -> list[str]:
-        """The names of the models a server lists."""
+        """Return the model names in a response to /v1/models."""
         try:
             return [_text(entry["id"]) for entry in self.object()["data"]]
         except (KeyError, TypeError) as fault:
-            raise RunFailedError(f"{self.url}: no list of models: {self.told}") from fault
+            raise RunFailedError(f"{self.url}: the response is not a list of models: {self.told}") from fault
 
     def choices(self) -> list[tuple[str, bool]]:
-        """The answers in a chat completion, and of each whether it came to its end."""
+        """Return each answer of a chat completion, and whether it reached its stop token."""
         try:
             found = [(_text(one["message"]["content"]), one.get("finish_reason") == "stop") for one in self._listed()]
         except (KeyError, TypeError, AttributeError) as fault:
-            raise RunFailedError(f"{self.url}: no chat completion: {self.told}") from fault
+            raise RunFailedError(f"{self.url}: the response is not a chat completion: {self.told}") from fault
         if not found:
-            raise RunFailedError(f"{self.url}: an answer without choices: {self.told}")
+            raise RunFailedError(f"{self.url}: the response has no choices: {self.told}")
         return found
 
     def _listed(self) -> list[Any]:
@@ -86,12 +84,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and the name of a model it serves."""
+    """Samples from one model on a server."""
 
     url: str
     model: str
     deadline: float = DEADLINE
-    template: Mapping[str, Any] = field(default_factory=dict)  # the chat template's arguments
+    template: Mapping[str, Any] = field(default_factory=dict)  # chat_template_kwargs
 
     @classmethod
     def at(
@@ -102,14 +100,14 @@ class Endpoint:
         template: Mapping[str, Any] | None = None,
         options: tuple[str, str] = ("--endpoint", "--model"),
     ) -> "Endpoint":
-        """The server at an address, with or without /v1 at its end; unnamed, the model is the only one it has.
+        """Connect to the server at `address`, with or without /v1 at its end.
 
-        `options` are what a person has given both by.
+        Without a name, `model` is the only model of the server. Errors name the `options` for address and model.
         """
         url = address.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{options[0]} {address!r}: expected http://HOST:PORT or https://…")
-        answer = _reached(f"{url}/v1/models", min(deadline, PATIENCE))  # nobody waits for a server that is not there
+        answer = _get(f"{url}/v1/models", min(deadline, LONGEST_PAUSE))  # fails soon if there is no server
         if not model:
             if answer.status != httpx.codes.OK:
                 raise UserError(f"{answer.url}: {answer.status} {answer.told}; name the model with {options[1]} NAME")
@@ -120,13 +118,13 @@ class Endpoint:
         return cls(url, model, deadline, template or {})
 
     def fits(self, prompt: Prompt) -> bool:
-        """The server will tell."""
+        """Return True: only the server knows its context length."""
         return True
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
-        """A prompt's answers at a time, as they come; the first failure ends it, and nobody waits for the others."""
+        """Yield the answers prompt by prompt, as they arrive. The first failure cancels all other requests."""
         with asyncio.Runner() as runner:
-            client, waiting = runner.run(self._begun(prompts, n, sampling))
+            client, waiting = runner.run(self._start(prompts, n, sampling))
             try:
                 while waiting:
                     done, waiting = runner.run(_first_of(waiting))
@@ -137,7 +135,7 @@ class Endpoint:
                     task.cancel()
                 runner.run(client.aclose())
 
-    async def _begun(
+    async def _start(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
     ) -> tuple[httpx.AsyncClient, set[Task]]:
         client, gate = _client(), asyncio.Semaphore(AT_ONCE)
@@ -149,18 +147,18 @@ class Endpoint:
         return client, {asyncio.create_task(answers(index, prompt)) for index, prompt in enumerate(prompts)}
 
     def load_adapter(self, folder: Path, name: str, recipe: Recipe) -> "Endpoint":
-        """Have the server load an adapter, by vLLM's way of doing so; the same server under the adapter's name."""
+        """Load an adapter on the server through vLLM's API. Return an endpoint for the model with this adapter."""
 
-        async def loaded() -> Answer:
+        async def load() -> Answer:
             async with _client() as client:
                 body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
                 until = time.monotonic() + self.deadline
                 return await self._send(client, "/v1/load_lora_adapter", body, until)
 
-        answer = asyncio.run(loaded())
+        answer = asyncio.run(load())
         if answer.status != httpx.codes.OK:
             raise UserError(
-                f"{self.url} cannot load adapters while it runs ({answer.status} {answer.told}); "
+                f"{self.url} cannot load adapters at run time ({answer.status} {answer.told}); "
                 f"serve the base with: {serve_line(recipe)}"
             )
         return replace(self, model=name)
@@ -168,7 +166,7 @@ class Endpoint:
     async def _answers(
         self, client: httpx.AsyncClient, index: int, prompt: Prompt, n: int, sampling: Sampling
     ) -> list[SampledText]:
-        """All n, or none where the prompt does not fit; a server that knows nothing of `n` is asked for the others."""
+        """Return n answers, or none if the prompt does not fit. Repeat the request if the server ignores `n`."""
         until = time.monotonic() + self.deadline
         found: list[SampledText] = []
         while len(found) < n:
@@ -194,11 +192,11 @@ class Endpoint:
         return found
 
     async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Answer:
-        """Post, and again with growing pauses while the server is busy or away, until the time is over."""
-        pause, why = 0.5, "it did not answer to the end"
+        """Post a request. While the server is busy or down, retry with growing pauses until the deadline."""
+        pause, why = 0.5, "no complete response"
         while True:
             try:
-                answer = await _asked(client, self.url + path, until - time.monotonic(), body)
+                answer = await _request(client, self.url + path, until - time.monotonic(), body)
                 if answer.status not in BUSY:
                     return answer
                 why = f"{answer.status} {answer.told}"
@@ -206,11 +204,11 @@ class Endpoint:
                 why = first_line(fault)
             except TimeoutError:
                 pass
-            wait = pause * random.uniform(0.5, 1.5)  # many clients do not come back as one
+            wait = pause * random.uniform(0.5, 1.5)  # so that many clients do not retry at the same moment
             if time.monotonic() + wait > until:
                 raise RunFailedError(f"{self.url}{path}: gave up after {self.deadline:g} s ({why})")
             await asyncio.sleep(wait)
-            pause = min(2 * pause, PATIENCE)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 async def _first_of(waiting: set[Task]) -> tuple[set[Task], set[Task]]:
@@ -222,8 +220,8 @@ def _client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=None, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
-async def _asked(client: httpx.AsyncClient, url: str, seconds: float, body: dict[str, Any] | None = None) -> Answer:
-    """Get, or post a body. The time and LARGEST hold for all of the answer, however slowly it comes."""
+async def _request(client: httpx.AsyncClient, url: str, seconds: float, body: dict[str, Any] | None = None) -> Answer:
+    """Send a GET request, or a POST request with a body. `seconds` and LARGEST limit the whole response."""
     content = bytearray()
     async with (
         asyncio.timeout(max(seconds, 0)),
@@ -232,37 +230,35 @@ async def _asked(client: httpx.AsyncClient, url: str, seconds: float, body: dict
         async for piece in answer.aiter_bytes():
             content += piece
             if len(content) > LARGEST:
-                raise RunFailedError(f"{url}: an answer of more than {LARGEST >> 20} MB")
+                raise RunFailedError(f"{url}: the response exceeds {LARGEST >> 20} MB")
         return Answer(url, answer.status_code, bytes(content))
 
 
-def _reached(url: str, seconds: float) -> Answer:
-    """What a server answers to a question that any of them can; an error where there is none."""
-
-    async def reached() -> Answer:
+def _get(url: str, seconds: float) -> Answer:
+    async def get() -> Answer:
         async with _client() as client:
-            return await _asked(client, url, seconds)
+            return await _request(client, url, seconds)
 
     try:
-        return asyncio.run(reached())
+        return asyncio.run(get())
     except TimeoutError:
-        raise UserError(f"{url}: no whole answer within {seconds:g} s") from None
+        raise UserError(f"{url}: no complete response within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL) as fault:
         raise UserError(f"no server at {url} ({first_line(fault)})") from fault
 
 
 def _text(value: object) -> str:
-    """Text of a server, nothing for null; half characters, which no file can hold, are replaced."""
+    """Return text from a server, "" for null. Lone surrogates, which UTF-8 cannot encode, are replaced."""
     if value is not None and not isinstance(value, str):
         raise TypeError
     return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def serve_line(recipe: Recipe) -> str:
-    """How to serve a recipe's base with vLLM so that adapters can be loaded while it runs."""
+    """Return the command that serves a recipe's base with vLLM so that adapters can be loaded at run time."""
     base, own = recipe.base, (recipe.rsf and recipe.rsf.lora) or recipe.lora
-    rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # the start adapter goes with it
-    rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # it is loaded to see if one can
+    rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # policies include SFT
+    rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # loaded to test the server
     ranks = [size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank]
     model = str(local_folder(base.model) or base.model)
     words = ["vllm", "serve", model, *(["--revision", base.revision] if base.revision else [])]

@@ -1,7 +1,7 @@
-"""A 4-bit base that is divided among processes: each keeps a part of every layer, and has one or two of them whole.
+"""FSDP for the frozen 4-bit base: each process stores a shard of every layer and gathers one or two layers at a time.
 
-What is frozen is divided and nothing else: adapters, optimisers and checkpoints stay what they are. As a layer comes
-together only when every process asks for it, all go through the base equally often, and so do those that are done.
+Only the base is sharded. Adapters, optimisers and checkpoints stay whole. Gathering is a collective operation, so all
+processes must run the base's forward equally often: a process that is done runs dummy passes until all are done.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from lora_align import processes
 from lora_align.errors import OutOfStepError, UserError
 from lora_align.model.nf4 import Linear4bit
 
-IDLE = [[0, 0]]  # tokens that are read for company
+DUMMY = [[0, 0]]  # token ids of a dummy pass
 
 
 def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Leave each process its part of a loaded base's 4-bit weights, and the rest whole, on its device."""
+    """Shard a loaded base's 4-bit weights over all processes. Move the shard and all other tensors to `device`."""
     decoder = model.get_decoder()
     linears = [module for module in decoder.modules() if isinstance(module, Linear4bit)]
     weights: list[Any] = [linear.weight for linear in linears]
@@ -33,57 +33,59 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    for linear, (double, kind, state) in zip(linears, kinds, strict=True):  # PEFT asks a weight for them
-        weight: Any = linear.weight  # another one by now
+    for linear, (double, kind, state) in zip(linears, kinds, strict=True):  # PEFT reads them
+        weight: Any = linear.weight  # FSDP has replaced it
         weight.compress_statistics, weight.quant_type = double, kind
         state.to(device)
-        linear.quant_state = state  # which bitsandbytes looks for here once a weight has lost it
+        linear.quant_state = state  # bitsandbytes looks here if the weight has none
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
-    model._is_accelerate_prepared = True  # type: ignore[assignment]  # a trainer is to leave it as it is
+    model._is_accelerate_prepared = True  # type: ignore[assignment]  # keeps the trainer from wrapping it
     processes.in_step = True
     return model
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether this process has a part of it only."""
+    """Return whether the model's weights are sharded."""
     return isinstance(model.get_decoder(), FSDPModule)
 
 
 @contextmanager
 def in_step(model: PreTrainedModel, *, learning: bool = False) -> Iterator[None]:
-    """A process that is done, or fails, keeps running the base's forward until all are done: they gather its parts."""
+    """Keep processes with a sharded base in step: at the end, run dummy passes until all processes are done.
+
+    A process that fails with a UserError does the same before it raises. With `learning` dummy passes run backward too.
+    """
     if not is_sharded(model):
         yield
         return
-    asking = model.get_decoder().register_forward_pre_hook(_asked)
+    hook = model.get_decoder().register_forward_pre_hook(_announce_pass)
     try:
         yield
     except OutOfStepError:
         raise
     except UserError:
-        asking.remove()
-        _keep_company(model, learning)
+        hook.remove()
+        _run_dummy_passes(model, learning)
         raise
-    asking.remove()
-    _keep_company(model, learning)
+    hook.remove()
+    _run_dummy_passes(model, learning)
 
 
-def _asked(_decoder: Module, _inputs: object) -> None:
-    """As a hook before the base is gone through: tells those who may be done."""
-    _anybody(reads=True)
+def _announce_pass(_decoder: Module, _inputs: object) -> None:
+    _any_process(runs=True)
 
 
-def _anybody(*, reads: bool) -> bool:
-    """Whether any process is about to go through the base; all of them ask at once."""
-    count = torch.tensor(float(reads), device="cuda" if torch.cuda.is_available() else "cpu")
+def _any_process(*, runs: bool) -> bool:
+    """All-reduce whether any process is about to run the base's forward."""
+    count = torch.tensor(float(runs), device="cuda" if torch.cuda.is_available() else "cpu")
     torch.distributed.all_reduce(count)
     return bool(count)
 
 
-def _keep_company(model: PreTrainedModel, learning: bool) -> None:
-    ids = torch.tensor(IDLE, device=model.device)
-    while _anybody(reads=False):
+def _run_dummy_passes(model: PreTrainedModel, learning: bool) -> None:
+    ids = torch.tensor(DUMMY, device=model.device)
+    while _any_process(runs=False):
         with torch.set_grad_enabled(learning):
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         if learning:

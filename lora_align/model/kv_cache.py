@@ -1,4 +1,4 @@
-"""Keys and values with room for more tokens, so that a step writes one token in place of copying all before it."""
+"""A key-value cache that preallocates, so that a step writes one token and does not copy all earlier ones."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-MORE = 64  # tokens that there is room for, at least, whenever there has to be more
+MORE = 64  # free tokens of a new allocation, at least
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values [b, heads, t, d], each the beginning of a longer tensor."""
+    """One layer's keys and values [b, heads, t, d], each a view of the beginning of a longer tensor."""
 
     room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens; return the keys and values of all."""
+        """Append tokens. Return the keys and values of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held: tuple[Any, Any] = self.keys, self.values
@@ -29,7 +29,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _with_room(self, held: Tensor, fresh: Tensor, tokens: int) -> Tensor:
-        """Return a tensor that begins with what is held and has room for a half more than so many tokens."""
+        """Return a tensor that begins with `held` and has room for `tokens` tokens and half as many more."""
         batch, heads, _, width = fresh.shape
         room = fresh.new_empty(batch, heads, tokens + max(MORE, tokens // 2), width)
         if held.numel():
@@ -38,7 +38,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache for a model; layers that keep a window, or something else, are transformers' own."""
+    """Return an empty cache for a model. Only full-attention layers preallocate; the others are transformers' own."""
     cache = DynamicCache(config=model.config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
     return cache

@@ -1,7 +1,7 @@
-"""How likely a model finds given answers: the log-probabilities of their tokens, and of nothing else.
+"""Log-probabilities of given answers under a model.
 
-Only positions that predict an answer's token ever reach the vocabulary, some at a time, and answers to one prompt share
-it.
+Logits are computed only at positions that predict an answer's token, a chunk at a time. Answers to one prompt share the
+pass over the prompt.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +16,16 @@ from lora_align.errors import RunFailedError, UserError
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone, noise
 
-Answered = tuple[list[int], list[int]]  # token ids of a prompt, and of the answer behind it
-Shared = tuple[list[int], Sequence[list[int]]]  # a prompt, and several answers to it
+Answered = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
+Shared = tuple[list[int], Sequence[list[int]]]  # a prompt and several answers to it
 Found = TypeVar("Found")
-TOKENS = 8192  # computed at once where nobody says otherwise
-LOGITS = 2**24  # computed at once: positions times vocabulary
+TOKENS = 8192  # computed at once by default
+LOGITS = 2**24  # computed at once: positions × vocabulary
 
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of a backbone's states: a linear layer, times `scale`, then bent so as not to exceed `cap`."""
+    """A model's output head: cap · tanh(scale · layer(states) / cap), without the tanh if `cap` is 0."""
 
     layer: nn.Module
     scale: float
@@ -33,7 +33,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
-        """A model's own, after it was found to say what the model says."""
+        """Return the head of a model, after checking that its logits are those of the model."""
         head = cls.unchecked(model)
         ids = torch.arange(4, 12, device=model.device)[None]
         with torch.no_grad():
@@ -43,26 +43,26 @@ class Head:
         if theirs.isnan().any():
             raise _not_finite(model)
         if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=noise(model, theirs)):
-            raise UserError(f"{type(model).__name__} computes its logits in a way that is not supported")
+            raise UserError(f"{type(model).__name__} computes its logits in an unsupported way; use another base.model")
         return head
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Head":
-        """A model's own, by its configuration."""
+        """Return the head that the model's configuration describes."""
         config = model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
     def logits(self, states: Tensor) -> Tensor:
-        """[n, d] to [n, v] in float32."""
+        """Map states [n, d] to logits [n, v] in float32."""
         logits = self.layer(states.to(self._dtype(states))).float() * self.scale
-        bent: Tensor = self.cap * (logits / self.cap).tanh() if self.cap else logits
-        return bent
+        capped: Tensor = self.cap * (logits / self.cap).tanh() if self.cap else logits
+        return capped
 
     def logprobs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """log p of each target [n] behind its state [n, d], in float32, and whether it was the likeliest."""
-        plain = type(self.layer) is nn.Linear and not self.layer.weight.requires_grad and self.layer.bias is None
-        if plain:
+        """Return log p of each target [n] after its state [n, d], in float32, and whether it is the likeliest token."""
+        frozen = type(self.layer) is nn.Linear and not self.layer.weight.requires_grad and self.layer.bias is None
+        if frozen:
             return _Logprobs.apply(states, self.layer.weight, targets, self.scale, self.cap)  # type: ignore[no-any-return, no-untyped-call]
         logits = self.logits(states)
         found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
@@ -74,9 +74,12 @@ class Head:
 
 
 class _Logprobs(torch.autograd.Function):
-    """log p_target of a frozen head. The gradient to the states, W[target] − Σ p W, is made on the way, some positions
-    at a time, so that no pass over the vocabulary is kept or made twice. The memory for those passes is had once:
-    the kernel takes longer to hand out such pages than arithmetic takes to fill them."""
+    """log p(target) of a frozen linear head.
+
+    The forward pass also computes the gradient for the states, W[target] − Σ p W, a chunk of positions at a time. So no
+    logits are stored or computed twice. The buffers are allocated once and reused: allocating them for every chunk
+    takes longer than computing their content.
+    """
 
     @staticmethod
     def forward(
@@ -91,23 +94,23 @@ class _Logprobs(torch.autograd.Function):
         likeliest = torch.empty(len(states), dtype=torch.bool, device=states.device)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         rows = max(1, min(len(states), LOGITS // len(weight)))
-        made = torch.empty(rows, len(weight), dtype=weight.dtype, device=states.device)
-        chances = torch.empty(made.shape, dtype=torch.float32, device=states.device)  # the two are used over and over
+        logits_buffer = torch.empty(rows, len(weight), dtype=weight.dtype, device=states.device)
+        p_buffer = torch.empty(logits_buffer.shape, dtype=torch.float32, device=states.device)
         for start in range(0, len(states), rows):
             part = slice(start, start + rows)
             wanted = targets[part, None]
-            logits = torch.mm(states[part].to(weight.dtype) * scale, weight.T, out=made[: len(wanted)])
+            logits = torch.mm(states[part].to(weight.dtype) * scale, weight.T, out=logits_buffer[: len(wanted)])
             if cap:
                 logits = cap * (logits.float() / cap).tanh_()
-            p = torch.softmax(logits, -1, dtype=torch.float32, out=chances[: len(wanted)])
-            highest, said = logits.amax(-1).float(), logits.gather(-1, wanted)[:, 0].float()
-            found[part] = said - highest + p.amax(-1).log_()
-            likeliest[part] = said == highest
+            p = torch.softmax(logits, -1, dtype=torch.float32, out=p_buffer[: len(wanted)])
+            highest, target = logits.amax(-1).float(), logits.gather(-1, wanted)[:, 0].float()
+            found[part] = target - highest + p.amax(-1).log_()
+            likeliest[part] = target == highest
             if slopes is not None:
                 wanted_row = weight[wanted[:, 0]]
                 if cap:
-                    bent = 1 - (logits / cap).square_()
-                    p, wanted_row = p.mul_(bent), wanted_row * bent.gather(-1, wanted).to(weight.dtype)
+                    tanh_slope = 1 - (logits / cap).square_()
+                    p, wanted_row = p.mul_(tanh_slope), wanted_row * tanh_slope.gather(-1, wanted).to(weight.dtype)
                 slopes[part] = ((wanted_row - p.to(weight.dtype) @ weight) * scale).to(states.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
@@ -122,41 +125,41 @@ class _Logprobs(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that reads answers behind their prompts."""
+    """Computes log-probabilities of answers to prompts."""
 
     head: Head
     backbone: Backbone
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Reader":
-        """Find out what the model bears."""
+        """Return a reader for a model, after checking the model's head and whether it can pack rows."""
         return cls(Head.of(model), Backbone.of(model))
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Reader":
-        """Go by the model's configuration alone, as it need not have weights."""
+        """Return a reader by the model's configuration alone. The model may be on the meta device."""
         return cls(Head.unchecked(model), Backbone.unchecked(model))
 
     def padded(self) -> "Reader":
-        """Return one that pads rows: a compiled layer would be compiled anew for every other division into rows."""
+        """Return a reader that pads rows. Compiled layers need it: packing would recompile them for every batch."""
         return replace(self, backbone=replace(self.backbone, longest=0))
 
     def length(self, row: Shared) -> int:
-        """Count the tokens that a prompt with its answers takes."""
+        """Return how many tokens a prompt with its answers takes in a pass."""
         return self.backbone.length([row[0], *row[1]])
 
     def sums(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor]:
-        """Return log π of every answer, in their order [a], and how many of its tokens were the likeliest [a]."""
+        """Return log π of every answer in order [a], and how many of its tokens are the likeliest [a]."""
         read, lengths = self._read(rows)
         sums, hits = (torch.stack([part.sum() for part in of.split(lengths)]) for of in read)
         return sums, hits
 
     def tokens(self, rows: Sequence[Answered]) -> Tensor:
-        """Return log π of every token of the answers, in their order [n]."""
+        """Return log π of every token of the answers in order [n]."""
         return self._read([(prompt, [answer]) for prompt, answer in rows])[0][0]
 
     def _read(self, rows: Sequence[Shared]) -> tuple[tuple[Tensor, Tensor], list[int]]:
-        """Return log π of every token of every answer, whether it was the likeliest, and the answers' lengths."""
+        """Return log π of every answer token, whether it is the likeliest, and the answers' lengths."""
         states = self.backbone.states([[prompt, *answers] for prompt, answers in rows])
         at, targets, lengths, start = list[int](), list[int](), list[int](), 0
         for prompt, answers in rows:
@@ -170,7 +173,7 @@ class Reader:
         return self.predicted(states, at, targets), lengths
 
     def predicted(self, states: Sequence[Tensor], at: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return log p of targets behind places of the joined states, and whether each was the likeliest."""
+        """Return log p of each target after position `at` of the concatenated states, and whether it is likeliest."""
         whole = torch.cat(list(states))
         where = whole.device
         picked = whole[torch.tensor(at, dtype=torch.long, device=where)]
@@ -178,8 +181,9 @@ class Reader:
 
 
 def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Yield indices of rows to compute together, of about one length, the longest first. Padded to one length, a part
-    would hold at most `budget` tokens; a row longer than that is computed by itself.
+    """Group rows of similar length, the longest first. Yield the row indices of each part.
+
+    Padded to equal length, a part holds at most `budget` tokens. A longer row is a part of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -192,14 +196,14 @@ def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def in_parts(
     lengths: Sequence[int], room: MemoryBudget, work: Callable[[list[int]], Found]
 ) -> Iterator[tuple[list[int], Found]]:
-    """Do some work on rows in parts; yield each part and what came of it. Memory that runs out halves `room`."""
+    """Call `work` on rows in parts. Yield each part and its result. If memory runs out, halve `room` and retry."""
     left = list(range(len(lengths)))
     while left:
         done: set[int] = set()
         for picked in parts([lengths[i] for i in left], room.size):
             part = [left[i] for i in picked]
             found = room.attempt(lambda _: (work(part),), least=lengths[part[0]])  # noqa: B023 - called at once
-            if found is None:  # the parts were too large: divide what is left anew
+            if found is None:  # the part was too large: regroup the remaining rows
                 break
             done.update(part)
             yield part, found[0]
@@ -213,7 +217,10 @@ def answer_logprobs(
     room: MemoryBudget,
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """log π(answer | prompt) of every answer, in their order, in float32 on the CPU; `report` hears of rows done."""
+    """Return log π(answer | prompt) of every answer in order, float32, on the CPU.
+
+    `report` is called with the number of rows done.
+    """
     if not rows:
         return torch.empty(0)
     reader = Reader.of(model)
@@ -229,12 +236,12 @@ def answer_logprobs(
 
 
 def _not_finite(model: PreTrainedModel) -> UserError:
-    """Say which weights make logits that are no numbers: those that were trained on the base, or its own."""
+    """Return the error for logits that are not finite. It names the first weight that is not finite."""
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if any(".lora_" in name for name in broken):
         return RunFailedError(
-            f"the adapter's weights are not finite ({broken[0]}): training diverged; a lower learning_rate, or a "
-            "lower weight_decay, may help"
+            f"the adapter's weights are not finite ({broken[0]}): training diverged; try a lower learning_rate or "
+            "weight_decay"
         )
-    where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite: they overflow"
+    where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite, so the logits overflow"
     return UserError(f"{type(model).__name__} computes logits that are not finite; {where}")

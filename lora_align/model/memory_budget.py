@@ -1,4 +1,4 @@
-"""How much is computed at once: as much as memory bears, which is found out where it runs out."""
+"""A batch size that is halved when memory runs out."""
 
 import gc
 from collections.abc import Callable
@@ -22,13 +22,16 @@ Result = TypeVar("Result")
 
 @dataclass
 class MemoryBudget:
-    """Rows, or tokens, that fit. Halved where memory runs out, and kept so: what follows need not fail first."""
+    """The number of rows, or tokens, to compute at once. Once halved, it stays so for the batches that follow."""
 
     size: int
-    advice: str = ""  # to whom not even the least fits
+    advice: str = ""  # ends the message when even the smallest size does not fit
 
     def attempt(self, work: Callable[[int], Result], least: int = 1) -> Result | None:
-        """What `work` makes of as much; None where it did not fit, and half of it, down to `least`, may."""
+        """Call `work(size)` and return its result. If memory runs out, halve `size` and return None.
+
+        Fail if memory runs out at `least` or below.
+        """
         try:
             return work(self.size)
         except (RuntimeError, MemoryError) as fault:
@@ -36,14 +39,14 @@ class MemoryBudget:
                 raise
             if processes.in_step:
                 raise OutOfStepError(
-                    f"memory ran out with {self.size:,} at once, and processes that share a divided base cannot "
-                    "try again with fewer: lower tokens_per_batch or max_length"
+                    f"out of memory at a batch size of {self.size:,}; with a sharded base the batch cannot be halved: "
+                    "lower tokens_per_batch or max_length"
                 ) from fault
             if self.size <= least:
                 remedy = f"; {self.advice}" if self.advice else ""
-                raise RunFailedError(f"memory ran out with as little as can be computed at once{remedy}") from fault
+                raise RunFailedError(f"out of memory at the smallest batch size{remedy}") from fault
             self.size //= 2
-        gc.collect()  # outside the handler, which holds on to the frames that failed
+        gc.collect()  # outside the handler, because there the exception still references the failed frames
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None

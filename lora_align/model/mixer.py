@@ -1,4 +1,4 @@
-"""Low-rank updates laid over a frozen base: y ← y + B (s ∘ (A x)), with s turned while the model is in use."""
+"""Mixing of low-rank updates on a frozen base: y ← y + B (s ∘ (A x)), where s changes at run time."""
 
 from collections.abc import Collection, Mapping
 
@@ -11,10 +11,11 @@ from lora_align.errors import UserError
 
 
 class Mixer:
-    """All updates stacked into one branch a layer. The factors never change; only the vector s does.
+    """Adds weighted updates to the layers of a model, stacked into one branch a layer.
 
-    A weight of 0 is therefore exactly reversible, and turning one costs nothing: every layer's s lies in one tensor.
-    PEFT may wrap the layers afterwards: it then sees base and branches as one frozen layer.
+    The factors A and B never change; only s does. A weight of 0 therefore restores the base exactly. Setting weights is
+    cheap, because one tensor holds the s of all layers. PEFT may wrap the layers afterwards: it sees base and branch as
+    one frozen layer.
     """
 
     def __init__(self, model: nn.Module, updates: Mapping[str, LoraDelta], weights: Mapping[str, float]) -> None:
@@ -26,19 +27,19 @@ class Mixer:
             for module in names
         }
         fitting = {module: _fitting(layers.get(module), module, found) for module, found in parts.items()}
-        self.branches = [_Branch(layer, parts[module]) for module, layer in fitting.items()]  # all of them, or none
+        self.branches = [_Branch(layer, parts[module]) for module, layer in fitting.items()]  # after all fit
         places = {name: place for place, name in enumerate(self.updates)}
         owners = [places[name] for branch in self.branches for name in branch.owners]
         where = self.branches[0].A.device if self.branches else None
         self.owners = torch.tensor(owners, dtype=torch.long, device=where)
         self.scales = torch.zeros(len(owners), device=where)
         self.weights: dict[str, float] = {}
-        self.live: set[str] | None = None  # whose weights are not 0; unknown to begin with, and while they are steered
+        self.live: set[str] | None = None  # names with a weight other than 0; None before `set` and after `steer`
         self.set(weights)
 
-    @torch.inference_mode(False)  # what is set while answers are drawn may lie under an adapter that is trained
+    @torch.inference_mode(False)  # the tensors may be used in training later, even if set during sampling
     def set(self, weights: Mapping[str, float]) -> None:
-        """Give each update its weight, from the next token on; one that is not named gets 0."""
+        """Set the weights from the next token on. An update that `weights` does not name gets 0."""
         self.weights = {name: weights.get(name, 0.0) for name in self.updates}
         values = torch.tensor(list(self.weights.values()), device=self.scales.device)
         self.scales.copy_(values[self.owners])
@@ -48,7 +49,7 @@ class Mixer:
         self.live = live
 
     def steer(self, weights: Mapping[str, Tensor]) -> None:
-        """Give updates weights that a gradient flows to, until `set` is called; the others get 0."""
+        """Set weights as tensors that a gradient flows to, until `set` is called. Updates not named get 0."""
         none = torch.zeros((), device=self.scales.device)
         values = torch.stack([weights.get(name, none).to(none) for name in self.updates])
         self.weights, self.live = {}, None
@@ -60,13 +61,13 @@ class Mixer:
             branch.narrow(live, scale)
 
     def remove(self) -> None:
-        """Leave the base as it was."""
+        """Remove the branches from the model."""
         for branch in self.branches:
             branch.hook.remove()
 
 
 class _Branch:
-    """One layer's updates. What lies before the first and after the last that has a weight is not computed."""
+    """One layer's updates, as a forward hook. Computes only the slice that holds all updates with a weight."""
 
     def __init__(self, layer: nn.Linear, parts: Mapping[str, Factors]) -> None:
         whole, where = stacked(list(parts.values())), layer.weight.device
@@ -75,28 +76,25 @@ class _Branch:
         self.hook = layer.register_forward_hook(self)
 
     def narrow(self, live: Collection[str], scale: Tensor) -> None:
-        """To the stretch that counts of A, B and s."""
+        """Select the smallest slice of A, B and s that holds all live updates."""
         places = [i for i, name in enumerate(self.owners) if name in live]
-        stretch = slice(places[0], places[-1] + 1) if places else slice(0)
-        self.live_A, self.live_B, self.scale = self.A[stretch], self.B[:, stretch], scale[stretch]
+        part = slice(places[0], places[-1] + 1) if places else slice(0)
+        self.live_A, self.live_B, self.scale = self.A[part], self.B[:, part], scale[part]
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """As a forward hook."""
         if not len(self.scale):
             return output
-        with torch.autocast(output.device.type, enabled=False):  # in float32 also where a trainer computes in 16 bit
+        with torch.autocast(output.device.type, enabled=False):  # float32 even under autocast
             inner = nn.functional.linear(inputs[0].to(self.A.dtype), self.live_A) * self.scale
             return output + nn.functional.linear(inner, self.live_B).to(output.dtype)
 
 
 def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -> nn.Linear:
-    """The layer updates belong on, or an error that says how the base differs."""
-    found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else "not there"
+    """Return the layer if the updates fit. Raise an error that names the difference if they do not."""
+    found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else "missing"
     for factors in parts.values():
         wanted = (factors.B.shape[0], factors.A.shape[1])
         if not isinstance(layer, nn.Linear) or found != wanted:
-            raise UserError(
-                f"the adapter was not made for this base: its {inert(name)} is {wanted}, the base's is {found}"
-            )
+            raise UserError(f"the adapter does not fit this base: its {inert(name)} is {wanted}, the base's is {found}")
     assert isinstance(layer, nn.Linear)
     return layer

@@ -1,4 +1,4 @@
-"""NF4 layers of bitsandbytes: import them quickly, keep a CPU from repacking them, and dequantise them once there."""
+"""NF4 layers of bitsandbytes: fast import, no repacking on a CPU, and dequantisation once instead of per call."""
 
 from collections.abc import Callable
 from copy import copy
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 
 def _compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Stand in for `torch.compile`, and import the compiler with the first call."""
+    """Replace `torch.compile`, but import the compiler only at the first call of the compiled function."""
     if function is None:
         return partial(_compile_when_called, **options)
 
@@ -37,16 +37,16 @@ finally:
 
 __all__ = ["DequantisedLinear4bit", "Linear4bit", "dense_weight", "fits_dequantised", "keep_dequantised", "keep_plain"]
 
-SHARE = 0.5  # of the available memory, which dequantised weights may take at most
+SHARE = 0.5  # of the available memory: the most that dequantised weights may take
 
 
 class DequantisedLinear4bit(Linear4bit):
-    """Compute with `dense`, the very values the 4-bit weight stands for. The 4-bit weight stays what is saved."""
+    """Compute with `dense`, the dequantised weight. Saving still writes the 4-bit weight."""
 
     dense: Tensor  # [out, in], neither parameter nor buffer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what `Linear4bit` returns, to the last bit."""
+        """Return the same bits as `Linear4bit`."""
         bias = None if self.bias is None else self.bias.to(self.dense.dtype)
         return linear(x.to(self.dense.dtype), self.dense, bias).to(x.dtype)
 
@@ -63,23 +63,23 @@ def keep_plain(model: nn.Module) -> None:
 
 
 def fits_dequantised(weights: int, dtype: torch.dtype) -> bool:
-    """Return whether this machine has memory for so many weights in that dtype."""
+    """Return whether `weights` values of this dtype fit into the available memory."""
     return bool(weights * dtype.itemsize <= SHARE * psutil.virtual_memory().available)
 
 
 def keep_dequantised(model: nn.Module, dtype: torch.dtype) -> None:
-    """Dequantise every 4-bit layer of a model on a CPU once, if memory allows it for all of them."""
+    """Dequantise every 4-bit layer of a model on a CPU once, if all of them fit into memory."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if fits_dequantised(sum(layer.in_features * layer.out_features for layer in layers), dtype):
         for layer in layers:
             state = copy(layer.weight.quant_state)
-            state.dtype = dtype  # a base that came in 4-bit may name a shorter one, which would round
+            state.dtype = dtype  # a base stored in 4-bit may name a shorter dtype, which would round
             layer.__class__ = DequantisedLinear4bit
             layer.dense = dequantize_4bit(layer.weight.data, state)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """Return a linear layer's weight [out, in], dequantised if it is in 4-bit, whole if it is divided."""
+    """Return a linear layer's whole weight [out, in]: dequantised if 4-bit, gathered if sharded."""
     stored = layer.get_parameter("weight")
     weight = stored.full_tensor() if hasattr(stored, "full_tensor") else stored.data
     state = getattr(stored, "quant_state", None) or getattr(layer, "quant_state", None)

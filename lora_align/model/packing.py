@@ -1,6 +1,7 @@
-"""Rows side by side in one pass through a base: nothing is padded, and attention keeps to its row.
+"""Packed forward passes: rows are concatenated without padding, and attention stays within a row.
 
-A row is a text, or a prompt with several answers. The answers share the prompt's pass: each sees the prompt and itself.
+A row is a text, or a prompt with several answers. The prompt is computed once; each answer attends to the prompt and
+itself.
 """
 
 import sys
@@ -17,26 +18,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lora_align import processes
 
 Row = Sequence[Sequence[int]]  # token ids: [text], or [prompt, answer, …]
-NOISE = 4  # rounding steps of the dtype that the same values may differ by, computed in two ways
-LEAST = 1e-3  # what they may differ by in any dtype
+NOISE = 4  # tolerance in rounding steps of the dtype, for the same values computed in two ways
+LEAST = 1e-3  # smallest tolerance in any dtype
 TRIED: list[Row] = [[[4, 5, 6, 7, 8], [9, 10, 11, 12], [10, 4, 5]], [[7, 5, 9]]]
 
 
 def noise(model: PreTrainedModel, values: Tensor) -> float:
-    """Return what the same values may differ by: rounding grows with the dtype's step and with their size."""
+    """Return the tolerance for comparing values that are computed in two ways. It grows with their magnitude."""
     return max(LEAST, NOISE * torch.finfo(model.dtype).eps * float(values.abs().max()))
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A base below its vocabulary."""
+    """A base without its output head."""
 
     model: PreTrainedModel
-    longest: int  # tokens of a sequence up to which it can stand beside others; 0: rows are padded
+    longest: int  # rows with longer sequences are padded instead of packed; 0: all rows are padded
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Backbone":
-        """Find out whether the model keeps rows apart that stand side by side."""
+        """Return a backbone that packs rows if packing gives the same states as padding, else one that pads."""
         padded, packed = cls(model, 0), cls.unchecked(model)
         if not packed.longest:
             return padded
@@ -44,53 +45,53 @@ class Backbone:
             expected = torch.cat(padded.states(TRIED))
             try:
                 found = torch.cat(packed.states(TRIED))
-            except (RuntimeError, ValueError, TypeError):  # its attention takes no segments
+            except (RuntimeError, ValueError, TypeError):  # the model's attention takes no `segments`
                 return padded
         return packed if torch.allclose(found, expected, atol=noise(model, expected)) else padded
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Backbone":
-        """Go by the model's configuration alone, as it need not have weights."""
+        """Decide by the model's configuration alone, without a forward pass. The model may be on the meta device."""
         return cls(model, _window(model))
 
     def packs(self, row: Row) -> bool:
-        """Return whether a row can stand beside others: every token then sees all before it."""
+        """Return whether a row is short enough to be packed: a sliding window would cut longer ones."""
         return len(row[0]) + max(map(len, row[1:]), default=0) <= self.longest
 
     def length(self, row: Row) -> int:
-        """Count the tokens of a row, padding between its answers included where they are padded."""
+        """Return how many tokens a row takes in a pass, with the padding of its answers if the row is not packed."""
         if self.packs(row):
             return sum(map(len, row))
         return max(len(row) - 1, 1) * (len(row[0]) + max(map(len, row[1:]), default=0))
 
     def states(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Return the last hidden states [t, d] of each row's tokens, its pieces one behind another."""
+        """Return the last hidden states [t, d] of each row, for the concatenation of its prompt and answers."""
         packed = [i for i, row in enumerate(rows) if self.packs(row)]
-        if processes.in_step and len(packed) < len(rows):  # processes that share a base make one pass a part
+        if processes.in_step and len(packed) < len(rows):  # with a sharded base every process makes one pass a part
             packed = []
         left = [i for i in range(len(rows)) if i not in set(packed)]
         found: dict[int, Tensor] = {}
-        for read, which in ((self._side_by_side, packed), (self._padded, left)):
+        for read, which in ((self._packed, packed), (self._padded, left)):
             if which:
                 found |= zip(which, read([rows[i] for i in which]), strict=True)
         return [found[i] for i in range(len(rows))]
 
-    def _side_by_side(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Read rows as a single one without padding."""
+    def _packed(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Compute the states of rows as one sequence without padding."""
         where = self.model.device
         ids = [token for row in rows for piece in row for token in piece]
-        places = [place for row in rows for place in _places(row)]
+        positions = [position for row in rows for position in _positions(row)]
         states = self.model.get_decoder()(
             input_ids=torch.tensor([ids], device=where),
-            position_ids=torch.tensor([places], device=where),
-            attention_mask=torch.zeros(1, 1, 1, 1, device=where),  # as long as one is given, none is made
+            position_ids=torch.tensor([positions], device=where),
+            attention_mask=torch.zeros(1, 1, 1, 1, device=where),  # a given mask keeps transformers from building one
             segments=Segments([_segment(row) for row in rows]),
             use_cache=False,
         ).last_hidden_state[0]
         return list(states.split([sum(map(len, row)) for row in rows]))
 
     def _padded(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Read every answer behind its prompt; padding stands on the right, where a causal model does not look."""
+        """Compute the states of every prompt + answer as a sequence of its own, padded on the right."""
         texts = [torch.tensor([*row[0], *answer]) for row in rows for answer in (row[1:] or [[]])]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.model.device)
         states = iter(self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
@@ -105,7 +106,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of the pieces that stand side by side: of a text, or of a prompt and its answers."""
+    """The lengths of each packed row's pieces: [text], or [prompt, answer, …]."""
 
     lengths: Sequence[Sequence[int]]
 
@@ -114,8 +115,8 @@ def _segment(row: Row) -> list[int]:
     return [sum(map(len, row))] if len(row) <= 2 else list(map(len, row))
 
 
-def _places(row: Row) -> list[int]:
-    """Return the positions of a row's tokens, each answer's going on from the prompt's."""
+def _positions(row: Row) -> list[int]:
+    """Return the position ids of a row's tokens. Each answer continues the positions of the prompt."""
     begin = len(row[0])
     return [*range(begin), *(begin + i for answer in row[1:] for i in range(len(answer)))]
 
@@ -130,7 +131,7 @@ def _attention(
     segments: Segments | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Any]:
-    """Attend as `whole` does; where there are segments, within each of them."""
+    """Call the attention function `whole`, once for each segment if there are segments."""
     if segments is None:
         return whole(module, query, key, value, attention_mask, **settings)
     settings.pop("position_ids", None)
@@ -156,7 +157,7 @@ def _in_segments(
 
 
 def _mask(module: Any, length: int, like: Tensor) -> Tensor | None:
-    """Return a causal mask for eager attention; the other kinds make none for a sequence by itself."""
+    """Return a causal mask for eager attention, None for the kernels that are causal without a mask."""
     if module.config._attn_implementation != "eager":
         return None
     lowest = torch.finfo(like.dtype).min
@@ -164,13 +165,13 @@ def _mask(module: Any, length: int, like: Tensor) -> Tensor | None:
 
 
 def _eager(module: nn.Module, *given: Any, **settings: Any) -> tuple[Tensor, Any]:
-    """Attend as the model's own module does."""
+    """Call the eager attention function of the model's own module."""
     own: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
     return own(module, *given, **settings)
 
 
 def _window(model: PreTrainedModel) -> int:
-    """Return up to which length every token sees every other one before it; 0 where attention is of another kind."""
+    """Return the length up to which attention is fully causal; 0 if the model has another kind of attention."""
     config = model.config.get_text_config()
     if config._attn_implementation not in KINDS:
         return 0

@@ -1,4 +1,4 @@
-"""One frozen 4-bit backbone with LoRA, and k linear heads on the hidden state of an answer's last token."""
+"""The reward model: a 4-bit base with a LoRA adapter, and linear heads on the last hidden state of an answer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ ADAPTER = "reward"
 
 
 class Heads(nn.Module):
-    """Linear heads in float32, never quantised. They learn standard scores; `points` puts them on the raters' scale."""
+    """Linear heads in float32, never quantised.
+
+    They predict standardised scores. `points` converts these to the scale of the ratings.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -37,22 +40,20 @@ class Heads(nn.Module):
         self.register_buffer("deviation", torch.tensor([float(deviations[name]) for name in self.names]))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, d] to standard scores [n, k], in float32 also where a trainer computes in 16 bit."""
+        """Map hidden states [n, d] to standardised scores [n, k], in float32 even under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
     def points(self, standard: Tensor) -> Tensor:
-        """Standard scores [n, k] as points from 0 to 100, or beyond them."""
+        """Convert standardised scores [n, k] to points, which are not clamped to 0..100."""
         return self.mean + self.deviation * standard
 
     def save(self, folder: Path) -> None:
-        """Beside the adapter, with the heads' names in the file."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / HEADS, metadata={"names": "\n".join(self.names)})
 
     @classmethod
     def load(cls, folder: Path) -> "Heads":
-        """What `save` wrote."""
         try:
             with safe_open(folder / HEADS, "pt") as file:
                 names = file.metadata()["names"].split("\n")
@@ -66,7 +67,7 @@ class Heads(nn.Module):
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Loaded, frozen, ready to score. `objectives` are the heads and the means of heads a recipe derives from them."""
+    """A loaded, frozen reward model. Each objective is a head, or a mean of heads that the recipe defines."""
 
     base: Base
     model: PreTrainedModel
@@ -75,21 +76,21 @@ class RewardModel:
 
     @classmethod
     def load(cls, base: Base, folder: Path, derived: Mapping[str, Sequence[str]]) -> "RewardModel":
-        """The published adapter over a freshly loaded base, and its heads."""
+        """Load the base, the adapter and the heads."""
         model = base.load()
         Mixer(model, {ADAPTER: peft_format.load(folder, whole=True)}, {ADAPTER: 1.0})
         return cls(base, model, Heads.load(folder).to(model.device), derived)
 
     @property
     def objectives(self) -> list[str]:
-        """The columns of `score`."""
+        """Return the names of the columns of `score`."""
         return [*self.heads.names, *self.derived]
 
     @torch.inference_mode()
     def score(
         self, rows: Sequence[Answered], room: MemoryBudget, report: Callable[[int], None] = lambda done: None
     ) -> Tensor:
-        """Points for answers to prompts, both as token ids: [n, objectives] float32 on the CPU."""
+        """Return the points of tokenised answers: [n, objectives], float32, on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         backbone = Backbone.of(self.model)
         points = torch.empty(len(rows), len(self.heads.names))

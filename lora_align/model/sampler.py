@@ -1,4 +1,4 @@
-"""What draws answers to conversations: the base loaded here, or a server elsewhere (`endpoint`)."""
+"""The `Sampler` protocol, and the sampler over a local model. `endpoint` holds the sampler over a server."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from lora_align.model.sampling import ROWS, sample
 
 @dataclass(frozen=True)
 class SampledText:
-    """One answer to the prompt of that index, as text, and whether it came to its own end."""
+    """One answer, as text, to the prompt with this index. `ended` says whether it reached the stop token."""
 
     prompt: int
     number: int
@@ -25,29 +25,27 @@ class SampledText:
 
 
 class Sampler(Protocol):
-    """Draws n answers to each prompt, some at a time and in any order."""
+    """Samples n answers to each prompt."""
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether the context leaves room for an answer, as far as can be told from here."""
+        """Return whether the context leaves room for an answer, as far as the sampler knows."""
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
-        """Every answer once; none to a prompt that turns out to fill the context."""
+        """Yield every answer once, in any order; none to a prompt that turns out to fill the context."""
 
 
 @dataclass(frozen=True)
 class LocalSampler:
-    """A model in this process, with whatever lies over it."""
+    """Samples from a model in this process, with any adapter or mixer on it."""
 
     model: PreTrainedModel
     base: Base
     room: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))
 
     def fits(self, prompt: Prompt) -> bool:
-        """The base knows its own length."""
         return len(self.base.chat.prompt_ids(prompt)) < self.base.max_length
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
-        """Batch by batch; see `sample`."""
         rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
         for batch in sample(self.model, self.base, rows, n, sampling, self.room):
             texts = (text_of(self.base.chat.tokenizer, answer.tokens, special=False).strip() for answer in batch)

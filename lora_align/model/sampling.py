@@ -1,4 +1,4 @@
-"""Many answers to many prompts: a prompt is computed once for all its answers, and finished ones make room."""
+"""Batched sampling: n answers to each prompt, with one prefill a prompt. Finished rows leave the batch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,15 @@ from lora_align.model.decoding import Sampling, probabilities
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
 
-RETIRE_AT = 0.75  # share of rows still running at which the others are taken out of the cache
-ROWS = 512  # drawn at once where memory allows it
-BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first
-CACHE_SHARE = 0.5  # of the memory that the base leaves, which keys and values may take at most
+RETIRE_AT = 0.75  # when at most this share of the rows still runs, finished rows are removed from the cache
+ROWS = 512  # rows sampled at once if memory allows
+BLOCK = 256  # vocabulary entries a block in the two-level search of `_pick`
+CACHE_SHARE = 0.5  # of the memory that the base leaves free: the most that keys and values may take
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """One of a prompt's answers: its tokens without the stop token, and whether it came to its own end."""
+    """One answer to a prompt: its tokens without the stop token. `ended` says whether it reached the stop token."""
 
     prompt: int
     number: int
@@ -38,10 +38,10 @@ def sample(
     sampling: Sampling,
     room: MemoryBudget | None = None,
 ) -> Iterator[list[SampledTokens]]:
-    """n answers to each prompt, a batch at a time, the shortest prompts first; at most `room.size` are drawn at once.
+    """Sample n answers to each prompt. Yield them batch by batch, the shortest prompts first.
 
-    An answer depends on the seed, its prompt and its number, and not on what shares its batch (but for rounding).
-    Where memory runs out, half as many rows are tried, and the batches before stay.
+    A batch has at most `room.size` rows. If memory runs out, the batch is retried with half as many rows.
+    Up to rounding, an answer depends only on the seed, its prompt and its number, not on the rest of its batch.
     """
     seed = sampling.seed if sampling.seed is not None else torch.seed()
     room = room or MemoryBudget(ROWS)
@@ -51,8 +51,8 @@ def sample(
     todo = [(prompt, number) for prompt in order for number in range(n)]
 
     def batch(rows: int) -> list[SampledTokens]:
-        """A prompt's answers stay together where they fit."""
-        return _batch(model, base, prompts, todo[: rows // n * n or rows], sampling, seed)
+        together = rows // n * n or rows  # if n fit, do not split a prompt's answers across batches
+        return _batch(model, base, prompts, todo[:together], sampling, seed)
 
     while todo:
         answers = room.attempt(batch)
@@ -62,10 +62,10 @@ def sample(
 
 
 def affordable(model: PreTrainedModel, tokens: int) -> int:
-    """Return how many rows of so many tokens have room for their keys and values beside the base.
+    """Return for how many rows of `tokens` tokens the keys and values fit beside the base.
 
-    It goes by all of the device's memory, not by what is free just now: rows that share a batch round alike, and the
-    same command shall draw the same answers.
+    The estimate uses the device's total memory, not its free memory. Rounding depends on the batch size, and the same
+    command must sample the same answers.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -84,11 +84,11 @@ def _batch(
     sampling: Sampling,
     seed: int,
 ) -> list[SampledTokens]:
-    """Draw all of these at once, each a (prompt, number)."""
+    """Sample one answer for each (prompt, number) in `wanted`, all in one batch."""
     where = model.device
     cache = growing_cache(model)
     distinct = list(dict.fromkeys(prompt for prompt, _ in wanted))
-    logits, mask = _read([prompts[prompt] for prompt in distinct], model, cache)
+    logits, mask = _prefill([prompts[prompt] for prompt in distinct], model, cache)
 
     place = {prompt: row for row, prompt in enumerate(distinct)}
     rows = torch.tensor([place[prompt] for prompt, _ in wanted], device=where)
@@ -96,21 +96,21 @@ def _batch(
     logits, mask = logits[rows], mask[rows]
     lengths = mask.sum(1)
     room = (base.max_length - lengths).clamp(max=sampling.max_new_tokens)  # [b]
-    chances = torch.stack([_chances(seed, prompts[prompt], number, sampling) for prompt, number in wanted]).to(where)
+    uniforms = torch.stack([_uniforms(seed, prompts[prompt], number, sampling) for prompt, number in wanted]).to(where)
     stops = torch.tensor(sorted(base.chat.stop_ids), device=where)
 
-    drawn = torch.zeros(len(wanted), max(int(room.max()), 0), dtype=torch.long, device=where)
+    sampled = torch.zeros(len(wanted), max(int(room.max()), 0), dtype=torch.long, device=where)
     count = torch.zeros(len(wanted), dtype=torch.long, device=where)  # tokens of each answer
     ended = torch.zeros(len(wanted), dtype=torch.bool, device=where)
-    rows = torch.arange(len(wanted), device=where)  # which answer each row of the cache is
-    running = room > 0  # of the cache's rows
+    rows = torch.arange(len(wanted), device=where)  # the answer index of each row of the cache
+    running = room > 0  # for each row of the cache
     padded = not bool(mask.all())
-    for step in range(drawn.shape[1]):
-        tokens = _pick(logits, sampling, chances[rows, step])
+    for step in range(sampled.shape[1]):
+        tokens = _pick(logits, sampling, uniforms[rows, step])
         stopped = torch.isin(tokens, stops)
         ended[rows[running & stopped]] = True
         running = running & ~stopped
-        drawn[rows[running], step] = tokens[running]
+        sampled[rows[running], step] = tokens[running]
         count[rows[running]] = step + 1
         running = running & (step + 1 < room[rows])
         if not running.any():
@@ -127,13 +127,13 @@ def _batch(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    texts = [row[:end] for row, end in zip(drawn.tolist(), count.tolist(), strict=True)]
-    finished = zip(wanted, texts, ended.tolist(), strict=True)
+    answers = [row[:end] for row, end in zip(sampled.tolist(), count.tolist(), strict=True)]
+    finished = zip(wanted, answers, ended.tolist(), strict=True)
     return [SampledTokens(prompt, number, tokens, end) for (prompt, number), tokens, end in finished]
 
 
-def _read(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: DynamicCache) -> tuple[Tensor, Tensor]:
-    """Fill the cache with prompts padded on the left: the logits behind them [p, v], and their mask [p, t]."""
+def _prefill(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Fill the cache with left-padded prompts. Return the next-token logits [p, v] and the attention mask [p, t]."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -151,25 +151,26 @@ def _read(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: Dynam
     return logits, mask
 
 
-def _chances(seed: int, prompt: Sequence[int], number: int, sampling: Sampling) -> Tensor:
-    """The lots of one answer, one a token, between 0 and 1."""
+def _uniforms(seed: int, prompt: Sequence[int], number: int, sampling: Sampling) -> Tensor:
+    """Return one uniform random number in [0, 1) for each token of an answer."""
     key = hashlib.sha256(f"{seed} {number} {list(prompt)}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
-def _pick(logits: Tensor, sampling: Sampling, chances: Tensor) -> Tensor:
-    """A token for each row of logits [b, v]: the one in whose share of the probability its lot [b] falls."""
+def _pick(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """Pick a token for each row of logits [b, v] by inverting the cumulative distribution at `uniforms` [b]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     p = probabilities(logits.float(), sampling)
     p = pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [b, blocks, BLOCK]
-    blocks = p.sum(-1).double()  # summed up to the one that holds the lot, then token by token within that
+    blocks = p.sum(-1).double()  # find the block that holds the target first, then the token within this block
     edges = blocks.cumsum(-1)
-    lots = (chances * edges[:, -1])[:, None]
-    block = torch.searchsorted(edges, lots, right=True).clamp(max=edges.shape[-1] - 1)
-    left = lots - (edges - blocks).gather(-1, block)
+    target = (uniforms * edges[:, -1])[:, None]
+    block = torch.searchsorted(edges, target, right=True).clamp(max=edges.shape[-1] - 1)
+    left = target - (edges - blocks).gather(-1, block)
     inside = p[torch.arange(len(p), device=p.device), block[:, 0]].double()
-    mass = inside.cumsum(-1) * (blocks.gather(-1, block) / inside.sum(-1, keepdim=True))  # rounds as its block's sum
+    scale = blocks.gather(-1, block) / inside.sum(-1, keepdim=True)  # makes both sums of the block equal
+    mass = inside.cumsum(-1) * scale
     place = torch.searchsorted(mass, left, right=True).clamp(max=BLOCK - 1)
     return (block * BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Whether a chat template can be rendered within a few seconds and little memory, tried once in another process."""
+"""A check that a chat template renders within limits of time and memory, run in a separate process."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from lora_align import runs
 from lora_align.errors import UserError
 
 TRIAL = Path(__file__).with_name("template_trial.py")
-PATIENCE = 8.0  # seconds
+TIMEOUT = 8.0  # seconds
 FAULTS = {
     "MemoryError": "takes gigabytes of memory",
-    "RecursionError": "calls itself without end",
+    "RecursionError": "recurses without end",
     "ZeroDivisionError": "divides by zero",
     "OverflowError": "computes numbers that are too large",
-    "Length": "makes megabytes of a short conversation",
+    "Length": "renders megabytes from a short conversation",
 }
 ROLES = ("user", "assistant")
-TURNS = 41  # of the longest conversation: some templates fail only then
+TURNS = 41  # of the longest test conversation: some templates fail only on long ones
 
 
 def check_template(template: str, variables: Mapping[str, Any], whose: str) -> None:
-    """Refuse a template that loops, allocates, divides by zero or recurses. One found good is not tried again."""
+    """Refuse a template that loops, recurses, divides by zero or takes too much memory. A success is cached."""
     long = [{"role": ROLES[turn % 2], "content": f"What is {turn}?"} for turn in range(TURNS)]
     system = [{"role": "system", "content": "Be brief."}]
     talks = [*(long[:turns] for turns in (1, 2, 3)), long, [*system, *long[:2]], [*system, *long[:3]]]
@@ -36,14 +36,14 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
         return
     try:
         words = [sys.executable, "-P", str(TRIAL)]
-        tried = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE)
+        tried = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         why = "does not end"
     else:
         why = "does not end" if tried.returncode < 0 else FAULTS.get(tried.stderr.strip(), "")
     if why:
         raise UserError(
-            f"{whose} {why} (tried on short conversations); give another one in the recipe: base.chat_template"
+            f"{whose} {why} (tested on short conversations); give another one in the recipe: base.chat_template"
         )
     known.parent.mkdir(parents=True, exist_ok=True)
     known.touch()

@@ -1,4 +1,4 @@
-"""Render a chat template in a process of its own, within limits. A script: `template_check` runs it."""
+"""Script that `template_check` runs: render a chat template within limits of time and memory."""
 
 import json
 import sys
@@ -8,25 +8,25 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-HELD = Path("/proc/self/statm")  # where Linux says how much memory a process has
-MEMORY = 1 << 30  # bytes, beside what the libraries hold
-SECONDS = 3  # of a processor
+STATM = Path("/proc/self/statm")  # the memory of this process, on Linux
+MEMORY = 1 << 30  # bytes, on top of what the libraries take
+SECONDS = 3  # of CPU time
 LONGEST = 1 << 24  # characters of one conversation
 
 
 def main() -> None:
-    """Read a template and conversations from stdin; exit with the name of what went wrong, if it is a matter of limits.
+    """Read a template and conversations from stdin. If rendering exceeds a limit, exit with the name of the fault.
 
-    What a template itself refuses is no matter of limits: not every one takes a system message.
+    A TemplateError passes: some templates refuse a system message by themselves.
     """
     asked = json.load(sys.stdin)
     try:
         import resource
-    except ImportError:  # Windows: there the caller's clock is the only limit
+    except ImportError:  # Windows: the caller's timeout is the only limit
         pass
     else:
-        if HELD.exists():
-            most = MEMORY + int(HELD.read_text().split()[0]) * resource.getpagesize()
+        if STATM.exists():
+            most = MEMORY + int(STATM.read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     for conversation in asked["conversations"]:

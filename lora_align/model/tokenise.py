@@ -1,4 +1,4 @@
-"""Rows as token ids, cut to a length; what does not fit is counted by its reason."""
+"""Tokenisation of rows, truncated to a maximum length. Rows that are dropped are counted by reason."""
 
 import bisect
 import math
@@ -10,14 +10,14 @@ from lora_align.data.rows import Conversation, Message, Pair, Rated
 from lora_align.model.chat_format import ChatFormat
 from lora_align.rankers import Direction
 
-IGNORED = -100  # a label that no loss looks at
-Said = tuple[Sequence[Message], Sequence[str]]  # a conversation, and answers to it
-CUT = "answers cut"  # what is counted without being dropped
+IGNORED = -100  # the label of a token that the loss ignores
+Said = tuple[Sequence[Message], Sequence[str]]  # a conversation and answers to it
+CUT = "answers cut"  # counts truncated answers, which are not dropped
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair as the model sees it; `reference` is log π of chosen and rejected under the start policy, once known."""
+    """A tokenised pair. `reference` holds log π of chosen and rejected under the start policy, NaN until computed."""
 
     prompt: list[int]
     chosen: list[int]
@@ -25,21 +25,21 @@ class TokenPair:
     reference: tuple[float, float] = (math.nan, math.nan)
 
     def shared(self) -> tuple[list[int], list[list[int]]]:
-        """The prompt, and both answers to it."""
+        """Return the prompt and both answers to it."""
         return self.prompt, [self.chosen, self.rejected]
 
     def swap(self) -> "TokenPair":
-        """The same pair with its labels switched."""
+        """Return the pair with chosen and rejected switched."""
         return TokenPair(self.prompt, self.rejected, self.chosen, self.reference[::-1])
 
     def facing(self, direction: Direction) -> "TokenPair":
-        """As this direction trains on it: `neg` is the swap, and nothing else."""
+        """Return the pair that this direction trains on: swapped for `neg`, unchanged for `pos`."""
         return self.swap() if direction is Direction.neg else self
 
 
 @dataclass(frozen=True)
 class TokenRated:
-    """A rated answer as the model sees it."""
+    """A tokenised answer and its ratings."""
 
     prompt: list[int]
     answer: list[int]
@@ -48,20 +48,20 @@ class TokenRated:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A conversation as the model sees it, and which tokens it is to learn."""
+    """A tokenised conversation. `labels` is IGNORED where the loss ignores a token."""
 
     ids: list[int]
     labels: list[int]
 
 
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
-    """Both answers behind their prompt, each cut at `max_length`; None where cutting leaves nothing to learn."""
+    """Tokenise pairs and truncate each answer at `max_length`. Return None for a pair that is dropped."""
     asked = short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
     return [pair(prompt, answers, max_length, counts) for prompt, answers in chat.answered_each(asked)]
 
 
 def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, counts: Counter[str]) -> TokenPair | None:
-    """Cut two answers at `max_length`; None where nothing is left to learn, which is counted."""
+    """Truncate two answers at `max_length`. Return None, and count the reason, for a pair that is dropped."""
     room = max_length - len(prompt)
     chosen, rejected = (ids[: max(room, 0)] for ids in answers)
     if room < 1:
@@ -77,7 +77,7 @@ def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, count
 
 
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
-    """Answers behind their prompts, cut at `max_length`; None where the prompt leaves no room."""
+    """Tokenise rated answers and truncate them at `max_length`. Return None where the prompt leaves no room."""
     found: list[TokenRated | None] = []
     tokens = chat.answered_each(short(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
@@ -94,7 +94,10 @@ def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Coun
 def texts(
     rows: Sequence[Conversation], chat: ChatFormat, max_length: int, counts: Counter[str], *, answers_only: bool
 ) -> list[TokenText | None]:
-    """Whole conversations; with `answers_only` the loss sees what the assistant says and nothing else."""
+    """Tokenise conversations and truncate them at `max_length`. With `answers_only` only assistant tokens are labelled.
+
+    Return None where the messages before the last one leave no room.
+    """
     found: list[TokenText | None] = []
     said = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
     tokens = chat.answered_each(short(said, chat, max_length))
@@ -113,9 +116,9 @@ def texts(
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Which rows stand side by side, in as few packs of at most this many tokens as best fit finds, longest first."""
+    """Pack rows into packs of at most `width` tokens by best-fit decreasing. Return the row indices of each pack."""
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left in each pack, and which it is, least first
+    room: list[tuple[int, int]] = []  # (free tokens, pack index), sorted
     for row, length in sorted(enumerate(lengths), key=lambda of: -of[1]):
         at = bisect.bisect_left(room, (length, -1))
         if at < len(room):
@@ -129,7 +132,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def short(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
-    """Of each text as much as is certainly too long: of megabytes, tokenizers would make gigabytes."""
+    """Truncate each text to a length that surely exceeds `max_length`, so that huge rows do not exhaust memory."""
     most = (max_length + 1) * chat.longest_token
     return [
         (
@@ -143,7 +146,7 @@ def short(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said
 
 
 def _earlier_answers(row: Conversation, chat: ChatFormat, prompt: Sequence[int]) -> list[int]:
-    """Labels for a prompt: the assistant's earlier answers, where the template shows them as they were said."""
+    """Return labels for a prompt: the assistant's earlier answers, where the template renders them unchanged."""
     labels = [IGNORED] * len(prompt)
     for turn, message in enumerate(row.messages[:-1]):
         if message.role == "assistant":

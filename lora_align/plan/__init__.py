@@ -1,1 +1,1 @@
-"""Predict what each stage will take in memory and time, before it runs."""
+"""Planning: the memory and time of each stage, before it runs."""

@@ -1,4 +1,4 @@
-"""What to change: so that a stage fits, or so that it takes less time."""
+"""Advice: which settings make a stage fit, or make it faster."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,24 +15,24 @@ from lora_align.plan.timing import time_step
 from lora_align.recipe import Lora, Recipe, Training
 
 SMALL_ADAM = "adamw_8bit"
-CARDS = (2, 4, 8)  # among which a base is divided that fits none
-LOWEST_RANK = 4  # that is advised
-WORTH = 0.03  # share of a stage's time that a switch has to save
+CARDS = (2, 4, 8)  # numbers of cards that are tried for a sharded base
+LOWEST_RANK = 4  # lowest rank that is advised
+WORTH = 0.03  # share of a stage's time that a switch must save to pay
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A switch, and what a step took with it: of the time without it, and seconds of the whole stage."""
+    """A measured switch of a setting."""
 
-    said: str
-    step: float = 0.0
-    seconds: float = 0.0
+    said: str  # as for --set
+    step: float = 0.0  # time of a step, as a share of the time without the switch
+    seconds: float = 0.0  # of the whole stage
     pays: bool = False
-    fault: str = ""  # why it was not taken
+    fault: str = ""  # why the switch could not be measured
 
 
 def switches(base: Base, plan: StageEstimate) -> Iterator[Tried]:
-    """Other ways to compute a step, each measured beside the best before it."""
+    """Measure other ways to compute a step, each against the best one so far."""
     for said, of_base, of_stage in _ways(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
         stage = replace(plan.stage, settings=replace(plan.stage.settings, **of_stage))
@@ -50,8 +50,8 @@ def switches(base: Base, plan: StageEstimate) -> Iterator[Tried]:
 
 
 def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """As --set says it, and what it changes of the base's and of the stage's table."""
-    if not stage.trains:  # tune computes as the recipe's base does, and compiles nothing
+    """Yield each switch: its text for --set, and the settings that it changes in the base's and the stage's table."""
+    if not stage.trains:  # tune compiles nothing
         return
     if not stage.settings.compile:
         yield f"{stage.table}.compile=true", {}, {"compile": True}
@@ -63,7 +63,7 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
 
 
 def fitting(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
-    """The first change that makes it fit; or among how many cards."""
+    """Return the first change of settings, or number of cards, that makes the stage fit."""
     found, said = plan, ""
     for said, settings, lora in _changes(plan.stage):
         changed = replace(plan.stage, settings=settings, lora=lora)
@@ -73,25 +73,27 @@ def fitting(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
         for count in CARDS:
             if replace(found, device=replace(plan.device, count=count), divided=True).fits:
-                return f"it fits --cards {count} that divide the base, with --set base.fsdp=true{said}"
-    return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit: a smaller base will"
+                return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{said}"
+    return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
 
 
 def quicker(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
-    """What costs time and is not needed for it to fit."""
+    """Return advice to disable gradient checkpointing if the stage fits without it, else an empty string."""
     if not plan.stage.settings.gradient_checkpointing:
         return ""
-    kept = replace(plan.stage, settings=replace(plan.stage.settings, gradient_checkpointing=False))
-    found = replace(estimate_stage(recipe, base, kept, plan.device, plan.lengths), rate=plan.rate)
+    without = replace(plan.stage, settings=replace(plan.stage.settings, gradient_checkpointing=False))
+    found = replace(estimate_stage(recipe, base, without, plan.device, plan.lengths), rate=plan.rate)
     if not found.fits:
         return ""
     said = f"--set {plan.stage.table}.gradient_checkpointing=false"
-    return f"quicker, and it fits, with {said}: {size(found.total)}, about {clock(found.seconds)}"
+    return f"faster, and it still fits, with {said}: {size(found.total)}, about {clock(found.seconds)}"
 
 
 def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:
-    """Smaller parts, then checkpointing by itself, then both, then Adam's moments in 8 bit, then a lower rank as well;
-    and how to say it."""
+    """Yield settings that need less memory, in the order of preference, with their text for --set.
+
+    The order: smaller parts, checkpointing alone, both, then also 8-bit Adam, then also a lower rank.
+    """
     settings, lora = stage.settings, stage.lora
     parts, both = "", ""
     while settings.tokens_per_batch > settings.max_length:

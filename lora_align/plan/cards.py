@@ -1,11 +1,11 @@
-"""Graphics cards that can be planned for by name."""
+"""The table of GPUs that a plan knows by name."""
 
 import re
 
 from lora_align.errors import UserError, nearest
 
-# Memory in GB, and 10¹² operations a second that its makers give for matrices in 16 bit (bfloat16 where a card has it)
-# without sparsity, summed in float32. Cards for games sum in float32 at half the rate they sum in float16.
+# Memory in GB, and the vendor's TFLOP/s for 16-bit matrices (bfloat16 if the card supports it), without sparsity, with
+# float32 accumulation. GeForce cards accumulate in float32 at half the rate of float16.
 CARDS = {
     "rtx-3060": (12, 25),
     "rtx-3070": (8, 41),
@@ -35,11 +35,9 @@ NO_BFLOAT16 = ("t4", "v100")
 
 
 def card_name(card: str) -> str:
-    """Return the card that a name means: 4090, RTX 4090 and `NVIDIA GeForce RTX 4090` are all rtx-4090."""
-    said = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", card.lower())
-    found = [name for name in CARDS if name.removeprefix("rtx-").replace("-", "") == said]
+    """Return the table's name of a card: "4090" and "NVIDIA GeForce RTX 4090" both give "rtx-4090"."""
+    short = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", card.lower())
+    found = [name for name in CARDS if name.removeprefix("rtx-").replace("-", "") == short]
     if not found:
-        raise UserError(
-            f"--card {card!r}: no such card is known{nearest(card, list(CARDS))} (known: {', '.join(CARDS)})"
-        )
+        raise UserError(f"--card {card!r}: unknown card{nearest(card, list(CARDS))} (known: {', '.join(CARDS)})")
     return found[0]

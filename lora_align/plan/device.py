@@ -1,4 +1,4 @@
-"""What is planned for: this machine, or a card that is named."""
+"""The device of a plan: this machine, or a GPU given by name."""
 
 import math
 import time
@@ -12,24 +12,24 @@ from lora_align.model.base import compute_dtype
 from lora_align.plan import cards
 from lora_align.recipe import Recipe
 
-DRIVER = 0.6e9  # bytes of a card that CUDA keeps to itself; not measured
+DRIVER = 0.6e9  # bytes of a GPU that CUDA reserves; an assumption, not measured
 
 
 @dataclass(frozen=True)
 class Device:
-    """What is planned for."""
+    """A device and its memory, matrix rate and dtype."""
 
     name: str
     memory: float
     rate: float  # operations a second
     dtype: torch.dtype
     reserved: float
-    count: int = 1  # of such devices, that train together
-    cpu: bool = False  # this machine's processor
+    count: int = 1  # devices that train together
+    cpu: bool = False
 
 
 def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: int = 1) -> Device:
-    """The card that is named, or what this machine trains on; so many of them."""
+    """Return the named card, or the device that this machine trains on. `vram` (GB) overrides a card's memory."""
     if card or vram:
         card = cards.card_name(card or "rtx-4090")
         memory, rate = cards.CARDS[card]
@@ -39,20 +39,20 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
     dtype, where = compute_dtype(recipe.base), bases.device()
     if where.type == "cuda":
         properties = torch.cuda.get_device_properties(where)
-        free, _ = torch.cuda.mem_get_info(where)  # what this process and CUDA itself hold already is not in it
+        free, _ = torch.cuda.mem_get_info(where)  # excludes what CUDA and this process already use
         return Device(properties.name, free, _rate(where, dtype), dtype, 0.0, count)
-    held = psutil.Process().memory_info().rss  # by the libraries
+    held = psutil.Process().memory_info().rss  # memory of the loaded libraries
     memory = bases.device_memory(where)
     return Device("this CPU", memory, _rate(where, dtype), dtype, held, count, cpu=True)
 
 
 def _rate(where: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product, measured."""
+    """Measure the operations a second of a matrix product."""
     side = 8192 if where.type == "cuda" else 1024
     one = torch.randn(side, side, device=where).to(dtype)
     seconds = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits until it is there
+        (one @ one)[0, 0].item()  # waits for the result
         seconds = min(seconds, time.perf_counter() - began)
     return 2 * side**3 / seconds

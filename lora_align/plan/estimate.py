@@ -1,4 +1,4 @@
-"""What a stage takes: bytes by part, operations, seconds."""
+"""The estimate of a stage's memory, operations and time."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,36 +18,36 @@ from lora_align.recipe import Lora, Recipe
 from lora_align.train import lora_trainer
 from lora_align.train.stepper import Loss
 
-SHARE = 0.5  # of a device's matrix rate that training is taken to reach; not measured on any card yet
-PLACES = 64  # of the lengths at which the fullest part is looked for
-GATHERED = 2  # layers of a divided base that are whole at once: one in use, and the next
-MOMENTS = {"8bit": 2, "sgd": 0}  # bytes a trained value that optimisers of such a name keep; others: 8
+SHARE = 0.5  # of a device's matrix rate that training is assumed to reach; not measured on any GPU yet
+PLACES = 64  # candidates for the fullest part, spread over the sorted rows
+GATHERED = 2  # layers of a sharded base that are whole at the same time: the current and the next one
+MOMENTS = {"8bit": 2, "sgd": 0}  # bytes of optimiser state a trained value, by a part of the optimiser's name; else 8
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A stage's plan: bytes by part, operations, seconds."""
+    """The estimated memory, operations and time of a stage."""
 
     stage: Stage
     cost: Cost
     tokens: int
     lengths: Sequence[int]
-    part: Sequence[int]  # which rows make the fullest part of a step
+    part: Sequence[int]  # the rows of a step's fullest part
     device: Device
-    gathered: float  # bytes of a base's layers that are whole at once where it is divided
-    divided: bool  # among the devices
-    rate: float  # operations a second: the share of the device's that is assumed, or as measured
-    measured: StepTiming | None = None  # that part
-    counted: float = 0.0  # the activations and logits that were planned before it was measured
+    gathered: float  # bytes of the layers that are whole at the same time if the base is sharded
+    divided: bool  # whether the base is sharded over the devices
+    rate: float  # operations a second: SHARE of the device's rate, or measured
+    measured: StepTiming | None = None  # of the fullest part
+    counted: float = 0.0  # bytes of activations and logits that were planned before the measurement
 
     @property
     def memory(self) -> dict[str, float]:
-        """By part."""
-        kept = next((each for name, each in MOMENTS.items() if name in self.stage.settings.optimizer), 8)
+        """Bytes by kind of use."""
+        moments = next((each for name, each in MOMENTS.items() if name in self.stage.settings.optimizer), 8)
         return {
             "weights": self._weights,
             "adapters": self.cost.trained,
-            "optimiser": self.cost.trained * (1 + kept / 4) if self.stage.trains else 0.0,  # and the gradients
+            "optimiser": self.cost.trained * (1 + moments / 4) if self.stage.trains else 0.0,  # with gradients
             "activations": self.cost.activations,
             "logits": self.cost.logits,
             "reserved": self.device.reserved,
@@ -61,16 +61,15 @@ class StageEstimate:
 
     @property
     def total(self) -> float:
-        """Bytes at their highest."""
+        """Peak memory in bytes."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """With all that is reserved."""
         return self.total <= self.device.memory
 
     def by(self, step: StepTiming) -> "StageEstimate":
-        """As it is where a part of a step takes what was measured."""
+        """Return the estimate with memory and rate scaled to a measured step."""
         counted = self.cost.activations + self.cost.logits
         share = step.taken / counted
         taken = replace(self.cost, activations=share * self.cost.activations, logits=share * self.cost.logits)
@@ -78,7 +77,7 @@ class StageEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of all the stage trains; what devices take to tell each other is not in it."""
+        """Time of the whole stage, without communication between devices."""
         tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
         each = sum(self.lengths[i] for i in self.part)
         operations = tokens * self.cost.whole / each
@@ -86,7 +85,7 @@ class StageEstimate:
         return operations / self.rate / self.device.count + (self.measured.before if self.measured else 0)
 
     def facts(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the estimate as JSON data."""
         return {
             "stage": self.stage.name,
             "rows": len(self.lengths),
@@ -107,9 +106,9 @@ class StageEstimate:
 
 
 def shape_of(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool = False) -> Shape:
-    """A base with an adapter, by its configuration alone."""
+    """Return the shape of a base with an adapter, from the base's configuration alone."""
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    if recipe.base.attention == "eager":  # the others keep as little as what runs on any device does
+    if recipe.base.attention == "eager":  # the other kernels store as little as the default one
         config._attn_implementation = "eager"
     packed = recipe.base.quantization == "nf4"
     adapter = lora_trainer.fresh_adapter(lora, base)
@@ -121,7 +120,7 @@ def shape_of(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpoi
 def estimate_stage(
     recipe: Recipe, base: Base, stage: Stage, device: Device, lengths: Sequence[int] | None = None
 ) -> StageEstimate:
-    """What the fullest part of a stage's steps takes; its rows' lengths, where they are known, are not looked up."""
+    """Estimate a stage from the fullest part of its steps. `lengths` are the rows' lengths, if known already."""
     checkpointing = stage.settings.gradient_checkpointing
     shape = shape_of(recipe, base, stage.lora, device, checkpointing=checkpointing)
     lengths = lengths or _lengths(stage, stage.objective(shape.outline()))
@@ -140,7 +139,7 @@ def estimate_stage(
 
 
 def size(count: float, unit: str = "") -> str:
-    """Bytes as tables and advice give them: 5.70 GB, 340.1 MB below one GB; too few for a table's unit: <0.01."""
+    """Format bytes: "5.70 GB", below one GB "340.1 MB", too little for the given unit "<0.01 GB"."""
     unit = unit or ("MB" if count < 1e9 else "GB")
     shown = f"{count / 1e6:,.1f}" if unit == "MB" else f"{count / 1e9:,.2f}"
     return f"{'<0.01' if count and shown == '0.00' else shown} {unit}"
@@ -151,7 +150,7 @@ def _lengths(stage: Stage, objective: Loss[Any]) -> list[int]:
 
 
 def fullest(lengths: Sequence[int], budget: int, batch: int) -> list[int]:
-    """The rows of a step that make its fullest part: as many alike long ones as the budget takes."""
+    """Return the rows of a step's fullest part: rows of similar length with the most tokens within `budget`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     starts = sorted({len(order) * place // PLACES for place in range(PLACES)})
     found = (order[at : at + max(1, min(batch, budget // max(lengths[order[at]], 1)))] for at in starts)

@@ -1,4 +1,4 @@
-"""Before a run: what each stage will take in memory and time, whether it fits, and what to change where it does not."""
+"""The plan of a recipe: memory and time of each stage, whether it fits, and what to change if not."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from lora_align.plan.stages import stage_of
 from lora_align.plan.timing import time_sampling, time_step
 from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 
-BELOW = ("lora", "base")  # tables that every stage stands on
+BELOW = ("lora", "base")  # tables that every stage uses
 DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", directions={}))
 STAGES = ("sft", "dpo", "reward", "rsf", "tune")
 
@@ -32,9 +32,10 @@ def plan_stages(
     passes: int | None = None,
     measure: bool = False,
 ) -> dict[str, Any]:
-    """Plan the stages that a recipe has, or those of them that are named; how often over the rows, if not as usual.
+    """Plan the stages in `names` that the recipe has. Return JSON data.
 
-    To `measure`, a step of each is taken on this device. How many `cards`, if nobody says: one a process.
+    `passes` overrides the number of passes over the rows. `cards` defaults to the number of processes. With `measure`,
+    a step of each stage that fits runs on this device.
     """
     base = shapes.find(recipe.base, outline=not measure)
     device = device_of(recipe, card, vram, cards or processes.count())
@@ -45,11 +46,11 @@ def plan_stages(
             plan = estimate_stage(recipe, base, replace(stage, passes=passes or stage.passes), device)
             taken: dict[str, Any] = {}
             if measure and plan.fits and stage.trains:
-                screen.note(f"{name}: taking a step, and others in other ways")
+                screen.note(f"{name}: measuring a step, with and without switches")
                 plan = plan.by(time_step(base, stage, [stage.rows[i] for i in plan.part]))
                 taken["switches"] = [asdict(tried) for tried in advice.switches(base, plan)]
                 if stage.drawing:
-                    screen.note(f"{name}: drawing answers")
+                    screen.note(f"{name}: sampling answers")
                     taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
             if plan.fits:
                 said = advice.quicker(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
@@ -57,7 +58,7 @@ def plan_stages(
                 said = advice.fitting(recipe, base, plan)
             found.append({**plan.facts(), "advice": said, **taken})
     if not found:
-        raise UserError(f"the recipe has no {' or '.join(names)} to plan")
+        raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")
     return {
         "base": base.identity["model"],
         "shipped": shapes.is_shipped(base),
@@ -68,7 +69,7 @@ def plan_stages(
 
 
 def summary(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
-    """A table by part, then what it comes to; how long the rows are, if asked for."""
+    """Format a plan as text. With `lengths`, include a histogram of the rows' lengths."""
     device = plan["device"]
     several = f"{device['count']} × " if device["count"] > 1 else ""
     parts = [
@@ -76,7 +77,7 @@ def summary(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
         f"{device['memory'] / 1e9:,.0f} GB, in {device['dtype']}"
     ]
     if plan["shipped"]:
-        parts.append("By the shape of this base that comes with lora-align, not by its files, which cannot be had.")
+        parts.append("The base's files are not available. The plan uses the shape of this base that lora-align ships.")
     names = list(plan["stages"][0]["bytes"])
     listed = [[*(of["bytes"][name] for name in names), of["total"]] for of in plan["stages"]]
     unit = "MB" if max(values[-1] for values in listed) < 1e9 else "GB"
@@ -84,9 +85,9 @@ def summary(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
         [of["stage"], *(size(value, unit).removesuffix(f" {unit}") for value in values)]
         for of, values in zip(plan["stages"], listed, strict=True)
     ]
-    parts.append(table([unit, *names, "at most"], rows))
+    parts.append(table([unit, *names, "total"], rows))
     for of in plan["stages"]:
-        often = f"{of['passes']} times over " if of["passes"] > 1 else ""
+        often = f"{of['passes']} passes over " if of["passes"] > 1 else ""
         line = f"{of['stage']}: {'fits' if of['fits'] else 'does not fit'}; {often}{count(of['rows'], 'row')}, "
         line += f"{count(of['tokens'], 'token')}: about {clock(of['seconds'])}"
         parts.append(
@@ -95,39 +96,42 @@ def summary(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
         if lengths:
             parts.append("\n".join(["tokens of a row, prompt and answers:", *bars(of["histogram"])]))
     if not all(of["measured"] for of in plan["stages"]):
-        parts.append(f"Times are at {SHARE:.0%} of the device's matrix rate, {device['rate'] / 1e12:,.3g} TFLOP/s.")
+        parts.append(f"Times assume {SHARE:.0%} of the device's matrix rate, {device['rate'] / 1e12:,.3g} TFLOP/s.")
     return "\n\n".join(parts)
 
 
 def _drawing(of: Mapping[str, Any]) -> Iterator[str]:
     if of["answers"]:
-        time = f"about {clock(of['drawing'])} more" if "drawing" in of else "--measure says how long"
+        time = f"about {clock(of['drawing'])} more" if "drawing" in of else "--measure estimates the time"
         answers = count(of["answers"], "answer")
-        yield f"before that it draws {answers} ({time}) and scores them, which the plan leaves out"
+        yield f"it also samples {answers} ({time}) and scores them; the plan excludes both"
 
 
 def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]:
     if not of["measured"]:
         return
-    said, took = of["measured"]["planned"], of["measured"]["taken"]
+    planned, measured = of["measured"]["planned"], of["measured"]["taken"]
     yield (
-        f"a step's fullest part took {of['measured']['seconds']:,.2f} s, {of['rate'] / device['rate']:.0%} of the "
-        f"device's matrix rate; activations and logits {size(took)}, planned {size(said)}"
+        f"measured: the fullest part of a step takes {of['measured']['seconds']:,.2f} s, "
+        f"{of['rate'] / device['rate']:.0%} of the device's matrix rate; activations and logits take {size(measured)}, "
+        f"planned {size(planned)}"
     )
     for tried in of["switches"]:
         if tried["fault"]:
             yield f"--set {tried['said']}: {tried['fault']}"
         else:
-            pays = "quicker" if tried["pays"] else "does not pay"
+            pays = "faster" if tried["pays"] else "not worth it"
             yield (
-                f"{pays}: --set {tried['said']}, {tried['step']:.2f} of a step's time, in all about "
-                f"{clock(tried['seconds'])}"
+                f"{pays}: --set {tried['said']} takes {tried['step']:.2f} of a step's time, about "
+                f"{clock(tried['seconds'])} in total"
             )
 
 
 def resolved(recipe: Recipe, stage: str) -> str:
-    """Every value that is in force, a line each, as --set would say it: a stage's own tables first, then what differs
-    from its default, then the rest."""
+    """Format every value of the recipe as for --set, a line each.
+
+    The stage's own tables come first, then other values that differ from their defaults, then the rest.
+    """
     values, defaults = dict(flat(recipe.as_dict())), dict(flat(asdict(DEFAULTS)))
     of_preference = dict(flat(asdict(Preference())))
     for key in values:
@@ -139,11 +143,11 @@ def resolved(recipe: Recipe, stage: str) -> str:
     other = [key for key in values if key not in own]
     differing = [key for key in other if values[key] != defaults.get(key)]
     blocks = {
-        f"{stage}, {' and '.join(BELOW)} (in brackets: the default, where it is another):": [
+        f"{stage}, {' and '.join(BELOW)} (in brackets: the default, if it differs):": [
             f"{key}={_shown(values[key])}" + _unless_default(values[key], defaults.get(key)) for key in own
         ],
-        "what else differs from its default:": [f"{key}={_shown(values[key])}" for key in differing],
-        "the rest, at its defaults:": [f"{key}={_shown(values[key])}" for key in other if key not in differing],
+        "other values that differ from their defaults:": [f"{key}={_shown(values[key])}" for key in differing],
+        "the rest, at their defaults:": [f"{key}={_shown(values[key])}" for key in other if key not in differing],
     }
     return "\n\n".join("\n".join([title, *lines]) for title, lines in blocks.items() if lines)
 

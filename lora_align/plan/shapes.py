@@ -1,6 +1,6 @@
-"""The shapes of the built-in recipes' bases, for a plan where neither the cache nor the hub has their files.
+"""Shapes of the built-in recipes' bases, for a plan when neither the cache nor the hub provides their files.
 
-A folder of `shapes/` holds as much of a base's published configuration as its size follows from.
+Each folder in `shapes/` holds the part of a base's published configuration that determines its size.
 """
 
 from pathlib import Path
@@ -12,22 +12,22 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base
 
 SHAPES = Path(__file__).parent / "shapes"
-HUB_SECONDS = 3.0  # until a hub that does not answer counts as out of reach
+HUB_SECONDS = 3.0  # timeout after which the hub counts as unreachable
 
 
 def find(base: recipe.Base, *, outline: bool) -> Base:
-    """Locate a base; where its files cannot be had, an outline is made of the shipped shape, if there is one."""
+    """Locate a base. With `outline`, fall back to a shipped shape if the base's files are not available."""
     folder = SHAPES / base.model.replace("/", "--")
     shipped = outline and folder.is_dir() and not Path(base.model).is_dir()
     if not shipped or _in_cache(base) or _hub_answers():
         return bases.find(base, outline=outline)
     positions = AutoConfig.from_pretrained(folder).max_position_embeddings
-    tokenizer = bases.find(recipe.Base("demo")).chat  # stands in: rows are assumed where the base's own is not there
+    tokenizer = bases.find(recipe.Base("demo")).chat  # a placeholder: rows are assumed, not tokenised
     return Base(folder, base, "", tokenizer, positions)
 
 
 def is_shipped(base: Base) -> bool:
-    """Whether no more is known of a base than its shape."""
+    """Return whether only the shipped shape of a base is available."""
     return base.folder.parent == SHAPES
 
 
@@ -43,6 +43,6 @@ def _hub_answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except (HTTPError, ConnectionError):  # of a network that is not there, and of HF_HUB_OFFLINE
+    except (HTTPError, ConnectionError):  # no network, or HF_HUB_OFFLINE
         return False
     return True

@@ -1,4 +1,4 @@
-"""What each stage trains on and how: its own rows and its own objective."""
+"""The rows and the objective of each stage, for the plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,53 +23,55 @@ from lora_align.train import token_rows as materials
 from lora_align.train.row_files import LazyRows, concat
 from lora_align.train.stepper import Loss
 
-TUNED, LOOKS = 48, 8  # pairs of a preference that `tune` reads, and how often it reads them, about
-UNKNOWN_ROWS = 1000  # where neither data nor a limit says how many there are
+TUNED, LOOKS = 48, 8  # pairs of each preference that `tune` reads, and about how many passes it makes over them
+UNKNOWN_ROWS = 1000  # rows of a source, if neither the data nor a limit gives the number
 
 
 @dataclass(frozen=True)
 class SamplingWork:
-    """The answers a stage draws on the way, and some of the conversations it draws them to."""
+    """The answers that a stage samples, and some of the prompts that it samples them for."""
 
-    answers: int  # of all its policies
+    answers: int  # in all, over all policies
     asked: Sequence[Prompt]
-    each: int
+    each: int  # answers to a prompt
     sampling: Sampling
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains on, and how often."""
+    """A stage's settings, rows and objective."""
 
     name: str
     settings: Training
     lora: Lora
     rows: Sequence[Any]
     objective: Callable[[PreTrainedModel], Loss[Any]]
-    passes: int  # over them, an adapter each
-    referenced: bool = False
-    assumed: str = ""  # why the rows are not the real ones
+    passes: int  # over the rows; each trains one adapter
+    referenced: bool = False  # the start policy's log-probabilities are computed first
+    assumed: str = ""  # why the plan assumes rows instead of reading them
     drawing: SamplingWork | None = None
-    trains: bool = True  # an adapter; tune reads through vectors that are there
+    trains: bool = True  # False: tune trains no adapter, it runs existing vectors
 
     @property
     def table(self) -> str:
-        """The recipe's table that its settings stand in."""
+        """The recipe's table that holds the settings."""
         return self.name if self.trains else "dpo"
 
 
 def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | None:
-    """Return what a stage would train on, if the recipe has it; rows of the greatest length where the data or the
-    base's tokenizer cannot be had."""
+    """Return a stage, or None if the recipe does not have it.
+
+    If the data or the base's tokenizer is not available, rows of the maximum length are assumed.
+    """
     if not (recipe.preferences if name in ("dpo", "tune") else getattr(recipe, name)):
         return None
     try:
         if shapes.is_shipped(base):
-            raise NotFetchedError("the base's tokenizer is not here")
+            raise NotFetchedError("the base's tokenizer is not available")
         return _STAGES[name](recipe, base, screen)
     except NotFetchedError as fault:
-        why = f"({UNKNOWN_ROWS:,} of each source that has no limit) are assumed: {fault}"
-        return replace(_ASSUMED[name](recipe, base), assumed=f"rows of the greatest length {why}")
+        why = f"rows of the maximum length are assumed ({UNKNOWN_ROWS:,} of each source without a limit): {fault}"
+        return replace(_ASSUMED[name](recipe, base), assumed=why)
 
 
 def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:
@@ -86,11 +88,11 @@ def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage:
 
 def _tune(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     found = [dpo.prepare(recipe, name, base, screen).train[:TUNED] for name in recipe.preferences]
-    return _tuning(recipe, base, concat(found))
+    return _tune_stage(recipe, base, concat(found))
 
 
-def _tuning(recipe: Recipe, base: Base, rows: Sequence[TokenPair]) -> Stage:
-    """Pairs read through the vectors of all preferences, each of two adapters, forwards and backwards."""
+def _tune_stage(recipe: Recipe, base: Base, rows: Sequence[TokenPair]) -> Stage:
+    """Return the stage of `tune`: forward and backward through all vectors, each made of two adapters."""
     settings = replace(recipe.dpo, epochs=1.0)
     lora = replace(recipe.lora, rank=2 * recipe.lora.rank * len(recipe.preferences))
     return Stage("tune", settings, lora, rows, _dpo_loss(recipe, base), LOOKS, trains=False)
@@ -117,13 +119,13 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     some = [under_system(of.system, of.prompt) for of in asked[-1][: max(1, AT_ONCE // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     drawing = SamplingWork(answers, some, sampling_requests.each(settings, settings.iterations), sampling)
-    why = "(rows of the greatest length are assumed, as they are drawn on the way)"
-    return replace(_learning(recipe, base, max(map(len, asked))), assumed=why, drawing=drawing)
+    why = "rows of the maximum length are assumed, because rsf samples its rows while it runs"
+    return replace(_rsf_stage(recipe, base, max(map(len, asked))), assumed=why, drawing=drawing)
 
 
-def _learning(recipe: Recipe, base: Base, rows: int) -> Stage:
-    """What the policies of an `rsf` learn, which is known when it was drawn: so many rows of the greatest length each,
-    the first of them included, that learns of answers there are."""
+def _rsf_stage(recipe: Recipe, base: Base, rows: int) -> Stage:
+    """Return the stage of `rsf`: every policy, the SteerLM-style one included, trains on `rows` rows of the maximum
+    length."""
     settings = recipe.rsf
     assert settings is not None
     longest = min(settings.max_length, base.max_length)
@@ -154,11 +156,11 @@ def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
 
 
 def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
-    return _tuning(recipe, base, _longest_pairs(recipe, base, TUNED))
+    return _tune_stage(recipe, base, _longest_pairs(recipe, base, TUNED))
 
 
 def _longest_pairs(recipe: Recipe, base: Base, each: int) -> LazyRows[TokenPair]:
-    """Return so many pairs of the greatest length of each preference."""
+    """Return `each` pairs of the maximum length for each preference."""
     longest = min(recipe.dpo.max_length, base.max_length)
     prompt = longest // 4
     pair = TokenPair([0] * prompt, [0] * (longest - prompt), [0] * (longest - prompt), (0.0, 0.0))
@@ -178,7 +180,7 @@ def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
 
 def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
     assert recipe.rsf is not None
-    return _learning(recipe, base, (recipe.rsf.prompts or recipe.rsf.limit or UNKNOWN_ROWS) * recipe.rsf.per_prompt)
+    return _rsf_stage(recipe, base, (recipe.rsf.prompts or recipe.rsf.limit or UNKNOWN_ROWS) * recipe.rsf.per_prompt)
 
 
 _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {

@@ -1,6 +1,7 @@
-"""What a step takes, found without taking it: the step's own code runs on tensors that have a shape and no contents.
+"""The memory and operations of a training step, computed without running it.
 
-Two cuts of the base, of a few layers each, are enough: what a layer adds, every further layer adds again.
+The step's own code runs on fake tensors, which have a shape and no data. It runs on two bases with few layers; the cost
+of the whole base is extrapolated, because every layer adds the same.
 """
 
 import contextlib
@@ -24,62 +25,62 @@ from transformers.activations import SiLUActivation
 from lora_align.model.base import inside
 from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 
-CUTS = (2, 4)  # layers
-COLLECT_EVERY = 50  # operations
+CUTS = (2, 4)  # layers of the two bases
+COLLECT_EVERY = 50  # operations between two garbage collections
 FLOAT = 4  # bytes
-SCALES = (64, 256)  # weights that share one of NF4's scales, and scales that share one of theirs
-Step = Callable[[PreTrainedModel], Tensor]  # a loss
+SCALES = (64, 256)  # NF4 block sizes: weights a scale, and scales a scale of scales
+Step = Callable[[PreTrainedModel], Tensor]  # returns a loss
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes, and operations of one step: forward alone, and with its backward."""
+    """Bytes and operations of one step."""
 
     weights: float
-    packed: float  # of these, what can be divided among cards
+    packed: float  # the 4-bit part of the weights, which can be sharded
     trained: float
-    activations: float  # at their highest, without what the vocabulary takes
+    activations: float  # peak without logits
     logits: float
-    forward: float
-    whole: float
+    forward: float  # operations of the forward pass
+    whole: float  # operations of forward and backward
 
     def on(self, other: "Cost", share: float) -> "Cost":
-        """The cost at a share of the way from this one to another."""
+        """Interpolate linearly between this cost (share 0) and another one (share 1), or extrapolate beyond."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Cost(*(a + share * (b - a) for a, b in pairs))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A base as far as memory goes: its configuration, how its weights are kept, the adapter that is trained on it."""
+    """Everything about a base that determines a step's memory: configuration, storage of weights, adapter."""
 
     config: PretrainedConfig
     dtype: torch.dtype
-    packed: bool  # in NF4
-    dequantised: bool  # and, on a CPU, once more as they are computed with
+    packed: bool  # weights are stored in NF4
+    dequantised: bool  # and also stored dequantised, on a CPU
     double_quant: bool
     lora: LoraConfig
     checkpointing: bool
 
     @property
     def layers(self) -> int:
-        """Of the whole base."""
+        """Number of layers of the whole base."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     def parameters(self) -> int:
-        """Of the whole base, the adapter aside."""
+        """Count the parameters of the whole base, without the adapter."""
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(self.config).parameters())
 
     def linears(self) -> int:
-        """Count the weights of the layers that 4-bit quantisation covers: every linear one but the vocabulary's."""
+        """Count the weights that 4-bit quantisation covers: of every linear layer except the output head."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         head = model.get_output_embeddings()
         return sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head)
 
     def cost(self, step: Step) -> Cost:
-        """Of one forward and backward pass."""
+        """Return the cost of one forward and backward pass."""
         if self.layers <= CUTS[1]:
             return self._cost(self.layers, step)
         few, more = (self._cost(layers, step) for layers in CUTS)
@@ -97,48 +98,47 @@ class Shape:
             whole=whole.operations,
         )
 
-    def _run(self, layers: int, step: Step, vocabulary: bool) -> "_Found":
+    def _run(self, layers: int, step: Step, vocabulary: bool) -> "_RunCost":
         model = self.outline(layers)
         every = COLLECT_EVERY if self.checkpointing else 0
         with FakeTensorMode(), _Ledger(every) as ledger:
-            weights, packed, trained = self._filled(model)
+            weights, packed, trained = self._materialise(model)
             base = inside(model)
             head = base.get_output_embeddings()
-            if not vocabulary:  # nobody looks at what is in it, so that targets beyond it do no harm
+            if not vocabulary:  # a tiny head; targets beyond it do no harm, because fake tensors have no data
                 head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)
             began = ledger.highest = ledger.held
-            with FlopCounterMode(display=False) as counted, torch.autocast("cpu", self.dtype, self._mixes):
+            with FlopCounterMode(display=False) as counted, torch.autocast("cpu", self.dtype, self._autocasts):
                 loss = step(base)
                 forward = counted.get_total_flops()
                 loss.backward()
-            return _Found(weights, packed, trained, ledger.highest - began, forward, counted.get_total_flops())
+            return _RunCost(weights, packed, trained, ledger.highest - began, forward, counted.get_total_flops())
 
     @property
-    def _mixes(self) -> bool:
+    def _autocasts(self) -> bool:
         return self.dtype == torch.bfloat16
 
     def outline(self, layers: int = CUTS[0]) -> Any:
-        """On no device at all, as PEFT builds it."""
+        """Build the PEFT model with this number of layers on the meta device."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), _no_warnings():
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-            _exchange(model, self.dtype, self.packed, self.dequantised)
+            _replace_layers(model, self.dtype, self.packed, self.dequantised)
             model.train().requires_grad_(False)
             if self.checkpointing:
                 model.gradient_checkpointing_enable()
                 model.enable_input_require_grads()
-            lora = copy.deepcopy(self.lora)  # into which PEFT writes the names of this cut's layers
+            lora = copy.deepcopy(self.lora)  # PEFT writes layer names into it
             return get_peft_model(model, lora, low_cpu_mem_usage=True)
 
-    def _filled(self, model: nn.Module) -> tuple[float, float, float]:
-        """Give every parameter a shape where it will lie; bytes of the frozen ones, of the 4-bit ones among them, and
-        of those that are trained."""
+    def _materialise(self, model: nn.Module) -> tuple[float, float, float]:
+        """Replace meta parameters by fake ones. Return the bytes of the frozen, the 4-bit and the trained ones."""
         frozen = packed = trained = 0.0
-        filled: dict[nn.Parameter, nn.Parameter] = {}  # the vocabulary's may be tied
+        filled: dict[nn.Parameter, nn.Parameter] = {}  # embeddings and output head may be tied
         for module in model.modules():
             for name, given in module._parameters.items():
                 if given is None:
@@ -170,7 +170,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _RunCost:
     weights: float
     packed: float
     trained: float
@@ -180,7 +180,7 @@ class _Found:
 
 
 class _Ledger(TorchDispatchMode):
-    """Bytes of all tensors that live, and the most there were."""
+    """Counts the bytes of all live tensors, and their peak."""
 
     def __init__(self, collect_every: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -189,7 +189,7 @@ class _Ledger(TorchDispatchMode):
         self.collect_every, self.operations = collect_every, 0
 
     def __enter__(self) -> "_Ledger":
-        gc.freeze()  # what is there already need not be looked through each time
+        gc.freeze()  # collections need not scan objects that exist already
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
@@ -199,7 +199,7 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.operations += 1
         if self.collect_every and not self.operations % self.collect_every:
-            gc.collect()  # tensors without contents refer to each other where a layer is computed anew
+            gc.collect()  # with checkpointing, fake tensors form reference cycles
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
@@ -216,7 +216,7 @@ class _Ledger(TorchDispatchMode):
 
 
 class _Packed(Linear4bit):
-    """A 4-bit layer by what it takes: its weight unpacked, used, and let go, forwards and backwards."""
+    """A stand-in for a 4-bit layer that takes the same memory: it unpacks, uses and frees its weight in each pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         given, weight = x.to(self.compute_dtype), self._parameters["weight"]
@@ -238,13 +238,13 @@ class _Unpacked(torch.autograd.Function):
 
 
 class _Silu(nn.Module):
-    """In one piece, as devices have it; torch would take its backward apart."""
+    """SiLU as one operation, as on devices. On fake tensors torch decomposes its backward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _OnePiece.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+        return _SiluFunction.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _OnePiece(torch.autograd.Function):
+class _SiluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
@@ -255,8 +255,8 @@ class _OnePiece(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequantised: bool) -> None:
-    """Layers for those that take what they do; in 4-bit all linear ones but the vocabulary's."""
+def _replace_layers(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequantised: bool) -> None:
+    """Replace SiLU, and in 4-bit every linear layer except the output head, by stand-ins that take the same memory."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, layer in module.named_children():
@@ -271,8 +271,8 @@ def _exchange(model: PreTrainedModel, dtype: torch.dtype, packed: bool, dequanti
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Some say once more what they said when the base was loaded."""
+def _no_warnings() -> Iterator[None]:
+    """Hide warnings that already appeared when the base was loaded."""
     import warnings
 
     with warnings.catch_warnings():

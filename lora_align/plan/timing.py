@@ -1,4 +1,4 @@
-"""Steps that are really taken: how long, and how much memory beside the weights and the adapter."""
+"""Measurement of a step's time and memory, and of the sampling rate, on this device."""
 
 import os
 import time
@@ -17,20 +17,20 @@ from lora_align.plan.stages import SamplingWork, Stage
 from lora_align.train import lora_trainer
 from lora_align.train.stepper import with_padding
 
-TIMES = 3  # a step is taken, and the quickest counts
+TIMES = 3  # repetitions of a step, of which the fastest counts
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """A part of a step, forwards and backwards."""
+    """Time and memory of one part of a step, forward and backward."""
 
     seconds: float
-    before: float  # seconds that the first one takes more, as what is made once
-    taken: float  # bytes, at their highest
+    before: float  # extra seconds of the first run, for example for compiling
+    taken: float  # peak bytes beside weights and adapter
 
 
 def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
-    """Load the base and take a part of a step of its stage, on this device."""
+    """Load the base and run one part of a step of the stage on this device."""
     model = base.load()
     if stage.settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -45,10 +45,10 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
         with torch.autocast(where.type, dtype, enabled=where.type == "cuda" and dtype != torch.float32):
             part = objective.part(rows, objective.weights(rows))
         part.loss.backward()
-        float(part.loss.detach())  # waits until it is there
+        float(part.loss.detach())  # waits for the result
 
     with compiled_layers(policy, wanted=stage.settings.compile):
-        first = _seconds(step)  # what is made once and kept is not the step's
+        first = _seconds(step)  # includes work done only once, such as compiling
         policy.zero_grad()
         taken = highest(step)
         seconds = min(_seconds(step) for _ in range(TIMES))
@@ -56,7 +56,7 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
 
 
 def time_sampling(base: Base, drawing: SamplingWork) -> float:
-    """Answers a second: of some that the base draws on this device, as if it were the policy."""
+    """Return the answers a second that the base samples on this device, in place of the policies."""
     sampler, answers = LocalSampler(base.load(), base), 0
     began = time.perf_counter()
     for batch in sampler.draw(drawing.asked, drawing.each, drawing.sampling):
@@ -65,7 +65,7 @@ def time_sampling(base: Base, drawing: SamplingWork) -> float:
 
 
 def highest(work: Callable[[], None]) -> float:
-    """Bytes of tensors that some work has at once, at most: as CUDA's allocator, or the CPU's, has counted them."""
+    """Return the peak bytes of tensors that `work` allocates, as counted by the allocator of CUDA or the CPU."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -73,7 +73,7 @@ def highest(work: Callable[[], None]) -> float:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         work()
     held = most = 0

@@ -1,4 +1,4 @@
-"""The base in real NF4: named by its weights, right in its gradients, kept once quantised."""
+"""The base in NF4: its fingerprint, its gradients and its 4-bit cache."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% e
 
 
 def _twin(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The same model in float32, every 4-bit weight replaced by what it stands for."""
+    """Return the same model in float32, with dequantised weights."""
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layers = dict(twin.named_modules())
     for name, module in model.named_modules():
@@ -54,7 +54,7 @@ def _with_adapter(model: PreTrainedModel) -> torch.nn.Module:
 
 @pytest.mark.parametrize("which", ["demo", "tiny"])
 @pytest.mark.parametrize("dequantised", [True, False])
-def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(
+def test_gradients_equal_those_of_a_dense_twin(
     which: str, dequantised: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = bases.find(recipe.Base("demo" if which == "demo" else str(llama)))
@@ -78,7 +78,7 @@ def test_gradients_are_a_dense_twins_before_and_after_evaluation_and_sampling(
 
 
 def _loaded(base: Base, dequantised: bool, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
-    """Load a base with the memory for dequantised weights, or without."""
+    """Load a base with or without dequantised layers."""
     monkeypatch.setattr("lora_align.model.nf4.SHARE", 1.0 if dequantised else 0.0)
     model = base.load()
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -88,7 +88,7 @@ def _loaded(base: Base, dequantised: bool, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dequantised_layers_are_stock_4bit_to_the_last_bit(
+def test_dequantised_layers_give_the_bits_of_4bit_layers(
     dtype: Literal["float32", "bfloat16"], llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = bases.find(recipe.Base(str(llama), dtype=dtype))
@@ -101,7 +101,7 @@ def test_dequantised_layers_are_stock_4bit_to_the_last_bit(
         assert torch.equal(gradient, found[name]), name
 
 
-def test_a_dequantised_base_is_saved_in_4bit(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_dequantised_base_is_saved_in_4bit(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base = bases.find(recipe.Base(str(llama)))
     for dequantised in (False, True):
         _loaded(base, dequantised, monkeypatch).save_pretrained(tmp_path / str(dequantised))
@@ -109,7 +109,7 @@ def test_a_dequantised_base_is_saved_in_4bit(llama: Path, monkeypatch: pytest.Mo
     assert stock.read_bytes() == ours.read_bytes()
 
 
-def test_a_base_is_named_by_its_weights(llama: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_weights_alone(llama: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llama, tmp_path / "elsewhere")
     first, second = bases.find(recipe.Base(str(llama))), bases.find(recipe.Base(str(copy)))
     assert first.fingerprint == second.fingerprint != bases.find(recipe.Base("demo")).fingerprint
@@ -120,39 +120,39 @@ def test_a_base_is_named_by_its_weights(llama: Path, tmp_path: Path) -> None:
     assert bases.find(recipe.Base(str(copy))).fingerprint != first.fingerprint
 
 
-def test_a_large_base_is_quantised_once_and_kept(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_large_base_is_quantised_once_and_cached(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path))
     base = bases.find(recipe.Base(str(llama)))
     direct = base.load()
     first, second = base.load(keep_from=0), base.load(keep_from=0)
-    kept = [path for path in (tmp_path / "bases").iterdir() if path.is_dir()]
-    assert len(kept) == 1
+    cached = [path for path in (tmp_path / "bases").iterdir() if path.is_dir()]
+    assert len(cached) == 1
     with torch.no_grad():
         logits = [model(input_ids=IDS).logits for model in (direct, first, second)]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
-    assert json.loads((kept[0] / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert json.loads((cached[0] / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
 
 
-def test_a_disk_that_cannot_keep_a_base_is_told(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disk_while_caching_is_an_error(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base = bases.find(recipe.Base(str(llama)))
     with small_disk(tmp_path / "disk", "256k") as disk:
         monkeypatch.setenv("LORA_ALIGN_CACHE", str(disk))
         with pytest.raises(UserError, match=r"about \d+ kB will be written") as refused:
             base.load(keep_from=0)
         assert refused.value.exit_code == 2
-        monkeypatch.setattr(runs, "check_room", lambda *_: None)  # as if another program had filled it meanwhile
-        with pytest.raises(RunFailedError, match=r"could not be kept .*LORA_ALIGN_CACHE moves the cache"):
+        monkeypatch.setattr(runs, "check_room", lambda *_: None)  # as if the disk filled up after the check
+        with pytest.raises(RunFailedError, match=r"could not be cached .*LORA_ALIGN_CACHE moves the cache"):
             base.load(keep_from=0)
         assert [path for path in (disk / "bases").iterdir() if path.is_dir()] == []
 
 
-def test_sixteen_bit_is_a_choice(llama: Path) -> None:
+def test_quantization_none_loads_no_4bit_layers(llama: Path) -> None:
     model = bases.find(recipe.Base(str(llama), quantization="none")).load()
     assert not any(isinstance(m, Linear4bit) for m in model.modules())
 
 
-def test_a_base_without_a_template_needs_one_in_the_recipe(llama: Path, tmp_path: Path) -> None:
+def test_base_without_a_template_needs_one_in_the_recipe(llama: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llama, tmp_path / "raw")
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template; give one in the recipe: base\.chat_template"):
@@ -162,19 +162,19 @@ def test_a_base_without_a_template_needs_one_in_the_recipe(llama: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "message"),
     [
         ("nobody/nothing", "not in the cache and the hub cannot be reached"),
         ("./nowhere", "neither a folder nor"),
         ("nowhere", "neither a folder nor"),
     ],
 )
-def test_bases_that_are_not_there(model: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_missing_base_is_refused(model: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         bases.find(recipe.Base(model))
 
 
-def test_a_half_copied_base_names_what_is_missing(llama: Path, tmp_path: Path) -> None:
+def test_error_names_the_missing_shard_of_a_base(llama: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llama, tmp_path / "half")
     (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
     index = copy / "model.safetensors.index.json"
@@ -186,7 +186,7 @@ def test_a_half_copied_base_names_what_is_missing(llama: Path, tmp_path: Path) -
         bases.find(recipe.Base(str(copy)))
 
 
-def test_pickled_weights_and_empty_folders_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_pickle_weights_and_empty_folders_are_refused(llama: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llama, tmp_path / "pickled")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no \.safetensors weights"):

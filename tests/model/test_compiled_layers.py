@@ -1,4 +1,4 @@
-"""Compiled layers compute what the others do, and one program serves all of them, whatever the length."""
+"""Compiled layers compute the same as eager layers, and one program serves all layers and lengths."""
 
 from pathlib import Path
 
@@ -46,14 +46,14 @@ def gradients(policy: PeftModel) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in lora_trainer.trainable(policy)}
 
 
-def test_gradients_are_those_of_layers_that_are_not_compiled(policy: PeftModel) -> None:
+def test_compiled_layers_give_the_gradients_of_eager_layers(policy: PeftModel) -> None:
     wanted = gradients(policy)
     before = counters["stats"]["unique_graphs"]
     with compiled_layers(policy):
         found = gradients(policy)
         again = gradients(policy)
     made = counters["stats"]["unique_graphs"] - before
-    assert 0 < made <= 2, "a program for each layer, or length"
+    assert 0 < made <= 2, "compiled once for each layer or length"
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0, name
         assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
@@ -63,18 +63,18 @@ def test_gradients_are_those_of_layers_that_are_not_compiled(policy: PeftModel) 
     assert all(layer._compiled_call_impl is None for layer in layers)
 
 
-def test_nothing_is_compiled_unless_wanted(policy: PeftModel) -> None:
+def test_nothing_is_compiled_if_not_wanted(policy: PeftModel) -> None:
     before = counters["stats"]["unique_graphs"]
     with compiled_layers(policy, wanted=False):
         gradients(policy)
     assert counters["stats"]["unique_graphs"] == before
 
 
-def test_a_machine_without_a_compiler_is_told_of(
+def test_compile_without_a_c_compiler_is_an_error(
     cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))  # not what was compiled before
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))  # without programs compiled before
     words = ["dpo", "--pref", "brief", "--limit", "24", "--set", f'base.model="{llama}"', "--set", "dpo.batch_size=8"]
     done = cli(*words, "--set", "dpo.compile=true")
     assert done.code == 1

@@ -30,7 +30,7 @@ def _ask(base: Base, *turns: str) -> list[int]:
     return base.chat.prompt_ids([Message(roles[i % 2], text) for i, text in enumerate(turns)])
 
 
-def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedModel) -> None:
+def test_greedy_stream_equals_transformers_generate(base: Base, model: PreTrainedModel) -> None:
     prompt = _ask(base, "Tell me about rain.")
     ours = list(stream_tokens(model, prompt, base.chat.stop_ids, GREEDY))
     theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, pad_token_id=0)[
@@ -39,7 +39,7 @@ def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedMode
     assert ours == [t for t in theirs.tolist() if t not in base.chat.stop_ids]
 
 
-def test_what_is_remembered_changes_nothing(base: Base, model: PreTrainedModel) -> None:
+def test_prefix_cache_does_not_change_answers(base: Base, model: PreTrainedModel) -> None:
     memory, turns = PrefixCache(), ["Tell me about rain."]
     for question in ("And snow?", "I like cats."):
         prompt = _ask(base, *turns)
@@ -53,14 +53,14 @@ def test_what_is_remembered_changes_nothing(base: Base, model: PreTrainedModel) 
     )
 
 
-def test_a_seed_is_a_promise(base: Base, model: PreTrainedModel) -> None:
+def test_same_seed_gives_the_same_answer(base: Base, model: PreTrainedModel) -> None:
     prompt = _ask(base, "Tell me about rain.")
     answers = [tuple(stream_tokens(model, prompt, base.chat.stop_ids, Sampling(1.0, seed=s))) for s in (1, 1, 2, 3, 4)]
     assert answers[0] == answers[1]
     assert len(set(answers)) > 1
 
 
-def test_draws_follow_temperature_and_nucleus() -> None:
+def test_sampled_tokens_follow_temperature_and_top_p() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -8.0])
     generator = torch.Generator().manual_seed(0)
 
@@ -80,14 +80,14 @@ def test_draws_follow_temperature_and_nucleus() -> None:
 
 
 @pytest.mark.parametrize("text", ["Cats sleep.", "Grüße 你好 👩‍👩‍👧 end", " \n two  spaces "])
-def test_pieces_join_to_the_text_and_never_show_half_a_character(text: str, base: Base) -> None:
+def test_pieces_join_to_the_text_and_hold_whole_characters(text: str, base: Base) -> None:
     ids = base.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = list(text_pieces(base.chat.tokenizer, iter(ids)))
     assert "".join(pieces) == base.chat.tokenizer.decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_log_probs_are_the_same_in_any_batch_and_by_hand(base: Base, model: PreTrainedModel) -> None:
+def test_logprobs_equal_those_of_whole_logits_in_any_batch(base: Base, model: PreTrainedModel) -> None:
     draws = random.Random(0)
     rows = [
         ([draws.randrange(5, 900) for _ in range(n)], [draws.randrange(5, 900) for _ in range(m)])

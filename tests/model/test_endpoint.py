@@ -1,4 +1,4 @@
-"""Answers from a server nobody here wrote: `transformers serve` on the built-in base."""
+"""The sampler over an independent server: `transformers serve` with the demo base."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ MOON = (Message("user", "Tell me about the moon."),)
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The built-in base, told to sample: where a model's own settings do not say so, this server never does."""
+    """Copy the demo base with do_sample = true. Without this setting, `transformers serve` never samples."""
     folder = tmp_path_factory.mktemp("served") / "base"
     shutil.copytree(DEMO, folder)
     (folder / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 1, "pad_token_id": 0}')
@@ -56,7 +56,7 @@ def server(served: str) -> Iterator[str]:
     child.wait(30)
 
 
-def test_as_many_answers_as_were_asked_for_though_the_server_ignores_n(server: str, served: str) -> None:
+def test_draw_returns_n_answers_from_a_server_that_ignores_n(server: str, served: str) -> None:
     endpoint = Endpoint.at(f"{server}/v1", served)
     answers = [answer for some in endpoint.draw([RAIN, MOON], 3, TOKENS) for answer in some]
     assert sorted((answer.prompt, answer.number) for answer in answers) == [(p, n) for p in (0, 1) for n in range(3)]
@@ -69,7 +69,7 @@ def test_as_many_answers_as_were_asked_for_though_the_server_ignores_n(server: s
     assert not cut[0].ended
 
 
-def test_generate_draws_on_it_and_goes_on_where_it_was(server: str, served: str, cli: Cli, tmp_path: Path) -> None:
+def test_generate_samples_from_a_server(server: str, served: str, cli: Cli, tmp_path: Path) -> None:
     asked = [next(world.prompts(seed, risky=False)).text for seed in range(6)]
     (tmp_path / "prompts.txt").write_text("\n".join(asked))
     words = ["generate", "--prompts", "prompts.txt", "-n", "2", "--endpoint", server, "--max-new-tokens", "40"]
@@ -84,22 +84,22 @@ def test_generate_draws_on_it_and_goes_on_where_it_was(server: str, served: str,
     assert f"{server}/v1/chat/completions: 400" in nobody.err
     with_adapter = cli(*words, "--model", served, "--adapter", ".", "--out", "other.jsonl")
     assert with_adapter.code == 2
-    assert "cannot load adapters while it runs (404" in with_adapter.err
+    assert "cannot load adapters at run time (404" in with_adapter.err
     assert serve_line(recipe.load(recipe.builtin()["demo"])) in with_adapter.err
     assert "--max-lora-rank" in cli("generate", "--show-server").out
 
 
-def test_rsf_refuses_a_server_that_cannot_load_adapters_before_it_trains(server: str, cli: Cli, tmp_path: Path) -> None:
+def test_rsf_refuses_a_server_without_adapter_loading(server: str, cli: Cli, tmp_path: Path) -> None:
     judge = cli("reward", "--limit", "40", "--set", 'reward.ratings.demo.data="demo:ratings?rows=60"')
     assert judge.code == 0, judge.err
     done = cli("rsf", "--endpoint", server, "--set", 'rsf.data="demo:conversations?rows=30"')
     assert done.code == 2
-    assert "cannot load adapters while it runs (404" in done.err
+    assert "cannot load adapters at run time (404" in done.err
     assert not (tmp_path / "runs" / "rsf").exists()
 
 
 class _Between(BaseHTTPRequestHandler):
-    """Hands everything on to the server, but turns some away first, and long prompts as if there were less room."""
+    """A proxy that answers the first requests with 503, and long prompts with a context error."""
 
     behind = ""
     to_turn_away = 0
@@ -122,7 +122,7 @@ class _Between(BaseHTTPRequestHandler):
         self.wfile.write(answer.content)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        pass
 
 
 @contextmanager
@@ -132,14 +132,14 @@ def _between(server: str, to_turn_away: int = 0) -> Iterator[str]:
         yield address
 
 
-def test_a_busy_server_is_asked_again(server: str, served: str) -> None:
+def test_busy_server_is_retried(server: str, served: str) -> None:
     with _between(server, to_turn_away=2) as url:
         answers = [answer for some in Endpoint(url, served).draw([RAIN], 1, TOKENS) for answer in some]
     assert _Between.to_turn_away == 0
     assert answers[0].text
 
 
-def test_a_prompt_over_the_server_s_context_is_left_out_and_counted(
+def test_prompt_longer_than_the_context_is_dropped_and_counted(
     server: str, served: str, cli: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 60)
@@ -155,7 +155,7 @@ def test_a_prompt_over_the_server_s_context_is_left_out_and_counted(
     assert "every prompt fills the server's context" in none.err
 
 
-def test_no_server_and_no_patience() -> None:
+def test_missing_server_is_an_error() -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="no server at"):
         Endpoint.at(nobody)
@@ -169,7 +169,7 @@ def test_no_server_and_no_patience() -> None:
 
 @contextmanager
 def saying(status: int, body: bytes, pause: float = 0.0, times: int = 1, slow_head: bool = False) -> Iterator[str]:
-    """A server that answers everything with these bytes, `times` over, a pause between any two."""
+    """Run a server that answers every request with `body`, repeated `times` times with pauses between."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -182,7 +182,7 @@ def saying(status: int, body: bytes, pause: float = 0.0, times: int = 1, slow_he
                     self.wfile.write(body)
                     time.sleep(pause)
             except OSError:
-                pass  # nobody listens any more
+                pass  # the client has closed the connection
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -201,16 +201,16 @@ def test_deadline_holds_against_a_trickling_server(slow_head: bool) -> None:
         began = time.monotonic()
         with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: gave up after 1 s"):
             list(Endpoint(url, "model", deadline=1.0).draw([RAIN], 1, TOKENS))
-        with pytest.raises(UserError, match=rf"^{url}/v1/models: no whole answer within 0\.5 s"):
+        with pytest.raises(UserError, match=rf"^{url}/v1/models: no complete response within 0\.5 s"):
             Endpoint.at(url, deadline=0.5)
         assert time.monotonic() - began < 5
 
 
-def test_endless_answers_are_not_read_to_the_end() -> None:
+def test_endless_response_is_refused() -> None:
     with saying(200, b" " * (1 << 20), times=4096) as url:
-        with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: an answer of more than 16 MB"):
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: the response exceeds 16 MB"):
             list(Endpoint(url, "model").draw([RAIN], 1, TOKENS))
-        with pytest.raises(RunFailedError, match=rf"^{url}/v1/models: an answer of more than 16 MB"):
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/models: the response exceeds 16 MB"):
             Endpoint.at(url)
 
 
@@ -230,20 +230,20 @@ def test_endless_answers_are_not_read_to_the_end() -> None:
         '{"choices": [{"text": "x"}]}',
     ],
 )
-def test_answers_of_another_shape_name_the_server(body: str) -> None:
+def test_malformed_completion_error_names_the_server(body: str) -> None:
     with saying(200, body.encode("utf-8", "surrogateescape")) as url, pytest.raises(RunFailedError) as refused:
         list(Endpoint(url, "model").draw([RAIN], 1, TOKENS))
     assert str(refused.value).startswith(f"{url}/v1/chat/completions: ")
 
 
 @pytest.mark.parametrize("body", ["[]", "{}", '{"data": 3}', '{"data": ["x"]}', '{"data": [{"id": 1}]}', "\udcff"])
-def test_model_lists_of_another_shape_name_the_server(body: str) -> None:
+def test_malformed_model_list_error_names_the_server(body: str) -> None:
     with saying(200, body.encode("utf-8", "surrogateescape")) as url, pytest.raises(RunFailedError) as refused:
         Endpoint.at(url)
     assert str(refused.value).startswith(f"{url}/v1/models: ")
 
 
-def test_half_characters_of_a_server_are_replaced() -> None:
+def test_lone_surrogates_from_a_server_are_replaced() -> None:
     said = json.dumps({"choices": [{"message": {"content": "a\ud83d b\ude00\ud83d\ude00"}, "finish_reason": "stop"}]})
     with saying(200, said.encode()) as url:
         [[answer]] = Endpoint(url, "model").draw([RAIN], 1, TOKENS)
@@ -253,6 +253,6 @@ def test_half_characters_of_a_server_are_replaced() -> None:
 
 
 @pytest.mark.parametrize("address", ["http://[x", "http://localhost:port", "https://a b"])
-def test_addresses_that_are_none_are_refused(address: str) -> None:
+def test_invalid_address_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="no server at"):
         Endpoint.at(address)

@@ -1,4 +1,4 @@
-"""A base divided among two processes computes what a whole one does. This file is also what the two of them run."""
+"""A base sharded over two processes computes the same as a whole one. The two processes run this file as a script."""
 
 import json
 import os
@@ -26,36 +26,36 @@ def by_two(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two has found."""
+    """Return the report of each process."""
     folder = tmp_path_factory.mktemp("divided")
     done = by_two("compare", folder)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{number}.json").read_text()) for number in (0, 1)]
 
 
-def test_to_the_last_bit(found: list[dict[str, Any]]) -> None:
+def test_sharded_base_computes_the_same_bits(found: list[dict[str, Any]]) -> None:
     for of in found:
         assert of["states"] == of["states again, divided before"] == 0.0
         assert of["gradients"] == of["gradients, checkpointed"] == [0.0, 0.0]
         assert of["dense"] == 0.0
 
 
-def test_each_keeps_half(found: list[dict[str, Any]]) -> None:
+def test_each_process_stores_half_of_the_weights(found: list[dict[str, Any]]) -> None:
     whole = found[0]["bytes whole"]
     assert [of["bytes"] for of in found] == [whole / 2, whole / 2]
 
 
-def test_whoever_is_done_keeps_company_and_learns_nothing_by_it(found: list[dict[str, Any]]) -> None:
-    """The first one goes through the base three times, the second one once, and then fails."""
+def test_dummy_passes_leave_gradients_unchanged(found: list[dict[str, Any]]) -> None:
+    """Rank 0 runs three passes. Rank 1 runs one and then fails."""
     for of in found:
         assert of["gradients in step"] == 0.0
     assert found[1]["failed"] == "on purpose"
 
 
-def test_memory_that_runs_out_for_one_ends_both(tmp_path: Path) -> None:
+def test_out_of_memory_in_one_process_ends_both(tmp_path: Path) -> None:
     done = by_two("exhaust", tmp_path)
     assert done.returncode != 0
-    assert (tmp_path / "1.json").read_text().startswith('"memory ran out with 1,000,000 at once')
+    assert (tmp_path / "1.json").read_text().startswith('"out of memory at a batch size of 1,000,000')
 
 
 # --- what each process runs ---
@@ -68,7 +68,7 @@ def adapted(fsdp: bool, checkpointing: bool = False) -> "PeftModel":
     from lora_align import recipe
     from lora_align.model import base as bases
 
-    model = bases.find(replace(recipe.Base("demo"), fsdp=fsdp)).load(keep_from=0)  # kept in 4-bit, as a large one is
+    model = bases.find(replace(recipe.Base("demo"), fsdp=fsdp)).load(keep_from=0)  # cached in 4-bit like a large base
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()

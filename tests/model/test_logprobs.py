@@ -1,4 +1,4 @@
-"""Log-probabilities of answers against whole logits, value and gradient, for every family and however rows are read."""
+"""Log-probabilities equal those of whole logits, in value and gradient, for every family, packed or padded."""
 
 import random
 from dataclasses import replace
@@ -36,7 +36,7 @@ def rows(count: int, longest: int = 12, answers: int = 2) -> list[Shared]:
 
 
 def by_hand(model: PreTrainedModel, given: list[Shared]) -> Tensor:
-    """One answer at a time, from logits of every position."""
+    """Compute one answer at a time, from the logits of all positions."""
     found = []
     for prompt, answers in given:
         for answer in answers:
@@ -57,8 +57,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-def slope(model: PreTrainedModel, sums: Tensor) -> Tensor:
-    """The gradient at one weight of a loss that weighs every answer differently."""
+def gradient(model: PreTrainedModel, sums: Tensor) -> Tensor:
+    """Return the gradient for one weight of a loss that weights every answer differently."""
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.grad = None
     (sums * torch.linspace(-1, 1, len(sums), dtype=sums.dtype)).sum().backward()
@@ -67,7 +67,7 @@ def slope(model: PreTrainedModel, sums: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("longest", "packed"), [(2**31, {True}), (14, {True, False}), (0, {False})])
 @pytest.mark.parametrize("at_once", [logprobs.LOGITS, 3000], ids=["all positions", "three positions"])
-def test_value_and_gradient(
+def test_logprobs_and_gradient_equal_those_of_whole_logits(
     longest: int, packed: set[bool], at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "LOGITS", at_once)
@@ -78,12 +78,12 @@ def test_value_and_gradient(
     expected = by_hand(model, given)
     sums, hits = reader.sums(given)
     assert torch.allclose(sums.double(), expected, atol=1e-4)
-    wanted = slope(model, expected)
-    assert (slope(model, sums) - wanted).norm() < 1e-5 * wanted.norm()
+    wanted = gradient(model, expected)
+    assert (gradient(model, sums) - wanted).norm() < 1e-5 * wanted.norm()
     assert 0 <= hits.min() <= hits.max() <= 12
 
 
-def test_rows_longer_than_a_window_are_padded(tmp_path: Path) -> None:
+def test_rows_longer_than_a_sliding_window_are_padded(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path, "mistral"), dtype=torch.float32).eval()
     model.config.sliding_window = 24
     reader = Reader.of(model)
@@ -94,7 +94,7 @@ def test_rows_longer_than_a_window_are_padded(tmp_path: Path) -> None:
         assert torch.allclose(reader.sums(given)[0].double(), by_hand(model, given), atol=1e-4)
 
 
-def test_any_number_at_once_gives_the_same(model: PreTrainedModel) -> None:
+def test_batch_size_does_not_change_logprobs(model: PreTrainedModel) -> None:
     given = rows(9, answers=3)
     with torch.no_grad():
         expected = by_hand(model, given).float()
@@ -102,7 +102,7 @@ def test_any_number_at_once_gives_the_same(model: PreTrainedModel) -> None:
         assert torch.allclose(answer_logprobs(model, given, MemoryBudget(tokens)), expected, atol=1e-4)
 
 
-def test_weights_that_are_nan_are_named(llama: Path) -> None:
+def test_error_names_weights_that_are_nan(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     policy = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"]))
     adapter = model.model.layers[1].mlp.up_proj.lora_B["default"].weight
@@ -115,7 +115,7 @@ def test_weights_that_are_nan_are_named(llama: Path) -> None:
         Reader.of(model)
 
 
-def test_parts_hold_every_row_once_and_keep_to_their_budget() -> None:
+def test_parts_hold_every_row_once_within_the_budget() -> None:
     draws = random.Random(1)
     lengths = [draws.randint(1, 100) for _ in range(200)]
     found = list(parts(lengths, 150))
@@ -124,7 +124,7 @@ def test_parts_hold_every_row_once_and_keep_to_their_budget() -> None:
     assert list(parts([500, 3], 100)) == [[0], [1]]
 
 
-def test_an_attention_that_takes_no_segments_is_padded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_padded_if_attention_ignores_segments(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def blind(module: nn.Module, *given: Any, segments: object = None, **settings: Any) -> tuple[Tensor, Any]:
         return whole(module, *given, **settings)
 
@@ -134,7 +134,7 @@ def test_an_attention_that_takes_no_segments_is_padded(model: PreTrainedModel, m
     assert Reader.of(model).backbone.longest == 0
 
 
-def test_packed_attention_leaves_other_calls_as_they_were(model: PreTrainedModel) -> None:
+def test_packed_attention_does_not_change_other_calls(model: PreTrainedModel) -> None:
     ids, mask = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     found = model(input_ids=ids, attention_mask=mask).logits[0, 2:]
     alone = model(input_ids=ids[:1, 2:]).logits[0]
@@ -148,17 +148,17 @@ def test_half_precision_logits_of_any_size_are_accepted(dtype: torch.dtype, llam
     assert Reader.of(model).backbone.longest > 0
 
 
-def test_another_head_is_refused_in_any_dtype(llama: Path) -> None:
+def test_unsupported_output_head_is_refused(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     model.config.logit_scale = 1.5
-    with pytest.raises(UserError, match="computes its logits in a way"):
+    with pytest.raises(UserError, match="computes its logits in an unsupported way"):
         Reader.of(model)
 
 
 def test_kernels_get_each_segment_alone_and_no_positions(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashAttention 2 reads positions as divisions of a whole row; the segments it gets are undivided already."""
+    """FlashAttention 2 takes position ids for boundaries between rows. A segment has none."""
     seen: list[tuple[int, object]] = []
 
     def kernel(module: nn.Module, query: Tensor, *given: Any, **settings: Any) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""What counts as memory that ran out."""
+"""The errors that halve the batch size."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from lora_align.model.memory_budget import MemoryBudget
         "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
     ],
 )
-def test_memory_that_runs_out_halves_the_room(fault: str) -> None:
+def test_out_of_memory_halves_the_size(fault: str) -> None:
     def work(size: int) -> None:
         raise RuntimeError(fault)
 
@@ -22,7 +22,7 @@ def test_memory_that_runs_out_halves_the_room(fault: str) -> None:
     assert room.size == 4
 
 
-def test_other_faults_pass_through() -> None:
+def test_other_errors_are_raised() -> None:
     def work(size: int) -> None:
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 

@@ -1,4 +1,4 @@
-"""Turned weights equal the dense sum; nought is nought; nothing drifts."""
+"""A mixed base equals the dense sum of base and weighted updates, and a weight of 0 restores the base exactly."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ UPDATES = {
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.3, "b": -1.5}, {"b": 2.0}, {}])
-def test_a_mixed_base_is_the_dense_sum(weights: dict[str, float], model: PreTrainedModel, llama: Path) -> None:
+def test_mixed_base_equals_the_dense_sum(weights: dict[str, float], model: PreTrainedModel, llama: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     layers, quantised = dict(dense.named_modules()), dict(model.named_modules())
     for name, module in quantised.items():
@@ -56,7 +56,7 @@ def test_a_mixed_base_is_the_dense_sum(weights: dict[str, float], model: PreTrai
     assert (_logits(model) - _logits(dense)).abs().max() < 1e-4
 
 
-def test_turning_is_exactly_reversible(model: PreTrainedModel) -> None:
+def test_setting_weights_is_exactly_reversible(model: PreTrainedModel) -> None:
     plain = _logits(model)
     mixer = Mixer(model, UPDATES, {"a": 1.0, "b": 0.5})
     mixed = _logits(model)
@@ -72,23 +72,23 @@ def test_turning_is_exactly_reversible(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "told"),
+    ("layer", "shape", "message"),
     [
-        ("model.layers.7.self_attn.q_proj", (64, 64), "not there"),
+        ("model.layers.7.self_attn.q_proj", (64, 64), "the base's is missing"),
         ("model.layers.0.self_attn.q_proj", (32, 64), r"\(64, 64\)"),
     ],
 )
-def test_an_adapter_of_another_base_is_refused(
-    layer: str, shape: tuple[int, int], told: str, model: PreTrainedModel
+def test_adapter_of_another_base_is_refused(
+    layer: str, shape: tuple[int, int], message: str, model: PreTrainedModel
 ) -> None:
     plain = _logits(model)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Mixer(model, {"b": UPDATES["b"], "a": _update(0, 2, {layer: shape})}, {"a": 1.0, "b": 1.0})
-    assert torch.equal(_logits(model), plain), "nothing of it stays"
+    assert torch.equal(_logits(model), plain), "no branch stays"
 
 
 def test_branches_compute_in_float32_under_autocast(llama: Path) -> None:
-    """What lies below an adapter computes the same in training, under autocast, and in the reference pass, without."""
+    """Branches give the same bits in training (under autocast) and in the reference pass (without)."""
     model = bases.find(recipe.Base(str(llama), dtype="bfloat16")).load()
     layer = model.model.layers[0].mlp.up_proj
     draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Many answers at once are what one at a time would have been, in distribution and, at temperature 0, to the token."""
+"""Batched sampling gives the answers of one-at-a-time sampling: the same tokens if greedy, else the distribution."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def _all(
     return {(answer.prompt, answer.number): answer.tokens for batch in batches for answer in batch}
 
 
-def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedModel) -> None:
+def test_greedy_batch_equals_transformers_generate(base: Base, model: PreTrainedModel) -> None:
     ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), room=MemoryBudget(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0]
@@ -53,8 +53,8 @@ def test_greedy_is_what_transformers_generates(base: Base, model: PreTrainedMode
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral"])
-def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
-    """Gemma 2 has layers that see a window only; their caches are cut and padded in another way."""
+def test_greedy_equals_generate_in_other_families(family: str, tmp_path: Path) -> None:
+    """Gemma 2 has sliding-window layers, whose caches are truncated and padded differently."""
     base = bases.find(recipe.Base(str(make_base(tmp_path / family, family))))
     model = base.load()
     ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), room=MemoryBudget(64))
@@ -63,7 +63,7 @@ def test_greedy_in_other_families(family: str, tmp_path: Path) -> None:
         assert ours[i, 0] == [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
 
 
-def test_company_changes_nothing(base: Base, model: PreTrainedModel) -> None:
+def test_answers_do_not_depend_on_the_batch_size(base: Base, model: PreTrainedModel) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
     together = _all(model, base, 5, sampling, room=MemoryBudget(64))
     assert (
@@ -75,8 +75,8 @@ def test_company_changes_nothing(base: Base, model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedModel, top_p: float) -> None:
-    """The first token of 4,000 answers against its probability, the second against transformers' own sampling."""
+def test_token_frequencies_match_the_probabilities(base: Base, model: PreTrainedModel, top_p: float) -> None:
+    """Compare the first token of 4,000 answers with its probability, the first two with transformers' sampling."""
     n, prompt = 4000, _prompts(base)[0]
     sampling = Sampling(temperature=0.9, top_p=top_p, max_new_tokens=2, seed=0)
     ours = [
@@ -98,7 +98,7 @@ def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedMod
     assert set(first) <= share.keys()
     common = [token for token in share if share[token] * n >= 10]
     chi2 = sum((first[t] - share[t] * n) ** 2 / (share[t] * n) for t in common)
-    assert chi2 < len(common) + 4 * (2 * len(common)) ** 0.5  # four standard deviations above its mean
+    assert chi2 < len(common) + 4 * (2 * len(common)) ** 0.5  # mean + four standard deviations
 
     pairs_ours, pairs_theirs = Counter(map(tuple, ours)), Counter(map(tuple, theirs))
     both = [pair for pair in pairs_ours | pairs_theirs if pairs_ours[pair] + pairs_theirs[pair] >= 20]
@@ -107,7 +107,7 @@ def test_tokens_come_as_often_as_the_model_says(base: Base, model: PreTrainedMod
     assert chi2 < len(both) + 4 * (2 * len(both)) ** 0.5
 
 
-def test_prompts_that_nearly_fill_the_context(base: Base, model: PreTrainedModel) -> None:
+def test_answers_end_where_the_context_is_full(base: Base, model: PreTrainedModel) -> None:
     long = (_prompts(base)[0] * 100)[: base.max_length - 3]
     full = (_prompts(base)[0] * 100)[: base.max_length]
     [answers] = sample(
@@ -141,17 +141,17 @@ print(sum(sizes), max(sizes), room.size)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
-def test_too_little_memory_halves_the_batch() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by RLIMIT_AS")
+def test_sampling_halves_the_batch_if_memory_runs_out() -> None:
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     drawn, largest, fitting = map(int, done.stdout.split())
     assert drawn == 12000
     assert largest < 6000
-    assert fitting <= largest, "what fits is known from then on"
+    assert fitting <= largest, "the smaller batch size is remembered"
 
 
-def test_sampling_begins_with_what_memory_holds(
+def test_sampling_starts_with_a_batch_that_fits_memory(
     base: Base, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, tokens = model.config, 100
@@ -165,7 +165,7 @@ def test_sampling_begins_with_what_memory_holds(
     assert room.size == 3
 
 
-def test_a_growing_cache_holds_what_transformers_own_does(model: PreTrainedModel) -> None:
+def test_growing_cache_equals_transformers_cache(model: PreTrainedModel) -> None:
     ids = torch.arange(5, 155)[None]
     caches = (growing_cache(model), DynamicCache(config=model.config))
     for begin, end in ((0, 70), (70, 71), (71, 72), (72, 150)):
@@ -173,7 +173,7 @@ def test_a_growing_cache_holds_what_transformers_own_does(model: PreTrainedModel
             model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True).logits for cache in caches
         )
         assert torch.allclose(ours, theirs, atol=1e-5)
-        if end == 71:  # as finished rows make room
+        if end == 71:  # as when finished rows are removed
             for cache in caches:
                 cache.batch_select_indices(torch.tensor([0]))
     assert caches[0].get_seq_length() == 150

@@ -19,9 +19,9 @@ HARMFUL = {
     "{{ 10 ** (10 ** 9) }}": "does not end",
     "{{ 'x' * 10 ** 10 }}": "takes gigabytes of memory",
     DOUBLING: "(takes gigabytes of memory|does not end)",
-    "{{ 'x' * 10 ** 8 }}": "makes megabytes of a short conversation",
+    "{{ 'x' * 10 ** 8 }}": "renders megabytes from a short conversation",
     "{{ messages|length // 0 }}": "divides by zero",
-    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "calls itself without end",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "recurses without end",
     "{% if messages|length > 30 %}" + LOOP + "{% endif %}": "does not end",
     "{% if messages[0].role == 'system' %}{{ 1 // 0 }}{% endif %}": "divides by zero",
     "{% generation %}{{ 1 // (messages|length - 1) }}{% endgeneration %}": "divides by zero",
@@ -42,7 +42,7 @@ def test_harmful_chat_template_is_refused_within_ten_seconds(template: str) -> N
     assert not list(runs.cache_folder().rglob("*"))
 
 
-def test_good_chat_template_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_chat_template_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     check_template(GOOD, {"eos_token": "</s>"}, "x")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     check_template(GOOD, {"eos_token": "</s>"}, "x")
@@ -54,10 +54,10 @@ def test_good_chat_template_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
     "template",
     ["{{ raise_exception('no system message') }}", "{{ messages[7].content.x }}", "{% for %}", "{{ 1 + '' }}"],
 )
-def test_what_a_template_refuses_itself_is_left_to_rendering(template: str) -> None:
+def test_error_raised_by_the_template_passes_the_check(template: str) -> None:
     check_template(template, {}, "x")
 
 
-def test_variables_of_a_recipe_reach_the_template() -> None:
+def test_recipe_variables_reach_the_template() -> None:
     with pytest.raises(UserError, match="divides by zero"):
         check_template("{{ 1 // (size - 3) }}", json.loads('{"size": 3}'), "x")

@@ -1,6 +1,6 @@
-"""A vLLM that loads adapters while it runs, where LORA_ALIGN_VLLM names its command (an environment of its own).
+"""The sampler over a vLLM server that loads adapters at run time. LORA_ALIGN_VLLM names the vllm command.
 
-It was run on vLLM's build for CPUs. That one has no NF4: it serves the built-in base as it was before it was quantised.
+These tests ran on vLLM's CPU build. This build has no NF4 and serves the demo base unquantised.
 """
 
 import json
@@ -25,7 +25,7 @@ from support import call, free_port
 
 COMMAND = os.environ.get("LORA_ALIGN_VLLM")
 pytestmark = pytest.mark.skipif(not COMMAND, reason="LORA_ALIGN_VLLM does not name a vllm command")
-PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"  # with a seed, half a prompt ends it on a CPU
+PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"  # with a seed, chunked prefill ends a CPU server
 WORDS = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-model-len 512 {PARTS}"
 SMALL = ['rsf.data="demo:conversations?rows=60"', "rsf.per_prompt=2", "rsf.samples=3", "rsf.bootstrap=6"]
 
@@ -52,8 +52,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     child.wait(60)
 
 
-def test_it_answers_as_a_mix_does_and_counts_prompts_over_its_context(server: str, workspace: Path) -> None:
-    """The likeliest tokens under a loaded mix are those of stock PEFT over the same base."""
+def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
+    """Greedy answers of a loaded mix equal those of PEFT. Prompts that exceed the context are counted."""
     mixed = call(workspace, "merge", "-w", "helpful=30", "--fit", "vllm", "--out", "strong")
     assert mixed.code == 0, mixed.err
     asked = ["Tell me about rain.", "Can you explain trains?", "Tell me about the moon."]
@@ -79,7 +79,7 @@ def test_it_answers_as_a_mix_does_and_counts_prompts_over_its_context(server: st
             assert chat.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == said
 
 
-def test_rsf_loads_every_policy_there(server: str, tmp_path: Path) -> None:
+def test_rsf_loads_every_policy_on_the_server(server: str, tmp_path: Path) -> None:
     judge = call(tmp_path, "reward", "--set", 'reward.ratings.demo.data="demo:ratings?rows=160"')
     assert judge.code == 0, judge.err
     settings = [word for pair in SMALL for word in ("--set", pair)]

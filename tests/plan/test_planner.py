@@ -1,4 +1,4 @@
-"""`plan` and `--dry-run`: bytes that are known are told to the byte, the rest beside a step that is really taken."""
+"""`plan` and `--dry-run`: weights are planned to the byte, activations within 2 % of a measured step."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def project() -> recipe.Recipe:
     return recipe.load(recipe.builtin()["demo"], SMALL)
 
 
-def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> None:
+def test_weights_and_adapters_are_planned_to_the_byte(project: recipe.Recipe) -> None:
     [found] = planner.plan_stages(project, ["dpo"], QUIET)["stages"]
     base = bases.find(project.base)
     policy = get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base))
@@ -54,19 +54,19 @@ def test_weights_and_adapters_are_told_to_the_byte(project: recipe.Recipe) -> No
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch_fused", 12), ("adamw_8bit", 6)])
-def test_optimisers_keep_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
+def test_optimiser_bytes_include_gradients_and_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
     with_moments = replace(project, dpo=replace(project.dpo, optimizer=optimizer))
     [found] = planner.plan_stages(with_moments, ["dpo"], QUIET)["stages"]
     assert found["bytes"]["optimiser"] == found["bytes"]["adapters"] / 4 * bytes_each
 
 
 def layers_rounded(policy: torch.nn.Module) -> int:
-    """A scale's scale may be begun and not filled in each layer."""
+    """Return the tolerance: each layer's last block of scales may be incomplete."""
     return 4 * sum(isinstance(layer, Linear4bit) for layer in policy.modules())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_rest_is_what_a_step_takes(checkpointing: bool, project: recipe.Recipe) -> None:
+def test_planned_activations_match_a_measured_step(checkpointing: bool, project: recipe.Recipe) -> None:
     project = replace(project, dpo=replace(project.dpo, gradient_checkpointing=checkpointing))
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
@@ -77,7 +77,7 @@ def test_the_rest_is_what_a_step_takes(checkpointing: bool, project: recipe.Reci
     assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
 
 
-def test_memory_is_what_an_allocator_counts() -> None:
+def test_highest_returns_peak_bytes() -> None:
     def work() -> None:
         one = torch.zeros(1000, 1000)
         two = one + 1
@@ -89,18 +89,18 @@ def test_memory_is_what_an_allocator_counts() -> None:
 
 @pytest.fixture
 def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling for real takes longer than a test should; see `test_compiled`."""
+    """Hide the C++ compiler: compiling takes too long here. `test_compiled_layers` tests it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))
 
 
-def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compiler: None) -> None:
+def test_measured_step_determines_time_and_memory(cli: Cli, tmp_path: Path, no_compiler: None) -> None:
     axis = '[preferences.brief]\ndata = "demo:pairs?rows=200"\nrank = "shorter"\n'
     (tmp_path / "one.toml").write_text(f'[base]\nmodel = "demo"\nattention = "eager"\n{axis}')
     words = ["plan", "--measure", "--json", "--recipe", str(tmp_path / "one.toml")]
     done = cli(*words)
     assert done.code == 0, done.err
-    assert "dpo: taking a step" in done.err
+    assert "dpo: measuring a step" in done.err
     of, tune = json.loads(done.out)["stages"]
     assert (tune["stage"], tune["measured"]) == ("tune", None)
     step = of["measured"]
@@ -111,7 +111,7 @@ def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compil
     assert "torch cannot compile the base here" in compiling["fault"]
     assert (kernel["said"], kernel["fault"]) == ("base.attention=sdpa", "")
     assert 0.1 < kernel["step"] < 3
-    worth = 0.97 * of["seconds"]  # to a second
+    worth = 0.97 * of["seconds"]  # rounded to a second
     assert kernel["pays"] or kernel["seconds"] > worth - 1
     assert not kernel["pays"] or kernel["seconds"] < worth + 1
     refused = cli("plan", "--measure", "--card", "a100")
@@ -119,24 +119,24 @@ def test_a_measured_step_is_what_times_go_by(cli: Cli, tmp_path: Path, no_compil
     assert "--measure takes a step on this machine" in refused.err
 
 
-def test_what_was_measured_is_told_in_words(no_compiler: None, project: recipe.Recipe) -> None:
+def test_summary_shows_measured_figures(no_compiler: None, project: recipe.Recipe) -> None:
     assert project.rsf is not None
     few = replace(project.rsf, iterations=2, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
     planned = planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
     [of] = planned["stages"]
-    assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # of the first iteration, which learns from the policy before; then
+    assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # first iteration + second iteration
     assert of["drawing"] > 0
     text = planner.summary(planned)
-    assert "before that it draws 40 answers (about " in text
+    assert "it also samples 40 answers (about " in text
     assert "of the device's matrix rate" in text
     assert "\n--set rsf.compile=true: torch cannot compile" in text
-    assert "before that it draws 40 answers (--measure says how long)" in planner.summary(
+    assert "it also samples 40 answers (--measure estimates the time)" in planner.summary(
         planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET)
     )
 
 
-def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recipe.Recipe) -> None:
-    """Eight layers by two cuts of them cost what eight layers run as a whole do."""
+def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe) -> None:
+    """Eight layers extrapolated from two and four layers cost the same as eight layers that ran."""
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
@@ -154,8 +154,8 @@ def test_layers_that_were_not_run_are_reckoned_as_those_that_were(project: recip
         assert getattr(by_cuts, name) == pytest.approx(value, rel=0.01, abs=1e4), name
 
 
-def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
-    """By its configuration and tokenizer alone: 8.03 billion parameters, 5.7 GB of them in NF4; on 24 GB it fits."""
+def test_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
+    """The configuration and the tokenizer suffice: 8.03 billion parameters take 5.7 GB in NF4."""
     folder = tmp_path / "8b"
     shutil.copytree(bases.DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     LlamaConfig(
@@ -166,16 +166,16 @@ def test_an_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> 
     words = ["plan", "--vram", "24", "--json", "--set", f'base.model="{folder}"', "--set", "dpo.limit=60"]
     done = cli(*words, "--set", "reward.limit=60", "--set", "dpo.gradient_checkpointing=true")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["parameters"] == 8_030_261_248
-    found = next(of for of in told["stages"] if of["stage"] == "dpo")
+    plan = json.loads(done.out)
+    assert plan["parameters"] == 8_030_261_248
+    found = next(of for of in plan["stages"] if of["stage"] == "dpo")
     assert found["bytes"]["weights"] == pytest.approx(5.7e9, rel=0.01)
-    adapter = 4 * 4 * 32 * 3 * (4096 + 14336)  # floats of rank 4, in 32 layers, on both sides of each MLP's matrices
+    adapter = 4 * 4 * 32 * 3 * (4096 + 14336)  # float bytes × rank × layers × MLP matrices × (in + out)
     assert found["bytes"]["adapters"] == adapter
     assert 7e9 < found["total"] < 12e9
 
 
-def test_a_base_that_is_divided_weighs_its_part_and_two_layers(project: recipe.Recipe) -> None:
+def test_sharded_base_takes_its_shard_and_two_whole_layers(project: recipe.Recipe) -> None:
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
@@ -194,7 +194,7 @@ def test_a_base_that_is_divided_weighs_its_part_and_two_layers(project: recipe.R
     assert four.seconds == alone[1].seconds == pytest.approx(one.seconds / 4)
 
 
-def test_a_base_that_no_change_makes_fit_is_to_be_divided(project: recipe.Recipe) -> None:
+def test_advice_shards_a_base_that_fits_no_single_card(project: recipe.Recipe) -> None:
     short = replace(project, dpo=replace(project.dpo, tokens_per_batch=256, max_length=256), lora=recipe.Lora(rank=4))
     base = bases.find(short.base)
     stage = stage_of(short, "dpo", base, QUIET)
@@ -204,11 +204,11 @@ def test_a_base_that_no_change_makes_fit_is_to_be_divided(project: recipe.Recipe
     least = estimate.estimate_stage(short, base, replace(stage, settings=leanest, lora=lora), card)
     found = estimate.estimate_stage(short, base, stage, replace(card, memory=least.total - 50_000))
     assert advice.fitting(short, base, found).startswith(
-        "it fits --cards 4 that divide the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
+        "it fits on 4 cards that shard the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
     )
 
 
-def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> None:
+def test_advice_names_the_setting_that_makes_a_stage_fit(project: recipe.Recipe) -> None:
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
@@ -220,10 +220,10 @@ def test_too_little_memory_is_told_with_what_helps(project: recipe.Recipe) -> No
     assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.fitting(project, base, found)
 
 
-def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> None:
+def test_advice_disables_unneeded_checkpointing(project: recipe.Recipe) -> None:
     careful = replace(project, dpo=replace(project.dpo, gradient_checkpointing=True))
     [found] = planner.plan_stages(careful, ["dpo"], QUIET, vram=24)["stages"]
-    assert found["advice"].startswith("quicker, and it fits, with --set dpo.gradient_checkpointing=false: ")
+    assert found["advice"].startswith("faster, and it still fits, with --set dpo.gradient_checkpointing=false: ")
     [without] = planner.plan_stages(project, ["dpo"], QUIET, vram=24)["stages"]
     assert without["seconds"] <= found["seconds"]
     assert not without["advice"]
@@ -239,8 +239,8 @@ def test_checkpointing_that_is_not_needed_is_named(project: recipe.Recipe) -> No
     assert " h " in advice.quicker(careful, base, slow)
 
 
-def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> None:
-    """However little is left to change: each is whole `--set KEY=VALUE`s that the recipe takes."""
+def test_every_advice_is_valid_set_options(project: recipe.Recipe) -> None:
+    """Each advice consists of `--set KEY=VALUE` that the recipe accepts, even if few settings are left to change."""
     base = bases.find(project.base)
     settings = replace(project.dpo, tokens_per_batch=256, max_length=256)
     for checkpointing in (False, True):
@@ -261,7 +261,7 @@ def test_every_advice_is_words_that_set_something(project: recipe.Recipe) -> Non
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "rsf"])
-def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, cli: Cli, tmp_path: Path) -> None:
+def test_dry_run_shows_recipe_lengths_and_plan_without_training(stage: str, cli: Cli, tmp_path: Path) -> None:
     more = {"dpo": ["--all"], "sft": ["--set", "sft.data=demo:conversations?rows=60"]}
     words = [stage, *more.get(stage, []), "--limit", "40", "--dry-run"]
     done = cli(*words)
@@ -271,17 +271,17 @@ def test_a_dry_run_shows_recipe_lengths_and_plan_and_trains_nothing(stage: str, 
     own = lines[1 : lines.index("")]
     assert {line.split(".")[0] for line in own} == {stage, "lora", "base"}
     assert own[0].startswith(f"{stage}.")
-    assert lines[lines.index("") + 1] == "what else differs from its default:"
+    assert lines[lines.index("") + 1] == "other values that differ from their defaults:"
     assert "tokens of a row" in done.out
     assert f"\n{stage}: fits" in done.out
-    told = json.loads(cli(*words, "--json").out)
-    assert told["recipe"][stage]["limit"] == 40
-    [found] = told["stages"]
+    plan = json.loads(cli(*words, "--json").out)
+    assert plan["recipe"][stage]["limit"] == 40
+    [found] = plan["stages"]
     assert sum(count for *_, count in found["histogram"]) == found["rows"]
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_a_dry_run_of_what_consists_of_others_plans_their_pairs(cli: Cli) -> None:
+def test_dry_run_of_a_composed_preference_plans_its_parts_pairs(cli: Cli) -> None:
     rows = []
     for pref in ("helpful", "harmless", "joint"):
         words = ["dpo", "--pref", pref, "--limit", "40", "--dry-run", "--json"]
@@ -291,17 +291,17 @@ def test_a_dry_run_of_what_consists_of_others_plans_their_pairs(cli: Cli) -> Non
     assert rows[0] + rows[1] == rows[2] == 80
 
 
-def test_a_card_that_is_not_known_is_refused_with_those_that_are(cli: Cli) -> None:
+def test_unknown_card_is_refused_with_the_known_cards(cli: Cli) -> None:
     done = cli("plan", "--card", "rtx-9999")
     assert (done.code, "rtx-4090" in done.err) == (2, True)
 
 
-@pytest.mark.parametrize("said", ["4090", "RTX 4090", "rtx4090", "rtx-4090", "NVIDIA GeForce RTX 4090"])
-def test_a_card_is_known_however_it_is_written(said: str, project: recipe.Recipe) -> None:
-    assert device_of(project, said) == device_of(project, "rtx-4090")
+@pytest.mark.parametrize("name", ["4090", "RTX 4090", "rtx4090", "rtx-4090", "NVIDIA GeForce RTX 4090"])
+def test_card_name_is_recognised_in_any_spelling(name: str, project: recipe.Recipe) -> None:
+    assert device_of(project, name) == device_of(project, "rtx-4090")
 
 
-def test_cards_have_plausible_figures_and_names_of_their_own(project: recipe.Recipe) -> None:
+def test_cards_have_plausible_memory_and_rate(project: recipe.Recipe) -> None:
     for name, (memory, rate) in CARDS.items():
         card = device_of(project, name)
         assert (card.name, card.memory, card.rate) == (name, 1e9 * memory, 1e12 * rate)
@@ -311,7 +311,7 @@ def test_cards_have_plausible_figures_and_names_of_their_own(project: recipe.Rec
     assert device_of(project, "l4").dtype == torch.bfloat16
 
 
-PARAMETERS = {  # as the makers' own weights count them
+PARAMETERS = {  # counted from the published weights
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
@@ -324,13 +324,13 @@ PARAMETERS = {  # as the makers' own weights count them
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
-def test_a_shipped_shape_has_the_parameters_its_makers_give(name: str, count: int, project: recipe.Recipe) -> None:
+def test_shipped_shape_has_the_published_parameter_count(name: str, count: int, project: recipe.Recipe) -> None:
     base = shapes.find(recipe.Base(name), outline=True)
     assert shapes.is_shipped(base)
     assert shape_of(project, base, project.lora, device_of(project, "4090")).parameters() == count
 
 
-def test_every_real_recipe_has_the_shape_of_its_base() -> None:
+def test_every_built_in_recipe_has_a_shipped_shape() -> None:
     bases_of = {recipe.load(path).base.model for name, path in recipe.builtin().items() if name != "demo"}
     assert bases_of <= PARAMETERS.keys()
     with pytest.raises(UserError, match="is not in the cache and the hub cannot be reached"):
@@ -342,16 +342,16 @@ def test_every_real_recipe_has_the_shape_of_its_base() -> None:
 @pytest.mark.parametrize(
     ("name", "stages"), [("qwen3-8b", ["dpo", "tune"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf", "tune"])]
 )
-def test_a_real_recipe_is_planned_without_a_file_of_its_base(name: str, stages: list[str]) -> None:
+def test_built_in_recipe_is_planned_without_files_of_its_base(name: str, stages: list[str]) -> None:
     found = planner.plan_stages(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
     assert [of["stage"] for of in found["stages"]] == stages
     assert all(of["fits"] for of in found["stages"])
-    told = planner.summary(found)
-    assert "By the shape of this base that comes with lora-align, not by its files" in told
-    assert told.count("no limit) are assumed: the base's tokenizer is not here") == len(stages)
+    text = planner.summary(found)
+    assert "The base's files are not available. The plan uses the shape of this base that lora-align ships." in text
+    assert text.count("without a limit): the base's tokenizer is not available") == len(stages)
 
 
-def test_where_data_cannot_be_had_rows_of_the_greatest_length_are_assumed(cli: Cli) -> None:
+def test_missing_data_is_planned_as_rows_of_maximum_length(cli: Cli) -> None:
     done = cli("plan", "--json", "--set", 'preferences.helpful.data="nobody/nothing"', "--set", "dpo.limit=10")
     assert done.code == 0, done.err
     found = next(of for of in json.loads(done.out)["stages"] if of["stage"] == "dpo")
@@ -361,18 +361,18 @@ def test_where_data_cannot_be_had_rows_of_the_greatest_length_are_assumed(cli: C
     assert len(found["histogram"]) == 1
 
 
-def test_sizes_below_a_gigabyte_are_in_megabytes() -> None:
+def test_sizes_below_a_gigabyte_are_shown_in_megabytes() -> None:
     assert [size(count) for count in (5.7e9, 340.12e6, 2e6, 0)] == ["5.70 GB", "340.1 MB", "2.0 MB", "0.0 MB"]
     assert size(2e6, "GB") == "<0.01 GB"
     stage = {"stage": "dpo", "bytes": {"weights": 3e6}, "total": 4e6, "fits": True, "passes": 2, "rows": 1, "tokens": 9}
     stage |= {"seconds": 1.0, "assumed": "", "answers": 0, "advice": "", "measured": None}
     device = {"count": 1, "name": "this CPU", "memory": 8e9, "dtype": "float32", "rate": 1e12}
     text = planner.summary({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage], "shipped": False})
-    assert re.search(r"^MB  +weights  at most\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
-    assert "2 times over 1 row, 9 tokens" in text
+    assert re.search(r"^MB  +weights  total\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
+    assert "2 passes over 1 row, 9 tokens" in text
 
 
-def test_tune_is_planned_with_dpo_s_settings_and_trains_nothing(project: recipe.Recipe) -> None:
+def test_tune_is_planned_with_dpo_settings_and_no_optimiser(project: recipe.Recipe) -> None:
     two = replace(project, preferences={name: project.preferences[name] for name in ("helpful", "harmless")})
     dpo, tune = planner.plan_stages(two, ["dpo", "tune"], QUIET)["stages"]
     assert tune["rows"] == 2 * 48
@@ -381,8 +381,8 @@ def test_tune_is_planned_with_dpo_s_settings_and_trains_nothing(project: recipe.
     base = bases.find(two.base)
     stage = stage_of(two, "tune", base, QUIET)
     assert stage is not None
-    said = [said for said, *_ in advice._changes(replace(stage, settings=replace(stage.settings, max_length=512)))]
-    assert said == [
+    short = replace(stage, settings=replace(stage.settings, max_length=512))
+    assert [said for said, *_ in advice._changes(short)] == [
         " --set dpo.tokens_per_batch=1024",
         " --set dpo.tokens_per_batch=512",
         " --set dpo.gradient_checkpointing=true",

@@ -194,7 +194,7 @@ except RunFailedError as fault:
     assert int(told) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
-    assert "memory ran out with as little as can be computed at once; a smaller max_length" in too_little
+    assert "out of memory at the smallest batch size; a smaller max_length" in too_little
 
 
 @pytest.mark.parametrize("budget", [1, 4096])
