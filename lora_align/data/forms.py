@@ -26,7 +26,8 @@ ANSWER_COLUMNS = (  # column names of two answers
     ("response_0", "response_1"), ("output_1", "output_2"), ("response1", "response2"), ("response_1", "response_2"),
     ("output1", "output2"),
 )  # fmt: skip
-LABEL = re.compile(r"label|winner|annotator\d*|.+_response_id")  # columns that say which of two answers is better
+# columns that say which of two answers is better
+LABEL = re.compile(r"(.+_)?labels?|winner|(.+_)?preference|preferred|choice|annotator\d*|.+_response_id")
 TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # of an HH-RLHF transcript
 
 
@@ -77,13 +78,8 @@ def _labels(row: Row) -> list[str]:
 
 
 def numbered_from(names: tuple[str, str]) -> int | None:
-    """Return the number of the first answer (0 or 1) by the last digit of the column names.
-
-    Return 0 if the names do not end in digits, and None for digits other than 0, 1 and 1, 2.
-    """
-    digits = (names[0][-1:], names[1][-1:])
-    known = {("0", "1"): 0, ("1", "2"): 1}.get(digits)
-    return 0 if known is None and not "".join(digits).isdigit() else known
+    """Return the number of the first answer, if the column names end in 0 and 1 or in 1 and 2, or None."""
+    return {("0", "1"): 0, ("1", "2"): 1}.get((names[0][-1:], names[1][-1:]))
 
 
 def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:

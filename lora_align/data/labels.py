@@ -16,7 +16,6 @@ from lora_align.errors import UserError
 from lora_align.rankers import Winner
 from lora_align.recipe import Preference
 
-UNLABELLED = 1000  # if so many rows have no label column, stop the search
 SHOWN = 6  # values shown in an error
 TIES = re.compile(r"tie.*|draw|equal|same|both.*|neither|none", re.IGNORECASE)
 
@@ -50,16 +49,17 @@ def labels_of(preference: Preference) -> Labels | None:
         return None
     columns: dict[str, Column] = {}
     names: tuple[str, str] = forms.ANSWER_COLUMNS[0]
-    for number, (where, row) in enumerate(sources.sound(preference, lambda row, _: row)):
+    for where, row in sources.sound(preference, lambda row, _: row):
         if found := forms.label_columns(row):
+            if columns and found[0] != names:
+                before, now = (" and ".join(of) for of in (names, found[0]))
+                raise UserError(f"{where}: the answers are in {now}, in earlier rows in {before}; split the file")
             names = found[0]
             for name in found[1]:
                 column = columns.setdefault(name, Column())
                 key = cells.label_text(row[name])
                 column.values[key] += 1
                 column.places.setdefault(key, where)
-        elif number >= UNLABELLED and not columns:
-            break
     ranks = preference.ranker.column or ("label" if "label" in preference.columns else "")
     if not ranks and len(columns) > 1:
         listed = ", ".join(columns)
@@ -107,12 +107,15 @@ def _proposed(values: Iterable[str]) -> str:
     others = [value for value in values if value not in ties]
     if len(others) > len(winners) and others[0] == "0":  # 0, 1, 2
         ties, others = [*ties, others[0]], others[1:]
+    if len(others) == 1:
+        others.append("B" if others[0] == "A" else f"not {others[0]}")  # a table needs both
     shown = [*zip(others, winners, strict=False), *((value, tie) for value in ties)]
     return ", ".join(f'{_key(value)} = "{winner}"' for value, winner in shown)
 
 
 def _key(value: str) -> str:
-    return value if re.fullmatch(r"[A-Za-z0-9_-]+", value) else json.dumps(_short(value), ensure_ascii=False)
+    value = _short(value)
+    return value if re.fullmatch(r"[A-Za-z0-9_-]+", value) else json.dumps(value, ensure_ascii=False)
 
 
 def _short(value: str) -> str:

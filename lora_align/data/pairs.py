@@ -136,7 +136,12 @@ def _missing(comparison: Comparison, ranker: Ranker) -> str:
     if names is None or ranker.column in names or (names and not ranker.column):
         return ""
     which = f"no {ranker.kind} {ranker.column!r}" if ranker.column else f"no {ranker.kind} column"
-    return f"{which} in this row (it has: {', '.join(names) or 'none'})"
+    known = f"{which} in this row (it has: {', '.join(names) or 'none'})"
+    if ranker.kind == "label" and ranker.column:
+        known += (
+            f"; if the rows have a column {ranker.column!r}, name it with columns = {{ label = {ranker.column!r} }}"
+        )
+    return known
 
 
 def _usable(pair: Pair) -> Pair | str:

@@ -242,9 +242,14 @@ def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
 
 def _jsonl(path: Path) -> Rows:
     with path.open("rb") as stream:  # bytes, because text mode also splits at U+2028 and similar characters
+        begun = False
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _object(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            if not begun and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":  # no row of an object a line begins so
+                raise UserError(f"{path}:{number}: not valid JSON Lines; a list of rows is a .json file: rename it")
+            begun = True
+            yield _object(line, f"{path}:{number}")
 
 
 def _json(path: Path) -> Rows:

@@ -151,6 +151,10 @@ def train_dpo(
                 published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
                 begun[target].clear()
             lora_trainer.warn_unconverged(published[-1], screen)
+            if not published[-1].manifest.metrics["held_out"]["pairs"]:
+                screen.warn(
+                    f"{target}: no pair was held out, so nothing is measured; a larger dpo.limit or dpo.held_out"
+                )
             if "note" in (held_out := published[-1].manifest.metrics["held_out"]):
                 screen.warn(f"{target}: {held_out['note']}")
     return published
