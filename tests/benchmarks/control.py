@@ -164,7 +164,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def lines(figures: Mapping[str, Any]) -> Iterator[str]:
-    """A table for the README."""
+    """Return the table of the results in Markdown."""
     yield "| preference | −1 | 0 | 1 | Spearman | held-out span | worst well-formed | cos(pos, neg) | cos over seeds |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, own in figures["preferences"].items():
