@@ -1,1 +1,1 @@
-"""The built-in world: a small language, a base model that speaks it, and the demo."""
+"""The demo world: a small artificial language, a base model trained on it, and the demo command."""

@@ -179,10 +179,10 @@ def test_sharded_base_takes_its_shard_and_two_whole_layers(project: recipe.Recip
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    divided = replace(project, base=replace(project.base, fsdp=True))
+    sharded = replace(project, base=replace(project.base, fsdp=True))
     cards = [Device("four", 1e12, 1e12, torch.float32, 0.0, count) for count in (1, 4)]
     (one, four), alone = (
-        [planner.estimate_stage(of, base, stage, card) for card in cards] for of in (divided, project)
+        [planner.estimate_stage(of, base, stage, card) for card in cards] for of in (sharded, project)
     )
     model = base.load()
     linears = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
