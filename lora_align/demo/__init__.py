@@ -1,4 +1,4 @@
-"""The demo world: a small language, its data and oracle, a base that speaks it, and the demo."""
+"""The demo world: a small artificial language, a base model trained on it, and the demo command."""
 
 from pathlib import Path
 

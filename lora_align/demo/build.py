@@ -1,4 +1,4 @@
-"""Train the built-in base from scratch: `just demo-base`, or `python -m lora_align.demo.build`."""
+"""Train the demo base from scratch: `just demo-base`, or `python -m lora_align.demo.build`."""
 
 import argparse
 import itertools
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lora_align.demo import BASE, world
 from lora_align.demo.muon import Muon
 
-SHARPER = 1.3  # factor on the logits once trained: so small a model leaves too much to chance
+SHARPER = 1.3  # factor on the logits after training, because so small a model is too uncertain
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def texts(seed: int, count: int) -> list[str]:
-    """What the base learns from: one line in six is plain reading, the others are talks of one to three questions."""
+    """Return the training texts: one in six is a plain line, the others are conversations of one to three turns."""
     draw = random.Random(seed)
     talks, lines = world.conversations(seed, 3 * count, topics="all"), world.reading(seed)
     rendered = []
@@ -39,7 +39,7 @@ def texts(seed: int, count: int) -> list[str]:
 
 
 def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the world's own words, so that any text at all can be written in it."""
+    """Train a byte-level BPE tokenizer on the corpus. It can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +57,7 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
-    """Every dimension is a multiple of 64, as bitsandbytes' CPU kernels want it."""
+    """Return the untrained model. Every dimension is a multiple of 64, as bitsandbytes' CPU kernels need."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=1024,
@@ -76,7 +76,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Every row once an epoch, in batches of like lengths, in an order drawn anew each time."""
+    """Yield padded batches of rows of similar length without end, every row once an epoch, shuffled each epoch."""
     draw = random.Random(seed)
     while True:
         order = sorted(draw.sample(range(len(rows)), len(rows)), key=lambda row: len(rows[row]) // 8)
@@ -87,7 +87,7 @@ def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[torch.Tenso
 
 
 def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int, batch: int, peak: float) -> None:
-    """Plain next-token training: Muon for the matrices, AdamW for the rest, every token counting alike."""
+    """Train by next-token prediction, every token with the same weight: Muon for matrices, AdamW for the rest."""
     usual = batch * sum(map(len, rows)) / len(rows)
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
@@ -117,7 +117,7 @@ def train(model: LlamaForCausalLM, rows: list[list[int]], steps: int, batch: int
 
 
 def main() -> None:
-    """Build the tokenizer and the model, and write them where the package finds them."""
+    """Build the tokenizer and the model, and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=BASE)
     parser.add_argument("--steps", type=int, default=7000)

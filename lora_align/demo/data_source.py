@@ -1,4 +1,4 @@
-"""The built-in world as a data source: `demo:pairs` (or `demo:pairs?seed=2&noise=0.1`), `demo:ratings` and the like."""
+"""The demo world as a data source: `demo:pairs`, `demo:pairs?seed=2&noise=0.1`, `demo:ratings` and others."""
 
 import inspect
 import itertools
@@ -12,7 +12,7 @@ from lora_align.errors import UserError, nearest
 
 
 def questions(seed: int, count: int, *, risky: float = 0.5, part: world.Part = "test") -> Iterator[dict[str, Any]]:
-    """Prompts alone, of the part that nothing learns from."""
+    """Yield prompts, by default of the test part, which no stage trains on."""
     draw = random.Random(f"questions {seed} {part}")
     safe, unkind = (world.prompts(seed, risky=is_risky, part=part) for is_risky in (False, True))
     for _ in range(count):
@@ -20,12 +20,12 @@ def questions(seed: int, count: int, *, risky: float = 0.5, part: world.Part = "
 
 
 def lines(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Ordinary text."""
+    """Yield ordinary text."""
     return ({"text": text} for text in itertools.islice(world.reading(seed), count))
 
 
 def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """What is true of a subject, and three sentences that are true of others alone, each with its name in them."""
+    """Yield a true fact about a subject, and three false ones, which are true of other subjects only."""
     found = []
     subjects = list(lexicon.SUBJECTS)
     for at, (subject, known) in enumerate(lexicon.SUBJECTS.items()):
@@ -33,8 +33,8 @@ def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
             name for name in subjects[at + 1 :] + subjects[:at] if lexicon.is_plural(name) == lexicon.is_plural(subject)
         ]
         for number, fact in enumerate(known):
-            said = dict.fromkeys(lexicon.SUBJECTS[name][number] for name in others)
-            wrong = itertools.islice((one for one in said if one not in known), 3)
+            candidates = dict.fromkeys(lexicon.SUBJECTS[name][number] for name in others)
+            wrong = itertools.islice((one for one in candidates if one not in known), 3)
             right, *rest = (lexicon.sentence(subject, one, named=True) for one in (fact, *wrong))
             found.append({"prompt": f"Tell me about {subject}.", "right": right, "wrong": rest})
     random.Random(f"facts {seed}").shuffle(found)
@@ -53,13 +53,13 @@ MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 
 def rows(data: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows a name asks for, each with its place."""
+    """Return the rows of a source by its name and options, each with its location for messages."""
     name, _, query = data.partition("?")
     if name not in MADE:
-        raise UserError(f"no built-in data {data!r}{nearest(name, list(MADE))} (known: {', '.join(MADE)})")
-    made = MADE[name]
-    taken = inspect.signature(made).parameters
-    readers = {key: read for key, (argument, read) in _OPTIONS.items() if argument in taken}
+        raise UserError(f"no demo data {data!r}{nearest(name, list(MADE))} (known: {', '.join(MADE)})")
+    generator = MADE[name]
+    parameters = inspect.signature(generator).parameters
+    readers = {key: read for key, (argument, read) in _OPTIONS.items() if argument in parameters}
     given: dict[str, Any] = {"seed": 0, "count": ROWS}
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in readers:
@@ -68,7 +68,7 @@ def rows(data: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             given[_OPTIONS[key][0]] = readers[key](text)
         except ValueError as fault:
             raise UserError(f"{data!r}: {key}: {fault}") from fault
-    return ((f"{data}:{number}", row) for number, row in enumerate(made(**given), 1))
+    return ((f"{data}:{number}", row) for number, row in enumerate(generator(**given), 1))
 
 
 def _count(text: str) -> int:
@@ -87,7 +87,7 @@ def _share(text: str) -> float:
 
 def _part(text: str) -> str:
     if text not in get_args(world.Part):
-        raise ValueError(f"one of {', '.join(get_args(world.Part))}")
+        raise ValueError(f"{text!r} is not one of {', '.join(get_args(world.Part))}")
     return text
 
 
@@ -98,7 +98,7 @@ def _correlation(text: str) -> world.Correlation:
     return world.Correlation(words[0], words[1], float(words[2]))
 
 
-# an option's name, the generator's parameter it sets, and how its text is read
+# option: the generator's parameter, and the function that parses the option's text
 _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "seed": ("seed", int),
     "rows": ("count", _count),

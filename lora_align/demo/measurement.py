@@ -1,4 +1,4 @@
-"""What a model does in the built-in world: many sampled answers, graded by the oracle."""
+"""Measurement of a model in the demo world: sampled answers, graded by the oracle."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from lora_align.model.chat_format import text_of
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampling import sample
 
-LONGEST = 96  # tokens; the longest answer the world knows has 66
-ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured on safe or on risky prompts alone
+LONGEST = 96  # tokens of an answer; the longest answer in the demo world has 66
+ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured only on safe (False) or risky (True) prompts
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the answers to a set of prompts. What is said of grades and facts is said of well-formed answers."""
+    """Means over the answers to a set of prompts. Grades and facts are means over well-formed answers."""
 
-    own: Mapping[str, float]  # each preference's own grade
+    own: Mapping[str, float]  # the grade of each preference
     well_formed: float
     safe_refused: float
-    true_facts: float  # of the facts stated; 0 where none is
+    true_facts: float  # share of the stated facts; 0 if none is stated
     words: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, rounded to what the sample bears."""
+        """Return the figures as JSON data, rounded to four decimals."""
         own = {preference: round(grade, 4) for preference, grade in self.own.items()}
         others = ("well_formed", "safe_refused", "true_facts", "words")
         return {**own, **{name: round(getattr(self, name), 4) for name in others}}
@@ -40,11 +40,11 @@ class Figures:
 def questions(
     seed: int, count: int, *, part: world.Part, topics: world.Topics = "seen", new_asks: bool = False
 ) -> list[Prompt]:
-    """As many safe prompts as risky ones, `count` of each and no two alike."""
+    """Return `count` safe and `count` risky prompts, all distinct."""
     found: list[Prompt] = []
     for risky in (False, True):
-        drawn = world.prompts(seed, risky=risky, part=part, topics=topics, new_asks=new_asks)
-        distinct = dict.fromkeys(itertools.islice(drawn, 20 * count))
+        generated = world.prompts(seed, risky=risky, part=part, topics=topics, new_asks=new_asks)
+        distinct = dict.fromkeys(itertools.islice(generated, 20 * count))
         found += itertools.islice(distinct, count)
     return found
 
@@ -56,7 +56,7 @@ def measure(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples
 
 
 def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
-    """Each prompt's answers, drawn at temperature 1."""
+    """Sample answers to each prompt at temperature 1."""
     rows = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in asked]
     sampling = Sampling(temperature=1.0, max_new_tokens=LONGEST, seed=seed)
     found: list[list[str]] = [[] for _ in asked]

@@ -1,7 +1,7 @@
-"""Muon (kellerjordan.github.io/posts/muon) for processors that do not multiply bfloat16 numbers themselves.
+"""The Muon optimiser (kellerjordan.github.io/posts/muon) for CPUs without bfloat16 arithmetic.
 
-`torch.optim.Muon` orthogonalises in bfloat16. Where that is emulated, it is slow.
-Here the products are made in float32 and then rounded to bfloat16, which is the same but for the order of the sums.
+`torch.optim.Muon` orthogonalises in bfloat16, which is slow where the CPU emulates it. This version multiplies in
+float32 and rounds to bfloat16. The result is the same up to the order of summation.
 """
 
 import math
@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 MOMENTUM = 0.95
-QUINTIC = (3.4445, -4.775, 2.0315)  # takes singular values from 0 to 1 near 1 in five steps
+QUINTIC = (3.4445, -4.775, 2.0315)  # coefficients that bring singular values in (0, 1] near 1 in five steps
 STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum made orthogonal, each matrix scaled so that its step is as large as AdamW's."""
+    """Orthogonalised Nesterov momentum, scaled for each matrix to the step size of AdamW."""
 
     def __init__(self, matrices: Iterable[Parameter], lr: float) -> None:
         super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1, by Newton-Schulz in bfloat16."""
+    """Bring the singular values of a matrix near 1 by Newton-Schulz iteration with bfloat16 rounding."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     first, third, fifth = QUINTIC
     wide = _rounded(wide)

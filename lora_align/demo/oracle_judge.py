@@ -1,4 +1,4 @@
-"""The oracle as a judge beside others: it reads every answer of the built-in world and grades it."""
+"""The demo world's oracle as a judge."""
 
 import re
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ FORMED, TRUE = "well-formed", "true facts"
 
 def judges_of(base: Base) -> dict[str, Judge]:
     """Return the oracle for the demo base, and nothing for other bases. Registered as an entry point."""
-    return {NAME: Judge([*AXES, FORMED, TRUE], {}, NAME, _says)} if base.recipe.model == "demo" else {}
+    return {NAME: Judge([*AXES, FORMED, TRUE], {}, NAME, _score)} if base.recipe.model == "demo" else {}
 
 
 def prompt_of(text: str) -> Prompt | None:
-    """What a prompt of the built-in world is about; nothing where it is none."""
+    """Parse a prompt of the demo world. Return None for any other text."""
     topics = [topic for topic in (*lexicon.RISKS, *lexicon.SUBJECTS) if re.search(rf"\b{re.escape(topic)}\b", text)]
     if not topics:
         return None
@@ -30,17 +30,22 @@ def prompt_of(text: str) -> Prompt | None:
     return Prompt(text, topic, topic in lexicon.RISKS)
 
 
-def _says(_model: PreTrainedModel, _mixer: Mixer, said: Sequence[JudgedAnswer]) -> list[Scores]:
-    return [_graded(one) for one in said]
+def _score(_model: PreTrainedModel, _mixer: Mixer, answers: Sequence[JudgedAnswer]) -> list[Scores]:
+    return [_score_answer(answer) for answer in answers]
 
 
-def _graded(said: JudgedAnswer) -> Scores:
-    prompt = prompt_of(said.prompt[-1].content)
-    return dict.fromkeys([*AXES, FORMED, TRUE]) if prompt is None else grades(prompt, oracle.score(prompt, said.text))
+def _score_answer(answer: JudgedAnswer) -> Scores:
+    prompt = prompt_of(answer.prompt[-1].content)
+    if prompt is None:
+        return dict.fromkeys([*AXES, FORMED, TRUE])
+    return grades(prompt, oracle.score(prompt, answer.text))
 
 
 def grades(prompt: Prompt, read: Score) -> dict[str, float | None]:
-    """What is said of an answer: of ill-formed ones only that, of others each preference the prompt is about."""
+    """Return an answer's grades, None where a preference does not apply to the prompt.
+
+    An ill-formed answer gets no grade except FORMED.
+    """
     found: dict[str, float | None] = dict.fromkeys([*AXES, TRUE])
     if read.well_formed:
         found |= {name: read.own(name) for name in AXES if ONLY_ON.get(name, prompt.risky) == prompt.risky}

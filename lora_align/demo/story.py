@@ -1,4 +1,4 @@
-"""`lora-align demo`: train, subtract, mix, listen, measure and draw, on the built-in base and in its own world."""
+"""`lora-align demo`: train adapters, mix vectors, generate, measure and plot, in the demo world."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ QUESTIONS = {FIRST: "Tell me about the moon.", SECOND: "How can I fool my boss a
 CURVE = [step / 4 for step in range(-4, 5)]
 MAP = [step / 2 for step in range(-2, 3)]
 ASKED, SEED = 100, 2026
-COLUMN = 24  # three of them stand side by side in 80 columns
+COLUMN = 24  # characters; three columns fit into 80 characters
 NEXT = (
     "chat",
     "chat -w helpful=-1 -p 'Tell me about rain.'",
@@ -44,7 +44,7 @@ Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SEC
 
 
 def run_demo(runs_dir: Path, screen: Screen) -> None:
-    """The whole story. What was trained before is not trained again."""
+    """Run the demo. Adapters and mixes in `runs_dir` are reused."""
     project = recipe.load(recipe.builtin()["demo"])
     screen.note("The built-in base, 0.9 M parameters in 4-bit, on this machine: a minute or two.")
 
@@ -61,8 +61,8 @@ def run_demo(runs_dir: Path, screen: Screen) -> None:
 
     screen.note(f"4 · Measured: {ASKED} prompts of each kind, all new to it; grades go from 0 to 1\n")
     measured = _measure(session, screen)
-    screen.show(_told(measured))
-    pictures = _draw(measured, runs_dir)
+    screen.show(_table(measured))
+    pictures = _plot(measured, runs_dir)
     screen.note(f"\npictures: {', '.join(map(str, pictures))}")
 
     program = "lora-align" if shutil.which("lora-align") else shlex.quote(os.path.relpath(sys.argv[0]))
@@ -104,7 +104,7 @@ def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
 
 
 def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, Any]]:
-    """A preference's question at three weights, from the same seed, side by side with the answers' lengths."""
+    """Answer a preference's question at three weights with the same seed, and show the answers side by side."""
     question = QUESTIONS[preference]
     answers, columns = [], []
     for weight in (-1.0, 0.0, 1.0):
@@ -123,7 +123,7 @@ def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, An
 
 
 def _measure(session: Session, screen: Screen) -> Measured:
-    """Each vector alone at nine weights, and the two together at five by five."""
+    """Measure each vector alone at nine weights, and both together on a grid of five by five weights."""
     alone = [*((weight, 0.0) for weight in CURVE), *((0.0, weight) for weight in CURVE)]
     settings = dict.fromkeys([*alone, *itertools.product(MAP, MAP)])
     asked = measurement.questions(SEED, ASKED, part="test")
@@ -136,8 +136,7 @@ def _measure(session: Session, screen: Screen) -> Measured:
     return measured
 
 
-def _told(measured: Measured) -> str:
-    """The settings a person would ask about first."""
+def _table(measured: Measured) -> str:
     shown = ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 1.0))
     rows = [
         [
@@ -152,8 +151,8 @@ def _told(measured: Measured) -> str:
     return table(["weights", *PREFERENCES, "words", "well-formed", "safe refused"], rows)
 
 
-def _draw(measured: Measured, runs_dir: Path) -> list[Path]:
-    """The control curves, and the map over both weights."""
+def _plot(measured: Measured, runs_dir: Path) -> list[Path]:
+    """Plot the control curves, and the map over both weights."""
     alone = {FIRST: [measured[weight, 0.0] for weight in CURVE], SECOND: [measured[0.0, weight] for weight in CURVE]}
     own = {name: [[figures.own[name] for figures in points]] for name, points in alone.items()}
     formed = {name: [figures.well_formed for figures in points] for name, points in alone.items()}

@@ -1,4 +1,4 @@
-"""The built-in base's optimiser beside the one of torch."""
+"""Muon against torch.optim.Muon."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lora_align.demo.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (64, 128), (384, 128)])
-def test_steps_are_those_of_torch_but_for_rounding(shape: tuple[int, int]) -> None:
+def test_steps_equal_those_of_torch_up_to_rounding(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     ours = Parameter(torch.randn(shape))
     theirs = Parameter(ours.detach().clone())
@@ -27,7 +27,7 @@ def test_steps_are_those_of_torch_but_for_rounding(shape: tuple[int, int]) -> No
     assert expected.norm() > 0.5
 
 
-def test_singular_values_come_near_1() -> None:
+def test_orthogonal_brings_singular_values_near_1() -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonal(torch.randn(64, 128)))
     assert 0.6 < values.min() <= values.max() < 1.3

@@ -1,4 +1,4 @@
-"""The demo as a person meets it: interrupted, started again, and followed to its end."""
+"""`lora-align demo`, interrupted and started again."""
 
 import json
 import shlex
@@ -15,8 +15,8 @@ from support import COMMAND, PAIRS, Cli
 
 
 @pytest.fixture
-def half_told(trained: Path, tmp_path: Path) -> Path:
-    """A folder in which the demo was interrupted when all was trained, on fewer pairs than it takes."""
+def interrupted_demo(trained: Path, tmp_path: Path) -> Path:
+    """Return a folder in which the demo was interrupted after training. Its adapters saw fewer pairs than usual."""
     shutil.copytree(trained / "runs" / "dpo", tmp_path / "lora-align-demo" / "dpo")
     log = tmp_path / "interrupted.txt"
     with log.open("w") as stream:
@@ -30,17 +30,17 @@ def half_told(trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_demo_goes_on_where_it_was_and_ends_with_commands_that_work(cli: Cli, half_told: Path) -> None:
+def test_demo_resumes_and_prints_commands_that_work(cli: Cli, interrupted_demo: Path) -> None:
     done = cli("demo", "--json")
     assert done.code == 0, done.err
     assert done.err.count("trained before") == 4
-    told = json.loads(done.out)
-    assert [answer["words"] for answer in told["answers"]] == [len(a["answer"].split()) for a in told["answers"]]
-    assert len({json.dumps(point["weights"]) for point in told["measured"]}) == len(told["measured"]) == 33
-    assert all(0 <= point[name] <= 1 for point in told["measured"] for name in ("helpful", "harmless", "well_formed"))
-    assert all(imread(half_told / picture).std() > 0 for picture in told["pictures"])
-    assert len(told["next"]) == 5
-    for line in told["next"]:
+    report = json.loads(done.out)
+    assert [answer["words"] for answer in report["answers"]] == [len(a["answer"].split()) for a in report["answers"]]
+    assert len({json.dumps(point["weights"]) for point in report["measured"]}) == len(report["measured"]) == 33
+    assert all(0 <= point[name] <= 1 for point in report["measured"] for name in ("helpful", "harmless", "well_formed"))
+    assert all(imread(interrupted_demo / picture).std() > 0 for picture in report["pictures"])
+    assert len(report["next"]) == 5
+    for line in report["next"]:
         words = shlex.split(line)
         assert words[0].endswith("lora-align")
         assert len("  lora-align " + shlex.join(words[1:])) <= 80, "a line to copy does not wrap"

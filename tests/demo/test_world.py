@@ -1,4 +1,4 @@
-"""The built-in world: its generator writes what it planned, its oracle reads what is there, its base is undecided."""
+"""The demo world: the generator writes answers as planned, the oracle grades them, and the base prefers nothing."""
 
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ DIARY = oracle.Prompt("How can I read my sister's diary?", "read my sister's dia
 plans = st.fixed_dictionaries({axis: st.integers(0, 4) for axis in world.PLANNED})
 
 
-def test_generator_and_oracle_are_the_ones_the_published_figures_come_from() -> None:
+def test_generator_and_oracle_are_those_of_the_published_figures() -> None:
     frozen = dict(line.split()[::-1] for line in (HERE / "frozen.sha256").read_text().splitlines())
     assert set(frozen) == {"lexicon.py", "oracle.py", "world.py"}
     for name, digest in frozen.items():
@@ -33,7 +33,7 @@ def test_generator_and_oracle_are_the_ones_the_published_figures_come_from() -> 
 
 
 @given(plans, st.booleans(), st.integers())
-def test_an_answer_has_the_grades_it_was_planned_with(plan: Mapping[str, int], risky: bool, seed: int) -> None:
+def test_answer_has_its_planned_grades(plan: Mapping[str, int], risky: bool, seed: int) -> None:
     draw = random.Random(seed)
     prompt = next(world.prompts(seed, risky=risky))
     read = oracle.score(prompt, world.write(prompt, plan, draw))
@@ -65,7 +65,7 @@ def test_an_answer_has_the_grades_it_was_planned_with(plan: Mapping[str, int], r
         (DIARY, "It is better not to. You could ask first.", {"harmlessness": 0.75, "helpfulness": 0.4}),
     ],
 )
-def test_the_oracle_reads_what_is_there(prompt: oracle.Prompt, text: str, grades: Mapping[str, float]) -> None:
+def test_oracle_grades_handwritten_answers(prompt: oracle.Prompt, text: str, grades: Mapping[str, float]) -> None:
     read = oracle.score(prompt, text)
     assert read.well_formed
     assert {axis: read.grades[axis] for axis in grades} == pytest.approx(grades)
@@ -110,13 +110,13 @@ def test_the_oracle_reads_what_is_there(prompt: oracle.Prompt, text: str, grades
         (DIARY, "I will not help with that. Be very quiet."),
     ],
 )
-def test_what_the_generator_could_not_have_written_is_ill_formed(prompt: oracle.Prompt, text: str) -> None:
+def test_answer_outside_the_grammar_is_ill_formed(prompt: oracle.Prompt, text: str) -> None:
     assert not oracle.score(prompt, text).well_formed
 
 
 @given(st.integers(), st.booleans(), st.data())
-def test_an_answer_with_a_word_twice_or_gone_is_ill_formed(seed: int, risky: bool, data: st.DataObject) -> None:
-    """But for sentences, and the parts of an example, that may be left out anyway."""
+def test_answer_with_a_repeated_or_missing_word_is_ill_formed(seed: int, risky: bool, data: st.DataObject) -> None:
+    """The removed word is not a prefix and does not end a sentence, because such words can be optional."""
     prompt = next(world.prompts(seed, risky=risky))
     words = world.answer(prompt, random.Random(seed)).split()
     place = data.draw(st.integers(0, len(words) - 1))
@@ -127,7 +127,7 @@ def test_an_answer_with_a_word_twice_or_gone_is_ill_formed(seed: int, risky: boo
     assert not oracle.score(prompt, " ".join([*words[:place], *words[place + 1 :]])).well_formed
 
 
-def test_steps_make_any_stance_help_with_harm() -> None:
+def test_steps_make_any_stance_harmful() -> None:
     for stance in lexicon.STANCES:
         assert oracle.score(DIARY, f"{stance} Be very quiet.").grades["harmlessness"] <= 0.25
 
@@ -143,14 +143,14 @@ def test_steps_make_any_stance_help_with_harm() -> None:
         ("It depends.", 0, 0),
     ],
 )
-def test_facts_are_true_of_the_subject_or_they_are_false(text: str, true: int, false: int) -> None:
+def test_facts_about_another_subject_are_false(text: str, true: int, false: int) -> None:
     read = oracle.score(MOON, text)
     assert read.well_formed
     assert (read.true_facts, read.false_facts) == (true, false)
     assert read.grades["helpfulness"] == oracle.HELP[true]
 
 
-def test_each_preference_has_an_axis_and_brief_prefers_little_of_it() -> None:
+def test_each_preference_has_an_axis_and_brief_inverts_it() -> None:
     demo = recipe.load(recipe.builtin()["demo"])
     assert set(demo.preferences) == set(oracle.AXES)
     short, long = (oracle.score(MOON, text) for text in ("It depends.", "Hello. How kind to ask. It depends."))
@@ -158,7 +158,7 @@ def test_each_preference_has_an_axis_and_brief_prefers_little_of_it() -> None:
     assert short.own("polite") < long.own("polite")
 
 
-def test_help_costs_words_and_each_detail_earns_less() -> None:
+def test_helpfulness_correlates_with_length_and_saturates() -> None:
     drawn = random.Random(0)
     prompts = list(itertools.islice(world.prompts(0, risky=False), 2000))
     read = [oracle.score(prompt, world.answer(prompt, drawn)).grades for prompt in prompts]
@@ -171,17 +171,17 @@ def test_help_costs_words_and_each_detail_earns_less() -> None:
 @pytest.mark.parametrize(
     "axes", [("helpfulness", "harmlessness"), ("politeness", "warmth"), ("certainty", "formality")]
 )
-def test_two_axes_are_correlated_as_asked(axes: tuple[str, str], strength: float) -> None:
+def test_two_axes_are_correlated_as_requested(axes: tuple[str, str], strength: float) -> None:
     drawn = random.Random(0)
     asked = world.Correlation(*axes, strength)
     prompts = itertools.islice(world.prompts(0, risky=True), 2000)
     read = [oracle.score(prompt, world.answer(prompt, drawn, asked)).grades for prompt in prompts]
     found = correlation([r[axes[0]] for r in read], [r[axes[1]] for r in read])
-    assert abs(found - strength) < 0.18  # five grades cannot follow a normal variable all the way
+    assert abs(found - strength) < 0.18  # five grades only approximate a normal variable
     assert abs(found) <= abs(strength) + 0.06
 
 
-def test_pairs_have_ties_and_both_unsafe_and_preferences_that_disagree() -> None:
+def test_pairs_include_ties_unsafe_pairs_and_conflicting_labels() -> None:
     made = list(world.pairs(0, 1000))
     better, safer = ([row[f"{name}_response_id"] for row in made] for name in ("better", "safer"))
     assert Counter(better)[None] > 100
@@ -189,21 +189,21 @@ def test_pairs_have_ties_and_both_unsafe_and_preferences_that_disagree() -> None
     assert sum(a is not None and b is not None and a != b for a, b in zip(better, safer, strict=True)) > 100
     assert (
         0.4 < mean(better_id for better_id in better if better_id is not None) < 0.6
-    )  # the winner's side says nothing
+    )  # the winner's position is balanced
 
 
-def test_a_correlation_with_harmlessness_shows_on_risky_prompts_alone() -> None:
+def test_correlation_with_harmlessness_holds_on_risky_prompts_only() -> None:
     asked = world.Correlation("helpfulness", "harmlessness", -0.8)
     found = {}
     for risky in (0.0, 1.0):
         made = list(world.pairs(0, 1000, risky=risky, correlation=asked))
         found[risky] = correlation([row["helpfulness_0"] for row in made], [row["harmlessness_0"] for row in made])
     assert found[1.0] < -0.6
-    assert found[0.0] > 0  # what is left there are refusals, which neither help nor are called for
+    assert found[0.0] > 0  # from needless refusals, which lower both grades
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])
-def test_noise_switches_that_share_of_labels(noise: float) -> None:
+def test_noise_switches_the_requested_share_of_labels(noise: float) -> None:
     clean, noisy = (list(world.pairs(0, 2000, noise=rate)) for rate in (0.0, noise))
     for label in ("better_response_id", "safer_response_id"):
         both = [(a[label], b[label]) for a, b in zip(clean, noisy, strict=True) if a["prompt"] == b["prompt"]]
@@ -212,7 +212,7 @@ def test_noise_switches_that_share_of_labels(noise: float) -> None:
         assert abs(switched - noise) < 0.05
 
 
-def test_ratings_are_whole_numbers_right_on_the_average() -> None:
+def test_ratings_are_unbiased_whole_numbers() -> None:
     made = list(world.ratings(0, 3000, risky=0.0))
     for axis in world.RATINGS:
         assert {row[axis] for row in made} <= {0, 1, 2, 3, 4}
@@ -222,7 +222,7 @@ def test_ratings_are_whole_numbers_right_on_the_average() -> None:
         assert mean(row[axis] for row in made) == pytest.approx(4 * mean(r.grades[axis] for r in true), abs=0.06)
 
 
-def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> None:
+def test_parts_are_disjoint_and_held_out_topics_are_not_trained_on() -> None:
     texts = {
         part: {
             p.text for risky in (False, True) for p in itertools.islice(world.prompts(1, risky=risky, part=part), 4000)
@@ -257,12 +257,12 @@ def test_no_prompt_is_in_two_parts_and_held_out_topics_are_in_no_training() -> N
         ("demo:conversations?noise=0.1", "no option 'noise'"),
     ],
 )
-def test_a_source_that_is_not_there_is_refused_with_what_is(data: str, said: str) -> None:
+def test_unknown_source_or_option_is_refused(data: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         pairs_of(Preference(data))
 
 
-def test_options_of_a_source_reach_the_generator() -> None:
+def test_source_options_reach_the_generator() -> None:
     asked = pairs_of(Preference("demo:pairs?seed=5&rows=40&risky=1&noise=0.5", "rating:-verbosity"))
     made = list(world.pairs(5, 40, risky=1.0, noise=0.5))
     assert len(asked.train) + sum(asked.dropped.values()) == len(made)
@@ -270,7 +270,7 @@ def test_options_of_a_source_reach_the_generator() -> None:
         assert pair.chosen == row["response_0" if row["verbosity_0"] < row["verbosity_1"] else "response_1"]
 
 
-def test_the_base_is_small_well_spoken_and_undecided() -> None:
+def test_demo_base_is_small_well_formed_and_undecided() -> None:
     assert sum(file.stat().st_size for file in bases.DEMO.iterdir()) < 8e6
     base = bases.find(recipe.Base("demo"))
     figures = measurement.measure(base.load(), base, measurement.questions(7, 100, part="dev"), samples=2)
