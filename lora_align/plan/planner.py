@@ -52,8 +52,8 @@ def plan_stages(
                 if stage.drawing:
                     screen.note(f"{name}: sampling answers")
                     taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
-            said = advice.quicker(recipe, base, plan) if plan.fits else advice.fitting(recipe, base, plan)
-            found.append({**plan.facts(), "advice": said, **taken})
+            advised = advice.quicker(recipe, base, plan) if plan.fits else advice.fitting(recipe, base, plan)
+            found.append({**plan.facts(), "advice": advised, **taken})
     if not found:
         raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")
     return {
