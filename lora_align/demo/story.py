@@ -126,12 +126,12 @@ def _measure(session: Session, screen: Screen) -> Measured:
     """Measure each vector alone at nine weights, and both together on a grid of five by five weights."""
     alone = [*((weight, 0.0) for weight in CURVE), *((0.0, weight) for weight in CURVE)]
     settings = dict.fromkeys([*alone, *itertools.product(MAP, MAP)])
-    asked = measurement.questions(SEED, ASKED, part="test")
+    prompts = measurement.questions(SEED, ASKED, part="test")
     measured: Measured = {}
     with screen.progress("measuring", len(settings)) as progress:
         for weights in settings:
             session.turn(_weights(*weights))
-            measured[weights] = measurement.measure(session.model, session.base, asked, samples=1)
+            measured[weights] = measurement.measure(session.model, session.base, prompts, samples=1)
             progress.show(len(measured), {})
     return measured
 

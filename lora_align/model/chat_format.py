@@ -53,23 +53,23 @@ class ChatFormat:
 
     def answered_each(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[Answered]:
         """Do `answered` for many prompts at once: tokenizers process a batch on all cores."""
-        said = [[Message("assistant", answer) for answer in answers] for _, answers in asked]
-        stand_ins = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, said, strict=True)]
+        messages = [[Message("assistant", answer) for answer in answers] for _, answers in asked]
+        stand_ins = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, messages, strict=True)]
         texts = [
             [self._render(prompt, hidden, generation=True)]
             + [self._render([*prompt, one], hidden, generation=False) for one in last]
-            for (prompt, _), last, hidden in zip(asked, said, stand_ins, strict=True)
+            for (prompt, _), last, hidden in zip(asked, messages, stand_ins, strict=True)
         ]
         plain = [text for some, hidden in zip(texts, stand_ins, strict=True) for text in some if not hidden]
         ids = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
         found = []
-        for last, some, hidden in zip(said, texts, stand_ins, strict=True):
+        for last, some, hidden in zip(messages, texts, stand_ins, strict=True):
             before, *wholes = [self._encode(text, hidden) if hidden else next(ids) for text in some]
             answers = [self._answer(before, *of, hidden) for of in zip(last, wholes, strict=True)]
             found.append((before, answers))
         return found
 
-    def _answer(self, before: list[int], said: Message, whole: list[int], stand_ins: StandIns) -> list[int]:
+    def _answer(self, before: list[int], answer: Message, whole: list[int], stand_ins: StandIns) -> list[int]:
         """Return the ids of the answer, up to and including its stop token.
 
         `before` is the prompt's ids, `whole` the ids of prompt and answer rendered together.
@@ -77,7 +77,7 @@ class ChatFormat:
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
         else:  # the template renders a finished turn differently, for example without thoughts: use the raw answer
-            ids = self._encode(self._hidden(said, stand_ins), stand_ins)
+            ids = self._encode(self._hidden(answer, stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 

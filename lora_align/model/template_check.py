@@ -29,18 +29,18 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
     long = [{"role": ROLES[turn % 2], "content": f"What is {turn}?"} for turn in range(TURNS)]
     system = [{"role": "system", "content": "Be brief."}]
     talks = [*(long[:turns] for turns in (1, 2, 3)), long, [*system, *long[:2]], [*system, *long[:3]]]
-    asked = {"template": template, "variables": variables, "conversations": talks}
-    text = json.dumps(asked, default=str)
+    request = {"template": template, "variables": variables, "conversations": talks}
+    text = json.dumps(request, default=str)
     known = runs.cache_folder() / "templates" / hashlib.sha256(text.encode()).hexdigest()
     if known.exists():
         return
     try:
         words = [sys.executable, "-P", str(TRIAL)]
-        tried = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT)
+        done = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         why = "does not end"
     else:
-        why = "does not end" if tried.returncode < 0 else FAULTS.get(tried.stderr.strip(), "")
+        why = "does not end" if done.returncode < 0 else FAULTS.get(done.stderr.strip(), "")
     if why:
         raise UserError(
             f"{whose} {why} (tested on short conversations); give another one in the recipe: base.chat_template"

@@ -19,7 +19,7 @@ def main() -> None:
 
     A TemplateError passes: some templates refuse a system message by themselves.
     """
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     try:
         import resource
     except ImportError:  # Windows: the caller's timeout is the only limit
@@ -29,14 +29,14 @@ def main() -> None:
             most = MEMORY + int(STATM.read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    for conversation in asked["conversations"]:
+    for conversation in request["conversations"]:
         for generation in (True, False):
             try:
                 rendered: Any = render_jinja_template(
                     [conversation],
-                    chat_template=asked["template"],
+                    chat_template=request["template"],
                     add_generation_prompt=generation,
-                    **asked["variables"],
+                    **request["variables"],
                 )
             except TemplateError:
                 continue

@@ -56,8 +56,8 @@ class TokenText:
 
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
     """Tokenise pairs and truncate each answer at `max_length`. Return None for a pair that is dropped."""
-    asked = short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
-    return [pair(prompt, answers, max_length, counts) for prompt, answers in chat.answered_each(asked)]
+    shortened = short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
+    return [pair(prompt, answers, max_length, counts) for prompt, answers in chat.answered_each(shortened)]
 
 
 def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, counts: Counter[str]) -> TokenPair | None:
@@ -99,8 +99,8 @@ def texts(
     Return None where the messages before the last one leave no room.
     """
     found: list[TokenText | None] = []
-    said = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
-    tokens = chat.answered_each(short(said, chat, max_length))
+    split = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
+    tokens = chat.answered_each(short(split, chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         if len(prompt) >= max_length:
             counts["prompt too long"] += 1
@@ -151,8 +151,8 @@ def _earlier_answers(row: Conversation, chat: ChatFormat, prompt: Sequence[int])
     for turn, message in enumerate(row.messages[:-1]):
         if message.role == "assistant":
             start = chat.prompt_ids(row.messages[:turn])
-            said = chat.answer_ids(row.messages[:turn], message.content)
-            end = len(start) + len(said)
-            if list(prompt[:end]) == start + said:
-                labels[len(start) : end] = said
+            answer = chat.answer_ids(row.messages[:turn], message.content)
+            end = len(start) + len(answer)
+            if list(prompt[:end]) == start + answer:
+                labels[len(start) : end] = answer
     return labels

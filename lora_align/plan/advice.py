@@ -33,18 +33,18 @@ class Tried:
 
 def switches(base: Base, plan: StageEstimate) -> Iterator[Tried]:
     """Measure other ways to compute a step, each against the best one so far."""
-    for said, of_base, of_stage in _ways(base, plan.stage):
+    for option, of_base, of_stage in _ways(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
         stage = replace(plan.stage, settings=replace(plan.stage.settings, **of_stage))
         try:
             step = time_step(other, stage, [stage.rows[i] for i in plan.part])
         except UserError as fault:
-            yield Tried(said, fault=str(fault))
+            yield Tried(option, fault=str(fault))
             continue
         assert plan.measured is not None
         with_it = replace(plan, stage=stage).by(step)
         pays = with_it.seconds < (1 - WORTH) * plan.seconds
-        yield Tried(said, step.seconds / plan.measured.seconds, with_it.seconds, pays)
+        yield Tried(option, step.seconds / plan.measured.seconds, with_it.seconds, pays)
         if pays:
             base, plan = other, with_it
 
@@ -64,16 +64,16 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
 
 def fitting(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return the first change of settings, or number of cards, that makes the stage fit."""
-    found, said = plan, ""
-    for said, settings, lora in _changes(plan.stage):
+    found, options = plan, ""
+    for options, settings, lora in _changes(plan.stage):
         changed = replace(plan.stage, settings=settings, lora=lora)
         found = replace(estimate_stage(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if found.fits:
-            return f"it fits with{said}: {size(found.total)}, about {clock(found.seconds)}"
+            return f"it fits with{options}: {size(found.total)}, about {clock(found.seconds)}"
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
         for count in CARDS:
             if replace(found, device=replace(plan.device, count=count), divided=True).fits:
-                return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{said}"
+                return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
 
 
@@ -85,8 +85,8 @@ def quicker(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     found = replace(estimate_stage(recipe, base, without, plan.device, plan.lengths), rate=plan.rate)
     if not found.fits:
         return ""
-    said = f"--set {plan.stage.table}.gradient_checkpointing=false"
-    return f"faster, and it still fits, with {said}: {size(found.total)}, about {clock(found.seconds)}"
+    options = f"--set {plan.stage.table}.gradient_checkpointing=false"
+    return f"faster, and it still fits, with {options}: {size(found.total)}, about {clock(found.seconds)}"
 
 
 def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:

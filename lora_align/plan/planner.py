@@ -53,10 +53,10 @@ def plan_stages(
                     screen.note(f"{name}: sampling answers")
                     taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
             if plan.fits:
-                said = advice.quicker(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
+                advised = advice.quicker(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
             else:
-                said = advice.fitting(recipe, base, plan)
-            found.append({**plan.facts(), "advice": said, **taken})
+                advised = advice.fitting(recipe, base, plan)
+            found.append({**plan.facts(), "advice": advised, **taken})
     if not found:
         raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")
     return {

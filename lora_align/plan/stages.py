@@ -111,16 +111,16 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     settings = recipe.rsf
     assert settings is not None
     halves = inputs.answers_of(settings, base).halves
-    asked = [
+    requested = [
         sampling_requests.for_directions(settings, sampling_requests.prompts(settings, halves[(t - 1) % 2], t), t)
         for t in range(1, settings.iterations + 1)
     ]
-    answers = sum(len(requests) * sampling_requests.each(settings, t) for t, requests in enumerate(asked, 1))
-    some = [under_system(of.system, of.prompt) for of in asked[-1][: max(1, AT_ONCE // settings.samples)]]
+    answers = sum(len(requests) * sampling_requests.each(settings, t) for t, requests in enumerate(requested, 1))
+    some = [under_system(of.system, of.prompt) for of in requested[-1][: max(1, AT_ONCE // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     drawing = SamplingWork(answers, some, sampling_requests.each(settings, settings.iterations), sampling)
     why = "rows of the maximum length are assumed, because rsf samples its rows while it runs"
-    return replace(_rsf_stage(recipe, base, max(map(len, asked))), assumed=why, drawing=drawing)
+    return replace(_rsf_stage(recipe, base, max(map(len, requested))), assumed=why, drawing=drawing)
 
 
 def _rsf_stage(recipe: Recipe, base: Base, rows: int) -> Stage:

@@ -159,9 +159,9 @@ def test_each_preference_has_an_axis_and_brief_inverts_it() -> None:
 
 
 def test_helpfulness_correlates_with_length_and_saturates() -> None:
-    drawn = random.Random(0)
+    draw = random.Random(0)
     prompts = list(itertools.islice(world.prompts(0, risky=False), 2000))
-    read = [oracle.score(prompt, world.answer(prompt, drawn)).grades for prompt in prompts]
+    read = [oracle.score(prompt, world.answer(prompt, draw)).grades for prompt in prompts]
     assert correlation([r["helpfulness"] for r in read], [r["verbosity"] for r in read]) > 0.4
     gains = [b - a for a, b in itertools.pairwise(oracle.HELP)]
     assert gains == sorted(gains, reverse=True)
@@ -172,10 +172,10 @@ def test_helpfulness_correlates_with_length_and_saturates() -> None:
     "axes", [("helpfulness", "harmlessness"), ("politeness", "warmth"), ("certainty", "formality")]
 )
 def test_two_axes_are_correlated_as_requested(axes: tuple[str, str], strength: float) -> None:
-    drawn = random.Random(0)
-    asked = world.Correlation(*axes, strength)
+    draw = random.Random(0)
+    requested = world.Correlation(*axes, strength)
     prompts = itertools.islice(world.prompts(0, risky=True), 2000)
-    read = [oracle.score(prompt, world.answer(prompt, drawn, asked)).grades for prompt in prompts]
+    read = [oracle.score(prompt, world.answer(prompt, draw, requested)).grades for prompt in prompts]
     found = correlation([r[axes[0]] for r in read], [r[axes[1]] for r in read])
     assert abs(found - strength) < 0.18  # five grades only approximate a normal variable
     assert abs(found) <= abs(strength) + 0.06
@@ -193,10 +193,10 @@ def test_pairs_include_ties_unsafe_pairs_and_conflicting_labels() -> None:
 
 
 def test_correlation_with_harmlessness_holds_on_risky_prompts_only() -> None:
-    asked = world.Correlation("helpfulness", "harmlessness", -0.8)
+    requested = world.Correlation("helpfulness", "harmlessness", -0.8)
     found = {}
     for risky in (0.0, 1.0):
-        made = list(world.pairs(0, 1000, risky=risky, correlation=asked))
+        made = list(world.pairs(0, 1000, risky=risky, correlation=requested))
         found[risky] = correlation([row["helpfulness_0"] for row in made], [row["harmlessness_0"] for row in made])
     assert found[1.0] < -0.6
     assert found[0.0] > 0  # from needless refusals, which lower both grades
@@ -244,7 +244,7 @@ def test_parts_are_disjoint_and_held_out_topics_are_not_trained_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ("demo:pair", "did you mean 'demo:pairs'"),
         ("demo:pairs?sed=1", "did you mean 'seed'"),
@@ -257,8 +257,8 @@ def test_parts_are_disjoint_and_held_out_topics_are_not_trained_on() -> None:
         ("demo:conversations?noise=0.1", "no option 'noise'"),
     ],
 )
-def test_unknown_source_or_option_is_refused(data: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unknown_source_or_option_is_refused(data: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         pairs_of(Preference(data))
 
 

@@ -61,8 +61,8 @@ def test_draw_returns_n_answers_from_a_server_that_ignores_n(server: str, served
     answers = [answer for some in endpoint.draw([RAIN, MOON], 3, TOKENS) for answer in some]
     assert sorted((answer.prompt, answer.number) for answer in answers) == [(p, n) for p in (0, 1) for n in range(3)]
     assert len({answer.text for answer in answers}) == 6
-    asked = (oracle.Prompt("Tell me about rain.", "rain", risky=False), oracle.Prompt("", "the moon", risky=False))
-    scores = [oracle.score(asked[answer.prompt], answer.text) for answer in answers if answer.ended]
+    prompts = (oracle.Prompt("Tell me about rain.", "rain", risky=False), oracle.Prompt("", "the moon", risky=False))
+    scores = [oracle.score(prompts[answer.prompt], answer.text) for answer in answers if answer.ended]
     assert len(scores) >= 4
     assert sum(score.well_formed for score in scores) >= 0.75 * len(scores)
     cut = [answer for some in endpoint.draw([RAIN], 1, Sampling(max_new_tokens=3)) for answer in some]
@@ -70,13 +70,13 @@ def test_draw_returns_n_answers_from_a_server_that_ignores_n(server: str, served
 
 
 def test_generate_samples_from_a_server(server: str, served: str, cli: Cli, tmp_path: Path) -> None:
-    asked = [next(world.prompts(seed, risky=False)).text for seed in range(6)]
-    (tmp_path / "prompts.txt").write_text("\n".join(asked))
+    prompts = [next(world.prompts(seed, risky=False)).text for seed in range(6)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     words = ["generate", "--prompts", "prompts.txt", "-n", "2", "--endpoint", server, "--max-new-tokens", "40"]
     done = cli(*words, "--model", served, "--out", "answers.jsonl")
     assert done.code == 0, done.err
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [(row["prompt"], row["number"]) for row in rows] == [(text, n) for text in asked for n in (0, 1)]
+    assert [(row["prompt"], row["number"]) for row in rows] == [(text, n) for text in prompts for n in (0, 1)]
     assert all(row["response"] for row in rows)
 
     nobody = cli(*words, "--model", "nobody", "--out", "other.jsonl")

@@ -56,8 +56,8 @@ def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
     """Greedy answers of a loaded mix equal those of PEFT. Prompts that exceed the context are counted."""
     mixed = call(workspace, "merge", "-w", "helpful=30", "--fit", "vllm", "--out", "strong")
     assert mixed.code == 0, mixed.err
-    asked = ["Tell me about rain.", "Can you explain trains?", "Tell me about the moon."]
-    (workspace / "prompts.txt").write_text("\n".join([*asked, asked[0] * 200]))
+    questions = ["Tell me about rain.", "Can you explain trains?", "Tell me about the moon."]
+    (workspace / "prompts.txt").write_text("\n".join([*questions, questions[0] * 200]))
     words = ["generate", "--prompts", "prompts.txt", "--endpoint", server, "--model", "demo", "--temperature", "0"]
     answers = {}
     for name, more in (("base", []), ("mix", ["--adapter", "strong"])):
@@ -72,11 +72,11 @@ def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     for name in ("base", "mix"):
         model = model if name == "base" else PeftModel.from_pretrained(model, workspace / "strong")
-        for text, said in zip(asked, answers[name], strict=True):
+        for text, answer in zip(questions, answers[name], strict=True):
             ids = torch.tensor([chat.prompt_ids([Message("user", text)])])
             stops = sorted(chat.stop_ids)
             found = model.generate(input_ids=ids, max_new_tokens=60, do_sample=False, eos_token_id=stops)
-            assert chat.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == said
+            assert chat.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
 
 
 def test_rsf_loads_every_policy_on_the_server(server: str, tmp_path: Path) -> None:

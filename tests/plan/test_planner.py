@@ -247,17 +247,19 @@ def test_every_advice_is_valid_set_options(project: recipe.Recipe) -> None:
         these = replace(project, dpo=replace(settings, gradient_checkpointing=checkpointing), lora=recipe.Lora(rank=8))
         stage = stage_of(these, "dpo", base, QUIET)
         assert stage is not None
-        changes = [said for said, *_ in advice._changes(stage)]
+        changes = [options for options, *_ in advice._changes(stage)]
         assert changes
-        for said in changes:
-            words = said.split()
+        for options in changes:
+            words = options.split()
             assert words[::2] == ["--set"] * (len(words) // 2)
             recipe.load(recipe.builtin()["demo"], words[1::2])
     assert changes == [" --set lora.rank=4"]
     with_moments = replace(
         stage, settings=replace(settings, optimizer="adamw_torch_fused", gradient_checkpointing=True)
     )
-    assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [said for said, *_ in advice._changes(with_moments)]
+    assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [
+        options for options, *_ in advice._changes(with_moments)
+    ]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "rsf"])
@@ -382,7 +384,7 @@ def test_tune_is_planned_with_dpo_settings_and_no_optimiser(project: recipe.Reci
     stage = stage_of(two, "tune", base, QUIET)
     assert stage is not None
     short = replace(stage, settings=replace(stage.settings, max_length=512))
-    assert [said for said, *_ in advice._changes(short)] == [
+    assert [options for options, *_ in advice._changes(short)] == [
         " --set dpo.tokens_per_batch=1024",
         " --set dpo.tokens_per_batch=512",
         " --set dpo.gradient_checkpointing=true",
