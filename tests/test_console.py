@@ -168,3 +168,9 @@ def test_library_log_collects_records_and_warnings_in_a_file(
     with library_log(tmp_path / "file" / "log.txt"):
         logging.getLogger("somebody").warning("odd thing")
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_tabs_count_as_the_columns_they_take() -> None:
+    lines = Wrapper(20)
+    shown = lines.stream("\tif x:\n\t\treturn alpha beta gamma\n") + lines.rest()
+    assert max(len(line.expandtabs(8)) for line in shown.splitlines()) <= 20

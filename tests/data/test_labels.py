@@ -77,6 +77,34 @@ def test_labels_0_and_1_of_answers_1_and_2_are_ambiguous(tmp_path: Path) -> None
     assert chosen(Preference(file, labels={"0": Winner.first, "1": Winner.second})) == [FIRST, SECOND]
 
 
+def test_labels_of_answers_without_numbers_need_a_table(tmp_path: Path) -> None:
+    shp = {"history": "Hi?", "human_ref_A": FIRST, "human_ref_B": SECOND}
+    file = written(tmp_path, [{**shp, "labels": 1}, {**shp, "labels": 0}])
+    columns = {"prompt": "history", "response_0": "human_ref_A", "response_1": "human_ref_B", "label": "labels"}
+    with pytest.raises(UserError, match="label is 1; its meaning is unknown"):
+        chosen(Preference(file, columns=columns))
+    labels = {"1": Winner.first, "0": Winner.second}
+    assert chosen(Preference(file, columns=columns, labels=labels)) == [FIRST, SECOND]
+
+
+def test_rows_of_two_label_forms_in_one_file_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path, [{**PKU, "label": 0}, {**LLMBAR, "label": 2}])
+    with pytest.raises(UserError, match=r":2: the answers are in output_1 and output_2, in earlier rows in response_0"):
+        chosen(Preference(file))
+
+
+def test_labels_behind_many_rows_without_any_are_checked(tmp_path: Path) -> None:
+    plain = {"prompt": "Hi?", "chosen": FIRST, "rejected": SECOND}
+    file = written(tmp_path, [plain] * 1100 + [{**LLMBAR, "label": label} for label in (0, 1)])
+    with pytest.raises(UserError, match="label is 0; no label is 2"):
+        chosen(Preference(file))
+
+
+def test_rank_can_name_a_column_called_preference(tmp_path: Path) -> None:
+    file = written(tmp_path, [{**LLMBAR, "preference": 1.0}, {**LLMBAR, "preference": 2.0}])
+    assert chosen(Preference(file, "label:preference")) == [FIRST, SECOND]
+
+
 def test_labels_table_sets_the_meaning_of_values(tmp_path: Path) -> None:
     file = written(tmp_path, [{**PKU, "winner": label} for label in ("B", "C", "A", None)])
     found = pairs_of(Preference(file, labels=A_OR_B))

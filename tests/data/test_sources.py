@@ -124,7 +124,7 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
     ("content", "message"),
     [
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ', ":2: not valid JSON"),
-        ("[1]", ":1: expected an object"),
+        ("[1]", ":1: not valid JSON Lines; a list of rows is a .json file"),
         ('{"question": "a"}', ":1: no pair of answers in columns question"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen is a number; expected text or a list of turns"),
         ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogate"),
@@ -201,6 +201,11 @@ def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) 
     [
         ("pairs.jsonl", json.dumps([FORMS["plain"]] * 3, indent=1), r":1: .*a list of rows is a \.json file"),
         ("pairs.jsonl", json.dumps([FORMS["plain"]] * 3), r":1: .*a list of rows is a \.json file"),
+        (
+            "pairs.jsonl",
+            "[\n" + ",\n".join([json.dumps(FORMS["plain"])] * 3) + "\n]",
+            r":1: .*a list of rows is a \.json file",
+        ),
         ("pairs.json", '{"prompt": "a"}\n{"prompt": "b"}', r"one object a line is a \.jsonl file"),
         ("pairs.json", '[{"prompt": "a"},\n {"prompt": ]', r":2: row 1: not valid JSON"),
         ("pairs.json", '[{"prompt": "a"}\n {"prompt": 1}]', r":2: not valid JSON: expected a comma"),

@@ -12,7 +12,9 @@ from lora_align.console import Screen
 from lora_align.data.pairs import is_held_out
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
-from lora_align.evaluate.test_set import RISKY, SAFE, TestSet, read_test_set
+from lora_align.evaluate.figures import figures
+from lora_align.evaluate.measure import Measured
+from lora_align.evaluate.test_set import RISKY, SAFE, TestSet, _trained_on, read_test_set
 
 QUIET = Screen(quiet=True)
 
@@ -68,7 +70,40 @@ def test_damaged_rows_of_eval_are_counted(tmp_path: Path, capsys: pytest.Capture
         exam({"eval": {"prompts": str(file)}})
     found = exam({"eval": {"prompts": {"data": str(file), "skip_bad": True}}}, screen=Screen())
     assert asked(found)[SAFE] == ["One?", "Three?"]
-    assert "eval.prompts: passed over 1 invalid row" in capsys.readouterr().err
+    assert "eval.prompts: skipped 1 invalid row" in capsys.readouterr().err
+
+
+def test_columns_that_may_be_asked_and_are_not_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": "One?", "label": "safe", "context": "Here.", "response": "Yes."},
+        {"prompt": "Two?", "label": "unsafe", "context": "There.", "response": "No."},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    source = {"data": str(file), "where": {"label": "safe"}}
+    assert asked(exam({"eval": {"prompts": source}}, screen=Screen(quiet=True)))[SAFE] == ["One?"]
+    told = capsys.readouterr().err
+    assert "eval.prompts: column 'context' is not read, though it holds something in 1 row:" in told
+    assert "'prompt'" not in told
+    assert "'response'" not in told
+
+
+@pytest.mark.parametrize("split", ["train", "train[:100]"])
+def test_any_part_of_the_split_that_is_trained_on_counts(split: str) -> None:
+    trained = recipe.load(recipe.builtin()["qwen3-8b"])
+    source = recipe.Asked(data="PKU-Alignment/PKU-SafeRLHF", split=split, subset="default")
+    assert set(_trained_on(trained, source)) == {"preferences.helpful", "preferences.harmless", "preferences.brief"}
+
+
+def test_accuracy_of_few_pairs_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    few, many = ([{"preference": "a", "pair": i, "margin": 1.0} for i in range(count)] for count in (19, 20))
+    answer = {"prompt": 0, "answer": "So.", "kind": SAFE, "refused": False, "words": 1, "ended": True, "repeated": 0.0}
+    assert "accuracy a" not in figures(Measured("x", [answer], few, [], []))
+    assert figures(Measured("x", [answer], many, [], []))["accuracy a"].value == 1
+    exam({"preferences": {"good": {"data": "demo:pairs?rows=40", "rank": "label:better_response_id"}}}, screen=Screen())
+    assert "good: 4 held-out pairs: too few for an accuracy (20 needed)" in capsys.readouterr().err
 
 
 def test_prompts_that_are_trained_on_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,16 @@ def test_dequantised_base_is_saved_in_4bit(llama: Path, monkeypatch: pytest.Monk
     assert stock.read_bytes() == ours.read_bytes()
 
 
+def test_base_has_no_attention_dropout_in_training(llama: Path, tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy"
+    shutil.copytree(llama, noisy)
+    config = json.loads((noisy / "config.json").read_text())
+    (noisy / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    model = bases.find(recipe.Base(str(noisy))).load().train()
+    ids = torch.arange(4, 20)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_fingerprint_depends_on_the_weights_alone(llama: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(llama, tmp_path / "elsewhere")
     first, second = bases.find(recipe.Base(str(llama))), bases.find(recipe.Base(str(copy)))

@@ -23,6 +23,8 @@ HARMFUL = {
     "{{ messages|length // 0 }}": "divides by zero",
     "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "recurses without end",
     "{% if messages|length > 30 %}" + LOOP + "{% endif %}": "does not end",
+    "{% if messages|length == 2 %}" + LOOP + "{% endif %}": "does not end",
+    "{% if messages|length == 1 %}{{ 1 + '' }}{% endif %}" + LOOP: "does not end",
     "{% if messages[0].role == 'system' %}{{ 1 // 0 }}{% endif %}": "divides by zero",
     "{% generation %}{{ 1 // (messages|length - 1) }}{% endgeneration %}": "divides by zero",
 }
