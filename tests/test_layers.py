@@ -30,6 +30,8 @@ FLOORS = [
     {"chat", "evaluate"},
     {"commands"},
     {"demo"},
+    {"vector"},
+    {"project"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

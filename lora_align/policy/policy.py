@@ -104,7 +104,7 @@ def find_policy(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
             command = runs.command("merge", runs_dir)
             raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `{command}` first")
         word = mixes[-1].path.relative_to(runs_dir).as_posix()
-    return _whole(vectors.find(word, runs_dir, recipe.preferences))
+    return one_adapter(vectors.find(word, runs_dir, recipe.preferences))
 
 
 def weighted(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, name: str = "") -> Policy:
@@ -131,7 +131,7 @@ def chosen(
         return weighted(weights, recipe, runs_dir)
     if adapter is not None:
         inside = runs_dir / adapter
-        return _whole(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
+        return one_adapter(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
     mixes = _mixes(runs_dir, screen)
     if not mixes:
         command = runs.command("merge --weights …", runs_dir)
@@ -197,7 +197,7 @@ def _scores_message(run: Run, text: str, word: str) -> str:
     return scores_asked({name: scores[name] for name in objectives}, run.manifest.method["steer"])
 
 
-def _whole(vector: Vector) -> Policy:
+def one_adapter(vector: Vector) -> Policy:
     """Return the policy of one adapter at weight 1, which may contain the start adapter."""
     contains_start = any(run.manifest.contains_start or run.manifest.stage == "sft" for run in vector.known_runs())
     return Policy(vector.name, {vector.name: vector}, {vector.name: 1.0}, start=float(not contains_start))
@@ -205,7 +205,7 @@ def _whole(vector: Vector) -> Policy:
 
 def _taken_apart(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     """Return a mix as its vectors, whose weights can change; whole where it is not their sum or they are gone."""
-    whole = _whole(vectors.at(mix.path, mix.path.name))
+    whole = one_adapter(vectors.at(mix.path, mix.path.name))
     if mix.manifest.metrics["left_out"]:
         screen.note("it was compressed: /w turns it as a whole")
         return whole
