@@ -40,7 +40,7 @@ def test_vector_arithmetic_is_that_of_its_adapters(project: la.Project) -> None:
     assert mix + harmless / 2 == helpful
     assert sum([helpful, harmless]) == helpful + harmless
     assert helpful != harmless
-    assert -(-helpful) == helpful
+    assert -1 * -helpful == helpful
     assert (helpful - helpful).weights == {}
     assert helpful.cosine(helpful) == pytest.approx(1)
     assert project.vectors() == [harmless, helpful]
@@ -66,7 +66,7 @@ def test_saved_vector_loads_as_a_peft_folder(project: la.Project, tmp_path: Path
 def test_training_takes_recipe_keys_and_keeps_what_is_trained(project: la.Project) -> None:
     before = project.runs / "dpo" / "helpful" / "pos" / "manifest.json"
     made = before.stat().st_mtime
-    with pytest.raises(la.UserError, match="unknown key 'dpo.limits', did you mean 'limit'"):
+    with pytest.raises(la.UserError, match=r"unknown key .dpo.limits., did you mean .limit."):
         project.train("helpful", limits=3)
     assert before.stat().st_mtime == made
     brief = project.train("brief", "pos", limit=32)
