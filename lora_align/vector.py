@@ -138,7 +138,7 @@ class Vector:
 
     def __repr__(self) -> str:
         return (
-            f"{self.name}: rank {self.rank}, norm {self.norm:.3g}, unconverged: {'yes' if self.unconverged else 'no'}"
+            f"{self.name}: rank {self.rank}, norm {self.norm:.3f}, unconverged: {'yes' if self.unconverged else 'no'}"
         )
 
 

@@ -47,7 +47,7 @@ def test_vector_arithmetic_is_that_of_its_adapters(project: la.Project) -> None:
 
 
 def test_reprs_are_short(project: la.Project) -> None:
-    assert repr(project.vector("helpful")).startswith("helpful: rank 16, norm 0.")
+    assert repr(project.vector("helpful")).startswith("helpful: rank 8, norm 0.")
     assert len(repr(project.vector("helpful"))) < 80
     assert repr(project).startswith("Project('demo', base 'demo', runs ")
 
@@ -70,7 +70,7 @@ def test_training_takes_recipe_keys_and_keeps_what_is_trained(project: la.Projec
         project.train("helpful", limits=3)
     assert before.stat().st_mtime == made
     brief = project.train("brief", "pos", limit=32)
-    assert brief.rank == 8
+    assert brief.rank == 4
     assert brief.weights == {"dpo/brief/pos": 1.0}
 
 
