@@ -66,7 +66,7 @@ def test_a_soup_is_a_mean_of_policies(workspace: Path) -> None:
     assert (peft_format.load(workspace / "runs" / "mix" / "soup") - wanted).norm() < 1e-5 * wanted.norm()
     refused = call(workspace, "merge", "-w", "helpful=1,harmless=0.5", "--method", "soup")
     assert refused.code == 2
-    assert "add up to 1, these to 1.5" in refused.err
+    assert "weights must sum to 1; these sum to 1.5" in refused.err
 
 
 def test_ranks(foreign: Path, cli: Cli) -> None:
@@ -121,7 +121,7 @@ def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
         (["--option", "density=1"], "exact has no option 'density'"),
         (["--rank", "0"], "a whole number from 1, or auto:0.99"),
         (["--rank", "auto:2"], "a whole number from 1, or auto:0.99"),
-        (["--fit", "tgi"], "there is vllm"),
+        (["--fit", "tgi"], "expected one of vllm"),
         (["--dtype", "int8"], "one of float32"),
     ],
 )
@@ -139,7 +139,7 @@ def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> No
     words = ("merge", "-w", "./one=1,./three=-0.5", "--out", "mix")
     refused = cli(*words)
     assert refused.code == 2
-    assert "say --same-base" in refused.err
+    assert "add --same-base" in refused.err
     done = cli(*words, "--same-base")
     assert done.code == 0, done.err
 
