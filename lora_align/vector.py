@@ -80,12 +80,12 @@ class Vector:
         self, folder: str | Path, *, rank: int | None = None, keep: float | None = None, dtype: str | None = None
     ) -> Path:
         """Write an ordinary PEFT adapter, truncated to a rank, or to the smallest rank that keeps a share of energy."""
-        from lora_align.adapters.merge_options import How
+        from lora_align.adapters.merge_options import MergeOptions
         from lora_align.commands.merge import merge_adapters
 
         if not self.weights:
             raise UserError("this vector is zero: there is nothing to save")
-        how = How(rank=rank, keep=keep, dtype=dtype)
+        how = MergeOptions(rank=rank, keep=keep, dtype=dtype)
         return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=Path(folder)).path
 
     def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 ROUNDING = 1e-6  # singular values below this share of the largest count as 0
 CONDITION = 1e-8  # smallest ratio of a float64 Gram matrix's eigenvalues for which the matrix is used instead of QR
-WHOLE = 2**31  # larger than any rank
+MAX_RANK = 2**31  # larger than any rank
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Factors:
         B, A = self.B.double(), self.A.double()
         return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
 
-    def svd(self, keep: int = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
+    def svd(self, keep: int = MAX_RANK) -> tuple[Tensor, Tensor, Tensor]:
         """Return U [out, k], all singular values, and Vᵀ [k, in] of BA, k ≤ keep, from the SVD of an r × r core."""
         (R_out, outputs), (R_in, inputs) = _qr(self.B.double()), _qr(self.A.double().T)
         U, S, Vt = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
@@ -205,12 +205,12 @@ def total(deltas: Sequence[LoraDelta]) -> LoraDelta:
     return reduce(add, deltas)
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Return whether all values are finite. `max` propagates nan and needs no boolean tensor."""
     return not tensor.numel() or bool(tensor.abs().max().isfinite())
 
 
-def rank_losing(at_most: float, squares: Sequence[Tensor]) -> int:
+def smallest_rank(at_most: float, squares: Sequence[Tensor]) -> int:
     """Return the smallest common rank at which all modules together lose at most `at_most` energy.
 
     `squares` holds each module's squared singular values.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_align.adapters import module_names
-from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, rank_losing, stacked
+from lora_align.adapters.delta import ROUNDING, Factors, LoraDelta, smallest_rank, stacked
 
 Decomposed = tuple[Tensor, Tensor, Tensor]
 
@@ -46,7 +46,7 @@ class Geometry:
     def by_place(self) -> dict[str, dict[str, dict[int, float]]]:
         """Return update → kind of module → layer (-1 if the name has none) → norm over all experts."""
         squares: dict[str, dict[str, dict[int, float]]] = {name: {} for name in self.names}
-        places = {module: module_names.place(module) for module in self.grams}
+        places = {module: module_names.parse_name(module) for module in self.grams}
         several = len({place.stack for place in places.values() if place}) > 1
         for module, gram in self.grams.items():
             place = places[module]
@@ -125,7 +125,7 @@ class Directions:
         energy = float(torch.cat(list(squares)).sum())
         effective = sum(map(math.exp, entropies)) / len(entropies)
         shares = (nn.utils.rnn.pad_sequence(list(squares)).sum(1) / energy).tolist()
-        return Spectrum(len(shares), effective, rank_losing(0.01 * energy, squares), shares)
+        return Spectrum(len(shares), effective, smallest_rank(0.01 * energy, squares), shares)
 
     def overlaps(self) -> list[dict[str, Any]]:
         """Return the principal angles between every two updates, for outputs and for inputs, as means over modules.

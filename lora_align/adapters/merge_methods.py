@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_align.adapters.delta import ROUNDING, WHOLE, Factors, LoraDelta, finite, rank_losing, stacked
-from lora_align.adapters.merge_options import FITS, METHODS
+from lora_align.adapters.delta import MAX_RANK, ROUNDING, Factors, LoraDelta, is_finite, smallest_rank, stacked
+from lora_align.adapters.merge_options import METHODS, SERVER_RANKS
 from lora_align.console import inert
 from lora_align.errors import UserError
 
@@ -104,14 +104,14 @@ def dare(parts: Parts, *, drop: float, seed: int) -> Tensor:
     return reduce(torch.add, rescaled)
 
 
-def fitting(server: str, rank: int) -> int:
+def server_rank(server: str, rank: int) -> int:
     """Return the smallest rank that a server accepts and that is at least `rank`."""
-    if not FITS[server]:
+    if not SERVER_RANKS[server]:
         return rank
-    accepted = [known for known in FITS[server] if known >= rank]
+    accepted = [known for known in SERVER_RANKS[server] if known >= rank]
     if not accepted:
         raise UserError(
-            f"--fit {server}: it accepts ranks up to {max(FITS[server])}, but this adapter has {rank}; "
+            f"--fit {server}: it accepts ranks up to {max(SERVER_RANKS[server])}, but this adapter has {rank}; "
             "choose a smaller one with --rank"
         )
     return accepted[0]
@@ -121,7 +121,7 @@ def fitting(server: str, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedModule:
     """One module of the result.
 
     Without truncation the energy is nan: computing it costs R² for rank R, while adding up costs only R.
@@ -148,7 +148,7 @@ class Merge:
         updates = [self.start, *(self.vectors[key] for key in self._weighted())]
         return list(dict.fromkeys(name for update in updates for name in update))
 
-    def modules(self, rank: int | None = None) -> Iterator[Merged]:
+    def modules(self, rank: int | None = None) -> Iterator[MergedModule]:
         """Yield the result module by module, truncated to `rank` or else to the method's default rank."""
         default_rank = METHODS[self.method].rank
         for name in self.names():
@@ -176,10 +176,10 @@ class Merge:
         """Return the smallest common rank that loses at most 1 - `share` of the vectors' energy."""
         if METHODS[self.method].dense:
             raise UserError(f"--rank auto needs a low-rank method, and {self.method} is dense; give a number")
-        squares = [merged.factors.svd(0)[1].square() for merged in self.modules(WHOLE)]
+        squares = [merged.factors.svd(0)[1].square() for merged in self.modules(MAX_RANK)]
         vectors = replace(self, start=LoraDelta(()))  # the energy of a large start would hide losses of the vectors
-        energy = sum(merged.energy for merged in vectors.modules(WHOLE))
-        return rank_losing((1 - share) * energy, squares)
+        energy = sum(merged.energy for merged in vectors.modules(MAX_RANK))
+        return smallest_rank((1 - share) * energy, squares)
 
     def _merged(self, parts: Parts, start: list[Factors]) -> Factors | Tensor:
         if not parts.updates:
@@ -203,7 +203,7 @@ class Tally:
     energy: float = 0.0
     lost: float = 0.0
 
-    def counted(self, modules: Iterable[Merged], padded: int = 0) -> Iterator[tuple[str, Factors]]:
+    def counted(self, modules: Iterable[MergedModule], padded: int = 0) -> Iterator[tuple[str, Factors]]:
         """Yield the modules, padded with zeros to rank `padded`, and update the figures."""
         for merged in modules:
             factors = merged.factors.padded(padded)
@@ -221,18 +221,18 @@ class Tally:
 # --- helpers ---
 
 
-def _truncated(module: str, update: Factors | Tensor, rank: int | None) -> Merged:
+def _truncated(module: str, update: Factors | Tensor, rank: int | None) -> MergedModule:
     """Truncate a module's update to `rank`, which a dense matrix requires."""
-    if not finite(update if isinstance(update, Tensor) else update.B):
+    if not is_finite(update if isinstance(update, Tensor) else update.B):
         raise UserError(f"{inert(module)}: the result overflows; give smaller weights")
     if isinstance(update, Factors):
-        return Merged(module, *update.cut(rank)) if rank else Merged(module, update, math.nan, 0.0)
+        return MergedModule(module, *update.cut(rank)) if rank else MergedModule(module, update, math.nan, 0.0)
     assert rank, "a dense method needs a default rank"
     energy = float(update.double().square().sum())
     U, S, Vt = _svd(update, rank)
     root, kept = S[:rank].sqrt(), float(S[:rank].double().square().sum())
     factors = Factors((U[:, :rank] * root).to(update.dtype), (Vt[:rank] * root[:, None]).to(update.dtype))
-    return Merged(module, factors, energy, max(energy - kept, 0.0))
+    return MergedModule(module, factors, energy, max(energy - kept, 0.0))
 
 
 def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

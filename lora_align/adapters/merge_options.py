@@ -29,11 +29,11 @@ METHODS: dict[str, Method] = {
     "dare": Method("dare", "https://arxiv.org/abs/2311.03099", {"drop": 0.9, "seed": 0}, dense=True, rank=sum),
 }
 # Ranks that a server accepts. llama.cpp accepts any, but scales each tensor by its own rank, so all must be equal.
-FITS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
+SERVER_RANKS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def parsed(method: str, given: Iterable[str]) -> dict[str, Any]:
+def parse_options(method: str, given: Iterable[str]) -> dict[str, Any]:
     """Parse options such as `density=0.3` into a method's options, with the types of the defaults."""
     if method not in METHODS:
         raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (known: {', '.join(METHODS)})")
@@ -57,8 +57,8 @@ def check_weights(method: str, weights: Mapping[str, float]) -> None:
 
 
 @dataclass(frozen=True)
-class How:
-    """How vectors become one adapter: method, rank, server, dtype."""
+class MergeOptions:
+    """MergeOptions vectors become one adapter: method, rank, server, dtype."""
 
     method: str = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -80,17 +80,17 @@ class How:
         *,
         with_start: bool = True,
         same_base: bool = False,
-    ) -> "How":
+    ) -> "MergeOptions":
         """Parse and check command-line options."""
-        if fit is not None and fit not in FITS:
-            raise UserError(f"--fit {fit!r}: expected one of {', '.join(FITS)}")
+        if fit is not None and fit not in SERVER_RANKS:
+            raise UserError(f"--fit {fit!r}: expected one of {', '.join(SERVER_RANKS)}")
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
         number, keep = _parse_rank(rank) if rank is not None else (None, None)
-        return cls(method, parsed(method, options), number, keep, fit, dtype, with_start, same_base)
+        return cls(method, parse_options(method, options), number, keep, fit, dtype, with_start, same_base)
 
 
-EXACT = How()
+EXACT = MergeOptions()
 
 
 def _parse_rank(text: str) -> tuple[int | None, float | None]:

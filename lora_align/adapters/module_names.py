@@ -17,7 +17,7 @@ class Place(NamedTuple):
     kind: str  # q_proj
 
 
-def place(module: str) -> Place | None:
+def parse_name(module: str) -> Place | None:
     """Parse a module name; None if it has no layer number, like lm_head."""
     match = NUMBER.search(module)
     if not match:
@@ -26,22 +26,22 @@ def place(module: str) -> Place | None:
     return Place(module[: match.start()], int(match[1]), block, kind)
 
 
-def deepest(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
+def last_layers(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
     """Return the last layer of each kind of module."""
     last: dict[tuple[str, str, str], int] = {}
-    for at in filter(None, map(place, modules)):
+    for at in filter(None, map(parse_name, modules)):
         last[at.stack, at.block, at.kind] = max(at.layer, last.get((at.stack, at.block, at.kind), 0))
     return last
 
 
-def lost(modules: Iterable[str], everywhere: bool) -> str:
+def missing_module(modules: Iterable[str], everywhere: bool) -> str:
     """Describe a module, or a layer's block, that seems to be missing from an adapter; "" if none.
 
     Some models have regular differences between layers: attention in every fourth, dense first layers, shared keys in
     the last. A single or irregular gap counts as missing. `everywhere` says that the configuration omits no layer.
     """
     blocks: dict[tuple[str, str], dict[int, frozenset[str]]] = {}
-    for at in filter(None, map(place, modules)):
+    for at in filter(None, map(parse_name, modules)):
         layers = blocks.setdefault((at.stack, at.block), {})
         layers[at.layer] = layers.get(at.layer, frozenset()) | {at.kind}
     for (stack, block), layers in blocks.items():

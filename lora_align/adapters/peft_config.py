@@ -104,14 +104,14 @@ def scaling(config: Mapping[str, Any], module: str) -> float:
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def targeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
+def target_matcher(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Return a function that says whether PEFT would adapt a module by its name."""
     wanted, excluded = _matcher(config["target_modules"]), _matcher(config.get("exclude_modules") or [])
     only = config.get("layers_to_transform")
     numbers = {only} if isinstance(only, int) else set(only or ())
 
     def adapted(module: str) -> bool:
-        at = module_names.place(module) if numbers else None
+        at = module_names.parse_name(module) if numbers else None
         return wanted(module) and not excluded(module) and (not numbers or (at is not None and at.layer in numbers))
 
     return adapted
@@ -135,7 +135,7 @@ def covers_every_layer(config: Mapping[str, Any]) -> bool:
     return not any(module_names.NUMBER.search(f".{target}") for target in targets)
 
 
-def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
+def missing_module(config: Mapping[str, Any], modules: Collection[str]) -> str:
     """Describe a module that the configuration implies and the adapter lacks; "" if none."""
     targets = config["target_modules"]
     if not isinstance(targets, str):
@@ -146,11 +146,11 @@ def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
             return f"there is no {missing}"
     if isinstance(targets, str) and targets != "all-linear":
         return ""
-    return module_names.lost(modules, covers_every_layer(config))
+    return module_names.missing_module(modules, covers_every_layer(config))
 
 
 @dataclass(frozen=True)
-class About:
+class BaseInfo:
     """The parts of a configuration that do not depend on ranks."""
 
     base: str
@@ -160,7 +160,7 @@ class About:
     transposed: bool = False  # PEFT's fan_in_fan_out: how the base stores its weights; no effect on sums
 
     @classmethod
-    def common(cls, configs: Sequence[Mapping[str, Any]]) -> "About":
+    def common(cls, configs: Sequence[Mapping[str, Any]]) -> "BaseInfo":
         """Return what several configurations share. Endings are used only if they select the same modules again."""
         bases = [config.get("base_model_name_or_path") or "" for config in configs]
         tasks = {config.get("task_type") for config in configs}
@@ -176,7 +176,7 @@ class About:
         )
 
 
-def written(ranks: Mapping[str, int], about: About) -> str:
+def to_json(ranks: Mapping[str, int], about: BaseInfo) -> str:
     """Return the JSON of a configuration with these ranks and a scaling of 1."""
     largest = max(ranks.values())
     differing = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != largest}

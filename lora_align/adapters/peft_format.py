@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_align.adapters import peft_config, safetensors_stream
-from lora_align.adapters.delta import Factors, LoraDelta, finite
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.delta import Factors, LoraDelta, is_finite
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.console import inert
 from lora_align.errors import UserError
@@ -30,7 +30,7 @@ class Adapter(Mapping[str, Factors]):
     def __init__(self, folder: Path, whole: bool = False) -> None:
         """`whole`: a manifest has verified the files, so the check for missing tensors is skipped."""
         self.folder, self.config = folder, peft_config.read(folder)
-        self._is_target = peft_config.targeted(self.config)
+        self._is_target = peft_config.target_matcher(self.config)
         self._file = _weights(folder)
         self.shapes: dict[str, Shape] = {}
         sides: dict[str, set[str]] = {}
@@ -45,7 +45,7 @@ class Adapter(Mapping[str, Factors]):
             if found != {"A", "B"}:
                 raise UserError(f"{self._file.path}: {inert(name)} has lora_{min(found)} but not the other factor")
             self.shapes[name] = self._shape(name)
-        missing = "" if whole else peft_config.lacking(self.config, self.shapes)
+        missing = "" if whole else peft_config.missing_module(self.config, self.shapes)
         if missing:
             raise UserError(f"{self._file.path}: {inert(missing)}; tensors are missing")
 
@@ -66,7 +66,7 @@ class Adapter(Mapping[str, Factors]):
         A, B = (self._file.read(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
         factors = Factors(B.to(dtype) * peft_config.scaling(self.config, name), A.to(dtype))
-        if not (finite(factors.B) and finite(factors.A)):
+        if not (is_finite(factors.B) and is_finite(factors.A)):
             raise UserError(f"{self._file.path}: {inert(name)} has values that are not finite, or overflow when scaled")
         return factors
 
@@ -104,7 +104,7 @@ def save(
     folder: Path,
     modules: Iterable[tuple[str, Factors]],
     names: Collection[str],
-    about: About,
+    about: BaseInfo,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a plain PEFT adapter with a scaling of 1 while `modules` are computed; `names` are the names of all."""
@@ -116,7 +116,7 @@ def save(
             balanced = factors.balanced() if dtype == torch.float16 else factors
             for side, tensor in (("A", balanced.A), ("B", balanced.B)):
                 stored = tensor.to(dtype)
-                if not finite(stored):
+                if not is_finite(stored):
                     short = str(dtype).removeprefix("torch.")
                     remedy = "smaller weights" if dtype == torch.float32 else "smaller weights or --dtype float32"
                     raise UserError(f"{inert(name)}: a value is too large for {short}; give {remedy}")
@@ -125,7 +125,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     keys = [f"{PREFIX}{name}.lora_{side}.weight" for name in names for side in "AB"]
     safetensors_stream.write(folder / WEIGHTS, tensors(), keys)
-    (folder / CONFIG).write_text(peft_config.written(ranks, about), encoding="utf-8")
+    (folder / CONFIG).write_text(peft_config.to_json(ranks, about), encoding="utf-8")
 
 
 def _weights(folder: Path) -> TensorFile:

@@ -11,7 +11,7 @@ from lora_align.errors import UserError
 Kind = tuple[str, str, str]
 
 
-def refuse_strangers(adapters: Sequence[Adapter], *, same_base: bool) -> None:
+def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
     """Refuse adapters whose shapes or depths differ and, unless `same_base`, those whose bases may differ."""
     shapes: dict[str, tuple[tuple[int, int], Adapter]] = {}
     depths: dict[Kind, tuple[int, Adapter]] = {}
@@ -21,7 +21,7 @@ def refuse_strangers(adapters: Sequence[Adapter], *, same_base: bool) -> None:
             if known != shape:
                 _refuse(adapter, owner, f"{inert(name)} is {_size(shape)} in one and {_size(known)} in the other")
         if peft_config.covers_every_layer(adapter.config):
-            for kind, last in module_names.deepest(adapter.shapes).items():
+            for kind, last in module_names.last_layers(adapter.shapes).items():
                 known_last, owner = depths.setdefault(kind, (last, adapter))
                 if known_last != last:
                     _refuse(
@@ -30,7 +30,7 @@ def refuse_strangers(adapters: Sequence[Adapter], *, same_base: bool) -> None:
                         f"the last {inert(kind[2])} is in layer {last} in one and in layer {known_last} in the other",
                     )
     if not same_base:
-        stacks = [{kind[0] for kind in module_names.deepest(adapter.shapes)} for adapter in adapters]
+        stacks = [{kind[0] for kind in module_names.last_layers(adapter.shapes)} for adapter in adapters]
         for (other, below), (one, above) in itertools.combinations(zip(adapters, stacks, strict=True), 2):
             _refuse_unclear(one, other, [above, below])
 

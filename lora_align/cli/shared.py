@@ -176,11 +176,11 @@ def recipe_of(name: str | None, overrides: list[str] | None, screen: Screen, run
     A stored recipe holds what was set while it was trained, for [eval] too; whatever differs from its file is printed.
     """
     if name is None and runs_dir is not None and not recipes.LOCAL.exists():
-        made = [run for run in runs.every(runs_dir) if run.manifest.recipe]
+        made = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]
         trained = [run for run in made if run.manifest.stage in runs.TRAINING]
         if stored := trained or [run for run in made if run.manifest.stage == "mix"]:
             source, table = f"{stored[-1].path}/{runs.MANIFEST}", json.dumps(stored[-1].manifest.recipe)
-            beside = recipes.unlike_its_source(recipes.from_dict(json.loads(table), source))
+            beside = recipes.changes_from_source(recipes.from_dict(json.loads(table), source))
             screen.note(f"recipe: the one stored in {stored[-1].path}{beside}")
             return recipes.from_dict(json.loads(table), source, overrides or [])
     path, why = recipes.find(name)
@@ -219,7 +219,7 @@ def check_url(option: str, address: str | None) -> None:
 def check_first_row(data: str) -> None:
     """Refuse a file that is missing, or whose first row cannot be read."""
     if Path(data).suffix:
-        next(sources.good_rows(data), None)
+        next(sources.rows_or_raise(data), None)
 
 
 def show_plan(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:

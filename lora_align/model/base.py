@@ -65,14 +65,14 @@ class Base:
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
             source = _quantized(self)
-        if not self.recipe.fsdp or processes.count() == 1:
+        if not self.recipe.fsdp or processes.world_size() == 1:
             model = _load(source, self.recipe, device())
             if model.device.type == "cpu":
                 keep_dequantised(model, compute_dtype(self.recipe))
             return model
         from lora_align.model.fsdp import shard_base
 
-        processes.meet()  # initialises torch.distributed
+        processes.barrier()  # initialises torch.distributed
         with FileLock(runs.cache_folder() / ".dividing.lock"):  # hold one whole base in memory at a time
             return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
 
@@ -120,7 +120,7 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
 
 def device() -> torch.device:
     """Return this process's GPU, or the CPU if there is no GPU."""
-    return torch.device("cuda", processes.here()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_memory(where: torch.device) -> int:

@@ -38,7 +38,7 @@ def plan_stages(
     a step of each stage that fits runs on this device.
     """
     base = shapes.find(recipe.base, outline=not measure)
-    device = device_of(recipe, card, vram, cards or processes.count())
+    device = device_of(recipe, card, vram, cards or processes.world_size())
     found = []
     for name in names:
         stage = stage_of(recipe, name, base, screen)

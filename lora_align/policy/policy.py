@@ -12,7 +12,7 @@ from lora_align.policy import vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
-from lora_align.want import Want, scores_asked
+from lora_align.want import Want, scores_prompt
 from lora_align.weights import parse_weights
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def chosen(
 
 def newest_conditioned(runs_dir: Path, option: str, screen: Screen) -> Run:
     """Return the newest run of `rsf` that can be asked for a direction; `option` is what needs one."""
-    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf" and not takes_scores(run)]
+    made = [run for run in runs.list_runs(runs_dir, screen) if run.manifest.stage == "rsf" and not takes_scores(run)]
     if not made:
         command = runs.command("rsf", runs_dir)
         raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `{command}` trains one")
@@ -168,7 +168,7 @@ def check_stands_on(base: "Base", start: str, found: Iterable[Vector]) -> None:
 
 
 def _mixes(runs_dir: Path, screen: Screen) -> list[Run]:
-    return [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "mix"]
+    return [run for run in runs.list_runs(runs_dir, screen) if run.manifest.stage == "mix"]
 
 
 def _conditioned(word: str, runs_dir: Path, screen: Screen) -> Policy:
@@ -194,7 +194,7 @@ def _scores_message(run: Run, text: str, word: str) -> str:
     scores, objectives = parse_weights(text), run.manifest.method["objectives"]
     if set(scores) != set(objectives):
         raise UserError(f"{word}: this policy is asked for scores of {' and '.join(objectives)}, from 0 to 100")
-    return scores_asked({name: scores[name] for name in objectives}, run.manifest.method["steer"])
+    return scores_prompt({name: scores[name] for name in objectives}, run.manifest.method["steer"])
 
 
 def one_adapter(vector: Vector) -> Policy:

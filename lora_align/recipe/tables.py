@@ -207,7 +207,7 @@ class Rsf(Training):
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSource:
     """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form.
 
     `where` selects rows by the values of their columns, as in `where = { label = "safe" }`.
@@ -232,10 +232,10 @@ class Eval:
     recipe trains on are skipped.
     """
 
-    prompts: Asked = field(default_factory=Asked)
-    risky: Asked = field(default_factory=Asked)
-    text: Asked = field(default_factory=Asked)
-    facts: Asked = field(default_factory=Asked)
+    prompts: EvalSource = field(default_factory=EvalSource)
+    risky: EvalSource = field(default_factory=EvalSource)
+    text: EvalSource = field(default_factory=EvalSource)
+    facts: EvalSource = field(default_factory=EvalSource)
     count: Few = 64
     samples: Few = 4
     pairs: Few = 128

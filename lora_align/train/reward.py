@@ -77,7 +77,7 @@ def train_reward_model(
         data=material.facts,
         method={"objectives": recipe.reward.objectives},
     )
-    with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+    with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
         facts = train_heads(base, recipe, recipe.reward, material, staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
         unfinished.clear()

@@ -56,7 +56,7 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
         seeds={"init": (recipe.sft.lora or recipe.lora).init_seed, "data": recipe.sft.seed},
         data=material.facts,
     )
-    with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+    with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
         lora = recipe.sft.lora or recipe.lora
         facts = train_adapter(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))

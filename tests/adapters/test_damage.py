@@ -11,7 +11,7 @@ import torch
 from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.policy import vectors
@@ -25,13 +25,13 @@ def adapter(folder: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     names = [f"model.layers.{layer}.mlp.{kind}" for layer in range(2) for kind in ("up_proj", "down_proj")]
     parts = {name: Factors(*(torch.randn(*s, generator=draw) for s in ((12, 2), (2, 10)))) for name in names}
-    peft_format.save(folder, parts.items(), names, About("b", targets=("up_proj", "down_proj")))
+    peft_format.save(folder, parts.items(), names, BaseInfo("b", targets=("up_proj", "down_proj")))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     target = tmp_path / "run"
-    with runs.claim(target, Screen(quiet=True)) as staging:
+    with runs.staging_folder(target, Screen(quiet=True)) as staging:
         adapter(staging)
         runs.publish(staging, target, Manifest(stage="mix", base={"model": "b", "fingerprint": "f"}, recipe={}))
     return target

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_align.adapters.delta import Factors, LoraDelta, finite, total
+from lora_align.adapters.delta import Factors, LoraDelta, is_finite, total
 
 SHAPES = {"q": (12, 8), "v": (4, 8), "down": (8, 20)}
 Dense = dict[str, torch.Tensor]
@@ -100,10 +100,10 @@ def test_finite_detects_nan_and_infinity() -> None:
         for value in (math.nan, math.inf, -math.inf):
             for place in (0, 1234, 4999):
                 tensor = torch.randn(5000).to(dtype)
-                assert finite(tensor)
+                assert is_finite(tensor)
                 tensor[place] = value
-                assert not finite(tensor)
-    assert finite(torch.empty(0))
+                assert not is_finite(tensor)
+    assert is_finite(torch.empty(0))
 
 
 def test_deltas_are_immutable() -> None:

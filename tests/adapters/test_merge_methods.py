@@ -284,8 +284,8 @@ def test_overflow_and_auto_rank_of_dense_methods_are_refused() -> None:
 
 
 def test_options_and_weights_are_checked_per_method() -> None:
-    assert merge_options.parsed("ties", ["density=0.5"]) == {"density": 0.5}
-    assert merge_options.parsed("dare", ["drop=0.5", "seed=3"]) == {"drop": 0.5, "seed": 3}
+    assert merge_options.parse_options("ties", ["density=0.5"]) == {"density": 0.5}
+    assert merge_options.parse_options("dare", ["drop=0.5", "seed=3"]) == {"drop": 0.5, "seed": 3}
     for method, given_, message in (
         ("tie", [], "did you mean 'ties'"),
         ("exact", ["density=1"], "it has no options"),
@@ -293,7 +293,7 @@ def test_options_and_weights_are_checked_per_method() -> None:
         ("ties", ["density=much"], "must be a number"),
     ):
         with pytest.raises(UserError, match=message):
-            merge_options.parsed(method, given_)
+            merge_options.parse_options(method, given_)
     with pytest.raises(UserError, match=r"density is .*; it must be above 0 and at most 1"):
         list(Merge({"a": update(0, 2)}, {"a": 1.0}, "ties", {"density": 0.0}).modules())
     with pytest.raises(UserError, match=r"these sum to 1\.5"):
@@ -302,7 +302,7 @@ def test_options_and_weights_are_checked_per_method() -> None:
 
 
 def test_fitting_returns_a_rank_of_the_server() -> None:
-    assert merge_methods.fitting("llama.cpp", 33) == 33
-    assert [merge_methods.fitting("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
+    assert merge_methods.server_rank("llama.cpp", 33) == 33
+    assert [merge_methods.server_rank("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
     with pytest.raises(UserError, match="ranks up to 512, but this adapter has 513"):
-        merge_methods.fitting("vllm", 513)
+        merge_methods.server_rank("vllm", 513)

@@ -28,22 +28,22 @@ def names(kinds: dict[str, list[int]], stack: str = "model.layers") -> list[str]
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_complete_adapters_have_nothing_missing(kind: str) -> None:
-    assert module_names.lost(names(WHOLE[kind]), everywhere=True) == ""
+    assert module_names.missing_module(names(WHOLE[kind]), everywhere=True) == ""
     tower = names({"attn.qkv": EVERY[:5]}, "visual.blocks")
-    assert module_names.lost([*names(WHOLE[kind]), *tower, "lm_head"], everywhere=True) == ""
+    assert module_names.missing_module([*names(WHOLE[kind]), *tower, "lm_head"], everywhere=True) == ""
 
 
 @pytest.mark.parametrize("kind", ["like any Llama", "one kind of module"])
 def test_missing_module_of_an_inner_layer_is_detected(kind: str) -> None:
     whole = names(WHOLE[kind])
     for gone in (name for name in whole if ".0." not in name and f".{DEEP - 1}." not in name):
-        assert module_names.lost([name for name in whole if name != gone], everywhere=True), gone
+        assert module_names.missing_module([name for name in whole if name != gone], everywhere=True), gone
 
 
 def test_missing_module_of_a_block_is_detected_in_any_layer() -> None:
     whole = names(WHOLE["attention here and there"])
     for gone in (name for name in whole if "attn" in name):
-        found = module_names.lost([name for name in whole if name != gone], everywhere=False)
+        found = module_names.missing_module([name for name in whole if name != gone], everywhere=False)
         assert found == f"{gone.rpartition('.')[0]} has no {gone.rpartition('.')[2]}"
 
 
@@ -52,20 +52,20 @@ def test_irregular_gaps_are_detected_and_regular_ones_accepted(gone: tuple[int, 
     deep = list(range(32))
     rest = [layer for layer in deep if layer not in gone]
     assert (
-        module_names.lost(names({"attn.q": rest, "attn.v": rest}), everywhere=True)
+        module_names.missing_module(names({"attn.q": rest, "attn.v": rest}), everywhere=True)
         == f"model.layers.{gone[0]} has no attn"
     )
     halved = names({"attn.q": deep, "attn.v": rest})
-    assert module_names.lost(halved, everywhere=True) == f"model.layers.{gone[0]}.attn has no v"
+    assert module_names.missing_module(halved, everywhere=True) == f"model.layers.{gone[0]}.attn has no v"
     linear = [layer for layer in deep if layer % 4 != 3]
-    assert module_names.lost(names({"attn.q": deep, "linear_attn.in": linear}), everywhere=True) == ""
+    assert module_names.missing_module(names({"attn.q": deep, "linear_attn.in": linear}), everywhere=True) == ""
 
 
 def test_missing_layer_is_accepted_unless_all_are_expected() -> None:
     some = names({"attn.q": [0, 1, 2, 4, 5], "attn.v": [0, 1, 2, 4, 5]})
-    assert module_names.lost(some, everywhere=True) == "model.layers.3 has no attn"
-    assert module_names.lost(some, everywhere=False) == ""
-    assert module_names.deepest([*some, "lm_head"]) == {
+    assert module_names.missing_module(some, everywhere=True) == "model.layers.3 has no attn"
+    assert module_names.missing_module(some, everywhere=False) == ""
+    assert module_names.last_layers([*some, "lm_head"]) == {
         ("model.layers", "attn", "q"): 5,
         ("model.layers", "attn", "v"): 5,
     }

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
 from lora_align.adapters.merge_methods import Merge, Tally
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
 from lora_align.errors import UserError
 from support import peft_adapter
@@ -62,7 +62,7 @@ def test_mix_in_stock_peft_equals_the_dense_sum(rank: int | None, llama: Path, t
     expected = {kind: peft_adapter(llama, tmp_path / kind, i, **KINDS[kind]) for i, kind in enumerate(KINDS)}
     vectors = {kind: peft_format.load(tmp_path / kind) for kind in KINDS}
     job, tally = Merge(vectors, weights), Tally()
-    peft_format.save(tmp_path / "mix", tally.counted(job.modules(rank)), job.names(), About(str(llama)))
+    peft_format.save(tmp_path / "mix", tally.counted(job.modules(rank)), job.names(), BaseInfo(str(llama)))
 
     dense = AutoModelForCausalLM.from_pretrained(llama)
     layers = dict(dense.named_modules())
@@ -97,7 +97,7 @@ def test_transposed_layers_are_added_correctly(tmp_path: Path) -> None:
         for i, (name, kind) in enumerate(kinds.items())
     }
     delta = peft_format.load(tmp_path / "a") - 0.5 * peft_format.load(tmp_path / "b")
-    peft_format.save(tmp_path / "mix", delta.items(), list(delta), About(str(base), transposed=True))
+    peft_format.save(tmp_path / "mix", delta.items(), list(delta), BaseInfo(str(base), transposed=True))
     dense = AutoModelForCausalLM.from_pretrained(base)
     for name, layer in dense.named_modules():
         if name in expected["a"]:
@@ -119,7 +119,7 @@ def test_saved_sums_round_each_factor_once(dtype: torch.dtype, bound: float, tmp
         for _ in range(3)
     ]
     whole = 0.3 * parts[0] - 1.7 * parts[1] + parts[2]
-    peft_format.save(tmp_path, whole.items(), list(whole), About("b"), dtype)
+    peft_format.save(tmp_path, whole.items(), list(whole), BaseInfo("b"), dtype)
     stored = Adapter(tmp_path)
     assert stored.dtype == dtype
     B, A = stored["q"].B.double(), stored["q"].A.double()
@@ -134,14 +134,14 @@ def test_float16_preserves_small_updates(weight: float, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     small = LoraDelta.of({"q": Factors(1e-3 * torch.randn(40, 4, generator=draw), torch.randn(4, 30, generator=draw))})
     whole = small * weight
-    peft_format.save(tmp_path, whole.items(), list(whole), About("b"), torch.float16)
+    peft_format.save(tmp_path, whole.items(), list(whole), BaseInfo("b"), torch.float16)
     assert (peft_format.load(tmp_path) - whole).norm() <= 2**-10 * whole.norm()
 
 
 def test_value_too_large_for_its_dtype_is_refused(tmp_path: Path) -> None:
     delta = LoraDelta.of({"q": Factors(torch.full((2, 1), 1e6), torch.full((1, 2), 1e6))})
     with pytest.raises(UserError, match="too large for float16; give smaller weights or --dtype float32"):
-        peft_format.save(tmp_path, delta.items(), list(delta), About("b"), torch.float16)
+        peft_format.save(tmp_path, delta.items(), list(delta), BaseInfo("b"), torch.float16)
 
 
 def test_half_precision_adapters_are_scaled_in_float32(llama: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_half_precision_adapters_are_scaled_in_float32(llama: Path, tmp_path: Pa
 def test_save_and_load_round_trip(llama: Path, tmp_path: Path) -> None:
     peft_adapter(llama, tmp_path / "a", 0, **KINDS["patterns"])
     delta = peft_format.load(tmp_path / "a")
-    peft_format.save(tmp_path / "b", delta.items(), list(delta), About(str(llama)))
+    peft_format.save(tmp_path / "b", delta.items(), list(delta), BaseInfo(str(llama)))
     again = peft_format.load(tmp_path / "b")
     assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in delta.items())
 
@@ -168,12 +168,12 @@ def test_adding_and_saving_commute(dtype: torch.dtype, bound: float, tmp_path: P
     draw = torch.Generator().manual_seed(0)
     for name in "ab":
         parts = {m: Factors(*(torch.randn(*s, generator=draw) for s in ((40, 4), (4, 30)))) for m in ("q", "v")}
-        peft_format.save(tmp_path / name, parts.items(), list(parts), About("b"), dtype)
+        peft_format.save(tmp_path / name, parts.items(), list(parts), BaseInfo("b"), dtype)
         torch.save(parts, tmp_path / f"{name}.pt")
     memory = {n: LoraDelta.of(torch.load(tmp_path / f"{n}.pt", weights_only=False)) for n in "ab"}
     for weights, allowed in (((0.5, -2.0), 0.0), ((0.3, -1.7), 2 * bound)):
         added = memory["a"] * weights[0] + memory["b"] * weights[1]
-        peft_format.save(tmp_path / "added", added.items(), list(added), About("b"), dtype)
+        peft_format.save(tmp_path / "added", added.items(), list(added), BaseInfo("b"), dtype)
         merged_first = peft_format.load(tmp_path / "added")
         saved_first = peft_format.load(tmp_path / "a") * weights[0] + peft_format.load(tmp_path / "b") * weights[1]
         for name in ("q", "v"):
@@ -308,10 +308,10 @@ def test_common_keeps_shared_targets_only(folder: Path, llama: Path, tmp_path_fa
     other = tmp_path_factory.mktemp("other")
     peft_adapter(llama, other, 1, **KINDS["rslora"])
     one, two = Adapter(folder).config, Adapter(other).config
-    assert About.common([one, one]).targets == ("down_proj", "q_proj")
-    assert About.common([one, two]).targets == ()
-    assert About.common([{**one, "layers_to_transform": [0, 1]}] * 2).targets == (), (
+    assert BaseInfo.common([one, one]).targets == ("down_proj", "q_proj")
+    assert BaseInfo.common([one, two]).targets == ()
+    assert BaseInfo.common([{**one, "layers_to_transform": [0, 1]}] * 2).targets == (), (
         "endings alone would mean all layers"
     )
-    assert About.common([one, {**two, "task_type": "FEATURE_EXTRACTION"}]).task is None
-    assert About.common([{**one, "base_model_name_or_path": None}, two]).base == one["base_model_name_or_path"]
+    assert BaseInfo.common([one, {**two, "task_type": "FEATURE_EXTRACTION"}]).task is None
+    assert BaseInfo.common([{**one, "base_model_name_or_path": None}, two]).base == one["base_model_name_or_path"]

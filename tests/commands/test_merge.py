@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import total
-from lora_align.adapters.merge_options import DTYPES, METHODS, How
+from lora_align.adapters.merge_options import DTYPES, METHODS, MergeOptions
 from lora_align.commands.merge import default_name
 from support import Cli, call, fill, peft_adapter, small_disk
 
@@ -147,9 +147,9 @@ def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> No
 def test_default_name_tells_rank_and_method() -> None:
     weights = {"helpful": 1.0, "./a/harmless": 0.5}
     assert default_name(weights) == "helpful1_harmless0p5"
-    assert default_name(weights, How(rank=8)) == "helpful1_harmless0p5_r8"
-    assert default_name(weights, How("ties", keep=0.99)) == "helpful1_harmless0p5_ties_auto0p99"
-    many = default_name({f"preference-{i}": 1.0 for i in range(20)}, How(rank=8))
+    assert default_name(weights, MergeOptions(rank=8)) == "helpful1_harmless0p5_r8"
+    assert default_name(weights, MergeOptions("ties", keep=0.99)) == "helpful1_harmless0p5_ties_auto0p99"
+    many = default_name({f"preference-{i}": 1.0 for i in range(20)}, MergeOptions(rank=8))
     assert len(many) == 64
     assert many.endswith("_r8")
 

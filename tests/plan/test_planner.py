@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig
 
+from lora_align import demo as demo_base
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.errors import UserError
@@ -157,7 +158,7 @@ def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe) -> 
 def test_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
     """The configuration and the tokenizer suffice: 8.03 billion parameters take 5.7 GB in NF4."""
     folder = tmp_path / "8b"
-    shutil.copytree(bases.DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copytree(demo_base.base_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=8192,
