@@ -157,27 +157,27 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import torch
 torch.set_num_threads(1)
-from test_steps import QUIET, References, bases, demo, dpo, gradients, recipe, trainer
+from test_stepper import QUIET, ReferenceCache, bases, demo, dpo, gradients, recipe, trainer
 from lora_align.errors import RunFailedError
-from lora_align.model.memory_budget import Room
-from lora_align.stages import training
+from lora_align.model.memory_budget import MemoryBudget
+from lora_align.train import lora_trainer
 base = bases.find(recipe.Base("demo"))
 settings = demo("dpo.limit=400")
-references = References.of(base, "")
+references = ReferenceCache.of(base, "")
 material = dpo.prepare(settings, "helpful", base, QUIET)
 pairs = list(dpo.referenced(material, references, base.load(), 4096, "reference", QUIET).train)
 made = trainer(base, pairs, 1000, Path(sys.argv[1]), settings)
 made.training_step(made.model, {"rows": pairs})
 wanted = gradients(made.model)
 said = []
-made.tell, made.room = said.append, Room(2**20)
+made.tell, made.room = said.append, MemoryBudget(2**20)
 made.model.zero_grad()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
 made.training_step(made.model, {"rows": pairs})
 found = gradients(made.model)
 print(len(said), made.room.size, float((found - wanted).norm() / wanted.norm()))
-made.room = Room(2**20, training.TOO_LONG)
+made.room = MemoryBudget(2**20, lora_trainer.TOO_LONG)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
 try:
