@@ -118,8 +118,8 @@ def _check_types(manifest: Manifest) -> None:
     if not isinstance(held_out := manifest.metrics.get("held_out", {}), Mapping):
         raise TypeError(f"metrics.held_out is of type {type(held_out).__name__}")
     if manifest.stage == "mix":
-        texts.append(manifest.method["name"])
-        numbers += [manifest.method["rank"], manifest.metrics["left_out"]]
+        texts.append(manifest.method.get("name", ""))
+        numbers += [manifest.method.get("rank", 0), manifest.metrics.get("left_out", 0)]
     wrong = [value for value in texts if not isinstance(value, str)]
     wrong += [value for value in numbers if not isinstance(value, int | float)]
     if wrong:

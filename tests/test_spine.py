@@ -304,6 +304,7 @@ def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
             "helpful pos  ",
             "warning: helpful pos: 16 pairs make 1 optimiser step, in which little is learned",
             "warning: runs/dpo/helpful/pos: unconverged",
+            "warning: runs/dpo/helpful/pos: no pair was held out, so nothing is measured",
         )
         ours += ("helpful: 16 rows to learn from, 0 held out; dropped: 16 too close, 13 tie",)
         assert line.startswith(ours), line

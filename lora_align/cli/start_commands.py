@@ -186,7 +186,7 @@ def _worth(run: runs.Run) -> str:
     if pairs := held_out.get("pairs"):
         return f"{count(pairs, 'pair')}: too few" if pairs < MIN_HELD_OUT else f"accuracy {held_out['accuracy']:.2f}"
     if run.manifest.stage == "mix":
-        return f"rank {run.manifest.method['rank']}"
+        return f"rank {run.manifest.method.get('rank', '?')}"
     if "points" in run.manifest.metrics:
         return count(run.manifest.metrics["points"], "point")
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

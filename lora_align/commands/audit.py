@@ -21,7 +21,7 @@ from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
-from lora_align.model.tokenise import CUT
+from lora_align.model.tokenise import TRUNCATED
 from lora_align.recipe import Dpo, Preference, Recipe
 from lora_align.train import lora_trainer
 from lora_align.train.token_rows import no_rows_left
@@ -65,7 +65,7 @@ class Audit:
             "read": self.rows,
             "usable": sum(self.left.values()),
             "held_out": self.left[True],
-            "dropped": {reason: count for reason, count in dropped.items() if reason != CUT},
+            "dropped": {reason: count for reason, count in dropped.items() if reason != TRUNCATED},
             "unread": unread,
             "prompts": different,
             "prompts_on_both_sides": shared,
@@ -188,7 +188,7 @@ def _alike(pair: Pair) -> bytes:
 
 def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> bool:
     """Measure a pair, and say whether `dpo` would train on it."""
-    [asked] = tokenise.short([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
+    [asked] = tokenise.truncate_texts([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
     ids, said = base.chat.answered(*asked)
     prompt, answers = len(ids), list(map(len, said))
     for side, length in zip(SIDES, (prompt, *answers), strict=True):

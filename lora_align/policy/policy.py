@@ -36,9 +36,9 @@ class Conditioned:
         """Ask a run for `helpfulness=0.8,verbosity=-0.6`; warn where it was not trained on such a direction."""
         want = Want.parse(text, run.manifest.method["objectives"])
         screen.note(f"{run.path} asked for {want} (brought to length 1)")
-        for name, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
-            if not low - 0.01 <= want.weights[name] <= high + 0.01:
-                screen.warn(f"it was trained on {name} from {low:g} to {high:g} only")
+        for objective, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
+            if not low - 0.01 <= want.weights[objective] <= high + 0.01:
+                screen.warn(f"it was trained on {objective} from {low:g} to {high:g} only")
         return cls(name, run, want.asked(run.manifest.method["ask"]), want)
 
 
@@ -104,7 +104,7 @@ def find_policy(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
             command = runs.command("merge", runs_dir)
             raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `{command}` first")
         word = mixes[-1].path.relative_to(runs_dir).as_posix()
-    return one_adapter(vectors.find(word, runs_dir, recipe.preferences))
+    return one_adapter(vectors.find(word, runs_dir, recipe.preferences, (START, BASE, MIX)))
 
 
 def weighted(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, name: str = "") -> Policy:
@@ -206,11 +206,11 @@ def one_adapter(vector: Vector) -> Policy:
 def _taken_apart(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     """Return a mix as its vectors, whose weights can change; whole where it is not their sum or they are gone."""
     whole = one_adapter(vectors.at(mix.path, mix.path.name))
-    if mix.manifest.metrics["left_out"]:
+    if mix.manifest.metrics.get("left_out"):
         screen.note("it was compressed: /w turns it as a whole")
         return whole
-    if mix.manifest.method["name"] != "exact":
-        screen.note(f"it is no plain sum, it was made by {mix.manifest.method['name']}: /w turns it as a whole")
+    if (method := mix.manifest.method.get("name")) != "exact":
+        screen.note(f"it is no plain sum, it was made by {method}: /w turns it as a whole")
         return whole
     try:
         found = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}

@@ -105,7 +105,7 @@ class Vector:
         return found
 
 
-def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
+def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iterable[str] = ()) -> Vector:
     """The vector of that name; `preferences` are the recipe's, to tell untrained from unknown."""
     whole, _, layers = name.rpartition("@")
     if (stretch := STRETCH.fullmatch(layers)) and whole and not Path(name).exists():
@@ -133,7 +133,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
     if name in preferences:
         command = runs.command(f"dpo --pref {name} --direction both", runs_dir)
         raise UserError(f"{name} is not trained in {runs_dir}/; first: {command}")
-    known = sorted({*_published_names(runs_dir), *preferences})
+    known = sorted({*_published_names(runs_dir), *preferences, *words})
     raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
 
 

@@ -17,7 +17,7 @@ from lora_align import runs
 from lora_align.console import Screen, count, library_log
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.model import base as bases
-from lora_align.model.base import Base, inside
+from lora_align.model.base import Base, base_model_of
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
@@ -266,7 +266,7 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
     if not rows:
         return {"pairs": 0}
     policy.eval()
-    trained = answer_logprobs(inside(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
+    trained = answer_logprobs(base_model_of(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
     rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
     margins = rewards[:, 0] - rewards[:, 1]
     found = {"pairs": len(rows), "margin": float(margins.mean())}

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
 from lora_align.errors import RunFailedError
-from lora_align.model.base import inside
+from lora_align.model.base import base_model_of
 from lora_align.model.fsdp import in_step, is_sharded
 from lora_align.model.logprobs import Reader, parts
 from lora_align.model.memory_budget import MemoryBudget
@@ -196,7 +196,7 @@ class StepTrainer(Trainer, Generic[Row]):
     def _spoiling(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
         """Those whose own loss or gradient is not finite; all of them, where none is by itself, or where the base is
         divided and the others do not go through it again."""
-        if is_sharded(inside(self.model)):
+        if is_sharded(base_model_of(self.model)):
             return rows
         found = []
         for row in rows:

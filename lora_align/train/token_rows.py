@@ -29,7 +29,7 @@ from lora_align.errors import UserError
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
-from lora_align.model.tokenise import CUT, TokenPair, TokenRated, TokenText
+from lora_align.model.tokenise import TRUNCATED, TokenPair, TokenRated, TokenText
 from lora_align.recipe import Preference, Ratings, Sft
 from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
@@ -201,7 +201,7 @@ class _CachedRows(Generic[Row]):
                 parts.append(part)
         columns = sources.pop_unread(counts)
         dropped = sum((Counter(part.dropped) for part in parts), counts)
-        cut = dropped.pop(CUT, 0)
+        cut = dropped.pop(TRUNCATED, 0)
         train, held_out = (sum(part.kept[side] for part in parts) for side in range(2))
         if not train:
             read, aside = (sum(part.read[side] for part in parts) for side in range(2))
