@@ -51,6 +51,7 @@ def main() -> None:
         shutil.rmtree(cwd / "merged")
         figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
         os.environ["LORA_ALIGN_CACHE"] = str(cwd / "cache")  # nothing is known yet, as on a first day
+        os.environ["PATH"] = f"{Path(COMMAND).parent}{os.pathsep}{os.environ['PATH']}"  # as the commands it proposes
         start = time.perf_counter()
         story = subprocess.run([COMMAND, "demo"], cwd=cwd, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kilobytes on Linux

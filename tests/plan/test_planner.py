@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.plan import advice, estimate, planner, shapes
+from lora_align.plan import device as devices
 from lora_align.plan.cards import CARDS
 from lora_align.plan.device import Device, device_of
 from lora_align.plan.estimate import shape_of, size
@@ -391,3 +393,14 @@ def test_tune_is_planned_with_dpo_settings_and_no_optimiser(project: recipe.Reci
         " --set dpo.gradient_checkpointing=true",
         " --set dpo.tokens_per_batch=512 --set dpo.gradient_checkpointing=true",
     ]
+
+
+def test_free_memory_of_a_card_counts(project: recipe.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="a card", total_memory=24e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5e9, 24e9))
+    monkeypatch.setattr(devices, "_rate", lambda *_: 1e12)
+    found = device_of(project)
+    assert (found.name, found.memory, found.dtype) == ("a card", 5e9, torch.bfloat16)
