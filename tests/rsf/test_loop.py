@@ -23,6 +23,7 @@ from lora_align.data.rows import Message, prompt_key
 from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.policy.policy import Conditioned
+from lora_align.rsf.candidates import Budgets, SamplerAndJudge
 from lora_align.want import Want
 from support import COMMAND, Done, Terminal, call, made_once
 
@@ -428,3 +429,12 @@ def test_what_cannot_be_done_is_refused_before_it_begins(
     assert done.code == 2
     assert told in done.err
     assert not (tmp_path / "runs" / "rsf").exists()
+
+
+def test_policies_of_a_series_share_what_they_learned_of_memory(made: Path) -> None:
+    base, budgets = bases.find(recipe.Base("demo")), Budgets()
+    reward = runs.read(made / "runs" / "reward" / "reward")
+    first, second = (SamplerAndJudge(base, reward, budgets=budgets) for _ in range(2))
+    first.embedded.room.size = 7
+    assert second.embedded.room.size == 7
+    assert second.room is first.room
