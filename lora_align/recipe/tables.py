@@ -322,7 +322,7 @@ TABLES_HOLD = {  # of stages that a recipe may lack
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe with every default filled in."""
+    """A whole recipe: its tables, with every default filled in."""
 
     base: Base
     """The base model."""
