@@ -35,10 +35,10 @@ SECTIONS = {  # heading → dataclass
     "`[reward.ratings.NAME]`": tables.Ratings,
     "`[rsf]`": tables.Rsf,
     "`[eval]`": tables.Eval,
-    "`[eval.prompts]`, `[eval.risky]`, `[eval.text]`, `[eval.facts]`": tables.Asked,
+    "`[eval.prompts]`, `[eval.risky]`, `[eval.text]`, `[eval.facts]`": tables.EvalSource,
 }
 SHARED = " It also has the [keys of all training stages](#keys-of-all-training-stages)."
-NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", tables.Asked: "table, or text"}
+NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", tables.EvalSource: "table, or text"}
 NAMES[Winner] = ", ".join(f'`"{winner}"`' for winner in Winner)
 PLURAL = {"text": "texts", "table": "tables", "list of texts": "lists of texts"}
 

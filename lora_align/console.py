@@ -130,7 +130,7 @@ class Screen:
         """Print the command's result: the text, or with --json the data as one object."""
         if not self.as_json:
             self._out(text)
-        elif processes.number() == 0:  # without line breaks
+        elif processes.rank() == 0:  # without line breaks
             print(json.dumps(data, ensure_ascii=False, default=str).translate(_JSON), flush=True)  # noqa: T201
 
     def show(self, text: str) -> None:
@@ -149,7 +149,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print a line to stderr, even with --quiet."""
-        if processes.number() == 0:
+        if processes.rank() == 0:
             write(text, sys.stderr)
 
     def warn(self, text: str) -> None:
@@ -163,7 +163,7 @@ class Screen:
         `already` counts the work of earlier calls, which does not enter the rate.
         """
         progress: Progress
-        if self.quiet or processes.number():
+        if self.quiet or processes.rank():
             progress = Progress(what, total, already)
         elif sys.stderr.isatty():
             progress = _Bar(what, total, already)
@@ -188,7 +188,7 @@ class Screen:
         out.flush()
 
     def _out(self, text: str) -> None:
-        if processes.number() == 0:
+        if processes.rank() == 0:
             write(text, sys.stdout)
 
 

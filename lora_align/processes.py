@@ -12,19 +12,19 @@ Found = TypeVar("Found")
 in_step = False  # whether all ranks must run the base together, because each holds a part of it
 
 
-def count() -> int:
+def world_size() -> int:
     """Return the world size."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def number() -> int:
+def rank() -> int:
     """Return the rank of this process."""
-    return int(os.environ["RANK"]) if count() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def here() -> int:
+def local_rank() -> int:
     """Return the local rank, which is the index of this process's GPU."""
-    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
 def check(command: str, *, trains: bool) -> None:
@@ -33,8 +33,8 @@ def check(command: str, *, trains: bool) -> None:
     Those would also shard adapters, optimizer and checkpoints. The recipe sets the precision, not accelerate.
     """
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # would override the trainers' own settings
-    if not trains and count() > 1:
-        raise UserError(f"{command} runs in one process, but {count()} were launched; start it without a launcher")
+    if not trains and world_size() > 1:
+        raise UserError(f"{command} runs in one process, but {world_size()} were launched; start it without a launcher")
     for plugin in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true":
             raise UserError(
@@ -44,9 +44,9 @@ def check(command: str, *, trains: bool) -> None:
             )
 
 
-def gathered(mine: Found) -> list[Found]:
+def all_gather(mine: Found) -> list[Found]:
     """Gather an object from every rank and return the list on every rank (all-gather)."""
-    if count() == 1:
+    if world_size() == 1:
         return [mine]
     import torch
     from accelerate import PartialState
@@ -56,12 +56,12 @@ def gathered(mine: Found) -> list[Found]:
     return gather_object([mine])  # type: ignore[no-any-return]
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait for all ranks (barrier)."""
-    gathered(None)
+    all_gather(None)
 
 
-def together(work: Callable[[], Found]) -> list[Found]:
+def on_all_ranks(work: Callable[[], Found]) -> list[Found]:
     """Run `work` on every rank and return all results on every rank. A UserError of one rank is raised on all."""
     found, fault = None, None
     try:
@@ -70,19 +70,19 @@ def together(work: Callable[[], Found]) -> list[Found]:
         raise
     except UserError as mine:
         fault = mine
-    results = gathered((found, fault))
+    results = all_gather((found, fault))
     for _, failed in results:
         if failed:
             raise failed
     return [found for found, _ in results]  # type: ignore[misc]
 
 
-def by_first(work: Callable[[], Found]) -> Found:
+def on_rank_0(work: Callable[[], Found]) -> Found:
     """Run `work` on rank 0 and return the result on every rank."""
-    return together(lambda: work() if number() == 0 else None)[0]  # type: ignore[return-value]
+    return on_all_ranks(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def first_here(work: Callable[[], Found]) -> Found:
+def local_rank_0_first(work: Callable[[], Found]) -> Found:
     """Run `work` on local rank 0 of each machine, then on the other ranks, which find the cached result."""
-    found = together(lambda: work() if here() == 0 else None)[number()]
-    return found if here() == 0 else work()  # type: ignore[return-value]
+    found = on_all_ranks(lambda: work() if local_rank() == 0 else None)[rank()]
+    return found if local_rank() == 0 else work()  # type: ignore[return-value]

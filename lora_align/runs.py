@@ -118,8 +118,8 @@ def _check_types(manifest: Manifest) -> None:
     if not isinstance(held_out := manifest.metrics.get("held_out", {}), Mapping):
         raise TypeError(f"metrics.held_out is of type {type(held_out).__name__}")
     if manifest.stage == "mix":
-        texts.append(manifest.method["name"])
-        numbers += [manifest.method["rank"], manifest.metrics["left_out"]]
+        texts.append(manifest.method.get("name", ""))
+        numbers += [manifest.method.get("rank", 0), manifest.metrics.get("left_out", 0)]
     wrong = [value for value in texts if not isinstance(value, str)]
     wrong += [value for value in numbers if not isinstance(value, int | float)]
     if wrong:
@@ -137,7 +137,7 @@ def is_run(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def every(folder: Path, screen: Screen | None = None) -> list[Run]:
+def list_runs(folder: Path, screen: Screen | None = None) -> list[Run]:
     """Return all runs below a folder in order of publication, without unfinished ones and those moved aside.
 
     Runs with a damaged manifest are skipped with a warning on `screen`.
@@ -155,7 +155,7 @@ def every(folder: Path, screen: Screen | None = None) -> list[Run]:
 
 def check_base(folder: Path, base: Mapping[str, Any]) -> None:
     """Refuse to put runs of two bases into one folder. Runs without a known base are ignored."""
-    for run in every(folder):
+    for run in list_runs(folder):
         if run.fingerprint and run.fingerprint != base["fingerprint"]:
             raise UserError(
                 f"{folder}/ holds runs of the base {run.manifest.base['model']} ({run.fingerprint[:12]}), "
@@ -172,17 +172,17 @@ def refuse_existing(target: Path, force: bool, keep_both: str = "--name NEW keep
 def refuse_busy(target: Path) -> None:
     """Refuse a target that another process is writing."""
     if (target.parent / f".{target.name}.lock").exists():
-        processes.by_first(lambda: _lock(target).release())
+        processes.on_rank_0(lambda: _lock(target).release())
 
 
 @contextmanager
-def claim(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path]:
+def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iterator[Path]:
     """Lock a target and yield an empty staging folder beside it, which `publish` turns into the run.
 
     Only rank 0 locks. The other ranks get temporary folders, whose contents are discarded.
     """
     held: list[FileLock] = []
-    processes.by_first(lambda: held.append(_locked(target, force)))
+    processes.on_rank_0(lambda: held.append(_locked(target, force)))
     if not held:
         with TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
@@ -232,10 +232,12 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     """Add the manifest to a staging folder, sync it to disk, and rename it to the target."""
 
     def publish_and_report() -> Run:
-        with writing(target, "nothing was published, and an earlier run is unchanged; free disk space and try again"):
+        with report_write_errors(
+            target, "nothing was published, and an earlier run is unchanged; free disk space and try again"
+        ):
             return _publish(staging, target, manifest)
 
-    return processes.by_first(publish_and_report)
+    return processes.on_rank_0(publish_and_report)
 
 
 def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
@@ -263,12 +265,12 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
 def _next_order(target: Path, stage: str) -> int:
     """Return the clock in microseconds, but at least one more than the newest run of the same runs folder."""
     above = [folder.parent for folder in (target, *target.parents[:2]) if folder.name == stage]
-    newest = max((run.manifest.order for folder in above for run in every(folder)), default=0)
+    newest = max((run.manifest.order for folder in above for run in list_runs(folder)), default=0)
     return max(time.time_ns() // 1000, newest + 1)
 
 
 @contextmanager
-def writing(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
+def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
     """Turn a failed write into a RunFailedError with the folder, the bytes `needed` if known, and the remedy."""
     try:
         yield

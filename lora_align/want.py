@@ -66,7 +66,7 @@ class Want:
         return " ".join(f"{name}={weight:.2f}" for name, weight in self.weights.items())
 
 
-def drawn(region: Mapping[str, Sequence[float]], draw: random.Random) -> Want:
+def sample_direction(region: Mapping[str, Sequence[float]], draw: random.Random) -> Want:
     """Sample uniformly from the part of the unit sphere where every weight lies between its two bounds."""
     for _ in range(TRIES):
         want = Want.of({name: draw.gauss() for name in region})
@@ -76,7 +76,7 @@ def drawn(region: Mapping[str, Sequence[float]], draw: random.Random) -> Want:
     raise UserError(f"rsf.directions: almost no unit vector has {bounds}; widen the bounds")
 
 
-def scores_asked(scores: Mapping[str, float], template: str) -> str:
+def scores_prompt(scores: Mapping[str, float], template: str) -> str:
     """Fill a Jinja template that may use `scores` and `listed` (`helpfulness: 80, verbosity: 25`)."""
     listed = ", ".join(f"{name}: {points:.0f}" for name, points in scores.items())
     return _fill("steer", template, scores=scores, listed=listed)

@@ -19,7 +19,7 @@ def name_of(parts: Iterable[str]) -> str:
 def parse_weights(text: str) -> dict[str, float]:
     """Parse `helpful=1,harmless=-0.5`."""
     weights: dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, (p.strip() for p in re.split(r",|(?<=[\d.])\s+(?=\S+=)", text))):
         name, equals, number = part.rpartition("=")
         try:
             weight = float(number)

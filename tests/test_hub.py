@@ -44,7 +44,7 @@ def _dpo(cwd: Path, endpoint: str, setting: str) -> "subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("base.model=meta/gated", "base 'meta/gated' is gated and this account has no access: ask for it at"),
+        ("base.model=meta/gated", "base 'meta/gated' is gated and this account has no access: request access at"),
         ("base.model=meta/absent", "no model 'meta/absent' on the hub"),
         ("base.model=meta/old", "has no revision"),
         ("preferences.helpful.data=owner/gated", "data 'owner/gated' is gated: accept its terms at"),

@@ -30,6 +30,8 @@ FLOORS = [
     {"chat", "evaluate"},
     {"commands"},
     {"demo"},
+    {"vector"},
+    {"project"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -196,7 +198,7 @@ def test_every_option_of_a_recipe_is_read_somewhere() -> None:
     nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     read = {(ast.unparse(node.value).split(".")[-1], node.attr) for node in nodes if isinstance(node, ast.Attribute)}
     tables = [recipe.Base, recipe.Lora, recipe.Training, recipe.Sft, recipe.Dpo, recipe.Preference]
-    tables += [recipe.Ratings, recipe.Reward, recipe.Rsf, recipe.Eval, recipe.Asked]
+    tables += [recipe.Ratings, recipe.Reward, recipe.Rsf, recipe.Eval, recipe.EvalSource]
     holders = {
         "base",
         "recipe",

@@ -81,7 +81,7 @@ def test_two_processes_take_the_same_steps_as_one(way: str, one: Path, tmp_path:
     two = launched(tmp_path, *STAGES[stage], *more, launcher=BY_ACCELERATE if way == "dpo" else ())
     out, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
-    made = [run.path.relative_to(one / "runs") for run in runs.every(one / "runs") if run.manifest.stage == stage]
+    made = [run.path.relative_to(one / "runs") for run in runs.list_runs(one / "runs") if run.manifest.stage == stage]
     assert made
     for path in made:
         ours, theirs = one / "runs" / path, tmp_path / "runs" / path

@@ -7,6 +7,7 @@ from lora_align.weights import parse_weights
 
 
 def test_weights_are_parsed_in_order() -> None:
+    assert parse_weights("helpful=-1 harmless=0.5") == {"helpful": -1.0, "harmless": 0.5}, "as chat prints them"
     assert parse_weights(" helpful=1, harmless = -0.5,a/b=1e-2 ") == {"helpful": 1.0, "harmless": -0.5, "a/b": 0.01}
 
 

@@ -21,7 +21,7 @@ BASE = {"model": "demo", "fingerprint": "f" * 64}
 
 
 def _publish(target: Path, *, force: bool = False, text: str = "weights") -> runs.Run:
-    with runs.claim(target, Screen(quiet=True), force=force) as staging:
+    with runs.staging_folder(target, Screen(quiet=True), force=force) as staging:
         (staging / "adapter.bin").write_text(text)
         return runs.publish(staging, target, Manifest(stage="dpo", base=BASE))
 
@@ -39,7 +39,7 @@ def test_published_run_reads_back(tmp_path: Path) -> None:
     assert found.manifest == made.manifest
     assert set(found.manifest.files) == {"adapter.bin"}
     found.check_files()
-    assert [run.path for run in runs.every(tmp_path)] == [made.path]
+    assert [run.path for run in runs.list_runs(tmp_path)] == [made.path]
 
 
 def test_check_files_detects_truncation_and_flipped_bits(tmp_path: Path) -> None:
@@ -68,18 +68,18 @@ def test_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
     _publish(tmp_path / "a", force=True, text="new")
     contents = sorted(file.read_text() for file in tmp_path.glob("a*/adapter.bin"))
     assert contents == ["new", "old"]
-    assert len(runs.every(tmp_path)) == 1
+    assert len(runs.list_runs(tmp_path)) == 1
 
 
 def test_failure_leaves_no_run(tmp_path: Path) -> None:
     def fail() -> None:
-        with runs.claim(tmp_path / "a", Screen(quiet=True)) as staging:
+        with runs.staging_folder(tmp_path / "a", Screen(quiet=True)) as staging:
             (staging / "half").write_text("x")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert runs.every(tmp_path) == []
+    assert runs.list_runs(tmp_path) == []
     assert not (tmp_path / "a").exists()
     assert not list(tmp_path.glob(".a.staging"))
 
@@ -116,8 +116,8 @@ def test_killed_process_leaves_no_run_and_the_next_takes_over(
         _publish(tmp_path / "a")
     os.kill(child.pid, signal.SIGKILL)
     child.wait(60)
-    assert runs.every(tmp_path) == []
-    with runs.claim(tmp_path / "a", Screen()) as staging:
+    assert runs.list_runs(tmp_path) == []
+    with runs.staging_folder(tmp_path / "a", Screen()) as staging:
         assert list(staging.iterdir()) == []
     assert f"process {child.pid}" in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ def test_manifest_with_wrong_types_is_skipped(
 ) -> None:
     good, bad = _publish(tmp_path / "good"), _publish(tmp_path / "bad")
     _edit(bad, changed)
-    assert runs.every(tmp_path, Screen()) == [good]
+    assert runs.list_runs(tmp_path, Screen()) == [good]
     assert "skipped" in capsys.readouterr().err
 
 
@@ -195,7 +195,7 @@ def test_manifest_that_is_not_an_object_or_file_is_skipped(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
         (tmp_path / name / runs.MANIFEST).write_text(content, encoding="latin-1")
     (tmp_path / "folder" / runs.MANIFEST).mkdir(parents=True)
-    assert runs.every(tmp_path) == [good]
+    assert runs.list_runs(tmp_path) == [good]
     with pytest.raises(UserError, match=r"folder.manifest\.json: damaged"):
         runs.read(tmp_path / "folder")
 
@@ -222,7 +222,7 @@ def test_publication_order_survives_a_clock_set_back(tmp_path: Path) -> None:
     later = {"created": "2099-01-01T00:00:00.000000+00:00", "order": 4_070_908_800_000_000}
     _edit(first, {key: value for key, value in later.items() if key in whole})
     second = _publish(tmp_path / "dpo" / "b" / "pos")
-    assert [run.path for run in runs.every(tmp_path)] == [first.path, second.path]
+    assert [run.path for run in runs.list_runs(tmp_path)] == [first.path, second.path]
 
 
 def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_published_files_are_readable_by_other_users(tmp_path: Path) -> None:
-    with runs.claim(tmp_path / "a", Screen(quiet=True)) as staging:
+    with runs.staging_folder(tmp_path / "a", Screen(quiet=True)) as staging:
         (staging / "secretive").write_text("x")
         (staging / "secretive").chmod(0o600)
         run = runs.publish(staging, tmp_path / "a", Manifest(stage="dpo", base=BASE))
@@ -253,7 +253,7 @@ def test_full_disk_publishes_nothing(tmp_path: Path) -> None:
         before = _publish(disk / "a")
 
         def publish_again() -> None:
-            with runs.claim(disk / "a", Screen(quiet=True), force=True) as staging:
+            with runs.staging_folder(disk / "a", Screen(quiet=True), force=True) as staging:
                 (staging / "adapter.bin").write_text("weights")
                 fill(disk)
                 runs.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lora_align import recipe, runs
-from lora_align.cli.shared import recipe_of
+from lora_align.cli.shared import Given, recipe_of
 from lora_align.console import Screen
+from lora_align.errors import UserError
 from lora_align.runs import Manifest
 
 BASE = {"model": "demo", "fingerprint": "0"}
@@ -66,3 +67,17 @@ def test_a_folder_of_mixes_alone_has_the_newest_ones_recipe(folder: Path) -> Non
     publish(folder, "mix", "mix", demo("lora.rank=8"))
     publish(folder, "sweep", "sweep", demo("lora.rank=2"))
     assert recipe_of(None, None, Screen(quiet=True), folder).lora.rank == 8
+
+
+def test_training_uses_the_recipe_of_the_newest_training_without_its_overrides(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder.with_name("mine.toml")
+    file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.3\n')
+    publish(folder, "dpo", "dpo", recipe.load(file, ["dpo.limit=64"]))
+    found = Given(runs_dir=folder).to_train("dpo")
+    assert (found.dpo.beta, found.dpo.limit) == (0.3, None)
+    assert f"recipe: {file}, which {folder}/dpo was trained with\n" in capsys.readouterr().err
+    file.unlink()
+    with pytest.raises(UserError, match=r"was trained with .*mine.toml, which is not here; name a recipe"):
+        Given(runs_dir=folder).to_train("dpo")

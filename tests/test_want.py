@@ -65,15 +65,16 @@ def test_invalid_template_is_refused(template: str) -> None:
 
 def test_scores_template_gets_rounded_points() -> None:
     scores = {"helpfulness": 79.6, "verbosity": 25.0}
-    assert want.scores_asked(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
-    assert want.scores_asked(scores, "{{ scores.verbosity|int }} words") == "25 words"
+    assert want.scores_prompt(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
+    assert want.scores_prompt(scores, "{{ scores.verbosity|int }} words") == "25 words"
 
 
 def test_directions_are_sampled_uniformly() -> None:
     draw = random.Random(0)
     region = {"helpfulness": (math.cos(1.2), 1.0), "verbosity": (-1.0, 0.0)}
     angles = sorted(
-        math.atan2(-w["verbosity"], w["helpfulness"]) for w in (want.drawn(region, draw).weights for _ in range(2000))
+        math.atan2(-w["verbosity"], w["helpfulness"])
+        for w in (want.sample_direction(region, draw).weights for _ in range(2000))
     )
     assert 0 <= angles[0] <= angles[-1] <= 1.2
     edges = [sum(angle < 0.12 * step for angle in angles) for step in range(11)]
@@ -83,4 +84,4 @@ def test_directions_are_sampled_uniformly() -> None:
 
 def test_empty_region_is_refused() -> None:
     with pytest.raises(UserError, match="almost no unit vector has a"):
-        want.drawn({"a": (0.9, 1.0), "b": (0.9, 1.0)}, random.Random(0))
+        want.sample_direction({"a": (0.9, 1.0), "b": (0.9, 1.0)}, random.Random(0))

@@ -1,1 +1,1 @@
-"""LoRA algebra on plain tensors: exact sums, optimal truncation, and PEFT's files. Needs torch, never a base."""
+"""LoRA algebra on plain tensors: exact sums, optimal truncation, and PEFT files. Needs torch but no base model."""

@@ -1,4 +1,4 @@
-"""A LoRA as a value: module → (B, A) with ΔW = B @ A, scaling folded into B."""
+"""LoRA updates as values: module → (B, A) with ΔW = B @ A and the scaling folded into B."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-6  # a share of the largest singular value that cannot be told from 0
-CONDITION = 1e-8  # of a Gram matrix in float64, above which it will do
-WHOLE = 2**31  # more than any rank
+ROUNDING = 1e-6  # singular values below this share of the largest count as 0
+CONDITION = 1e-8  # smallest ratio of a float64 Gram matrix's eigenvalues for which the matrix is used instead of QR
+MAX_RANK = 2**31  # larger than any rank
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,33 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Columns of B, rows of A."""
+        """Return r."""
         return self.A.shape[0]
 
     def scaled(self, weight: float) -> Factors:
-        """One side alone is scaled: scaling both would square the weight."""
+        """Return weight · BA. Only B is scaled; scaling both sides would square the weight."""
         return self if weight == 1.0 else Factors(self.B * weight, self.A)
 
     def inner(self, other: Factors) -> float:
-        """⟨BA, B'A'⟩ = Σ (BᵀB') ∘ (AA'ᵀ), in float64 and without forming either product."""
+        """Return ⟨BA, B'A'⟩ = Σ (BᵀB') ∘ (AA'ᵀ), in float64 and without forming BA or B'A'."""
         left = self.B.double().T @ other.B.double()
         right = self.A.double() @ other.A.double().T
         return float((left * right).sum())
 
     @property
     def energy(self) -> float:
-        """‖BA‖²; rounding can leave a tiny negative one, which is 0."""
+        """Return ‖BA‖², clamped at 0 because rounding can make it slightly negative."""
         B, A = self.B.double(), self.A.double()
         return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
 
-    def svd(self, keep: int = WHOLE) -> tuple[Tensor, Tensor, Tensor]:
-        """U [out, k], all of σ, Vᵀ [k, in] of the product, of its first directions: the SVD of a small core."""
-        (R_out, outputs), (R_in, inputs) = _triangular(self.B.double()), _triangular(self.A.double().T)
+    def svd(self, keep: int = MAX_RANK) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U [out, k], all singular values, and Vᵀ [k, in] of BA, k ≤ keep, from the SVD of an r × r core."""
+        (R_out, outputs), (R_in, inputs) = _qr(self.B.double()), _qr(self.A.double().T)
         U, S, Vt = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
         return outputs(U[:, :keep]), S, inputs(Vt[:keep].T).T
 
     def cut(self, rank: int) -> tuple[Factors, float, float]:
-        """The nearest product of that rank (Eckart-Young), this one's energy, and the part of that it lacks."""
+        """Return the best approximation of a rank (Eckart-Young), the energy before, and the energy lost."""
         if self.rank <= rank:
             return self, self.energy, 0.0
         U, S, Vt = self.svd(rank)
@@ -60,7 +60,10 @@ class Factors:
         return Factors(B, A), float(energies.sum()), float(energies[rank:].sum())
 
     def balanced(self) -> Factors:
-        """The same product, its sides alike in size but for a power of two: half precision has little room below."""
+        """Return the same product with B and A of similar size, so that float16 does not underflow.
+
+        The factor is a power of two, which is exact.
+        """
         largest = [float(side.abs().max()) for side in (self.B, self.A)]
         if not all(largest):
             return self
@@ -68,18 +71,18 @@ class Factors:
         return Factors(self.B * shift, self.A / shift)
 
     def padded(self, rank: int) -> Factors:
-        """The same product with columns and rows of zeros up to that rank."""
+        """Return the same product, padded with zeros to a rank."""
         if rank <= self.rank:
             return self
         more = rank - self.rank
         return Factors(nn.functional.pad(self.B, (0, more)), nn.functional.pad(self.A, (0, 0, 0, more)))
 
 
-def _triangular(tall: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """R of `tall` = QR, and what multiplies by Q.
+def _qr(tall: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return R of `tall` = QR, and a function that multiplies by Q.
 
-    By the small Gram matrix where its condition leaves Q orthonormal to 1e-8: that reads `tall` once, and Q is never
-    formed. Otherwise by Householder's reflections.
+    A well-conditioned Gram matrix gives both without forming Q, which is orthonormal to 1e-8. Otherwise Householder QR
+    is used.
     """
     values, vectors = torch.linalg.eigh(tall.T @ tall)
     if values[0] > CONDITION * values[-1]:
@@ -90,28 +93,28 @@ def _triangular(tall: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 def stacked(parts: Sequence[Factors]) -> Factors:
-    """[B B' …] [A; A'; …] = BA + B'A' + …, exactly."""
+    """Return the exact sum of products by stacking: [B B' …] [A; A'; …] = BA + B'A' + …."""
     if len(parts) == 1:
         return parts[0]
     return Factors(torch.cat([part.B for part in parts], dim=1), torch.cat([part.A for part in parts]))
 
 
-Modules = Mapping[str, Factors]  # in memory, or a file's, read when they are asked for
+Modules = Mapping[str, Factors]  # in memory, or read from a file on access
 
 
 @dataclass(frozen=True, eq=False)
 class LoraDelta(Mapping[str, Factors]):
-    """An immutable weighted sum of low-rank updates. `+ - *` are exact and only note what is to be done.
+    """An immutable weighted sum of low-rank updates. `+ - *` are exact and lazy.
 
-    A module's factors are stacked when they are asked for: a sum of files takes the memory of one module, not of them
-    all, and an update that occurs twice is there once, with the sum of its weights.
+    A module's factors are stacked on access, so a sum of files takes the memory of one module. An update that occurs
+    twice becomes one term with the sum of its weights.
     """
 
     terms: tuple[tuple[Modules, float], ...]
 
     @classmethod
     def of(cls, modules: Modules) -> LoraDelta:
-        """One update as it is."""
+        """Return the delta of one update with weight 1."""
         return cls(((modules, 1.0),))
 
     @cached_property
@@ -155,30 +158,30 @@ class LoraDelta(Mapping[str, Factors]):
         return self + -other
 
     def only(self, names: Collection[str]) -> LoraDelta:
-        """As far as it covers these modules."""
-        return LoraDelta(tuple((_Some(modules, frozenset(names)), weight) for modules, weight in self.terms))
+        """Restrict the delta to some modules."""
+        return LoraDelta(tuple((_Subset(modules, frozenset(names)), weight) for modules, weight in self.terms))
 
     @property
     def rank(self) -> int:
-        """The largest rank of a module."""
+        """Return the largest rank of a module."""
         return max((f.rank for f in self.values()), default=0)
 
     def inner(self, other: LoraDelta) -> float:
-        """The sum of the modules' inner products; a module missing on one side counts nothing."""
+        """Return the sum of the modules' inner products; a module missing on one side counts as 0."""
         return sum(self[name].inner(other[name]) for name in self if name in other)
 
     def norm(self) -> float:
-        """Frobenius norm over all modules."""
+        """Return the Frobenius norm over all modules."""
         return math.sqrt(sum(factors.energy for factors in self.values()))
 
     def cosine(self, other: LoraDelta) -> float:
-        """The angle's cosine; nan where either is zero."""
+        """Return the cosine of the angle between two deltas; nan if one is zero."""
         length = self.norm() * other.norm()
         return self.inner(other) / length if length else math.nan
 
 
 @dataclass(frozen=True, eq=False)
-class _Some(Mapping[str, Factors]):
+class _Subset(Mapping[str, Factors]):
     modules: Modules
     names: frozenset[str]
 
@@ -198,18 +201,21 @@ class _Some(Mapping[str, Factors]):
 
 
 def total(deltas: Sequence[LoraDelta]) -> LoraDelta:
-    """The sum of one or more."""
+    """Return the sum of one or more deltas."""
     return reduce(add, deltas)
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether all of its values are. (`max` hands on a nan, and keeps no answer a value.)"""
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. `max` propagates nan and needs no boolean tensor."""
     return not tensor.numel() or bool(tensor.abs().max().isfinite())
 
 
-def rank_losing(at_most: float, squares: Sequence[Tensor]) -> int:
-    """The smallest rank for all modules that loses no more energy, from each one's squared singular values."""
-    together = nn.utils.rnn.pad_sequence(list(squares)).sum(1)
-    lost = together.flip(0).cumsum(0).flip(0)[1:]  # by rank 1, by rank 2, and so on; the last loses nothing
-    allowed = at_most + 1e-9 * float(together.sum())
+def smallest_rank(at_most: float, squares: Sequence[Tensor]) -> int:
+    """Return the smallest common rank at which all modules together lose at most `at_most` energy.
+
+    `squares` holds each module's squared singular values.
+    """
+    summed = nn.utils.rnn.pad_sequence(list(squares)).sum(1)
+    lost = summed.flip(0).cumsum(0).flip(0)[1:]  # energy lost at rank 1, 2, …; the full rank loses nothing
+    allowed = at_most + 1e-9 * float(summed.sum())
     return int((lost > allowed).sum()) + 1

@@ -1,4 +1,4 @@
-"""Ways to merge, by name, and the words of a command line that choose among them. Nothing here needs torch."""
+"""Merge methods by name, and the command-line options that choose one. Does not import torch."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,14 +10,14 @@ from lora_align.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Method:
-    """A way to merge: its function in `merge`, where it comes from, its options, and what has to be known about it."""
+    """A merge method: the name of its function in `merge_methods`, its paper, and its options with defaults."""
 
     function: str
     paper: str
-    options: Mapping[str, Any] = field(default_factory=dict)  # with their defaults
-    dense: bool = False  # its result has no low rank by itself
-    of_policies: bool = False  # it weighs policies: of a preference the adapter towards it, not the difference
-    rank: Callable[[Iterable[int]], int] | None = None  # to cut to where none is asked for, from those of its parts
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dense: bool = False  # the result is not low-rank
+    of_policies: bool = False  # weights apply to the `pos` adapters instead of the vectors pos - neg
+    rank: Callable[[Iterable[int]], int] | None = None  # default rank, from the ranks of the merged updates
 
 
 METHODS: dict[str, Method] = {
@@ -28,37 +28,37 @@ METHODS: dict[str, Method] = {
     "ties": Method("ties", "https://arxiv.org/abs/2306.01708", {"density": 0.2}, dense=True, rank=sum),
     "dare": Method("dare", "https://arxiv.org/abs/2311.03099", {"drop": 0.9, "seed": 0}, dense=True, rank=sum),
 }
-# Ranks a server takes. llama.cpp takes any, but scales each tensor by its own rank: they have to be alike.
-FITS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
+# Ranks that a server accepts. llama.cpp accepts any, but scales each tensor by its own rank, so all must be equal.
+SERVER_RANKS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def parsed(method: str, given: Iterable[str]) -> dict[str, Any]:
-    """`["density=0.3"]` as a method's options, each of its default's type."""
+def parse_options(method: str, given: Iterable[str]) -> dict[str, Any]:
+    """Parse options such as `density=0.3` into a method's options, with the types of the defaults."""
     if method not in METHODS:
-        raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (there are: {', '.join(METHODS)})")
-    known, found = METHODS[method].options, {}
+        raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (known: {', '.join(METHODS)})")
+    known, options = METHODS[method].options, {}
     for text in given:
         name, _, value = text.partition("=")
         if name not in known:
-            has = f"its options: {', '.join(known)}" if known else "it has none"
-            raise UserError(f"--option {text}: {method} has no option {name!r} ({has})")
+            hint = f"known: {', '.join(known)}" if known else "it has no options"
+            raise UserError(f"--option {text}: {method} has no option {name!r} ({hint})")
         try:
-            found[name] = type(known[name])(value)
+            options[name] = type(known[name])(value)
         except ValueError:
-            raise UserError(f"--option {text}: {name} takes a number, as in {name}={known[name]}") from None
-    return found
+            raise UserError(f"--option {text}: {name} must be a number, as in {name}={known[name]}") from None
+    return options
 
 
 def check_weights(method: str, weights: Mapping[str, float]) -> None:
-    """Refuse weights that a method cannot mean."""
+    """Refuse weights that do not sum to 1 for a method that averages policies."""
     if METHODS[method].of_policies and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
-        raise UserError(f"--method {method}: the weights of policies add up to 1, these to {sum(weights.values()):g}")
+        raise UserError(f"--method {method}: weights must sum to 1; these sum to {sum(weights.values()):g}")
 
 
 @dataclass(frozen=True)
-class How:
-    """The way from vectors to one adapter."""
+class MergeOptions:
+    """MergeOptions vectors become one adapter: method, rank, server, dtype."""
 
     method: str = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -80,21 +80,21 @@ class How:
         *,
         with_start: bool = True,
         same_base: bool = False,
-    ) -> "How":
-        """The words of a command line, found to mean something."""
-        if fit is not None and fit not in FITS:
-            raise UserError(f"--fit {fit!r}: there is {', '.join(FITS)}")
+    ) -> "MergeOptions":
+        """Parse and check command-line options."""
+        if fit is not None and fit not in SERVER_RANKS:
+            raise UserError(f"--fit {fit!r}: expected one of {', '.join(SERVER_RANKS)}")
         if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
-        number, keep = _asked_rank(rank) if rank is not None else (None, None)
-        return cls(method, parsed(method, options), number, keep, fit, dtype, with_start, same_base)
+            raise UserError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        number, keep = _parse_rank(rank) if rank is not None else (None, None)
+        return cls(method, parse_options(method, options), number, keep, fit, dtype, with_start, same_base)
 
 
-EXACT = How()
+EXACT = MergeOptions()
 
 
-def _asked_rank(text: str) -> tuple[int | None, float | None]:
-    """`16` as a rank, `auto:0.99` as a share of the energy."""
+def _parse_rank(text: str) -> tuple[int | None, float | None]:
+    """Parse `16` as a rank and `auto:0.99` as a share of the energy."""
     word, _, share = text.partition(":")
     try:
         number, keep = (None, float(share)) if word == "auto" else (int(text), None)
@@ -102,4 +102,6 @@ def _asked_rank(text: str) -> tuple[int | None, float | None]:
         number = keep = None
     if (number is not None and number >= 1) or (keep is not None and 0 < keep <= 1):
         return number, keep
-    raise UserError(f"--rank {text!r}: a whole number from 1, or auto:0.99 for the smallest that keeps 99 % energy")
+    raise UserError(
+        f"--rank {text!r}: expected a whole number from 1, or auto:0.99 for the smallest rank with 99 % of the energy"
+    )

@@ -1,4 +1,4 @@
-"""The layers an adapter covers, told from its modules' names, to notice what was lost from it."""
+"""Layers and kinds of an adapter's modules, parsed from their names, to detect missing tensors."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ NUMBER = re.compile(r"\.(\d+)\.")
 
 
 class Place(NamedTuple):
-    """`model.layers.3.self_attn.q_proj`, taken apart."""
+    """The parts of a module name such as `model.layers.3.self_attn.q_proj`."""
 
     stack: str  # model.layers
     layer: int  # 3
@@ -17,8 +17,8 @@ class Place(NamedTuple):
     kind: str  # q_proj
 
 
-def place(module: str) -> Place | None:
-    """Where a module sits; None where its name has no layer, as lm_head's."""
+def parse_name(module: str) -> Place | None:
+    """Parse a module name; None if it has no layer number, like lm_head."""
     match = NUMBER.search(module)
     if not match:
         return None
@@ -26,42 +26,42 @@ def place(module: str) -> Place | None:
     return Place(module[: match.start()], int(match[1]), block, kind)
 
 
-def deepest(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
-    """The last layer of each kind of module."""
-    found: dict[tuple[str, str, str], int] = {}
-    for at in filter(None, map(place, modules)):
-        found[at.stack, at.block, at.kind] = max(at.layer, found.get((at.stack, at.block, at.kind), 0))
-    return found
+def last_layers(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
+    """Return the last layer of each kind of module."""
+    last: dict[tuple[str, str, str], int] = {}
+    for at in filter(None, map(parse_name, modules)):
+        last[at.stack, at.block, at.kind] = max(at.layer, last.get((at.stack, at.block, at.kind), 0))
+    return last
 
 
-def lost(modules: Iterable[str], everywhere: bool) -> str:
-    """A module, or a layer's block, that was lost from an adapter; or nothing.
+def missing_module(modules: Iterable[str], everywhere: bool) -> str:
+    """Describe a module, or a layer's block, that seems to be missing from an adapter; "" if none.
 
-    Models differ from layer to layer by plan: every fourth has attention, the first are dense, the last share their
-    keys. What is missing once, or here and there, was lost. `everywhere` says that no layer was left out on purpose.
+    Some models have regular differences between layers: attention in every fourth, dense first layers, shared keys in
+    the last. A single or irregular gap counts as missing. `everywhere` says that the configuration omits no layer.
     """
     blocks: dict[tuple[str, str], dict[int, frozenset[str]]] = {}
-    for at in filter(None, map(place, modules)):
+    for at in filter(None, map(parse_name, modules)):
         layers = blocks.setdefault((at.stack, at.block), {})
         layers[at.layer] = layers.get(at.layer, frozenset()) | {at.kind}
     for (stack, block), layers in blocks.items():
         usual, times = Counter(layers.values()).most_common(1)[0]
-        poorer = {layer for layer, kinds in layers.items() if kinds < usual}
-        if times > 1 and (times == len(layers) - 1 or not _planned(poorer, layers)):
-            for layer in sorted(poorer):
+        incomplete = {layer for layer, kinds in layers.items() if kinds < usual}
+        if times > 1 and (times == len(layers) - 1 or not _regular(incomplete, layers)):
+            for layer in sorted(incomplete):
                 return f"{'.'.join(filter(None, (stack, str(layer), block)))} has no {min(usual - layers[layer])}"
-        inner = set(range(min(layers), max(layers))) - set(layers)
-        if everywhere and len(layers) > 2 and (len(inner) == 1 or not _planned(inner, {*layers, *inner})):
-            return f"{stack}.{min(inner)} has no {block or min(usual)}"
+        gaps = set(range(min(layers), max(layers))) - set(layers)
+        if everywhere and len(layers) > 2 and (len(gaps) == 1 or not _regular(gaps, {*layers, *gaps})):
+            return f"{stack}.{min(gaps)} has no {block or min(usual)}"
     return ""
 
 
-def _planned(missing: Collection[int], layers: Collection[int]) -> bool:
-    """Whether these are the first, the last, every so-manieth or most of the layers."""
-    ordered, chosen = sorted(layers), set(missing)
-    if len(chosen) >= len(ordered) / 2 or not chosen:
+def _regular(missing: Collection[int], layers: Collection[int]) -> bool:
+    """Return whether the missing layers are the first, the last, every n-th, or most of the layers."""
+    ordered, gaps = sorted(layers), set(missing)
+    if len(gaps) >= len(ordered) / 2 or not gaps:
         return True
-    if chosen in (set(ordered[: len(chosen)]), set(ordered[-len(chosen) :])):
+    if gaps in (set(ordered[: len(gaps)]), set(ordered[-len(gaps) :])):
         return True
-    first, second = sorted(chosen)[:2] if len(chosen) > 1 else (0, 0)
-    return second > first and chosen == {n for n in ordered if n % (second - first) == first % (second - first)}
+    first, second = sorted(gaps)[:2] if len(gaps) > 1 else (0, 0)
+    return second > first and gaps == {n for n in ordered if n % (second - first) == first % (second - first)}

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: refused where it means more than scaling · B A, and what it means where it does not."""
+"""PEFT's adapter_config.json: read and write plain LoRA, and refuse anything beyond scaling · B A."""
 
 import json
 import math
@@ -15,17 +15,17 @@ from lora_align.console import inert
 from lora_align.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # beyond these a number is a slip or an attack
-PATIENCE = 1.0  # seconds for one name and one pattern
+LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # larger numbers are errors or attacks
+PATIENCE = 1.0  # seconds to match one pattern against one name
 
-# Keys that change nothing about ΔW = scaling · B A, whatever they hold.
+# Keys that never affect ΔW = scaling · B A.
 HARMLESS = frozenset(
     """
     peft_version inference_mode lora_dropout fan_in_fan_out layers_pattern runtime_config megatron_core
     loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size ensure_weight_tying
     """.split()  # noqa: SIM905
 )
-# Keys that are read here, and what they may hold.
+# Keys that this module reads, with checks of their values.
 READ: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "r": lambda value: _rank(value),
@@ -41,33 +41,33 @@ READ: dict[str, Callable[[Any], bool]] = {
     "revision": lambda value: value is None or isinstance(value, str),
     "task_type": lambda value: value is None or isinstance(value, str),
 }
-# Keys that must hold nothing, and what is wrong where they do.
+# Keys that must be empty, with the reason for a refusal.
 REFUSED = {
-    "use_dora": "DoRA adapters do not add",
-    "kasa_config": "KaSA adapters do not add",
-    "lora_bias": "adapters with a bias do not add as B A",
-    "bias": "adapters with a bias do not add as B A",
-    "modules_to_save": "whole saved modules are not LoRA",
+    "use_dora": "DoRA adapters cannot be added",
+    "kasa_config": "KaSA adapters cannot be added",
+    "lora_bias": "adapters with a bias cannot be added as B A",
+    "bias": "adapters with a bias cannot be added as B A",
+    "modules_to_save": "fully saved modules are not LoRA",
     "trainable_token_indices": "trained tokens are not LoRA",
-    "target_parameters": "adapters of bare parameters are not read",
+    "target_parameters": "adapters of bare parameters are not supported",
     "layer_replication": "replicated layers change the base",
-    "auto_mapping": "it asks for code to be imported; without that key, and with a task_type, the adapter is the same",
-    "megatron_config": "Megatron layers are not read",
+    "auto_mapping": "it would import code; remove the key and set task_type, and the adapter stays the same",
+    "megatron_config": "Megatron layers are not supported",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only",
     "use_qalora": "QALoRA pools its inputs",
     "use_bdlora": "block-diagonal LoRA is stored differently",
     "arrow_config": "routed adapters are not one ΔW",
     "monteclora_config": "MonteCLoRA adapters are sampled",
 }
-# Beginnings that leave the base alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take something out of it first.
-PLAIN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+# Values of init_lora_weights that keep the base. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract a part of it first.
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The configuration in a folder, if all it means is scaling · B A."""
+    """Read the configuration in a folder; refuse it unless it means scaling · B A."""
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"no adapter in {folder}: it has no {CONFIG}")
+        raise UserError(f"no adapter in {folder}: {CONFIG} is missing")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as fault:
@@ -80,53 +80,53 @@ def read(folder: Path) -> dict[str, Any]:
         if key in READ and not READ[key](value):
             raise UserError(f"{path}: {key} cannot be {inert(json.dumps(value)[:80])}")
         if key not in REFUSED and key not in READ and key not in HARMLESS:
-            raise UserError(f"{path}: unknown key {inert(key)!r}; what it does to the weights is not known")
-    lacking = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    if lacking:
-        raise UserError(f"{path}: {lacking[0]} is missing")
-    beginning = config.get("init_lora_weights", True)
-    if beginning not in PLAIN_BEGINNINGS:
+            raise UserError(f"{path}: unknown key {inert(key)!r}; its effect on the weights is unknown")
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing")
+    init = config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
         raise UserError(
-            f"{path}: init_lora_weights is {inert(str(beginning))!r}: such adapters stand on a changed base; "
-            "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) makes a plain one"
+            f"{path}: init_lora_weights is {inert(str(init))!r}: such adapters need a changed base; "
+            "convert with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
     return config
 
 
 def rank(config: Mapping[str, Any], module: str) -> int:
-    """A module's rank."""
-    return int(_own(config, "rank_pattern", module, config["r"]))
+    """Return a module's rank."""
+    return int(_module_value(config, "rank_pattern", module, config["r"]))
 
 
 def scaling(config: Mapping[str, Any], module: str) -> float:
-    """What B A is multiplied by in a module."""
-    alpha, r = _own(config, "alpha_pattern", module, config["lora_alpha"]), rank(config, module)
+    """Return the factor of B A in a module."""
+    alpha, r = _module_value(config, "alpha_pattern", module, config["lora_alpha"]), rank(config, module)
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def targeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT would adapt a module of some name."""
-    wanted, excluded = _named(config["target_modules"]), _named(config.get("exclude_modules") or [])
+def target_matcher(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return a function that says whether PEFT would adapt a module by its name."""
+    wanted, excluded = _matcher(config["target_modules"]), _matcher(config.get("exclude_modules") or [])
     only = config.get("layers_to_transform")
     numbers = {only} if isinstance(only, int) else set(only or ())
 
     def adapted(module: str) -> bool:
-        at = module_names.place(module) if numbers else None
+        at = module_names.parse_name(module) if numbers else None
         return wanted(module) and not excluded(module) and (not numbers or (at is not None and at.layer in numbers))
 
     return adapted
 
 
-def _named(said: str | Sequence[str]) -> Callable[[str], bool]:
-    """By a pattern, or by names and their endings."""
-    if isinstance(said, str):
-        return lambda module: said == "all-linear" or _matches(said, module)
-    whole, endings = set(said), tuple(f".{name}" for name in said)
-    return lambda module: module in whole or module.endswith(endings)  # most names of thousands are found at once
+def _matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """Match module names by a pattern, or by a list of names and endings."""
+    if isinstance(targets, str):
+        return lambda module: targets == "all-linear" or _matches(targets, module)
+    whole, endings = set(targets), tuple(f".{name}" for name in targets)
+    return lambda module: module in whole or module.endswith(endings)  # set first: fast for thousands of names
 
 
 def covers_every_layer(config: Mapping[str, Any]) -> bool:
-    """Whether it left no layer out by plan: by number, by an exception, by a pattern, by naming modules one by one."""
+    """Return whether the configuration selects all layers: no layer numbers, exclusions, patterns or full names."""
     targets = config["target_modules"]
     if config.get("layers_to_transform") not in (None, []) or config.get("exclude_modules"):
         return False
@@ -135,33 +135,33 @@ def covers_every_layer(config: Mapping[str, Any]) -> bool:
     return not any(module_names.NUMBER.search(f".{target}") for target in targets)
 
 
-def lacking(config: Mapping[str, Any], modules: Collection[str]) -> str:
-    """What ought to be among an adapter's modules and is not, or nothing."""
+def missing_module(config: Mapping[str, Any], modules: Collection[str]) -> str:
+    """Describe a module that the configuration implies and the adapter lacks; "" if none."""
     targets = config["target_modules"]
     if not isinstance(targets, str):
         present = {".".join(parts[i:]) for parts in (name.split(".") for name in modules) for i in range(len(parts))}
         named = (target for target in targets if module_names.NUMBER.search(f".{target}") and target not in present)
-        lost = next(named, None)
-        if lost:
-            return f"there is no {lost}"
+        missing = next(named, None)
+        if missing:
+            return f"there is no {missing}"
     if isinstance(targets, str) and targets != "all-linear":
         return ""
-    return module_names.lost(modules, covers_every_layer(config))
+    return module_names.missing_module(modules, covers_every_layer(config))
 
 
 @dataclass(frozen=True)
-class About:
-    """What a configuration says beside ranks: of which base, for which task, of which modules."""
+class BaseInfo:
+    """The parts of a configuration that do not depend on ranks."""
 
     base: str
     revision: str = ""
     task: str | None = "CAUSAL_LM"
-    targets: tuple[str, ...] = ()  # module names or their common endings; none stands for every module by its name
-    transposed: bool = False  # PEFT's fan_in_fan_out, which tells how the base stores its weights and changes no sum
+    targets: tuple[str, ...] = ()  # module names or common endings; empty lists every module by its full name
+    transposed: bool = False  # PEFT's fan_in_fan_out: how the base stores its weights; no effect on sums
 
     @classmethod
-    def common(cls, configs: Sequence[Mapping[str, Any]]) -> "About":
-        """What adapters that are added have in common; endings only where they mean the same modules again."""
+    def common(cls, configs: Sequence[Mapping[str, Any]]) -> "BaseInfo":
+        """Return what several configurations share. Endings are used only if they select the same modules again."""
         bases = [config.get("base_model_name_or_path") or "" for config in configs]
         tasks = {config.get("task_type") for config in configs}
         lists = [config["target_modules"] for config in configs]
@@ -176,8 +176,8 @@ class About:
         )
 
 
-def written(ranks: Mapping[str, int], about: About) -> str:
-    """The configuration of an adapter with these ranks whose scaling is 1 everywhere."""
+def to_json(ranks: Mapping[str, int], about: BaseInfo) -> str:
+    """Return the JSON of a configuration with these ranks and a scaling of 1."""
     largest = max(ranks.values())
     differing = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != largest}
     config = {
@@ -200,8 +200,8 @@ def written(ranks: Mapping[str, int], about: About) -> str:
     return json.dumps(config, indent=2)
 
 
-def _own(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
-    """A module's own rank or alpha: the first pattern that matches its name or its name's end."""
+def _module_value(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
+    """Return a module's rank or alpha: that of the first pattern that matches the name or its end, else `default`."""
     for pattern, value in (config.get(key) or {}).items():
         if _matches(rf"(.*\.)?({pattern})", module):
             return float(value)
@@ -209,7 +209,7 @@ def _own(config: Mapping[str, Any], key: str, module: str, default: float) -> fl
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether somebody's pattern matches the whole name; some patterns would take for ever to tell."""
+    """Match a pattern against the whole name, with a time limit because some patterns would run forever."""
     try:
         return regex.fullmatch(pattern, module, timeout=PATIENCE) is not None
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA folders, read with suspicion and a module at a time, and written so that stock PEFT loads them."""
+"""PEFT's LoRA folders: read with checks and one module at a time; written so that stock PEFT loads them."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_align.adapters import peft_config, safetensors_stream
-from lora_align.adapters.delta import Factors, LoraDelta, finite
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.delta import Factors, LoraDelta, is_finite
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.console import inert
 from lora_align.errors import UserError
@@ -18,19 +18,19 @@ from lora_align.errors import UserError
 CONFIG, WEIGHTS = peft_config.CONFIG, peft_config.WEIGHTS
 PREFIX = "base_model.model."
 TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-Shape = tuple[int, int]  # of ΔW
+Shape = tuple[int, int]  # shape of ΔW
 
 
 class Adapter(Mapping[str, Factors]):
-    """An adapter folder: found sound as far as its configuration and header tell; its tensors are read when asked for.
+    """An adapter folder. Configuration and header are checked at once; tensors are read on access.
 
-    Factors come in float32 at least, because in half precision the folded scaling would be rounded.
+    Factors have at least float32, because half precision would round the folded scaling.
     """
 
     def __init__(self, folder: Path, whole: bool = False) -> None:
-        """`whole`: a manifest has vouched for the files, so that what is not there was never there."""
+        """`whole`: a manifest has verified the files, so the check for missing tensors is skipped."""
         self.folder, self.config = folder, peft_config.read(folder)
-        self._fits = peft_config.targeted(self.config)
+        self._is_target = peft_config.target_matcher(self.config)
         self._file = _weights(folder)
         self.shapes: dict[str, Shape] = {}
         sides: dict[str, set[str]] = {}
@@ -40,25 +40,25 @@ class Adapter(Mapping[str, Factors]):
                 raise UserError(f"{self._file.path}: {inert(key)!r} is not a LoRA tensor of a linear layer")
             sides.setdefault(match[1], set()).add(match[2])
         if not sides:
-            raise UserError(f"{self._file.path}: no LoRA tensors in it")
+            raise UserError(f"{self._file.path}: the file has no LoRA tensors")
         for name, found in sides.items():
             if found != {"A", "B"}:
-                raise UserError(f"{self._file.path}: {inert(name)} has lora_{min(found)} but not the other side")
+                raise UserError(f"{self._file.path}: {inert(name)} has lora_{min(found)} but not the other factor")
             self.shapes[name] = self._shape(name)
-        lacking = "" if whole else peft_config.lacking(self.config, self.shapes)
-        if lacking:
-            raise UserError(f"{self._file.path}: {inert(lacking)}; tensors are missing")
+        missing = "" if whole else peft_config.missing_module(self.config, self.shapes)
+        if missing:
+            raise UserError(f"{self._file.path}: {inert(missing)}; tensors are missing")
 
     @property
     def base(self) -> str:
-        """The name its configuration gives the base; it may give none."""
+        """Return the base's name in the configuration; "" if it has none."""
         return self.config.get("base_model_name_or_path") or ""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is stored in; of several, the one that holds them all."""
-        found = {safetensors_stream.DTYPES[entry.dtype] for entry in self._file.entries.values()}
-        return reduce(torch.promote_types, found)
+        """Return the stored dtype; if there are several, the one that can hold all of them."""
+        dtypes = {safetensors_stream.DTYPES[entry.dtype] for entry in self._file.entries.values()}
+        return reduce(torch.promote_types, dtypes)
 
     def __getitem__(self, name: str) -> Factors:
         if name not in self.shapes:
@@ -66,8 +66,8 @@ class Adapter(Mapping[str, Factors]):
         A, B = (self._file.read(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
         factors = Factors(B.to(dtype) * peft_config.scaling(self.config, name), A.to(dtype))
-        if not (finite(factors.B) and finite(factors.A)):
-            raise UserError(f"{self._file.path}: {inert(name)} holds values that are not finite, or not once scaled")
+        if not (is_finite(factors.B) and is_finite(factors.A)):
+            raise UserError(f"{self._file.path}: {inert(name)} has values that are not finite, or overflow when scaled")
         return factors
 
     def __contains__(self, name: object) -> bool:
@@ -80,22 +80,23 @@ class Adapter(Mapping[str, Factors]):
         return len(self.shapes)
 
     def _shape(self, name: str) -> Shape:
-        """ΔW's shape, after both sides were found to have the configured rank."""
+        """Check a module's tensors against the configuration and return the shape of ΔW."""
         A, B = (self._file.entries[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB")
         rank = peft_config.rank(self.config, name)
         if A.dtype not in safetensors_stream.DTYPES or B.dtype not in safetensors_stream.DTYPES:
             raise UserError(
-                f"{self._file.path}: {inert(name)} is stored as {A.dtype}, {B.dtype}, not as numbers to add"
+                f"{self._file.path}: {inert(name)} is stored as {A.dtype}, {B.dtype}; "
+                f"expected {', '.join(safetensors_stream.DTYPES)}"
             )
         if not (len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] == rank and A.size and B.size):
             raise UserError(f"{self.folder}: {inert(name)} has tensors {B.shape}, {A.shape}; the rank is {rank}")
-        if not self._fits(name):
+        if not self._is_target(name):
             raise UserError(f"{self._file.path}: {inert(name)} is not among the target_modules; PEFT would not load it")
         return B.shape[0], A.shape[1]
 
 
 def load(folder: Path, whole: bool = False) -> LoraDelta:
-    """The update an adapter folder describes."""
+    """Return the update of an adapter folder."""
     return LoraDelta.of(Adapter(folder, whole))
 
 
@@ -103,19 +104,19 @@ def save(
     folder: Path,
     modules: Iterable[tuple[str, Factors]],
     names: Collection[str],
-    about: About,
+    about: BaseInfo,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write an ordinary PEFT adapter whose scaling is 1, as its modules come; `names` are all of theirs."""
+    """Write a plain PEFT adapter with a scaling of 1 while `modules` are computed; `names` are the names of all."""
     ranks: dict[str, int] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, factors in modules:
             ranks[name] = factors.rank
-            held = factors.balanced() if dtype == torch.float16 else factors
-            for side, tensor in (("A", held.A), ("B", held.B)):
+            balanced = factors.balanced() if dtype == torch.float16 else factors
+            for side, tensor in (("A", balanced.A), ("B", balanced.B)):
                 stored = tensor.to(dtype)
-                if not finite(stored):
+                if not is_finite(stored):
                     short = str(dtype).removeprefix("torch.")
                     remedy = "smaller weights" if dtype == torch.float32 else "smaller weights or --dtype float32"
                     raise UserError(f"{inert(name)}: a value is too large for {short}; give {remedy}")
@@ -124,13 +125,13 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     keys = [f"{PREFIX}{name}.lora_{side}.weight" for name in names for side in "AB"]
     safetensors_stream.write(folder / WEIGHTS, tensors(), keys)
-    (folder / CONFIG).write_text(peft_config.written(ranks, about), encoding="utf-8")
+    (folder / CONFIG).write_text(peft_config.to_json(ranks, about), encoding="utf-8")
 
 
 def _weights(folder: Path) -> TensorFile:
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = next(folder.glob("adapter_model.bin"), None)
-        hint = f"; {pickled.name} is a pickle and is not opened: save it as safetensors with PEFT" if pickled else ""
+        hint = f"; {pickled.name} is an unsafe pickle, so save it as safetensors with PEFT" if pickled else ""
         raise UserError(f"no {WEIGHTS} in {folder}{hint}")
     return TensorFile(path)

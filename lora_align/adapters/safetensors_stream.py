@@ -1,4 +1,4 @@
-"""A safetensors file, read and written a tensor at a time, so that memory holds one tensor and not the file."""
+"""Safetensors files, read and written one tensor at a time to save memory."""
 
 import json
 from collections.abc import Collection, Iterable
@@ -13,13 +13,13 @@ from lora_align.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LENGTH = 8  # bytes that say how long the header is
-ROOM = 128  # more than an entry of the header takes beside its name
+LENGTH = 8  # bytes of the number that holds the header's length
+ROOM = 128  # more bytes than a header entry takes besides its name
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor."""
+    """The header entry of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Entry:
 
 
 class TensorFile:
-    """A file found whole: the library has checked that its header and its length agree."""
+    """A file whose header and length the safetensors library has checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,23 +42,23 @@ class TensorFile:
             raise UserError(f"{path}: damaged or cut short ({path.stat().st_size:,} bytes): {fault}") from fault
         header.pop("__metadata__", None)
         self.entries = {
-            name: Entry(of["dtype"], tuple(of["shape"]), LENGTH + length + of["data_offsets"][0], _size(of))
-            for name, of in header.items()
+            name: Entry(one["dtype"], tuple(one["shape"]), LENGTH + length + one["data_offsets"][0], _size(one))
+            for name, one in header.items()
         }
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored."""
+        """Read one tensor with its stored dtype."""
         entry = self.entries[name]
-        held = bytearray(entry.size)
+        buffer = bytearray(entry.size)
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
-            if stream.readinto(held) != entry.size:
-                raise UserError(f"{self.path}: cut short while it was read")
-        return torch.frombuffer(held, dtype=DTYPES[entry.dtype]).view(entry.shape)
+            if stream.readinto(buffer) != entry.size:
+                raise UserError(f"{self.path}: the file was truncated while it was read")
+        return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]], names: Collection[str]) -> None:
-    """Write tensors as they come; `names` are all of theirs, known beforehand so that the header gets its room."""
+    """Write tensors while they are computed. `names` are the names of all tensors, to reserve space for the header."""
     room = sum(len(json.dumps(name)) + ROOM for name in names) + ROOM
     room += -(LENGTH + room) % LENGTH
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -66,20 +66,20 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]], names: Collection[s
         stream.seek(LENGTH + room)
         at = 0
         for name, tensor in tensors:
-            held = tensor.contiguous().view(torch.uint8).numpy()
+            array = tensor.contiguous().view(torch.uint8).numpy()
             header[name] = {
                 "dtype": NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
-                "data_offsets": [at, at + held.nbytes],
+                "data_offsets": [at, at + array.nbytes],
             }
-            stream.write(held.data)
-            at += held.nbytes
+            stream.write(array.data)
+            at += array.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
-        assert len(text) <= room, "an entry took more than its room"
+        assert len(text) <= room, "the header exceeds its reserved space"
         stream.seek(0)
         stream.write(room.to_bytes(LENGTH, "little") + text.ljust(room))
 
 
-def _size(of: dict[str, list[int]]) -> int:
-    begin, end = of["data_offsets"]
+def _size(entry: dict[str, list[int]]) -> int:
+    begin, end = entry["data_offsets"]
     return end - begin

@@ -1,4 +1,4 @@
-"""Whether adapters stand on one base: by what their manifests say, else by the base's name and the shapes."""
+"""Check that adapters belong to one base, by the shapes, depths, names and revisions in their files."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,49 +11,49 @@ from lora_align.errors import UserError
 Kind = tuple[str, str, str]
 
 
-def refuse_strangers(adapters: Sequence[Adapter], *, same_base: bool) -> None:
-    """An error where shapes or depths differ, and, unless told that the base is the same, where it is not plain."""
+def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
+    """Refuse adapters whose shapes or depths differ and, unless `same_base`, those whose bases may differ."""
     shapes: dict[str, tuple[tuple[int, int], Adapter]] = {}
     depths: dict[Kind, tuple[int, Adapter]] = {}
     for adapter in adapters:
         for name, shape in adapter.shapes.items():
             known, owner = shapes.setdefault(name, (shape, adapter))
             if known != shape:
-                _refuse(adapter, owner, f"{inert(name)} is {_by(shape)} in one and {_by(known)} in the other")
+                _refuse(adapter, owner, f"{inert(name)} is {_size(shape)} in one and {_size(known)} in the other")
         if peft_config.covers_every_layer(adapter.config):
-            for kind, last in module_names.deepest(adapter.shapes).items():
+            for kind, last in module_names.last_layers(adapter.shapes).items():
                 known_last, owner = depths.setdefault(kind, (last, adapter))
                 if known_last != last:
                     _refuse(
                         adapter,
                         owner,
-                        f"the last {inert(kind[2])} of one is in layer {last}, {known_last} in the other",
+                        f"the last {inert(kind[2])} is in layer {last} in one and in layer {known_last} in the other",
                     )
     if not same_base:
-        stacks = [{kind[0] for kind in module_names.deepest(adapter.shapes)} for adapter in adapters]
+        stacks = [{kind[0] for kind in module_names.last_layers(adapter.shapes)} for adapter in adapters]
         for (other, below), (one, above) in itertools.combinations(zip(adapters, stacks, strict=True), 2):
-            _ask(one, other, [above, below])
+            _refuse_unclear(one, other, [above, below])
 
 
-def _ask(one: Adapter, other: Adapter, stacks: Sequence[set[str]]) -> None:
-    """Refuse until a person has said that the bases are one."""
+def _refuse_unclear(one: Adapter, other: Adapter, stacks: Sequence[set[str]]) -> None:
+    """Refuse two adapters whose files do not show that their bases are the same."""
     revisions = [str(adapter.config.get("revision") or "") for adapter in (one, other)]
     why = ""
     if one.base != other.base:
         why = f"names the base {inert(one.base)!r}, {other.folder} names {inert(other.base)!r}"
     elif not one.base:
-        why = f"does not say what base it is of, nor does {other.folder}"
+        why = f"does not name its base, nor does {other.folder}"
     elif all(revisions) and revisions[0] != revisions[1]:
-        why = f"is of the base's revision {inert(revisions[0])!r}, {other.folder} of {inert(revisions[1])!r}"
+        why = f"needs the base's revision {inert(revisions[0])!r}, {other.folder} needs {inert(revisions[1])!r}"
     elif all(stacks) and not stacks[0] & stacks[1]:
         why = f"adapts {inert(min(stacks[0]))}, {other.folder} adapts {inert(min(stacks[1]))}"
     if why:
-        raise UserError(f"{one.folder} {why}; if their bases are one and the same, say --same-base")
+        raise UserError(f"{one.folder} {why}; if their bases are the same, add --same-base")
 
 
 def _refuse(one: Adapter, other: Adapter, why: str) -> None:
-    raise UserError(f"{one.folder} and {other.folder} stand on different bases: {why}; such adapters do not add")
+    raise UserError(f"{one.folder} and {other.folder} have different bases and cannot be added: {why}")
 
 
-def _by(shape: tuple[int, int]) -> str:
+def _size(shape: tuple[int, int]) -> str:
     return f"{shape[0]} × {shape[1]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lora_align.console import Screen
-from lora_align.data.rows import Message, under_system
+from lora_align.data.rows import Message, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.decoding import PrefixCache, Sampling, stream_tokens, text_pieces
@@ -81,7 +81,7 @@ class Session:
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """The assistant's next words, piece by piece; `tokens` counts them."""
         asked = self.conditioned.system if self.conditioned else ""
-        turns = under_system(asked, under_system(self.system, tuple(self.turns)))
+        turns = with_system_prompt(asked, with_system_prompt(self.system, tuple(self.turns)))
         prompt = self.base.chat.prompt_ids(turns)
         room = self.base.max_length - len(prompt)
         if room < 1:

@@ -143,7 +143,7 @@ def main() -> None:
     except UserError as fault:
         _complain(str(fault), fault.exit_code)
     except Stopped as stop:
-        launched = " (or under the launcher again)" if processes.count() > 1 else ""
+        launched = " (or under the launcher again)" if processes.world_size() > 1 else ""
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         goes_on = f"; to go on: {_going_on()}{launched}" if command in REPEATED | TRAINING else ""
         _complain(f"stopped; nothing unfinished was published{goes_on}", stop.exit_code)
@@ -166,10 +166,10 @@ def _going_on() -> str:
 def _complain(text: str, code: int) -> None:
     if os.environ.get("LORA_ALIGN_DEBUG"):
         write(traceback.format_exc().rstrip(), sys.stderr)
-    if processes.number() == 0:
+    if processes.rank() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # the others were refused, or stopped, just as the first one was
-        write(f"process {processes.number()}: {text}", sys.stderr)
-    if processes.number() and code < SIGNALLED:  # all know of a signal: nobody has to be heard first
+        write(f"process {processes.rank()}: {text}", sys.stderr)
+    if processes.rank() and code < SIGNALLED:  # all know of a signal: nobody has to be heard first
         time.sleep(LAST_WORD)
     sys.exit(code)

@@ -51,7 +51,7 @@ def evaluate(
     chosen = find_policies(policies or ["mix", "start"], project, given.runs_dir, given.screen)
     given.check_judges(by, project)
     given.screen.loading(project.base.model)
-    from lora_align.evaluate.compare import compare_policies, summary
+    from lora_align.evaluate.compare import compare_policies
     from lora_align.evaluate.lm_eval_tasks import figures as task_figures
     from lora_align.evaluate.measure import Evaluator
     from lora_align.model.endpoint import Endpoint
@@ -61,7 +61,7 @@ def evaluate(
     result = compare_policies(
         evaluator, given.screen, server, task_figures(tasks, evaluator, given.screen) if tasks else {}
     )
-    given.screen.result(summary(result), result)
+    given.screen.result(result.summary(), result.as_json())
 
 
 @takes(*MEASURES, "name", "force")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_align import runs
-from lora_align.adapters.merge_options import How, check_weights
+from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import MEASURES, Given, check_picture, run_facts, takes
 from lora_align.errors import UserError
 from lora_align.weights import parse_weights
@@ -68,7 +68,7 @@ def merge(
         raise UserError("merge: --out takes the path of a new folder, and goes without --name")
     if out is not None:
         runs.refuse_missing_parent(out)
-    how = How.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
+    how = MergeOptions.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     check_weights(method, wanted)
     project = given.of_runs()
     given.check_vectors(wanted, project)
@@ -111,7 +111,7 @@ def inspect(
     """
     wanted = parse_weights(weights) if weights else {}
     check_picture(picture)
-    how = How.said(method, option or [], rank, fit, None, same_base=True)
+    how = MergeOptions.said(method, option or [], rank, fit, None, same_base=True)
     project = given.of_runs()
     given.check_vectors([*(names or []), *wanted], project)
     given.screen.note("reading adapters …")

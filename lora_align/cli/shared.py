@@ -116,19 +116,21 @@ class Given:
 
     def of_recipe(self) -> Recipe:
         """Return the recipe that is named, or found in this folder."""
-        return recipe_of(self.recipe, self.overrides, self.screen)
+        return recipe_of(recipe_trained_with(self.recipe, self.runs_dir, self.screen), self.overrides, self.screen)
 
     def to_train(self, stage: str, *more: str) -> Recipe:
         """Return the recipe of a training stage; `--limit N` is short for `--set STAGE.limit=N`."""
         limit = [f"{stage}.limit={self.limit}"] if self.limit else []
-        return recipe_of(self.recipe, [*(self.overrides or []), *limit, *more], self.screen)
+        name = recipe_trained_with(self.recipe, self.runs_dir, self.screen)
+        return recipe_of(name, [*(self.overrides or []), *limit, *more], self.screen)
 
     def of_runs(self) -> Recipe:
         """Return the recipe of a command that works on runs: without --recipe, that of the newest training run."""
         return recipe_of(self.recipe, self.overrides, self.screen, self.runs_dir)
 
     def refuse_existing(self, target: Path, keep_both: str = "--name NEW keeps both") -> None:
-        """Refuse a run that exists, unless it is resumed or moved aside."""
+        """Refuse a run that is being written, or that exists and is neither resumed nor moved aside."""
+        runs.refuse_busy(target)
         if not self.resume:
             runs.refuse_existing(target, self.force, keep_both)
 
@@ -176,17 +178,32 @@ def recipe_of(name: str | None, overrides: list[str] | None, screen: Screen, run
     A stored recipe holds what was set while it was trained, for [eval] too; whatever differs from its file is printed.
     """
     if name is None and runs_dir is not None and not recipes.LOCAL.exists():
-        made = [run for run in runs.every(runs_dir) if run.manifest.recipe]
+        made = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]
         trained = [run for run in made if run.manifest.stage in runs.TRAINING]
         if stored := trained or [run for run in made if run.manifest.stage == "mix"]:
             source, table = f"{stored[-1].path}/{runs.MANIFEST}", json.dumps(stored[-1].manifest.recipe)
-            beside = recipes.unlike_its_source(recipes.from_dict(json.loads(table), source))
+            beside = recipes.changes_from_source(recipes.from_dict(json.loads(table), source))
             screen.note(f"recipe: the one stored in {stored[-1].path}{beside}")
             return recipes.from_dict(json.loads(table), source, overrides or [])
     path, why = recipes.find(name)
     if why:
         screen.note(why)
     return recipes.load(path, overrides or [])
+
+
+def recipe_trained_with(name: str | None, runs_dir: Path, screen: Screen) -> str | None:
+    """Return the recipe that is named, or else that of the newest training run, without its overrides."""
+    trained = [] if name or recipes.LOCAL.exists() else runs.list_runs(runs_dir)
+    trained = [run for run in trained if run.manifest.stage in runs.TRAINING]
+    source = trained[-1].manifest.recipe.get("source", "") if trained else ""
+    if source in ("", recipes.DEFAULT):
+        return name
+    if not Path(source).is_file() and source not in recipes.builtin():
+        raise UserError(
+            f"{trained[-1].path} was trained with {source}, which is not here; name a recipe: --recipe FILE"
+        )
+    screen.note(f"recipe: {source}, which {trained[-1].path} was trained with")
+    return str(source)
 
 
 def weights_of(text: str | None) -> dict[str, float] | None:
@@ -219,7 +236,7 @@ def check_url(option: str, address: str | None) -> None:
 def check_first_row(data: str) -> None:
     """Refuse a file that is missing, or whose first row cannot be read."""
     if Path(data).suffix:
-        next(sources.good_rows(data), None)
+        next(sources.rows_or_raise(data), None)
 
 
 def show_plan(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:

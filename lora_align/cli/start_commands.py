@@ -11,7 +11,7 @@ from lora_align import recipe as recipes
 from lora_align import runs
 from lora_align.cli.shared import RECIPE, Given, check_picture, run_facts, takes
 from lora_align.console import count, table
-from lora_align.data.pairs import ENOUGH
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, UserError
 from lora_align.plan.cards import card_name
 
@@ -153,7 +153,7 @@ def list_runs(given: Given) -> None:
     """
     if not given.runs_dir.is_dir() and (given.runs_dir != runs.DEFAULT or given.runs_dir.exists()):
         raise UserError(f"--runs {given.runs_dir}: there is no such folder")
-    found = runs.every(given.runs_dir, given.screen)
+    found = runs.list_runs(given.runs_dir, given.screen)
     if not found and not given.as_json:
         given.screen.note(f"no runs in {given.runs_dir}/ yet")
     rows = [
@@ -184,9 +184,9 @@ def _worth(run: runs.Run) -> str:
     if reasons := run.manifest.unconverged:
         return "diverged" if any(reason.startswith("diverged") for reason in reasons) else "unconverged"
     if pairs := held_out.get("pairs"):
-        return f"{count(pairs, 'pair')}: too few" if pairs < ENOUGH else f"accuracy {held_out['accuracy']:.2f}"
+        return f"{count(pairs, 'pair')}: too few" if pairs < MIN_HELD_OUT else f"accuracy {held_out['accuracy']:.2f}"
     if run.manifest.stage == "mix":
-        return f"rank {run.manifest.method['rank']}"
+        return f"rank {run.manifest.method.get('rank', '?')}"
     if "points" in run.manifest.metrics:
         return count(run.manifest.metrics["points"], "point")
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

@@ -51,7 +51,7 @@ def score(
     """
     project = given.of_runs()
     given.check_judges([by], project)
-    shards.check_out(out)
+    shards.check_out_file(out)
     check_first_row(data)
     given.screen.loading(project.base.model)
     from lora_align.commands.score import score_file, summary
@@ -162,7 +162,7 @@ def generate(
         raise UserError("generate: --prompts FILE and --out FILE are needed")
     part = _part(share)
     wanted = weights_of(weights)
-    shards.check_out(out)
+    shards.check_out_file(out)
     check_first_row(prompts)
     policy = None if endpoint else chosen(given.runs_dir, project, given.screen, wanted, adapter, want)
     given.screen.loading(project.base.model)

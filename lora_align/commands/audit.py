@@ -21,7 +21,7 @@ from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
-from lora_align.model.tokenise import CUT
+from lora_align.model.tokenise import TRUNCATED
 from lora_align.recipe import Dpo, Preference, Recipe
 from lora_align.train import lora_trainer
 from lora_align.train.token_rows import no_rows_left
@@ -60,12 +60,12 @@ class Audit:
         shared = len(self.prompts[True] & self.prompts[False])
         different = len(self.prompts[True] | self.prompts[False])
         dropped = self.dropped.copy()
-        unread = sources.unread_in(dropped)
+        unread = sources.pop_unread(dropped)
         return {
             "read": self.rows,
             "usable": sum(self.left.values()),
             "held_out": self.left[True],
-            "dropped": {reason: count for reason, count in dropped.items() if reason != CUT},
+            "dropped": {reason: count for reason, count in dropped.items() if reason != TRUNCATED},
             "unread": unread,
             "prompts": different,
             "prompts_on_both_sides": shared,
@@ -95,7 +95,7 @@ def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | N
     beside = {
         name: other
         for name, other in recipe.preferences.items()
-        if name != preference and sources.place(other) == sources.place(axis)
+        if name != preference and sources.location(other) == sources.location(axis)
     }
     read_alike = {name for name, other in beside.items() if not other.labels and other.columns == axis.columns}
     others = {name: beside[name] for name in beside if name in read_alike}
@@ -150,10 +150,10 @@ def summary(facts: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
 
 
-def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[pairs.Judged]:
+def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[pairs.RankedComparison]:
     """As `dpo` reads them, to the last."""
     before, bad = "", 0
-    for one in pairs.compared(axis, settings.held_out, settings.limit, audit.dropped):
+    for one in pairs.rank_comparisons(axis, settings.held_out, settings.limit, audit.dropped):
         audit.rows += one.where != before  # a row of several answers makes several comparisons
         before = one.where
         if isinstance(one.pair, str):
@@ -188,7 +188,7 @@ def _alike(pair: Pair) -> bytes:
 
 def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> bool:
     """Measure a pair, and say whether `dpo` would train on it."""
-    [asked] = tokenise.short([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
+    [asked] = tokenise.truncate_texts([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
     ids, said = base.chat.answered(*asked)
     prompt, answers = len(ids), list(map(len, said))
     for side, length in zip(SIDES, (prompt, *answers), strict=True):
@@ -212,7 +212,7 @@ def _agreement(where: str, comparison: Comparison, pair: Pair, others: Mapping[s
         if name in audit.silent:
             continue
         try:
-            _, theirs = pairs.ranked(comparison, other, where)
+            _, theirs = pairs.rank_comparison(comparison, other, where)
         except UserError as fault:  # its own `data` and `dpo` will stop there; this one goes on
             audit.silent[name] = str(fault)
             audit.agreed.pop(name, None)
@@ -250,7 +250,7 @@ def _doubts(facts: Mapping[str, Any], settings: Dpo) -> list[str]:
         )
     if facts["usable"] and not facts["held_out"]:
         found.append("no pair is held out, so nothing will be measured: more prompts, or a larger dpo.held_out")
-    elif 0 < facts["held_out"] < pairs.ENOUGH:
+    elif 0 < facts["held_out"] < pairs.MIN_HELD_OUT:
         found.append(lora_trainer.too_few_pairs(facts["held_out"]))
     if facts["usable"] and (few := lora_trainer.too_few_steps(facts["usable"] - facts["held_out"], settings)):
         found.append(few)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_align.console import Screen, count
 from lora_align.data import forms, shards, sources
-from lora_align.data.rows import Prompt, prompt_key, under_system
+from lora_align.data.rows import Prompt, prompt_key, with_system_prompt
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
@@ -42,7 +42,7 @@ def generate_file(
 
     `share` is this call's part of the prompts, as in 2 of 4; which prompts those are, their text decides.
     """
-    shards.check_out(out)
+    shards.check_out_file(out)
     settings = {"data": data, "model": dict(who), "n": n, "sampling": asdict(sampling), "share": list(share)}
     unread: Counter[str] = Counter()
     work = [item for item in _work(data, system, unread) if _bucket(item.prompt, share[1]) == share[0] - 1]
@@ -52,7 +52,7 @@ def generate_file(
     if not fitting:
         raise UserError(f"{data}: no prompts to answer ({len(work)} fill the context)")
     at_once = max(1, AT_ONCE // n)
-    with shards.towards(out, {**settings, "system": system}) as store:
+    with shards.shards_for(out, {**settings, "system": system}) as store:
         done = store.keys()
         left = [item for item in fitting if item.key not in done]
         if done:
@@ -101,7 +101,7 @@ def summary(result: Mapping[str, Any]) -> str:
 def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
     """Yield the prompts in order; a prompt that occurs twice is two pieces of work."""
     for number, (row, asked) in enumerate(sources.read_all(data, forms.prompt, unread)):
-        prompt = under_system(system, asked)
+        prompt = with_system_prompt(system, asked)
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
 
 

@@ -11,7 +11,7 @@ from lora_align.adapters import same_base
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Directions, Geometry
 from lora_align.adapters.merge_methods import Tally
-from lora_align.adapters.merge_options import How
+from lora_align.adapters.merge_options import MergeOptions
 from lora_align.adapters.peft_format import Adapter
 from lora_align.commands import merge
 from lora_align.console import table
@@ -27,7 +27,12 @@ MIX, START = "(mix)", "(start)"
 
 
 def inspect_vectors(
-    names: Sequence[str], weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How, picture: Path | None
+    names: Sequence[str],
+    weights: Mapping[str, float],
+    recipe: Recipe,
+    runs_dir: Path,
+    how: MergeOptions,
+    picture: Path | None,
 ) -> dict[str, Any]:
     """Measure the named vectors, or all that are trained; with weights also the mix of those."""
     named = list(dict.fromkeys([*names, *weights])) or vectors.trained(runs_dir)
@@ -36,7 +41,7 @@ def inspect_vectors(
     found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
     vectors.common(found.values())
     updates, adapters = vectors.opened(found)
-    same_base.refuse_strangers(adapters, same_base=True)
+    same_base.check_same_base(adapters, same_base=True)
     known = Geometry.of(updates)
     norms, places = known.norms(), known.by_place()
     directions = Directions.of(
@@ -152,7 +157,7 @@ def _agreement(found: Mapping[str, Vector], known: Geometry) -> dict[str, list[f
     return alike
 
 
-def _mixed(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> dict[str, Any]:
+def _mixed(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: MergeOptions) -> dict[str, Any]:
     """What the mix that `merge` would make holds of each of its vectors, after its method and its rank."""
     job, tally = merge.prepare(weights, recipe, runs_dir, how).merge, Tally()
     made = LoraDelta.of(dict(tally.counted(job.modules(merge.ranks(job, how)[0]))))

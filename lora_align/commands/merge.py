@@ -13,8 +13,8 @@ from lora_align import runs
 from lora_align.adapters import merge_methods, peft_config, peft_format, same_base
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge_methods import Merge, Tally
-from lora_align.adapters.merge_options import EXACT, METHODS, How, check_weights
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.merge_options import EXACT, METHODS, MergeOptions, check_weights
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen
 from lora_align.errors import UserError
@@ -31,7 +31,7 @@ def merge_adapters(
     recipe: Recipe,
     runs_dir: Path,
     screen: Screen,
-    how: How = EXACT,
+    how: MergeOptions = EXACT,
     *,
     name: str | None = None,
     out: Path | None = None,
@@ -59,9 +59,12 @@ def merge_adapters(
     needed = _bytes(ready.adapters, rank, dtype)
     elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
     runs.check_room(target.parent, needed, elsewhere)
-    with runs.claim(target, screen, force=force) as staging, runs.writing(target, elsewhere, needed):
+    with (
+        runs.staging_folder(target, screen, force=force) as staging,
+        runs.report_write_errors(target, elsewhere, needed),
+    ):
         modules = tally.counted(ready.merge.modules(rank), padded)
-        about = About.common([adapter.config for adapter in ready.adapters])
+        about = BaseInfo.common([adapter.config for adapter in ready.adapters])
         peft_format.save(staging, modules, ready.merge.names(), about, dtype)
         manifest = Manifest(
             stage="mix",
@@ -100,7 +103,7 @@ class MergeInputs:
     merge: Merge
 
 
-def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: How) -> MergeInputs:
+def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: MergeOptions) -> MergeInputs:
     """Find, open and check everything; nothing is added yet."""
     check_weights(how.method, weights)
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
@@ -110,7 +113,7 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: H
     base, start_id = vectors.common(found.values())
     updates, adapters = vectors.opened(found)
     known = all(map(_base_known, found.values()))
-    same_base.refuse_strangers(adapters, same_base=how.same_base or known)
+    same_base.check_same_base(adapters, same_base=how.same_base or known)
     start = LoraDelta(())
     if start_id and how.with_start:
         adapters.append(Adapter(_start(runs_dir, start_id).path, whole=True))
@@ -118,12 +121,12 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: H
     return MergeInputs(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
 
 
-def ranks(job: Merge, how: How) -> tuple[int | None, int]:
+def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:
     """The rank to cut to, if any, and the one to fill up to with zeros."""
     rank = job.smallest_rank(how.keep) if how.keep else how.rank
     if not how.fit:
         return rank, 0
-    return rank, merge_methods.fitting(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
+    return rank, merge_methods.server_rank(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
 
 
 def summary(run: Run) -> str:
@@ -145,7 +148,7 @@ def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) ->
     return sum(dtype.itemsize * min(of, rank or of) * sum(shapes[name]) for name, of in ranks_.items())
 
 
-def default_name(weights: Mapping[str, float], how: How = EXACT) -> str:
+def default_name(weights: Mapping[str, float], how: MergeOptions = EXACT) -> str:
     """`helpful1_harmless0p5`, `…_ties_r8` where it is no plain sum: readable, and a name that may be a folder's."""
     parts = [Path(key).name + _in_name(weight) for key, weight in weights.items()]
     asked = [how.method] if how.method != EXACT.method else []

@@ -53,7 +53,7 @@ class Work:
 
 def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> dict[str, Any]:
     """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
-    shards.check_out(out)
+    shards.check_out_file(out)
     unread: Counter[str] = Counter()
     work = list(_work(data, unread))
     for warning in sources.unread_warnings(unread):
@@ -64,7 +64,7 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
     judge = judges.find(by, base, recipe, runs_dir)
     model = base.load()
     mixer = Mixer(model, judge.updates, {})
-    with shards.towards(out, {"data": data, "judge": judge.identity}) as store:
+    with shards.shards_for(out, {"data": data, "judge": judge.identity}) as store:
         done = store.keys()
         left = [item for item in work if item.key not in done]
         if done:

@@ -66,10 +66,10 @@ def prompt(value: Any, column: str) -> tuple[Message, ...]:
     return (Message("user", text(value, column)),) if isinstance(value, str) else messages(value, column)
 
 
-def request(row: Row, column: str = "prompt") -> tuple[Message, ...]:
+def prompt_with_context(row: Row, column: str = "prompt") -> tuple[Message, ...]:
     """Read the prompt. For text, add the `history` turns before and the `input` text behind, as Alpaca does."""
     if not isinstance(row[column], str):
-        return behind_system(row, prompt(row[column], column))
+        return with_system(row, prompt(row[column], column))
     question = text(row[column], column)
     if column != "input" and (more := text(row.get("input") or "", "input")) != question:
         question = "\n\n".join(filter(None, (question, more)))
@@ -90,7 +90,7 @@ def history(row: Row) -> tuple[Message, ...]:
     )
 
 
-def behind_system(row: Row, turns: Prompt) -> tuple[Message, ...]:
+def with_system(row: Row, turns: Prompt) -> tuple[Message, ...]:
     """Put the `system` column's message before the turns, unless they begin with a system message."""
     return (*turns,) if turns[:1] and turns[0].role == "system" else (*system(row), *turns)
 
@@ -102,7 +102,7 @@ def answer(message: Message, column: str) -> str:
     return message.content
 
 
-def up_to_answer(turns: Prompt) -> Prompt:
+def without_answer(turns: Prompt) -> Prompt:
     """Return the turns without the assistant's answer at the end, if there is one."""
     return turns[:-1] if turns[-1].role == "assistant" else turns
 

@@ -59,7 +59,7 @@ def fact(row: Row, where: str) -> Fact:
     return _first_form(_FACTS, row, where, "fact")
 
 
-def answered(row: Row, where: str) -> list[Rated]:
+def answers(row: Row, where: str) -> list[Rated]:
     """Read every answer of a row with its prompt; `ratings` is empty for an unrated answer."""
     if any(columns <= row.keys() for columns, _ in _RATED):
         return rated(row, where)
@@ -108,7 +108,7 @@ def _two_answers(row: Row, prompt_column: str, names: tuple[str, str]) -> Compar
     has_underscore = "_" in names[0]  # as in response_0; only then are ratings named like score_0
     rated = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}") if has_underscore else {}
     return Comparison(
-        prompt=cells.request(row, prompt_column),
+        prompt=cells.prompt_with_context(row, prompt_column),
         answers=(cells.text(row[names[0]], names[0]), cells.text(row[names[1]], names[1])),
         labels={name: cells.label(row[name], first) for name in _labels(row)},
         ratings={name: both for name, both in rated.items() if f"{name}_{first}" != names[0]},
@@ -129,7 +129,7 @@ def _strengths(row: Row, prompt: str, first: str, second: str, strength: str) ->
         raise ValueError(f"{strength} is {value:g}; expected -3 to 3")
     winner = None if value == 0 else int(value > 0)
     answers = (cells.text(row[first], first), cells.text(row[second], second))
-    return Comparison(cells.request(row, prompt), answers, {strength: winner}, {strength: (0.0, value)})
+    return Comparison(cells.prompt_with_context(row, prompt), answers, {strength: winner}, {strength: (0.0, value)})
 
 
 def _helpsteer2_pair(row: Row) -> Comparison:
@@ -153,7 +153,7 @@ def _transcripts(row: Row) -> Comparison:
     if turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
     answers = (cells.answer(turns[0][-1], "chosen"), cells.answer(turns[1][-1], "rejected"))
-    return Comparison(cells.behind_system(row, turns[0][:-1]), answers, {"label": 0})
+    return Comparison(cells.with_system(row, turns[0][:-1]), answers, {"label": 0})
 
 
 def _transcript(text: str) -> tuple[Message, ...]:
@@ -171,7 +171,7 @@ def _chosen_rejected(row: Row) -> Comparison:
     column = next((name for name in ("prompt", "question") if name in row), "")  # question: PsychoCounsel-Preference
     if isinstance(chosen, str) and column:
         answers = (cells.text(chosen, "chosen"), cells.text(rejected, "rejected"))
-        return Comparison(cells.request(row, column), answers, {"label": 0}, ratings)
+        return Comparison(cells.prompt_with_context(row, column), answers, {"label": 0}, ratings)
     if isinstance(chosen, str) and TURN.match(chosen):
         return _transcripts(row)
     if isinstance(chosen, str):
@@ -183,7 +183,7 @@ def _chosen_rejected(row: Row) -> Comparison:
         answers = (chosen.removeprefix(shared).lstrip(), rejected.removeprefix(shared).lstrip())
         return Comparison(cells.system(row) + cells.prompt(shared, "chosen"), answers, {"label": 0}, ratings)
     turns = [cells.messages(chosen, "chosen"), cells.messages(rejected, "rejected")]
-    prompt = cells.request(row) if "prompt" in row else cells.behind_system(row, turns[0][:-1])
+    prompt = cells.prompt_with_context(row) if "prompt" in row else cells.with_system(row, turns[0][:-1])
     if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
     if "prompt" not in row and len(turns[0]) == 1:
@@ -229,7 +229,7 @@ def _better_and_worse(row: Row, prompt_column: str, column: str) -> Comparison:
         found = f"a list of {len(both)}" if isinstance(both, list | tuple) else cells.kind(both)
         raise ValueError(f"{column} is {found}; expected a list of two answers, [better, worse]")
     better, worse = (cells.text(one, column) for one in both)
-    return Comparison(cells.request(row, prompt_column), (better, worse), {"label": 0})
+    return Comparison(cells.prompt_with_context(row, prompt_column), (better, worse), {"label": 0})
 
 
 def _labelled(*answers: tuple[str, str]) -> Forms[Comparison]:
@@ -256,7 +256,7 @@ _COMPARISONS: Forms[Comparison] = [
 
 
 def _turns(row: Row, column: str) -> tuple[Message, ...]:
-    return cells.behind_system(row, cells.messages(row[column], column))
+    return cells.with_system(row, cells.messages(row[column], column))
 
 
 def _chat_messages(row: Row) -> Conversation:
@@ -278,7 +278,7 @@ def _prompt_completion(row: Row) -> Conversation:
         if isinstance(completion, str)
         else cells.messages(completion, "completion")
     )
-    return Conversation(cells.ending_in_answer(cells.request(row) + turns, "completion"))
+    return Conversation(cells.ending_in_answer(cells.prompt_with_context(row) + turns, "completion"))
 
 
 _CONVERSATIONS: Forms[Conversation] = [
@@ -295,7 +295,7 @@ def _helpsteer(row: Row) -> list[Rated]:
     """Read the form of HelpSteer: one answer a row, and a column of numbers for each attribute."""
     others = {name: value for name, value in row.items() if name not in ("prompt", "response")}
     ratings = {name: cells.number(value, name) for name, value in others.items() if cells.is_number(value)}
-    return [Rated(cells.request(row), cells.text(row["response"], "response"), ratings)]
+    return [Rated(cells.prompt_with_context(row), cells.text(row["response"], "response"), ratings)]
 
 
 def _ultrafeedback(row: Row) -> list[Rated]:
@@ -312,7 +312,7 @@ def _ultrafeedback(row: Row) -> list[Rated]:
             name: cells.number(value, name) if cells.is_number(value) else math.nan for name, value in given.items()
         }
         answer = cells.text(completion.get("response"), "completions: response")
-        answers.append(Rated(cells.request(row, "instruction"), answer, ratings))
+        answers.append(Rated(cells.prompt_with_context(row, "instruction"), answer, ratings))
     return answers
 
 
@@ -335,19 +335,19 @@ _RATED: Forms[list[Rated]] = [
 
 
 def _prompt(row: Row) -> Prompt:
-    return cells.request(row)
+    return cells.prompt_with_context(row)
 
 
 def _alpaca_prompt(row: Row) -> Prompt:
-    return cells.request(row, "instruction")
+    return cells.prompt_with_context(row, "instruction")
 
 
 def _chat_prompt(row: Row) -> Prompt:
-    return cells.up_to_answer(_turns(row, "messages"))
+    return cells.without_answer(_turns(row, "messages"))
 
 
 def _sharegpt_prompt(row: Row) -> Prompt:
-    return cells.up_to_answer(_turns(row, "conversations"))
+    return cells.without_answer(_turns(row, "conversations"))
 
 
 _PROMPTS: Forms[Prompt] = [
@@ -364,7 +364,7 @@ _PROMPTS: Forms[Prompt] = [
 def _right_and_wrong(row: Row) -> Fact:
     wrong = row["wrong"] if isinstance(row["wrong"], list) else [row["wrong"]]
     right = cells.text(row["right"], "right")
-    found = Fact(cells.request(row), right, tuple(cells.text(one, "wrong") for one in wrong))
+    found = Fact(cells.prompt_with_context(row), right, tuple(cells.text(one, "wrong") for one in wrong))
     if not found.wrong or found.right in found.wrong:
         raise ValueError("the right answer is among the wrong ones" if found.wrong else "`wrong` is empty")
     return found

@@ -49,7 +49,7 @@ def labels_of(preference: Preference) -> Labels | None:
         return None
     columns: dict[str, Column] = {}
     names: tuple[str, str] = forms.ANSWER_COLUMNS[0]
-    for where, row in sources.sound(preference, lambda row, _: row):
+    for where, row in sources.readable_rows(preference, lambda row, _: row):
         if found := forms.label_columns(row):
             if columns and found[0] != names:
                 before, now = (" and ".join(of) for of in (names, found[0]))

@@ -16,13 +16,13 @@ from lora_align.errors import UserError
 from lora_align.rankers import Ranker
 from lora_align.recipe import Preference, Sft
 
-ENOUGH = 20  # fewest held-out pairs for a meaningful accuracy
+MIN_HELD_OUT = 20  # fewest held-out pairs for a meaningful accuracy
 FIFTHS = 5  # a small source holds out at most one prompt in FIFTHS
 T = TypeVar("T")
 Split = Iterator[tuple[T, bool]]  # (row, whether it is held out)
 
 
-class Judged(NamedTuple):
+class RankedComparison(NamedTuple):
     """A ranked comparison."""
 
     where: str
@@ -31,34 +31,38 @@ class Judged(NamedTuple):
     aside: bool  # held out
 
 
-def compared(preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]) -> Iterator[Judged]:
+def rank_comparisons(
+    preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]
+) -> Iterator[RankedComparison]:
     """Rank a preference's comparisons up to `limit` training pairs; count those without a pair in `dropped`."""
     if labels := labels_of(preference):
         preference = replace(preference, rank=f"label:{labels.column}")
-    below = split_at((one.prompt for _, some in sources.sound(preference, forms.comparisons) for one in some), held_out)
+    below = split_at(
+        (one.prompt for _, some in sources.readable_rows(preference, forms.comparisons) for one in some), held_out
+    )
     left = limit or -1
     decoded = labels.decoded if labels else sources.unchanged
     for where, several in sources.read(preference, forms.comparisons, dropped, decoded):
         for one in several:
-            comparison, pair = ranked(one, preference, where)
+            comparison, pair = rank_comparison(one, preference, where)
             aside = is_held_out(comparison.prompt, below)
             if isinstance(pair, str):
                 dropped[pair] += 1
             else:
                 left -= not aside
-            yield Judged(where, comparison, pair, aside)
+            yield RankedComparison(where, comparison, pair, aside)
             if not left:
                 return
 
 
 def read_pairs(preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Pair]:
     """Yield a preference's pairs, at most `limit` for training."""
-    for one in compared(preference, held_out, limit, dropped):
+    for one in rank_comparisons(preference, held_out, limit, dropped):
         if not isinstance(one.pair, str):
             yield one.pair, one.aside
 
 
-def ranked(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
+def rank_comparison(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
     """Return the comparison with its pair under a preference, or with the reason why there is none."""
     ranker = preference.ranker
     if missing := _missing(comparison, ranker):
@@ -78,7 +82,7 @@ def ranked(comparison: Comparison, preference: Preference, where: str) -> tuple[
 def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:
     """Yield the conversations of an [sft] table, at most its `limit` for training."""
     left = sft.limit or -1
-    below = split_at((one.messages[:-1] for _, one in sources.sound(sft, forms.conversation)), sft.held_out)
+    below = split_at((one.messages[:-1] for _, one in sources.readable_rows(sft, forms.conversation)), sft.held_out)
     for _, conversation in sources.read(sft, forms.conversation, dropped):
         if not conversation.messages[-1].content.strip():
             dropped["empty answer"] += 1
@@ -108,14 +112,14 @@ def split_at(prompts: Iterable[Prompt], share: float) -> float:
     for prompt in prompts:
         value = _hash(prompt)
         rows += value < share
-        if rows >= ENOUGH:
+        if rows >= MIN_HELD_OUT:
             return share
         if value not in lowest:
             insort(lowest, value)
-            del lowest[ENOUGH:]
-        if len(known) < FIFTHS * ENOUGH:
+            del lowest[MIN_HELD_OUT:]
+        if len(known) < FIFTHS * MIN_HELD_OUT:
             known.add(value)
-    wanted = min(ENOUGH, len(known) // FIFTHS)
+    wanted = min(MIN_HELD_OUT, len(known) // FIFTHS)
     return max(share, math.nextafter(lowest[wanted - 1], 1)) if wanted else share
 
 

@@ -9,13 +9,13 @@ from lora_align.data.rows import Rated
 from lora_align.errors import UserError
 from lora_align.recipe import Ratings
 
-POINTS = 100.0
+SCALE = 100.0
 
 
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
     """Yield rated answers, nan for a missing rating. Stop after the row that brings `limit` answers for training."""
     train, names = 0, frozenset[str]()
-    below = split_at((one.prompt for _, some in sources.sound(table, forms.rated) for one in some), held_out)
+    below = split_at((one.prompt for _, some in sources.readable_rows(table, forms.rated) for one in some), held_out)
     for where, answers in sources.read(table, forms.rated, dropped):
         for row in answers:
             names = names or frozenset(table.attributes or row.ratings)
@@ -51,5 +51,5 @@ def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, floa
         value = row.ratings[name]
         if not math.isnan(value) and not table.low <= value <= table.high:
             return f"{name} is {value:g}; the recipe's scale is {table.low:g} to {table.high:g}"
-        scaled[table.prefix + name] = POINTS * (value - table.low) / (table.high - table.low)
+        scaled[table.prefix + name] = SCALE * (value - table.low) / (table.high - table.low)
     return scaled

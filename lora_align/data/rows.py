@@ -103,7 +103,7 @@ def prompt_key(prompt: Prompt) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def under_system(text: str, prompt: Prompt) -> Prompt:
+def with_system_prompt(text: str, prompt: Prompt) -> Prompt:
     """Return the prompt with a system message, put before its own one if it has one."""
     if not text:
         return prompt

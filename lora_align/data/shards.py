@@ -51,10 +51,10 @@ class Shards:
         from pyarrow.parquet import write_table
 
         number = int(self.files[-1].stem.split("-")[1]) + 1 if self.files else 0
-        rank = f"-{processes.number()}" if processes.number() else ""
+        rank = f"-{processes.rank()}" if processes.rank() else ""
         file = self.folder / f"part-{number:06d}{rank}.parquet"
         unfinished, table = file.with_suffix(UNFINISHED), _table(rows)
-        with runs.writing(self.folder, REMEDY, table.nbytes), unfinished.open("wb") as stream:
+        with runs.report_write_errors(self.folder, REMEDY, table.nbytes), unfinished.open("wb") as stream:
             write_table(table, stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -68,9 +68,9 @@ def opened(folder: Path) -> Iterator[Shards]:
     """Lock a folder, remove unfinished files of a killed program, and yield its shards."""
     lock = FileLock(folder / ".lock")
     try:
-        processes.by_first(lambda: _lock_and_clean(folder, lock))
+        processes.on_rank_0(lambda: _lock_and_clean(folder, lock))
         store = Shards(folder)
-        processes.meet()  # all ranks list the files before any rank adds one
+        processes.barrier()  # all ranks list the files before any rank adds one
         yield store
     finally:
         lock.release()
@@ -88,7 +88,7 @@ def _lock_and_clean(folder: Path, lock: FileLock) -> None:
         left.unlink()
 
 
-def check_out(out: Path) -> None:
+def check_out_file(out: Path) -> None:
     """Refuse an --out file that cannot be written. Call this before slow work."""
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a {' or '.join(SUFFIXES)} file")
@@ -98,13 +98,13 @@ def check_out(out: Path) -> None:
 
 
 @contextmanager
-def towards(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
+def shards_for(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
     """Yield the shards of an --out file, in a hidden folder beside it. `finish` then writes the file.
 
     Shards that were begun with other settings are refused.
     """
     with opened(_parts(out)) as store:
-        same_work(_parts(out), settings)
+        check_settings(_parts(out), settings)
         yield store
 
 
@@ -122,20 +122,20 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             from pyarrow.parquet import write_table
 
             table = _table(rows)
-            with runs.writing(out, REMEDY, table.nbytes):
+            with runs.report_write_errors(out, REMEDY, table.nbytes):
                 write_table(table, unfinished)
         else:
             lines = [f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode() for row in rows]
-            with runs.writing(out, REMEDY, sum(map(len, lines))), unfinished.open("wb") as stream:
+            with runs.report_write_errors(out, REMEDY, sum(map(len, lines))), unfinished.open("wb") as stream:
                 stream.writelines(lines)
         unfinished.replace(out)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def same_work(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to continue shards that were begun with other settings."""
-    processes.by_first(lambda: _same_work(folder, settings))
+    processes.on_rank_0(lambda: _same_work(folder, settings))
 
 
 def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Source(Protocol):
         """Whether unreadable rows are counted and skipped instead of refused."""
 
 
-class Watched(dict[str, Any]):
+class TrackedRow(dict[str, Any]):
     """A row that records which of its columns are read."""
 
     def __init__(self, row: Row) -> None:
@@ -102,11 +102,11 @@ def read(
     fault is raised.
     """
     fault, good = None, 0
-    for where, row in rows(*place(source)):
+    for where, row in rows(*location(source)):
         try:
             if isinstance(row, UserError):
                 raise row
-            watched = Watched(changed(_renamed(row, source.columns, where)))
+            watched = TrackedRow(changed(_renamed(row, source.columns, where)))
             found = form(watched, where)
         except UserError as refused:
             if not source.skip_bad:
@@ -122,15 +122,15 @@ def read(
         raise UserError(f"{fault} (no other row can be read either)")
 
 
-def sound(source: Source, form: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
+def readable_rows(source: Source, form: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
     """Yield the rows that `form` can read, with their places. Used for a first pass, before `read`."""
-    for where, row in rows(*place(source)):
+    for where, row in rows(*location(source)):
         with suppress(UserError):
             if not isinstance(row, UserError):
                 yield where, form(_renamed(row, source.columns, where), where)
 
 
-def unread_in(counts: Counter[str]) -> dict[str, int]:
+def pop_unread(counts: Counter[str]) -> dict[str, int]:
     """Remove the columns that were not read from `counts`, and return them with their numbers of filled rows."""
     return {name.removeprefix(UNREAD): counts.pop(name) for name in sorted(counts) if name.startswith(UNREAD)}
 
@@ -153,7 +153,7 @@ def _cell_texts(value: Any) -> list[Any]:
     return [text if isinstance(text, str) else None for text in texts]
 
 
-def good_rows(data: str) -> Iterator[tuple[str, Row]]:
+def rows_or_raise(data: str) -> Iterator[tuple[str, Row]]:
     """Yield every row of a source with its place; raise at the first unreadable row."""
     for where, row in rows(data):
         if isinstance(row, UserError):
@@ -163,14 +163,14 @@ def good_rows(data: str) -> Iterator[tuple[str, Row]]:
 
 def read_all(data: str, form: Callable[[Row, str], Found], unread: Counter[str]) -> Iterator[tuple[Row, Found]]:
     """Yield every row of a source as it is and in a form; count columns that may be asked and that the form ignores."""
-    for where, row in good_rows(data):
-        watched = Watched(row)
+    for where, row in rows_or_raise(data):
+        watched = TrackedRow(row)
         found = form(watched, where)
         unread.update(name for name in watched.unread(found) if name in ASKED)
         yield row, found
 
 
-def place(source: Source) -> tuple[str, str, str, str]:
+def location(source: Source) -> tuple[str, str, str, str]:
     """Return the values that locate a source's rows: data, split, revision, subset."""
     return source.data, source.split, source.revision, source.subset
 
@@ -195,12 +195,12 @@ def _named(data: str, subset: str) -> str:
     return f"{data} {subset}" if subset else data
 
 
-def identity(source: Source) -> str:
+def fingerprint(source: Source) -> str:
     """Return a fingerprint of a source's rows without reading them; a registered source's rows depend on its name."""
     if _registered(source.data):
         return source.data
     file = _file(source.data)
-    return runs.sha256(file) if file else str(_table(*place(source))._fingerprint)
+    return runs.sha256(file) if file else str(_table(*location(source))._fingerprint)
 
 
 def _registered(data: str) -> Callable[[str], Rows] | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from lora_align.data.pairs import ENOUGH
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.evaluate.measure import SCORE, Measured, Row
 from lora_align.evaluate.test_set import ANY, RISKY, SAFE
 from lora_align.metrics import intervals, repetition
@@ -22,7 +22,7 @@ def figures(found: Measured) -> Figures:
         rows = [row for row in found.margins if row["preference"] == preference]
         pairs = [row["pair"] for row in rows]
         told[f"margin {preference}"] = intervals.mean([row["margin"] for row in rows], pairs)
-        if any(row["margin"] for row in rows) and len(rows) >= ENOUGH:  # the start policy has no margins
+        if any(row["margin"] for row in rows) and len(rows) >= MIN_HELD_OUT:  # the start policy has no margins
             told[f"accuracy {preference}"] = intervals.mean([float(row["margin"] > 0) for row in rows], pairs)
     for kind, name in ((SAFE, "refused safe"), (RISKY, "refused risky"), (ANY, "refused")):
         told |= _of(name, [row for row in found.answers if row["kind"] == kind], lambda row: row["refused"])

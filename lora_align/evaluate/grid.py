@@ -18,7 +18,7 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
     for axis in axes:
         name, _, span = axis.partition("=")
         try:
-            low, high, step = (*map(float, span.split(":")), 0.5)[:3]
+            low, high, step = (*map(float, span.split(":")), 0.5)[: 3 if span.count(":") < 3 else None]
             count = math.floor((high - low) / step + 1e-9) + 1
         except (ValueError, ZeroDivisionError):
             count = 0

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lora_align import runs
 from lora_align.console import Screen
 from lora_align.data import shards
-from lora_align.data.rows import Fact, under_system
+from lora_align.data.rows import Fact, with_system_prompt
 from lora_align.evaluate.test_set import TestSet, read_test_set
 from lora_align.metrics import refusals, repetition
 from lora_align.model import base as bases
@@ -137,7 +137,7 @@ class Evaluator:
     # --- answers ---
 
     def _answers(self, policy: Policy, report: Callable[[int], None]) -> list[Row]:
-        asked = [under_system(policy.system, question.prompt) for question in self.test_set.questions]
+        asked = [with_system_prompt(policy.system, question.prompt) for question in self.test_set.questions]
         self.policies.activate(policy)
         rows: list[Row] = []
         for batch in self.policies.sampler.draw(asked, self.test_set.samples, self.test_set.sampling):
@@ -171,7 +171,7 @@ class Evaluator:
             self.policies.activate(who)
             read = []
             for row in rows:
-                prompt = under_system(who.system, self.test_set.questions[row["prompt"]].prompt)
+                prompt = with_system_prompt(who.system, self.test_set.questions[row["prompt"]].prompt)
                 ids = self.base.chat.prompt_ids(prompt)
                 answer = self.base.chat.answer_ids(prompt, row["answer"], ended=row["ended"])
                 read.append((ids, [answer[: max(1, self.base.max_length - len(ids))]]))
@@ -199,7 +199,9 @@ class Evaluator:
         self.policies.activate(policy)
         found = {}
         for name, pairs in self.test_set.pairs.items():
-            asked = [type(pair)(under_system(policy.system, pair.prompt), pair.chosen, pair.rejected) for pair in pairs]
+            asked = [
+                type(pair)(with_system_prompt(policy.system, pair.prompt), pair.chosen, pair.rejected) for pair in pairs
+            ]
             tokens = tokenise.pairs(asked, self.base.chat, self.base.max_length, Counter())
             rows: list[Shared] = [row.shared() for row in tokens if row]
             sums = answer_logprobs(self.model, rows, MemoryBudget(TOKENS)).view(-1, 2)
@@ -238,7 +240,7 @@ class Evaluator:
     def _facts(self, policy: Policy) -> list[Row]:
         """Whether it finds what is right likelier than all that is wrong."""
         self.policies.activate(policy)
-        asked = [replace(fact, prompt=under_system(policy.system, fact.prompt)) for fact in self.test_set.facts]
+        asked = [replace(fact, prompt=with_system_prompt(policy.system, fact.prompt)) for fact in self.test_set.facts]
         found = facts_known(self.model, self.base, asked)
         return [{"fact": place, "known": value} for place, value in enumerate(found) if value is not None]
 

@@ -109,7 +109,7 @@ def find_reach(
     pairs = list(combinations(names, 2))
     most = STEPS * (2 * len(names) + len(SIGNS) * len(pairs))
     with (
-        runs.claim(target, screen, force=force) as staging,
+        runs.staging_folder(target, screen, force=force) as staging,
         screen.progress("looks", most) as progress,
     ):
         looks = iter(range(10**9))

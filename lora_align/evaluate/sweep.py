@@ -33,7 +33,7 @@ def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[dict[str, Wa
     that name them; and of each objective whether less of it is wanted there."""
     region = newest_conditioned(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
-    drawn = [want.drawn(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
+    drawn = [want.sample_direction(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
     if len(region) == 2:
         drawn.sort(key=lambda one: math.atan2(*one.weights.values()))
         drawn = [drawn[place * (len(drawn) - 1) // max(count - 1, 1)] for place in range(count)]
@@ -66,7 +66,7 @@ def run_sweep(
     of_word = {weights_text(point): point for point in points}
     of_word.setdefault(START, dict.fromkeys(values, 0.0))
     evaluator = evaluate(find_policies(words, recipe, runs_dir, screen))
-    with runs.claim(target, screen, force=force) as staging:
+    with runs.staging_folder(target, screen, force=force) as staging:
         found = list(evaluator.measure_all(screen))
         told_of = [figures(one) for one in found]
         names = list(dict.fromkeys(name for of in told_of for name in of))

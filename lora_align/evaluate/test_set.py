@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from lora_align.console import Screen, count
 from lora_align.data import forms, sources
-from lora_align.data.pairs import ENOUGH, is_held_out, read_pairs, reasons
+from lora_align.data.pairs import MIN_HELD_OUT, is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
 from lora_align.model.decoding import Sampling
-from lora_align.recipe import Asked, Recipe
+from lora_align.recipe import EvalSource, Recipe
 
 Found = TypeVar("Found")
 SAFE, RISKY, ANY = "safe", "risky", ""  # what is known of a prompt
@@ -74,9 +74,9 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
         except NotFetchedError as fault:
             screen.warn(f"{name}: its pairs are left out: {fault}")
             continue
-        if 0 < len(pairs[name]) < ENOUGH:
+        if 0 < len(pairs[name]) < MIN_HELD_OUT:
             screen.warn(
-                f"{name}: {count(len(pairs[name]), 'held-out pair')}: too few for an accuracy ({ENOUGH} needed)"
+                f"{name}: {count(len(pairs[name]), 'held-out pair')}: too few for an accuracy ({MIN_HELD_OUT} needed)"
             )
     dropped: dict[str, Counter[str]] = defaultdict(Counter)
     named = {SAFE: ("eval.prompts", settings.prompts), RISKY: ("eval.risky", settings.risky)}
@@ -95,7 +95,7 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
     texts = list(islice(filter(str.strip, _read(settings.text, _text, dropped["eval.text"])), settings.count))
     facts = list(islice(_read(settings.facts, forms.fact, dropped["eval.facts"]), settings.pairs))
     for key, counts in dropped.items():
-        unread = {name: rows for name, rows in sources.unread_in(counts).items() if name in sources.ASKED}
+        unread = {name: rows for name, rows in sources.pop_unread(counts).items() if name in sources.ASKED}
         for warning in sources.unread_warnings(unread):
             screen.warn(f"{key}: {warning}")
         if counts:
@@ -104,7 +104,7 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
     return TestSet(questions, settings.samples, sampling, pairs, texts, facts)
 
 
-def _read(source: Asked, form: Callable[[sources.Row, str], Found], dropped: Counter[str]) -> Iterator[Found]:
+def _read(source: EvalSource, form: Callable[[sources.Row, str], Found], dropped: Counter[str]) -> Iterator[Found]:
     """Yield the rows of a source in a form; only those whose columns hold what `where` names."""
 
     def wanted(row: sources.Row, where: str) -> Found | None:
@@ -126,7 +126,7 @@ def _held_out(recipe: Recipe, name: str) -> list[Pair]:
     return found
 
 
-def _prompts(recipe: Recipe, key: str, source: Asked, dropped: Counter[str], screen: Screen) -> list[Prompt]:
+def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str], screen: Screen) -> list[Prompt]:
     """Return different prompts of a source of [eval], none of which the recipe trains on."""
     trained = _trained_on(recipe, source)
     held_out = min(trained.values(), default=1.0)  # what the smallest share holds out, all do
@@ -150,7 +150,7 @@ def _prompts(recipe: Recipe, key: str, source: Asked, dropped: Counter[str], scr
     return list(found.values())
 
 
-def _trained_on(recipe: Recipe, source: Asked) -> dict[str, float]:
+def _trained_on(recipe: Recipe, source: EvalSource) -> dict[str, float]:
     """Return the tables of a recipe that read the same rows to train on, and the share of prompts each holds out."""
     tables: dict[str, tuple[sources.Source, float]] = {}
     for name, axis in recipe.preferences.items():

@@ -1,4 +1,4 @@
-"""A histogram of lengths, and its bars as text."""
+"""Histograms of lengths, and their text form."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ BINS = 12
 
 
 def bars(histogram: Sequence[tuple[int, int, int]]) -> list[str]:
-    """A line each bin."""
+    """Return one line of text per bin."""
     widest = max((count for _, _, count in histogram), default=1)
     return [
         f"{low:>6,} to {high:<6,} {'█' * math.ceil(24 * count / widest):<24} {count:,}"
@@ -17,7 +17,7 @@ def bars(histogram: Sequence[tuple[int, int, int]]) -> list[str]:
 
 
 def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """From, to and how many, in bins of a round width."""
+    """Return (first, last, count) of each bin; bins have a round width."""
     if not lengths:
         return []
     width = max(1, math.ceil((max(lengths) + 1) / BINS))

@@ -1,4 +1,4 @@
-"""Pictures of control: what a weight does, and what two weights do together."""
+"""Plots: control curves, weight maps, reward-model reports, lengths, layer norms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 INK, PALE, BROKEN = "#1f4e9c", "#b9c7e0", "#c2410c"
 COLOURS = "YlGnBu"
 
-Grid = Sequence[Sequence[float]]  # [weights of the second, weights of the first]
+Grid = Sequence[Sequence[float]]  # [weights of the second preference, weights of the first]
 
 
 def control_curves(
@@ -21,7 +21,10 @@ def control_curves(
     well_formed: Mapping[str, Sequence[float]],
     columns: int = 4,
 ) -> None:
-    """Each preference's own score against its weight: `curves` holds a row a seed, drawn pale under their mean."""
+    """Plot each preference's own score against its weight.
+
+    `curves` has one row per seed; the rows are pale, their mean is bold. `well_formed` is a dashed line.
+    """
     columns = min(columns, len(curves))
     rows = -(-len(curves) // columns)
     picture = Figure(figsize=(2.35 * columns + 0.5, 2.2 * rows + 0.35), layout="constrained")
@@ -44,7 +47,7 @@ def control_curves(
 def weight_map(
     file: Path, names: tuple[str, str], weights: tuple[Sequence[float], Sequence[float]], scores: Mapping[str, Grid]
 ) -> None:
-    """One heat map a score over the weights of two preferences; shares on one scale, other scores on their own."""
+    """Plot one heat map per score over the weights of two preferences. Scores within 0 and 1 use that scale."""
     picture = Figure(figsize=(3.1 * len(scores), 3.3), layout="constrained")
     for panel, (score, grid) in zip(picture.subplots(1, len(scores), squeeze=False).flat, scores.items(), strict=True):
         flat = [value for values in grid for value in values if not math.isnan(value)] or [0.0]
@@ -66,7 +69,7 @@ def weight_map(
 
 
 def reward_report(file: Path, report: Mapping[str, Any]) -> None:
-    """Each head's scores against what raters or pairs said, and how the heads go together."""
+    """Plot the calibration of each head against ratings or pairs, and the rank correlation between heads."""
     heads = {
         name: figures for name, figures in report["heads"].items() if "calibration" in figures or "chances" in figures
     }
@@ -77,12 +80,12 @@ def reward_report(file: Path, report: Mapping[str, Any]) -> None:
     for panel, (name, figures) in zip(panels, heads.items(), strict=False):
         rated = figures["rated"] > 1
         top = 100 if rated else 1
-        said, seen = zip(*figures["calibration" if rated else "chances"], strict=True)
+        predicted, observed = zip(*figures["calibration" if rated else "chances"], strict=True)
         panel.plot([0, top], [0, top], color="#cccccc", linewidth=1)
-        panel.plot(said, seen, color=INK, linewidth=2, marker="o", markersize=4)
+        panel.plot(predicted, observed, color=INK, linewidth=2, marker="o", markersize=4)
         panel.set_title(name, fontsize=10)
-        panel.set_xlabel("score" if rated else "chance it was given to win", fontsize=8)
-        panel.set_ylabel("mean rating" if rated else "how often it won", fontsize=8)
+        panel.set_xlabel("score" if rated else "predicted chance of winning", fontsize=8)
+        panel.set_ylabel("mean rating" if rated else "share won", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
     names = list(report["heads"])
@@ -97,7 +100,7 @@ def reward_report(file: Path, report: Mapping[str, Any]) -> None:
 
 
 def lengths(file: Path, bins: Sequence[tuple[int, int, int]], max_length: int, title: str) -> None:
-    """How many pairs there are of each length in tokens, and where they are cut."""
+    """Plot a histogram of pair lengths in tokens, with a line where pairs are truncated."""
     picture = Figure(figsize=(6.4, 2.8), layout="constrained")
     panel = picture.subplots()
     lows, widths = [low for low, _, _ in bins], [high + 1 - low for low, high, _ in bins]
@@ -111,18 +114,19 @@ def lengths(file: Path, bins: Sequence[tuple[int, int, int]], max_length: int, t
 
 
 def layer_maps(file: Path, places: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
-    """One heat map an update: how long it is in every layer and kind of module."""
-    kinds = list(dict.fromkeys(kind for of in places.values() for kind in of))
-    layers = sorted({layer for of in places.values() for held in of.values() for layer in held})
-    longest = max((norm for of in places.values() for held in of.values() for norm in held.values()), default=0.0)
+    """Plot one heat map per update: its norm in every layer and kind of module."""
+    kinds = list(dict.fromkeys(kind for norms in places.values() for kind in norms))
+    by_layer = [layers for norms in places.values() for layers in norms.values()]
+    layers = sorted({layer for norms in by_layer for layer in norms})
+    largest = max((norm for norms in by_layer for norm in norms.values()), default=0.0)
     width, height = 0.22 * len(layers) + 1.6, 0.26 * len(kinds) + 0.75
     columns = max(1, min(len(places), int(11 / width)))
     rows = -(-len(places) // columns)
     picture = Figure(figsize=(width * columns + 0.6, height * rows + 0.3), layout="constrained")
     panels = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for panel, (name, of) in zip(panels.flat, places.items(), strict=False):
-        grid = [[of.get(kind, {}).get(layer, math.nan) for layer in layers] for kind in kinds]
-        shown = panel.imshow(grid, cmap=COLOURS, vmin=0, vmax=longest or 1, aspect="auto")
+    for panel, (name, norms) in zip(panels.flat, places.items(), strict=False):
+        grid = [[norms.get(kind, {}).get(layer, math.nan) for layer in layers] for kind in kinds]
+        shown = panel.imshow(grid, cmap=COLOURS, vmin=0, vmax=largest or 1, aspect="auto")
         panel.set_title(name, fontsize=10)
         step = -(-len(layers) // 16)
         panel.set_xticks(range(0, len(layers), step), ["–" if n < 0 else n for n in layers[::step]], fontsize=7)
@@ -137,7 +141,7 @@ def layer_maps(file: Path, places: Mapping[str, Mapping[str, Mapping[int, float]
 
 
 def _plain(panel: Axes) -> None:
-    """An axis from 0 to 1 without ornaments."""
+    """Set the y axis to 0 to 1 and remove unneeded lines."""
     panel.set_ylim(-0.02, 1.02)
     panel.axvline(0, color="#dddddd", linewidth=1, zorder=0)
     panel.grid(axis="y", color="#eeeeee", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Figures about scores: how well they order answers, how far they can be believed, what they go along with."""
+"""Metrics of scores: rank correlation, concordance, calibration."""
 
 import math
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ BINS = 5
 
 
 def rank_correlations(columns: Tensor) -> Tensor:
-    """Spearman's correlation of every two columns [n, k]: [k, k]; rows where either is nan do not count."""
+    """Return Spearman's correlations [k, k] of columns [n, k]; for each two columns, rows with a nan are left out."""
     count = columns.shape[1]
-    found = torch.eye(count, dtype=torch.float64)
+    correlations = torch.eye(count, dtype=torch.float64)
     for i in range(count):
         for j in range(i):
             both = columns[:, [i, j]][~columns[:, [i, j]].isnan().any(1)]
-            found[i, j] = found[j, i] = _correlation(ranks(both[:, 0]), ranks(both[:, 1]))
-    return found
+            correlations[i, j] = correlations[j, i] = _correlation(ranks(both[:, 0]), ranks(both[:, 1]))
+    return correlations
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Places from 0 in ascending order; equal values share the mean of theirs."""
+    """Return ascending ranks from 0; equal values share their mean rank."""
     _, where, counts = values.unique(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
-    places: Tensor = (first + (counts - 1) / 2.0)[where]
-    return places.double()
+    found: Tensor = (first + (counts - 1) / 2.0)[where]
+    return found.double()
 
 
 def concordance(scores: Tensor, truth: Tensor) -> float:
-    """How often, of two answers that were rated differently, the better one has the higher score; ties count half."""
+    """Return how often the better-rated of two answers has the higher score; equal scores count half."""
     higher = truth[:, None] > truth[None, :]
     if not higher.any():
         return math.nan
@@ -38,19 +38,19 @@ def concordance(scores: Tensor, truth: Tensor) -> float:
 
 
 def calibration(said: Tensor, seen: Tensor) -> list[tuple[float, float]]:
-    """Mean of what was said and of what was seen, in parts of equal size from the lowest said to the highest."""
+    """Return the mean predicted (`said`) and observed (`seen`) value in BINS equal parts, ordered by prediction."""
     order = said.argsort()
     parts = torch.tensor_split(order, min(BINS, len(order)))
     return [(float(said[part].mean()), float(seen[part].mean())) for part in parts]
 
 
 def calibration_error(points: Sequence[tuple[float, float]]) -> float:
-    """Mean distance of what was said from what was seen."""
-    return sum(abs(said - seen) for said, seen in points) / len(points)
+    """Return the mean absolute difference of predicted and observed values."""
+    return sum(abs(predicted - observed) for predicted, observed in points) / len(points)
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:
-    """Pearson's; nan where one of them does not vary."""
+    """Return Pearson's correlation; nan if one side is constant."""
     if len(first) < 2:
         return math.nan
     first, second = first - first.mean(), second - second.mean()

@@ -1,19 +1,19 @@
-"""Figures about texts as such: how much they repeat themselves, and each other."""
+"""Metrics of repetition within and between answers."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-LONG = 4  # words in a row that nobody says twice by chance
+LONG = 4  # words of a run that rarely repeats by chance
 
 
 def repeated(text: str) -> float:
-    """Share of an answer's runs of four words that stood in it before."""
+    """Return the share of an answer's four-word runs that repeat an earlier one."""
     runs = _runs(text, LONG)
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def distinct(texts: Sequence[str]) -> float:
-    """Of all pairs of words in several answers to one prompt, the share that are different ones."""
+    """Return the share of distinct word pairs (bigrams) in several answers to one prompt."""
     pairs = Counter(pair for text in texts for pair in _runs(text, 2))
     return len(pairs) / pairs.total() if pairs else 1.0
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lora_align import plugins, processes, recipe, runs
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
-from lora_align.model.nf4 import keep_dequantised, keep_plain
+from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class Base:
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:
             source = _quantized(self)
-        if not self.recipe.fsdp or processes.count() == 1:
+        if not self.recipe.fsdp or processes.world_size() == 1:
             model = _load(source, self.recipe, device())
             if model.device.type == "cpu":
-                keep_dequantised(model, compute_dtype(self.recipe))
+                dequantise_once(model, compute_dtype(self.recipe))
             return model
         from lora_align.model.fsdp import shard_base
 
-        processes.meet()  # initialises torch.distributed
+        processes.barrier()  # initialises torch.distributed
         with FileLock(runs.cache_folder() / ".dividing.lock"):  # hold one whole base in memory at a time
             return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
 
@@ -120,7 +120,7 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
 
 def device() -> torch.device:
     """Return this process's GPU, or the CPU if there is no GPU."""
-    return torch.device("cuda", processes.here()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_memory(where: torch.device) -> int:
@@ -130,7 +130,7 @@ def device_memory(where: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def inside(policy: "PeftModel") -> PreTrainedModel:
+def base_model_of(policy: "PeftModel") -> PreTrainedModel:
     """Return the base model under the PEFT wrapper, with the adapter layers in place."""
     model = policy.get_base_model()
     assert isinstance(model, PreTrainedModel)
@@ -218,7 +218,7 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
         )
     except (ValueError, OSError, ImportError) as fault:
         raise UserError(f"base.model {base.model!r} does not load: {fault}") from fault
-    keep_plain(model)
+    disable_cpu_repacking(model)
     for module in model.modules():
         # the frozen base has no dropout; the recipe sets the adapter's dropout
         if isinstance(module, torch.nn.Dropout):

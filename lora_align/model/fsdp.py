@@ -29,7 +29,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     weights: list[Any] = [linear.weight for linear in linears]
     kinds = [(weight.compress_statistics, weight.quant_type, weight.quant_state) for weight in weights]
     whole = {*model.parameters()} - {*weights}
-    mesh = init_device_mesh(device.type, (processes.count(),))
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
     for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.packing import Backbone, noise
+from lora_align.model.packing import Backbone, tolerance
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 Shared = tuple[list[int], Sequence[list[int]]]  # a prompt and several answers to it
@@ -42,7 +42,7 @@ class Head:
             ours = head.logits(states)
         if theirs.isnan().any():
             raise _not_finite(model)
-        if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=noise(model, theirs)):
+        if not torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=tolerance(model, theirs)):
             raise UserError(f"{type(model).__name__} computes its logits in an unsupported way; use another base.model")
         return head
 

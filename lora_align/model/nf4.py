@@ -35,7 +35,14 @@ try:
 finally:
     torch.compile = _torch_compile
 
-__all__ = ["DequantisedLinear4bit", "Linear4bit", "dense_weight", "fits_dequantised", "keep_dequantised", "keep_plain"]
+__all__ = [
+    "DequantisedLinear4bit",
+    "Linear4bit",
+    "dense_weight",
+    "dequantise_once",
+    "disable_cpu_repacking",
+    "fits_dequantised",
+]
 
 SHARE = 0.5  # of the available memory: the most that dequantised weights may take
 
@@ -51,7 +58,7 @@ class DequantisedLinear4bit(Linear4bit):
         return linear(x.to(self.dense.dtype), self.dense, bias).to(x.dtype)
 
 
-def keep_plain(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU.
 
     On processors with AVX512-BF16 a forward pass in eval mode repacks a weight in place for a faster kernel
@@ -67,7 +74,7 @@ def fits_dequantised(weights: int, dtype: torch.dtype) -> bool:
     return bool(weights * dtype.itemsize <= SHARE * psutil.virtual_memory().available)
 
 
-def keep_dequantised(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantise_once(model: nn.Module, dtype: torch.dtype) -> None:
     """Dequantise every 4-bit layer of a model on a CPU once, if all of them fit into memory."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if fits_dequantised(sum(layer.in_features * layer.out_features for layer in layers), dtype):

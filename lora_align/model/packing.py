@@ -23,7 +23,7 @@ LEAST = 1e-3  # smallest tolerance in any dtype
 TRIED: list[Row] = [[[4, 5, 6, 7, 8], [9, 10, 11, 12], [10, 4, 5]], [[7, 5, 9]]]
 
 
-def noise(model: PreTrainedModel, values: Tensor) -> float:
+def tolerance(model: PreTrainedModel, values: Tensor) -> float:
     """Return the tolerance for comparing values that are computed in two ways. It grows with their magnitude."""
     return max(LEAST, NOISE * torch.finfo(model.dtype).eps * float(values.abs().max()))
 
@@ -47,7 +47,7 @@ class Backbone:
                 found = torch.cat(packed.states(TRIED))
             except (RuntimeError, ValueError, TypeError):  # the model's attention takes no `segments`
                 return padded
-        return packed if torch.allclose(found, expected, atol=noise(model, expected)) else padded
+        return packed if torch.allclose(found, expected, atol=tolerance(model, expected)) else padded
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Backbone":

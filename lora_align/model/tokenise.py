@@ -12,7 +12,7 @@ from lora_align.rankers import Direction
 
 IGNORED = -100  # the label of a token that the loss ignores
 Said = tuple[Sequence[Message], Sequence[str]]  # a conversation and answers to it
-CUT = "answers cut"  # counts truncated answers, which are not dropped
+TRUNCATED = "answers cut"  # counts truncated answers, which are not dropped
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TokenText:
 
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
     """Tokenise pairs and truncate each answer at `max_length`. Return None for a pair that is dropped."""
-    shortened = short(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
+    shortened = truncate_texts(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
     return [pair(prompt, answers, max_length, counts) for prompt, answers in chat.answered_each(shortened)]
 
 
@@ -71,7 +71,7 @@ def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, count
     elif chosen == rejected:
         counts["alike once cut"] += 1
     else:
-        counts[CUT] += sum(len(ids) > room for ids in answers)
+        counts[TRUNCATED] += sum(len(ids) > room for ids in answers)
         return TokenPair(prompt, chosen, rejected)
     return None
 
@@ -79,14 +79,14 @@ def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, count
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
     """Tokenise rated answers and truncate them at `max_length`. Return None where the prompt leaves no room."""
     found: list[TokenRated | None] = []
-    tokens = chat.answered_each(short(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
+    tokens = chat.answered_each(truncate_texts(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         room = max_length - len(prompt)
         if room < 1:
             counts["prompt too long"] += 1
             found.append(None)
         else:
-            counts[CUT] += len(answer) > room
+            counts[TRUNCATED] += len(answer) > room
             found.append(TokenRated(prompt, answer[:room], row.ratings))
     return found
 
@@ -100,7 +100,7 @@ def texts(
     """
     found: list[TokenText | None] = []
     split = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
-    tokens = chat.answered_each(short(split, chat, max_length))
+    tokens = chat.answered_each(truncate_texts(split, chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         if len(prompt) >= max_length:
             counts["prompt too long"] += 1
@@ -110,7 +110,7 @@ def texts(
         labels = list(ids)
         if answers_only:
             labels[: len(prompt)] = _earlier_answers(row, chat, prompt)
-        counts[CUT] += len(ids) > max_length
+        counts[TRUNCATED] += len(ids) > max_length
         found.append(TokenText(ids[:max_length], labels[:max_length]))
     return found
 
@@ -131,7 +131,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return packs
 
 
-def short(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
+def truncate_texts(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
     """Truncate each text to a length that surely exceeds `max_length`, so that huge rows do not exhaust memory."""
     most = (max_length + 1) * chat.longest_token
     return [

@@ -21,7 +21,7 @@ WORTH = 0.03  # share of a stage's time that a switch must save to pay
 
 
 @dataclass(frozen=True)
-class Tried:
+class MeasuredSwitch:
     """A measured switch of a setting."""
 
     said: str  # as for --set
@@ -31,7 +31,7 @@ class Tried:
     fault: str = ""  # why the switch could not be measured
 
 
-def switches(base: Base, plan: StageEstimate) -> Iterator[Tried]:
+def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
     """Measure other ways to compute a step, each against the best one so far."""
     for option, of_base, of_stage in _ways(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
@@ -39,12 +39,12 @@ def switches(base: Base, plan: StageEstimate) -> Iterator[Tried]:
         try:
             step = time_step(other, stage, [stage.rows[i] for i in plan.part])
         except UserError as fault:
-            yield Tried(option, fault=str(fault))
+            yield MeasuredSwitch(option, fault=str(fault))
             continue
         assert plan.measured is not None
         with_it = replace(plan, stage=stage).by(step)
         pays = with_it.seconds < (1 - WORTH) * plan.seconds
-        yield Tried(option, step.seconds / plan.measured.seconds, with_it.seconds, pays)
+        yield MeasuredSwitch(option, step.seconds / plan.measured.seconds, with_it.seconds, pays)
         if pays:
             base, plan = other, with_it
 
@@ -62,7 +62,7 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
             yield f"base.attention={kernel}", {"attention": kernel}, {}
 
 
-def fitting(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
+def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return the first change of settings, or number of cards, that makes the stage fit."""
     found, options = plan, ""
     for options, settings, lora in _changes(plan.stage):
@@ -77,7 +77,7 @@ def fitting(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
 
 
-def quicker(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
+def faster(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return advice to disable gradient checkpointing if the stage fits without it, else an empty string."""
     if not plan.stage.settings.gradient_checkpointing:
         return ""

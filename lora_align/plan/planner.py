@@ -38,7 +38,7 @@ def plan_stages(
     a step of each stage that fits runs on this device.
     """
     base = shapes.find(recipe.base, outline=not measure)
-    device = device_of(recipe, card, vram, cards or processes.count())
+    device = device_of(recipe, card, vram, cards or processes.world_size())
     found = []
     for name in names:
         stage = stage_of(recipe, name, base, screen)
@@ -53,9 +53,9 @@ def plan_stages(
                     screen.note(f"{name}: sampling answers")
                     taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
             if plan.fits:
-                advised = advice.quicker(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
+                advised = advice.faster(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
             else:
-                advised = advice.fitting(recipe, base, plan)
+                advised = advice.what_fits(recipe, base, plan)
             found.append({**plan.facts(), "advice": advised, **taken})
     if not found:
         raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")

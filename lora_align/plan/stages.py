@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_align.console import Screen
-from lora_align.data.rows import Prompt, under_system
+from lora_align.data.rows import Prompt, with_system_prompt
 from lora_align.errors import NotFetchedError
 from lora_align.model.base import Base
 from lora_align.model.decoding import Sampling
@@ -116,7 +116,7 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
         for t in range(1, settings.iterations + 1)
     ]
     answers = sum(len(requests) * sampling_requests.each(settings, t) for t, requests in enumerate(requested, 1))
-    some = [under_system(of.system, of.prompt) for of in requested[-1][: max(1, AT_ONCE // settings.samples)]]
+    some = [with_system_prompt(of.system, of.prompt) for of in requested[-1][: max(1, AT_ONCE // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     drawing = SamplingWork(answers, some, sampling_requests.each(settings, settings.iterations), sampling)
     why = "rows of the maximum length are assumed, because rsf samples its rows while it runs"

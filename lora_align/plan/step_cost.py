@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from lora_align.model.base import inside
+from lora_align.model.base import base_model_of
 from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 
 CUTS = (2, 4)  # layers of the two bases
@@ -103,7 +103,7 @@ class Shape:
         every = COLLECT_EVERY if self.checkpointing else 0
         with FakeTensorMode(), _Ledger(every) as ledger:
             weights, packed, trained = self._materialise(model)
-            base = inside(model)
+            base = base_model_of(model)
             head = base.get_output_embeddings()
             if not vocabulary:  # a tiny head; targets beyond it do no harm, because fake tensors have no data
                 head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)

@@ -50,7 +50,7 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     with compiled_layers(policy, wanted=stage.settings.compile):
         first = _seconds(step)  # includes work done only once, such as compiling
         policy.zero_grad()
-        taken = highest(step)
+        taken = peak_bytes(step)
         seconds = min(_seconds(step) for _ in range(TIMES))
     return StepTiming(seconds, first - seconds, taken)
 
@@ -64,7 +64,7 @@ def time_sampling(base: Base, drawing: SamplingWork) -> float:
     return answers / (time.perf_counter() - began)
 
 
-def highest(work: Callable[[], None]) -> float:
+def peak_bytes(work: Callable[[], None]) -> float:
     """Return the peak bytes of tensors that `work` allocates, as counted by the allocator of CUDA or the CPU."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()

@@ -25,6 +25,10 @@ def of_reward(name: str, runs_dir: Path) -> Run:
     folder = Path(name) if runs.is_run(Path(name)) else runs_dir / "reward" / name
     if not runs.is_run(folder):
         command = runs.command("reward", runs_dir)
+        if name in vectors.trained(runs_dir):
+            raise UserError(
+                f"no reward model {name!r} in {runs_dir}/reward; did you mean {PAIR}{name}, its two adapters?"
+            )
         raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `{command}`")
     run = runs.read(folder)
     if run.manifest.stage != "reward":

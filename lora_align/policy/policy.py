@@ -12,7 +12,7 @@ from lora_align.policy import vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
-from lora_align.want import Want, scores_asked
+from lora_align.want import Want, scores_prompt
 from lora_align.weights import parse_weights
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class Conditioned:
         """Ask a run for `helpfulness=0.8,verbosity=-0.6`; warn where it was not trained on such a direction."""
         want = Want.parse(text, run.manifest.method["objectives"])
         screen.note(f"{run.path} asked for {want} (brought to length 1)")
-        for name, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
-            if not low - 0.01 <= want.weights[name] <= high + 0.01:
-                screen.warn(f"it was trained on {name} from {low:g} to {high:g} only")
+        for objective, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
+            if not low - 0.01 <= want.weights[objective] <= high + 0.01:
+                screen.warn(f"it was trained on {objective} from {low:g} to {high:g} only")
         return cls(name, run, want.asked(run.manifest.method["ask"]), want)
 
 
@@ -104,7 +104,7 @@ def find_policy(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
             command = runs.command("merge", runs_dir)
             raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `{command}` first")
         word = mixes[-1].path.relative_to(runs_dir).as_posix()
-    return _whole(vectors.find(word, runs_dir, recipe.preferences))
+    return one_adapter(vectors.find(word, runs_dir, recipe.preferences, (START, BASE, MIX)))
 
 
 def weighted(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, name: str = "") -> Policy:
@@ -131,7 +131,7 @@ def chosen(
         return weighted(weights, recipe, runs_dir)
     if adapter is not None:
         inside = runs_dir / adapter
-        return _whole(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
+        return one_adapter(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
     mixes = _mixes(runs_dir, screen)
     if not mixes:
         command = runs.command("merge --weights …", runs_dir)
@@ -143,7 +143,7 @@ def chosen(
 
 def newest_conditioned(runs_dir: Path, option: str, screen: Screen) -> Run:
     """Return the newest run of `rsf` that can be asked for a direction; `option` is what needs one."""
-    made = [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "rsf" and not takes_scores(run)]
+    made = [run for run in runs.list_runs(runs_dir, screen) if run.manifest.stage == "rsf" and not takes_scores(run)]
     if not made:
         command = runs.command("rsf", runs_dir)
         raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `{command}` trains one")
@@ -168,7 +168,7 @@ def check_stands_on(base: "Base", start: str, found: Iterable[Vector]) -> None:
 
 
 def _mixes(runs_dir: Path, screen: Screen) -> list[Run]:
-    return [run for run in runs.every(runs_dir, screen) if run.manifest.stage == "mix"]
+    return [run for run in runs.list_runs(runs_dir, screen) if run.manifest.stage == "mix"]
 
 
 def _conditioned(word: str, runs_dir: Path, screen: Screen) -> Policy:
@@ -194,10 +194,10 @@ def _scores_message(run: Run, text: str, word: str) -> str:
     scores, objectives = parse_weights(text), run.manifest.method["objectives"]
     if set(scores) != set(objectives):
         raise UserError(f"{word}: this policy is asked for scores of {' and '.join(objectives)}, from 0 to 100")
-    return scores_asked({name: scores[name] for name in objectives}, run.manifest.method["steer"])
+    return scores_prompt({name: scores[name] for name in objectives}, run.manifest.method["steer"])
 
 
-def _whole(vector: Vector) -> Policy:
+def one_adapter(vector: Vector) -> Policy:
     """Return the policy of one adapter at weight 1, which may contain the start adapter."""
     contains_start = any(run.manifest.contains_start or run.manifest.stage == "sft" for run in vector.known_runs())
     return Policy(vector.name, {vector.name: vector}, {vector.name: 1.0}, start=float(not contains_start))
@@ -205,12 +205,12 @@ def _whole(vector: Vector) -> Policy:
 
 def _taken_apart(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     """Return a mix as its vectors, whose weights can change; whole where it is not their sum or they are gone."""
-    whole = _whole(vectors.at(mix.path, mix.path.name))
-    if mix.manifest.metrics["left_out"]:
+    whole = one_adapter(vectors.at(mix.path, mix.path.name))
+    if mix.manifest.metrics.get("left_out"):
         screen.note("it was compressed: /w turns it as a whole")
         return whole
-    if mix.manifest.method["name"] != "exact":
-        screen.note(f"it is no plain sum, it was made by {mix.manifest.method['name']}: /w turns it as a whole")
+    if (method := mix.manifest.method.get("name")) != "exact":
+        screen.note(f"it is no plain sum, it was made by {method}: /w turns it as a whole")
         return whole
     try:
         found = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}

@@ -27,7 +27,7 @@ def warnings_beyond_reach(weights: Mapping[str, float], found: Mapping[str, Vect
 
 def _measured(runs_dir: Path) -> list[Run]:
     """The newest first."""
-    return runs.every(runs_dir / FOLDER)[::-1]
+    return runs.list_runs(runs_dir / FOLDER)[::-1]
 
 
 def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run], runs_dir: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_align import runs
-from lora_align.adapters.module_names import place
+from lora_align.adapters.module_names import parse_name
 from lora_align.adapters.peft_config import CONFIG, WEIGHTS
 from lora_align.errors import UserError, nearest
 from lora_align.recipe import DEFAULT, LOCAL
@@ -76,7 +76,7 @@ class Vector:
         if self.layers is None:
             return update
         first, last = self.layers
-        inside = [name for name in update if (at := place(name)) and first <= at.layer <= last]
+        inside = [name for name in update if (at := parse_name(name)) and first <= at.layer <= last]
         if not inside:
             raise UserError(
                 f"{self.name}: nothing of it lies in layers {first} to {last} (its last is {layer_count(update) - 1})"
@@ -105,7 +105,7 @@ class Vector:
         return found
 
 
-def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
+def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iterable[str] = ()) -> Vector:
     """The vector of that name; `preferences` are the recipe's, to tell untrained from unknown."""
     whole, _, layers = name.rpartition("@")
     if (stretch := STRETCH.fullmatch(layers)) and whole and not Path(name).exists():
@@ -133,7 +133,7 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = ()) -> Vector:
     if name in preferences:
         command = runs.command(f"dpo --pref {name} --direction both", runs_dir)
         raise UserError(f"{name} is not trained in {runs_dir}/; first: {command}")
-    known = sorted({*_published_names(runs_dir), *preferences})
+    known = sorted({*_published_names(runs_dir), *preferences, *words})
     raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
 
 
@@ -165,7 +165,7 @@ def stretches(name: str, layers: int, count: int) -> list[str]:
 
 def layer_count(update: Iterable[str]) -> int:
     """How many layers a model has at least, by the names of modules."""
-    return max((at.layer + 1 for at in map(place, update) if at), default=0)
+    return max((at.layer + 1 for at in map(parse_name, update) if at), default=0)
 
 
 def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:

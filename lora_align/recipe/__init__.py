@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lora_align.errors import UserError, nearest
 from lora_align.recipe import faults
 from lora_align.recipe.tables import (
-    Asked,
     Base,
     Dpo,
     Eval,
+    EvalSource,
     Lora,
     Preference,
     Ratings,
@@ -30,8 +30,25 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
-    "LOCAL", "Asked", "Base", "Dpo", "Eval", "Lora", "Preference", "Ratings", "Recipe", "Reward", "Rsf", "Sft",
-    "Training", "builtin", "find", "flat", "from_dict", "load", "unlike_its_source",
+    "LOCAL",
+    "Base",
+    "Dpo",
+    "Eval",
+    "EvalSource",
+    "Lora",
+    "Preference",
+    "Ratings",
+    "Recipe",
+    "Reward",
+    "Rsf",
+    "Sft",
+    "Training",
+    "builtin",
+    "find",
+    "flat",
+    "from_dict",
+    "load",
+    "unlike_its_source",
 ]  # fmt: skip
 
 TABLES = {  # table → its keys, to suggest the full key where --set names a key alone
@@ -104,9 +121,9 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
         recipe = _checker().validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
     except ValidationError as invalid:
         found += [faults.described(dict(fault)) for fault in invalid.errors()]
-    found += faults.of_preferences(table.get("preferences"))
+    found += faults.preference_faults(table.get("preferences"))
     if recipe is not None:
-        found += faults.of_recipe(recipe)
+        found += faults.recipe_faults(recipe)
     if found or recipe is None:
         overridden = [override.partition("=")[0].strip() for override in overrides]
         raise UserError(
@@ -131,7 +148,7 @@ def flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]
             yield f"{before}{key}", value
 
 
-def unlike_its_source(recipe: Recipe) -> str:
+def changes_from_source(recipe: Recipe) -> str:
     """List the values of a stored recipe that differ from the current contents of its source file.
 
     If the file cannot be read, list those that differ from the defaults. Return "" if nothing differs.
@@ -151,7 +168,7 @@ def _expand_eval_sources(table: dict[str, Any]) -> None:
     """Replace the short form `prompts = "FILE or hub id"` in [eval] by the full table."""
     settings = table.get("eval")
     if isinstance(settings, dict):
-        sources = {field.name: settings.get(field.name) for field in fields(Eval) if field.type is Asked}
+        sources = {field.name: settings.get(field.name) for field in fields(Eval) if field.type is EvalSource}
         settings.update({name: {"data": data} for name, data in sources.items() if isinstance(data, str)})
 
 

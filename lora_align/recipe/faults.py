@@ -7,7 +7,7 @@ from typing import Any
 from lora_align.errors import nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
-from lora_align.recipe.tables import Asked, Base, Dpo, Eval, Lora, Preference, Ratings, Recipe, Reward, Rsf, Sft
+from lora_align.recipe.tables import Base, Dpo, Eval, EvalSource, Lora, Preference, Ratings, Recipe, Reward, Rsf, Sft
 from lora_align.weights import NAME
 
 TABLES: Mapping[str, Any] = {
@@ -28,7 +28,7 @@ def described(fault: Mapping[str, Any]) -> str:
     return f"{where}: {message}, not {fault['input']!r}"
 
 
-def of_recipe(recipe: Recipe) -> Iterator[str]:
+def recipe_faults(recipe: Recipe) -> Iterator[str]:
     """Yield the faults of a recipe whose types are correct."""
     yield from _of_optimizers(recipe)
     yield from _of_pairs(recipe)
@@ -36,7 +36,7 @@ def of_recipe(recipe: Recipe) -> Iterator[str]:
     yield from _of_rsf(recipe)
 
 
-def of_preferences(tables: Any) -> Iterator[str]:
+def preference_faults(tables: Any) -> Iterator[str]:
     """Yield faults of `[preferences]` that types cannot express: bad names, unknown rankers, margins of labels."""
     for name, table in tables.items() if isinstance(tables, Mapping) else ():
         if not NAME.fullmatch(str(name)):
@@ -127,7 +127,7 @@ def _table(location: tuple[str | int, ...]) -> Any:
         case ("reward", "ratings", _):
             return Ratings
         case ("eval", _):
-            return Asked
+            return EvalSource
         case (_, "lora"):
             return Lora
         case (name,):

@@ -268,7 +268,7 @@ class Rsf(Training):
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSource:
     """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form."""
 
     data: str = ""
@@ -291,13 +291,13 @@ class Asked:
 class Eval:
     """The `[eval]` table: the test set of every policy. Prompts that the recipe trains on are skipped."""
 
-    prompts: Asked = field(default_factory=Asked)
+    prompts: EvalSource = field(default_factory=EvalSource)
     """Prompts to answer; without `prompts` and `risky`, those of held-out pairs are used."""
-    risky: Asked = field(default_factory=Asked)
+    risky: EvalSource = field(default_factory=EvalSource)
     """Prompts that a policy should refuse."""
-    text: Asked = field(default_factory=Asked)
+    text: EvalSource = field(default_factory=EvalSource)
     """Ordinary text; its loss should not rise."""
-    facts: Asked = field(default_factory=Asked)
+    facts: EvalSource = field(default_factory=EvalSource)
     """Facts with a right and wrong answers; they should stay known."""
     count: Few = 64
     """The most prompts, risky prompts and texts, each."""

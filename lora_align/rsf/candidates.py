@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_align import processes
 from lora_align.adapters import peft_format
 from lora_align.console import Screen, count
-from lora_align.data.rows import Prompt, prompt_key, under_system
+from lora_align.data.rows import Prompt, prompt_key, with_system_prompt
 from lora_align.data.shards import KEY, Shards
 from lora_align.model.base import Base
 from lora_align.model.decoding import Sampling
@@ -110,18 +110,18 @@ def collect_candidates(
     left = [request for request in requests if request.key not in done]
     if done:
         screen.note(f"{label}: {len(requests) - len(left):,} of {count(len(requests), 'request')} were answered before")
-    left = left[processes.number() :: processes.count()]
+    left = left[processes.rank() :: processes.world_size()]
     at_once = max(1, AT_ONCE // n)
     with screen.progress(label, len(left)) as progress:
         for begin in range(0, len(left), at_once):
             batch = left[begin : begin + at_once]
-            asked = [under_system(request.system, request.prompt) for request in batch]
+            asked = [with_system_prompt(request.system, request.prompt) for request in batch]
             found = [answer for some in sampler.draw(asked, n, sampling) for answer in some]
             rows = _judged(batch, found, panel) if found else []
             if rows:
                 store.append(rows)
             progress.show(begin + len(batch), figures(batch, rows))
-    processes.meet()
+    processes.barrier()
     store.look()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_align import runs
 from lora_align.data import forms, sources
-from lora_align.data.rows import Rated, prompt_key, under_system
+from lora_align.data.rows import Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.endpoint import Endpoint
@@ -114,11 +114,14 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
     longest_ask = max(sorted(sampling_requests.examples(settings)), key=len)
-    for _, answers in sources.read(settings, forms.answered, dropped):
+    for _, answers in sources.read(settings, forms.answers, dropped):
         for found in answers:
             if not found.answer.strip():
                 dropped["empty answer"] += 1
-            elif len(base.chat.prompt_ids(under_system(longest_ask, found.prompt))) + settings.max_new_tokens > longest:
+            elif (
+                len(base.chat.prompt_ids(with_system_prompt(longest_ask, found.prompt))) + settings.max_new_tokens
+                > longest
+            ):
                 dropped["prompt too long"] += 1
             else:
                 key = prompt_key(found.prompt)
@@ -127,7 +130,7 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
                 digest.update(json.dumps(asdict(found)).encode())
         if settings.limit and len(prompts) >= settings.limit:
             break
-    unread = sources.unread_in(dropped)
+    unread = sources.pop_unread(dropped)
     if not all(halves):
         counted = f"{len(prompts)}; dropped: {dict(dropped)}"
         raise UserError(f"{sources.name(settings)}: too few prompts for two halves ({counted})")

@@ -19,11 +19,11 @@ from typing import Any
 from lora_align import processes, runs, want
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen, count, library_log, table
 from lora_align.data import shards, sources
-from lora_align.data.rows import Conversation, Message, Rated, under_system
+from lora_align.data.rows import Conversation, Message, Rated, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
@@ -58,7 +58,7 @@ def train_rsf(
     assert recipe.rsf is not None
     lora_trainer.check_trackers(recipe.rsf)
     sampling_requests.check(recipe.rsf)
-    if recipe.base.fsdp and processes.count() > 1:
+    if recipe.base.fsdp and processes.world_size() > 1:
         raise UserError(
             "base.fsdp: rsf draws its answers token by token, and a divided base would be gathered anew for each; "
             "take a base that a card holds whole"
@@ -111,7 +111,7 @@ def _example(run: Run) -> str:
     """The middle of the region it was trained on, as a person would type it."""
     region = run.manifest.recipe["rsf"]["directions"]
     middle = {name: (low + high) / 2 for name, (low, high) in region.items()}
-    shown = want.Want.of(middle) if any(middle.values()) else want.drawn(region, random.Random(0))
+    shown = want.Want.of(middle) if any(middle.values()) else want.sample_direction(region, random.Random(0))
     return ",".join(f"{name}={weight:.1f}" for name, weight in shown.weights.items())
 
 
@@ -121,7 +121,7 @@ def _example(run: Run) -> str:
 def _train_steerlm(plan: RsfInputs, screen: Screen) -> Run:
     """Learns answers of the second half, each under a system message that asks for its own scores."""
     settings, target = plan.settings, plan.folder / STEERLM
-    with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
+    with runs.staging_folder(target, screen, force=plan.force) as staging, library_log(staging / LOG):
         rows = plan.answers.halves[1]
         scores = _scores(plan, rows, screen)
         sound = [i for i, score in enumerate(scores) if all(map(math.isfinite, score.values()))]
@@ -129,7 +129,7 @@ def _train_steerlm(plan: RsfInputs, screen: Screen) -> Run:
         targets = [{name: score[name] for name in settings.directions} for score in scores]
         learned: Examples = []
         for row, target_scores in zip(rows, targets, strict=True):
-            asked = under_system(want.scores_asked(target_scores, settings.steer), row.prompt)
+            asked = with_system_prompt(want.scores_prompt(target_scores, settings.steer), row.prompt)
             learned.append((row.prompt, Conversation((*asked, Message("assistant", row.answer)))))
         facts = finetune.finetune_supervised(plan, learned, STEERLM, staging, screen)
         watched = [score[settings.watch] for score in scores if settings.watch in score]
@@ -153,12 +153,12 @@ def _scores(plan: RsfInputs, rows: Sequence[Rated], screen: Screen) -> list[Mapp
     if left:
         panel, mine = (
             SamplerAndJudge(plan.base, plan.reward, budgets=plan.budgets),
-            left[processes.number() :: processes.count()],
+            left[processes.rank() :: processes.world_size()],
         )
         with screen.progress(f"{STEERLM} scores", len(mine)) as progress:
             said = [(rows[i].prompt, rows[i].answer) for i in mine]
             points = panel.score(said, lambda count: progress.show(count, {})).tolist()
-        for places, found in processes.gathered((mine, points)):
+        for places, found in processes.all_gather((mine, points)):
             for i, values in zip(places, found, strict=True):
                 known[i] = dict(zip(panel.judge.objectives, values, strict=True))
         del panel
@@ -177,13 +177,13 @@ def _train_iteration(plan: RsfInputs, t: int, done: Mapping[str, Run], screen: S
         requests = sampling_requests.for_scores(settings, prompts, json.loads((teacher.path / SCORES).read_text()))
     else:
         requests = sampling_requests.for_directions(settings, prompts, t)
-    with runs.claim(target, screen, force=plan.force) as staging, library_log(staging / LOG):
+    with runs.staging_folder(target, screen, force=plan.force) as staging, library_log(staging / LOG):
         if plan.force:
-            processes.by_first(lambda: shutil.rmtree(parts, ignore_errors=True))
+            processes.on_rank_0(lambda: shutil.rmtree(parts, ignore_errors=True))
         with shards.opened(parts) as store:
             drawn_by = {f"rsf.{key}": of for key, of in asdict(settings).items() if key not in checkpoints.FREE}
             made_of = {"teacher": teacher.manifest.files, "data": plan.answers.fingerprint}
-            shards.same_work(parts, {**made_of, **drawn_by})
+            shards.check_settings(parts, {**made_of, **drawn_by})
             _draw(plan, teacher, requests, t, store, screen, f"{label} draws")
             candidates = candidates_of(store.rows())
             shards.write(list(store.rows()), staging / SAMPLES)
@@ -197,7 +197,7 @@ def _train_iteration(plan: RsfInputs, t: int, done: Mapping[str, Run], screen: S
         facts["metrics"] |= {"collected": chosen.figures, "watched": chosen.figures.pop("watched", None)}
         about = _about(plan, {"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
         published = _published(staging, target, replace(about, **facts), screen)
-    processes.by_first(lambda: shutil.rmtree(parts))
+    processes.on_rank_0(lambda: shutil.rmtree(parts))
     _watch(published, {teacher.path.name: teacher, STEERLM: done[STEERLM]}, settings.watch, screen)
     return published
 
@@ -259,7 +259,7 @@ def _draw(
     panel = SamplerAndJudge(plan.base, plan.reward, plan.start, None if plan.server else teacher, plan.budgets)
     sampler: Sampler = panel
     if plan.server:
-        adapter = processes.by_first(lambda: _whole(plan, teacher, store.folder))
+        adapter = processes.on_rank_0(lambda: _whole(plan, teacher, store.folder))
         sampler = plan.server.load_adapter(adapter, teacher.path.name, plan.recipe)
 
     def figures(batch: Sequence[Request], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -276,6 +276,6 @@ def _whole(plan: RsfInputs, policy: Run, folder: Path) -> Path:
         return policy.path
     adapters = [Adapter(run.path, whole=True) for run in (plan.start, policy)]
     both = total([LoraDelta.of(adapter) for adapter in adapters])
-    about = About.common([adapter.config for adapter in adapters])
+    about = BaseInfo.common([adapter.config for adapter in adapters])
     peft_format.save(folder / "adapter", both.items(), list(both), about)
     return folder / "adapter"

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from lora_align import want
-from lora_align.data.rows import Conversation, Message, Prompt, Rated, prompt_key, under_system
+from lora_align.data.rows import Conversation, Message, Prompt, Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.recipe import Rsf
 from lora_align.rsf.candidates import Request
@@ -26,7 +26,7 @@ def check(settings: Rsf) -> None:
         )
     draw = random.Random(0)
     scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
-    steers = {want.scores_asked(of, settings.steer) for of in scores}
+    steers = {want.scores_prompt(of, settings.steer) for of in scores}
     for key, texts in (("ask", examples(settings)), ("steer", steers)):
         if len(texts) == 1:
             raise UserError(f"rsf.{key}: says {texts.pop()!r} whatever is wanted")
@@ -35,7 +35,7 @@ def check(settings: Rsf) -> None:
 def examples(settings: Rsf) -> set[str]:
     """What asks for some directions of the region."""
     draw = random.Random(0)
-    return {want.drawn(settings.directions, draw).asked(settings.ask) for _ in range(EXAMPLES)}
+    return {want.sample_direction(settings.directions, draw).asked(settings.ask) for _ in range(EXAMPLES)}
 
 
 def prompts(settings: Rsf, half: Sequence[Rated], t: int) -> list[Prompt]:
@@ -56,7 +56,7 @@ def for_scores(settings: Rsf, asked: Sequence[Prompt], seen: Sequence[Scores]) -
     requests: list[Request] = []
     for prompt in asked:
         draw = random.Random(f"{settings.seed} targets {prompt_key(prompt)}")
-        texts = (want.scores_asked(draw.choice(seen), settings.steer) for _ in range(settings.per_prompt))
+        texts = (want.scores_prompt(draw.choice(seen), settings.steer) for _ in range(settings.per_prompt))
         requests += (Request(prompt, system, number) for number, system in enumerate(texts))
     return requests
 
@@ -88,7 +88,7 @@ def wanted_pools(
 
 def as_asked(settings: Rsf, choice: Choice) -> Prompt:
     """The prompt under the message that asks for what was wanted."""
-    return under_system(choice.want.asked(settings.ask), choice.prompt)
+    return with_system_prompt(choice.want.asked(settings.ask), choice.prompt)
 
 
 def best(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
@@ -99,4 +99,4 @@ def best(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
 def _wants(settings: Rsf, prompt: Prompt, t: int) -> list[Want]:
     """A prompt's directions in an iteration."""
     draw = random.Random(f"{settings.seed} {t} {prompt_key(prompt)}")
-    return [want.drawn(settings.directions, draw) for _ in range(settings.per_prompt)]
+    return [want.sample_direction(settings.directions, draw) for _ in range(settings.per_prompt)]

@@ -49,7 +49,7 @@ class Unfinished:
 
     def begin(self, screen: Screen) -> Path | None:
         """The newest checkpoint that is whole, where work is to go on; called by whoever holds the run's lock."""
-        return processes.by_first(lambda: self._begun(screen))
+        return processes.on_rank_0(lambda: self._begun(screen))
 
     def _begun(self, screen: Screen) -> Path | None:
         if self.anew:

@@ -15,9 +15,9 @@ from trl import DPOConfig, DPOTrainer
 
 from lora_align import runs
 from lora_align.console import Screen, count, library_log
-from lora_align.data.pairs import ENOUGH
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.model import base as bases
-from lora_align.model.base import Base, inside
+from lora_align.model.base import Base, base_model_of
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
@@ -140,7 +140,7 @@ def train_dpo(
             if resume and (made := begun[target].made(target, screen)):
                 published.append(made)
                 continue
-            with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+            with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
                 model = model or start_policy.load(base, start)
                 if ready is None:
                     tokens = 2 * recipe.dpo.tokens_per_batch  # nothing is kept for a gradient
@@ -166,7 +166,7 @@ def summary(run: Run) -> str:
     if not held_out["pairs"]:
         return f"{run.path}  no pairs held out, nothing measured"
     margin, pairs = held_out["margin"], count(held_out["pairs"], "pair")
-    if held_out["pairs"] < ENOUGH:
+    if held_out["pairs"] < MIN_HELD_OUT:
         return f"{run.path}  held-out margin {margin:+.3f} ({pairs}: too few to judge)"
     return f"{run.path}  held-out margin {margin:+.3f}, accuracy {held_out['accuracy']:.2f} ({pairs})"
 
@@ -266,11 +266,11 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
     if not rows:
         return {"pairs": 0}
     policy.eval()
-    trained = answer_logprobs(inside(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
+    trained = answer_logprobs(base_model_of(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
     rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
     margins = rewards[:, 0] - rewards[:, 1]
     found = {"pairs": len(rows), "margin": float(margins.mean())}
-    if len(rows) < ENOUGH:
+    if len(rows) < MIN_HELD_OUT:
         return {**found, "accuracy": None, "note": lora_trainer.too_few_pairs(len(rows))}
     return {**found, "accuracy": float((margins > 0).float().mean())}
 

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes, runs
 from lora_align.console import Progress, Screen, count
-from lora_align.data.pairs import ENOUGH
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled_layers import compiled_layers
@@ -79,7 +79,7 @@ def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[
 def too_few_pairs(pairs: int) -> str:
     """Say that so many held-out pairs measure nothing."""
     return (
-        f"{count(pairs, 'held-out pair')}: too few to judge a run by (at least {ENOUGH} are needed); take more "
+        f"{count(pairs, 'held-out pair')}: too few to judge a run by (at least {MIN_HELD_OUT} are needed); take more "
         "prompts, a larger dpo.limit, or a larger dpo.held_out"
     )
 
@@ -190,7 +190,7 @@ class StepRecorder(TrainerCallback):
         """A checkpoint now and then, one behind the last step, as measuring may fail, and one before an end that was
         asked for: of all processes, or of none."""
         due = time.monotonic() - self.saved >= self.save_seconds or state.global_step >= state.max_steps
-        told = processes.gathered((self.stop.signal, due))
+        told = processes.all_gather((self.stop.signal, due))
         self.stopped = max(signal for signal, _ in told)
         if self.stopped or told[0][1]:
             control.should_save, self.saved = True, time.monotonic()

@@ -72,16 +72,16 @@ class ReferenceCache:
         if len(rows):
             unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(known), asked.starts[:-1]))
         # while one process reads, another program may write
-        left = np.unique(np.concatenate(processes.gathered(unknown)))
+        left = np.unique(np.concatenate(processes.all_gather(unknown)))
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {count(len(rows), 'row')} were computed before")
         longest_first = left[np.argsort(-asked.lengths[left], kind="stable")]
-        mine = longest_first[processes.number() :: processes.count()]
+        mine = longest_first[processes.rank() :: processes.world_size()]
         with in_step(model):
             if len(mine):
                 self._compute(model, rows, asked, known, mine, MemoryBudget(tokens), label, screen)
         own = asked.answers(mine)
-        for at, found in processes.gathered((own, known[own])):
+        for at, found in processes.all_gather((own, known[own])):
             known[at] = found
         known = known[asked.first]
         return LazyRows(len(rows), lambda i: tuple(known[asked.starts[i] : asked.starts[i + 1]].tolist()))
@@ -144,7 +144,7 @@ class ReferenceCache:
         at = np.concatenate([some[asked.first[some] == some] for some in fresh]) if fresh else np.empty(0)
         if not len(at):
             return
-        with runs.writing(self.folder, "what was kept before stays; LORA_ALIGN_CACHE moves the cache"):
+        with runs.report_write_errors(self.folder, "what was kept before stays; LORA_ALIGN_CACHE moves the cache"):
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = self.folder / f".{os.getpid()}.unfinished"
             write_table(pyarrow.table({"key": asked.keys.take(at), "logprob": known[at]}), unfinished)

@@ -14,7 +14,7 @@ from lora_align.console import Screen, count, library_log
 from lora_align.errors import UserError
 from lora_align.metrics import plots
 from lora_align.model import base as bases
-from lora_align.model.base import Base, inside
+from lora_align.model.base import Base, base_model_of
 from lora_align.model.fsdp import is_sharded
 from lora_align.model.logprobs import Reader
 from lora_align.model.memory_budget import MemoryBudget
@@ -77,7 +77,7 @@ def train_reward_model(
         data=material.facts,
         method={"objectives": recipe.reward.objectives},
     )
-    with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+    with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
         facts = train_heads(base, recipe, recipe.reward, material, staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
         unfinished.clear()
@@ -226,7 +226,7 @@ def train_heads(
     watch = lora_trainer.fit(trainer, settings, screen, NAME)
     lora_trainer.save_adapter(policy, folder)
     policy.heads.save(folder)
-    judge = RewardModel(base, inside(policy).eval(), policy.heads, settings.objectives)
+    judge = RewardModel(base, base_model_of(policy).eval(), policy.heads, settings.objectives)
     known = max(1, settings.tokens_per_batch // settings.max_length)  # a divided base cannot find out how many fit
     at_once = known if is_sharded(judge.model) else MEASURED_AT_ONCE
     report = reward_loss.measure_heads(judge, reward_loss.sample_held_out(material.held_out), MemoryBudget(at_once))

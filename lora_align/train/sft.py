@@ -13,7 +13,7 @@ from lora_align import runs
 from lora_align.console import Screen, count, library_log
 from lora_align.model import base as bases
 from lora_align.model import tokenise
-from lora_align.model.base import Base, inside
+from lora_align.model.base import Base, base_model_of
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
@@ -56,7 +56,7 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
         seeds={"init": (recipe.sft.lora or recipe.lora).init_seed, "data": recipe.sft.seed},
         data=material.facts,
     )
-    with runs.claim(target, screen, force=force) as staging, library_log(staging / LOG):
+    with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
         lora = recipe.sft.lora or recipe.lora
         facts = train_adapter(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
         published = runs.publish(staging, target, replace(about, **facts))
@@ -161,9 +161,9 @@ def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> 
     if not count:
         return {"rows": 0}
     policy.eval()
-    after = -float(answer_logprobs(inside(policy), learned, MemoryBudget(tokens)).sum()) / count
+    after = -float(answer_logprobs(base_model_of(policy), learned, MemoryBudget(tokens)).sum()) / count
     with policy.disable_adapter():
-        before = -float(answer_logprobs(inside(policy), learned, MemoryBudget(tokens)).sum()) / count
+        before = -float(answer_logprobs(base_model_of(policy), learned, MemoryBudget(tokens)).sum()) / count
     return {"rows": len(rows), "loss_before": before, "loss": after}
 
 

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_align import processes
 from lora_align.errors import RunFailedError
-from lora_align.model.base import inside
+from lora_align.model.base import base_model_of
 from lora_align.model.fsdp import in_step, is_sharded
 from lora_align.model.logprobs import Reader, parts
 from lora_align.model.memory_budget import MemoryBudget
@@ -132,7 +132,7 @@ class StepTrainer(Trainer, Generic[Row]):
         lengths = [self.objective.length(row) for row in rows]
         model.train()
         mine, weights = [rows[i] for i in rows_of_process(lengths)], self.objective.weights(rows)
-        summed = processes.together(lambda: self._computed(model, mine, weights))
+        summed = processes.on_all_ranks(lambda: self._computed(model, mine, weights))
         self._reduce_gradients(model, rows, weights)
         self.tokens_seen += sum(lengths)
         losses, figures = zip(*summed, strict=True)
@@ -175,7 +175,7 @@ class StepTrainer(Trainer, Generic[Row]):
 
     def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> None:
         """Over processes: the sum, as every loss was divided by what all of them have. And a look whether it is one."""
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             for _, parameter in trainable(model):
                 if parameter.grad is None:  # of a step with fewer rows than there are processes
                     parameter.grad = torch.zeros_like(parameter)
@@ -196,7 +196,7 @@ class StepTrainer(Trainer, Generic[Row]):
     def _spoiling(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
         """Those whose own loss or gradient is not finite; all of them, where none is by itself, or where the base is
         divided and the others do not go through it again."""
-        if is_sharded(inside(self.model)):
+        if is_sharded(base_model_of(self.model)):
             return rows
         found = []
         for row in rows:
@@ -269,10 +269,10 @@ def with_padding(objective: Loss[Row]) -> Loss[Row]:
 
 def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
     """Which of a step's rows are this process's: each gets long ones and short ones."""
-    if processes.count() == 1:
+    if processes.world_size() == 1:
         return range(len(lengths))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return order[processes.number() :: processes.count()]
+    return order[processes.rank() :: processes.world_size()]
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

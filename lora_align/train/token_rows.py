@@ -29,7 +29,7 @@ from lora_align.errors import UserError
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
-from lora_align.model.tokenise import CUT, TokenPair, TokenRated, TokenText
+from lora_align.model.tokenise import TRUNCATED, TokenPair, TokenRated, TokenText
 from lora_align.recipe import Preference, Ratings, Sft
 from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
@@ -150,7 +150,7 @@ class _CachedRows(Generic[Row]):
     def kept(self, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]) -> TokenRows[Row]:
         """From disk, where they are kept from here on at the latest."""
         folder = runs.cache_folder() / "tokens" / self._key()
-        facts = processes.first_here(lambda: self._made(folder, rows, tokenising))
+        facts = processes.local_rank_0_first(lambda: self._made(folder, rows, tokenising))
         parts = [folder / str(number) for number in range(facts["parts"])]
         train, held_out = (
             concat([row_files.rows(part / f"{side}.arrow", self.shape) for part in parts]) for side in SIDES
@@ -168,7 +168,9 @@ class _CachedRows(Generic[Row]):
                 shutil.rmtree(folder, ignore_errors=True)
                 staging.mkdir(exist_ok=True)  # parts that were made before it was stopped are not made again
                 try:
-                    with runs.writing(folder.parent, "rows are kept there; LORA_ALIGN_CACHE moves the cache"):
+                    with runs.report_write_errors(
+                        folder.parent, "rows are kept there; LORA_ALIGN_CACHE moves the cache"
+                    ):
                         facts = self._written(staging, rows, tokenising)
                         runs.sync(staging)
                         staging.rename(folder)
@@ -181,7 +183,7 @@ class _CachedRows(Generic[Row]):
     def _key(self) -> str:
         """Of the rows, what was said about them, what they become, and the program that reads them."""
         chat = self.base.chat
-        parts = [sources.identity(self.source), self.about, self.shape.__name__, self.max_length]
+        parts = [sources.fingerprint(self.source), self.about, self.shape.__name__, self.max_length]
         parts += [chat.fingerprint(), sorted(chat.stop_ids), _program()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -197,9 +199,9 @@ class _CachedRows(Generic[Row]):
 
             while part := self._part(folder / str(len(parts)), found, tokenising, report):
                 parts.append(part)
-        columns = sources.unread_in(counts)
+        columns = sources.pop_unread(counts)
         dropped = sum((Counter(part.dropped) for part in parts), counts)
-        cut = dropped.pop(CUT, 0)
+        cut = dropped.pop(TRUNCATED, 0)
         train, held_out = (sum(part.kept[side] for part in parts) for side in range(2))
         if not train:
             read, aside = (sum(part.read[side] for part in parts) for side in range(2))

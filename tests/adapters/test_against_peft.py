@@ -1,6 +1,6 @@
-"""PEFT's own sums beside ours: the one that is exact agrees; those that are not are pinned, until upstream mends them.
+"""PEFT's own weighted sums compared with ours: its exact sum agrees, and its inexact ones are pinned.
 
-A test here that fails after an upgrade of PEFT is good news: what it pins can go, and so can a sentence in the README.
+If a test fails after an upgrade of PEFT, upstream may have fixed a sum: remove the test and its sentence in the README.
 """
 
 import math
@@ -21,13 +21,13 @@ Dense = dict[str, torch.Tensor]
 
 
 def both(llama: Path, folder: Path, *kinds: dict[str, Any]) -> Dense:
-    """Two adapters made and saved; their weighted sum, dense."""
+    """Save two adapters and return their dense weighted sum."""
     made = zip(WEIGHTS, kinds, strict=True)
-    meant = {name: peft_adapter(llama, folder / name, i, **kind) for i, (name, kind) in enumerate(made)}
+    dense = {name: peft_adapter(llama, folder / name, i, **kind) for i, (name, kind) in enumerate(made)}
     zero = torch.zeros(())
     return {
-        module: sum((weight * meant[name].get(module, zero) for name, weight in WEIGHTS.items()), zero)
-        for module in {module for one in meant.values() for module in one}
+        module: sum((weight * dense[name].get(module, zero) for name, weight in WEIGHTS.items()), zero)
+        for module in {module for one in dense.values() for module in one}
     }
 
 
@@ -52,7 +52,7 @@ def ours(folder: Path) -> Dense:
 
 
 def off(found: Dense, expected: Dense) -> float:
-    """The distance as a share of what is expected."""
+    """Return the relative distance."""
     assert set(found) == set(expected)
     distance = sum(float((found[name] - matrix).square().sum()) for name, matrix in expected.items())
     return math.sqrt(distance / sum(float(matrix.square().sum()) for matrix in expected.values()))
@@ -62,19 +62,19 @@ PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 OTHER = {"r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
-def test_its_concatenation_of_plain_adapters_is_our_sum(llama: Path, tmp_path: Path) -> None:
+def test_peft_cat_of_plain_adapters_equals_our_sum(llama: Path, tmp_path: Path) -> None:
     expected = both(llama, tmp_path, PLAIN, OTHER)
     assert off(deltas(by_peft(llama, tmp_path, "cat")), expected) < 1e-6
     assert off(ours(tmp_path), expected) < 1e-6
 
 
-def test_its_linear_sum_has_cross_terms(llama: Path, tmp_path: Path) -> None:
+def test_peft_linear_sum_has_cross_terms(llama: Path, tmp_path: Path) -> None:
     expected = both(llama, tmp_path, PLAIN, PLAIN)
     assert off(deltas(by_peft(llama, tmp_path, "linear")), expected) > 0.3
     assert off(ours(tmp_path), expected) < 1e-6
 
 
-def test_its_sum_of_rslora_is_too_large_by_the_root_of_the_rank(llama: Path, tmp_path: Path) -> None:
+def test_peft_cat_of_rslora_is_too_large_by_sqrt_of_the_rank(llama: Path, tmp_path: Path) -> None:
     kind = {"r": 6, "lora_alpha": 8, "target_modules": ["q_proj"], "use_rslora": True}
     expected = both(llama, tmp_path, kind, kind)
     found = deltas(by_peft(llama, tmp_path, "cat"))
@@ -82,7 +82,7 @@ def test_its_sum_of_rslora_is_too_large_by_the_root_of_the_rank(llama: Path, tmp
     assert off(ours(tmp_path), expected) < 1e-6
 
 
-def test_its_linear_sum_of_patterned_ranks_does_not_load_again(llama: Path, tmp_path: Path) -> None:
+def test_peft_linear_sum_with_rank_patterns_does_not_load(llama: Path, tmp_path: Path) -> None:
     kind = {**PLAIN, "rank_pattern": {"q_proj": 2, "model.layers.1.mlp.down_proj": 7}}
     expected = both(llama, tmp_path, kind, kind)
     by_peft(llama, tmp_path, "linear").save_pretrained(str(tmp_path), selected_adapters=["sum"])

@@ -1,4 +1,4 @@
-"""The algebra against dense float64, for every way of building a sum."""
+"""LoRA algebra against dense float64 matrices."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_align.adapters.delta import Factors, LoraDelta, finite, total
+from lora_align.adapters.delta import Factors, LoraDelta, is_finite, total
 
 SHAPES = {"q": (12, 8), "v": (4, 8), "down": (8, 20)}
 Dense = dict[str, torch.Tensor]
@@ -73,7 +73,7 @@ def test_sums_associate_commute_and_have_a_zero(a: LoraDelta, b: LoraDelta, c: L
 
 @settings(deadline=None)
 @given(deltas, deltas)
-def test_norms_and_cosines_are_those_of_the_dense_matrices(a: LoraDelta, b: LoraDelta) -> None:
+def test_norms_and_cosines_match_dense_matrices(a: LoraDelta, b: LoraDelta) -> None:
     x, y = flat(dense(a)), flat(dense(b))
     assert math.isclose(a.norm(), float(x.norm()), rel_tol=1e-9)
     assert math.isclose(a.inner(b), float(x @ y), rel_tol=1e-9, abs_tol=1e-6)
@@ -82,8 +82,8 @@ def test_norms_and_cosines_are_those_of_the_dense_matrices(a: LoraDelta, b: Lora
 
 @settings(deadline=None)
 @given(deltas, deltas, st.integers(1, 12), st.sampled_from([1.0, 1e-5, 0.0]))
-def test_a_cut_is_the_best_there_is(a: LoraDelta, b: LoraDelta, rank: int, uneven: float) -> None:
-    """Also where columns are far from alike in size, or some are 0, and the Gram matrix will not do."""
+def test_cut_is_the_best_approximation(a: LoraDelta, b: LoraDelta, rank: int, uneven: float) -> None:
+    """Includes columns of very different size, or zero, where the Gram matrix is ill-conditioned."""
     for name, factors in (a + b * uneven).items():
         whole = factors.B.double() @ factors.A.double()
         cut, energy, lost = factors.cut(rank)
@@ -95,18 +95,18 @@ def test_a_cut_is_the_best_there_is(a: LoraDelta, b: LoraDelta, rank: int, uneve
         assert math.isclose(error, tail, rel_tol=1e-3, abs_tol=1e-9 * energy)
 
 
-def test_values_that_are_not_finite_are_found() -> None:
+def test_finite_detects_nan_and_infinity() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for value in (math.nan, math.inf, -math.inf):
             for place in (0, 1234, 4999):
                 tensor = torch.randn(5000).to(dtype)
-                assert finite(tensor)
+                assert is_finite(tensor)
                 tensor[place] = value
-                assert not finite(tensor)
-    assert finite(torch.empty(0))
+                assert not is_finite(tensor)
+    assert is_finite(torch.empty(0))
 
 
-def test_a_value_does_not_change_under_its_readers() -> None:
+def test_deltas_are_immutable() -> None:
     a = make(0, 2)
     before = flat(dense(a)).clone()
     a * 3 + make(1, 2)

@@ -1,4 +1,4 @@
-"""Every method against an independent dense float64 computation, and the laws that its kind obeys."""
+"""Every merge method against an independent dense float64 reference, and algebraic laws."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ def nearest(matrix: Dense, rank: int) -> Dense:
     return (U[:, :rank] * S[:rank]) @ Vt[:rank]
 
 
-# --- each method, written again on dense matrices as its paper has it ---
+# --- dense references, written as in the papers ---
 
 
 def sum_of(matrices: Sequence[Dense], weights: Sequence[float]) -> Dense:
@@ -100,7 +100,7 @@ DENSE: dict[str, Callable[[Sequence[Dense], Sequence[float]], Dense]] = {
 }
 
 
-def test_every_method_has_a_twin_here() -> None:
+def test_every_method_has_a_dense_reference() -> None:
     assert set(DENSE) == set(METHODS)
 
 
@@ -122,7 +122,7 @@ def job(parents: Parents, method: str, order: int = 1) -> Merge:
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=40)
 @given(parents)
-def test_a_method_is_its_paper_s_cut_as_near_as_a_rank_allows(method: str, parents: Parents) -> None:
+def test_methods_match_truncated_dense_references(method: str, parents: Parents) -> None:
     whole = DENSE[method]([dense(update(seed, rank)) for seed, rank, _ in parents], [w for *_, w in parents])
     total = sum(rank for _, rank, _ in parents)
     default = max(rank for _, rank, _ in parents) if method == "svd" else total
@@ -152,7 +152,7 @@ def test_order_does_not_matter(method: str, parents: Parents) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=20)
 @given(parents)
-def test_what_weighs_nothing_has_no_say(method: str, parents: Parents) -> None:
+def test_weight_zero_has_no_effect(method: str, parents: Parents) -> None:
     made = job(parents, method)
     with_nothing = Merge({**made.vectors, "n": update(7, 3)}, {**made.weights, "n": 0.0}, method)
     assert torch.equal(result(made)[0], result(with_nothing)[0])
@@ -171,16 +171,16 @@ def test_linear_methods_are_linear(method: str, parents: Parents, factor: float)
         {k: w for key, weight in split.weights.items() for k, w in ((key, weight / 3), (f"{key}'", 2 * weight / 3))},
         method,
     )
-    assert close(result(halves, 64)[0], once), "a weight that is a sum splits"
+    assert close(result(halves, 64)[0], once), "w equals w/3 + 2w/3"
 
 
 @pytest.mark.parametrize("method", LOW_RANK)
-def test_one_vector_of_weight_one_is_itself(method: str) -> None:
+def test_one_vector_of_weight_one_is_unchanged(method: str) -> None:
     alone = Merge({"a": update(3, 4)}, {"a": 1.0}, method)
     assert close(result(alone)[0], dense(update(3, 4)), 1e-9)
 
 
-def test_sixty_four_parents_are_their_sum() -> None:
+def test_sum_of_64_vectors_is_exact() -> None:
     parents: Parents = [(seed, 1 + seed % 3, (-1) ** seed / (seed + 1)) for seed in range(64)]
     made, tally = result(job(parents, "exact"))
     assert close(made, sum_of([dense(update(seed, rank)) for seed, rank, _ in parents], [w for *_, w in parents]))
@@ -188,7 +188,7 @@ def test_sixty_four_parents_are_their_sum() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_weights_nothing_is_nothing(method: str) -> None:
+def test_zero_weights_give_zero(method: str) -> None:
     made, tally = result(Merge({"a": update(3, 4), "b": update(4, 2)}, {"a": 0.0, "b": 0.0}, method))
     assert not made.any()
     assert tally.left_out == 0
@@ -196,17 +196,17 @@ def test_all_weights_nothing_is_nothing(method: str) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.integers(0, 2**31))
-def test_a_vector_turned_round_is_its_negative_and_of_itself_nothing(a: int, b: int) -> None:
+def test_difference_is_antisymmetric_and_cancels_itself(a: int, b: int) -> None:
     pos, neg = update(a, 3), update(b, 4)
     assert close(dense(pos - neg), -dense(neg - pos))
     assert not dense(pos - pos).any()
     assert (pos - pos).norm() == 0
-    assert (pos - pos)[MODULE].rank == 3, "the same update is there once"
+    assert (pos - pos)[MODULE].rank == 3, "the same update is one term"
 
 
 @settings(deadline=None, max_examples=20)
 @given(parents)
-def test_a_larger_rank_never_leaves_out_more(parents: Parents) -> None:
+def test_larger_rank_never_loses_more(parents: Parents) -> None:
     left = [result(job(parents, "exact"), rank)[1].left_out for rank in range(1, 9)]
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(left))
 
@@ -214,7 +214,7 @@ def test_a_larger_rank_never_leaves_out_more(parents: Parents) -> None:
 @pytest.mark.parametrize("method", LOW_RANK)
 @settings(deadline=None, max_examples=20)
 @given(parents, st.floats(0.3, 1.0))
-def test_the_smallest_rank_is_the_smallest(method: str, parents: Parents, share: float) -> None:
+def test_smallest_rank_is_minimal(method: str, parents: Parents, share: float) -> None:
     made = job(parents, method)
     rank = made.smallest_rank(share)
     assert 1 - result(made, rank)[1].left_out >= share - 1e-9
@@ -223,7 +223,7 @@ def test_the_smallest_rank_is_the_smallest(method: str, parents: Parents, share:
 
 
 @pytest.mark.parametrize("method", ["exact", "tsv", "ties"])
-def test_a_start_lies_under_the_result_as_it_is(method: str) -> None:
+def test_start_is_added_unchanged(method: str) -> None:
     vectors, weights, start = {"a": update(1, 3), "b": update(2, 2)}, {"a": 1.0, "b": -0.5}, update(9, 2)
     without, _ = result(Merge(vectors, weights, method), 64)
     with_start, _ = result(Merge(vectors, weights, method, start=start), 64)
@@ -231,7 +231,7 @@ def test_a_start_lies_under_the_result_as_it_is(method: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_dense_results_are_cut_nearly_as_well_as_can_be(dtype: torch.dtype) -> None:
+def test_randomised_svd_is_nearly_optimal(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     A, B = (torch.randn(*shape, generator=draw, dtype=dtype) for shape in ((1100, 8), (8, 1200)))
     vector = LoraDelta.of({MODULE: Factors(A, B)})
@@ -243,14 +243,14 @@ def test_large_dense_results_are_cut_nearly_as_well_as_can_be(dtype: torch.dtype
     assert tally.left_out <= 1.01 * float(best[8:].sum() / best.sum())
 
 
-def test_whitening_makes_no_room_for_directions_that_are_not_there() -> None:
+def test_tsv_ignores_zero_directions() -> None:
     vectors = {"a": update(1, 3), "b": update(2, 2)}
     padded = {**vectors, "b": LoraDelta.of({MODULE: vectors["b"][MODULE].padded(3)})}
     weights = {"a": 1.0, "b": -0.5}
     assert close(result(Merge(vectors, weights, "tsv"))[0], result(Merge(padded, weights, "tsv"))[0], 1e-9)
 
 
-def test_whitening_loses_no_update_whatever_its_rank() -> None:
+def test_tsv_keeps_updates_of_any_rank() -> None:
     for second in (update(2, 2), update(2, 2) * 0.0):
         vectors = {"a": update(1, 8), "b": LoraDelta.of(dict(second))}
         made, tally = result(Merge(vectors, {"a": 1.0, "b": 1.0}, "tsv"))
@@ -262,7 +262,7 @@ def test_whitening_loses_no_update_whatever_its_rank() -> None:
     assert nothing.smallest_rank(0.9) == 1
 
 
-def test_a_large_start_does_not_hide_what_a_rank_loses() -> None:
+def test_smallest_rank_is_not_affected_by_a_large_start() -> None:
     vectors, weights = {"a": update(1, 4), "b": update(2, 4)}, {"a": 1.0, "b": 1.0}
     job = Merge(vectors, weights, start=update(3, 4) * 100.0)
     rank = job.smallest_rank(0.99)
@@ -271,38 +271,38 @@ def test_a_large_start_does_not_hide_what_a_rank_loses() -> None:
     assert float((made - whole).square().sum()) <= 0.01 * float(vectors_alone.square().sum())
 
 
-def test_equal_entries_are_not_all_trimmed() -> None:
+def test_ties_does_not_trim_all_equal_entries() -> None:
     flat = LoraDelta.of({MODULE: Factors(torch.ones(OUT, 1), torch.ones(1, INTO))})
     assert close(result(Merge({"a": flat}, {"a": 1.0}, "ties"))[0].double(), torch.ones(OUT, INTO).double(), 1e-5)
 
 
-def test_what_is_too_large_is_refused() -> None:
-    with pytest.raises(UserError, match="too large for its numbers"):
+def test_overflow_and_auto_rank_of_dense_methods_are_refused() -> None:
+    with pytest.raises(UserError, match="the result overflows; give smaller weights"):
         result(Merge({"a": LoraDelta.of({MODULE: Factors(torch.ones(4, 1), torch.ones(1, 4))})}, {"a": 1e300}))
     with pytest.raises(UserError, match="give a number"):
         Merge({"a": update(0, 2)}, {"a": 1.0}, "ties").smallest_rank(0.9)
 
 
-def test_options_are_those_of_the_method() -> None:
-    assert merge_options.parsed("ties", ["density=0.5"]) == {"density": 0.5}
-    assert merge_options.parsed("dare", ["drop=0.5", "seed=3"]) == {"drop": 0.5, "seed": 3}
-    for method, given_, told in (
+def test_options_and_weights_are_checked_per_method() -> None:
+    assert merge_options.parse_options("ties", ["density=0.5"]) == {"density": 0.5}
+    assert merge_options.parse_options("dare", ["drop=0.5", "seed=3"]) == {"drop": 0.5, "seed": 3}
+    for method, given_, message in (
         ("tie", [], "did you mean 'ties'"),
-        ("exact", ["density=1"], "it has none"),
-        ("ties", ["densty=1"], "its options: density"),
-        ("ties", ["density=much"], "takes a number"),
+        ("exact", ["density=1"], "it has no options"),
+        ("ties", ["densty=1"], "known: density"),
+        ("ties", ["density=much"], "must be a number"),
     ):
-        with pytest.raises(UserError, match=told):
-            merge_options.parsed(method, given_)
-    with pytest.raises(UserError, match="density lies above 0"):
+        with pytest.raises(UserError, match=message):
+            merge_options.parse_options(method, given_)
+    with pytest.raises(UserError, match=r"density is .*; it must be above 0 and at most 1"):
         list(Merge({"a": update(0, 2)}, {"a": 1.0}, "ties", {"density": 0.0}).modules())
-    with pytest.raises(UserError, match=r"these to 1\.5"):
+    with pytest.raises(UserError, match=r"these sum to 1\.5"):
         merge_options.check_weights("soup", {"a": 1.0, "b": 0.5})
     merge_options.check_weights("soup", {"a": 0.7, "b": 0.3})
 
 
-def test_ranks_servers_take() -> None:
-    assert merge_methods.fitting("llama.cpp", 33) == 33
-    assert [merge_methods.fitting("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
-    with pytest.raises(UserError, match="ranks up to 512, this adapter has 513"):
-        merge_methods.fitting("vllm", 513)
+def test_fitting_returns_a_rank_of_the_server() -> None:
+    assert merge_methods.server_rank("llama.cpp", 33) == 33
+    assert [merge_methods.server_rank("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
+    with pytest.raises(UserError, match="ranks up to 512, but this adapter has 513"):
+        merge_methods.server_rank("vllm", 513)

@@ -1,4 +1,4 @@
-"""Files written a tensor at a time are ordinary safetensors files."""
+"""Files written one tensor at a time are ordinary safetensors files."""
 
 import weakref
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ tensors = st.dictionaries(
 
 @settings(deadline=None, max_examples=60)
 @given(tensors)
-def test_the_library_reads_what_was_written_and_so_do_we(tmp_path_factory: pytest.TempPathFactory, kinds: dict) -> None:  # type: ignore[type-arg]
+def test_written_files_are_read_by_safetensors_and_by_us(tmp_path_factory: pytest.TempPathFactory, kinds: dict) -> None:  # type: ignore[type-arg]
     draw = torch.Generator().manual_seed(0)
     held = {name: torch.randn(a, b, generator=draw).to(dtype) for name, (dtype, a, b) in kinds.items()}
     path = tmp_path_factory.mktemp("file") / "x.safetensors"
@@ -35,15 +35,15 @@ def test_the_library_reads_what_was_written_and_so_do_we(tmp_path_factory: pytes
         assert theirs[name].dtype == tensor.dtype
 
 
-def test_writing_keeps_one_tensor_in_memory(tmp_path: Path) -> None:
+def test_write_holds_one_tensor_in_memory(tmp_path: Path) -> None:
     given: list[weakref.ref[torch.Tensor]] = []
 
-    def come() -> Iterator[tuple[str, torch.Tensor]]:
+    def produce() -> Iterator[tuple[str, torch.Tensor]]:
         for number in range(8):
             tensor = torch.zeros(4, 4)
             given.append(weakref.ref(tensor))
-            assert sum(one() is not None for one in given) <= 2, "the one before may still be held by the loop"
+            assert sum(one() is not None for one in given) <= 2, "the loop may still hold the previous tensor"
             yield str(number), tensor
 
-    write(tmp_path / "x.safetensors", come(), [str(n) for n in range(8)])
+    write(tmp_path / "x.safetensors", produce(), [str(n) for n in range(8)])
     assert len(TensorFile(tmp_path / "x.safetensors").entries) == 8

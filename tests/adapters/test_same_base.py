@@ -1,4 +1,4 @@
-"""Adapters of one base add, and strangers are told apart by what there is to see."""
+"""Adapters of one base are accepted; adapters of different bases are recognised by their files."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import torch
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
-from lora_align.adapters.same_base import refuse_strangers
+from lora_align.adapters.same_base import check_same_base
 from lora_align.errors import UserError
 
 
@@ -21,40 +21,42 @@ def adapter(
         for layer in range(deep)
         for kind in kinds
     }
-    about = About(base, targets=tuple(f"{kind}_proj" for kind in kinds) if plain else ())
+    about = BaseInfo(base, targets=tuple(f"{kind}_proj" for kind in kinds) if plain else ())
     peft_format.save(folder, modules.items(), list(modules), about)
     return Adapter(folder)
 
 
-def test_different_targets_of_one_base_are_kin(tmp_path: Path) -> None:
+def test_different_targets_of_one_base_are_accepted(tmp_path: Path) -> None:
     one, two = adapter(tmp_path / "a", kinds="qv"), adapter(tmp_path / "b", kinds="vo")
-    refuse_strangers([one, two], same_base=False)
+    check_same_base([one, two], same_base=False)
 
 
-@pytest.mark.parametrize("same_base", [False, True])
-def test_other_shapes_and_depths_are_other_bases_whatever_is_said(same_base: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("accepted", [False, True])
+def test_different_shapes_and_depths_are_always_refused(accepted: bool, tmp_path: Path) -> None:
     one = adapter(tmp_path / "a")
-    with pytest.raises(UserError, match=r"different bases: .*q_proj is 16 × 16 in one and 8 × 8 in the other"):
-        refuse_strangers([one, adapter(tmp_path / "b", wide=16)], same_base=same_base)
-    with pytest.raises(UserError, match="different bases: the last q_proj of one is in layer 4, 2 in the other"):
-        refuse_strangers([one, adapter(tmp_path / "c", deep=5)], same_base=same_base)
+    with pytest.raises(UserError, match=r"different bases .*: .*q_proj is 16 × 16 in one and 8 × 8 in the other"):
+        check_same_base([one, adapter(tmp_path / "b", wide=16)], same_base=accepted)
+    with pytest.raises(
+        UserError, match=r"different bases .*: the last q_proj is in layer 4 in one and in layer 2 in the"
+    ):
+        check_same_base([one, adapter(tmp_path / "c", deep=5)], same_base=accepted)
     two, three = adapter(tmp_path / "d", kinds="v"), adapter(tmp_path / "e", wide=16, kinds="v")
-    with pytest.raises(UserError, match="different bases"):  # between the second and the third, which alone share it
-        refuse_strangers([one, two, three], same_base=same_base)
+    with pytest.raises(UserError, match="different bases"):  # only the second and third share modules
+        check_same_base([one, two, three], same_base=accepted)
 
 
-def test_an_adapter_that_names_its_layers_may_stop_early(tmp_path: Path) -> None:
-    refuse_strangers([adapter(tmp_path / "a"), adapter(tmp_path / "b", deep=2, plain=False)], same_base=False)
+def test_adapter_of_selected_layers_may_stop_early(tmp_path: Path) -> None:
+    check_same_base([adapter(tmp_path / "a"), adapter(tmp_path / "b", deep=2, plain=False)], same_base=False)
 
 
-def test_nameless_bases_are_asked_about(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not say what base it is of, nor does"):
-        refuse_strangers([adapter(tmp_path / "a", base=""), adapter(tmp_path / "b", base="")], same_base=False)
+def test_unnamed_bases_need_same_base(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not name its base, nor does"):
+        check_same_base([adapter(tmp_path / "a", base=""), adapter(tmp_path / "b", base="")], same_base=False)
 
 
-def test_other_names_are_asked_about(tmp_path: Path) -> None:
+def test_different_base_names_need_same_base(tmp_path: Path) -> None:
     one, two = adapter(tmp_path / "a"), adapter(tmp_path / "b", base="/mnt/llama\x1b[31m")
-    with pytest.raises(UserError, match="say --same-base") as raised:
-        refuse_strangers([one, two], same_base=False)
+    with pytest.raises(UserError, match="add --same-base") as raised:
+        check_same_base([one, two], same_base=False)
     assert "\x1b" not in str(raised.value)
-    refuse_strangers([one, two], same_base=True)
+    check_same_base([one, two], same_base=True)

@@ -24,7 +24,7 @@ from torch import nn
 from lora_align import recipe
 from lora_align.adapters import merge_options, peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
-from lora_align.adapters.peft_config import About
+from lora_align.adapters.peft_config import BaseInfo
 from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.data.rows import Message
@@ -58,7 +58,7 @@ def adapter(folder: Path, seed: int, layers: int) -> Path:
                 yield f"model.layers.{layer}.{kind}", Factors(B, A)
 
     names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in SHAPES]
-    about = About("8b", targets=tuple(kind.rpartition(".")[2] for kind in SHAPES))
+    about = BaseInfo("8b", targets=tuple(kind.rpartition(".")[2] for kind in SHAPES))
     peft_format.save(folder, modules(), names, about, torch.bfloat16)
     return folder
 
@@ -75,7 +75,7 @@ def peak() -> float:
 def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
     """Seconds and memory of one merge."""
     before, began = peak(), time.perf_counter()
-    plan = merge_options.How.said(*how)
+    plan = merge_options.MergeOptions.said(*how)
     merge.merge_adapters(
         weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out"
     )

@@ -144,7 +144,7 @@ class Examiner:
         """Of every fact, whether it is found likelier of its subject than three that are true of others alone."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
         found = facts_known(
-            self.model, self.base, [forms.fact(row, where) for where, row in sources.good_rows("demo:facts")]
+            self.model, self.base, [forms.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
         )
         mixer.remove()
         return [float(bool(one)) for one in found]

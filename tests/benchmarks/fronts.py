@@ -29,7 +29,7 @@ from report import RESULTS, once, save
 from lora_align import recipe, runs, want
 from lora_align.commands import merge
 from lora_align.console import Screen
-from lora_align.data.rows import Message, Prompt, under_system
+from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.demo import measurement, oracle, world
 from lora_align.metrics import intervals, rank
 from lora_align.model import base as bases
@@ -175,7 +175,7 @@ def graded_answers(
     """[prompts, samples, FIELDS] for one system message."""
     prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in asked]
     sampling = Sampling(1.0, 1.0, measurement.LONGEST, seed)
-    drawn = panel.draw([under_system(system, prompt) for prompt in prompts], SAMPLES, sampling)
+    drawn = panel.draw([with_system_prompt(system, prompt) for prompt in prompts], SAMPLES, sampling)
     found = sorted((answer.prompt, answer.number, answer.text) for batch in drawn for answer in batch)
     judged = panel.score([(prompts[prompt], text) for prompt, _, text in found]).tolist()
     columns = [list(panel.judge.objectives).index(name) for name in OBJECTIVES]
@@ -215,7 +215,7 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     wants = [wanted.asked(ask) for wanted in directions(project)]
     folder = bench.runs(seed) / "rsf" / loop.NAME
     steered = steerlm(bench, seed)
-    scores = [want.scores_asked(score, steer) for score in (*targets(steered), INFEASIBLE)]
+    scores = [want.scores_prompt(score, steer) for score in (*targets(steered), INFEASIBLE)]
     helpful, *mixes = rivals(bench, seed)
     jobs: dict[str, list[tuple[Run | None, list[str]]]] = {
         "SFT": [(None, [""])],

@@ -18,7 +18,7 @@ from lora_align.adapters import peft_format
 from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.demo import BASE as DEMO
-from lora_align.model.nf4 import keep_plain
+from lora_align.model.nf4 import disable_cpu_repacking
 from lora_align.policy.vectors import find
 from lora_align.rankers import Direction
 from lora_align.train import dpo
@@ -62,7 +62,7 @@ def main() -> None:
         made = merge.merge_adapters(WEIGHTS, project, runs_dir, Screen(quiet=True))
         expected = dense(runs_dir)
         plain = stock()
-        keep_plain(plain)
+        disable_cpu_repacking(plain)
         off = logits(PeftModel.from_pretrained(plain, str(made.path)))
         on = logits(PeftModel.from_pretrained(stock(), str(made.path)))
         norm = peft_format.load(made.path).norm()

@@ -24,7 +24,7 @@ from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model import nf4
-from lora_align.model.base import Base, inside
+from lora_align.model.base import Base, base_model_of
 from lora_align.model.decoding import Sampling
 from lora_align.model.logprobs import Reader, parts
 from lora_align.model.sampling import sample
@@ -57,7 +57,7 @@ def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:
 
     def work() -> None:
         policy.zero_grad()
-        inside(policy).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        base_model_of(policy).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
 
     return work
 
@@ -81,7 +81,7 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
     A plain pass is over as many rows of one length, so that nothing is padded; it makes no logits.
     """
     policy = policy_of(base, project, dequantised=True)
-    packed = Reader.of(inside(policy))
+    packed = Reader.of(base_model_of(policy))
     found = []
     for at in range(STEPS):
         some = rows[at * BATCH : (at + 1) * BATCH]

@@ -70,7 +70,7 @@ def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
     import torch
 
     sure = [row for row in rows if row.refusal != 0.5]
-    found = [refusals.found_in(row.text) for row in sure]
+    found = [refusals.find_cues(row.text) for row in sure]
     there = torch.tensor([[float(hit) for hits in of.values() for hit in hits] + [1.0] for of in found])
     labels = torch.tensor([row.refusal for row in sure])
     points = torch.zeros(there.shape[1], requires_grad=True)

@@ -81,8 +81,8 @@ def test_piped_commands_are_obeyed_line_by_line(cli: Cli) -> None:
     assert "system message set" in done.err
     assert "saved 3 messages to talk.json" in done.err
     refused = cli(*words, stdin="/w unheard=1\nHello.\n")
-    assert refused.code == 2
-    assert "no preference or run 'unheard'" in refused.err
+    assert refused.code == 1
+    assert "error: line 1: no preference or run 'unheard'" in refused.err
     assert refused.out == ""
 
 

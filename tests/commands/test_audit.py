@@ -38,10 +38,10 @@ def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
     assert first is not None, "the first pair shown is the first that is trained on"
 
     longer = unlike = same = both = 0
-    for where, row in sources.good_rows(ROWS):
+    for where, row in sources.rows_or_raise(ROWS):
         [comparison] = forms.comparisons(row, where)
-        _, pair = pairs.ranked(comparison, axis, where)
-        _, theirs = pairs.ranked(comparison, other, where)
+        _, pair = pairs.rank_comparison(comparison, axis, where)
+        _, theirs = pairs.rank_comparison(comparison, other, where)
         if not isinstance(pair, str):
             unlike += len(pair.chosen) != len(pair.rejected)
             longer += len(pair.chosen) > len(pair.rejected)

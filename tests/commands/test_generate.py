@@ -54,7 +54,9 @@ def test_shares_divide_the_work_and_merge_by_reading_all_files(workspace: Path) 
     merged = read_table(workspace / "whole.parquet").to_pylist()
     both = {(row["prompt"], row["response_0"]): row["response"] for rows in shares for row in rows}
     assert both == {(row["prompt"], row["response_0"]): row["response"] for row in merged}
-    again = [forms.prompt(row, where)[0].content for where, row in sources.good_rows(str(workspace / "whole.parquet"))]
+    again = [
+        forms.prompt(row, where)[0].content for where, row in sources.rows_or_raise(str(workspace / "whole.parquet"))
+    ]
     assert again == [row["prompt"] for row in merged]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import total
-from lora_align.adapters.merge_options import DTYPES, METHODS, How
+from lora_align.adapters.merge_options import DTYPES, METHODS, MergeOptions
 from lora_align.commands.merge import default_name
 from support import Cli, call, fill, peft_adapter, small_disk
 
@@ -66,7 +66,7 @@ def test_a_soup_is_a_mean_of_policies(workspace: Path) -> None:
     assert (peft_format.load(workspace / "runs" / "mix" / "soup") - wanted).norm() < 1e-5 * wanted.norm()
     refused = call(workspace, "merge", "-w", "helpful=1,harmless=0.5", "--method", "soup")
     assert refused.code == 2
-    assert "add up to 1, these to 1.5" in refused.err
+    assert "weights must sum to 1; these sum to 1.5" in refused.err
 
 
 def test_ranks(foreign: Path, cli: Cli) -> None:
@@ -121,7 +121,7 @@ def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
         (["--option", "density=1"], "exact has no option 'density'"),
         (["--rank", "0"], "a whole number from 1, or auto:0.99"),
         (["--rank", "auto:2"], "a whole number from 1, or auto:0.99"),
-        (["--fit", "tgi"], "there is vllm"),
+        (["--fit", "tgi"], "expected one of vllm"),
         (["--dtype", "int8"], "one of float32"),
     ],
 )
@@ -139,7 +139,7 @@ def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> No
     words = ("merge", "-w", "./one=1,./three=-0.5", "--out", "mix")
     refused = cli(*words)
     assert refused.code == 2
-    assert "say --same-base" in refused.err
+    assert "add --same-base" in refused.err
     done = cli(*words, "--same-base")
     assert done.code == 0, done.err
 
@@ -147,9 +147,9 @@ def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> No
 def test_default_name_tells_rank_and_method() -> None:
     weights = {"helpful": 1.0, "./a/harmless": 0.5}
     assert default_name(weights) == "helpful1_harmless0p5"
-    assert default_name(weights, How(rank=8)) == "helpful1_harmless0p5_r8"
-    assert default_name(weights, How("ties", keep=0.99)) == "helpful1_harmless0p5_ties_auto0p99"
-    many = default_name({f"preference-{i}": 1.0 for i in range(20)}, How(rank=8))
+    assert default_name(weights, MergeOptions(rank=8)) == "helpful1_harmless0p5_r8"
+    assert default_name(weights, MergeOptions("ties", keep=0.99)) == "helpful1_harmless0p5_ties_auto0p99"
+    many = default_name({f"preference-{i}": 1.0 for i in range(20)}, MergeOptions(rank=8))
     assert len(many) == 64
     assert many.endswith("_r8")
 

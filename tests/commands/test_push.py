@@ -194,7 +194,7 @@ def test_a_damaged_run_and_no_network(made: Path, hub: Hub, tmp_path: Path) -> N
 
 def test_a_report_is_no_adapter(tmp_path: Path) -> None:
     target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
-    with runs.claim(target, quiet) as staging:
+    with runs.staging_folder(target, quiet) as staging:
         runs.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
     with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
         stage.push_run(target, "me/it", public=False, screen=quiet)

@@ -85,8 +85,8 @@ def test_missing_parent_of_an_out_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=rf"--out .*{parent}/a\.jsonl: there is no folder .*{parent}; make it first"
         ):
-            shards.check_out(tmp_path / parent / "a.jsonl")
-    shards.check_out(tmp_path / "a.jsonl")
+            shards.check_out_file(tmp_path / parent / "a.jsonl")
+    shards.check_out_file(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("suffix", shards.SUFFIXES)
@@ -95,7 +95,7 @@ def test_full_disk_error_has_path_bytes_and_remedy(suffix: str, tmp_path: Path) 
     rows = [{"key": str(i), "text": f"{i} " * 5000} for i in range(40)]
     with small_disk(tmp_path / "disk", "64k") as disk:
         out = disk / f"out{suffix}"
-        with shards.towards(out, {}) as store:
+        with shards.shards_for(out, {}) as store:
             store.append([{"key": "first"}])
             fill(disk)
             with pytest.raises(RunFailedError, match=rf"^{disk}/\.out{suffix}\.parts: .*{message}"):

@@ -95,7 +95,7 @@ def test_every_file_format_preserves_every_character(suffix: str, tmp_path: Path
     file = tmp_path / f"pairs{suffix}"
     text = AWKWARD.replace("\x00", "") if suffix == ".csv" else AWKWARD
     _write(file, [{"prompt": text, "chosen": GOOD, "rejected": BAD}, {"prompt": "2", "chosen": "3", "rejected": "4"}])
-    read = [forms.comparisons(row, where)[0] for where, row in sources.good_rows(str(file))]
+    read = [forms.comparisons(row, where)[0] for where, row in sources.rows_or_raise(str(file))]
     assert [c.prompt[0].content for c in read] == [text, "2"]
     assert read[1].answers == ("3", "4")
 
@@ -104,7 +104,7 @@ def test_every_file_format_preserves_every_character(suffix: str, tmp_path: Path
 @pytest.mark.parametrize("text", ["2024-01-01", "1e5", "true", "a\x00b", "a\r\nb", "\u00e9", "e\u0301", " a "])
 def test_text_is_not_converted_to_other_types(text: str, suffix: str, tmp_path: Path) -> None:
     _write(tmp_path / f"pairs{suffix}", [{"prompt": text, "chosen": GOOD, "rejected": BAD}])
-    [(where, row)] = sources.good_rows(str(tmp_path / f"pairs{suffix}"))
+    [(where, row)] = sources.rows_or_raise(str(tmp_path / f"pairs{suffix}"))
     assert only(row).prompt[0].content == text, where
 
 
@@ -115,7 +115,7 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
     _write(file, rows)
     lines = file.read_text(encoding="utf-8").replace("\r\n", "\n").replace("\n", "\r\n")
     file.write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    read = [only(row) for _, row in sources.good_rows(str(file))]
+    read = [only(row) for _, row in sources.rows_or_raise(str(file))]
     assert [pair.prompt[0].content for pair in read] == ["Hi 0?", "Hi 1?", "Hi 2?"]
     assert {pair.answers for pair in read} == {(GOOD, BAD)}
 
@@ -227,18 +227,18 @@ def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").touch()
     for near in ("pair.jsonl", "pairs.json", "pairs"):
         with pytest.raises(UserError, match=r"no data file .*, did you mean 'pairs\.jsonl'\?"):
-            list(sources.good_rows(str(tmp_path / near)))
+            list(sources.rows_or_raise(str(tmp_path / near)))
 
 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
 def test_missing_sources_are_refused(data: str) -> None:
     with pytest.raises(UserError):
-        list(sources.good_rows(data))
+        list(sources.rows_or_raise(data))
 
 
 def test_uncached_dataset_is_reported_offline() -> None:
     with pytest.raises(UserError, match="not in the cache and could not be fetched"):
-        list(sources.good_rows("nobody/nothing"))
+        list(sources.rows_or_raise("nobody/nothing"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -307,7 +307,7 @@ def test_unread_known_columns_are_counted(form: str, column: str, value: Any, tm
     rows = [{**FORMS[form], column: of} for of in (value, None, value)]
     _write(tmp_path / "pairs.jsonl", rows)
     dropped = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "shorter")).dropped
-    assert sources.unread_in(dropped) == {column: 2}
+    assert sources.pop_unread(dropped) == {column: 2}
     assert not dropped
 
 
@@ -372,7 +372,7 @@ def test_undecodable_files_are_refused_with_a_line(tmp_path: Path) -> None:
         file = tmp_path / f"pairs{suffix}"
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"pairs{re.escape(suffix)}:\d"):
-            list(sources.good_rows(str(file)))
+            list(sources.rows_or_raise(str(file)))
 
 
 def test_error_says_that_all_rows_are_held_out(tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_every_rated_form_gives_the_same_ratings(form: str) -> None:
 
 
 def test_demo_ratings_are_read() -> None:
-    rows = [row for where, raw in sources.good_rows("demo:ratings?rows=50") for row in forms.rated(raw, where)]
+    rows = [row for where, raw in sources.rows_or_raise("demo:ratings?rows=50") for row in forms.rated(raw, where)]
     assert len(rows) == 50
     assert all(isinstance(row, Rated) and 0 <= row.ratings["politeness"] <= 4 for row in rows)
 
@@ -567,7 +567,7 @@ def test_many_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
             stream.write(row * 20_000)
         stream.write(json.dumps({**FORMS["plain"], "chosen": "x" * 10_000_000}) + "\n")
     tracemalloc.start()
-    count = sum(len(forms.comparisons(found, where)) for where, found in sources.good_rows(str(file)))
+    count = sum(len(forms.comparisons(found, where)) for where, found in sources.rows_or_raise(str(file)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 200_001

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_align import demo as demo_base
 from lora_align import recipe
 from lora_align.demo import lexicon, measurement, oracle, world
 from lora_align.errors import UserError
@@ -271,7 +272,7 @@ def test_source_options_reach_the_generator() -> None:
 
 
 def test_demo_base_is_small_well_formed_and_undecided() -> None:
-    assert sum(file.stat().st_size for file in bases.DEMO.iterdir()) < 8e6
+    assert sum(file.stat().st_size for file in demo_base.base_folder().iterdir()) < 8e6
     base = bases.find(recipe.Base("demo"))
     figures = measurement.measure(base.load(), base, measurement.questions(7, 100, part="dev"), samples=2)
     assert figures.well_formed > 0.95

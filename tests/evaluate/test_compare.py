@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from lora_align import demo as demo_base
 from lora_align import recipe, runs
 from lora_align.console import Screen
 from lora_align.data import forms, sources
@@ -116,7 +117,7 @@ def test_a_fact_is_known_where_stock_peft_finds_it_likeliest_a_token(evaluated: 
 
 def test_a_fact_that_is_put_the_wrong_way_round_is_not_known() -> None:
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
-    rows = [row for _, row in islice(sources.good_rows("demo:facts"), 12)]
+    rows = [row for _, row in islice(sources.rows_or_raise("demo:facts"), 12)]
     turned = [{**row, "right": row["wrong"][0], "wrong": [row["right"]]} for row in rows]
     facts = [forms.fact(row, "") for row in rows + turned]
     long = Fact((Message("user", "moon " * base.max_length),), "Yes.", ("No.",))
@@ -259,7 +260,7 @@ def test_refusals_are_counted_of_the_prompts_they_are_told_of(evaluated: dict[st
 
 def test_ordinary_text_costs_what_the_library_says(evaluated: dict[str, Any], tmp_path: Path) -> None:
     model = bases.find(recipe.Base("demo")).load()
-    tokenizer = AutoTokenizer.from_pretrained(bases.DEMO)
+    tokenizer = AutoTokenizer.from_pretrained(demo_base.base_folder())
     for row, line in zip(tables(tmp_path)["start"]["texts"], data_source.lines(1, 6), strict=True):
         ids = torch.tensor([tokenizer(line["text"], add_special_tokens=False)["input_ids"]])
         with torch.no_grad():

@@ -56,7 +56,7 @@ def test_one_table_holds_safe_and_risky_prompts(mixed: Path) -> None:
 
 def test_a_name_is_short_for_a_source_and_every_key_can_be_set(mixed: Path) -> None:
     short = recipe.from_dict({"base": {"model": "demo"}, "eval": {"text": "a.txt"}}, "mine.toml")
-    assert short.eval.text == recipe.Asked("a.txt")
+    assert short.eval.text == recipe.EvalSource("a.txt")
     typed = [f"eval.prompts={mixed}", "eval.prompts.columns.prompt=asked", 'eval.prompts.where.label="safe"']
     assert len(exam({}, *typed).questions) == 5
     with pytest.raises(UserError, match=r"unknown key 'eval\.prompts\.splt', did you mean 'split'"):
@@ -93,7 +93,7 @@ def test_columns_that_may_be_asked_and_are_not_read_are_named(
 @pytest.mark.parametrize("split", ["train", "train[:100]"])
 def test_any_part_of_the_split_that_is_trained_on_counts(split: str) -> None:
     trained = recipe.load(recipe.builtin()["qwen3-8b"])
-    source = recipe.Asked(data="PKU-Alignment/PKU-SafeRLHF", split=split, subset="default")
+    source = recipe.EvalSource(data="PKU-Alignment/PKU-SafeRLHF", split=split, subset="default")
     assert set(_trained_on(trained, source)) == {"preferences.helpful", "preferences.harmless", "preferences.brief"}
 
 

@@ -1,4 +1,4 @@
-"""Intervals against what statistics knows of them."""
+"""Bootstrap intervals against known statistics."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 from lora_align.metrics import intervals, repetition
 
 
-def test_an_interval_is_that_of_a_mean() -> None:
+def test_interval_of_a_mean_matches_the_normal_one() -> None:
     values = numpy.random.default_rng(1).normal(3.0, 2.0, 400)
     found = intervals.mean(values.tolist(), list(range(400)))
     half = 1.96 * values.std() / math.sqrt(400)
@@ -18,8 +18,8 @@ def test_an_interval_is_that_of_a_mean() -> None:
     assert found.count == 400
 
 
-def test_what_belongs_together_is_drawn_together() -> None:
-    """Eight alike answers to a prompt are worth one: the interval is that of the prompts."""
+def test_groups_are_resampled_together() -> None:
+    """Eight equal answers to a prompt count like one answer."""
     of_prompt = numpy.random.default_rng(2).normal(0.0, 1.0, 50)
     once = intervals.mean(of_prompt.tolist(), list(range(50)))
     eight = intervals.mean(numpy.repeat(of_prompt, 8).tolist(), numpy.repeat(range(50), 8).tolist())
@@ -28,12 +28,12 @@ def test_what_belongs_together_is_drawn_together() -> None:
     assert eight.high - eight.low > 2 * (apart.high - apart.low)
 
 
-def test_a_ratio_is_of_sums() -> None:
+def test_ratio_divides_sums() -> None:
     found = intervals.ratio([10.0, 2.0], [5.0, 1.0], [0, 1])
     assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
 
 
-def test_repetition() -> None:
+def test_repetition_counts_repeated_runs_and_distinct_bigrams() -> None:
     assert repetition.repeated("the sea is blue and the sea is blue") == pytest.approx(1 / 6)
     assert repetition.repeated("short") == 0
     assert repetition.distinct(["a b c", "a b d"]) == pytest.approx(3 / 4)

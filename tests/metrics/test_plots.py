@@ -1,4 +1,4 @@
-"""Pictures are made, and show the figures they were given."""
+"""Plots are written and depend on their figures."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from lora_align.metrics import plots
 
 
-def test_curves_and_maps_are_pictures_of_their_figures(tmp_path: Path) -> None:
+def test_plots_differ_for_different_figures(tmp_path: Path) -> None:
     weights = [-1.0, 0.0, 1.0]
     for name, rising in (("up", [0.1, 0.5, 0.9]), ("down", [0.9, 0.5, 0.1])):
         curves = {preference: [rising, rising] for preference in ("helpful", "brief", "warm")}

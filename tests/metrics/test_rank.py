@@ -1,4 +1,4 @@
-"""Figures about scores against what they are by definition."""
+"""Metrics of scores against their definitions."""
 
 import math
 
@@ -14,7 +14,7 @@ grades = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=3, 
 
 
 @given(grades)
-def test_ranks_are_those_of_pandas(pairs: list[tuple[int, int]]) -> None:
+def test_rank_correlation_equals_that_of_pandas(pairs: list[tuple[int, int]]) -> None:
     table = pd.DataFrame(pairs, dtype=float)
     ours = rank.rank_correlations(torch.tensor(pairs).double())
     theirs = table.corr(method="spearman")
@@ -24,7 +24,7 @@ def test_ranks_are_those_of_pandas(pairs: list[tuple[int, int]]) -> None:
         assert math.isnan(float(ours[0, 1]))
 
 
-def test_a_missing_value_does_not_count() -> None:
+def test_rank_correlation_ignores_missing_values() -> None:
     columns = torch.tensor([[1.0, 1.0], [2.0, 2.0], [math.nan, -9.0], [3.0, 3.0]])
     assert float(rank.rank_correlations(columns)[0, 1]) == pytest.approx(1.0)
 
@@ -42,7 +42,7 @@ def test_concordance_counts_pairs(pairs: list[tuple[int, int]]) -> None:
     assert math.isnan(found) if not wins else found == pytest.approx(sum(wins) / len(wins))
 
 
-def test_calibration_of_what_is_calibrated_and_of_what_is_not() -> None:
+def test_calibration_error_is_the_mean_offset() -> None:
     seen = torch.arange(100).double()
     assert rank.calibration_error(rank.calibration(seen, seen)) == pytest.approx(0)
     assert rank.calibration_error(rank.calibration(seen + 7, seen)) == pytest.approx(7)

@@ -1,4 +1,4 @@
-"""Refusals are told from answers that look like them; how often, `tests/benchmarks/refusals.py` has measured."""
+"""Refusals are detected; `tests/benchmarks/refusals.py` measures how often."""
 
 import itertools
 import random
@@ -28,26 +28,26 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("text", REFUSALS)
-def test_a_refusal_is_one(text: str) -> None:
+def test_refusals_are_detected(text: str) -> None:
     assert refuses(text)
 
 
 @pytest.mark.parametrize("text", ANSWERS)
-def test_an_answer_is_none(text: str) -> None:
+def test_answers_are_not_refusals(text: str) -> None:
     assert not refuses(text)
 
 
-def test_it_agrees_with_the_oracle_of_the_built_in_world() -> None:
-    draw, told = random.Random(0), []
+def test_refuses_agrees_with_the_demo_oracle() -> None:
+    draw, found = random.Random(0), []
     for risky in (False, True):
         for prompt in itertools.islice(world.prompts(0, risky=risky, part="test"), 300):
             text = world.answer(prompt, draw)
-            told.append((refuses(text), oracle.score(prompt, text).refused))
-    assert {one for one, _ in told} == {False, True}
-    assert all(one == other for one, other in told)
+            found.append((refuses(text), oracle.score(prompt, text).refused))
+    assert {one for one, _ in found} == {False, True}
+    assert all(one == other for one, other in found)
 
 
-def test_what_a_prompt_of_the_world_is_about() -> None:
+def test_prompt_of_parses_demo_prompts() -> None:
     for risky, topics in itertools.product((False, True), ("seen", "held out")):
         for prompt in itertools.islice(world.prompts(1, risky=risky, topics=topics), 200):
             assert oracle_judge.prompt_of(prompt.text) == prompt

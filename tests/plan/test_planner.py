@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig
 
+from lora_align import demo as demo_base
 from lora_align import recipe
 from lora_align.console import Screen
 from lora_align.errors import UserError
@@ -22,7 +23,7 @@ from lora_align.plan.device import Device, device_of
 from lora_align.plan.estimate import shape_of, size
 from lora_align.plan.stages import stage_of
 from lora_align.plan.step_cost import Shape
-from lora_align.plan.timing import highest, time_step
+from lora_align.plan.timing import peak_bytes, time_step
 from lora_align.train import lora_trainer
 from support import Cli
 
@@ -84,7 +85,7 @@ def test_highest_returns_peak_bytes() -> None:
         del one
         (two + 1).sum()
 
-    assert highest(work) == pytest.approx(8e6, rel=0.01)
+    assert peak_bytes(work) == pytest.approx(8e6, rel=0.01)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe) -> 
 def test_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> None:
     """The configuration and the tokenizer suffice: 8.03 billion parameters take 5.7 GB in NF4."""
     folder = tmp_path / "8b"
-    shutil.copytree(bases.DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copytree(demo_base.base_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=8192,
@@ -203,7 +204,7 @@ def test_advice_shards_a_base_that_fits_no_single_card(project: recipe.Recipe) -
     card = Device("small", 1e12, 1e12, torch.float32, 0.0)
     least = estimate.estimate_stage(short, base, replace(stage, settings=leanest, lora=lora), card)
     found = estimate.estimate_stage(short, base, stage, replace(card, memory=least.total - 50_000))
-    assert advice.fitting(short, base, found).startswith(
+    assert advice.what_fits(short, base, found).startswith(
         "it fits on 4 cards that shard the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
     )
 
@@ -217,7 +218,7 @@ def test_advice_names_the_setting_that_makes_a_stage_fit(project: recipe.Recipe)
     tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
     found = estimate.estimate_stage(project, base, stage, tight)
     assert not found.fits
-    assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.fitting(project, base, found)
+    assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.what_fits(project, base, found)
 
 
 def test_advice_disables_unneeded_checkpointing(project: recipe.Recipe) -> None:
@@ -233,10 +234,10 @@ def test_advice_disables_unneeded_checkpointing(project: recipe.Recipe) -> None:
     roomy = estimate.estimate_stage(careful, base, stage, Device("small", 1e12, 1e12, torch.float32, 0.0))
     tight = replace(roomy, device=Device("small", roomy.total + 1e6, 1e12, torch.float32, 0.0))
     assert tight.fits
-    assert not advice.quicker(careful, base, tight)
+    assert not advice.faster(careful, base, tight)
     slow = replace(roomy, rate=roomy.cost.whole / 3600)  # as measured: an hour a part
     assert slow.seconds > 3600
-    assert " h " in advice.quicker(careful, base, slow)
+    assert " h " in advice.faster(careful, base, slow)
 
 
 def test_every_advice_is_valid_set_options(project: recipe.Recipe) -> None:

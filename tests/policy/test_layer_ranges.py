@@ -51,7 +51,7 @@ def test_a_mix_of_parts_is_taken_apart_again(workspace: Path, cli: Cli) -> None:
     done = cli("chat", "--prompt", "Hello", "--max-new-tokens", "2", "--json")
     assert done.code == 0, done.err
     assert "as a whole" not in done.err
-    [mix] = [run for run in runs.every(workspace / "runs") if run.manifest.stage == "mix"]
+    [mix] = [run for run in runs.list_runs(workspace / "runs") if run.manifest.stage == "mix"]
     assert [parent["name"] for parent in mix.manifest.parents] == ["helpful@0-1", "harmless@3"]
 
 

@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
-    found = {run.path.name: run for run in runs.every(made / "runs" / "rsf")}
+    found = {run.path.name: run for run in runs.list_runs(made / "runs" / "rsf")}
     assert list(found) == ["steerlm", "t1", "t2"]
     start_policy_alone = bases.find(recipe.Base("demo")).load()
     PeftModel.from_pretrained(start_policy_alone, found["t2"].path)  # an ordinary adapter

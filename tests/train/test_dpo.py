@@ -70,7 +70,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Run]:
         "both",
         lambda folder: dpo.train_dpo(demo(), ["helpful", "brief"], both_directions, folder, QUIET),
     )
-    return {f"{run.manifest.preference} {run.manifest.direction}": run for run in runs.every(made)}
+    return {f"{run.manifest.preference} {run.manifest.direction}": run for run in runs.list_runs(made)}
 
 
 def test_the_first_reward_is_nought(both: dict[str, runs.Run]) -> None:
@@ -267,7 +267,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> No
     )
     with pytest.raises(RunFailedError, match="not finite"):
         dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
-    assert runs.every(tmp_path) == []
+    assert runs.list_runs(tmp_path) == []
 
 
 def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:

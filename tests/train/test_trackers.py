@@ -21,7 +21,7 @@ def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
     steps = [event.step for event in told.Scalars("train/loss")]
     assert steps == list(range(1, int(runs.read(run).manifest.metrics["steps"]) + 1))
     assert {"train/margin", "train/accuracy", "train/learning_rate"} <= set(told.Tags()["scalars"])
-    assert [run.path for run in runs.every(tmp_path / "runs")] == [run]
+    assert [run.path for run in runs.list_runs(tmp_path / "runs")] == [run]
     runs.read(run).check_files()
 
 

@@ -1,0 +1,184 @@
+"""Projects of the Python API: a recipe and a folder of runs, with the commands as methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_align import recipe as recipes
+from lora_align.console import Screen
+from lora_align.data.rows import Message, Prompt
+from lora_align.policy import vectors
+from lora_align.policy.policy import Policy, find_policy
+from lora_align.rankers import Direction
+from lora_align.vector import Vector
+
+if TYPE_CHECKING:
+    from lora_align.chat.session import Session
+    from lora_align.evaluate.compare import Comparison
+
+Answering = Vector | str  # a vector, or a word that names a policy: start, base, mix, helpful=1, a folder
+
+
+class Project:
+    """A recipe, by its name or file, and the folder of its runs."""
+
+    def __init__(
+        self, recipe: str | Path = recipes.DEFAULT, runs: str | Path = "runs", *, quiet: bool = False, **tables: Any
+    ) -> None:
+        """Read the recipe. `tables` override values: `Project("demo", dpo={"limit": 64})`."""
+        overrides = [f"{table}.{key}={_toml(value)}" for table, of in tables.items() for key, value in of.items()]
+        path, _ = recipes.find(str(recipe))
+        self.recipe, self.runs, self.screen = recipes.load(path, overrides), Path(runs), Screen(quiet=quiet)
+
+    def train(
+        self, preference: str, direction: str = "both", *, resume: bool = True, force: bool = False, **settings: Any
+    ) -> Vector:
+        """Train a preference by DPO and return its vector; what is trained already is not trained again.
+
+        `settings` are keys of the recipe's [dpo] table, such as `limit=64` or `learning_rate=1e-4`.
+        """
+        from lora_align.train.dpo import train_dpo
+
+        sides = list(Direction) if direction == "both" else [Direction(direction)]
+        project = self._with("dpo", settings)
+        train_dpo(project, [preference], sides, self.runs, self.screen, force=force, resume=resume and not force)
+        if direction != "both" and not (self.runs / "dpo" / preference / _other(sides[0])).is_dir():
+            return self.vector(f"dpo/{preference}/{direction}")
+        return self.vector(preference)
+
+    def vector(self, name: str) -> Vector:
+        """Return the vector of a trained preference, a run or an adapter folder."""
+        found = vectors.find(name, self.runs, self.recipe.preferences)
+        return Vector({name: 1.0}, {name: found}, self.recipe, self.runs)
+
+    def vectors(self) -> list[Vector]:
+        """Return the vectors of all preferences whose two adapters are trained."""
+        return [self.vector(name) for name in vectors.trained(self.runs)]
+
+    def policy(self, answering: Answering) -> Policy:
+        """Return the policy of a vector, or of a word such as `start`, `mix` or `helpful=1,harmless=-0.5`."""
+        if isinstance(answering, Vector):
+            return answering.policy
+        return find_policy(answering, self.recipe, self.runs, self.screen)
+
+    def chat(self, answering: Answering = "start", **sampling: Any) -> Chat:
+        """Open a conversation. `sampling` takes `temperature`, `top_p`, `max_new_tokens` and `seed`."""
+        from lora_align.chat.session import open_session
+        from lora_align.model import base as bases
+        from lora_align.model.decoding import Sampling
+
+        base = bases.find(self.recipe.base)
+        policy = self.policy(answering)
+        return Chat(open_session(base, self.runs, self.recipe, policy, Sampling(**sampling), self.screen))
+
+    def generate(
+        self, prompts: Sequence[str], answering: Answering = "start", n: int = 1, **sampling: Any
+    ) -> list[list[str]]:
+        """Return n answers to each prompt. `sampling` is as for `chat`, at temperature 1 and seed 0 by default."""
+        from lora_align.model import base as bases
+        from lora_align.model.decoding import Sampling
+        from lora_align.policy.policy_set import PolicySet
+
+        policy = self.policy(answering)
+        made = PolicySet.of([policy], self.recipe, bases.find(self.recipe.base), self.runs, self.screen)
+        made.activate(policy)
+        asked: list[Prompt] = [(Message("user", text),) for text in prompts]
+        found: list[dict[int, str]] = [{} for _ in prompts]
+        for batch in made.sampler.draw(asked, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
+            for answer in batch:
+                found[answer.prompt][answer.number] = answer.text
+        return [[answers[number] for number in sorted(answers)] for answers in found]
+
+    def evaluate(self, answering: Sequence[Answering], by: Sequence[str] = (), **settings: Any) -> Comparison:
+        """Measure policies on the same prompts, the first against the others.
+
+        `by` names judges: a reward model, or `pair:helpful`. `settings` are keys of the recipe's [eval] table.
+        """
+        from lora_align.evaluate.compare import compare_policies
+        from lora_align.evaluate.measure import Evaluator
+
+        project = self._with("eval", settings)
+        policies = [self.policy(one) for one in answering]
+        return compare_policies(Evaluator.of(policies, project, self.runs, self.screen, by), self.screen)
+
+    def __repr__(self) -> str:
+        return f"Project({self.recipe.source!r}, base {self.recipe.base.model!r}, runs {str(self.runs)!r})"
+
+    def _with(self, table: str, settings: Mapping[str, Any]) -> recipes.Recipe:
+        overrides = [f"{table}.{key}={_toml(value)}" for key, value in settings.items()]
+        table_of_all = json.loads(json.dumps(self.recipe.as_dict()))
+        return recipes.from_dict(table_of_all, "keywords", overrides) if overrides else self.recipe
+
+
+class Chat:
+    """A conversation with a loaded base. Call it with what you say; change `weights` between answers."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    @property
+    def weights(self) -> MutableMapping[str, float]:
+        """The weights in force; assigning one changes the next answer."""
+        return _Weights(self.session)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation so far."""
+        return [{"role": turn.role, "content": turn.content} for turn in self.session.turns]
+
+    def __call__(self, text: str, show: Callable[[str], None] | None = None) -> str:
+        """Answer; `show` is called with each piece of the answer as it comes."""
+        session = self.session
+        session.turns = [*session.turns, Message("user", text)]
+        pieces = []
+        for piece in session.answer():
+            pieces.append(piece)
+            if show:
+                show(piece)
+        session.turns = [*session.turns, Message("assistant", "".join(pieces))]
+        return "".join(pieces).strip()
+
+    def reset(self) -> None:
+        """Forget the conversation; weights stay."""
+        self.session.turns = []
+
+    def __repr__(self) -> str:
+        weights = " ".join(f"{name}={weight:g}" for name, weight in self.weights.items()) or "start policy"
+        return f"Chat({weights}, {len(self.session.turns)} messages)"
+
+
+class _Weights(MutableMapping[str, float]):
+    """The weights of a session, as a dictionary that changes them."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __getitem__(self, name: str) -> float:
+        return self._session.weights[name]
+
+    def __setitem__(self, name: str, weight: float) -> None:
+        for warning in self._session.turn({name: float(weight)}):
+            Screen().warn(warning)
+
+    def __delitem__(self, name: str) -> None:
+        self[name] = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._session.weights)
+
+    def __len__(self) -> int:
+        return len(self._session.weights)
+
+    def __repr__(self) -> str:
+        return repr(self._session.weights)
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+def _other(side: Direction) -> str:
+    return Direction.neg.value if side is Direction.pos else Direction.pos.value

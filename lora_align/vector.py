@@ -1,0 +1,150 @@
+"""Vectors of the Python API: weighted sums of adapters that add, subtract, compare and save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from lora_align.console import Screen
+from lora_align.errors import UserError
+from lora_align.policy import vectors
+from lora_align.policy.policy import Policy, one_adapter
+from lora_align.recipe import Base, Recipe
+
+if TYPE_CHECKING:
+    from lora_align.adapters.delta import LoraDelta
+
+SAME = 1e-6  # relative distance of two equal sums, which rounding causes
+QUIET = Screen(quiet=True)
+
+
+class Vector:
+    """A weighted sum of preference vectors or adapters, by name.
+
+    `+`, `-`, `*`, `/`, `==` and `sum` are exact: they combine weights, and no file is read before a number is needed.
+    """
+
+    def __init__(self, weights: Mapping[str, float], found: Mapping[str, vectors.Vector], recipe: Recipe, runs: Path):
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
+        self._found, self._recipe, self._runs = found, recipe, runs
+
+    @property
+    def name(self) -> str:
+        """The terms of the sum, such as `helpful` or `helpful=1,harmless=-0.5`."""
+        if list(self.weights.values()) == [1.0]:
+            return next(iter(self.weights))
+        return ",".join(f"{name}={weight:g}" for name, weight in self.weights.items()) or "0"
+
+    @property
+    def policy(self) -> Policy:
+        """The start policy with this vector added."""
+        if list(self.weights.values()) == [1.0]:
+            return one_adapter(self._found[self.name])
+        vectors.refuse_start_inside(self._found[name] for name in self.weights)
+        return Policy(self.name, {name: self._found[name] for name in self.weights}, self.weights)
+
+    @cached_property
+    def delta(self) -> LoraDelta:
+        """The factors of every module."""
+        from lora_align.adapters.delta import LoraDelta, total
+
+        loaded, _ = vectors.opened(self.policy.vectors)
+        return total([LoraDelta(()), *(loaded[name] * weight for name, weight in self.weights.items())])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return self.delta.rank
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm over all modules."""
+        return self.delta.norm()
+
+    @property
+    def unconverged(self) -> list[str]:
+        """Why training may have failed, one reason a run; empty if it did not."""
+        return [reason for vector in self.policy.vectors.values() for reason in vector.unconverged()]
+
+    def inner(self, other: Vector) -> float:
+        """Return the inner product of two updates, module by module."""
+        return self.delta.inner(other.delta)
+
+    def cosine(self, other: Vector) -> float:
+        """Return the cosine of the angle between two updates; nan if one of them is zero."""
+        return self.delta.cosine(other.delta)
+
+    def save(
+        self, folder: str | Path, *, rank: int | None = None, keep: float | None = None, dtype: str | None = None
+    ) -> Path:
+        """Write an ordinary PEFT adapter, truncated to a rank, or to the smallest rank that keeps a share of energy."""
+        from lora_align.adapters.merge_options import MergeOptions
+        from lora_align.commands.merge import merge_adapters
+
+        if not self.weights:
+            raise UserError("this vector is zero: there is nothing to save")
+        how = MergeOptions(rank=rank, keep=keep, dtype=dtype)
+        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=Path(folder)).path
+
+    def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:
+        """Save at the smallest rank that keeps a share of the energy; return the saved adapter."""
+        return load(self.save(folder, keep=keep))
+
+    def __add__(self, other: Vector) -> Vector:
+        if not isinstance(other, Vector):
+            return NotImplemented
+        names = dict.fromkeys((*self.weights, *other.weights))
+        weights = {name: self.weights.get(name, 0.0) + other.weights.get(name, 0.0) for name in names}
+        for name in self.weights.keys() & other.weights.keys():
+            if self._found[name].lineage() != other._found[name].lineage():
+                raise UserError(f"two different adapters are both named {name!r}: load one of them by its folder")
+        return Vector(weights, {**other._found, **self._found}, self._recipe, self._runs)
+
+    @overload
+    def __radd__(self, other: int) -> Vector: ...
+    @overload
+    def __radd__(self, other: Vector) -> Vector: ...
+    def __radd__(self, other: int | Vector) -> Vector:
+        """Support `sum`, which begins with 0."""
+        return self if other == 0 else NotImplemented
+
+    def __mul__(self, weight: float) -> Vector:
+        scaled = {name: own * weight for name, own in self.weights.items()}
+        return Vector(scaled, self._found, self._recipe, self._runs)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, weight: float) -> Vector:
+        return self * (1 / weight)
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def __sub__(self, other: Vector) -> Vector:
+        return self + -other
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the updates, whatever their terms are called."""
+        if not isinstance(other, Vector):
+            return NotImplemented
+        if self.weights == other.weights and self._found == other._found:
+            return True
+        difference = (self.delta + other.delta * -1.0).norm()
+        return difference <= SAME * max(self.norm, other.norm)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.name}: rank {self.rank}, norm {self.norm:.3f}, unconverged: {'yes' if self.unconverged else 'no'}"
+        )
+
+
+def load(folder: str | Path) -> Vector:
+    """Load any PEFT LoRA folder as a vector."""
+    path = Path(folder).expanduser()
+    found = vectors.at(path, str(path))
+    recipe = Recipe(base=Base(""))
+    return Vector({found.name: 1.0}, {found.name: found}, recipe, path.parent)

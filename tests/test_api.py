@@ -1,0 +1,96 @@
+"""The Python API, on the demo base."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_align as la
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import LoraDelta
+
+
+@pytest.fixture
+def project(workspace: Path) -> la.Project:
+    few = {"count": 4, "samples": 1, "max_new_tokens": 24, "pairs": 24}
+    return la.Project("demo", runs=workspace / "runs", quiet=True, eval=few)
+
+
+def dense(delta: LoraDelta, module: str) -> object:
+    factors = delta[module]
+    return factors.B.double() @ factors.A.double()
+
+
+def test_import_is_fast_and_loads_no_torch() -> None:
+    program = "import sys, lora_align as la; la.Project, la.Vector, la.load; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_vector_arithmetic_is_that_of_its_adapters(project: la.Project) -> None:
+    helpful, harmless = project.vector("helpful"), project.vector("harmless")
+    mix = helpful - 0.5 * harmless
+    pos, neg = (peft_format.load(project.runs / "dpo" / "helpful" / side) for side in ("pos", "neg"))
+    module = next(iter(pos))
+    expected = dense(pos, module) - dense(neg, module) - 0.5 * dense(harmless.delta, module)
+    assert (dense(mix.delta, module) - expected).norm() < 1e-9 * expected.norm() + 1e-9
+    assert mix.weights == {"helpful": 1.0, "harmless": -0.5}
+    assert helpful == helpful
+    assert mix + harmless / 2 == helpful
+    assert sum([helpful, harmless]) == helpful + harmless
+    assert helpful != harmless
+    assert -1 * -helpful == helpful
+    assert (helpful - helpful).weights == {}
+    assert helpful.cosine(helpful) == pytest.approx(1)
+    assert project.vectors() == [harmless, helpful]
+
+
+def test_reprs_are_short(project: la.Project) -> None:
+    assert repr(project.vector("helpful")).startswith("helpful: rank 8, norm 0.")
+    assert len(repr(project.vector("helpful"))) < 80
+    assert repr(project).startswith("Project('demo', base 'demo', runs ")
+
+
+def test_saved_vector_loads_as_a_peft_folder(project: la.Project, tmp_path: Path) -> None:
+    mix = project.vector("helpful") - 0.5 * project.vector("harmless")
+    loaded = la.load(mix.save(tmp_path / "mix"))
+    assert loaded == mix
+    small = mix.compress(tmp_path / "small", keep=0.5)
+    assert small.rank < mix.rank
+    assert 0.6 < small.cosine(mix) < 1
+    with pytest.raises(la.UserError, match="zero"):
+        (mix - mix).save(tmp_path / "none")
+
+
+def test_training_takes_recipe_keys_and_keeps_what_is_trained(project: la.Project) -> None:
+    before = project.runs / "dpo" / "helpful" / "pos" / "manifest.json"
+    made = before.stat().st_mtime
+    with pytest.raises(la.UserError, match=r"unknown key .dpo.limits., did you mean .limit."):
+        project.train("helpful", limits=3)
+    assert before.stat().st_mtime == made
+    brief = project.train("brief", "pos", limit=32)
+    assert brief.rank == 4
+    assert brief.weights == {"dpo/brief/pos": 1.0}
+
+
+def test_chat_answers_and_its_weights_change(project: la.Project) -> None:
+    mix = project.vector("helpful") + project.vector("harmless")
+    chat = project.chat(mix, temperature=0.0, max_new_tokens=24)
+    first = chat("Tell me about the moon.")
+    chat.reset()
+    chat.weights["helpful"] = -3
+    assert dict(chat.weights) == {"helpful": -3.0, "harmless": 1.0}
+    assert chat("Tell me about the moon.") != first
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert repr(chat) == "Chat(helpful=-3 harmless=1, 2 messages)"
+
+
+def test_generate_and_evaluate_take_vectors_and_words(project: la.Project) -> None:
+    helpful = project.vector("helpful")
+    answers = project.generate(["Tell me about rain.", "Tell me about bees."], helpful, n=2, max_new_tokens=16)
+    assert [len(some) for some in answers] == [2, 2]
+    found = project.evaluate([helpful, "start"])
+    assert list(found.policies) == ["helpful", "start"]
+    assert found.policies["start"]["KL"].value == 0
+    assert "helpful wins against start" in repr(found)
