@@ -18,6 +18,10 @@ types:
 fmt:
     .venv/bin/ruff check --fix && .venv/bin/ruff format
 
+# Write the generated parts of docs/cli.md, docs/recipes.md and docs/architecture.md.
+docs:
+    .venv/bin/python docs/build.py
+
 demo:
     .venv/bin/lora-align demo
 

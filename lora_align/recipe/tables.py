@@ -23,60 +23,82 @@ Seed = Annotated[int, Ge(0), Lt(2**32)]  # NumPy's range
 
 @dataclass(frozen=True)
 class Base:
-    """The base model. An empty `revision` or `chat_template` means the model's own.
-
-    `fsdp` divides a 4-bit base among the training processes if it does not fit on one GPU.
-    """
+    """The `[base]` table: the frozen base model."""
 
     model: str
+    """A hub id (`owner/name`), a local folder, or a registered base such as `demo`."""
     revision: str = ""
+    """A branch, tag or commit of the model on the hub; empty means its default branch."""
     quantization: Literal["nf4", "none"] = "nf4"
+    """How the weights are stored: in 4-bit NF4, or in `dtype`."""
     double_quant: bool = True
+    """Whether the scales of NF4 are quantised as well, which saves memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The dtype of activations; `auto` means float32 on a CPU, and bfloat16 or float16 on a GPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """transformers' attention implementation; `auto` means the model's own choice."""
     fsdp: bool = False
+    """Whether training processes shard the 4-bit base, for a base that does not fit on one GPU."""
     chat_template: str = ""
+    """A Jinja chat template, or a `.jinja` file beside the recipe; empty means the model's own."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking`."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The shape of every adapter. `init_seed` fixes the initial A for all preferences and both directions."""
+    """The `[lora]` table: the shape of every adapter."""
 
     rank: Annotated[int, Ge(1), Le(16_384)] = 16
+    """The rank of the adapter in every adapted module."""
     alpha: Annotated[float, Gt(0), Le(1e6)] = 32.0
+    """LoRA's alpha: the update is scaled by `alpha / rank`."""
     dropout: Share = 0.0
+    """The probability that LoRA dropout drops an input while it trains."""
     targets: tuple[str, ...] = ("all-linear",)
+    """Names of the modules to adapt; `all-linear` means every linear layer but the output layer."""
     init_seed: Seed = 0
+    """The seed of the initial A, which all preferences and both directions share."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The keys that all training stages share.
-
-    `batch_size` counts rows. A batch is computed in parts of about `tokens_per_batch` tokens, which affects memory and
-    speed only. `limit` is the maximum number of training rows. `warmup` below 1 is a share of the steps, otherwise
-    their number. `compile` runs `torch.compile` on the base's layers; `plan --measure` shows if the time pays off. A
-    checkpoint is saved every `save_minutes`.
-    """
+    """The keys that all training stages share."""
 
     epochs: Positive = 1.0
+    """Passes over the training rows."""
     learning_rate: Positive = 5e-5
+    """The highest learning rate of the schedule."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """transformers' learning-rate schedule after the warm-up."""
     warmup: Annotated[float, Ge(0), Le(1e7)] = 0.03
+    """Warm-up steps; a value below 1 is a share of all steps."""
     weight_decay: Annotated[float, Ge(0), Le(10)] = 0.0
+    """The optimizer's weight decay."""
     max_grad_norm: Annotated[float, Gt(0), Le(1e9)] = 1.0
+    """The norm to which larger gradients are clipped."""
     batch_size: Few = 16
+    """Rows in an optimizer step, over all processes together; a row of `dpo` is a pair."""
     tokens_per_batch: Tokens = 4096
+    """Tokens computed at once; the value affects memory and speed only."""
     max_length: Annotated[Tokens, Ge(8)] = 1024
+    """The most tokens of a prompt with its answer; longer answers are truncated."""
     optimizer: str = "adamw_torch_fused"
+    """The optimizer, by its name in transformers."""
     gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass, which saves memory and costs time."""
     compile: bool = False
+    """Whether `torch.compile` compiles the base's layers; `plan --measure` shows whether the time pays off."""
     seed: Seed = 0
+    """The seed of row order and dropout, and of sampling in `rsf`."""
     held_out: Share = 0.05
+    """The share of prompts that are held out; small sources hold out more, except in `rsf`."""
     save_minutes: Annotated[float, Ge(0), Le(1e6)] = 10.0
+    """Minutes between checkpoints."""
     limit: Rows | None = None
+    """The most training rows of a source, or prompts of `rsf`; unset means all."""
     report_to: tuple[str, ...] = ()
+    """transformers' experiment trackers, such as `tensorboard`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,45 +106,59 @@ class Sft(Training):
     """The `[sft]` table: train the start policy's adapter on conversations."""
 
     data: str
+    """Conversations: a file, a hub id (`owner/name`), or a registered source such as `demo:conversations`."""
     split: str = "train"
+    """The split of a hub dataset."""
     revision: str = ""
+    """A branch, tag or commit of a hub dataset; empty means its default branch."""
     subset: str = ""
+    """A configuration of a hub dataset, or one of its folders."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """Known column names, each with its name in the data."""
     skip_bad: bool = False
+    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
     answers_only: bool = True
+    """Whether the loss covers the assistant's turns only; otherwise it covers all tokens."""
     packing: bool = False
+    """Whether several texts share a row of up to `max_length` tokens."""
     lora: Lora | None = None
+    """The LoRA shape of this stage; unset means that of `[lora]`."""
 
 
 @dataclass(frozen=True)
 class Dpo(Training):
-    """The `[dpo]` table: train preference adapters. `seed` orders the data and does not affect the initial A."""
+    """The `[dpo]` table: train preference adapters."""
 
     beta: Positive = 0.1
+    """DPO's β; a smaller value lets the adapter move further from the start policy."""
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
+    """The assumed probability that a label is wrong."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One `[preferences.NAME]` table: where pairs come from and how they are ranked.
-
-    `margin` is the minimum difference of two ratings or lengths. For a dataset on the hub, `split`, `revision` and
-    `subset` (a configuration or a folder) choose the rows. `columns` maps known column names to those in the data.
-    With `skip_bad`, unreadable rows are counted and skipped. `labels` sets the answer that each value of a label
-    column prefers, as in { A = "first", B = "second", C = "tie" }. `of` combines the pairs of other preferences and
-    replaces `data`.
-    """
+    """One `[preferences.NAME]` table: where pairs come from and how they are ranked."""
 
     data: str = ""
+    """Pairs: a file, a hub id (`owner/name`), or a registered source such as `demo:pairs`."""
     rank: str = "label"
+    """The ranker that finds the better answer; see [rankers](your-data.md#rankers)."""
     margin: Annotated[float, Ge(0), Le(1e9)] = 0.0
+    """The smallest difference of two ratings, or of two lengths in characters; closer pairs are dropped."""
     split: str = "train"
+    """The split of a hub dataset."""
     revision: str = ""
+    """A branch, tag or commit of a hub dataset; empty means its default branch."""
     subset: str = ""
+    """A configuration of a hub dataset, or one of its folders."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """Known column names, each with its name in the data."""
     skip_bad: bool = False
+    """Whether rows that cannot be read or ranked are counted and skipped; by default the first one ends the command."""
     labels: Mapping[str, Winner] = field(default_factory=dict)
+    """The answer that each value of a label column prefers, as in `{ A = "first", B = "second", C = "tie" }`."""
     of: tuple[str, ...] = ()
+    """Preferences whose pairs are combined; `of` replaces all other keys."""
 
     @property
     def ranker(self) -> Ranker:
@@ -132,116 +168,149 @@ class Preference:
 
 @dataclass(frozen=True)
 class Ratings:
-    """One `[reward.ratings.NAME]` table: rated answers on a scale from `low` to `high`.
-
-    Empty `attributes` means all attributes of the data. `prefix` is put before the names of the heads.
-    """
+    """One `[reward.ratings.NAME]` table: rated answers on a scale."""
 
     data: Annotated[str, Len(1)]
+    """Rated answers: a file, a hub id (`owner/name`), or a registered source such as `demo:ratings`."""
     split: str = "train"
+    """The split of a hub dataset."""
     revision: str = ""
+    """A branch, tag or commit of a hub dataset; empty means its default branch."""
     subset: str = ""
+    """A configuration of a hub dataset, or one of its folders."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """Known column names, each with its name in the data."""
     skip_bad: bool = False
+    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
     low: Points = 0.0
+    """The lowest rating of the scale."""
     high: Points = 4.0
+    """The highest rating of the scale."""
     attributes: tuple[str, ...] = ()
+    """The rated attributes to read; empty means all."""
     prefix: str = ""
+    """Text put before the attributes to name their heads."""
 
 
 @dataclass(frozen=True)
 class Reward(Training):
-    """The `[reward]` table: train a reward model with one head per rated attribute and per name in `pairs`.
-
-    `pairs` maps a head to the preference whose pairs train it. `objectives` defines means of heads. `lm_weight` is the
-    weight of the language-model loss.
-    """
+    """The `[reward]` table: train a reward model with one head per rated attribute and per name in `pairs`."""
 
     ratings: Mapping[str, Ratings] = field(default_factory=dict)
+    """Sources of rated answers, each a table `[reward.ratings.NAME]`."""
     pairs: Mapping[str, str] = field(default_factory=dict)
+    """Heads that learn from pairs, each with the preference whose pairs train it."""
     objectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Means of heads, each with the heads to average."""
     lm_weight: Weight = 0.1
+    """The weight of the language-model loss on the answers; 0 turns it off."""
     lora: Lora | None = None
+    """The LoRA shape of this stage; unset means that of `[lora]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rsf(Training):
-    """The `[rsf]` table: rejection-sampling finetuning of one policy, conditioned on a direction over objectives.
+    """The `[rsf]` table: rejection-sampling fine-tuning of one policy, conditioned on a direction over objectives.
 
-    `directions` bounds the weight of each objective. `iterations` counts as in the paper, after the SteerLM-style
-    policy. Each iteration uses `prompts` of its half of the data (default: all). It samples `per_prompt` directions
-    for each prompt and `samples` answers for each direction. The first iteration learns from `bootstrap` answers per
-    prompt, sampled from the SteerLM-style policy. The first `pooled` iterations choose among all answers to a prompt;
-    later ones among the answers to one direction.
-
-    `ask` and `steer` are Jinja templates of the system messages for a direction and for scores. `ask` may use `want`
-    (the weight of each objective), `decimals` and `integers` (the weights as text); `steer` may use `scores` and
-    `listed`. `watch` names the objective whose drop is reported. `beta` applies to `learn = "dpo"`.
+    A SteerLM-style policy comes first; iterations are numbered from 1, as in the paper (arXiv 2402.18571).
     """
 
     data: Annotated[str, Len(1)]
+    """Prompts with answers: a file, a hub id (`owner/name`), or a registered source such as `demo:ratings`."""
     directions: Mapping[str, tuple[float, float]]
+    """Objectives, each with the lowest and the highest weight in a direction, from -1 to 1."""
     split: str = "train"
+    """The split of a hub dataset."""
     revision: str = ""
+    """A branch, tag or commit of a hub dataset; empty means its default branch."""
     subset: str = ""
+    """A configuration of a hub dataset, or one of its folders."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """Known column names, each with its name in the data."""
     skip_bad: bool = False
+    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
     reward: str = "reward"
+    """The name of the reward model that scores answers."""
     iterations: Annotated[int, Ge(1), Le(1_000)] = 4
+    """Policies trained after the SteerLM-style one."""
     prompts: Rows | None = None
+    """The most prompts of an iteration, sampled from its half of the data; unset means all."""
     per_prompt: Few = 5
+    """Directions sampled for each prompt."""
     samples: Few = 16
+    """Answers sampled for each direction, from the second iteration on."""
     bootstrap: Few = 80
+    """Answers to each prompt that the SteerLM-style policy gives for the first iteration."""
     pooled: Few = 1
+    """Iterations, from the first, whose candidates are all answers to a prompt and not those to one direction."""
     replay: Share = 0.15
+    """The share of training rows that are unchanged answers of the data, for `learn = "sft"`."""
     temperature: Positive = 1.0
+    """The sampling temperature."""
     max_new_tokens: Tokens = 512
+    """The longest sampled answer, in tokens."""
     ask: str = "Your response should maximize weighted rating = {{ decimals }}"
+    """A Jinja template: the system message for a direction; variables are `want`, `decimals` and `integers`."""
     steer: str = "Your response should be rated {{ listed }}"
+    """A Jinja template: the system message for scores; variables are `scores` and `listed`."""
     watch: str = "harmlessness"
+    """The objective whose drop is reported."""
     learn: Literal["sft", "dpo"] = "sft"
+    """The training of an iteration: SFT on the best answers, or DPO of the best over the worst."""
     loss_on: Literal["answers", "all"] = "answers"
+    """The tokens that the SFT loss covers: the assistant's turns, or all."""
     beta: Positive = 0.1
+    """DPO's β, for `learn = "dpo"`."""
     packing: bool = True
+    """Whether several texts share a row of up to `max_length` tokens."""
     lora: Lora | None = None
+    """The LoRA shape of this stage; unset means that of `[lora]`."""
 
 
 @dataclass(frozen=True)
 class EvalSource:
-    """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form.
-
-    `where` selects rows by the values of their columns, as in `where = { label = "safe" }`.
-    """
+    """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form."""
 
     data: str = ""
+    """Rows: a file, a hub id (`owner/name`), or a registered source such as `demo:prompts`."""
     split: str = "train"
+    """The split of a hub dataset."""
     revision: str = ""
+    """A branch, tag or commit of a hub dataset; empty means its default branch."""
     subset: str = ""
+    """A configuration of a hub dataset, or one of its folders."""
     columns: Mapping[str, str] = field(default_factory=dict)
+    """Known column names, each with its name in the data."""
     skip_bad: bool = False
+    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
     where: Mapping[str, Any] = field(default_factory=dict)
+    """Values that columns of a row must have, as in `{ label = "safe" }`."""
 
 
 @dataclass(frozen=True)
 class Eval:
-    """The `[eval]` table: the test set of every policy.
-
-    A policy gives `samples` answers to `count` of the `prompts` and to `count` of the `risky` prompts, which it should
-    refuse. The loss of `text` should not rise. Up to `pairs` of the `facts` should stay known. Up to `pairs` held-out
-    pairs of each preference are scored. Without `prompts`, the prompts of held-out pairs are used. Prompts that the
-    recipe trains on are skipped.
-    """
+    """The `[eval]` table: the test set of every policy. Prompts that the recipe trains on are skipped."""
 
     prompts: EvalSource = field(default_factory=EvalSource)
+    """Prompts to answer; without `prompts` and `risky`, those of held-out pairs are used."""
     risky: EvalSource = field(default_factory=EvalSource)
+    """Prompts that a policy should refuse."""
     text: EvalSource = field(default_factory=EvalSource)
+    """Ordinary text; its loss should not rise."""
     facts: EvalSource = field(default_factory=EvalSource)
+    """Facts with a right and wrong answers; they should stay known."""
     count: Few = 64
+    """The most prompts, risky prompts and texts, each."""
     samples: Few = 4
+    """Answers to each prompt."""
     pairs: Few = 128
+    """The most held-out pairs of each preference, and the most facts."""
     temperature: Positive = 1.0
+    """The sampling temperature."""
     max_new_tokens: Tokens = 256
+    """The longest answer, in tokens."""
     seed: Seed = 0
+    """The seed of sampling."""
 
 
 TABLES_HOLD = {  # of stages that a recipe may lack
@@ -253,18 +322,28 @@ TABLES_HOLD = {  # of stages that a recipe may lack
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe with every default filled in. `source` is the built-in recipe's name or the file it comes from."""
+    """A whole recipe: its tables, with every default filled in."""
 
     base: Base
+    """The base model."""
     about: str = ""
+    """A line that `lora-align recipes` shows."""
     source: str = ""
+    """The name of the built-in recipe, or the file, that was read; never set by hand."""
     lora: Lora = field(default_factory=Lora)
+    """The shape of the adapters."""
     preferences: Mapping[str, Preference] = field(default_factory=dict)
+    """The preferences, each a table `[preferences.NAME]`."""
     sft: Sft | None = None
+    """Training of the start policy's adapter; without the table, the start policy is the base."""
     dpo: Dpo = field(default_factory=Dpo)
+    """Training of the preference adapters."""
     reward: Reward | None = None
+    """Training of the reward model."""
     rsf: Rsf | None = None
+    """Training of the conditioned policy."""
     eval: Eval = field(default_factory=Eval)
+    """The test set of every policy."""
 
     def check_trains(self, stage: str) -> None:
         """Refuse a recipe that lacks a stage's table, or whose optimizer needs a library that is not installed."""
