@@ -1,4 +1,4 @@
-"""Commands that measure: contestants side by side."""
+"""Commands that measure: eval, sweep, tune, reach."""
 
 from dataclasses import replace
 from typing import Annotated

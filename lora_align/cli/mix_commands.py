@@ -1,4 +1,4 @@
-"""Commands that add adapters up, look at what they are and give them away. None of them loads a base."""
+"""Commands that mix and share adapters: merge, inspect, push. None of them loads a base."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Commands that show what there is: the demo, recipes, runs."""
+"""Commands of the groups Start and Data: demo, recipes, init, doctor, plan, data, list."""
 
 import shutil
 import textwrap

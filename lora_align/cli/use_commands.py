@@ -1,4 +1,4 @@
-"""Commands that use what was trained."""
+"""Commands that use what was trained: chat, generate, score."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From tables to figures: means with intervals of one contestant, and how often one beats another."""
+"""Figures from tables: means with intervals of one policy, and how often one beats another."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
@@ -14,7 +14,7 @@ Figures = dict[str, Estimate]
 
 
 def figures(found: Measured) -> Figures:
-    """Everything there is to say of one contestant."""
+    """Return every figure of one policy."""
     told: Figures = {}
     for column in _scores(found.answers):
         told |= _of(column.removeprefix(SCORE), found.answers, itemgetter(column))

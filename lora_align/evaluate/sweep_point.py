@@ -1,4 +1,4 @@
-"""A point of a sweep: a contestant with its weights, and all that was found of it."""
+"""A point of a sweep: a policy, its weights, and everything measured of it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What every contestant is asked, read once: prompts, pairs of answers that one should prefer, text, and facts."""
+"""The test set of every policy: prompts, held-out pairs, ordinary text, facts."""
 
 import hashlib
 import json
