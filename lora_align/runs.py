@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast, get_origin
 
-from lora_align import __version__, processes
+from lora_align import __version__, processes, store
 from lora_align.console import Screen
-from lora_align.errors import RunFailedError, UserError, first_line
+from lora_align.errors import UserError, first_line
 from lora_align.weights import NAME
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Run:
             if size != known["bytes"]:
                 found = "is missing" if size < 0 else f"has {size:,} bytes"
                 raise UserError(f"{file}: {found}, the manifest says {known['bytes']:,}; train or merge it again")
-            if sha256(file) != known["sha256"]:
+            if store.sha256(file) != known["sha256"]:
                 raise UserError(f"{file}: changed since publication (other sha256); train or merge it again")
 
 
@@ -232,7 +232,7 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     """Add the manifest to a staging folder, sync it to disk, and rename it to the target."""
 
     def publish_and_report() -> Run:
-        with report_write_errors(
+        with store.report_write_errors(
             target, "nothing was published, and an earlier run is unchanged; free disk space and try again"
         ):
             return _publish(staging, target, manifest)
@@ -242,7 +242,7 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
 
 def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     files = {
-        file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": store.sha256(file)}
         for file in sorted(staging.rglob("*"))
         if file.is_file() and file.name != LOG
     }
@@ -253,12 +253,12 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
     for name in files:
         shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files that only the owner can read
-    sync(staging)
+    store.sync_tree(staging)
     if target.exists():
         aside = target.with_name(f"{target.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
         target.rename(aside)
     staging.rename(target)
-    sync(target.parent, contents=False)
+    store.sync(target.parent)
     return Run(target, manifest)
 
 
@@ -269,38 +269,6 @@ def _next_order(target: Path, stage: str) -> int:
     return max(time.time_ns() // 1000, newest + 1)
 
 
-@contextmanager
-def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
-    """Turn a failed write into a RunFailedError with the folder, the bytes `needed` if known, and the remedy."""
-    try:
-        yield
-    except OSError as fault:
-        why = first_line(fault) if fault.strerror is None else fault.strerror
-        bytes_ = f" ({_size(needed)} to write, {_size(_free(folder))} free)" if needed else ""
-        raise RunFailedError(f"{folder}: {why}{bytes_}; {remedy}") from fault
-
-
-def check_room(folder: Path, needed: int, remedy: str) -> None:
-    """Refuse to begin if the disk has fewer free bytes than will be written."""
-    if (free := _free(folder)) < needed:
-        raise UserError(f"{folder}: about {_size(needed)} will be written, {_size(free)} are free; {remedy}")
-
-
-def _free(folder: Path) -> int:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.{0 if count >= 1e7 else 1}f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
-
-
-def refuse_missing_parent(out: Path) -> None:
-    """Refuse an --out path whose folder does not exist. Call this before slow work."""
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first (mkdir -p), or choose another")
-
-
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that a result may depend on."""
     import platform
@@ -308,12 +276,6 @@ def library_versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
     return {"lora-align": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def sha256(file: Path) -> str:
-    """Return the sha256 of a file's contents."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _keep_log(staging: Path, target: Path, screen: Screen) -> None:
@@ -328,20 +290,3 @@ def _keep_log(staging: Path, target: Path, screen: Screen) -> None:
 def _holder(target: Path) -> str:
     holder = target.parent / f".{target.name}.holder"
     return holder.read_text() if holder.exists() else "another process"
-
-
-def sync(folder: Path, *, contents: bool = True) -> None:
-    """Flush a folder, and all files below it if `contents`, to disk with fsync."""
-    for path in (*(folder.rglob("*") if contents else ()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def cache_folder() -> Path:
-    """Return the folder for quantised bases, tokenised rows, references and library logs; LORA_ALIGN_CACHE sets it."""
-    import platformdirs
-
-    return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))

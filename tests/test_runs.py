@@ -104,7 +104,7 @@ def test_killed_process_leaves_no_run_and_the_next_takes_over(
     child = _spawn(
         tmp_path,
         """
-        with runs.claim(target, Screen()) as staging:
+        with runs.staging_folder(target, Screen()) as staging:
             (staging / "adapter.bin").write_text("half")
             print("ready", flush=True)
             time.sleep(60)
@@ -130,7 +130,7 @@ def test_one_of_many_racing_processes_publishes(tmp_path: Path) -> None:
             f"""
             time.sleep(max(0, {start} - time.time()))
             try:
-                with runs.claim(target, Screen(quiet=True)) as staging:
+                with runs.staging_folder(target, Screen(quiet=True)) as staging:
                     (staging / "adapter.bin").write_text("x")
                     runs.publish(staging, target, runs.Manifest(stage="dpo", base={{"fingerprint": "f"}}))
                 print("won")

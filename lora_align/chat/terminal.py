@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lora_align import runs
+from lora_align import store
 from lora_align.chat.session import Session
 from lora_align.console import Screen, count, inert
 from lora_align.data.rows import Message
@@ -230,7 +230,7 @@ def _line_editing() -> None:
         return
     import atexit
 
-    history = runs.cache_folder() / "chat_history"
+    history = store.cache_folder() / "chat_history"
     history.parent.mkdir(parents=True, exist_ok=True)
     if history.exists():
         readline.read_history_file(history)

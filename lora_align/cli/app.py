@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_align import __version__, processes, runs
+from lora_align import __version__, processes, store
 from lora_align.cli import measure_commands, mix_commands, start_commands, train_commands, use_commands
 from lora_align.console import Screen, library_log, write
 from lora_align.errors import RunFailedError, Stopped, UserError, nearest
@@ -135,7 +135,7 @@ def main() -> None:
     """Run a command; every failure is one line on stderr and a known exit code."""
     run: Callable[..., Any] = typer.main.get_command(app)
     try:
-        with _signals(), library_log(runs.cache_folder() / "log.txt"):
+        with _signals(), library_log(store.cache_folder() / "log.txt"):
             code = run(standalone_mode=False)
         if code == 130:  # Typer has made this of a KeyboardInterrupt
             raise Stopped(signal.SIGINT)

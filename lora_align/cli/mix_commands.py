@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_align import runs
+from lora_align import store
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import MEASURES, Given, check_picture, run_facts, takes
 from lora_align.errors import UserError
@@ -67,7 +67,7 @@ def merge(
     if out is not None and (given.name is not None or not out.name):
         raise UserError("merge: --out takes the path of a new folder, and goes without --name")
     if out is not None:
-        runs.refuse_missing_parent(out)
+        store.refuse_missing_parent(out)
     how = MergeOptions.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     check_weights(method, wanted)
     project = given.of_runs()

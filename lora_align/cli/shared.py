@@ -112,7 +112,7 @@ class Given:
         if self.name is not None and not NAME.fullmatch(self.name):
             raise UserError(f"--name {self.name!r}: 1 to 64 of a-z 0-9 _ - , starting with a letter or digit")
         if self.force and self.resume:
-            raise UserError("--resume goes on with what was begun, --force begins anew: one or the other")
+            raise UserError("--resume continues a run, --force starts it again: give one of them")
 
     def of_recipe(self) -> Recipe:
         """Return the recipe that is named, or found in this folder."""

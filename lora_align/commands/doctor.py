@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from lora_align import runs
+from lora_align import store
 from lora_align.console import table
 
 LIBRARIES = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
@@ -141,7 +141,7 @@ def _hub() -> Iterator[Finding]:
 def _disk(runs_dir: Path) -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    places = {"cache": runs.cache_folder(), "hub's cache": Path(constants.HF_HUB_CACHE), "runs": runs_dir.resolve()}
+    places = {"cache": store.cache_folder(), "hub's cache": Path(constants.HF_HUB_CACHE), "runs": runs_dir.resolve()}
     for what, folder in places.items():
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_align import runs
+from lora_align import runs, store
 from lora_align.adapters import merge_methods, peft_config, peft_format, same_base
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge_methods import Merge, Tally
@@ -39,7 +39,7 @@ def merge_adapters(
 ) -> Run:
     """Add up, compress if asked, and publish."""
     if out:
-        runs.refuse_missing_parent(out)
+        store.refuse_missing_parent(out)
     target = out or runs_dir / "mix" / (name or default_name(weights, how))
     runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
     ready = prepare(weights, recipe, runs_dir, how)
@@ -58,10 +58,10 @@ def merge_adapters(
     dtype = getattr(torch, how.dtype) if how.dtype else own
     needed = _bytes(ready.adapters, rank, dtype)
     elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
-    runs.check_room(target.parent, needed, elsewhere)
+    store.check_free_space(target.parent, needed, elsewhere)
     with (
         runs.staging_folder(target, screen, force=force) as staging,
-        runs.report_write_errors(target, elsewhere, needed),
+        store.report_write_errors(target, elsewhere, needed),
     ):
         modules = tally.counted(ready.merge.modules(rank), padded)
         about = BaseInfo.common([adapter.config for adapter in ready.adapters])

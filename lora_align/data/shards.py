@@ -1,7 +1,6 @@
 """Crash-safe storage of rows: each batch is one Parquet file, written completely or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lora_align import processes, runs
+from lora_align import processes, store
 from lora_align.errors import UserError
 
 if TYPE_CHECKING:
     from pyarrow import Table
 
 KEY = "key"  # the column with the key of the work item that a row belongs to
-UNFINISHED = ".unfinished"
 REMEDY = "free disk space and run the command again: finished rows are stored"
 SUFFIXES = (".jsonl", ".parquet")  # of --out files
 
@@ -47,19 +45,15 @@ class Shards:
             yield from read_table(file).to_pylist()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a batch to a temporary file, sync it to disk, then rename it."""
+        """Write a batch to a new file."""
         from pyarrow.parquet import write_table
 
         number = int(self.files[-1].stem.split("-")[1]) + 1 if self.files else 0
         rank = f"-{processes.rank()}" if processes.rank() else ""
         file = self.folder / f"part-{number:06d}{rank}.parquet"
-        unfinished, table = file.with_suffix(UNFINISHED), _table(rows)
-        with runs.report_write_errors(self.folder, REMEDY, table.nbytes), unfinished.open("wb") as stream:
-            write_table(table, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-            unfinished.rename(file)
-            runs.sync(self.folder, contents=False)
+        table = _table(rows)
+        with store.report_write_errors(self.folder, REMEDY, table.nbytes), store.new_file(file) as unfinished:
+            write_table(table, unfinished)
         self.files.append(file)
 
 
@@ -84,7 +78,7 @@ def _lock_and_clean(folder: Path, lock: FileLock) -> None:
         raise UserError(f"{folder} is being written by another process; wait until it ends") from None
     except OSError as fault:
         raise UserError(f"cannot write {folder.parent}: {fault.strerror}; choose another folder") from fault
-    for left in folder.glob(f"*{UNFINISHED}"):
+    for left in folder.glob(f"*{store.UNFINISHED}"):
         left.unlink()
 
 
@@ -92,7 +86,7 @@ def check_out_file(out: Path) -> None:
     """Refuse an --out file that cannot be written. Call this before slow work."""
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a {' or '.join(SUFFIXES)} file")
-    runs.refuse_missing_parent(out)
+    store.refuse_missing_parent(out)
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
 
@@ -116,21 +110,16 @@ def finish(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Write rows to a .jsonl or .parquet file, completely or not at all."""
-    unfinished = out.with_name(f".{out.name}{UNFINISHED}")
-    try:
-        if out.suffix == ".parquet":
-            from pyarrow.parquet import write_table
+    if out.suffix == ".parquet":
+        from pyarrow.parquet import write_table
 
-            table = _table(rows)
-            with runs.report_write_errors(out, REMEDY, table.nbytes):
-                write_table(table, unfinished)
-        else:
-            lines = [f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode() for row in rows]
-            with runs.report_write_errors(out, REMEDY, sum(map(len, lines))), unfinished.open("wb") as stream:
-                stream.writelines(lines)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        table = _table(rows)
+        with store.report_write_errors(out, REMEDY, table.nbytes), store.new_file(out) as unfinished:
+            write_table(table, unfinished)
+    else:
+        text = "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows)
+        with store.report_write_errors(out, REMEDY, len(text)), store.new_file(out) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -144,9 +133,8 @@ def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
     changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
     if before and changed:
         raise UserError(f"{folder} was begun with another {', '.join(changed)}; delete it or choose another name")
-    unfinished = file.with_suffix(UNFINISHED)
-    unfinished.write_text(text)
-    unfinished.replace(file)
+    with store.new_file(file) as unfinished:
+        unfinished.write_text(text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> "Table":

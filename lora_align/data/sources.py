@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lora_align import plugins, runs
+from lora_align import plugins, store
 from lora_align.console import count
 from lora_align.data.rows import texts
 from lora_align.errors import NotFetchedError, UserError, first_line, nearest
@@ -200,7 +200,7 @@ def fingerprint(source: Source) -> str:
     if _registered(source.data):
         return source.data
     file = _file(source.data)
-    return runs.sha256(file) if file else str(_table(*location(source))._fingerprint)
+    return store.sha256(file) if file else str(_table(*location(source))._fingerprint)
 
 
 def _registered(data: str) -> Callable[[str], Rows] | None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_align import runs
+from lora_align import runs, store
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.data.rows import Fact, with_system_prompt
@@ -103,7 +102,7 @@ class Evaluator:
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         stored = self.folder / key
-        if not (stored / "measured.json").is_file():
+        if not store.is_intact(stored):
             self._store(self.measure(policy, report), stored, {"name": policy.name, **identity})
         else:
             report(self.test_set.answers)
@@ -124,15 +123,10 @@ class Evaluator:
                 yield self.measured(policy, report)
 
     def _store(self, found: Measured, stored: Path, about: Mapping[str, Any]) -> None:
-        staging = self.folder / f".{stored.name}.staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        for table in TABLES:
-            shards.write(getattr(found, table), staging / f"{table}.parquet")
-        (staging / "measured.json").write_text(json.dumps(about, indent=2))
-        runs.sync(staging)
-        shutil.rmtree(stored, ignore_errors=True)
-        staging.rename(stored)
+        with store.new_folder(stored) as staging:
+            for table in TABLES:
+                shards.write(getattr(found, table), staging / f"{table}.parquet")
+            (staging / "measured.json").write_text(json.dumps(about, indent=2))
 
     # --- answers ---
 

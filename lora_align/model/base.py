@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lora_align import plugins, processes, recipe, runs
+from lora_align import plugins, processes, recipe, store
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
@@ -73,7 +71,7 @@ class Base:
         from lora_align.model.fsdp import shard_base
 
         processes.barrier()  # initialises torch.distributed
-        with FileLock(runs.cache_folder() / ".dividing.lock"):  # hold one whole base in memory at a time
+        with FileLock(store.cache_folder() / ".dividing.lock"):  # hold one whole base in memory at a time
             return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
 
 
@@ -237,25 +235,21 @@ def _quantized(base: Base) -> Path:
         "dtype": str(compute_dtype(base.recipe)),
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    folder = runs.cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
+    folder = store.cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
     if _comes_quantized(base.folder):
         return base.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process quantises, the others wait
         if not folder.is_dir():
-            staging = folder.with_name(f".{folder.name}.staging")
-            shutil.rmtree(staging, ignore_errors=True)
             where = torch.device("cpu") if base.recipe.fsdp else device()
             model = _load(base.folder, base.recipe, where)
-            runs.check_room(folder.parent, model.get_memory_footprint(), MOVED)
+            store.check_free_space(folder.parent, model.get_memory_footprint(), MOVED)
             try:
-                model.save_pretrained(staging)
-                runs.sync(staging)
+                with store.new_folder(folder) as staging:
+                    model.save_pretrained(staging)
             except (OSError, SafetensorError) as fault:
-                shutil.rmtree(staging, ignore_errors=True)
                 why = f"the 4-bit base could not be cached ({first_line(fault)})"
                 raise RunFailedError(f"{folder.parent}: {why}; {MOVED}") from fault
-            staging.rename(folder)
     return folder
 
 
@@ -294,12 +288,10 @@ def _weights_hash(file: Path) -> str:
         return real.name  # the hub's cache names a blob by its sha256
     status = real.stat()
     if status.st_size < HASH_ONCE_FROM:
-        return runs.sha256(real)
+        return store.sha256(real)
     key = hashlib.sha256(f"{real}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
-    known = runs.cache_folder() / "hashes" / key
+    known = store.cache_folder() / "hashes" / key
     if not known.is_file():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        fresh = known.with_name(f".{key}.{os.getpid()}")
-        fresh.write_text(runs.sha256(real))
-        fresh.replace(known)
+        with store.new_file(known) as fresh:
+            fresh.write_text(store.sha256(real))
     return known.read_text()

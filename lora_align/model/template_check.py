@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_align import runs
+from lora_align import store
 from lora_align.errors import UserError
 
 TRIAL = Path(__file__).with_name("template_trial.py")
@@ -31,7 +31,7 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
     talks = [*(long[:turns] for turns in (1, 2, 3)), long, [*system, *long[:2]], [*system, *long[:3]]]
     request = {"template": template, "variables": variables, "conversations": talks}
     text = json.dumps(request, default=str)
-    known = runs.cache_folder() / "templates" / hashlib.sha256(text.encode()).hexdigest()
+    known = store.cache_folder() / "templates" / hashlib.sha256(text.encode()).hexdigest()
     if known.exists():
         return
     try:
@@ -45,5 +45,5 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
         raise UserError(
             f"{whose} {why} (tested on short conversations); give another one in the recipe: base.chat_template"
         )
-    known.parent.mkdir(parents=True, exist_ok=True)
-    known.touch()
+    with store.new_file(known) as empty:
+        empty.touch()

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_align import runs
+from lora_align import runs, store
 from lora_align.adapters.module_names import parse_name
 from lora_align.adapters.peft_config import CONFIG, WEIGHTS
 from lora_align.errors import UserError, nearest
@@ -41,8 +41,8 @@ class Parent:
     def lineage(self) -> dict[str, Any]:
         """What a mix's manifest says of it."""
         file = self.folder / WEIGHTS
-        known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else runs.sha256(file)
-        config = runs.sha256(self.folder / CONFIG)  # its scaling is in there
+        known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else store.sha256(file)
+        config = store.sha256(self.folder / CONFIG)  # its scaling is in there
         return {"folder": str(self.folder), "sign": self.sign, "sha256": known, "config_sha256": config}
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
+from lora_align import processes
 from lora_align.errors import UserError, nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
@@ -346,13 +347,18 @@ class Recipe:
     """The test set of every policy."""
 
     def check_trains(self, stage: str) -> None:
-        """Refuse a recipe that lacks a stage's table, or whose optimizer needs a library that is not installed."""
+        """Refuse a recipe that cannot train a stage: no table, a missing optimizer library, rsf on a sharded base."""
         table = getattr(self, stage)
         if table is None:
             raise UserError(f"the recipe has no [{stage}] table: {TABLES_HOLD[stage]}")
         if library := optimizers.missing_library(table.optimizer):
             raise UserError(
                 f"{stage}.optimizer: {table.optimizer!r} needs the library {library}, which is not installed"
+            )
+        if stage == "rsf" and self.base.fsdp and processes.world_size() > 1:
+            raise UserError(
+                "base.fsdp: rsf samples its answers token by token, and a sharded base would be gathered anew for each "
+                "token; use a base that one card holds whole"
             )
 
     def preference(self, name: str) -> Preference:

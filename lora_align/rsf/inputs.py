@@ -85,7 +85,11 @@ def made_alike(
 
 def _made_of(recipe: Mapping[str, Any], base: Mapping[str, Any], data: str | None) -> dict[str, Any]:
     lora = recipe["rsf"].get("lora") or recipe["lora"]
-    return {"rsf": {**recipe["rsf"], "lora": lora}, "base": checkpoints.base_of(base, recipe["base"]), "data": data}
+    return {
+        "rsf": {**recipe["rsf"], "lora": lora},
+        "base": checkpoints.base_identity(base, recipe["base"]),
+        "data": data,
+    }
 
 
 def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:

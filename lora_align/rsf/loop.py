@@ -24,7 +24,6 @@ from lora_align.adapters.peft_format import Adapter
 from lora_align.console import Screen, count, library_log, table
 from lora_align.data import shards, sources
 from lora_align.data.rows import Conversation, Message, Rated, with_system_prompt
-from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
 from lora_align.model.endpoint import Endpoint
@@ -58,11 +57,6 @@ def train_rsf(
     assert recipe.rsf is not None
     lora_trainer.check_trackers(recipe.rsf)
     sampling_requests.check(recipe.rsf)
-    if recipe.base.fsdp and processes.world_size() > 1:
-        raise UserError(
-            "base.fsdp: rsf draws its answers token by token, and a divided base would be gathered anew for each; "
-            "take a base that a card holds whole"
-        )
     folder = runs_dir / "rsf" / (name or NAME)
     labels = [STEERLM, *(f"t{t}" for t in range(1, recipe.rsf.iterations + 1))]
     base = bases.find(recipe.base)
@@ -84,7 +78,7 @@ def train_rsf(
     plan = RsfInputs(recipe, recipe.rsf, base, start, reward, answers, folder, force, server)
     for label in labels:
         if label in done:
-            screen.note(f"{folder / label} was made before")
+            screen.note(f"{folder / label} is published already")
         elif label == STEERLM:
             done[label] = _train_steerlm(plan, screen)
         else:

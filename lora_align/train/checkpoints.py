@@ -1,7 +1,7 @@
-"""Work that is not finished: written whole or not at all, believed only by its hashes, and gone on with bit by bit.
+"""Checkpoints of an unfinished run: written completely or not at all, verified by hash, resumed bit-exactly.
 
-`.pos.unfinished` stands beside the run it is to become. In it, `checkpoint-120` is what the trainer needs to go on
-after step 120; the two newest are kept.
+`.pos.unfinished` lies beside the run `pos`. Its folder `checkpoint-120` holds everything to resume after step 120. The
+two newest checkpoints are stored.
 """
 
 import json
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_align import processes, runs
+from lora_align import processes, runs, store
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import Base
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
-WHO, FILES, PREFIX = "who.json", "files.json", "checkpoint-"
+WHO, PREFIX = "who.json", "checkpoint-"
 KEPT = 2
-# change no result, but for rounding
+# recipe keys that change a result only by rounding
 FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "compile", "iterations"}
-SHOWN = 4  # differences that an error tells
+SHOWN = 4  # differences that an error lists
 
 
 @dataclass(frozen=True)
@@ -31,81 +31,77 @@ class Unfinished:
 
     folder: Path
     who: Mapping[str, Any]
-    anew: bool = False  # what lies there is not to be gone on with
-    bytes_each: int = 0  # what a checkpoint takes, as far as is known
+    restart: bool = False  # ignore existing checkpoints
+    bytes_each: int = 0  # the size of a checkpoint, 0 if not known yet
 
     @classmethod
     def of(cls, target: Path, who: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen) -> "Unfinished":
-        """Refused where unfinished work lies and nobody said what is to become of it, or it is not this work's."""
-        found = cls(beside(target), json.loads(json.dumps(who)), anew=force)
+        """Return the checkpoints beside a target.
+
+        Refuse existing checkpoints without --resume or --force, and those of another recipe or dataset.
+        """
+        unfinished = cls(beside(target), json.loads(json.dumps(who)), restart=force)
         if force:
-            return found
-        step = max((step for step, _ in found._all()), default=None)  # which are whole is found out where work begins
+            return unfinished
+        step = max((step for step, _ in unfinished._all()), default=None)
         if step is not None and not resume:
-            raise UserError(f"{target} is unfinished (step {step}): --resume goes on, --force begins anew")
+            raise UserError(f"{target} is unfinished (step {step}): --resume continues it, --force starts again")
         if step is not None:
-            found._check(target, screen)
-        return found
+            unfinished._check(target, screen)
+        return unfinished
 
     def begin(self, screen: Screen) -> Path | None:
-        """The newest checkpoint that is whole, where work is to go on; called by whoever holds the run's lock."""
-        return processes.on_rank_0(lambda: self._begun(screen))
+        """Return the newest intact checkpoint, or None. The caller holds the run's lock."""
+        return processes.on_rank_0(lambda: self._newest(screen))
 
-    def _begun(self, screen: Screen) -> Path | None:
-        if self.anew:
+    def _newest(self, screen: Screen) -> Path | None:
+        if self.restart:
             self.clear()
-        return next((path for _, path in self._whole(screen)), None)
+        return next(self._intact(screen), None)
 
-    def make_room(self, staging: Path) -> None:
-        """An empty folder to write a checkpoint into."""
+    def make_staging(self, staging: Path) -> None:
+        """Make an empty folder to write a checkpoint into."""
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
 
-    def not_written(self, staging: Path, fault: Exception) -> RunFailedError:
-        """What to tell when a checkpoint could not be written: the one before is as good as it was."""
+    def write_error(self, staging: Path, fault: Exception) -> RunFailedError:
+        """Delete a checkpoint that could not be written and return the error; earlier checkpoints are unchanged."""
         held = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()) if staging.exists() else 0
         shutil.rmtree(staging, ignore_errors=True)
         return RunFailedError(
             f"{staging.parent}: a checkpoint of about {self.bytes_each / 1e6:,.1f} MB broke off after "
-            f"{held / 1e6:,.1f} MB ({first_line(fault)}); {self.kept()}"
+            f"{held / 1e6:,.1f} MB ({first_line(fault)}); {self.remaining()}"
         )
 
-    def kept(self) -> str:
-        """What is left of work that failed."""
+    def remaining(self) -> str:
+        """Say which checkpoint is left after a failure."""
         older = sorted((step for step, _ in self._all()), reverse=True)
         return (
-            f"the checkpoint of step {older[0]} is whole, --resume goes on from it"
+            f"the checkpoint of step {older[0]} is intact, --resume continues from it"
             if older
             else "there is no checkpoint yet"
         )
 
-    def keep(self, staging: Path, step: int) -> None:
-        """Give a written checkpoint its name, once the disk holds it; older ones go."""
-        files = {file.name: runs.sha256(file) for file in sorted(staging.iterdir())}
-        (staging / FILES).write_text(json.dumps(files))
-        unfinished = self.folder / f".{WHO}"
-        unfinished.write_text(json.dumps(self.who))
-        runs.sync(staging)
-        unfinished.replace(self.folder / WHO)
-        target = self.folder / f"{PREFIX}{step}"
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
-        runs.sync(self.folder, contents=False)
+    def add(self, staging: Path, step: int) -> None:
+        """Publish a written checkpoint, and delete all but the newest KEPT."""
+        with store.new_file(self.folder / WHO) as file:
+            file.write_text(json.dumps(self.who))
+        store.seal(staging, self.folder / f"{PREFIX}{step}")
         for _, old in sorted(self._all(), reverse=True)[KEPT:]:
             shutil.rmtree(old)
 
     @property
     def count(self) -> int:
-        """Checkpoints that lie there."""
+        """Return the number of checkpoints."""
         return sum(1 for _ in self._all())
 
     @property
     def events(self) -> Path:
-        """Where TensorBoard's files go: beside the run, as one looks at them while it is made."""
+        """Return the folder for TensorBoard's files, beside the run."""
         return self.folder.with_name(f"{self.folder.name.removeprefix('.').removesuffix('.unfinished')}.tensorboard")
 
     def clear(self) -> None:
-        """The run is published."""
+        """Delete all checkpoints, for example once the run is published."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> Iterator[tuple[int, Path]]:
@@ -114,65 +110,59 @@ class Unfinished:
             if number.isdecimal():
                 yield int(number), path
 
-    def _whole(self, screen: Screen) -> Iterator[tuple[int, Path]]:
-        """Newest first; one that is not as it was written is passed over, and that is said."""
-        for step, path in sorted(self._all(), reverse=True):
-            try:
-                files = json.loads((path / FILES).read_text())
-                damaged = next((name for name, known in files.items() if runs.sha256(path / name) != known), "")
-            except (OSError, ValueError) as fault:
-                damaged = getattr(fault, "filename", None) or FILES
-            if damaged:
-                screen.note(f"{path} is passed over: {Path(damaged).name} is missing or not as it was written")
+    def _intact(self, screen: Screen) -> Iterator[Path]:
+        """Yield the intact checkpoints, newest first. Report the others."""
+        for _, path in sorted(self._all(), reverse=True):
+            if damaged := store.damaged_file(path):
+                screen.note(f"{path} is skipped: {damaged} is missing or was changed")
             else:
-                yield step, path
+                yield path
 
-    def made(self, target: Path, screen: Screen) -> Run | None:
-        """A run that is published already, where it is this work's; None where there is none."""
+    def published(self, target: Path, screen: Screen) -> Run | None:
+        """Return the target's published run, or None. Refuse a run of another recipe or dataset."""
         if not runs.is_run(target):
             return None
         run = runs.read(target)
-        made = run.manifest
-        before = {**self.who, "base": base_of(made.base, made.recipe["base"]), "start": made.start}
-        before["recipe"] = {key: made.recipe.get(key) for key in self.who["recipe"]}
-        one = made.data.get("fingerprint")
-        before["data"] = one or {source: of["fingerprint"] for source, of in made.data.items()}
-        self._refuse(before, f"{run.path} was made")
-        screen.note(f"{target} was made before")
-        self.clear()  # what stands there still, if it was killed between the two
+        old = run.manifest
+        before = {**self.who, "base": base_identity(old.base, old.recipe["base"]), "start": old.start}
+        before["recipe"] = {key: old.recipe.get(key) for key in self.who["recipe"]}
+        fingerprint = old.data.get("fingerprint")
+        before["data"] = fingerprint or {source: facts["fingerprint"] for source, facts in old.data.items()}
+        self._refuse_differences(before, f"{run.path} was made")
+        screen.note(f"{target} is published already")
+        self.clear()  # a kill between publishing and clearing leaves checkpoints
         return run
 
     def _check(self, target: Path, screen: Screen) -> None:
-        """Refuse to go on with another recipe or other data; other versions of libraries are only said."""
+        """Refuse another recipe or dataset than before; warn of other library versions."""
         try:
             before = json.loads((self.folder / WHO).read_text())
         except (OSError, ValueError) as fault:
-            raise UserError(f"{self.folder / WHO}: {fault}; --force begins anew") from fault
-        versions = list(_unlike(before.pop("versions", {}), self.who["versions"]))
+            raise UserError(f"{self.folder / WHO}: {fault}; --force starts again") from fault
+        versions = list(_changed_keys(before.pop("versions", {}), self.who["versions"]))
         if versions:
             screen.warn(f"{target} was begun with " + ", ".join(f"{name} {was}" for name, was, _ in versions))
-        self._refuse(before, f"{target} was begun")
+        self._refuse_differences(before, f"{target} was begun")
 
-    def _refuse(self, before: Mapping[str, Any], what: str) -> None:
+    def _refuse_differences(self, before: Mapping[str, Any], what: str) -> None:
         now = {key: value for key, value in self.who.items() if key in before}
-        told = list(differences(before, now))
-        if told:
-            more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-            told_all = "; ".join(told[:SHOWN])
-            raise UserError(f"{what} differently: {told_all}{more}; --force begins anew, --name NEW keeps both")
+        if changed := list(differences(before, now)):
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            listed = "; ".join(changed[:SHOWN])
+            raise UserError(f"{what} differently: {listed}{more}; --force starts again, --name NEW keeps both")
 
 
 def beside(target: Path) -> Path:
-    """Where a run's unfinished work lies."""
+    """Return the folder of a run's checkpoints."""
     return target.parent / f".{target.name}.unfinished"
 
 
 def run_identity(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:
-    """What has to be the same for work to go on; `data` is what names the rows."""
+    """Return what must be equal for a run to resume; `data` is the fingerprint of the rows."""
     settings = recipe.as_dict()
     return {
         "stage": stage,
-        "base": base_of(base.identity, settings["base"]),
+        "base": base_identity(base.identity, settings["base"]),
         "start": start,
         "recipe": {key: settings.get(key) for key in ("lora", stage)},
         "data": data,
@@ -180,24 +170,24 @@ def run_identity(stage: str, recipe: Recipe, base: Base, start: str, data: Any) 
     }
 
 
-def base_of(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """What a base does, wherever it lies."""
+def base_identity(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what identifies a base, independent of its folder."""
     same = {name: identity.get(name) for name in ("fingerprint", "quantization", "double_quant", "chat_format")}
     return {**same, "dtype": table["dtype"]}
 
 
 def differences(before: Any, now: Any) -> Iterator[str]:
-    """What is not as it was, in words, of what may change a result."""
-    for key, was, is_ in _unlike(before, now):
+    """Yield a sentence for each difference that may change a result."""
+    for key, was, is_ in _changed_keys(before, now):
         if key.rpartition(".")[2] not in FREE:
             yield f"{key} was {was}, is {is_}"
 
 
-def _unlike(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*before, *now)):
             if name not in before and not now[name]:
-                continue  # recipes had no word for it yet, and nothing is asked for
-            yield from _unlike(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+                continue  # an older recipe lacks a key, and the new value is empty
+            yield from _changed_keys(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now

@@ -137,7 +137,7 @@ def train_dpo(
         for direction in directions:
             called = name or preference
             target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
-            if resume and (made := begun[target].made(target, screen)):
+            if resume and (made := begun[target].published(target, screen)):
                 published.append(made)
                 continue
             with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):

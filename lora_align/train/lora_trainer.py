@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lora_align import processes, runs
+from lora_align import processes, store
 from lora_align.console import Progress, Screen, count
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
@@ -239,7 +239,7 @@ def fit(trainer: StepTrainer[Any], settings: Training, screen: Screen, what: str
     trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     begun = trainer.unfinished.begin(screen)
     needed = (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters
-    runs.check_room(trainer.unfinished.folder, needed, "--runs DIR writes elsewhere")
+    store.check_free_space(trainer.unfinished.folder, needed, "--runs DIR writes elsewhere")
     done = 0
     if begun:
         shutil.copyfile(begun / METRICS, trainer.records)
@@ -262,7 +262,7 @@ def fit(trainer: StepTrainer[Any], settings: Training, screen: Screen, what: str
                 else:
                     trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         except OSError as fault:
-            raise RunFailedError(f"{fault}; {trainer.unfinished.kept()}") from fault
+            raise RunFailedError(f"{fault}; {trainer.unfinished.remaining()}") from fault
     if watch.stopped:
         raise Stopped(watch.stopped)
     return watch

@@ -1,52 +1,53 @@
-"""What a start policy finds of answers, kept on disk: computed once for both directions, all seeds and later runs.
+"""The cache of the start policy's log-probabilities: one sqlite table per start policy.
 
-A file holds log-probabilities by the hash of their token ids, so that another preference, a limit or a longer data set
-finds what is known already. Files are named by their own hash: any number of processes may write, a damaged one is
-passed over, and what it held is computed again.
+The key of an answer is the hash of its token ids and its prompt's. Both directions, all seeds and later runs therefore
+share entries, as do other preferences, limits and longer datasets. Any number of processes may write. A checksum guards
+every entry: a damaged entry is deleted and computed again.
 """
 
 import hashlib
 import json
-import os
+import sqlite3
 import time
+import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from lora_align import processes, runs
+from lora_align import processes, store
 from lora_align.console import Screen, count
+from lora_align.errors import RunFailedError
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.fsdp import in_step
 from lora_align.model.logprobs import Shared, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.train.row_files import LazyRows
 
-if TYPE_CHECKING:
-    import pyarrow
-
-KEEP_EVERY = 60.0  # seconds of work that a kill may cost
-AT_ONCE = 256  # rows between two looks at the clock
+SAVE_EVERY = 60.0  # seconds of work that a kill may cost
+BATCH = 256  # rows between two looks at the clock
 KEY_BYTES = 16
+LOCK_TIMEOUT = 600.0  # seconds to wait while another process writes
 Numbers = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The log-probabilities that one start policy has given so far."""
+    """The log-probabilities that one start policy has computed so far."""
 
-    folder: Path
+    file: Path
 
     @classmethod
     def of(cls, base: Base, start: str) -> "ReferenceCache":
-        """Of a base as it is computed with, and the start adapter over it; the tokens say everything else."""
-        who = {
+        """Return the cache of a base and the start adapter over it, for this device, dtype and attention kernel."""
+        policy = {
             "fingerprint": base.fingerprint,
             "quantization": [base.recipe.quantization, base.recipe.double_quant],
             "dtype": str(compute_dtype(base.recipe)),
@@ -54,140 +55,155 @@ class ReferenceCache:
             "attention": base.recipe.attention,
             "start": start,
         }
-        key = hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()[:16]
-        return cls(runs.cache_folder() / "references" / key)
+        key = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
+        return cls(store.cache_folder() / "references" / f"{key}.sqlite")
 
     def logprobs(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[Shared],
-        tokens: int,
-        label: str,
-        screen: Screen,
+        self, model: PreTrainedModel, rows: Sequence[Shared], tokens: int, label: str, screen: Screen
     ) -> LazyRows[tuple[float, ...]]:
-        """Of every answer of every row. What is not known is computed with the model, and kept."""
-        asked = _Asked.of(rows)
-        known = self._read(asked, screen)
+        """Return the log-probability of every answer of every row. Compute and store those that are not cached."""
+        answers = _Answers.of(rows)
+        values = self._read(answers, screen)
         unknown: Numbers = np.empty(0, dtype=np.int64)
         if len(rows):
-            unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(known), asked.starts[:-1]))
-        # while one process reads, another program may write
+            unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(values), answers.starts[:-1]))
+        # another program may write between the reads of two ranks, so all ranks compute what any rank misses
         left = np.unique(np.concatenate(processes.all_gather(unknown)))
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {count(len(rows), 'row')} were computed before")
-        longest_first = left[np.argsort(-asked.lengths[left], kind="stable")]
+        longest_first = left[np.argsort(-answers.lengths[left], kind="stable")]
         mine = longest_first[processes.rank() :: processes.world_size()]
         with in_step(model):
             if len(mine):
-                self._compute(model, rows, asked, known, mine, MemoryBudget(tokens), label, screen)
-        own = asked.answers(mine)
-        for at, found in processes.all_gather((own, known[own])):
-            known[at] = found
-        known = known[asked.first]
-        return LazyRows(len(rows), lambda i: tuple(known[asked.starts[i] : asked.starts[i + 1]].tolist()))
+                self._compute(model, rows, answers, values, mine, MemoryBudget(tokens), label, screen)
+        own = answers.of_rows(mine)
+        for places, computed in processes.all_gather((own, values[own])):
+            values[places] = computed
+        values = values[answers.first]
+        return LazyRows(len(rows), lambda i: tuple(values[answers.starts[i] : answers.starts[i + 1]].tolist()))
 
     def _compute(
         self,
         model: PreTrainedModel,
         rows: Sequence[Shared],
-        asked: "_Asked",
-        known: Numbers,
+        answers: "_Answers",
+        values: Numbers,
         which: Numbers,
-        room: MemoryBudget,
+        budget: MemoryBudget,
         label: str,
         screen: Screen,
     ) -> None:
-        """Fill in what is not known of some rows, kept now and then."""
-        fresh: list[Numbers] = []
-        kept_at = time.monotonic()
+        """Fill in the missing values of some rows, and store them every SAVE_EVERY seconds."""
+        unsaved: list[Numbers] = []
+        saved_at = time.monotonic()
         with screen.progress(label, len(which)) as progress:
             try:
-                for begin in range(0, len(which), AT_ONCE):
-                    some = which[begin : begin + AT_ONCE]
+                for begin in range(0, len(which), BATCH):
+                    batch = which[begin : begin + BATCH]
 
-                    def done(count: int, at: int = begin) -> None:
-                        progress.show(at + count, {})
+                    def report(done: int, before: int = begin) -> None:
+                        progress.show(before + done, {})
 
-                    found = answer_logprobs(model, [rows[i] for i in some], room, done)
-                    at = asked.answers(some)
-                    new = np.isnan(known[at])  # what was known of a row stays as whoever asked before has heard it
-                    known[at[new]] = found.numpy()[new]
-                    fresh.append(at[new])
-                    if time.monotonic() - kept_at > KEEP_EVERY:
-                        self._keep(asked, known, fresh)
-                        fresh, kept_at = [], time.monotonic()
-            finally:  # a signal, too, ends it with what was done
-                self._keep(asked, known, fresh)
+                    computed = answer_logprobs(model, [rows[i] for i in batch], budget, report)
+                    places = answers.of_rows(batch)
+                    new = np.isnan(values[places])  # a cached value stays: an earlier run was trained with it
+                    values[places[new]] = computed.numpy()[new]
+                    unsaved.append(places[new])
+                    if time.monotonic() - saved_at > SAVE_EVERY:
+                        self._save(answers, values, unsaved)
+                        unsaved, saved_at = [], time.monotonic()
+            finally:  # a signal must not lose what was computed
+                self._save(answers, values, unsaved)
 
-    def _read(self, asked: "_Asked", screen: Screen) -> Numbers:
-        """What files hold of each answer; NaN where none does."""
-        import pyarrow.compute
-        from pyarrow.parquet import read_table
+    def _read(self, answers: "_Answers", screen: Screen) -> Numbers:
+        """Return the cached value of each answer, NaN if there is none. Delete damaged entries."""
+        values = np.full(len(answers.first), np.nan)
+        try:
+            with self._open() as table:
+                table.execute("CREATE TEMP TABLE wanted (place INTEGER PRIMARY KEY, key BLOB)")
+                keys = ((place, answers.key(place)) for place in range(len(values)))
+                table.executemany("INSERT INTO wanted VALUES (?, ?)", keys)
+                damaged = []
+                for place, key, value, checksum in table.execute(
+                    "SELECT place, key, value, checksum FROM wanted JOIN logprobs USING (key)"
+                ):
+                    if checksum == _checksum(key, value):
+                        values[place] = value
+                    else:
+                        damaged.append((key,))
+                table.executemany("DELETE FROM logprobs WHERE key = ?", damaged)
+            if damaged:
+                screen.warn(f"{self.file}: {count(len(damaged), 'entry')} damaged; deleted and computed again")
+        except sqlite3.DatabaseError as fault:
+            if fault.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise
+            screen.warn(f"{self.file} is damaged ({fault}); it is deleted, and its values are computed again")
+            self.file.unlink(missing_ok=True)
+        return values
 
-        found = np.full(len(asked.keys), np.nan)
-        for file in sorted(self.folder.glob("*.parquet")):
-            if runs.sha256(file)[:32] != file.stem:
-                screen.warn(f"{file} is damaged; it is deleted, and what it held is computed again")
-                file.unlink(missing_ok=True)
-                continue
-            table = read_table(file).combine_chunks()
-            at = pyarrow.compute.index_in(asked.keys, table["key"].cast(asked.keys.type))
-            held = at.is_valid().to_numpy(zero_copy_only=False)
-            found[held] = table["logprob"].to_numpy()[at.drop_null().to_numpy()]
-        return found
-
-    def _keep(self, asked: "_Asked", known: Numbers, fresh: Sequence[Numbers]) -> None:
-        """Some answers, each once."""
-        import pyarrow
-        from pyarrow.parquet import write_table
-
-        at = np.concatenate([some[asked.first[some] == some] for some in fresh]) if fresh else np.empty(0)
-        if not len(at):
+    def _save(self, answers: "_Answers", values: Numbers, which: Sequence[Numbers]) -> None:
+        """Store new values. A value that another process stored in the meantime stays."""
+        places = np.unique(answers.first[np.concatenate(which)]).tolist() if which else []
+        if not places:
             return
-        with runs.report_write_errors(self.folder, "what was kept before stays; LORA_ALIGN_CACHE moves the cache"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self.folder / f".{os.getpid()}.unfinished"
-            write_table(pyarrow.table({"key": asked.keys.take(at), "logprob": known[at]}), unfinished)
-            with unfinished.open("rb") as stream:
-                os.fsync(stream.fileno())
-            unfinished.rename(self.folder / f"{runs.sha256(unfinished)[:32]}.parquet")
-            runs.sync(self.folder, contents=False)
+        entries = ((answers.key(place), float(values[place])) for place in places)
+        with self._open() as table:
+            table.executemany(
+                "INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?)",
+                ((key, value, _checksum(key, value)) for key, value in entries),
+            )
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Open the table, and commit when the block ends."""
+        remedy = "values that were stored before are intact; LORA_ALIGN_CACHE moves the cache"
+        try:
+            with store.report_write_errors(self.file, remedy):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.file, timeout=LOCK_TIMEOUT)) as connection, connection:
+                connection.execute("PRAGMA temp_store = MEMORY")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value REAL, checksum INTEGER)"
+                    " WITHOUT ROWID"
+                )
+                yield connection
+        except sqlite3.OperationalError as fault:
+            raise RunFailedError(f"{self.file}: {fault}; {remedy}") from fault
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Every answer by the hash of its tokens and its prompt's, and which of them are a row's."""
+class _Answers:
+    """The key of every answer of some rows."""
 
-    keys: "pyarrow.FixedSizeBinaryArray"
-    first: Numbers  # where each answer's key stands for the first time
-    starts: Numbers  # of each row's answers, and the end of the last one's
-    lengths: Numbers  # tokens of each row
+    keys: bytearray
+    first: Numbers  # for each answer, the first place with the same key
+    starts: Numbers  # the place of each row's first answer, and the total number of answers
+    lengths: Numbers  # the tokens of each row
 
     @classmethod
-    def of(cls, rows: Sequence[Shared]) -> "_Asked":
-        """One pass over the rows; what it leaves takes some fifty bytes an answer."""
-        import pyarrow
-        import pyarrow.compute
-
+    def of(cls, rows: Sequence[Shared]) -> "_Answers":
+        """Read the rows once; keep about fifty bytes an answer."""
         keys, starts, lengths = bytearray(), array("q", [0]), array("q")
         for prompt, answers in rows:
             for answer in answers:
                 keys += _key(prompt, answer)
             starts.append(starts[-1] + len(answers))
             lengths.append(len(prompt) + sum(map(len, answers)))
-        buffers = [None, pyarrow.py_buffer(keys)]
-        named = pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(KEY_BYTES), starts[-1], buffers)
-        first = pyarrow.compute.index_in(named, named).to_numpy()
-        return cls(named, first, np.array(starts), np.array(lengths))
+        halves = np.frombuffer(keys, dtype=np.int64).reshape(-1, KEY_BYTES // 8)
+        _, first, inverse = np.unique(halves, axis=0, return_index=True, return_inverse=True)
+        return cls(keys, first[inverse.ravel()], np.array(starts), np.array(lengths))
 
-    def answers(self, rows: Numbers) -> Numbers:
-        """Places of the answers of some rows."""
+    def key(self, place: int) -> bytes:
+        return bytes(self.keys[KEY_BYTES * place : KEY_BYTES * (place + 1)])
+
+    def of_rows(self, rows: Numbers) -> Numbers:
+        """Return the places of the answers of some rows."""
         parts = [np.arange(self.starts[i], self.starts[i + 1]) for i in rows]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def _device_name() -> str:
-    """Name the kind of device, whose kernels round in their own way."""
+    """Return the kind of device. Each kind rounds in its own way."""
     where = device()
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
@@ -195,3 +211,7 @@ def _device_name() -> str:
 def _key(prompt: Sequence[int], answer: Sequence[int]) -> bytes:
     digest = hashlib.sha256(array("I", [len(prompt), *prompt, *answer]).tobytes())
     return digest.digest()[:KEY_BYTES]
+
+
+def _checksum(key: bytes, value: float) -> int:
+    return zlib.crc32(np.float64(value).tobytes(), zlib.crc32(key))

@@ -67,7 +67,7 @@ def train_reward_model(
     data = {source: of["fingerprint"] for source, of in material.facts.items()}
     who = checkpoints.run_identity("reward", recipe, base, "", data)
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
-    if resume and (made := unfinished.made(target, screen)):
+    if resume and (made := unfinished.published(target, screen)):
         return made
     about = Manifest(
         stage="reward",

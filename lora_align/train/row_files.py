@@ -1,4 +1,4 @@
-"""Rows of token ids in files that the system maps into memory as they are looked at."""
+"""Rows of token ids in memory-mapped Arrow files, and lazy sequences of rows."""
 
 import bisect
 import hashlib
@@ -19,7 +19,7 @@ Out = TypeVar("Out", covariant=True)
 
 
 class LazyRows(Sequence[Out]):
-    """Rows that are made when they are asked for."""
+    """A sequence that makes a row when it is indexed."""
 
     def __init__(self, count: int, make: Callable[[int], Out]) -> None:
         self.length, self.make = count, make
@@ -37,7 +37,7 @@ class LazyRows(Sequence[Out]):
 
 
 def concat(parts: Sequence[Sequence[Out]]) -> LazyRows[Out]:
-    """Rows of one after those of another."""
+    """Concatenate sequences without reading them."""
     ends = list(accumulate(map(len, parts)))
 
     def made(at: int) -> Out:
@@ -48,13 +48,13 @@ def concat(parts: Sequence[Sequence[Out]]) -> LazyRows[Out]:
 
 
 class RowWriter:
-    """A file that rows are appended to; the digest is of what was read, before it was cut."""
+    """An Arrow file to append rows to. The digest covers the rows as they were read, before truncation."""
 
-    def __init__(self, file: Path, shape: type[Any]) -> None:
+    def __init__(self, file: Path, row_type: type[Any]) -> None:
         import pyarrow
 
-        self.file, self.schema = file, _schema(shape)
-        self.read = self.kept = 0
+        self.file, self.schema = file, _schema(row_type)
+        self.read = self.written = 0
         self.digest = hashlib.sha256()
         self.stream = pyarrow.OSFile(str(file), "wb")
         self.writer = pyarrow.ipc.new_file(self.stream, self.schema)
@@ -67,7 +67,7 @@ class RowWriter:
         self.stream.close()
 
     def add(self, rows: Sequence[tuple[Any, Any]]) -> None:
-        """Rows as they were read, each with its tokens if any are left."""
+        """Append rows; each comes as it was read, with its tokens or None."""
         import pyarrow
 
         for raw, _ in rows:
@@ -76,10 +76,10 @@ class RowWriter:
         columns = [pyarrow.array([row[field.name] for row in left], field.type) for field in self.schema]
         self.writer.write_batch(pyarrow.record_batch(columns, schema=self.schema))
         self.read += len(rows)
-        self.kept += len(left)
+        self.written += len(left)
 
 
-def _schema(shape: type[Any]) -> "pyarrow.Schema":
+def _schema(row_type: type[Any]) -> "pyarrow.Schema":
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
@@ -88,19 +88,20 @@ def _schema(shape: type[Any]) -> "pyarrow.Schema":
         TokenRated: {"prompt": ids, "answer": ids, "ratings": pyarrow.map_(pyarrow.string(), pyarrow.float64())},
         TokenText: {"ids": ids, "labels": ids},
     }
-    return pyarrow.schema(of[shape])
+    return pyarrow.schema(of[row_type])
 
 
-def rows(file: Path, shape: type[Any]) -> LazyRows[Any]:
-    """As they were, each made when it is asked for."""
+def rows(file: Path, row_type: type[Any]) -> LazyRows[Any]:
+    """Return the rows of a file."""
     import pyarrow
 
-    kept = pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
-    batches = [kept.get_batch(i) for i in range(kept.num_record_batches)]  # as a table, each look would go through all
+    stored = pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
+    # a table would search all its chunks for every row
+    batches = [stored.get_batch(i) for i in range(stored.num_record_batches)]
 
     def made(batch: "pyarrow.RecordBatch", at: int) -> Any:
         held = {name: batch[name][at] for name in batch.schema.names}
-        return shape(
+        return row_type(
             **{
                 name: dict(value.as_py()) if name == "ratings" else value.values.to_numpy().tolist()
                 for name, value in held.items()

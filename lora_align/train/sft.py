@@ -46,7 +46,7 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
     materials.report_dropped("sft", material.facts, screen)
     who = checkpoints.run_identity("sft", recipe, base, "", material.facts["fingerprint"])
     unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
-    if resume and (made := unfinished.made(target, screen)):
+    if resume and (made := unfinished.published(target, screen)):
         return made
     about = Manifest(
         stage="sft",

@@ -214,7 +214,7 @@ class StepTrainer(Trainer, Generic[Row]):
         step = self.state.global_step
         staging = self.unfinished.folder / f".{PREFIX}{step}.staging"
         if self.args.should_save:
-            self.unfinished.make_room(staging)
+            self.unfinished.make_staging(staging)
         self.accelerator.wait_for_everyone()
         try:
             if self.args.should_save:
@@ -229,9 +229,9 @@ class StepTrainer(Trainer, Generic[Row]):
             self._save_rng_state(str(staging))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.unfinished.keep(staging, step)
+                self.unfinished.add(staging, step)
         except (OSError, RuntimeError, SafetensorError) as fault:
-            raise self.unfinished.not_written(staging, fault) from fault
+            raise self.unfinished.write_error(staging, fault) from fault
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The trained tensors, in the float32 they were; the loop reads the rest of the folder by itself."""

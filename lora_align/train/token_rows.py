@@ -1,7 +1,6 @@
-"""What there is to learn from, as token ids: tokenised once for a source and its settings, and kept on disk.
+"""Training rows as token ids: tokenised once per source and settings, and cached in memory-mapped files.
 
-Rows lie in files that the system maps into memory as they are read, so that a million of them take no more of it than a
-thousand. A folder is written whole or not at all, and believed by its hashes.
+A million rows take no more memory than a thousand. A source is written in parts; a kill costs one part.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy
 from filelock import FileLock
 
-from lora_align import processes, runs
+from lora_align import processes, store
 from lora_align.console import Screen, count
 from lora_align.data import pairs, ratings, sources
 from lora_align.data.pairs import Split
@@ -34,10 +33,10 @@ from lora_align.recipe import Preference, Ratings, Sft
 from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
 
-AT_ONCE = 256  # rows that are tokenised together
-UNUSED_DAYS = 30  # after which kept rows are deleted
-PART = 1 << 16  # rows between two parts: what a kill may cost
-FACTS, PART_FACTS = "facts.json", "part.json"
+BATCH = 256  # rows that are tokenised together
+UNUSED_DAYS = 30  # after which cached rows are deleted
+PART = 1 << 16  # rows of a part, which a kill may cost
+FACTS = "facts.json"
 SIDES = ("train", "held_out")
 Row = TypeVar("Row", TokenPair, TokenRated, TokenText)
 Raw = TypeVar("Raw", Pair, Rated, Conversation)
@@ -45,51 +44,50 @@ Raw = TypeVar("Raw", Pair, Rated, Conversation)
 
 @dataclass(frozen=True)
 class TokenRows(Generic[Row]):
-    """Rows to train on, rows held out by their prompt, and what a manifest says of them."""
+    """Rows to train on, rows held out by their prompt, and the manifest's facts about both."""
 
     train: Sequence[Row]
     held_out: Sequence[Row]
     facts: dict[str, Any]
 
 
-class Tokenising(Protocol[Raw, Row]):  # type: ignore[misc]
-    """One of `tokenise`'s."""
+class Tokeniser(Protocol[Raw, Row]):  # type: ignore[misc]
+    """A function of `tokenise`."""
 
     def __call__(
         self, rows: Sequence[Raw], chat: ChatFormat, max_length: int, counts: Counter[str]
     ) -> list[Row | None]:
-        """None for rows of which nothing is left."""
+        """Tokenise rows. A row is None if nothing of it is left."""
 
 
 def read_token_pairs(
     axis: Preference, base: Base, held_out: float, limit: int | None, max_length: int, screen: Screen
 ) -> TokenRows[TokenPair]:
-    """A preference's pairs."""
-    about = {**asdict(axis), "held_out": held_out, "limit": limit}
-    read = partial(pairs.read_pairs, axis, held_out, limit)
-    return _CachedRows(TokenPair, axis, about, base, max_length, screen).kept(read, tokenise.pairs)
+    """Return a preference's pairs."""
+    settings = {**asdict(axis), "held_out": held_out, "limit": limit}
+    rows = _CachedRows(TokenPair, axis, settings, base, max_length, screen)
+    return rows.read(partial(pairs.read_pairs, axis, held_out, limit), tokenise.pairs)
 
 
 def read_token_ratings(
     table: Ratings, base: Base, held_out: float, limit: int | None, max_length: int, screen: Screen
 ) -> TokenRows[TokenRated]:
-    """Answers that were rated."""
-    about = {**asdict(table), "held_out": held_out, "limit": limit}
-    read = partial(ratings.read_ratings, table, held_out, limit)
-    return _CachedRows(TokenRated, table, about, base, max_length, screen).kept(read, tokenise.rated)
+    """Return rated answers."""
+    settings = {**asdict(table), "held_out": held_out, "limit": limit}
+    rows = _CachedRows(TokenRated, table, settings, base, max_length, screen)
+    return rows.read(partial(ratings.read_ratings, table, held_out, limit), tokenise.rated)
 
 
 def read_token_texts(table: Sft, base: Base, screen: Screen) -> TokenRows[TokenText]:
-    """Conversations to learn the assistant's part of, or all."""
+    """Return conversations, with labels on the assistant's part or on all tokens."""
     names = ("data", "split", "revision", "subset", "columns", "skip_bad", "held_out", "limit", "answers_only")
-    about = {name: getattr(table, name) for name in names}
-    texts = partial(tokenise.texts, answers_only=table.answers_only)
-    keeping = _CachedRows(TokenText, table, about, base, table.max_length, screen)
-    return keeping.kept(partial(pairs.read_conversations, table), texts)
+    settings = {name: getattr(table, name) for name in names}
+    rows = _CachedRows(TokenText, table, settings, base, table.max_length, screen)
+    return rows.read(partial(pairs.read_conversations, table), partial(tokenise.texts, answers_only=table.answers_only))
 
 
 def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
-    """Say what of a source is not learned from, if anything."""
+    """Report unread columns, dropped rows and truncated answers of a source, if there are any."""
     for warning in sources.unread_warnings(facts["unread"]):
         screen.warn(f"{what}: {warning}")
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
@@ -100,7 +98,7 @@ def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
 
 
 def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], max_length: int) -> UserError:
-    """What is wrong with a source of which nothing is left to train on; `read` are rows to train on and held out."""
+    """Return the error for a source without rows to train on; `read` counts the training and held-out rows."""
     train, held_out = read
     lost = pairs.reasons(dropped)
     if train:
@@ -112,18 +110,18 @@ def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], m
 
 
 def interleave(parts: Sequence[TokenRows[Row]]) -> TokenRows[Row]:
-    """Several as one, each spread evenly over the whole; `fingerprint` names all of them."""
+    """Merge several datasets into one, each spread evenly over the whole."""
     if len(parts) == 1:
         return parts[0]
     facts = [part.facts for part in parts]
-    said = {
+    merged = {
         "source": " + ".join(fact["source"] for fact in facts),
         "fingerprint": hashlib.sha256("".join(fact["fingerprint"] for fact in facts).encode()).hexdigest(),
         **{name: sum(fact[name] for fact in facts) for name in ("rows", "held_out", "answers_cut")},
         **{name: dict(sum((Counter(fact[name]) for fact in facts), Counter[str]())) for name in ("dropped", "unread")},
         "max_length": facts[0]["max_length"],
     }
-    return TokenRows(_spread([part.train for part in parts]), _spread([part.held_out for part in parts]), said)
+    return TokenRows(_spread([part.train for part in parts]), _spread([part.held_out for part in parts]), merged)
 
 
 def _spread(parts: Sequence[Sequence[Row]]) -> LazyRows[Row]:
@@ -134,11 +132,11 @@ def _spread(parts: Sequence[Sequence[Row]]) -> LazyRows[Row]:
 
 @dataclass(frozen=True)
 class _CachedRows(Generic[Row]):
-    """One source's rows, and everything that decides what they become."""
+    """The rows of one source, and everything that decides their tokens."""
 
-    shape: type[Row]
+    row_type: type[Row]
     source: Source
-    about: Mapping[str, Any]
+    settings: Mapping[str, Any]
     base: Base
     longest: int
     screen: Screen
@@ -147,162 +145,138 @@ class _CachedRows(Generic[Row]):
     def max_length(self) -> int:
         return min(self.longest, self.base.max_length)
 
-    def kept(self, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]) -> TokenRows[Row]:
-        """From disk, where they are kept from here on at the latest."""
-        folder = runs.cache_folder() / "tokens" / self._key()
-        facts = processes.local_rank_0_first(lambda: self._made(folder, rows, tokenising))
+    def read(self, rows: Callable[[Counter[str]], Split[Raw]], tokenise_rows: Tokeniser[Raw, Row]) -> TokenRows[Row]:
+        """Return the rows from the cache. Tokenise and cache them first if they are not there."""
+        folder = store.cache_folder() / "tokens" / self._key()
+        facts = processes.local_rank_0_first(lambda: self._cached(folder, rows, tokenise_rows))
         parts = [folder / str(number) for number in range(facts["parts"])]
         train, held_out = (
-            concat([row_files.rows(part / f"{side}.arrow", self.shape) for part in parts]) for side in SIDES
+            concat([row_files.rows(part / f"{side}.arrow", self.row_type) for part in parts]) for side in SIDES
         )
         return TokenRows(train, held_out, facts["rows"])
 
-    def _made(
-        self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]
-    ) -> dict[str, Any]:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process tokenises, the others wait for it
-            facts = _facts(folder)
-            if facts is None:
-                staging = folder.with_name(f".{folder.name}.staging")
-                shutil.rmtree(folder, ignore_errors=True)
-                staging.mkdir(exist_ok=True)  # parts that were made before it was stopped are not made again
-                try:
-                    with runs.report_write_errors(
-                        folder.parent, "rows are kept there; LORA_ALIGN_CACHE moves the cache"
-                    ):
-                        facts = self._written(staging, rows, tokenising)
-                        runs.sync(staging)
-                        staging.rename(folder)
-                except Exception:
-                    shutil.rmtree(staging, ignore_errors=True)  # of what broke off, nothing stays
-                    raise
-                _sweep(folder.parent)
-        return facts
-
     def _key(self) -> str:
-        """Of the rows, what was said about them, what they become, and the program that reads them."""
+        """Return a hash of the source, the settings, the chat format and this program's code."""
         chat = self.base.chat
-        parts = [sources.fingerprint(self.source), self.about, self.shape.__name__, self.max_length]
-        parts += [chat.fingerprint(), sorted(chat.stop_ids), _program()]
+        parts = [sources.fingerprint(self.source), self.settings, self.row_type.__name__, self.max_length]
+        parts += [chat.fingerprint(), sorted(chat.stop_ids), _code_hash()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
-    def _written(
-        self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenising: Tokenising[Raw, Row]
+    def _cached(
+        self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenise_rows: Tokeniser[Raw, Row]
     ) -> dict[str, Any]:
+        """Return the facts of the cached rows."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process tokenises, the others wait for it
+            if (facts := _intact_facts(folder)) is None:
+                remedy = "rows are cached there; LORA_ALIGN_CACHE moves the cache"
+                with (
+                    store.report_write_errors(folder.parent, remedy),
+                    store.new_folder(folder, resume=True) as staging,  # parts that a killed program made are used
+                ):
+                    facts = self._write(staging, rows, tokenise_rows)
+                    (staging / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+                _delete_unused(folder.parent)
+        return facts
+
+    def _write(
+        self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenise_rows: Tokeniser[Raw, Row]
+    ) -> dict[str, Any]:
+        """Write all parts, and return the facts about them."""
         counts: Counter[str] = Counter()
-        found, parts = rows(counts), list[_Part]()
+        source, parts = rows(counts), list[_Part]()
         with self.screen.progress(f"reading {sources.name(self.source)}", None) as progress:
 
             def report(done: int) -> None:
                 progress.show(sum(sum(part.read) for part in parts) + done, {})
 
-            while part := self._part(folder / str(len(parts)), found, tokenising, report):
+            while part := self._write_part(folder / str(len(parts)), source, tokenise_rows, report):
                 parts.append(part)
-        columns = sources.pop_unread(counts)
+        unread = sources.pop_unread(counts)
         dropped = sum((Counter(part.dropped) for part in parts), counts)
-        cut = dropped.pop(TRUNCATED, 0)
-        train, held_out = (sum(part.kept[side] for part in parts) for side in range(2))
+        truncated = dropped.pop(TRUNCATED, 0)
+        train, held_out = (sum(part.written[side] for part in parts) for side in range(2))
         if not train:
             read, aside = (sum(part.read[side] for part in parts) for side in range(2))
             raise no_rows_left(self.source, (read, aside), dropped, self.max_length)
         digests = "".join(part.digest for part in parts)
-        said = {
+        facts = {
             "source": sources.name(self.source),
             "fingerprint": digests if len(parts) == 1 else hashlib.sha256(digests.encode()).hexdigest(),
             "rows": train,
             "held_out": held_out,
             "dropped": dict(dropped),
-            "unread": columns,
-            "answers_cut": cut,
+            "unread": unread,
+            "answers_cut": truncated,
             "max_length": self.max_length,
         }
-        files = {f"{number}/{name}": known for number, part in enumerate(parts) for name, known in part.files.items()}
-        facts = {"rows": said, "parts": len(parts), "files": files}
-        (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        return facts
+        return {"rows": facts, "parts": len(parts)}
 
-    def _part(
-        self, folder: Path, found: Split[Raw], tokenising: Tokenising[Raw, Row], report: Callable[[int], None]
+    def _write_part(
+        self, folder: Path, source: Split[Raw], tokenise_rows: Tokeniser[Raw, Row], report: Callable[[int], None]
     ) -> "_Part | None":
-        """The next rows, tokenised, or as they were before; None where there are no more."""
-        if before := _Part.whole(folder):
-            for _ in islice(found, sum(before.read)):
+        """Read and write the next part; None at the end of the source. Skip the rows of a part that is there."""
+        if store.is_intact(folder):
+            part = _Part(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+            for _ in islice(source, sum(part.read)):
                 pass
-            report(sum(before.read))
-            return before
-        first = list(islice(found, AT_ONCE))
+            report(sum(part.read))
+            return part
+        first = list(islice(source, BATCH))
         if not first:
             return None
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         dropped: Counter[str] = Counter()
-        sides = [row_files.RowWriter(folder / f"{side}.arrow", self.shape) for side in SIDES]
-        with sides[0], sides[1]:
-            chunks = iter(lambda: list(islice(found, AT_ONCE)), [])
-            for done, some in enumerate(chain([first], islice(chunks, PART // AT_ONCE - 1)), 1):
-                tokens = tokenising([row for row, _ in some], self.base.chat, self.max_length, dropped)
-                for side, wanted in zip(sides, (False, True), strict=True):
-                    side.add([(row, ids) for (row, aside), ids in zip(some, tokens, strict=True) if aside == wanted])
-                report(done * AT_ONCE)
-        return _Part.written(folder, sides, dropped)
+        with store.new_folder(folder) as staging:
+            sides = [row_files.RowWriter(staging / f"{side}.arrow", self.row_type) for side in SIDES]
+            with sides[0], sides[1]:
+                batches = iter(lambda: list(islice(source, BATCH)), [])
+                for done, batch in enumerate(chain([first], islice(batches, PART // BATCH - 1)), 1):
+                    tokens = tokenise_rows([row for row, _ in batch], self.base.chat, self.max_length, dropped)
+                    for side, held_out in zip(sides, (False, True), strict=True):
+                        side.add([(row, t) for (row, aside), t in zip(batch, tokens, strict=True) if aside == held_out])
+                    report(done * BATCH)
+            part = _Part.of(sides, dropped)
+            (staging / FACTS).write_text(json.dumps(asdict(part)), encoding="utf-8")
+        return part
 
 
 @dataclass(frozen=True)
 class _Part:
-    """So many rows in a row of a source, on disk; to train on and held out."""
+    """Facts about consecutive rows of a source: training and held-out counts, and reasons of dropped rows."""
 
     read: tuple[int, int]
-    kept: tuple[int, int]
+    written: tuple[int, int]
     digest: str
     dropped: Mapping[str, int]
-    files: Mapping[str, str]
 
     @classmethod
-    def written(cls, folder: Path, sides: Sequence[RowWriter], dropped: Mapping[str, int]) -> "_Part":
-        """Whole from here on."""
+    def of(cls, sides: Sequence[RowWriter], dropped: Mapping[str, int]) -> "_Part":
         train, held_out = sides
         digest = hashlib.sha256(train.digest.digest() + held_out.digest.digest()).hexdigest()
-        files = {side.file.name: runs.sha256(side.file) for side in sides}
-        part = cls((train.read, held_out.read), (train.kept, held_out.kept), digest, dict(dropped), files)
-        runs.sync(folder)
-        unfinished = folder / f".{PART_FACTS}"
-        unfinished.write_text(json.dumps(asdict(part)), encoding="utf-8")
-        unfinished.rename(folder / PART_FACTS)
-        return part
-
-    @classmethod
-    def whole(cls, folder: Path) -> "_Part | None":
-        """As it was written, if it is there and not damaged."""
-        try:
-            part = cls(**json.loads((folder / PART_FACTS).read_text(encoding="utf-8")))
-            return part if all(runs.sha256(folder / name) == of for name, of in part.files.items()) else None
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
+        return cls((train.read, held_out.read), (train.written, held_out.written), digest, dict(dropped))
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
-    """What is said of kept rows, if they are there and as they were written."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if all(runs.sha256(folder / name) == known for name, known in facts["files"].items()):
-            (folder / FACTS).touch()  # has been of use
-            return facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged: it is made anew
+def _intact_facts(folder: Path) -> dict[str, Any] | None:
+    """Return the facts of cached rows, or None if a file is missing or changed."""
+    if not store.is_intact(folder):
         return None
-    return None
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if not all(store.is_intact(folder / str(number)) for number in range(facts["parts"])):
+        return None
+    (folder / FACTS).touch()  # the modification time is the time of the last use
+    return facts
 
 
-def _sweep(folder: Path) -> None:
-    """Rows that nobody has asked for of late."""
-    for last in (*folder.glob(f"*/{FACTS}"), *folder.glob(f".*.staging/0/{PART_FACTS}")):
-        if time.time() - last.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
-            shutil.rmtree(folder / last.relative_to(folder).parts[0], ignore_errors=True)
+def _delete_unused(folder: Path) -> None:
+    """Delete rows, and parts of a killed program, that were not used for UNUSED_DAYS."""
+    for facts in (*folder.glob(f"*/{FACTS}"), *folder.glob(f".*.staging/0/{FACTS}")):
+        if time.time() - facts.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
+            shutil.rmtree(folder / facts.relative_to(folder).parts[0], ignore_errors=True)
 
 
 @cache
-def _program() -> str:
-    """Names this program's code: what another version has kept is not believed."""
+def _code_hash() -> str:
+    """Return a hash of this package's code, because another version may tokenise differently."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

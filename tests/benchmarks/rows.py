@@ -50,7 +50,7 @@ def child(what: str, file: Path) -> dict[str, Any]:
     from lora_align.model import base as bases
     from lora_align.recipe import Preference
     from lora_align.train import token_rows
-    from lora_align.train.reference_cache import ReferenceCache, _Asked
+    from lora_align.train.reference_cache import ReferenceCache, _Answers
     from lora_align.train.row_files import LazyRows
 
     base, screen = bases.find(recipe.Base("demo")), Screen(quiet=True)
@@ -61,7 +61,7 @@ def child(what: str, file: Path) -> dict[str, Any]:
     found = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.05, None, 512, screen)
     if what == "looked up":
         rows = found.train
-        asked = _Asked.of(LazyRows(len(rows), lambda i: rows[i].shared()))
+        asked = _Answers.of(LazyRows(len(rows), lambda i: rows[i].shared()))
         ReferenceCache(file.parent)._read(asked, screen)
     seconds = time.perf_counter() - began
     rows_read = len(found.train) + len(found.held_out)

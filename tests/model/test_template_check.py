@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_align import runs
+from lora_align import store
 from lora_align.errors import UserError
 from lora_align.model.template_check import check_template
 
@@ -41,7 +41,7 @@ def test_harmful_chat_template_is_refused_within_ten_seconds(template: str) -> N
     with pytest.raises(UserError, match=rf"^the chat template of base\.model 'x' {HARMFUL[template]} .*chat_template"):
         check_template(template, {}, "the chat template of base.model 'x'")
     assert time.monotonic() - began < 10
-    assert not list(runs.cache_folder().rglob("*"))
+    assert not list(store.cache_folder().rglob("*"))
 
 
 def test_good_chat_template_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:

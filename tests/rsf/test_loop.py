@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from pyarrow.parquet import read_table
 
-from lora_align import recipe, runs
+from lora_align import recipe, runs, store
 from lora_align.console import Screen
 from lora_align.data.rows import Message, prompt_key
 from lora_align.demo import world
@@ -194,7 +194,7 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     assert "was made differently: another reward model" in other.err
     shutil.rmtree(tmp_path / "runs" / "reward")
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
-    before = runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json")
+    before = store.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json")
     first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
     said = json.loads(first.read_text())
     said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
@@ -202,8 +202,8 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     more = rsf(tmp_path, "--iterations", "3")
     assert more.code == 0, more.err
     assert re.search(r"t3: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
-    assert more.err.count("was made before") == 3
-    assert runs.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json") == before
+    assert more.err.count("is published already") == 3
+    assert store.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json") == before
     assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t3")
 
 
@@ -286,7 +286,7 @@ def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: s
     assert "requests were answered before" in again.err
     assert ("goes on after step" in again.err) == ("checkpoint" in while_it)
     weights = [folder / "rsf/policy/t2/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
-    assert runs.sha256(weights[0]) == runs.sha256(weights[1])
+    assert store.sha256(weights[0]) == store.sha256(weights[1])
     samples = [
         {(row["key"], row["number"]): row["response"] for row in read_table(folder / "samples.parquet").to_pylist()}
         for folder in (made / "runs" / "rsf" / "policy" / "t2", policy / "t2")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_align import runs
+from lora_align import store
 from lora_align.cli import app
 from lora_align.train import checkpoints
 from support import COMMAND, Done, call, fill, made_once, small_disk
@@ -113,7 +113,7 @@ def same(one: Path, other: Path) -> None:
     for file in ("adapter_model.safetensors", "heads.safetensors"):
         assert (one / file).exists() == (other / file).exists()
         if (one / file).exists():
-            assert runs.sha256(one / file) == runs.sha256(other / file)
+            assert store.sha256(one / file) == store.sha256(other / file)
     records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     for record in (*records[0], *records[1]):
         del record["tokens_per_second"]
@@ -130,7 +130,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     refused = call(tmp_path, *words(stage))
     assert refused.code == 2
     assert "is unfinished (step" in refused.err
-    assert "--resume goes on, --force begins anew" in refused.err
+    assert "--resume continues it, --force starts again" in refused.err
     done = call(tmp_path, *words(stage), "--resume")
     assert done.code == 0, done.err
     assert "goes on after step" in done.err
@@ -139,7 +139,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     unfinished_of(tmp_path, stage).mkdir()  # as a kill right after it was published leaves it
     again = call(tmp_path, *words(stage), "--resume")
     assert again.code == 0, again.err
-    assert "was made before" in again.err
+    assert "is published already" in again.err
     assert not unfinished_of(tmp_path, stage).exists()
     other = call(tmp_path, *words(stage), "--resume", "--set", f"{stage}.learning_rate=1e-3")
     assert other.code == 2
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
     done = call(begun, *words("dpo"), "--resume")
     assert done.code == 0, done.err
     assert done.err.count("optimizer.pt is missing or not as it was written") == 1
-    assert "checkpoint-900 is passed over: files.json is missing" in done.err
+    assert "checkpoint-900 is skipped: files.json is missing" in done.err
     assert f"goes on after step {before.name[11:]}" in done.err
 
 
@@ -259,7 +259,7 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(changed: list[str], told: 
     done = call(begun, *words("dpo"), *changed, "--resume")
     assert done.code == 2
     assert told in done.err
-    assert "--force begins anew" in done.err
+    assert "--force starts again" in done.err
 
 
 def test_what_memory_bears_is_remembered(begun: Path) -> None:
@@ -268,7 +268,7 @@ def test_what_memory_bears_is_remembered(begun: Path) -> None:
     assert json.loads((newest / "seen.json").read_text())["room"] == 4096
     (newest / "seen.json").write_text(json.dumps({"tokens": 0, "room": 300}))
     files = json.loads((newest / "files.json").read_text())
-    (newest / "files.json").write_text(json.dumps({**files, "seen.json": runs.sha256(newest / "seen.json")}))
+    (newest / "files.json").write_text(json.dumps({**files, "seen.json": store.sha256(newest / "seen.json")}))
     stopped(begun, "dpo", signal.SIGKILL, int(newest.name[11:]) + 2, "--resume")
     later = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert later != newest
@@ -280,13 +280,13 @@ def test_what_changes_no_result_may_change(begun: Path) -> None:
     assert done.code == 0, done.err
     done = call(begun, *words("dpo"), "--direction", "both", "--resume")
     assert done.code == 0, done.err
-    assert "runs/dpo/helpful/pos was made before" in done.err
+    assert "runs/dpo/helpful/pos is published already" in done.err
     other = call(begun, *words("dpo"), "--set", "dpo.beta=3", "--resume")
     assert other.code == 2
     assert "runs/dpo/helpful/pos was made differently: recipe.dpo.beta was 1.5, is 3.0" in other.err
     both = call(begun, *words("dpo"), "--resume", "--force")
     assert both.code == 2
-    assert "one or the other" in both.err
+    assert "give one of them" in both.err
 
 
 def test_other_versions_of_libraries_are_said(begun: Path) -> None:
@@ -314,7 +314,7 @@ def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -
     done = call(begun, *words("dpo"), "--resume")
     assert done.code == 0, done.err
     assert "goes on after step" in done.err
-    assert "passed over" not in done.err
+    assert "is skipped" not in done.err
 
 
 @pytest.mark.parametrize("how", [[], ["--resume"], ["--force"]], ids=["anew", "resume", "force"])
@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> N
         assert child.returncode == 1
         assert "No space left" in said
         assert re.search(r"a checkpoint of about [\d.,]+ MB broke off after [\d.,]+ MB \(.*No space left", said), said
-        assert "is whole, --resume goes on from it" in said
+        assert "is intact, --resume continues from it" in said
         (disk / "filler").unlink()
         done = call(disk, *words("dpo"), "--resume")
         assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Rows kept as token ids: those that were read, made once, believed by their hashes, and never all in memory."""
+"""Cached token rows: equal to those read, tokenised once, checked by hash, never all in memory."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_align import recipe, runs
+from lora_align import recipe, store
 from lora_align.console import Screen
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tokens"
 
 
-def test_kept_rows_are_those_that_were_read(base: Base) -> None:
+def test_cached_rows_equal_those_that_were_read(base: Base) -> None:
     read = pairs_of(HELPFUL, 0.2)
     for _ in ("tokenised", "from disk"):
         found = token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
@@ -50,7 +50,7 @@ def test_kept_rows_are_those_that_were_read(base: Base) -> None:
         assert found.facts["held_out"] == len(read.held_out) > 0
 
 
-def test_rated_answers_and_conversations_come_back_as_they_were(base: Base, tmp_path: Path) -> None:
+def test_ratings_and_conversations_survive_the_cache(base: Base, tmp_path: Path) -> None:
     file = tmp_path / "rated.jsonl"
     rows = [{"prompt": f"What is {i}?", "response": "A number.", "warmth": i % 5, "other": None} for i in range(7)]
     file.write_text("\n".join(json.dumps(row) for row in rows))
@@ -65,7 +65,7 @@ def test_rated_answers_and_conversations_come_back_as_they_were(base: Base, tmp_
     assert all(row.labels[0] == tokenise.IGNORED for row in said)
 
 
-def test_rows_are_made_once_for_what_was_said_of_them(base: Base, cache: Path, tmp_path: Path) -> None:
+def test_rows_are_tokenised_once_per_source_and_settings(base: Base, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     lines = [json.dumps({"prompt": f"What is {i}?", "chosen": "Five.", "rejected": "No idea."}) for i in range(9)]
     file.write_text("\n".join(lines))
@@ -84,7 +84,7 @@ def test_rows_are_made_once_for_what_was_said_of_them(base: Base, cache: Path, t
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut", "facts gone", "facts are no facts"])
-def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> None:
+def test_damaged_cache_is_rebuilt(damage: str, base: Base, cache: Path) -> None:
     whole = [row.shared() for row in token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train]
     [folder] = (path for path in cache.iterdir() if path.is_dir())
     rows, facts = folder / "0" / "train.arrow", folder / "facts.json"
@@ -101,7 +101,7 @@ def test_what_is_damaged_is_made_anew(damage: str, base: Base, cache: Path) -> N
     assert [row.shared() for row in token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET).train] == whole
 
 
-def test_of_what_broke_off_nothing_stays(base: Base, cache: Path, tmp_path: Path) -> None:
+def test_a_failed_read_leaves_nothing_behind(base: Base, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     good = json.dumps({"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."})
     file.write_text("\n".join([good] * 600 + ["not JSON"]))
@@ -125,22 +125,22 @@ print(found.facts["fingerprint"], len(found.train), len(found.held_out))
 """
 
 
-def test_killed_while_rows_are_made_it_goes_on_with_the_parts_that_were(
+def test_a_killed_tokenisation_resumes_from_its_intact_parts(
     base: Base, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = subprocess.Popen([sys.executable, "-c", SLOWLY], cwd=tmp_path)
     until = time.monotonic() + 120
-    while time.monotonic() < until and len(list(cache.glob(".*.staging/*/part.json"))) < 3:
+    while time.monotonic() < until and len(list(cache.glob(".*.staging/*/facts.json"))) < 3:
         time.sleep(0.001)
     child.kill()
     child.wait(60)
-    made = {file.parent.name: file.stat().st_mtime_ns for file in cache.glob(".*.staging/*/part.json")}
+    made = {file.parent.name: file.stat().st_mtime_ns for file in cache.glob(".*.staging/*/facts.json")}
     assert len(made) >= 3, "killed too late"
     [damaged] = cache.glob(".*.staging/1/train.arrow")
     damaged.write_bytes(damaged.read_bytes()[:-8])
     done = subprocess.run([sys.executable, "-c", SLOWLY], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    parts = list(cache.glob("*/*/part.json"))
+    parts = list(cache.glob("*/*/facts.json"))
     assert len(parts) > len(made)
     kept = [file.parent.name for file in parts if made.get(file.parent.name) == file.stat().st_mtime_ns]
     assert sorted(kept) == sorted(set(made) - {"1"})
@@ -148,13 +148,13 @@ def test_killed_while_rows_are_made_it_goes_on_with_the_parts_that_were(
     whole = subprocess.run([sys.executable, "-c", SLOWLY], cwd=tmp_path, capture_output=True, text=True)
     assert whole.stdout == done.stdout
     fresh = {
-        file.relative_to(tmp_path / "another"): runs.sha256(file)
+        file.relative_to(tmp_path / "another"): store.sha256(file)
         for file in tmp_path.glob("another/tokens/*/*/*.arrow")
     }
-    assert fresh == {file.relative_to(tmp_path / "cache"): runs.sha256(file) for file in cache.glob("*/*/*.arrow")}
+    assert fresh == {file.relative_to(tmp_path / "cache"): store.sha256(file) for file in cache.glob("*/*/*.arrow")}
 
 
-def test_rows_that_nobody_asked_for_of_late_go(base: Base, cache: Path) -> None:
+def test_unused_cache_folders_are_deleted(base: Base, cache: Path) -> None:
     token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
     [facts] = cache.glob("*/facts.json")
     month_ago = time.time() - 31 * 24 * 3600
@@ -164,7 +164,7 @@ def test_rows_that_nobody_asked_for_of_late_go(base: Base, cache: Path) -> None:
     assert left != facts
 
 
-def test_a_view_is_a_sequence() -> None:
+def test_concatenated_lazy_rows_are_a_sequence() -> None:
     rows = concat([LazyRows(3, lambda i: i), [], [3, 4], LazyRows(2, lambda i: 5 + i)])
     assert list(rows) == list(range(7))
     assert (rows[-1], list(rows[2:5]), list(rows[::-3]), len(rows[1:][2:])) == (6, [2, 3, 4], [6, 3, 0], 4)
@@ -216,13 +216,13 @@ def test_many_rows_take_no_more_memory_than_few(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 40, "megabytes; the rows' own text and ids take five times that"
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["dpo", "--pref", "helpful", "--direction", "pos", "--set", "dpo.limit=600"]
     with small_disk(tmp_path / "disk", "64k") as disk:
         monkeypatch.setenv("LORA_ALIGN_CACHE", str(disk / "cache"))
         done = call(tmp_path, *words)
         assert done.code == 1
-        assert "No space left on device; rows are kept there; LORA_ALIGN_CACHE moves the cache" in done.err
+        assert "No space left on device; rows are cached there; LORA_ALIGN_CACHE moves the cache" in done.err
         assert "Traceback" not in done.err
         left = [path for path in disk.rglob("*") if path.is_file() and path.suffix != ".lock"]
         assert [path.parent.name for path in left] == ["templates"], "the verdict on the chat template, which is whole"
@@ -232,8 +232,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path, mon
         fill(disk)
         done = call(tmp_path, *words)
         assert done.code == 1
-        assert "No space left on device; what was kept before stays" in done.err
-        assert not list(disk.rglob("references/*/*.parquet"))
+        assert "database or disk is full; values that were stored before are intact" in done.err
         (disk / "filler").unlink()
         assert call(tmp_path, *words).code == 0
 
@@ -256,7 +255,7 @@ print((peak() - before) // 1024)
 )
 
 
-def test_rows_of_ten_megabytes_are_cut_or_dropped_and_counted(base: Base, tmp_path: Path) -> None:
+def test_ten_megabyte_rows_are_truncated_or_dropped(base: Base, tmp_path: Path) -> None:
     """In memory that their tokens would not have fitted into; nothing changes for rows beside them."""
     short = {"prompt": "Why?", "chosen": "It is so.", "rejected": "No."}
     long = ["x" * 10_000_000, "some words of it, " * 600_000]

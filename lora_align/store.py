@@ -1,0 +1,136 @@
+"""Crash-safe files and folders: written under a temporary name, synced to disk, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_align.errors import RunFailedError, UserError, first_line
+
+UNFINISHED = ".unfinished"  # ends the temporary name of a file
+DIGESTS = "files.json"  # the sha256 of every other file of a sealed folder
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`. When the block ends, sync the file and rename it to `target`."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(target)
+        sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yield a staging folder beside `target`. When the block ends, seal the folder and rename it to `target`.
+
+    An exception deletes the staging folder; a signal does not. With `resume`, a staging folder that a killed program
+    left is not emptied.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    if not resume:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staging
+        seal(staging, target)
+    except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def seal(staging: Path, target: Path) -> None:
+    """Write the sha256 of a folder's files into the folder, sync it, and rename it to `target`."""
+    files = {file.name: sha256(file) for file in sorted(staging.iterdir()) if file.is_file()}
+    (staging / DIGESTS).write_text(json.dumps(files), encoding="utf-8")
+    move(staging, target)
+
+
+def move(staging: Path, target: Path) -> None:
+    """Sync a folder, delete `target` if it exists, and rename the folder to `target`."""
+    sync_tree(staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+    sync(target.parent)
+
+
+def damaged_file(folder: Path) -> str | None:
+    """Return the name of a file of a sealed folder that is missing or changed, or None if the folder is intact."""
+    try:
+        files = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        return next((name for name, known in files.items() if sha256(folder / name) != known), None)
+    except (OSError, ValueError, AttributeError) as fault:
+        return Path(getattr(fault, "filename", None) or DIGESTS).name
+
+
+def is_intact(folder: Path) -> bool:
+    """Return whether every file of a sealed folder is there and unchanged."""
+    return damaged_file(folder) is None
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file's contents."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the list of names in a folder, to disk with fsync."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything below it to disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+@contextmanager
+def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
+    """Turn a failed write into a RunFailedError with the folder, the bytes `needed` if known, and the remedy."""
+    try:
+        yield
+    except OSError as fault:
+        why = first_line(fault) if fault.strerror is None else fault.strerror
+        bytes_ = f" ({_size(needed)} to write, {_size(_free(folder))} free)" if needed else ""
+        raise RunFailedError(f"{folder}: {why}{bytes_}; {remedy}") from fault
+
+
+def check_free_space(folder: Path, needed: int, remedy: str) -> None:
+    """Refuse to begin if the disk has fewer free bytes than will be written."""
+    if (free := _free(folder)) < needed:
+        raise UserError(f"{folder}: about {_size(needed)} will be written, {_size(free)} are free; {remedy}")
+
+
+def refuse_missing_parent(out: Path) -> None:
+    """Refuse an --out path whose folder does not exist. Call this before slow work."""
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first (mkdir -p), or choose another")
+
+
+def cache_folder() -> Path:
+    """Return the folder for quantised bases, tokenised rows, references and library logs; LORA_ALIGN_CACHE sets it."""
+    import platformdirs
+
+    return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))
+
+
+def _free(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 1}f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
