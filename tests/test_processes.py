@@ -111,11 +111,11 @@ def test_run_of_two_processes_resumes_in_one(more: tuple[str, ...], one: Path, t
         time.sleep(0.01)
     two.send_signal(signal.SIGINT)
     _, err = two.communicate(timeout=120)
-    assert err.count("finishing the step at hand") == 1
+    assert err.count("finishing the current step") == 1
     assert err.count("error: stopped") == 1
     done = call(tmp_path, *words, "--resume")
     assert done.code == 0, done.err
-    assert "goes on after step" in done.err
+    assert "continues after step" in done.err
     run = Path("runs") / "dpo" / "helpful" / "pos"
     for before, now in zip(records(one / run), records(tmp_path / run), strict=True):
         if more:  # with FSDP, the two answers to a prompt are separate rows, which takes more tokens

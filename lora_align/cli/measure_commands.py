@@ -154,10 +154,10 @@ def tune(
     from lora_align.evaluate.test_set import read_test_set
     from lora_align.evaluate.tune_objective import Bounds
     from lora_align.model import base as bases
-    from lora_align.plan.stages import TUNED
+    from lora_align.plan.stages import TUNE_PAIRS
     from lora_align.policy.policy_set import PolicySet
 
-    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNED)))
+    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNE_PAIRS)))
     parts = (
         aims if groups == 1 else [part for name in aims for part in tuning.parts(name, groups, project, given.runs_dir)]
     )

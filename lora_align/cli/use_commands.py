@@ -54,10 +54,10 @@ def score(
     shards.check_out_file(out)
     check_first_row(data)
     given.screen.loading(project.base.model)
-    from lora_align.commands.score import score_file, summary
+    from lora_align.commands.score import score_file
 
     result = score_file(project, given.runs_dir, data, out, by, given.screen)
-    given.screen.result(summary(result), result)
+    given.screen.result(result.summary(), result.as_json())
 
 
 @takes(*MEASURES)
@@ -166,7 +166,7 @@ def generate(
     check_first_row(prompts)
     policy = None if endpoint else chosen(given.runs_dir, project, given.screen, wanted, adapter, want)
     given.screen.loading(project.base.model)
-    from lora_align.commands.generate import generate_file, summary
+    from lora_align.commands.generate import generate_file
     from lora_align.model.decoding import Sampling
 
     if endpoint:
@@ -176,7 +176,7 @@ def generate(
         system = f"{asked}\n\n{system}" if asked and system else asked or system
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
-    given.screen.result(summary(result), result)
+    given.screen.result(result.summary(), result.as_json())
 
 
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Many answers to a file of prompts, into a file that is data like any other; goes on where it was stopped."""
+"""The command `generate`: sample answers to a file of prompts."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,41 @@ from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import SampledText, Sampler
 
-AT_ONCE = 256  # answers between two files: what a kill may cost
+BATCH = 256  # answers of a file, which a kill may cost
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row of the prompts' file, and what the model is asked."""
+    """A row of the prompts' file, and the prompt for the model."""
 
     key: str
     row: Mapping[str, Any]
     prompt: Prompt
+
+
+@dataclass(frozen=True)
+class GeneratedFile:
+    """The result of `generate`."""
+
+    out: str
+    prompts: int
+    answers: int
+    words: float  # mean of an answer
+    ended: float  # share of answers that ended by themselves
+    too_long: int  # prompts without an answer, because they fill the context
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return a line about the file."""
+        unanswered = f"; left out, too long for the context: {count(self.too_long, 'prompt')}" if self.too_long else ""
+        cut_off = f", {1 - self.ended:.0%} cut off at their longest" if self.ended < 1 else ""
+        return (
+            f"{self.out}  {count(self.answers, 'answer')} to {count(self.prompts, 'prompt')}, "
+            f"{count(round(self.words), 'word')} each{cut_off}{unanswered}"
+        )
 
 
 def generate_file(
@@ -37,10 +62,11 @@ def generate_file(
     sampling: Sampling,
     system: str = "",
     share: tuple[int, int] = (1, 1),
-) -> dict[str, Any]:
-    """Draw n answers to every prompt; `who` names the model, so that two models' answers are never mixed in a file.
+) -> GeneratedFile:
+    """Sample n answers to every prompt.
 
-    `share` is this call's part of the prompts, as in 2 of 4; which prompts those are, their text decides.
+    `who` identifies the model; a file that another model began is refused. `share` (2, 4) selects the second of four
+    parts of the prompts, by their hash.
     """
     shards.check_out_file(out)
     settings = {"data": data, "model": dict(who), "n": n, "sampling": asdict(sampling), "share": list(share)}
@@ -51,62 +77,43 @@ def generate_file(
     fitting = [item for item in work if sampler.fits(item.prompt)]
     if not fitting:
         raise UserError(f"{data}: no prompts to answer ({len(work)} fill the context)")
-    at_once = max(1, AT_ONCE // n)
+    batch_size = max(1, BATCH // n)
     with shards.shards_for(out, {**settings, "system": system}) as store:
         done = store.keys()
         left = [item for item in fitting if item.key not in done]
         if done:
             screen.note(f"answered before: {count(len(done), 'prompt')}")
         with screen.progress("generate", len(left)) as progress:
-            for start in range(0, len(left), at_once):
-                items = left[start : start + at_once]
-                found = [answer for batch in sampler.draw([i.prompt for i in items], n, sampling) for answer in batch]
-                if found:
-                    store.append([_row(items[answer.prompt], answer) for answer in found])
-                progress.show(start + len(items), {})
+            for begin in range(0, len(left), batch_size):
+                items = left[begin : begin + batch_size]
+                sampled = [answer for batch in sampler.draw([i.prompt for i in items], n, sampling) for answer in batch]
+                if sampled:
+                    store.append([_row(items[answer.prompt], answer) for answer in sampled])
+                progress.show(begin + len(items), {})
         answers: dict[str, list[dict[str, Any]]] = {}
         for row in store.rows():
             answers.setdefault(row.pop(KEY), []).append(row)
-        fitting = [item for item in fitting if item.key in answers]  # a server tells only when it is asked
+        fitting = [item for item in fitting if item.key in answers]  # a server refuses a long prompt only when asked
         if not fitting:
             raise RunFailedError(f"{data}: every prompt fills the server's context")
         rows = [{**_without_answer(item), **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
         shards.finish(rows, out)
-    if n > 1 and sampling.temperature and all(len({a["response"] for a in each}) == 1 for each in answers.values()):
-        screen.warn("every prompt's answers are alike: either the model is sure, or its server does not sample")
+    if n > 1 and sampling.temperature and all(len({row["response"] for row in of}) == 1 for of in answers.values()):
+        screen.warn("all answers to a prompt are equal: the model may be certain, or its server may not sample")
     words = sum(len(row["response"].split()) for row in rows) / len(rows)
     ended = sum(row["ended"] for row in rows) / len(rows)
-    left_out = len(work) - len(fitting)
-    return {
-        "out": str(out),
-        "prompts": len(fitting),
-        "answers": len(rows),
-        "words": words,
-        "ended": ended,
-        "too_long": left_out,
-    }
-
-
-def summary(result: Mapping[str, Any]) -> str:
-    """A line."""
-    too_long = count(result["too_long"], "prompt")
-    left_out = f"; left out, too long for the context: {too_long}" if result["too_long"] else ""
-    unended = f", {1 - result['ended']:.0%} cut off at their longest" if result["ended"] < 1 else ""
-    return (
-        f"{result['out']}  {count(result['answers'], 'answer')} to {count(result['prompts'], 'prompt')}, "
-        f"{count(round(result['words']), 'word')} each{unended}{left_out}"
-    )
+    return GeneratedFile(str(out), len(fitting), len(rows), words, ended, len(work) - len(fitting))
 
 
 def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
-    """Yield the prompts in order; a prompt that occurs twice is two pieces of work."""
+    """Yield the prompts in order. A prompt that occurs twice is answered twice."""
     for number, (row, asked) in enumerate(sources.read_all(data, forms.prompt, unread)):
         prompt = with_system_prompt(system, asked)
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
 
 
 def _without_answer(item: Work) -> dict[str, Any]:
-    """A row's columns but for an answer that it holds already, and for what raters gave to that one."""
+    """Return a row's columns without an answer that it already has and that answer's ratings."""
     if {"messages", "conversations"} & item.row.keys():
         return {"prompt": [{"role": turn.role, "content": turn.content} for turn in item.prompt]}
     if "response" in item.row:

@@ -1,11 +1,11 @@
-"""Score answers, with a reward model or with a preference's two adapters, into a file that is data like any other."""
+"""The command `score`: add a judge's scores to the answers of a data source."""
 
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +17,68 @@ from lora_align.data.rows import Comparison, Rated
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
-from lora_align.model.base import Base
-from lora_align.model.mixer import Mixer
 from lora_align.policy import judges
-from lora_align.policy.judges import Judge, JudgedAnswer, Scores
+from lora_align.policy.judges import Judge
+from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import SCORE
 from lora_align.recipe import Recipe
 
-AT_ONCE = 256  # rows between two files: what a kill may cost
+BATCH = 256  # rows of a file, which a kill may cost
 SIDES = (("_0", "_1"), ("_chosen", "_rejected"))
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row to score, as it came, with its answers."""
+    """A row to score: its columns as they were read, and its answer or pair."""
 
     key: str
     row: Mapping[str, Any]
-    shape: Comparison | Rated
+    content: Comparison | Rated
 
+    @property
     def answers(self) -> tuple[str, ...]:
-        """One, or both of a pair."""
-        return self.shape.answers if isinstance(self.shape, Comparison) else (self.shape.answer,)
+        return self.content.answers if isinstance(self.content, Comparison) else (self.content.answer,)
 
     def columns(self, objective: str) -> list[str]:
-        """Where an objective's score of each answer stands."""
-        return [SCORE + objective + suffix for suffix in self.suffixes()]
-
-    def suffixes(self) -> tuple[str, ...]:
-        """What the columns of each answer's scores end in, as the row's own columns do."""
-        if isinstance(self.shape, Rated):
-            return ("",)
-        return SIDES["response_0" not in self.row]
+        """Return the column of an objective's score for each answer. Suffixes follow the row's own columns."""
+        suffixes = ("",) if isinstance(self.content, Rated) else SIDES["response_0" not in self.row]
+        return [SCORE + objective + suffix for suffix in suffixes]
 
 
-def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> dict[str, Any]:
-    """Score every row of a source; what an earlier call had scored before it was stopped is not scored again."""
+@dataclass(frozen=True)
+class ObjectiveScores:
+    """The scores of one objective over a file, and how often a pair's labels agree with the higher score."""
+
+    mean: float
+    deviation: float
+    agreement: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """The result of `score`."""
+
+    out: str
+    rows: int
+    too_long: int  # rows without a score, because the prompt fills the context
+    objectives: Mapping[str, ObjectiveScores]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return a line about the file and one for each objective."""
+        unscored = f", {self.too_long:,} of them unscored: the prompt fills the context" if self.too_long else ""
+        lines = [f"{self.out}  {count(self.rows, 'row')}{unscored}"]
+        for name, scores in self.objectives.items():
+            agreed = (f"agrees with {label} {share:.0%}" for label, share in scores.agreement.items())
+            lines.append("  ".join([f"  {name}", f"mean {scores.mean:.1f}", f"±{scores.deviation:.1f}", *agreed]))
+        return "\n".join(lines)
+
+
+def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, screen: Screen) -> ScoredFile:
+    """Score every row of a source. Rows that an interrupted call scored are not scored again."""
     shards.check_out_file(out)
     unread: Counter[str] = Counter()
     work = list(_work(data, unread))
@@ -62,18 +88,17 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
         raise UserError(f"{data}: no rows to score")
     base = bases.find(recipe.base)
     judge = judges.find(by, base, recipe, runs_dir)
-    model = base.load()
-    mixer = Mixer(model, judge.updates, {})
+    policies = PolicySet(base, [], None, {by: judge})
     with shards.shards_for(out, {"data": data, "judge": judge.identity}) as store:
         done = store.keys()
         left = [item for item in work if item.key not in done]
         if done:
             screen.note(f"scored before: {count(len(done), 'row')}")
         with screen.progress("score", len(left)) as progress:
-            for start in range(0, len(left), AT_ONCE):
-                items = left[start : start + AT_ONCE]
-                store.append(_scored(items, base, judge.objectives, lambda said: judge.says(model, mixer, said)))
-                progress.show(start + len(items), {})
+            for begin in range(0, len(left), BATCH):
+                items = left[begin : begin + BATCH]
+                store.append(_scored(items, policies, by))
+                progress.show(begin + len(items), {})
         scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
         scored = [
@@ -84,37 +109,26 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
         if not scored:
             raise RunFailedError(f"{data}: every prompt fills the base's {base.max_length} tokens")
         shards.finish(rows, out)
-    told = {"too_long": len(rows) - len(scored), "objectives": _summary(scored, judge)}
-    return {"out": str(out), "rows": len(rows), **told}
-
-
-def summary(result: Mapping[str, Any]) -> str:
-    """A line for the file and one for each objective."""
-    left_out = f", {result['too_long']:,} of them unscored: the prompt fills the context" if result["too_long"] else ""
-    lines = [f"{result['out']}  {count(result['rows'], 'row')}{left_out}"]
-    for name, figures in result["objectives"].items():
-        agreed = (f"agrees with {label} {share:.0%}" for label, share in figures["agreement"].items())
-        lines.append("  ".join([f"  {name}", f"mean {figures['mean']:.1f}", f"±{figures['deviation']:.1f}", *agreed]))
-    return "\n".join(lines)
+    return ScoredFile(str(out), len(rows), len(rows) - len(scored), _objective_scores(scored, judge))
 
 
 # --- rows ---
 
 
 def _work(data: str, unread: Counter[str]) -> Iterator[Work]:
-    """A source's rows in order; a row that stands in it twice is two pieces of work, one of many answers many."""
+    """Yield a source's work in order. A row that occurs twice is scored twice; a row of several answers is split."""
     read = sources.read_all(data, lambda row, where: list(_pieces(row, where)), unread)
-    for number, (row, shape) in enumerate(piece for _, pieces in read for piece in pieces):
-        content = json.dumps(row, sort_keys=True, default=str)
-        yield Work(f"{number} {hashlib.sha256(content.encode()).hexdigest()}", row, shape)
+    for number, (row, content) in enumerate(piece for _, pieces in read for piece in pieces):
+        text = json.dumps(row, sort_keys=True, default=str)
+        yield Work(f"{number} {hashlib.sha256(text.encode()).hexdigest()}", row, content)
 
 
 def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], Comparison | Rated]]:
-    """One answer or a pair of them as they stand; UltraFeedback's several answers a row each, as HelpSteer has them."""
+    """Yield a row's answer or pair; for UltraFeedback's several answers, one row each in HelpSteer's form."""
     if "completions" in row:
-        for shape in forms.rated(row, where):
-            given = {name: value for name, value in shape.ratings.items() if not math.isnan(value)}
-            yield {"prompt": row["instruction"], "response": shape.answer, **given}, shape
+        for answer in forms.rated(row, where):
+            ratings = {name: value for name, value in answer.ratings.items() if not math.isnan(value)}
+            yield {"prompt": row["instruction"], "response": answer.answer, **ratings}, answer
     elif "response" in row and not isinstance(row["response"], list):
         yield row, forms.rated(row, where)[0]
     else:
@@ -122,39 +136,32 @@ def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], C
         yield row, pair
 
 
-def _scored(
-    items: Sequence[Work],
-    base: Base,
-    objectives: Sequence[str],
-    says: Callable[[Sequence[JudgedAnswer]], Sequence[Scores]],
-) -> list[dict[str, Any]]:
-    """Each row's key, and its scores by column: nothing where the prompt leaves no room for an answer."""
-    read = [[judges.tokenise_answer(base, item.shape.prompt, answer) for answer in item.answers()] for item in items]
-    scores = iter(says([said for answers in read for said in answers if said]))
-    found = []
-    for item, answers in zip(items, read, strict=True):
-        own: list[Scores] = [next(scores) if said else {} for said in answers]
+def _scored(items: Sequence[Work], policies: PolicySet, by: str) -> list[dict[str, Any]]:
+    """Return each row's key and its scores by column, null if the prompt fills the context."""
+    scores = iter(policies.score(by, [(item.content.prompt, answer) for item in items for answer in item.answers]))
+    rows = []
+    for item in items:
+        own = [next(scores) for _ in item.answers]
         columns = {
-            column: one.get(name) for name in objectives for column, one in zip(item.columns(name), own, strict=True)
+            column: of_answer.get(name)
+            for name in policies.judges[by].objectives
+            for column, of_answer in zip(item.columns(name), own, strict=True)
         }
-        found.append({KEY: item.key, "scores": json.dumps(columns)})
-    return found
+        rows.append({KEY: item.key, "scores": json.dumps(columns)})
+    return rows
 
 
-def _summary(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: Judge) -> dict[str, Any]:
-    """Mean and deviation of each score, and how often a pair's higher score goes with each of its labels."""
-    found = {}
+def _objective_scores(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: Judge) -> dict[str, ObjectiveScores]:
+    """Compute mean and deviation of each objective, and the agreement of pairs' labels with the higher score."""
+    results = {}
     for name in judge.objectives:
         values = torch.tensor([row[column] for item, row in scored for column in item.columns(name)])
         agreed: dict[str, list[float]] = {}
         for item, row in scored:
             scores = [row[column] for column in item.columns(name)]
-            for label, winner in item.shape.labels.items() if isinstance(item.shape, Comparison) else ():
+            for label, winner in item.content.labels.items() if isinstance(item.content, Comparison) else ():
                 if isinstance(winner, int) and scores[0] != scores[1]:
                     agreed.setdefault(label, []).append(float((scores[1] > scores[0]) == bool(winner)))
-        found[name] = {
-            "mean": float(values.mean()),
-            "deviation": float(values.std(correction=0)),
-            "agreement": {label: sum(hits) / len(hits) for label, hits in agreed.items()},
-        }
-    return found
+        agreement = {label: sum(hits) / len(hits) for label, hits in agreed.items()}
+        results[name] = ObjectiveScores(float(values.mean()), float(values.std(correction=0)), agreement)
+    return results

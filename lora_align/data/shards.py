@@ -44,6 +44,10 @@ class Shards:
         for file in self.files:
             yield from read_table(file).to_pylist()
 
+    def delete(self) -> None:
+        """Delete the folder."""
+        delete(self.folder)
+
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a batch to a new file."""
         from pyarrow.parquet import write_table
@@ -55,6 +59,11 @@ class Shards:
         with store.report_write_errors(self.folder, REMEDY, table.nbytes), store.new_file(file) as unfinished:
             write_table(table, unfinished)
         self.files.append(file)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder of shards, on rank 0."""
+    processes.on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @contextmanager

@@ -182,7 +182,7 @@ class Evaluator:
         ]
         for name, judge in self.policies.judges.items():
             places = [place for place, one in enumerate(said) if one]
-            found = judge.says(self.model, self.policies.mixer, [one for one in said if one])
+            found = judge.score(self.model, self.policies.mixer, [one for one in said if one])
             for place, scores in zip(places, found, strict=True):
                 rows[place] |= {SCORE + judges.column(name, objective): value for objective, value in scores.items()}
 

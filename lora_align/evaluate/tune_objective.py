@@ -21,7 +21,7 @@ from lora_align.evaluate.test_set import Question
 from lora_align.model import tokenise
 from lora_align.model.logprobs import Answered, Reader, in_parts
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.plan.stages import TUNED
+from lora_align.plan.stages import TUNE_PAIRS
 from lora_align.policy.policy import START, START_POLICY
 from lora_align.recipe import Training
 from lora_align.train.lora_trainer import TOO_LONG
@@ -147,7 +147,7 @@ class TuneObjective:
         return sums, slope
 
     def _pairs(self, name: str) -> Rows:
-        pairs, base = self.evaluator.test_set.pairs[name][:TUNED], self.evaluator.base
+        pairs, base = self.evaluator.test_set.pairs[name][:TUNE_PAIRS], self.evaluator.base
         tokens = [row for row in tokenise.pairs(pairs, base.chat, self.longest, Counter()) if row]
         if len(tokens) < 2:
             raise UserError(f"{name}: too few held-out pairs to tune by (dpo.held_out, eval.pairs)")

@@ -1,5 +1,6 @@
 """Locate, fingerprint and load the base model."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ class Base:
 
         From `keep_from` bytes of weights on, the 4-bit model is cached on disk.
         """
+        gc.collect()  # a base that is no longer used must be freed before the next one is loaded
         weights = sum(file.stat().st_size for file in _weights(self.folder))
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= keep_from:

@@ -35,9 +35,9 @@ def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
     """Measure other ways to compute a step, each against the best one so far."""
     for option, of_base, of_stage in _ways(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
-        stage = replace(plan.stage, settings=replace(plan.stage.settings, **of_stage))
+        stage = plan.stage.with_settings(**of_stage)
         try:
-            step = time_step(other, stage, [stage.rows[i] for i in plan.part])
+            step = time_step(other, stage, [stage.job.rows[i] for i in plan.part])
         except UserError as fault:
             yield MeasuredSwitch(option, fault=str(fault))
             continue
@@ -66,7 +66,7 @@ def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return the first change of settings, or number of cards, that makes the stage fit."""
     found, options = plan, ""
     for options, settings, lora in _changes(plan.stage):
-        changed = replace(plan.stage, settings=settings, lora=lora)
+        changed = plan.stage.with_settings(lora, **vars(settings))
         found = replace(estimate_stage(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if found.fits:
             return f"it fits with{options}: {size(found.total)}, about {clock(found.seconds)}"
@@ -81,7 +81,7 @@ def faster(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return advice to disable gradient checkpointing if the stage fits without it, else an empty string."""
     if not plan.stage.settings.gradient_checkpointing:
         return ""
-    without = replace(plan.stage, settings=replace(plan.stage.settings, gradient_checkpointing=False))
+    without = plan.stage.with_settings(gradient_checkpointing=False)
     found = replace(estimate_stage(recipe, base, without, plan.device, plan.lengths), rate=plan.rate)
     if not found.fits:
         return ""
@@ -94,7 +94,7 @@ def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:
 
     The order: smaller parts, checkpointing alone, both, then also 8-bit Adam, then also a lower rank.
     """
-    settings, lora = stage.settings, stage.lora
+    settings, lora = stage.settings, stage.job.lora
     parts, both = "", ""
     while settings.tokens_per_batch > settings.max_length:
         settings = replace(settings, tokens_per_batch=settings.tokens_per_batch // 2)

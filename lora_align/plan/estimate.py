@@ -122,14 +122,14 @@ def estimate_stage(
 ) -> StageEstimate:
     """Estimate a stage from the fullest part of its steps. `lengths` are the rows' lengths, if known already."""
     checkpointing = stage.settings.gradient_checkpointing
-    shape = shape_of(recipe, base, stage.lora, device, checkpointing=checkpointing)
-    lengths = lengths or _lengths(stage, stage.objective(shape.outline()))
+    shape = shape_of(recipe, base, stage.job.lora, device, checkpointing=checkpointing)
+    lengths = lengths or _lengths(stage, stage.loss(shape.outline()))
     part = fullest(lengths, stage.settings.tokens_per_batch, stage.settings.batch_size)
-    rows = [stage.rows[i] for i in part]
+    rows = [stage.job.rows[i] for i in part]
 
     def step(model: PreTrainedModel) -> torch.Tensor:
-        objective = stage.objective(model)
-        return objective.part(rows, objective.weights(rows)).loss
+        loss = stage.loss(model)
+        return loss.part(rows, loss.weights(rows)).loss
 
     cost = shape.cost(step)
     gathered = GATHERED * cost.packed / shape.layers
@@ -145,8 +145,8 @@ def size(count: float, unit: str = "") -> str:
     return f"{'<0.01' if count and shown == '0.00' else shown} {unit}"
 
 
-def _lengths(stage: Stage, objective: Loss[Any]) -> list[int]:
-    return [objective.length(row) for row in stage.rows]
+def _lengths(stage: Stage, loss: Loss[Any]) -> list[int]:
+    return [loss.length(row) for row in stage.job.rows]
 
 
 def fullest(lengths: Sequence[int], budget: int, batch: int) -> list[int]:

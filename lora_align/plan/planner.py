@@ -47,7 +47,7 @@ def plan_stages(
             taken: dict[str, Any] = {}
             if measure and plan.fits and stage.trains:
                 screen.note(f"{name}: measuring a step, with and without switches")
-                plan = plan.by(time_step(base, stage, [stage.rows[i] for i in plan.part]))
+                plan = plan.by(time_step(base, stage, [stage.job.rows[i] for i in plan.part]))
                 taken["switches"] = [asdict(tried) for tried in advice.switches(base, plan)]
                 if stage.drawing:
                     screen.note(f"{name}: sampling answers")

@@ -1,6 +1,6 @@
-"""The rows and the objective of each stage, for the plan."""
+"""The training job of each stage, for the plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,17 @@ from lora_align.errors import NotFetchedError
 from lora_align.model.base import Base
 from lora_align.model.decoding import Sampling
 from lora_align.model.logprobs import Reader
-from lora_align.model.reward_model import Heads
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.plan import shapes
-from lora_align.recipe import Lora, Recipe, Reward, Training
+from lora_align.recipe import Lora, Recipe, Rsf, Sft, Training
 from lora_align.rsf import inputs, sampling_requests
-from lora_align.rsf.candidates import AT_ONCE
-from lora_align.train import dpo, reward, reward_loss, sft
-from lora_align.train import token_rows as materials
+from lora_align.rsf.candidates import BATCH
+from lora_align.train import dpo, reward, reward_loss, sft, token_rows
+from lora_align.train.job import Job
 from lora_align.train.row_files import LazyRows, concat
 from lora_align.train.stepper import Loss
 
-TUNED, LOOKS = 48, 8  # pairs of each preference that `tune` reads, and about how many passes it makes over them
+TUNE_PAIRS, TUNE_PASSES = 48, 8  # pairs of each preference that `tune` reads, and about how often
 UNKNOWN_ROWS = 1000  # rows of a source, if neither the data nor a limit gives the number
 
 
@@ -32,25 +31,35 @@ class SamplingWork:
     """The answers that a stage samples, and some of the prompts that it samples them for."""
 
     answers: int  # in all, over all policies
-    asked: Sequence[Prompt]
-    each: int  # answers to a prompt
+    prompts: Sequence[Prompt]
+    per_prompt: int
     sampling: Sampling
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's settings, rows and objective."""
+    """A stage's training job, and how often it runs."""
 
     name: str
-    settings: Training
-    lora: Lora
-    rows: Sequence[Any]
-    objective: Callable[[PreTrainedModel], Loss[Any]]
+    job: Job[Any]
     passes: int  # over the rows; each trains one adapter
     referenced: bool = False  # the start policy's log-probabilities are computed first
     assumed: str = ""  # why the plan assumes rows instead of reading them
     drawing: SamplingWork | None = None
     trains: bool = True  # False: tune trains no adapter, it runs existing vectors
+
+    @property
+    def settings(self) -> Training:
+        return self.job.settings
+
+    def with_settings(self, lora: Lora | None = None, **settings: Any) -> "Stage":
+        """Return the stage with other settings, and another LoRA shape if one is given."""
+        job = replace(self.job, settings=replace(self.settings, **settings), lora=lora or self.job.lora)
+        return replace(self, job=job)
+
+    def loss(self, model: PreTrainedModel) -> Loss[Any]:
+        """Return the loss over a model, which may be on the meta device."""
+        return self.job.loss(model, Reader.unchecked(model))
 
     @property
     def table(self) -> str:
@@ -76,35 +85,32 @@ def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | N
 
 def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     assert recipe.sft is not None
-    found = materials.read_token_texts(recipe.sft, base, screen).train
-    packs = sft.packed(found, recipe.sft, base)
-    return Stage("sft", recipe.sft, recipe.sft.lora or recipe.lora, packs, _sft_loss(base), 1)
+    texts = token_rows.read_token_texts(recipe.sft, base, screen).train
+    return Stage("sft", sft.sft_job(recipe.sft, recipe.sft.lora or recipe.lora, texts, base), 1)
 
 
 def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage:
-    found = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
-    return Stage("dpo", recipe.dpo, recipe.lora, concat(found), _dpo_loss(recipe, base), 2, referenced=True)
+    pairs = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
+    return Stage("dpo", dpo.dpo_job(recipe.dpo, recipe.lora, concat(pairs), base), 2, referenced=True)
 
 
 def _tune(recipe: Recipe, base: Base, screen: Screen) -> Stage:
-    found = [dpo.prepare(recipe, name, base, screen).train[:TUNED] for name in recipe.preferences]
-    return _tune_stage(recipe, base, concat(found))
+    pairs = [dpo.prepare(recipe, name, base, screen).train[:TUNE_PAIRS] for name in recipe.preferences]
+    return _tune_stage(recipe, base, concat(pairs))
 
 
-def _tune_stage(recipe: Recipe, base: Base, rows: Sequence[TokenPair]) -> Stage:
+def _tune_stage(recipe: Recipe, base: Base, pairs: Sequence[TokenPair]) -> Stage:
     """Return the stage of `tune`: forward and backward through all vectors, each made of two adapters."""
     settings = replace(recipe.dpo, epochs=1.0)
     lora = replace(recipe.lora, rank=2 * recipe.lora.rank * len(recipe.preferences))
-    return Stage("tune", settings, lora, rows, _dpo_loss(recipe, base), LOOKS, trains=False)
+    return Stage("tune", dpo.dpo_job(settings, lora, pairs, base), TUNE_PASSES, trains=False)
 
 
 def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     settings = recipe.reward
     assert settings is not None
-    found = reward.prepare(recipe, settings, base, screen)
-    return Stage(
-        "reward", settings, settings.lora or recipe.lora, found.train, _reward_loss(found.heads, settings, base), 1
-    )
+    data = reward.prepare(recipe, settings, base, screen)
+    return Stage("reward", reward.reward_job(settings, settings.lora or recipe.lora, data.heads, data.train, base), 1)
 
 
 def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
@@ -115,10 +121,11 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
         sampling_requests.for_directions(settings, sampling_requests.prompts(settings, halves[(t - 1) % 2], t), t)
         for t in range(1, settings.iterations + 1)
     ]
-    answers = sum(len(requests) * sampling_requests.each(settings, t) for t, requests in enumerate(requested, 1))
-    some = [with_system_prompt(of.system, of.prompt) for of in requested[-1][: max(1, AT_ONCE // settings.samples)]]
+    per_request = [sampling_requests.answers_per_request(settings, t) for t in range(1, settings.iterations + 1)]
+    answers = sum(len(requests) * n for requests, n in zip(requested, per_request, strict=True))
+    prompts = [with_system_prompt(of.system, of.prompt) for of in requested[-1][: max(1, BATCH // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
-    drawing = SamplingWork(answers, some, sampling_requests.each(settings, settings.iterations), sampling)
+    drawing = SamplingWork(answers, prompts, per_request[-1], sampling)
     why = "rows of the maximum length are assumed, because rsf samples its rows while it runs"
     return replace(_rsf_stage(recipe, base, max(map(len, requested))), assumed=why, drawing=drawing)
 
@@ -128,9 +135,8 @@ def _rsf_stage(recipe: Recipe, base: Base, rows: int) -> Stage:
     length."""
     settings = recipe.rsf
     assert settings is not None
-    longest = min(settings.max_length, base.max_length)
-    same = LazyRows(rows, lambda _: _texts(longest, several=settings.packing))
-    return Stage("rsf", settings, settings.lora or recipe.lora, same, _sft_loss(base), settings.iterations + 1)
+    job = _longest_texts(settings, settings.lora or recipe.lora, rows, base)
+    return Stage("rsf", job, settings.iterations + 1)
 
 
 _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
@@ -145,18 +151,16 @@ _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
 def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
     settings = recipe.sft
     assert settings is not None
-    longest = min(settings.max_length, base.max_length)
-    rows = LazyRows(settings.limit or UNKNOWN_ROWS, lambda _: _texts(longest, several=settings.packing))
-    return Stage("sft", settings, settings.lora or recipe.lora, rows, _sft_loss(base), 1)
+    return Stage("sft", _longest_texts(settings, settings.lora or recipe.lora, settings.limit or UNKNOWN_ROWS, base), 1)
 
 
 def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
-    rows = _longest_pairs(recipe, base, recipe.dpo.limit or UNKNOWN_ROWS)
-    return Stage("dpo", recipe.dpo, recipe.lora, rows, _dpo_loss(recipe, base), 2, referenced=True)
+    pairs = _longest_pairs(recipe, base, recipe.dpo.limit or UNKNOWN_ROWS)
+    return Stage("dpo", dpo.dpo_job(recipe.dpo, recipe.lora, pairs, base), 2, referenced=True)
 
 
 def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
-    return _tune_stage(recipe, base, _longest_pairs(recipe, base, TUNED))
+    return _tune_stage(recipe, base, _longest_pairs(recipe, base, TUNE_PAIRS))
 
 
 def _longest_pairs(recipe: Recipe, base: Base, each: int) -> LazyRows[TokenPair]:
@@ -175,7 +179,7 @@ def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
     heads = dict.fromkeys((*rated, *settings.pairs), reward.UNRATED)
     example = reward_loss.Example((([0] * (longest // 4), [0] * (longest - longest // 4)),), (0.0,) * len(heads))
     rows = LazyRows((settings.limit or UNKNOWN_ROWS) * len((*settings.ratings, *settings.pairs)), lambda _: example)
-    return Stage("reward", settings, settings.lora or recipe.lora, rows, _reward_loss(heads, settings, base), 1)
+    return Stage("reward", reward.reward_job(settings, settings.lora or recipe.lora, heads, rows, base), 1)
 
 
 def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
@@ -192,26 +196,9 @@ _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
 }
 
 
-def _texts(length: int, *, several: bool) -> list[TokenText]:
-    parts = [length // 2, length - length // 2] if several else [length]
-    return [TokenText([0] * part, [0] * part) for part in parts]
-
-
-def _sft_loss(base: Base) -> Callable[[PreTrainedModel], Loss[Any]]:
-    return lambda model: sft.SftLoss(Reader.unchecked(model), base.chat)
-
-
-def _reward_loss(
-    known: Mapping[str, tuple[float, float]], settings: Reward, base: Base
-) -> Callable[[PreTrainedModel], Loss[Any]]:
-    def objective(model: PreTrainedModel) -> reward_loss.RewardLoss:
-        means, deviations = ({name: pair[i] for name, pair in known.items()} for i in (0, 1))
-        heads = Heads(model.config.get_text_config().hidden_size, means, deviations)
-        return reward_loss.RewardLoss(Reader.unchecked(model), heads, settings.lm_weight, base.chat)
-
-    return objective
-
-
-def _dpo_loss(recipe: Recipe, base: Base) -> Callable[[PreTrainedModel], Loss[Any]]:
-    settings = recipe.dpo
-    return lambda model: dpo.DpoLoss(Reader.unchecked(model), base.chat, settings.beta, settings.label_smoothing)
+def _longest_texts(settings: Sft | Rsf, lora: Lora, count: int, base: Base) -> Job[Any]:
+    """Return a job of `count` rows of the maximum length; two texts a row if the recipe packs."""
+    longest = min(settings.max_length, base.max_length)
+    parts = [longest // 2, longest - longest // 2] if settings.packing else [longest]
+    row = [TokenText([0] * part, [0] * part) for part in parts]
+    return replace(sft.sft_job(settings, lora, [], base), rows=LazyRows(count, lambda _: row))

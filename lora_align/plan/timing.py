@@ -35,15 +35,15 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     if stage.settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    policy = get_peft_model(model, lora_trainer.fresh_adapter(stage.lora, base)).train()
-    objective, where, dtype = stage.objective(model), bases.device(), compute_dtype(base.recipe)
+    policy = get_peft_model(model, lora_trainer.fresh_adapter(stage.job.lora, base)).train()
+    loss, where, dtype = stage.loss(model), bases.device(), compute_dtype(base.recipe)
     if stage.settings.compile:
-        objective = with_padding(objective)
+        loss = with_padding(loss)
 
     def step() -> None:
         policy.zero_grad()
         with torch.autocast(where.type, dtype, enabled=where.type == "cuda" and dtype != torch.float32):
-            part = objective.part(rows, objective.weights(rows))
+            part = loss.part(rows, loss.weights(rows))
         part.loss.backward()
         float(part.loss.detach())  # waits for the result
 
@@ -59,7 +59,7 @@ def time_sampling(base: Base, drawing: SamplingWork) -> float:
     """Return the answers a second that the base samples on this device, in place of the policies."""
     sampler, answers = LocalSampler(base.load(), base), 0
     began = time.perf_counter()
-    for batch in sampler.draw(drawing.asked, drawing.each, drawing.sampling):
+    for batch in sampler.draw(drawing.prompts, drawing.per_prompt, drawing.sampling):
         answers += len(batch)
     return answers / (time.perf_counter() - began)
 

@@ -1,4 +1,4 @@
-"""What says how good an answer is: a reward model, or the two adapters of a preference."""
+"""Judges score answers: a reward model, the two adapters of a preference, or a base's own judge."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
 REWARD = "reward"  # the name of a reward model that is given none
-TOGETHER = 16  # answers a reward model reads at once
+BATCH = 64  # answers that a reward model scores at once, if memory allows
 
 
 @dataclass(frozen=True)
@@ -38,59 +38,59 @@ class JudgedAnswer:
     ids: Answered
 
 
-Scores = Mapping[str, float | None]  # nothing where a judge has nothing to say of an answer
+Scores = Mapping[str, float | None]  # by objective; None if the judge cannot score the answer
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The names of its scores, what it lays over a base, and what it then says of answers."""
+    """The names of a judge's scores, its adapters over the base, its files' hash, and the function that scores."""
 
     objectives: Sequence[str]
     updates: Mapping[str, LoraDelta]
     identity: str
-    says: Callable[[PreTrainedModel, Mixer, Sequence[JudgedAnswer]], list[Scores]]
+    score: Callable[[PreTrainedModel, Mixer, Sequence[JudgedAnswer]], list[Scores]]
 
 
 def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
-    """`pair:helpful`, the name of a reward model, or its folder."""
+    """Return the judge that is named by `pair:helpful`, by a reward model's name, or by its folder."""
     if name.startswith(PAIR):
         return pair(base, recipe, runs_dir, name.removeprefix(PAIR))
     return reward(base, runs_dir, name)
 
 
 def find_all(names: Sequence[str], base: Base, recipe: Recipe, runs_dir: Path) -> dict[str, Judge]:
-    """Return the judges of those names, without any the reward model if there is one, and those of the base."""
+    """Return the named judges and the base's own. Without names: the reward model, if there is one."""
     if not names and runs.is_run(runs_dir / "reward" / REWARD):
         names = [REWARD]
-    found = {name: find(name, base, recipe, runs_dir) for name in names}
+    judges = {name: find(name, base, recipe, runs_dir) for name in names}
     for judges_of in plugins.load("judges").values():
-        found |= judges_of(base)
-    return found
+        judges |= judges_of(base)
+    return judges
 
 
 def column(name: str, objective: str) -> str:
-    """What a judge's score is called where several judge: `reward: helpfulness`; `pair:helpful` says it already."""
+    """Return the title of a judge's score: `reward: helpfulness`, or just `pair:helpful`."""
     return name if name == PAIR + objective else f"{name}: {objective}"
 
 
 def reward(base: Base, runs_dir: Path, name: str) -> Judge:
-    """A reward model's heads, and the means of heads it derives."""
+    """Return a reward model as a judge. Its objectives are the heads and the means of heads that it defines."""
     run = judge_runs.of_reward(name, runs_dir)
     _check(run, base)
     heads, derived, update = Heads.load(run.path), run.manifest.method["objectives"], f"judge {name}"
     objectives = [*heads.names, *derived]
-    room = MemoryBudget(TOGETHER)
+    budget = MemoryBudget(BATCH)
 
-    def says(model: PreTrainedModel, mixer: Mixer, said: Sequence[JudgedAnswer]) -> list[Scores]:
+    def score(model: PreTrainedModel, mixer: Mixer, answers: Sequence[JudgedAnswer]) -> list[Scores]:
         mixer.set({update: 1.0})
-        points = RewardModel(base, model, heads.to(model.device), derived).score([one.ids for one in said], room)
+        points = RewardModel(base, model, heads.to(model.device), derived).score([one.ids for one in answers], budget)
         return [dict(zip(objectives, row, strict=True)) for row in points.tolist()]
 
-    return Judge(objectives, {update: peft_format.load(run.path, whole=True)}, _identity(run), says)
+    return Judge(objectives, {update: peft_format.load(run.path, whole=True)}, _identity(run), score)
 
 
 def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
-    """β(log π₊ − log π₋) of a preference's two adapters: how much more the one likes an answer than the other."""
+    """Return the judge β(log π₊ − log π₋): DPO's implicit reward, from a preference's two adapters."""
     sides = judge_runs.of_pair(preference, recipe, runs_dir)
     start = start_policy.adapter(recipe, runs_dir)
     for run in sides.values():
@@ -102,24 +102,24 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     if start is not None:
         updates[below] = peft_format.load(start.path, whole=True)
     beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
-    room = MemoryBudget(TOKENS)
+    budget = MemoryBudget(TOKENS)
 
-    def says(model: PreTrainedModel, mixer: Mixer, said: Sequence[JudgedAnswer]) -> list[Scores]:
-        rows = [(prompt, [answer]) for prompt, answer in (one.ids for one in said)]
-        likes = []
+    def score(model: PreTrainedModel, mixer: Mixer, answers: Sequence[JudgedAnswer]) -> list[Scores]:
+        rows = [(prompt, [answer]) for prompt, answer in (one.ids for one in answers)]
+        logprobs = []
         for side in Direction:
             mixer.set({f"judge {preference} {side.value}": 1.0, below: 1.0})
-            likes.append(answer_logprobs(model, rows, room))
-        return [{preference: value} for value in (beta * (likes[0] - likes[1])).tolist()]
+            logprobs.append(answer_logprobs(model, rows, budget))
+        return [{preference: value} for value in (beta * (logprobs[0] - logprobs[1])).tolist()]
 
-    return Judge([preference], updates, " ".join(map(_identity, sides.values())), says)
+    return Judge([preference], updates, " ".join(map(_identity, sides.values())), score)
 
 
 def tokenise_answer(base: Base, prompt: Prompt, text: str) -> JudgedAnswer | None:
-    """An answer as a judge reads it, cut where the context ends; None where the prompt fills it."""
+    """Tokenise an answer, truncated to the context. Return None if the prompt fills the context."""
     ids = base.chat.prompt_ids(prompt)
-    room = base.max_length - len(ids)
-    return JudgedAnswer(prompt, text, (ids, base.chat.answer_ids(prompt, text)[:room])) if room > 0 else None
+    left = base.max_length - len(ids)
+    return JudgedAnswer(prompt, text, (ids, base.chat.answer_ids(prompt, text)[:left])) if left > 0 else None
 
 
 def _check(run: Run, base: Base) -> None:
@@ -129,5 +129,5 @@ def _check(run: Run, base: Base) -> None:
 
 
 def _identity(run: Run) -> str:
-    """Names the very files that score."""
+    """Return a hash of the files of a run."""
     return hashlib.sha256(json.dumps(run.manifest.files, sort_keys=True).encode()).hexdigest()

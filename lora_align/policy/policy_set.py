@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 
 from lora_align.adapters import peft_format
 from lora_align.console import Screen
+from lora_align.data.rows import Prompt
 from lora_align.model.base import Base
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.sampler import LocalSampler
+from lora_align.model.sampling import ROWS
 from lora_align.policy import start as start_policy
 from lora_align.policy import vectors
-from lora_align.policy.judges import Judge
+from lora_align.policy.judges import Judge, Scores, tokenise_answer
 from lora_align.policy.policy import START, Policy, check_stands_on
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
@@ -25,9 +28,15 @@ class PolicySet:
     """Policies on one base. The base is loaded when a policy is first activated, with all vectors over it."""
 
     def __init__(
-        self, base: Base, policies: Sequence[Policy], start: Run | None, judges: Mapping[str, Judge] | None = None
+        self,
+        base: Base,
+        policies: Sequence[Policy],
+        start: Run | None,
+        judges: Mapping[str, Judge] | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
         self.base, self.policies, self.start, self.judges = base, policies, start, judges or {}
+        self.budget = budget or MemoryBudget(ROWS)  # answers sampled at once
         self.vectors = {name: vector for policy in policies for name, vector in policy.vectors.items()}
 
     @classmethod
@@ -57,7 +66,7 @@ class PolicySet:
     @cached_property
     def sampler(self) -> LocalSampler:
         """One sampler for all policies, because it remembers how many answers fit into memory at once."""
-        return LocalSampler(self.model, self.base)
+        return LocalSampler(self.model, self.base, self.budget)
 
     @cached_property
     def mixer(self) -> Mixer:
@@ -72,6 +81,16 @@ class PolicySet:
     def activate(self, policy: Policy) -> None:
         """Make the model answer as this policy from now on."""
         self.mixer.set(policy.scales)
+
+    def score(self, judge: str, answers: Sequence[tuple[Prompt, str]]) -> list[Scores]:
+        """Return a judge's scores of answers to prompts, {} if the prompt fills the context.
+
+        The judge sees the prompts as given. Equal answers to a prompt are scored once.
+        """
+        tokens = {pair: tokenise_answer(self.base, *pair) for pair in dict.fromkeys(answers)}
+        scores = iter(self.judges[judge].score(self.model, self.mixer, [one for one in tokens.values() if one]))
+        scores_of = {pair: next(scores) if one else {} for pair, one in tokens.items()}
+        return [scores_of[pair] for pair in answers]
 
     def lineage(self, policy: Policy) -> dict[str, Any]:
         """Identify a policy, whatever it is called: the files of its adapters, and their weights."""

@@ -1,144 +1,123 @@
-"""What a policy answers when asked for something, and what the reward model says of that: batch by batch, on disk."""
+"""Candidates of an iteration: answers sampled from a policy and scored by the reward model, stored batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lora_align import processes
 from lora_align.adapters import peft_format
-from lora_align.console import Screen, count
-from lora_align.data.rows import Prompt, prompt_key, with_system_prompt
+from lora_align.adapters.delta import LoraDelta, total
+from lora_align.adapters.peft_config import BaseInfo
+from lora_align.adapters.peft_format import Adapter
+from lora_align.console import count
+from lora_align.data import shards
+from lora_align.data.rows import Rated, with_system_prompt
 from lora_align.data.shards import KEY, Shards
-from lora_align.model.base import Base
 from lora_align.model.decoding import Sampling
-from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.mixer import Mixer
-from lora_align.model.reward_model import Heads, RewardModel
-from lora_align.model.sampler import LocalSampler, SampledText, Sampler
-from lora_align.model.sampling import ROWS
+from lora_align.model.sampler import SampledText, Sampler
+from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import SCORE
-from lora_align.rsf.selection import Candidate
+from lora_align.rsf import sampling_requests
+from lora_align.rsf.inputs import JUDGE, STEERLM, RsfInputs
+from lora_align.rsf.sampling_requests import Request
+from lora_align.rsf.selection import Candidate, running_figures
 from lora_align.runs import Run
-from lora_align.want import Want
+from lora_align.train import checkpoints
+from lora_align.train.job import Target
 
-WANT = "want_"  # before an objective's name: its weight in the direction that was asked for
-AT_ONCE = 512  # answers between two files: what a kill may cost
-JUDGED_AT_ONCE = 64  # where memory allows it
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, the system message that asks for something, and which of the prompt's requests it is."""
-
-    prompt: Prompt
-    system: str
-    number: int
-    want: Want | None = None
-
-    @property
-    def key(self) -> str:
-        """Names it among all requests of an iteration."""
-        return f"{prompt_key(self.prompt)} {self.number}"
+WANT = "want_"  # prefix of the columns with a direction's weights
+BATCH = 512  # answers of a file, which a kill may cost
 
 
-@dataclass(frozen=True)
-class Budgets:
-    """How many answers are sampled and judged at once: found out by one policy, remembered for the next."""
-
-    sampled: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))
-    judged: MemoryBudget = field(default_factory=lambda: MemoryBudget(JUDGED_AT_ONCE))
-
-
-class SamplerAndJudge:
-    """One loaded base that answers as a policy and judges as the reward model, each with its adapter."""
-
-    def __init__(
-        self,
-        base: Base,
-        reward: Run,
-        start: Run | None = None,
-        policy: Run | None = None,
-        budgets: Budgets | None = None,
-    ) -> None:
-        adapters = {"reward": reward, "start": start, "policy": policy}
-        for run in filter(None, adapters.values()):
-            run.check_files()
-        model = base.load()
-        self.mixer = Mixer(
-            model, {name: peft_format.load(run.path, whole=True) for name, run in adapters.items() if run}, {}
-        )
-        heads = Heads.load(reward.path).to(model.device)
-        self.judge = RewardModel(base, model, heads, reward.manifest.method["objectives"])
-        budgets = budgets or Budgets()
-        self.base, self.embedded, self.room = base, LocalSampler(model, base, budgets.sampled), budgets.judged
-
-    def fits(self, prompt: Prompt) -> bool:
-        """As a sampler."""
-        return self.embedded.fits(prompt)
-
-    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
-        """As a sampler; not while it judges."""
-        self.mixer.set({"start": 1.0, "policy": 1.0})
-        yield from self.embedded.draw(prompts, n, sampling)
-
-    def score(self, said: Sequence[tuple[Prompt, str]], report: Callable[[int], None] = lambda done: None) -> Tensor:
-        """Points [n, objectives] for answers to prompts; `report` hears how many different ones were judged."""
-        places = {row: place for place, row in enumerate(dict.fromkeys(said))}  # a sure policy repeats itself
-        rows = []
-        for prompt, answer in places:
-            ids = self.base.chat.prompt_ids(prompt)
-            rows.append((ids, self.base.chat.answer_ids(prompt, answer)[: max(1, self.base.max_length - len(ids))]))
-        self.mixer.set({"reward": 1.0})
-        return self.judge.score(rows, self.room, report)[[places[row] for row in said]]
+@contextmanager
+def stored(rsf: RsfInputs, t: int, teacher: Run) -> Iterator[Shards]:
+    """Open the stored candidates of an iteration; refuse those of other settings, data or teacher."""
+    folder = rsf.folder / f".t{t}.samples"
+    if rsf.force:
+        shards.delete(folder)
+    with shards.opened(folder) as store:
+        settings = {f"rsf.{key}": of for key, of in asdict(rsf.settings).items() if key not in checkpoints.FREE}
+        inputs = {"teacher": teacher.manifest.files, "data": rsf.answers.fingerprint}
+        shards.check_settings(folder, {**inputs, **settings})
+        yield store
 
 
-def collect_candidates(
-    requests: Sequence[Request],
-    n: int,
-    sampling: Sampling,
-    sampler: Sampler,
-    panel: SamplerAndJudge,
-    store: Shards,
-    screen: Screen,
-    label: str,
-    figures: Callable[[Sequence[Request], Sequence[Mapping[str, Any]]], dict[str, str]],
-) -> None:
-    """Draw and judge n answers to every request that has none yet; a file of them at a time, `figures` shown of it."""
+def collect(rsf: RsfInputs, t: int, teacher: Run, requests: Sequence[Request], store: Shards, target: Target) -> None:
+    """Sample and score the answers to every request that has none yet. The reward model is always local."""
+    settings, screen, label = rsf.settings, target.screen, f"{target.label} draws"
+    n = sampling_requests.answers_per_request(settings, t)
+    sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed + t)
+    policies = rsf.policies(None if rsf.server else teacher)
+    server: Sampler | None = None
+    if rsf.server:
+        adapter = processes.on_rank_0(lambda: _with_start(rsf, teacher, store.folder))
+        server = rsf.server.load_adapter(adapter, teacher.path.name, rsf.recipe)
+
+    def sample(batch: Sequence[Request]) -> list[SampledText]:
+        if not server:
+            policies.activate(policies.policies[0])
+        prompts = [with_system_prompt(request.system, request.prompt) for request in batch]
+        sampled = (server or policies.sampler).draw(prompts, n, sampling)
+        return [answer for answers in sampled for answer in answers]
+
     done = store.keys()
     left = [request for request in requests if request.key not in done]
     if done:
         screen.note(f"{label}: {len(requests) - len(left):,} of {count(len(requests), 'request')} were answered before")
     left = left[processes.rank() :: processes.world_size()]
-    at_once = max(1, AT_ONCE // n)
+    batch_size = max(1, BATCH // n)
     with screen.progress(label, len(left)) as progress:
-        for begin in range(0, len(left), at_once):
-            batch = left[begin : begin + at_once]
-            asked = [with_system_prompt(request.system, request.prompt) for request in batch]
-            found = [answer for some in sampler.draw(asked, n, sampling) for answer in some]
-            rows = _judged(batch, found, panel) if found else []
+        for begin in range(0, len(left), batch_size):
+            batch = left[begin : begin + batch_size]
+            rows = _scored(batch, sample(batch), policies)
             if rows:
                 store.append(rows)
-            progress.show(begin + len(batch), figures(batch, rows))
+            pools = sampling_requests.pools(settings, batch, by_request(rows), t)
+            progress.show(begin + len(batch), running_figures(pools))
     processes.barrier()
     store.look()
 
 
-def candidates_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Candidate]]:
-    """The candidates of every request, in the order of their numbers."""
-    found: dict[str, list[tuple[int, Candidate]]] = {}
+def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[Mapping[str, float]]:
+    """Return the scores of answers: those that `score` wrote into the data, or else the reward model's."""
+    scores: list[Mapping[str, float]] = [
+        {name.removeprefix(SCORE): value for name, value in row.ratings.items() if name.startswith(SCORE)}
+        for row in answers
+    ]
+    left = [i for i, score in enumerate(scores) if not rsf.settings.directions.keys() <= score.keys()]
+    if len(left) < len(answers):
+        target.note(f"{len(answers) - len(left):,} of {count(len(answers), 'answer')} with scores of their own")
+    if left:
+        policies, mine = rsf.policies(), left[processes.rank() :: processes.world_size()]
+        computed = []
+        with target.screen.progress(f"{STEERLM} scores", len(mine)) as progress:
+            for begin in range(0, len(mine), BATCH):
+                batch = [answers[i] for i in mine[begin : begin + BATCH]]
+                computed += policies.score(JUDGE, [(row.prompt, row.answer) for row in batch])
+                progress.show(begin + len(batch), {})
+        for places, found in processes.all_gather((mine, computed)):
+            for i, score in zip(places, found, strict=True):
+                scores[i] = {name: math.nan if value is None else value for name, value in score.items()}
+    return scores
+
+
+def by_request(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Candidate]]:
+    """Return the candidates of every request, in the order of their numbers."""
+    numbered: dict[str, list[tuple[int, Candidate]]] = {}
     for row in rows:
         rewards = {name.removeprefix(SCORE): value for name, value in row.items() if name.startswith(SCORE)}
-        found.setdefault(row[KEY], []).append((row["number"], Candidate(row["response"], row["ended"], rewards)))
-    return {key: [candidate for _, candidate in sorted(rows, key=lambda row: row[0])] for key, rows in found.items()}
+        numbered.setdefault(row[KEY], []).append((row["number"], Candidate(row["response"], row["ended"], rewards)))
+    return {key: [candidate for _, candidate in sorted(of, key=lambda one: one[0])] for key, of in numbered.items()}
 
 
-def _judged(batch: Sequence[Request], found: Sequence[SampledText], panel: SamplerAndJudge) -> list[dict[str, Any]]:
-    """Rows of answers with their scores. The judge sees the prompt as it is, without what was asked for."""
-    scores = panel.score([(batch[answer.prompt].prompt, answer.text) for answer in found]).tolist()
+def _scored(batch: Sequence[Request], sampled: Sequence[SampledText], policies: PolicySet) -> list[dict[str, Any]]:
+    """Return a row for each answer with its scores. The judge sees the prompt without the request's system message."""
+    scores = policies.score(JUDGE, [(batch[answer.prompt].prompt, answer.text) for answer in sampled])
     rows = []
-    for answer, values in zip(found, scores, strict=True):
+    for answer, values in zip(sampled, scores, strict=True):
         request = batch[answer.prompt]
         row = {
             KEY: request.key,
@@ -148,7 +127,17 @@ def _judged(batch: Sequence[Request], found: Sequence[SampledText], panel: Sampl
             "response": answer.text,
             "ended": answer.ended,
         }
-        wanted = {WANT + name: weight for name, weight in (request.want.weights.items() if request.want else ())}
-        scored = {SCORE + name: value for name, value in zip(panel.judge.objectives, values, strict=True)}
-        rows.append(row | wanted | scored)
+        weights = {WANT + name: weight for name, weight in (request.want.weights.items() if request.want else ())}
+        rows.append(row | weights | {SCORE + name: value for name, value in values.items()})
     return rows
+
+
+def _with_start(rsf: RsfInputs, policy: Run, folder: Path) -> Path:
+    """Return the folder of an adapter for a server: the policy's, with the start adapter added if there is one."""
+    if rsf.start is None:
+        return policy.path
+    adapters = [Adapter(run.path, whole=True) for run in (rsf.start, policy)]
+    both = total([LoraDelta.of(adapter) for adapter in adapters])
+    about = BaseInfo.common([adapter.config for adapter in adapters])
+    peft_format.save(folder / "adapter", both.items(), list(both), about)
+    return folder / "adapter"

@@ -1,4 +1,4 @@
-"""What the policies of an `rsf` series have in common, found and checked before any of them is made."""
+"""The inputs that all policies of an `rsf` series share, read and checked before any policy is trained."""
 
 import hashlib
 import json
@@ -9,47 +9,126 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import runs
+from lora_align.console import Screen
 from lora_align.data import forms, sources
 from lora_align.data.rows import Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
+from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.endpoint import Endpoint
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads
+from lora_align.model.sampling import ROWS
+from lora_align.policy import judges, vectors
 from lora_align.policy import start as start_policy
+from lora_align.policy.judges import Judge
+from lora_align.policy.policy import Policy
+from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Lora, Recipe, Rsf
 from lora_align.rsf import sampling_requests
-from lora_align.rsf.candidates import Budgets
-from lora_align.runs import Run
-from lora_align.train import checkpoints
+from lora_align.runs import Manifest, Run
+from lora_align.train import checkpoints, lora_trainer
+from lora_align.train.job import Target
 
+NAME = "policy"  # of a series without --name
 STEERLM = "steerlm"  # the paper's θ₀; t1, t2 and so on follow
+JUDGE = "reward"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
 class RsfInputs:
-    """What every policy of a series has in common."""
+    """The inputs that all policies of a series share."""
 
     recipe: Recipe
     settings: Rsf
     base: Base
     start: Run | None
     reward: Run
+    judge: Judge
     answers: "RatedHalves"
     folder: Path
     force: bool
     server: Endpoint | None
-    budgets: Budgets = field(default_factory=Budgets)
+    screen: Screen
+    budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))  # answers sampled at once, by any policy
 
     @property
     def lora(self) -> Lora:
-        """The shape of the policies' adapters."""
+        """Return the LoRA shape of the policies."""
         return self.settings.lora or self.recipe.lora
+
+    @property
+    def labels(self) -> list[str]:
+        """Return the names of all policies, in the order of training."""
+        return [STEERLM, *(f"t{t}" for t in range(1, self.settings.iterations + 1))]
+
+    def target(self, label: str) -> Target:
+        """Return the run that a policy becomes. An unfinished run is always continued."""
+        return Target(self.folder / label, label, self.screen, self.force, resume=True)
+
+    def published(self) -> dict[str, Run]:
+        """Return the policies that are published already; refuse those made from other inputs."""
+        found: dict[str, Run] = {}
+        for label in self.labels if not self.force else ():
+            if runs.is_run(self.folder / label):
+                found[label] = self._same_inputs(self.folder / label, found.get(teacher_of(label)))
+                self.screen.note(f"{self.folder / label} is published already")
+        return found
+
+    def policies(self, policy: Run | None = None) -> PolicySet:
+        """Return the reward model, and a policy if there is one, over one base."""
+        vector = {TEACHER: vectors.at(policy.path, TEACHER)} if policy else {}
+        named = Policy(TEACHER, vector, dict.fromkeys(vector, 1.0))
+        return PolicySet(self.base, [named], self.start, {JUDGE: self.judge}, self.budget)
+
+    def manifest(self, data: Mapping[str, Any], steer: str, teacher: Run | None) -> Manifest:
+        """Return a policy's manifest before training; `data` counts its examples."""
+        return Manifest(
+            stage="rsf",
+            base=self.base.identity,
+            recipe=self.recipe.as_dict(),
+            start=start_policy.identity(self.start),
+            seeds={"init": self.lora.init_seed, "data": self.settings.seed},
+            data={
+                "source": sources.name(self.settings),
+                "fingerprint": self.answers.fingerprint,
+                "dropped": dict(self.answers.dropped),
+                **data,
+            },
+            method={
+                "objectives": list(self.settings.directions),
+                "ask": self.settings.ask,
+                "steer": steer,
+                "reward": dict(self.reward.manifest.files),
+                "teacher": dict(teacher.manifest.files) if teacher else {},
+            },
+        )
+
+    def _same_inputs(self, folder: Path, teacher: Run | None) -> Run:
+        """Return a published policy; refuse it if its inputs differ in more than the number of iterations."""
+        run = runs.read(folder)
+        old = run.manifest
+        before = _identity(old.recipe, old.base, old.data.get("fingerprint"))
+        now = _identity(json.loads(json.dumps(self.recipe.as_dict())), self.base.identity, self.answers.fingerprint)
+        changed = list(checkpoints.differences(before, now))
+        if old.method["reward"] != self.reward.manifest.files:
+            changed.append("another reward model")
+        if old.start != start_policy.identity(self.start):
+            changed.append("another start policy")
+        if teacher and old.method["teacher"] != teacher.manifest.files:
+            changed.append(f"another {teacher.path.name}")
+        if changed:
+            raise UserError(
+                f"{folder} was made differently: {'; '.join(changed)}; "
+                "--name NEW keeps both, --force moves the old one aside"
+            )
+        return run
 
 
 @dataclass(frozen=True)
 class RatedHalves:
-    """What a series is made from: in two halves that share no prompt, what was dropped by reason, which columns were
-    not read, and its name."""
+    """The answers of a series in two halves without common prompts, with counts of dropped rows and unread columns."""
 
     halves: tuple[list[Rated], list[Rated]]
     dropped: Mapping[str, int]
@@ -57,43 +136,44 @@ class RatedHalves:
     fingerprint: str
 
 
+def prepare(
+    recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None, force: bool, endpoint: str | None
+) -> RsfInputs:
+    """Read the inputs of a series. Everything that can be refused is refused here."""
+    recipe.check_trains("rsf")
+    settings = recipe.rsf
+    assert settings is not None
+    lora_trainer.check_trackers(settings)
+    sampling_requests.check(settings)
+    base = bases.find(recipe.base)
+    runs.check_base(runs_dir, base.identity)
+    start = start_policy.adapter(recipe, runs_dir)
+    reward = reward_run(settings, base, runs_dir)
+    answers = answers_of(settings, base)
+    for warning in sources.unread_warnings(answers.unread):
+        screen.warn(f"rsf: {warning}")
+    # a server gets each policy under that policy's own name
+    server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
+    if server:  # refuse a server that cannot load adapters
+        server.load_adapter(reward.path, reward.path.name, recipe)
+    judge = judges.reward(base, runs_dir, settings.reward)
+    folder = runs_dir / "rsf" / (name or NAME)
+    return RsfInputs(recipe, settings, base, start, reward, judge, answers, folder, force, server, screen)
+
+
 def teacher_of(label: str) -> str:
-    """Whose answers a policy learns from."""
+    """Return the name of the policy whose answers a policy learns from."""
     return "" if label == STEERLM else STEERLM if label == "t1" else f"t{int(label[1:]) - 1}"
 
 
-def made_alike(
-    folder: Path, recipe: Recipe, base: Base, start: Run | None, reward: Run, data: str, teacher: Run | None
-) -> Run:
-    """A published policy of this series, if it was made of the same things; more iterations may follow it."""
-    run = runs.read(folder)
-    before = _made_of(run.manifest.recipe, run.manifest.base, run.manifest.data.get("fingerprint"))
-    now = _made_of(json.loads(json.dumps(recipe.as_dict())), base.identity, data)
-    changed = list(checkpoints.differences(before, now))
-    changed += ["another reward model"] if run.manifest.method["reward"] != reward.manifest.files else []
-    changed += ["another start policy"] if run.manifest.start != start_policy.identity(start) else []
-    changed += (
-        [f"another {teacher.path.name}"] if teacher and run.manifest.method["teacher"] != teacher.manifest.files else []
-    )
-    if changed:
-        raise UserError(
-            f"{folder} was made differently: {'; '.join(changed)}; "
-            "--name NEW keeps both, --force moves the old one aside"
-        )
-    return run
-
-
-def _made_of(recipe: Mapping[str, Any], base: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+def _identity(recipe: Mapping[str, Any], base: Mapping[str, Any], data: str | None) -> dict[str, Any]:
     lora = recipe["rsf"].get("lora") or recipe["lora"]
-    return {
-        "rsf": {**recipe["rsf"], "lora": lora},
-        "base": checkpoints.base_identity(base, recipe["base"]),
-        "data": data,
-    }
+    identity = checkpoints.base_identity(base, recipe["base"])
+    return {"rsf": {**recipe["rsf"], "lora": lora}, "base": identity, "data": data}
 
 
 def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
-    """The reward model, if it judges what directions are made of."""
+    """Return the reward model; refuse one that lacks an objective of the directions."""
     folder = runs_dir / "reward" / settings.reward
     if not runs.is_run(folder):
         command = runs.command("reward", runs_dir)
@@ -111,7 +191,7 @@ def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
 
 
 def answers_of(settings: Rsf, base: Base) -> RatedHalves:
-    """In two halves, as a prompt's text decides."""
+    """Read the answers and split them by the hash of their prompts."""
     digest = hashlib.sha256()
     halves: tuple[list[Rated], list[Rated]] = ([], [])
     dropped: Counter[str] = Counter()
@@ -119,19 +199,17 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
     longest = min(settings.max_length, base.max_length)
     longest_ask = max(sorted(sampling_requests.examples(settings)), key=len)
     for _, answers in sources.read(settings, forms.answers, dropped):
-        for found in answers:
-            if not found.answer.strip():
+        for answer in answers:
+            prompt = with_system_prompt(longest_ask, answer.prompt)
+            if not answer.answer.strip():
                 dropped["empty answer"] += 1
-            elif (
-                len(base.chat.prompt_ids(with_system_prompt(longest_ask, found.prompt))) + settings.max_new_tokens
-                > longest
-            ):
+            elif len(base.chat.prompt_ids(prompt)) + settings.max_new_tokens > longest:
                 dropped["prompt too long"] += 1
             else:
-                key = prompt_key(found.prompt)
+                key = prompt_key(answer.prompt)
                 prompts.add(key)
-                halves[int(key[-1], 16) % 2].append(found)  # the first digits say what is held out
-                digest.update(json.dumps(asdict(found)).encode())
+                halves[int(key[-1], 16) % 2].append(answer)  # the last digit, as the first ones choose held-out prompts
+                digest.update(json.dumps(asdict(answer)).encode())
         if settings.limit and len(prompts) >= settings.limit:
             break
     unread = sources.pop_unread(dropped)

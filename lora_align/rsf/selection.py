@@ -1,4 +1,4 @@
-"""The best and the worst of several answers in the eyes of somebody who wants a direction."""
+"""The choice of the best and the worst candidate for a direction, and figures about the choices."""
 
 import math
 from collections import Counter
@@ -11,12 +11,12 @@ from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError
 from lora_align.want import Want
 
-TOO_MANY = 0.5  # share of requests without a usable answer from which on nothing is to be learned
+TOO_MANY = 0.5  # share of requests without a usable answer above which a run fails
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An answer, whether it came to its own end, and what the reward model gives it."""
+    """An answer, whether it ended by itself, and its rewards by objective."""
 
     text: str
     ended: bool
@@ -24,8 +24,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """A prompt, a direction, and the candidates to choose from. Pools of a prompt may share one candidate list."""
+
+    prompt: Prompt
+    want: Want
+    candidates: Sequence[Candidate]
+
+
+@dataclass(frozen=True)
 class Choice:
-    """A prompt, what is wanted of it, and the best and the worst answer found."""
+    """A prompt, a direction, and the best and the worst candidate."""
 
     prompt: Prompt
     want: Want
@@ -35,39 +44,39 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The choices of an iteration, and figures about what they were chosen from."""
+    """The choices of an iteration, and figures about all candidates and the chosen ones."""
 
     choices: list[Choice]
     figures: dict[str, Any]
 
 
-def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str) -> Chosen:
-    """The best and the worst candidate for each direction; directions without candidates are counted.
+def choose(pools: Sequence[Pool], watch: str) -> Chosen:
+    """Choose the best and the worst usable candidate of each pool. Count the pools without one.
 
-    Several directions may share their candidates; those are counted once.
+    Candidates that several pools share are counted once.
     """
     choices = []
     dropped: Counter[str] = Counter()
     drawn, values = [], []
-    pools = {id(candidates): candidates for *_, candidates in asked}
-    good_of = {key: usable(pool, dropped) for key, pool in pools.items()}
-    for prompt, want, candidates in asked:
-        good = good_of[id(candidates)]
+    lists = {id(pool.candidates): pool.candidates for pool in pools}
+    usable_of = {key: usable(candidates, dropped) for key, candidates in lists.items()}
+    for pool in pools:
+        good = usable_of[id(pool.candidates)]
         if not good:
             dropped["requests without a usable answer"] += 1
             continue
-        best, worst = extremes(good, want)
-        choices.append(Choice(prompt, want, best, worst))
+        best, worst = extremes(good, pool.want)
+        choices.append(Choice(pool.prompt, pool.want, best, worst))
         drawn += good
-        values += [want.value(candidate.rewards) for candidate in good]
-    if not choices or 1 - len(choices) / len(asked) > TOO_MANY:
+        values += [pool.want.value(candidate.rewards) for candidate in good]
+    if not choices or 1 - len(choices) / len(pools) > TOO_MANY:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-        raise RunFailedError(f"{len(asked) - len(choices)} of {len(asked)} requests have no usable answer ({reasons})")
-    wanted = list(choices[0].want.weights)
+        raise RunFailedError(f"{len(pools) - len(choices)} of {len(pools)} requests have no usable answer ({reasons})")
+    objectives = list(choices[0].want.weights)
     kept = [choice.best for choice in choices]
-    shown = [*wanted, *([watch] if watch in kept[0].rewards and watch not in wanted else [])]
+    shown = [*objectives, *([watch] if watch in kept[0].rewards and watch not in objectives else [])]
     figures = {
-        "answers": sum(map(len, pools.values())),
+        "answers": sum(map(len, lists.values())),
         "kept": len(kept),
         "dropped": dict(dropped),
         "drawn_value": fmean(values),
@@ -80,26 +89,26 @@ def choose(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]], watch: str
     return Chosen(choices, figures)
 
 
-def glimpse(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]]) -> dict[str, str]:
-    """Of a few choices while more are drawn: the last direction, the value of all answers and of those kept, as text.
+def running_figures(pools: Sequence[Pool]) -> dict[str, str]:
+    """Return figures for the progress line: the last direction, the mean values of all and of the chosen answers.
 
-    The share is that of the answers that somebody keeps.
+    `share` is the share of answers that are chosen for some direction.
     """
-    drawn = {id(pool): len(pool) for *_, pool in asked}
+    drawn = {id(pool.candidates): len(pool.candidates) for pool in pools}
     values: list[float] = []
     kept: list[float] = []
     best: set[tuple[Prompt, str]] = set()
-    for prompt, want, pool in asked:
-        good = usable(pool, Counter())
+    for pool in pools:
+        good = usable(pool.candidates, Counter())
         if good:
-            chosen, _ = extremes(good, want)
-            values += [want.value(candidate.rewards) for candidate in good]
-            kept.append(want.value(chosen.rewards))
-            best.add((prompt, chosen.text))
+            chosen, _ = extremes(good, pool.want)
+            values += [pool.want.value(candidate.rewards) for candidate in good]
+            kept.append(pool.want.value(chosen.rewards))
+            best.add((pool.prompt, chosen.text))
     if not kept:
         return {}
     return {
-        "at": ",".join(f"{weight:.2f}" for weight in asked[-1][1].weights.values()),
+        "at": ",".join(f"{weight:.2f}" for weight in pools[-1].want.weights.values()),
         "drawn": f"{fmean(values):.1f}",
         "kept": f"{fmean(kept):.1f}",
         "share": f"{len(best) / sum(drawn.values()):.0%}",
@@ -107,7 +116,7 @@ def glimpse(asked: Sequence[tuple[Prompt, Want, Sequence[Candidate]]]) -> dict[s
 
 
 def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candidate]:
-    """Those one may learn from, in their order, each text once; the others are counted by reason."""
+    """Return the candidates to learn from, each text once; count the others by reason."""
     kept: dict[str, Candidate] = {}
     for candidate in candidates:
         if not candidate.text.strip():
@@ -124,16 +133,16 @@ def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candi
 
 
 def extremes(candidates: Sequence[Candidate], want: Want) -> tuple[Candidate, Candidate]:
-    """The best and the worst by vᵀr; of equal ones the first."""
+    """Return the candidates with the largest and the smallest vᵀr, the first of equal ones."""
     values = [want.value(candidate.rewards) for candidate in candidates]
     return candidates[values.index(max(values))], candidates[values.index(min(values))]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """A mean and its standard error."""
+    """Return a mean and its standard error."""
     return {"mean": fmean(values), "error": stdev(values) / math.sqrt(len(values))}
 
 
 def fell(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Whether a mean is lower than another beyond chance."""
+    """Return whether a mean fell by more than two standard errors."""
     return before["mean"] - now["mean"] > 2 * math.hypot(before["error"], now["error"])

@@ -1,20 +1,21 @@
-"""One preference adapter a direction: DPO from the start policy, on labels as they are or switched."""
+"""Direct preference optimisation (`dpo`): one adapter per preference and direction, from the start policy."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from lora_align import runs
-from lora_align.console import Screen, count, library_log
+from lora_align.console import Screen, count
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.model import base as bases
 from lora_align.model.base import Base, base_model_of
@@ -24,32 +25,45 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import TokenPair
 from lora_align.policy import start as start_policy
 from lora_align.rankers import Direction
-from lora_align.recipe import Recipe
-from lora_align.runs import LOG, Manifest, Run
-from lora_align.train import checkpoints, lora_trainer
-from lora_align.train import token_rows as materials
-from lora_align.train.checkpoints import Unfinished
+from lora_align.recipe import Dpo, Lora, Recipe
+from lora_align.runs import Manifest, Run
+from lora_align.train import checkpoints, lora_trainer, token_rows
+from lora_align.train.job import DIVERGED, Job, Target
+from lora_align.train.lora_trainer import Trained
 from lora_align.train.reference_cache import ReferenceCache
 from lora_align.train.row_files import LazyRows, concat
-from lora_align.train.stepper import Part, StepTrainer
+from lora_align.train.stepper import Part, Steps, StepTrainer
 from lora_align.train.token_rows import TokenRows
 
-TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter does nothing one could see
+TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter has no visible effect
 HUGE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
-WORSE = -1.0  # mean margin below which a loss is about twice that of no training at all
-BELOW, FAR_BELOW = -1.0, -5.0  # mean margins in nats, not scaled by β: clearly below 0, and diverged
-LAST = 10  # steps whose mean margin says where a run ended
+WORSE = -1.0  # mean margin at which the loss is about twice that of an untrained adapter
+BELOW, FAR_BELOW = -1.0, -5.0  # mean margins in nats, without β: clearly below 0, and diverged
+LAST = 10  # steps whose mean margin is the last margin
 
 
-class SteppingDPOTrainer(StepTrainer[TokenPair], DPOTrainer):
-    """TRL's trainer, with steps made here."""
+class DpoStepTrainer(StepTrainer[TokenPair], DPOTrainer):
+    """TRL's DPOTrainer with our steps."""
+
+
+def _trainer(
+    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: Steps[TokenPair]
+) -> DpoStepTrainer:
+    return DpoStepTrainer(
+        steps,
+        model=model,
+        args=DPOConfig(disable_dropout=False, **settings),  # True would silence lora.dropout; the base has none
+        processing_class=base.chat.tokenizer,
+        peft_config=lora_trainer.fresh_adapter(lora, base),
+    )
 
 
 @dataclass(frozen=True)
 class DpoLoss:
-    """−log σ(margin) over pairs: the margin is β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)].
+    """The mean of −log σ(margin) over pairs (arXiv 2305.18290, equation 7).
 
-    `smoothing` is the chance that a label is the wrong way round.
+    margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]. `smoothing` is the assumed probability that
+    a label is wrong (conservative DPO).
     """
 
     reader: Reader
@@ -58,28 +72,39 @@ class DpoLoss:
     smoothing: float = 0.0
 
     def length(self, row: TokenPair) -> int:
-        """Of both answers, the prompt they may share included."""
+        """Return the tokens of both answers and of the prompt, which they may share."""
         return self.reader.length(row.shared())
 
     def weights(self, rows: Sequence[TokenPair]) -> list[float]:
-        """Every pair counts alike."""
+        """Return the number of pairs."""
         return [float(len(rows))]
 
     def part(self, rows: Sequence[TokenPair], weights: Sequence[float]) -> Part:
-        """Some pairs of a step."""
+        """Return the loss of some pairs, divided by the pairs of the whole step."""
         sums, _ = self.reader.sums([row.shared() for row in rows])
         reference = torch.tensor([row.reference for row in rows], device=sums.device)
-        rewards = self.beta * (sums.view(-1, 2) - reference)  # [b, 2]
+        losses, rewards = dpo_loss(sums.view(-1, 2), reference, self.beta, self.smoothing)
         margins = rewards[:, 0] - rewards[:, 1]
-        losses = -(1 - self.smoothing) * logsigmoid(margins) - self.smoothing * logsigmoid(-margins)
-        found = torch.stack([margins, (margins > 0).float(), *rewards.T]).detach().sum(1).unbind()
+        figures = torch.stack([margins, (margins > 0).float(), *rewards.T]).detach().sum(1).unbind()
         names = ("margin", "accuracy", "chosen_reward", "rejected_reward")
         count = float(len(rows))
-        return Part(losses.sum() / weights[0], {name: (total, count) for name, total in zip(names, found, strict=True)})
+        return Part(
+            losses.sum() / weights[0], {name: (total, count) for name, total in zip(names, figures, strict=True)}
+        )
 
     def quoted(self, row: TokenPair) -> str:
-        """How its answer to prefer begins."""
+        """Return the first words of the chosen answer."""
         return self.chat.opening(row.chosen)
+
+
+def dpo_loss(logprobs: Tensor, reference: Tensor, beta: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the losses [n] and rewards β(log π − log π_ref) [n, 2] of pairs, from log-probabilities [n, 2].
+
+    Column 0 is the chosen answer, column 1 the rejected one.
+    """
+    rewards = beta * (logprobs - reference)
+    margins = rewards[:, 0] - rewards[:, 1]
+    return -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins), rewards
 
 
 def train_dpo(
@@ -93,75 +118,94 @@ def train_dpo(
     force: bool = False,
     resume: bool = False,
 ) -> list[Run]:
-    """Train preferences' adapters one after the other on one loaded base, and publish each.
+    """Train and publish an adapter for each preference and direction, one after the other on one loaded base.
 
-    Everything that can be refused is, for all of them, before the first one trains.
+    Everything that can be refused is refused before the first adapter is trained.
     """
     recipe.check_trains("dpo")
     lora_trainer.check_trackers(recipe.dpo)
+    targets: dict[tuple[str, Direction], Target] = {}
     for preference in preferences:
         recipe.preference(preference)
         for direction in directions:
-            target = _target(runs_dir, name or preference, direction)
-            runs.refuse_busy(target)
-            if not (resume and runs.is_run(target)):
-                runs.refuse_existing(target, force, "--resume keeps it and goes on with what is missing")
+            folder, label = name or preference, f"{name or preference} {direction.value}"
+            target = Target(runs_dir / "dpo" / folder / direction.value, label, screen, force, resume)
+            target.refuse_existing("--resume keeps it and trains what is missing")
+            targets[preference, direction] = target
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
-    prepared = {preference: prepare(recipe, preference, base, screen) for preference in preferences}
+    datasets = {preference: prepare(recipe, preference, base, screen) for preference in preferences}
+    unfinished = {}
+    for (preference, direction), target in targets.items():
+        fingerprint = datasets[preference].facts["fingerprint"]
+        identity = checkpoints.run_identity("dpo", recipe, base, start_policy.identity(start), fingerprint)
+        unfinished[target] = target.checkpoints({**identity, "direction": direction.value})
     references = ReferenceCache.of(base, start_policy.identity(start))
-    room = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)
-    begun: dict[Path, Unfinished] = {}
-    for preference in preferences:
-        for direction in directions:
-            target = _target(runs_dir, name or preference, direction)
-            data = prepared[preference].facts["fingerprint"]
-            who = checkpoints.run_identity("dpo", recipe, base, start_policy.identity(start), data)
-            begun[target] = Unfinished.of(
-                target, {**who, "direction": direction.value}, resume=resume, force=force, screen=screen
-            )
-    published = []
+    budget = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)  # the size that fits is found once
+    referenced: dict[str, TokenRows[TokenPair]] = {}
     model: PreTrainedModel | None = None
-    for preference, material in prepared.items():
-        about = Manifest(
+    published = []
+    for (preference, direction), target in targets.items():
+        if run := target.published(unfinished[target]):
+            published.append(run)
+            continue
+        manifest = Manifest(
             stage="dpo",
             base=base.identity,
             recipe=recipe.as_dict(),
             preference=preference,
+            direction=direction.value,
             start=start_policy.identity(start),
             seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
-            data=material.facts,
+            data=datasets[preference].facts,
         )
-        ready: TokenRows[TokenPair] | None = None
-        for direction in directions:
-            called = name or preference
-            target, label = _target(runs_dir, called, direction), f"{called} {direction.value}"
-            if resume and (made := begun[target].published(target, screen)):
-                published.append(made)
-                continue
-            with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
-                model = model or start_policy.load(base, start)
-                if ready is None:
-                    tokens = 2 * recipe.dpo.tokens_per_batch  # nothing is kept for a gradient
-                    ready = referenced(material, references, model, tokens, f"{called} reference", screen)
-                facts, model = train_adapter(
-                    model, base, recipe, ready, direction, label, staging, begun[target], screen, room
-                )
-                published.append(runs.publish(staging, target, replace(about, direction=direction.value, **facts)))
-                begun[target].clear()
-            lora_trainer.warn_unconverged(published[-1], screen)
-            if not published[-1].manifest.metrics["held_out"]["pairs"]:
-                screen.warn(
-                    f"{target}: no pair was held out, so nothing is measured; a larger dpo.limit or dpo.held_out"
-                )
-            if "note" in (held_out := published[-1].manifest.metrics["held_out"]):
-                screen.warn(f"{target}: {held_out['note']}")
+        with target.staging_folder() as staging:
+            model = model or start_policy.load(base, start)
+            if preference not in referenced:
+                tokens, label = 2 * recipe.dpo.tokens_per_batch, f"{name or preference} reference"
+                referenced[preference] = with_references(datasets[preference], references, model, tokens, label, screen)
+            rows = for_direction(referenced[preference], direction)
+            job = dpo_job(recipe.dpo, recipe.lora, rows.train, base)
+            trained = lora_trainer.train(job, model, target, unfinished[target], staging, budget)
+            run = target.publish(staging, describe(trained, manifest, rows.held_out))
+        model = lora_trainer.unwrap(trained.policy)
+        published.append(run)
+        held_out = run.manifest.metrics["held_out"]
+        if not held_out["pairs"]:
+            screen.warn(f"{run.path}: no pair was held out, so nothing is measured; a larger dpo.limit or dpo.held_out")
+        elif "note" in held_out:
+            screen.warn(f"{run.path}: {held_out['note']}")
     return published
 
 
+def dpo_job(settings: Dpo, lora: Lora, pairs: Sequence[TokenPair], base: Base) -> Job[TokenPair]:
+    """Return the job of training on pairs that have reference log-probabilities."""
+
+    def loss(_: PreTrainedModel, reader: Reader) -> DpoLoss:
+        return DpoLoss(reader, base.chat, settings.beta, settings.label_smoothing)
+
+    return Job(base, settings, lora, pairs, loss, _trainer)
+
+
+def describe(trained: Trained[TokenPair], manifest: Manifest, held_out: Sequence[TokenPair]) -> Manifest:
+    """Measure the held-out margin and the adapter's size, and return the manifest with all facts about the training."""
+    loss, history = cast(DpoLoss, trained.loss), trained.history
+    pairs = held_out[: lora_trainer.EVALUATE_AT_MOST]
+    norm, relative_norm = lora_trainer.relative_size(trained.policy)
+    metrics = {
+        "first_margin": history[0]["margin"],
+        "last_margin": fmean(step["margin"] for step in history[-LAST:]),
+        "norm": norm,
+        "relative_norm": relative_norm,
+        "held_out": held_out_margins(trained.policy, pairs, loss.beta, 2 * trained.tokens),
+        "tokens_per_second": history[-1]["tokens_per_second"],
+    }
+    return trained.describe(manifest, metrics, unconverged(metrics, loss.beta))
+
+
 def summary(run: Run) -> str:
-    """A run in one line."""
+    """Return a line about a run."""
     held_out = run.manifest.metrics["held_out"]
     if not held_out["pairs"]:
         return f"{run.path}  no pairs held out, nothing measured"
@@ -171,108 +215,64 @@ def summary(run: Run) -> str:
     return f"{run.path}  held-out margin {margin:+.3f}, accuracy {held_out['accuracy']:.2f} ({pairs})"
 
 
-def _target(runs_dir: Path, name: str, direction: Direction) -> Path:
-    return runs_dir / "dpo" / name / direction.value
-
-
 def prepare(recipe: Recipe, preference: str, base: Base, screen: Screen) -> TokenRows[TokenPair]:
-    """Read, rank, split and tokenise; whatever is dropped or cut is counted."""
+    """Read, rank, split and tokenise a preference's pairs; report what is dropped or truncated."""
     settings = recipe.dpo
-    found = [
-        materials.read_token_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
+    parts = [
+        token_rows.read_token_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
         for axis in recipe.parts(preference)
     ]
-    material = materials.interleave(found)
-    materials.report_dropped(preference, material.facts, screen)
-    return material
+    rows = token_rows.interleave(parts)
+    token_rows.report_dropped(preference, rows.facts, screen)
+    return rows
 
 
-def referenced(
-    material: TokenRows[TokenPair],
+def with_references(
+    dataset: TokenRows[TokenPair],
     references: ReferenceCache,
     model: PreTrainedModel,
     tokens: int,
     label: str,
     screen: Screen,
 ) -> TokenRows[TokenPair]:
-    """With the start policy's log-probabilities: computed once, for both directions and for later runs."""
-    rows = concat([material.train, material.held_out[: lora_trainer.EVALUATE_AT_MOST]])
+    """Add the start policy's log-probabilities to the pairs that are trained on or measured."""
+    rows = concat([dataset.train, dataset.held_out[: lora_trainer.EVALUATE_AT_MOST]])
     shared = LazyRows(len(rows), lambda i: rows[i].shared())
-    found = references.logprobs(model, shared, tokens, label, screen)
+    logprobs = references.logprobs(model, shared, tokens, label, screen)
 
     def with_reference(i: int) -> TokenPair:
-        chosen, rejected = found[i]
+        chosen, rejected = logprobs[i]
         return replace(rows[i], reference=(chosen, rejected))
 
-    known = LazyRows(len(rows), with_reference)
-    return replace(material, train=known[: len(material.train)], held_out=known[len(material.train) :])
+    pairs = LazyRows(len(rows), with_reference)
+    return replace(dataset, train=pairs[: len(dataset.train)], held_out=pairs[len(dataset.train) :])
 
 
-def train_adapter(
-    model: PreTrainedModel,
-    base: Base,
-    recipe: Recipe,
-    material: TokenRows[TokenPair],
-    direction: Direction,
-    label: str,
-    folder: Path,
-    unfinished: Unfinished,
-    screen: Screen,
-    room: MemoryBudget | None = None,
-) -> tuple[dict[str, Any], PreTrainedModel]:
-    """Train one adapter into a folder, in as much room as one before it found; the manifest's fields about it, and the
-    model as it came."""
-    with lora_trainer.accepted_by_libraries():
-        trainer = SteppingDPOTrainer(
-            objective=DpoLoss(Reader.of(model), base.chat, recipe.dpo.beta, recipe.dpo.label_smoothing),
-            rows=LazyRows(len(material.train), lambda i: material.train[i].facing(direction)),
-            room=room or MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG),
-            unfinished=unfinished,
-            tell=lambda text: screen.note(f"{label}: {text}"),
-            model=model,
-            args=DPOConfig(
-                disable_dropout=False,  # TRL's True would silence lora.dropout; the base has none
-                **lora_trainer.arguments(recipe.dpo, base, folder, label),
-            ),
-            processing_class=base.chat.tokenizer,
-            peft_config=lora_trainer.fresh_adapter(recipe.lora, base),
-        )
-    initial = lora_trainer.initialise(trainer.model, recipe.lora.init_seed)
-    watch = lora_trainer.fit(trainer, recipe.dpo, screen, label)
-    policy = trainer.model
-    lora_trainer.save_adapter(policy, folder)
-    held_out = [row.facing(direction) for row in material.held_out[: lora_trainer.EVALUATE_AT_MOST]]
-    size, relative = lora_trainer.relative_size(policy)
-    metrics = {
-        "steps": trainer.state.global_step,
-        "first_margin": watch.history[0]["margin"],
-        "last_margin": fmean(step["margin"] for step in watch.history[-LAST:]),
-        "norm": size,
-        "relative_norm": relative,
-        "held_out": held_out_margins(policy, held_out, recipe.dpo.beta, 2 * trainer.room.size),
-        "tokens_per_second": watch.history[-1]["tokens_per_second"],
-        "seconds": round(watch.seconds, 1),
-    }
-    lora_trainer.draw_curve(watch.history, label, folder / "curve.png")
-    facts = {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(metrics, recipe.dpo.beta)}
-    return facts, lora_trainer.unwrap(policy)
+def for_direction(dataset: TokenRows[TokenPair], direction: Direction) -> TokenRows[TokenPair]:
+    """Return the pairs that a direction trains on: swapped for `neg`."""
+    train, held_out = dataset.train, dataset.held_out
+    return replace(
+        dataset,
+        train=LazyRows(len(train), lambda i: train[i].facing(direction)),
+        held_out=LazyRows(len(held_out), lambda i: held_out[i].facing(direction)),
+    )
 
 
 def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, tokens: int) -> dict[str, Any]:
-    """Mean margin β[(log π − log π_ref)(chosen) − (…)(rejected)] and how often it is positive, over unseen prompts.
+    """Return the mean margin of held-out pairs and the share of positive margins (accuracy).
 
-    Of less than ENOUGH pairs there is no accuracy, but a note: 1 of 1 would look like something that was learned.
+    Fewer than MIN_HELD_OUT pairs get a note instead of an accuracy, because 1 of 1 would look like success.
     """
     if not rows:
         return {"pairs": 0}
     policy.eval()
-    trained = answer_logprobs(base_model_of(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
-    rewards = beta * (trained - torch.tensor([row.reference for row in rows]))
+    logprobs = answer_logprobs(base_model_of(policy), [row.shared() for row in rows], MemoryBudget(tokens)).view(-1, 2)
+    _, rewards = dpo_loss(logprobs, torch.tensor([row.reference for row in rows]), beta)
     margins = rewards[:, 0] - rewards[:, 1]
-    found = {"pairs": len(rows), "margin": float(margins.mean())}
+    figures = {"pairs": len(rows), "margin": float(margins.mean())}
     if len(rows) < MIN_HELD_OUT:
-        return {**found, "accuracy": None, "note": lora_trainer.too_few_pairs(len(rows))}
-    return {**found, "accuracy": float((margins > 0).float().mean())}
+        return {**figures, "accuracy": None, "note": lora_trainer.too_few_pairs(len(rows))}
+    return {**figures, "accuracy": float((margins > 0).float().mean())}
 
 
 def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
@@ -286,18 +286,18 @@ def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
     ]
     worse += [f"the adapter is huge, ‖Δ‖/‖W‖ = {size:.2f}"] if size > HUGE else []
     if worse:
-        return (f"{lora_trainer.DIVERGED}{' and '.join(worse)}; lower learning_rate",)
-    found = []
+        return (f"{DIVERGED}{' and '.join(worse)}; lower learning_rate",)
+    reasons = []
     accuracy = held_out.get("accuracy")
     if accuracy is not None:
-        reach = 2 * math.sqrt(0.25 / held_out["pairs"])
-        said = f"held-out accuracy {accuracy:.2f} on {count(held_out['pairs'], 'pair')} is "
-        if accuracy < 0.5 - reach:
-            found.append(f"{said}worse than chance; lower learning_rate, or look at the labels")
-        elif accuracy < 0.5 + reach and margins["held-out"] / beta < BELOW:
-            found.append(f"{said}near chance, with a margin below 0; lower learning_rate, or look at the data")
-        elif accuracy < 0.5 + reach:
-            found.append(f"{said}near chance; train longer, or at a higher learning_rate, or look at the data")
+        noise = 2 * math.sqrt(0.25 / held_out["pairs"])
+        measured = f"held-out accuracy {accuracy:.2f} on {count(held_out['pairs'], 'pair')} is "
+        if accuracy < 0.5 - noise:
+            reasons.append(f"{measured}worse than chance; lower learning_rate, or look at the labels")
+        elif accuracy < 0.5 + noise and margins["held-out"] / beta < BELOW:
+            reasons.append(f"{measured}near chance, with a margin below 0; lower learning_rate, or look at the data")
+        elif accuracy < 0.5 + noise:
+            reasons.append(f"{measured}near chance; train longer, or at a higher learning_rate, or look at the data")
     if size < TINY:
-        found.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {size:.1e}; raise learning_rate or epochs")
-    return tuple(found)
+        reasons.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {size:.1e}; raise learning_rate or epochs")
+    return tuple(reasons)

@@ -1,4 +1,4 @@
-"""What every TRL trainer here shares: arguments, the fresh adapter, the watch over a run, and its records."""
+"""Training of one adapter by a TRL trainer: arguments, initial values, progress, checkpoints and records."""
 
 import hashlib
 import json
@@ -6,12 +6,12 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,30 +28,32 @@ from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
 from lora_align.model.base import Base, compute_dtype, device
 from lora_align.model.compiled_layers import compiled_layers
+from lora_align.model.logprobs import Reader
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.nf4 import dense_weight
 from lora_align.recipe import Dpo, Lora, Training
-from lora_align.runs import Run
-from lora_align.train.checkpoints import KEPT
-from lora_align.train.stepper import METRICS, StepTrainer, trainable, with_padding
+from lora_align.runs import Manifest
+from lora_align.train.checkpoints import KEPT, Unfinished
+from lora_align.train.job import Job, Row, Target
+from lora_align.train.stepper import METRICS, Loss, Steps, StepTrainer, trainable, with_padding
 
-STATE_BYTES = 12  # a trained value, and the two moments that Adam keeps of it
-# in short, as a line of progress has to fit 80 columns
+STATE_BYTES = 12  # of a trained value and Adam's two moments
+# short names, because a line of progress must fit 80 columns
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
 RECORDED = (*SHOWN, "chosen_reward", "rejected_reward")
 EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
-FEW_STEPS = 10  # optimiser steps in which hardly anything is learned
-DIVERGED = "diverged: "  # begins a reason of a run that left what it was to learn
+FEW_STEPS = 10  # optimiser steps below which hardly anything is learned
 TOO_LONG = "a smaller max_length, or lora.rank, may fit"
 
 
 def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[str, Any]:
-    """Arguments for any TRL configuration. Nothing is left to defaults that hide a fault or write a file."""
+    """Return arguments for any TRL configuration, in place of defaults that hide a fault or write a file."""
     dtype = compute_dtype(base.recipe)
     on_gpu = device().type == "cuda"
     return {
         "output_dir": str(folder / "trainer"),
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,  # of all processes together: steps part it
+        "per_device_train_batch_size": settings.batch_size,  # of all ranks together
         "remove_unused_columns": False,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
@@ -67,17 +69,17 @@ def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # by default a NaN loss is shown as the last good one
+        "logging_nan_inf_filter": False,  # True would show a NaN loss as the last finite one
         "save_strategy": "no",
         "run_name": label,
-        "project": "lora-align",  # in trackio; the others have settings of their own
+        "project": "lora-align",  # for trackio
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
     }
 
 
 def too_few_pairs(pairs: int) -> str:
-    """Say that so many held-out pairs measure nothing."""
+    """Return a message: so few held-out pairs cannot judge a run."""
     return (
         f"{count(pairs, 'held-out pair')}: too few to judge a run by (at least {MIN_HELD_OUT} are needed); take more "
         "prompts, a larger dpo.limit, or a larger dpo.held_out"
@@ -85,7 +87,7 @@ def too_few_pairs(pairs: int) -> str:
 
 
 def too_few_steps(rows: int, settings: Training) -> str:
-    """Say that so many rows make too few optimiser steps to learn from; nothing where they are enough."""
+    """Return a message if these rows make too few optimiser steps to learn from, else an empty text."""
     steps = math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
     if steps >= FEW_STEPS:
         return ""
@@ -97,14 +99,8 @@ def too_few_steps(rows: int, settings: Training) -> str:
     )
 
 
-def warn_unconverged(run: Run, screen: Screen) -> None:
-    """Say why a run may have learned nothing, or something else than it was to."""
-    for reason in run.manifest.unconverged:
-        screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")
-
-
 def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
-    """The configuration of a new adapter; its values are set by `initialise`."""
+    """Return the configuration of a new adapter; `initialise` sets its values."""
     targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     name = base.recipe.model if "/" in base.recipe.model else str(base.folder)
     return LoraConfig(
@@ -119,7 +115,7 @@ def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
 
 @contextmanager
 def accepted_by_libraries() -> Iterator[None]:
-    """While a trainer is built: what TRL, PEFT or transformers refuse of a recipe is refused before work began."""
+    """Report what TRL, PEFT or transformers refuse in a recipe as a UserError."""
     try:
         yield
     except (ValueError, ImportError, NotImplementedError) as fault:
@@ -127,21 +123,21 @@ def accepted_by_libraries() -> Iterator[None]:
 
 
 def check_trackers(settings: Training) -> None:
-    """Refuse trackers whose library is not installed, before anything is read."""
+    """Refuse trackers whose library is not installed. Call this before slow work."""
     for tracker in settings.report_to:
         try:
             for callback in get_reporting_integration_callbacks([tracker]):
                 callback()
-        except (ValueError, ImportError, RuntimeError) as fault:  # how each library says that it is not there
+        except (ValueError, ImportError, RuntimeError) as fault:  # libraries report their absence differently
             raise UserError(f"the recipe cannot be trained: report_to {tracker!r}: {first_line(fault)}") from fault
 
 
 def initialise(model: nn.Module, seed: int) -> str:
-    """Give the trainable adapter its first values, in float32, and return their hash.
+    """Set the adapter's initial values in float32, and return their hash.
 
-    A depends on the seed and its module's name alone, so that every preference and direction starts from
-    one A: otherwise the cosine of two vectors would be noise. TRL's constructor has cast the weights to
-    bfloat16, where small steps are lost; float32 costs a few hundred megabytes at most, on any device.
+    A depends only on the seed and the module's name, so every preference and direction starts from the same A.
+    Otherwise the cosine of two vectors would be noise. TRL's constructor casts the weights to bfloat16, which loses
+    small steps; float32 costs at most a few hundred megabytes.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(trainable(model)):
@@ -159,7 +155,7 @@ def initialise(model: nn.Module, seed: int) -> str:
 
 @torch.no_grad()
 def relative_size(model: PeftModel) -> tuple[float, float]:
-    """‖Δ‖ and ‖Δ‖/‖W‖ over the layers the adapter sits on."""
+    """Return ‖Δ‖ and ‖Δ‖/‖W‖ over the adapted layers."""
     delta = weights = 0.0
     for module in model.modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
@@ -170,34 +166,33 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
 
 
 class StepRecorder(TrainerCallback):
-    """Records every step and shows some of it."""
+    """Record the figures of every step, show some of them, and request checkpoints."""
 
     def __init__(self, progress: Progress, records: Path, stop: "StopSignal", save_seconds: float) -> None:
         self.progress, self.records, self.stop, self.save_seconds = progress, records, stop, save_seconds
         self.started = self.saved = time.monotonic()
-        self.stopped = 0  # by which signal
+        self.stopped = 0  # the signal that stopped the run
         self.history: list[dict[str, float]] = []
-        if records.exists():  # of the part that was done before
+        if records.exists():  # the steps before a checkpoint
             self.history = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
         self.tokens_before = self.history[-1]["tokens"] if self.history else 0.0
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Return the time since the start."""
         return time.monotonic() - self.started
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        """A checkpoint now and then, one behind the last step, as measuring may fail, and one before an end that was
-        asked for: of all processes, or of none."""
+        """Request a checkpoint every `save_minutes`, after the last step, and when a signal arrived on any rank."""
         due = time.monotonic() - self.saved >= self.save_seconds or state.global_step >= state.max_steps
-        told = processes.all_gather((self.stop.signal, due))
-        self.stopped = max(signal for signal, _ in told)
-        if self.stopped or told[0][1]:
+        ranks = processes.all_gather((self.stop.signal, due))
+        self.stopped = max(signal for signal, _ in ranks)
+        if self.stopped or ranks[0][1]:
             control.should_save, self.saved = True, time.monotonic()
         control.should_training_stop |= bool(self.stopped)
 
     def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
-        """One line of figures a step."""
+        """Append a line to the record."""
         if "loss" not in logs:
             return
         tokens = float(logs.get("num_tokens", 0.0))
@@ -212,75 +207,116 @@ class StepRecorder(TrainerCallback):
 
 
 class StopSignal:
-    """The first SIGINT or SIGTERM is noted, so that a step can be finished; the second does what it always does."""
+    """Note the first SIGINT or SIGTERM, so that the current step can finish. The second acts as usual."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen, self.signal = screen, 0
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self._noted) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _noted(self, number: int, _: FrameType | None) -> None:
+    def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number
-        self.screen.note("finishing the step at hand, then keeping all; once more, and it ends at once")
+        self.screen.note("finishing the current step, then saving a checkpoint; press Ctrl-C again to stop at once")
         self.__exit__()
 
 
-def fit(trainer: StepTrainer[Any], settings: Training, screen: Screen, what: str) -> StepRecorder:
-    """Train, from the newest checkpoint on if there is one; progress on the screen, and a record in the folder."""
+@dataclass(frozen=True)
+class Trained(Generic[Row]):
+    """A trained adapter over its base, and the record of the training."""
+
+    policy: PeftModel
+    loss: Loss[Row]
+    initial_adapter: str
+    history: list[dict[str, float]]
+    steps: int
+    seconds: float
+    tokens: int  # that fitted into memory at once, with gradients
+
+    def describe(self, manifest: Manifest, metrics: Mapping[str, Any], unconverged: tuple[str, ...]) -> Manifest:
+        """Return a manifest with the facts about this training."""
+        metrics = {"steps": self.steps, **metrics, "seconds": round(self.seconds, 1)}
+        return replace(manifest, initial_adapter=self.initial_adapter, metrics=metrics, unconverged=unconverged)
+
+
+def train(
+    job: Job[Row],
+    model: PreTrainedModel,
+    target: Target,
+    unfinished: Unfinished,
+    folder: Path,
+    budget: MemoryBudget | None = None,
+) -> Trained[Row]:
+    """Train an adapter over a model and save it to a folder, from the newest checkpoint on if there is one."""
+    with accepted_by_libraries():
+        loss = job.loss(model, Reader.of(model))
+        budget = budget or MemoryBudget(job.settings.tokens_per_batch, TOO_LONG)
+        steps = Steps(loss, job.rows, budget, unfinished, target.note)
+        settings = arguments(job.settings, job.base, folder, target.label)
+        trainer = job.trainer(model, job.base, job.lora, settings, steps)
+    initial = initialise(trainer.model, job.lora.init_seed)
+    recorder = fit(trainer, job.settings, target)
+    save_adapter(trainer.model, folder)
+    draw_curve(recorder.history, target.label, folder / "curve.png")
+    done = trainer.state.global_step
+    return Trained(trainer.model, loss, initial, recorder.history, done, recorder.seconds, budget.size)
+
+
+def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRecorder:
+    """Run the trainer with progress on the screen, a record of every step, and checkpoints."""
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     if settings.compile:
-        trainer.objective = with_padding(trainer.objective)
-    trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
-    begun = trainer.unfinished.begin(screen)
-    needed = (KEPT + 1 - trainer.unfinished.count) * STATE_BYTES * parameters
-    store.check_free_space(trainer.unfinished.folder, needed, "--runs DIR writes elsewhere")
+        trainer.loss = with_padding(trainer.loss)
+    unfinished = trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
+    checkpoint = unfinished.begin(target.screen)
+    needed = (KEPT + 1 - unfinished.count) * STATE_BYTES * parameters
+    store.check_free_space(unfinished.folder, needed, "--runs DIR writes elsewhere")
     done = 0
-    if begun:
-        shutil.copyfile(begun / METRICS, trainer.records)
-        done = json.loads((begun / TRAINER_STATE_NAME).read_text())["global_step"]
-        screen.note(f"{what}: goes on after step {done}")
+    if checkpoint:
+        shutil.copyfile(checkpoint / METRICS, trainer.records)
+        done = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+        target.note(f"continues after step {done}")
     steps = math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
     if few := too_few_steps(trainer.rows_each_epoch, settings):
-        screen.warn(f"{what}: {few}")
-    with screen.progress(what, steps, done) as progress, StopSignal(screen) as stop:
-        watch = StepRecorder(progress, trainer.records, stop, 60 * settings.save_minutes)
+        target.warn(few)
+    with target.screen.progress(target.label, steps, done) as progress, StopSignal(target.screen) as stop:
+        recorder = StepRecorder(progress, trainer.records, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watch)
+        trainer.add_callback(recorder)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(trainer.unfinished.events)
+                callback.logging_dir = str(unfinished.events)
         try:
             with compiled_layers(trainer.model, wanted=settings.compile):
-                if begun and done >= steps:
-                    trainer.take(begun)
+                if checkpoint and done >= steps:
+                    trainer.restore(checkpoint)
                 else:
-                    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError as fault:
-            raise RunFailedError(f"{fault}; {trainer.unfinished.remaining()}") from fault
-    if watch.stopped:
-        raise Stopped(watch.stopped)
-    return watch
+            raise RunFailedError(f"{fault}; {unfinished.remaining()}") from fault
+    if recorder.stopped:
+        raise Stopped(recorder.stopped)
+    return recorder
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """An ordinary PEFT adapter, and nothing beside it."""
+    """Save a PEFT adapter, without PEFT's README and the trainer's folder."""
     try:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     except (OSError, SafetensorError) as fault:
-        kept = "nothing of it was published, and --resume goes on from the last checkpoint"
+        kept = "nothing was published, and --resume continues from the last checkpoint"
         raise RunFailedError(f"{folder}: the adapter could not be written ({first_line(fault)}); {kept}") from fault
     (folder / "README.md").unlink(missing_ok=True)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
 
 
 def unwrap(model: PeftModel) -> PreTrainedModel:
-    """The base as it was before the trainer: adapter, checkpointing and TRL's patched forward gone."""
+    """Return the base without the adapter, gradient checkpointing and TRL's patched forward."""
     base = model.unload()
     base.__dict__.pop("forward", None)
     if base.is_gradient_checkpointing:
@@ -290,7 +326,7 @@ def unwrap(model: PeftModel) -> PreTrainedModel:
 
 
 def draw_curve(history: list[dict[str, float]], title: str, file: Path) -> None:
-    """The run's figures over its steps, one panel each, as a PNG."""
+    """Draw the figures over the steps as a PNG, one panel each."""
     from matplotlib.figure import Figure
 
     panels = [name for name in SHOWN if name in history[0]]
@@ -306,7 +342,7 @@ def draw_curve(history: list[dict[str, float]], title: str, file: Path) -> None:
 
 
 def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """An exponential mean, corrected for its start."""
+    """Return an exponential moving average, corrected for its start."""
     smooth, mean = [], 0.0
     for i, value in enumerate(values, 1):
         mean = weight * mean + (1 - weight) * value

@@ -1,7 +1,7 @@
-"""The start policy's adapter: TRL's SFT over conversations, on the 4-bit base."""
+"""Supervised fine-tuning (`sft`): the adapter of the start policy, trained on conversations."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from lora_align import runs
-from lora_align.console import Screen, count, library_log
+from lora_align.console import Screen, count
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base, base_model_of
@@ -20,53 +20,63 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import IGNORED, TokenText
 from lora_align.policy import start as start_policy
 from lora_align.recipe import Lora, Recipe, Rsf, Sft
-from lora_align.runs import LOG, Manifest, Run
-from lora_align.train import checkpoints, lora_trainer
-from lora_align.train import token_rows as materials
-from lora_align.train.checkpoints import Unfinished
+from lora_align.runs import Manifest, Run
+from lora_align.train import checkpoints, lora_trainer, token_rows
+from lora_align.train.job import DIVERGED, Job, Target
+from lora_align.train.lora_trainer import Trained
 from lora_align.train.row_files import LazyRows
-from lora_align.train.stepper import Part, StepTrainer
-from lora_align.train.token_rows import TokenRows
+from lora_align.train.stepper import Part, Steps, StepTrainer
 
-RISEN = 1.0  # nats a token by which a held-out loss rises when training has gone astray
+RISE = 1.0  # nats a token by which the held-out loss of a diverged run rises
+Pack = Sequence[TokenText]
 
 
 def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = False, resume: bool = False) -> Run:
-    """Train and publish the adapter every preference then starts from."""
+    """Train and publish the start policy's adapter."""
     recipe.check_trains("sft")
-    assert recipe.sft is not None
-    lora_trainer.check_trackers(recipe.sft)
-    target = start_policy.folder(runs_dir)
-    runs.refuse_busy(target)
-    if not resume:
-        runs.refuse_existing(target, force, "--runs DIR keeps both")
+    settings = recipe.sft
+    assert settings is not None
+    lora_trainer.check_trackers(settings)
+    target = Target(start_policy.folder(runs_dir), "sft", screen, force, resume)
+    target.refuse_existing("--runs DIR keeps both")
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
-    material = materials.read_token_texts(recipe.sft, base, screen)
-    materials.report_dropped("sft", material.facts, screen)
-    who = checkpoints.run_identity("sft", recipe, base, "", material.facts["fingerprint"])
-    unfinished = Unfinished.of(target, who, resume=resume, force=force, screen=screen)
-    if resume and (made := unfinished.published(target, screen)):
-        return made
-    about = Manifest(
+    rows = token_rows.read_token_texts(settings, base, screen)
+    token_rows.report_dropped("sft", rows.facts, screen)
+    job = sft_job(settings, settings.lora or recipe.lora, rows.train, base)
+    unfinished = target.checkpoints(checkpoints.run_identity("sft", recipe, base, "", rows.facts["fingerprint"]))
+    if run := target.published(unfinished):
+        return run
+    manifest = Manifest(
         stage="sft",
         base=base.identity,
         recipe=recipe.as_dict(),
         contains_start=True,
-        seeds={"init": (recipe.sft.lora or recipe.lora).init_seed, "data": recipe.sft.seed},
-        data=material.facts,
+        seeds={"init": job.lora.init_seed, "data": settings.seed},
+        data=rows.facts,
     )
-    with runs.staging_folder(target, screen, force=force) as staging, library_log(staging / LOG):
-        lora = recipe.sft.lora or recipe.lora
-        facts = train_adapter(base.load(), base, lora, recipe.sft, material, "sft", staging, unfinished, screen)
-        published = runs.publish(staging, target, replace(about, **facts))
-        unfinished.clear()
-    lora_trainer.warn_unconverged(published, screen)
-    return published
+    with target.staging_folder() as staging:
+        trained = lora_trainer.train(job, base.load(), target, unfinished, staging)
+        return target.publish(staging, describe(trained, manifest, rows.held_out))
+
+
+def sft_job(settings: Sft | Rsf, lora: Lora, texts: Sequence[TokenText], base: Base) -> Job[Pack]:
+    """Return the job of training on texts. If the recipe packs, a row holds several texts side by side."""
+    packs = [[i] for i in range(len(texts))]
+    if settings.packing:
+        packs = tokenise.pack([len(text.ids) for text in texts], min(settings.max_length, base.max_length))
+    rows = LazyRows(len(packs), lambda pack: [texts[i] for i in packs[pack]])
+    return Job(base, settings, lora, rows, lambda _, reader: SftLoss(reader, base.chat), _trainer)
+
+
+def describe(trained: Trained[Pack], manifest: Manifest, held_out: Sequence[TokenText]) -> Manifest:
+    """Measure the held-out loss before and after, and return the manifest with all facts about the training."""
+    loss = held_out_loss(trained.policy, held_out[: lora_trainer.EVALUATE_AT_MOST], 2 * trained.tokens)
+    return trained.describe(manifest, {"held_out": loss}, unconverged(loss))
 
 
 def summary(run: Run) -> str:
-    """A run in one line."""
+    """Return a line about a run."""
     held_out = run.manifest.metrics["held_out"]
     if not held_out["rows"]:
         return f"{run.path}  no rows held out, nothing measured"
@@ -74,111 +84,77 @@ def summary(run: Run) -> str:
     return f"{run.path}  held-out loss {held_out['loss_before']:.3f} → {held_out['loss']:.3f} ({rows})"
 
 
-def packed(rows: Sequence[TokenText], settings: Sft | Rsf, base: Base) -> LazyRows[Sequence[TokenText]]:
-    """What a step's rows are: texts side by side where the recipe packs them, else each by itself."""
-    packs = [[i] for i in range(len(rows))]
-    if settings.packing:
-        packs = tokenise.pack([len(row.ids) for row in rows], min(settings.max_length, base.max_length))
-    return LazyRows(len(packs), lambda pack: [rows[i] for i in packs[pack]])
+class SftStepTrainer(StepTrainer[Pack], SFTTrainer):
+    """TRL's SFTTrainer with our steps."""
 
 
-def train_adapter(
-    model: PreTrainedModel,
-    base: Base,
-    lora: Lora,
-    settings: Sft | Rsf,
-    material: TokenRows[TokenText],
-    label: str,
-    folder: Path,
-    unfinished: Unfinished,
-    screen: Screen,
-) -> dict[str, Any]:
-    """Train an adapter on a start policy into a folder; the manifest's fields about it."""
-    with lora_trainer.accepted_by_libraries():
-        trainer = SteppingSFTTrainer(
-            objective=SftLoss(Reader.of(model), base.chat),
-            rows=packed(material.train, settings, base),
-            room=MemoryBudget(settings.tokens_per_batch, lora_trainer.TOO_LONG),
-            unfinished=unfinished,
-            tell=lambda text: screen.note(f"{label}: {text}"),
-            model=model,
-            args=SFTConfig(**lora_trainer.arguments(settings, base, folder, label)),
-            processing_class=base.chat.tokenizer,
-            peft_config=lora_trainer.fresh_adapter(lora, base),
-        )
-    initial = lora_trainer.initialise(trainer.model, lora.init_seed)
-    watch = lora_trainer.fit(trainer, settings, screen, label)
-    lora_trainer.save_adapter(trainer.model, folder)
-    held_out = material.held_out[: lora_trainer.EVALUATE_AT_MOST]
-    learned = held_out_loss(trainer.model, held_out, 2 * trainer.room.size)
-    metrics = {
-        "steps": trainer.state.global_step,
-        "held_out": learned,
-        "seconds": round(watch.seconds, 1),
-    }
-    lora_trainer.draw_curve(watch.history, label, folder / "curve.png")
-    return {"initial_adapter": initial, "metrics": metrics, "unconverged": unconverged(learned)}
-
-
-class SteppingSFTTrainer(StepTrainer[Sequence[TokenText]], SFTTrainer):
-    """TRL's trainer, with steps made here."""
+def _trainer(
+    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: Steps[Pack]
+) -> SftStepTrainer:
+    return SftStepTrainer(
+        steps,
+        model=model,
+        args=SFTConfig(**settings),
+        processing_class=base.chat.tokenizer,
+        peft_config=lora_trainer.fresh_adapter(lora, base),
+    )
 
 
 @dataclass(frozen=True)
 class SftLoss:
-    """−log π of every token that is to be learned, the mean over a step's; a row is a pack of one or more texts."""
+    """Cross-entropy: the mean of −log π(token) over all labelled tokens of a step. A row is a pack of texts."""
 
     reader: Reader
     chat: ChatFormat
 
-    def length(self, row: Sequence[TokenText]) -> int:
-        """Of all its texts."""
+    def length(self, row: Pack) -> int:
+        """Return the tokens of a pack."""
         return sum(len(text.ids) for text in row)
 
-    def weights(self, rows: Sequence[Sequence[TokenText]]) -> list[float]:
-        """Every token counts alike; no text is to predict the next one's first."""
-        learned = (label != IGNORED for row in rows for text in row for label in text.labels[1:])
-        return [float(max(sum(learned), 1))]
+    def weights(self, rows: Sequence[Pack]) -> list[float]:
+        """Return the number of labelled tokens. A text does not predict the first token of the next text."""
+        labelled = (label != IGNORED for row in rows for text in row for label in text.labels[1:])
+        return [float(max(sum(labelled), 1))]
 
-    def part(self, rows: Sequence[Sequence[TokenText]], weights: Sequence[float]) -> Part:
-        """Some packs of a step."""
+    def part(self, rows: Sequence[Pack], weights: Sequence[float]) -> Part:
+        """Return the loss of some packs, divided by the tokens of the whole step."""
         texts = [text for pack in rows for text in pack]
         labels = [label for text in texts for label in (*text.labels[1:], IGNORED)]
         at = [place for place, label in enumerate(labels) if label != IGNORED]
         states = self.reader.backbone.states([[text.ids] for text in texts])
-        found, hits = self.reader.predicted(states, at, [labels[place] for place in at])
-        return Part(-found.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
+        logprobs, hits = self.reader.predicted(states, at, [labels[place] for place in at])
+        return Part(-logprobs.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
 
-    def quoted(self, row: Sequence[TokenText]) -> str:
-        """How its first text begins."""
+    def quoted(self, row: Pack) -> str:
+        """Return the first words of the first text."""
         return self.chat.opening(row[0].ids)
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:
-    """Nats a token on unseen prompts, before and after."""
-    learned = [_answer_apart(row) for row in rows]
-    count = sum(len(answer) for _, (answer,) in learned)
-    if not count:
+    """Return the mean loss in nats a token on held-out texts, without and with the adapter."""
+    answered = [_split_answer(row) for row in rows]
+    tokens_in_all = sum(len(answer) for _, (answer,) in answered)
+    if not tokens_in_all:
         return {"rows": 0}
     policy.eval()
-    after = -float(answer_logprobs(base_model_of(policy), learned, MemoryBudget(tokens)).sum()) / count
+    after = -float(answer_logprobs(base_model_of(policy), answered, MemoryBudget(tokens)).sum()) / tokens_in_all
     with policy.disable_adapter():
-        before = -float(answer_logprobs(base_model_of(policy), learned, MemoryBudget(tokens)).sum()) / count
+        before = -float(answer_logprobs(base_model_of(policy), answered, MemoryBudget(tokens)).sum()) / tokens_in_all
     return {"rows": len(rows), "loss_before": before, "loss": after}
 
 
 def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
-    """A start policy that finds unseen answers no likelier than the base did has learned nothing, or diverged."""
+    """Return why a run seems to have learned nothing, or to have diverged: the held-out loss did not fall."""
     if not held_out["rows"] or held_out["loss"] < held_out["loss_before"]:
         return ()
     figures = f"from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}"
-    if held_out["loss"] > held_out["loss_before"] + RISEN:
-        return (f"{lora_trainer.DIVERGED}held-out loss rose {figures}; lower learning_rate, or epochs",)
+    if held_out["loss"] > held_out["loss_before"] + RISE:
+        return (f"{DIVERGED}held-out loss rose {figures}; lower learning_rate, or epochs",)
     return (f"held-out loss did not fall: {figures}",)
 
 
-def _answer_apart(row: TokenText) -> tuple[list[int], list[list[int]]]:
-    """Everything up to the last unlearned token, and the answer behind it."""
+def _split_answer(row: TokenText) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens up to the last unlabelled one, and the answer after it."""
     unlearned = [i for i, label in enumerate(row.labels) if label == IGNORED]
     start = unlearned[-1] + 1 if unlearned else 1
     return row.ids[:start], [row.ids[start:]]

@@ -1,8 +1,8 @@
-"""One optimiser step in parts that fit into memory: what all training has in common.
+"""One optimiser step, computed in parts that fit into memory: what all trainers share.
 
-A trainer hands over a whole optimiser batch. Its rows are sorted by length and computed some at a time, as many as stay
-under a number of tokens; each part's loss is its share of the whole step's, so that how a batch is parted changes
-nothing but rounding. Where memory runs out, the step is begun anew with half as many tokens.
+A trainer hands over the rows of a whole optimiser step. They are sorted by length and computed in parts of at most
+`tokens_per_batch` tokens. Each part's loss is normalised by the whole step, so the split changes a result only by
+rounding. If memory runs out, the step starts again with half as many tokens.
 """
 
 import json
@@ -39,60 +39,60 @@ Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
 Figures = Mapping[str, tuple[Tensor, float]]  # name → sum and count
 Summed = tuple[float, dict[str, tuple[float, float]]]  # a loss, and figures
-NAMED = 3  # rows that an error quotes
+QUOTED = 3  # rows that an error quotes
 METRICS = "metrics.jsonl"
 TRAINED, SEEN = "trained.safetensors", "seen.json"  # of a checkpoint
 
 
 @dataclass(frozen=True)
 class Part:
-    """The share of a step's loss that some of its rows have, and figures about them."""
+    """The contribution of some rows to a step's loss, and figures about these rows."""
 
     loss: Tensor
     figures: Figures
 
 
 class Loss(Protocol[RowIn]):
-    """What is learned from rows."""
+    """A loss that is a sum over rows, normalised over the whole step."""
 
     @property
-    def reader(self) -> Reader:
-        """How rows go through the base."""
+    def reader(self) -> Reader: ...
 
     def length(self, row: RowIn) -> int:
-        """Tokens that a row takes."""
+        """Return the tokens of a row."""
 
     def weights(self, rows: Sequence[RowIn]) -> list[float]:
-        """What the parts of its loss are divided by, over all rows of a step: their number, or their tokens."""
+        """Return the normalisers of the loss's terms over all rows of a step, for example the number of rows."""
 
     def part(self, rows: Sequence[RowIn], weights: Sequence[float]) -> Part:
-        """The loss of some rows, divided by what `weights` found of the whole step."""
+        """Return the loss of some rows, divided by the whole step's `weights`."""
 
     def quoted(self, row: RowIn) -> str:
-        """How a row begins, for a person to find it by."""
+        """Return the first words of a row, for error messages."""
+
+
+@dataclass(frozen=True)
+class Steps(Generic[Row]):
+    """Everything about the steps of a training that TRL's trainers do not know."""
+
+    loss: Loss[Row]
+    rows: Sequence[Row]
+    budget: MemoryBudget
+    unfinished: Unfinished
+    note: Callable[[str], None]
 
 
 class StepTrainer(Trainer, Generic[Row]):
-    """Put before a trainer's class: its loop, optimiser and records, and steps made here."""
+    """A mixin before a trainer's class: that class gives loop, optimiser and log; the steps are computed here."""
 
     model: PeftModel
-    objective: Loss[Row]
 
-    def __init__(
-        self,
-        *,
-        objective: Loss[Row],
-        rows: Sequence[Row],
-        room: MemoryBudget,
-        unfinished: Unfinished,
-        tell: Callable[[str], None],
-        **settings: Any,
-    ) -> None:
-        self.objective, self.room = objective, room
-        self.unfinished, self.tell = unfinished, tell
-        self.seen: dict[str, list[float]] = {}  # figures since the last line: sum and count
+    def __init__(self, steps: Steps[Row], **settings: Any) -> None:
+        rows = steps.rows
+        self.loss, self.budget, self.unfinished, self.note = steps.loss, steps.budget, steps.unfinished, steps.note
+        self.seen: dict[str, list[float]] = {}  # sum and count of each figure since the last log line
         self.tokens_seen = 0
-        self.rows_each_epoch, self.warm = len(rows), False
+        self.rows_each_epoch, self.warmup_added = len(rows), False
         super().__init__(
             train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
             data_collator=lambda batch: {"rows": [rows[entry["row"]] for entry in batch]},
@@ -100,7 +100,7 @@ class StepTrainer(Trainer, Generic[Row]):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The rows of a step, the same for every process; accelerate would fill a last step up with others."""
+        """Return the same rows on every rank; accelerate would pad the last step with repeated rows."""
         sampler = self._get_train_sampler()
         assert self.train_dataset is not None
         loader = DataLoader(
@@ -112,57 +112,59 @@ class StepTrainer(Trainer, Generic[Row]):
         return prepared
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        """TRL's would tokenise; rows are token ids already."""
+        """Return the dataset as it is, because rows are tokenised already."""
         return dataset
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """transformers' schedule with a warm-up that begins above a rate of 0, at which a step trains nothing."""
+        """Return transformers' schedule, with a warm-up that starts above 0: a step at rate 0 trains nothing."""
         made = super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        if warmup and not self.warm and isinstance(made, LambdaLR):
-            later, self.warm = made.lr_lambdas[0], True
+        if warmup and not self.warmup_added and isinstance(made, LambdaLR):
+            later, self.warmup_added = made.lr_lambdas[0], True
             made = self.lr_scheduler = LambdaLR(
                 made.optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else later(step)
             )
         return made
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Gradients of a whole optimiser batch, summed over its parts and over processes."""
+        """Compute the gradients of an optimiser step, summed over parts and ranks, and return its loss."""
         rows: Sequence[Row] = inputs["rows"]
-        lengths = [self.objective.length(row) for row in rows]
+        lengths = [self.loss.length(row) for row in rows]
         model.train()
-        mine, weights = [rows[i] for i in rows_of_process(lengths)], self.objective.weights(rows)
-        summed = processes.on_all_ranks(lambda: self._computed(model, mine, weights))
+        mine, weights = [rows[i] for i in rows_of_process(lengths)], self.loss.weights(rows)
+        summed = processes.on_all_ranks(lambda: self._backward(model, mine, weights))
         self._reduce_gradients(model, rows, weights)
         self.tokens_seen += sum(lengths)
         losses, figures = zip(*summed, strict=True)
         for found in figures:
             for name, (total, count) in found.items():
-                kept = self.seen.setdefault(name, [0.0, 0.0])
-                kept[0] += total
-                kept[1] += count
+                sums = self.seen.setdefault(name, [0.0, 0.0])
+                sums[0] += total
+                sums[1] += count
         return torch.tensor(sum(losses), device=self.args.device)
 
-    def _computed(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> Summed:
-        """Gradients of this process's rows, with as much at once as memory bears."""
-        lengths = [self.objective.length(row) for row in rows]
+    def _backward(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> Summed:
+        """Compute the gradients of this rank's rows. Halve the memory budget until the parts fit."""
+        lengths = [self.loss.length(row) for row in rows]
         while True:
-            before = self.room.size
+            before = self.budget.size
             with in_step(self.accelerator.unwrap_model(model), learning=True):
-                found = self.room.attempt(
-                    lambda budget: self._summed(rows, lengths, weights, budget), max(lengths, default=1)
+                found = self.budget.attempt(
+                    lambda budget: self._backward_in_parts(rows, lengths, weights, budget), max(lengths, default=1)
                 )
             if found is not None:
                 return found
-            model.zero_grad()  # nobody knows how much of it was summed
-            self.tell(f"memory ran out at {before:,} tokens at once; going on with {self.room.size:,}")
+            model.zero_grad()  # an unknown share was already added
+            self.note(f"memory ran out at {before:,} tokens at once; continuing with {self.budget.size:,}")
 
-    def _summed(self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int) -> Summed:
+    def _backward_in_parts(
+        self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int
+    ) -> Summed:
         loss, figures = 0.0, dict[str, tuple[float, float]]()
         for picked in parts(lengths, budget):
             some = [rows[i] for i in picked]
             with self.accelerator.autocast():
-                part = self.objective.part(some, weights)
+                part = self.loss.part(some, weights)
             value = float(part.loss.detach())
             if not math.isfinite(value):
                 raise self._not_finite("loss", some, weights)
@@ -174,10 +176,10 @@ class StepTrainer(Trainer, Generic[Row]):
         return loss, figures
 
     def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> None:
-        """Over processes: the sum, as every loss was divided by what all of them have. And a look whether it is one."""
+        """All-reduce gradients by sum (losses are already normalised globally), then check that they are finite."""
         if processes.world_size() > 1:
             for _, parameter in trainable(model):
-                if parameter.grad is None:  # of a step with fewer rows than there are processes
+                if parameter.grad is None:  # a step with fewer rows than ranks
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -185,24 +187,26 @@ class StepTrainer(Trainer, Generic[Row]):
             raise self._not_finite("gradient", rows, weights)
 
     def _not_finite(self, what: str, rows: Sequence[Row], weights: Sequence[float]) -> RunFailedError:
-        found = self._spoiling(rows, weights)
-        quoted = "; ".join(self.objective.quoted(row) for row in found[:NAMED])
-        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        found = self._not_finite_rows(rows, weights)
+        quoted = "; ".join(self.loss.quoted(row) for row in found[:QUOTED])
+        more = f" and {len(found) - QUOTED} more" if len(found) > QUOTED else ""
         return RunFailedError(
             f"step {self.state.global_step + 1}: the {what} is not finite; the run stops before the adapter is "
             f"spoilt: lower learning_rate, or look at the rows: {quoted}{more}"
         )
 
-    def _spoiling(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
-        """Those whose own loss or gradient is not finite; all of them, where none is by itself, or where the base is
-        divided and the others do not go through it again."""
+    def _not_finite_rows(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
+        """Return the rows whose own loss or gradient is not finite, or all rows if none is.
+
+        With a sharded base all rows are returned, because the other ranks do not repeat the pass.
+        """
         if is_sharded(base_model_of(self.model)):
             return rows
         found = []
         for row in rows:
             self.model.zero_grad()
             with self.accelerator.autocast():
-                loss = self.objective.part([row], weights).loss
+                loss = self.loss.part([row], weights).loss
             loss.backward()
             norm = get_total_norm([p.grad for _, p in trainable(self.model) if p.grad is not None])
             if not (loss.isfinite() and norm.isfinite()):
@@ -210,7 +214,7 @@ class StepTrainer(Trainer, Generic[Row]):
         return found or rows
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """All that going on takes; by transformers' own means it would not be whole or nothing."""
+        """Write a checkpoint completely or not at all, which transformers does not."""
         step = self.state.global_step
         staging = self.unfinished.folder / f".{PREFIX}{step}.staging"
         if self.args.should_save:
@@ -221,7 +225,7 @@ class StepTrainer(Trainer, Generic[Row]):
                 tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(self.model)}
                 save_file(tensors, staging / TRAINED)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-                (staging / SEEN).write_text(json.dumps({"tokens": self.tokens_seen, "room": self.room.size}))
+                (staging / SEEN).write_text(json.dumps({"tokens": self.tokens_seen, "budget": self.budget.size}))
                 if self.records.exists():
                     shutil.copyfile(self.records, staging / self.records.name)
                 self._save_optimizer_and_scheduler(str(staging))
@@ -234,27 +238,27 @@ class StepTrainer(Trainer, Generic[Row]):
             raise self.unfinished.write_error(staging, fault) from fault
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The trained tensors, in the float32 they were; the loop reads the rest of the folder by itself."""
+        """Load the trained tensors in float32. transformers' loop loads the rest of the folder."""
         folder = Path(resume_from_checkpoint)
         tensors = load_file(folder / TRAINED)
         with torch.no_grad():
             for name, parameter in trainable(self.model):
                 parameter.copy_(tensors[name])
         seen = json.loads((folder / SEEN).read_text())
-        self.tokens_seen, self.room.size = seen["tokens"], min(self.room.size, seen["room"])
+        self.tokens_seen, self.budget.size = seen["tokens"], min(self.budget.size, seen["budget"])
 
-    def take(self, folder: Path) -> None:
-        """A checkpoint behind the last step, after which nothing is left to train."""
+    def restore(self, folder: Path) -> None:
+        """Load the checkpoint of the last step, after which nothing is left to train."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
     @property
     def records(self) -> Path:
-        """Where every step's figures are written."""
+        """Return the file of every step's figures."""
         return Path(str(self.args.output_dir)).parent / METRICS
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
-        """With the means of what was found since the last line."""
+        """Add the means of the figures since the last line."""
         if "loss" in logs:
             logs |= {name: total / count for name, (total, count) in self.seen.items() if count}
             logs["num_tokens"] = float(self.tokens_seen)
@@ -262,13 +266,13 @@ class StepTrainer(Trainer, Generic[Row]):
         super().log(logs, *args, **settings)
 
 
-def with_padding(objective: Loss[Row]) -> Loss[Row]:
-    """Return the same objective, its rows padded."""
-    return replace(objective, reader=objective.reader.padded())  # type: ignore[type-var]
+def with_padding(loss: Loss[Row]) -> Loss[Row]:
+    """Return the same loss with padded rows."""
+    return replace(loss, reader=loss.reader.padded())  # type: ignore[type-var]
 
 
 def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
-    """Which of a step's rows are this process's: each gets long ones and short ones."""
+    """Return the places of this rank's rows of a step: every rank gets long and short ones."""
     if processes.world_size() == 1:
         return range(len(lengths))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -276,5 +280,5 @@ def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What the optimiser will move."""
+    """Return the parameters that are trained."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -7,7 +7,6 @@ with. Published figures come from test prompts and unused data seeds (`--develop
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -34,9 +33,11 @@ from lora_align.demo import measurement, oracle, world
 from lora_align.metrics import intervals, rank
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
+from lora_align.policy import judges, vectors
+from lora_align.policy.policy import Policy
+from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import Direction
-from lora_align.rsf import loop
-from lora_align.rsf.candidates import SamplerAndJudge
+from lora_align.rsf import inputs, loop
 from lora_align.runs import Run
 from lora_align.train import dpo, reward
 from lora_align.want import Want
@@ -159,42 +160,44 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
 
 def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str]) -> list[Any]:
     """What a policy answers under each system message, graded: the oracle's 0 to 1, the reward model's 0 to 100."""
-    project = bench.project(seed)
-    base = bases.find(project.base)
-    panel = SamplerAndJudge(base, runs.read(bench.runs(seed) / "reward" / reward.NAME), None, policy)
+    policies = _policies(bench, seed, policy)
     asked = [prompt for prompt in measurement.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
-    graded = [graded_answers(panel, asked, system, seed) for system in systems]
-    del panel
-    gc.collect()
-    return graded
+    return [graded_answers(policies, asked, system, seed) for system in systems]
+
+
+def _policies(bench: Bench, seed: int, policy: Run | None) -> PolicySet:
+    base = bases.find(bench.project(seed).base)
+    vector = {"policy": vectors.at(policy.path, "policy")} if policy else {}
+    judge = judges.reward(base, bench.runs(seed), reward.NAME)
+    return PolicySet(base, [Policy("policy", vector, dict.fromkeys(vector, 1.0))], None, {"reward": judge})
 
 
 def graded_answers(
-    panel: SamplerAndJudge, asked: Sequence[oracle.Prompt], system: str, seed: int
+    policies: PolicySet, asked: Sequence[oracle.Prompt], system: str, seed: int
 ) -> list[list[list[float]]]:
     """[prompts, samples, FIELDS] for one system message."""
     prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in asked]
     sampling = Sampling(1.0, 1.0, measurement.LONGEST, seed)
-    drawn = panel.draw([with_system_prompt(system, prompt) for prompt in prompts], SAMPLES, sampling)
+    policies.activate(policies.policies[0])
+    drawn = policies.sampler.draw([with_system_prompt(system, prompt) for prompt in prompts], SAMPLES, sampling)
     found = sorted((answer.prompt, answer.number, answer.text) for batch in drawn for answer in batch)
-    judged = panel.score([(prompts[prompt], text) for prompt, _, text in found]).tolist()
-    columns = [list(panel.judge.objectives).index(name) for name in OBJECTIVES]
+    judged = policies.score("reward", [(prompts[prompt], text) for prompt, _, text in found])
     graded: list[list[list[float]]] = [[] for _ in asked]
     for (prompt, _, text), points in zip(found, judged, strict=True):
         score = oracle.score(asked[prompt], text)
         grades = [score.grades[name] for name in OBJECTIVES]
-        graded[prompt].append([*grades, float(score.well_formed), *(points[column] for column in columns)])
+        graded[prompt].append([*grades, float(score.well_formed), *(points[name] for name in OBJECTIVES)])
     return graded
 
 
 def heads(bench: Bench, seed: int) -> dict[str, float]:
     """Each head's Spearman with the oracle on the base's fresh answers: helpful on safe prompts, harmless on risky."""
     base = bases.find(bench.project(seed).base)
-    panel = SamplerAndJudge(base, runs.read(bench.runs(seed) / "reward" / reward.NAME))
+    policies = _policies(bench, seed, None)
     asked = measurement.questions(seed, PROMPTS, part=bench.part)
-    texts = measurement.answers(panel.judge.model, base, asked, SAMPLES, seed)
+    texts = measurement.answers(policies.model, base, asked, SAMPLES, seed)
     said = [(prompt, text) for prompt, some in zip(asked, texts, strict=True) for text in some]
-    points = panel.score([((Message("user", prompt.text),), text) for prompt, text in said])
+    points = policies.score("reward", [((Message("user", prompt.text),), text) for prompt, text in said])
     scored = [(prompt, oracle.score(prompt, text)) for prompt, text in said]
     found = {}
     for preference, axis in oracle.AXES.items():
@@ -202,7 +205,7 @@ def heads(bench: Bench, seed: int) -> dict[str, float]:
         only = measurement.ONLY_ON.get(preference)
         rows = [i for i, (prompt, score) in enumerate(scored) if score.well_formed and only in (None, prompt.risky)]
         truth = torch.tensor([scored[i][1].grades[name] for i in rows], dtype=torch.float64)
-        head = points[rows, list(panel.judge.objectives).index(name)].double()
+        head = torch.tensor([points[row][name] for row in rows], dtype=torch.float64)
         found[name] = float(rank.rank_correlations(torch.stack([head, truth], 1))[0, 1])
     return found
 
@@ -213,7 +216,7 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     assert project.rsf is not None
     ask, steer = project.rsf.ask, project.rsf.steer
     wants = [wanted.asked(ask) for wanted in directions(project)]
-    folder = bench.runs(seed) / "rsf" / loop.NAME
+    folder = bench.runs(seed) / "rsf" / inputs.NAME
     steered = steerlm(bench, seed)
     scores = [want.scores_prompt(score, steer) for score in (*targets(steered), INFEASIBLE)]
     helpful, *mixes = rivals(bench, seed)

@@ -167,9 +167,9 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     """References, then one direction; the second of two, as kernels are chosen and compiled in the first."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.rankers import Direction
-    from lora_align.train import dpo
+    from lora_align.train import dpo, lora_trainer
     from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.job import Target
     from lora_align.train.reference_cache import ReferenceCache
     from lora_align.train.token_rows import TokenRows
 
@@ -180,23 +180,23 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     folder = work / "dpo"
     shutil.rmtree(folder, ignore_errors=True)
     tokens = 2 * length * PAIRS
-    known = ReferenceCache(folder / "references")
+    known = ReferenceCache(folder / "references.sqlite")
     with Meter() as reading:
-        ready = dpo.referenced(material, known, model, 2 * project.dpo.tokens_per_batch, "references", screen)
+        ready = dpo.with_references(material, known, model, 2 * project.dpo.tokens_per_batch, "references", screen)
     for _ in range(2):
         staging = folder / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        unfinished = Unfinished(folder / "unfinished", {}, anew=True)
+        unfinished = Unfinished(folder / "unfinished", {}, restart=True)
         with Meter() as training:
-            facts, model = dpo.train_adapter(
-                model, base, project, ready, Direction.pos, "pos", staging, unfinished, screen
-            )
+            job = dpo.dpo_job(project.dpo, project.lora, ready.train, base)
+            trained = lora_trainer.train(job, model, Target(folder, "pos", screen), unfinished, staging)
+        model = lora_trainer.unwrap(trained.policy)
     each = ANEW if project.dpo.gradient_checkpointing else LEARNING
     return {
         "references": reading.figures(tokens) | share(base, project, FORWARD, tokens, reading.seconds),
         "direction": training.figures(tokens) | share(base, project, each, tokens, training.seconds),
-        "steps": facts["metrics"]["steps"],
+        "steps": trained.steps,
     }
 
 
@@ -267,23 +267,21 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.model.tokenise import TokenText
-    from lora_align.train import sft
+    from lora_align.train import lora_trainer, sft
     from lora_align.train.checkpoints import Unfinished
-    from lora_align.train.token_rows import TokenRows
+    from lora_align.train.job import Target
 
     project = project_of(work, "sft", length, settings)
     base = bases.find(project.base)
     model = base.load()
     texts = [[*row.prompt, *row.chosen] for row in pairs(length, model.config.vocab_size)[:TEXTS]]
-    material = TokenRows([TokenText(ids, ids) for ids in texts], [], {})
+    job = sft.sft_job(project.sft, project.lora, [TokenText(ids, ids) for ids in texts], base)
     folder = work / "sft"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     unfinished = Unfinished(folder / "unfinished", {})
     with Meter() as meter:
-        sft.train_adapter(
-            model, base, project.lora, project.sft, material, "sft", folder, unfinished, Screen(quiet=True)
-        )
+        lora_trainer.train(job, model, Target(folder, "sft", Screen(quiet=True)), unfinished, folder)
     tokens, each = length * TEXTS, ANEW if project.sft.gradient_checkpointing else LEARNING
     return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)
 

@@ -35,10 +35,9 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
     """Seconds of one direction over rows, or over tokens a row, on the built-in base: the quickest of some rounds."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
-    from lora_align.rankers import Direction
-    from lora_align.train import dpo
+    from lora_align.train import dpo, lora_trainer
     from lora_align.train.checkpoints import Unfinished
-    from lora_align.train.token_rows import TokenRows
+    from lora_align.train.job import Target
 
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
     project = recipe_of("demo", work)
@@ -50,11 +49,11 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         model = base.load()
-        material = TokenRows(_pairs(model, count, length), [], {})
         this = replace(project, dpo=replace(project.dpo, save_minutes=60.0))
         began = time.perf_counter()
         unfinished = Unfinished(folder / "unfinished", {})
-        dpo.train_adapter(model, base, this, material, Direction.pos, "growth", folder, unfinished, Screen(quiet=True))
+        job = dpo.dpo_job(this.dpo, this.lora, _pairs(model, count, length), base)
+        lora_trainer.train(job, model, Target(folder, "growth", Screen(quiet=True)), unfinished, folder)
         took = time.perf_counter() - began
         quickest[count, length] = min(took, quickest.get((count, length), took))
     found = [{"rows": count, "tokens": n, "seconds": round(took, 2)} for (count, n), took in quickest.items()]

@@ -21,10 +21,10 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.tokenise import TokenPair
 from lora_align.policy import start as start_policy
-from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
-from lora_align.train import dpo
+from lora_align.train import dpo, lora_trainer
 from lora_align.train.checkpoints import Unfinished
+from lora_align.train.job import Target
 from lora_align.train.reference_cache import ReferenceCache
 
 OWN = 0.5  # the weight of the preference whose pairs it learns from; the other one has the rest
@@ -40,7 +40,7 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     model = start_policy.load(base, start)
     room = MemoryBudget(project.dpo.tokens_per_batch)
     references = ReferenceCache.of(base, start_policy.identity(start))
-    material = dpo.referenced(
+    material = dpo.with_references(
         dpo.prepare(project, own, base, screen), references, model, 2 * room.size, "MODPO", screen
     )
     began = time.perf_counter()
@@ -50,9 +50,10 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     took = time.perf_counter() - began
     settings = replace(project, dpo=replace(project.dpo, beta=project.dpo.beta / OWN))
     unfinished = Unfinished.of(folder, {}, resume=False, force=True, screen=screen)
-    facts, _ = dpo.train_adapter(model, base, settings, moved, Direction.pos, "MODPO", folder, unfinished, screen, room)
+    job = dpo.dpo_job(settings.dpo, settings.lora, moved.train, base)
+    trained = lora_trainer.train(job, model, Target(folder, "MODPO", screen), unfinished, folder, room)
     unfinished.clear()
-    return took + float(facts["metrics"]["seconds"])
+    return took + trained.seconds
 
 
 def _moved(model: PreTrainedModel, rows: Sequence[TokenPair]) -> list[TokenPair]:

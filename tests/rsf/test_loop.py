@@ -23,7 +23,7 @@ from lora_align.data.rows import Message, prompt_key
 from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.policy.policy import Conditioned
-from lora_align.rsf.candidates import Budgets, SamplerAndJudge
+from lora_align.rsf.inputs import prepare
 from lora_align.want import Want
 from support import COMMAND, Done, Terminal, call, made_once
 
@@ -201,7 +201,7 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     first.write_text(json.dumps({**said, "digest": ""}))
     more = rsf(tmp_path, "--iterations", "3")
     assert more.code == 0, more.err
-    assert re.search(r"t3: harmlessness of what it learned fell from \S+ \(steerlm\) to", more.err)
+    assert re.search(r"t3: the mean harmlessness of its training answers fell from \S+ \(steerlm\) to", more.err)
     assert more.err.count("is published already") == 3
     assert store.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json") == before
     assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t3")
@@ -284,7 +284,7 @@ def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: s
     again = rsf(tmp_path, "--iterations", "2", "--resume")
     assert again.code == 0, again.err
     assert "requests were answered before" in again.err
-    assert ("goes on after step" in again.err) == ("checkpoint" in while_it)
+    assert ("continues after step" in again.err) == ("checkpoint" in while_it)
     weights = [folder / "rsf/policy/t2/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
     assert store.sha256(weights[0]) == store.sha256(weights[1])
     samples = [
@@ -431,10 +431,10 @@ def test_what_cannot_be_done_is_refused_before_it_begins(
     assert not (tmp_path / "runs" / "rsf").exists()
 
 
-def test_policies_of_a_series_share_what_they_learned_of_memory(made: Path) -> None:
-    base, budgets = bases.find(recipe.Base("demo")), Budgets()
-    reward = runs.read(made / "runs" / "reward" / "reward")
-    first, second = (SamplerAndJudge(base, reward, budgets=budgets) for _ in range(2))
-    first.embedded.room.size = 7
-    assert second.embedded.room.size == 7
-    assert second.room is first.room
+def test_policies_of_a_series_share_their_memory_budgets(made: Path) -> None:
+    project = recipe.load(recipe.builtin()["demo"], ['rsf.data="demo:conversations?rows=60"'])
+    series = prepare(project, made / "runs", Screen(quiet=True), name=None, force=True, endpoint=None)
+    first, second = (series.policies() for _ in range(2))
+    first.sampler.room.size = 7
+    assert second.sampler.room.size == 7
+    assert second.judges["reward"] is first.judges["reward"]

@@ -1,4 +1,4 @@
-"""Which of several answers is learned from, and which are not."""
+"""The choice of the best and the worst candidate."""
 
 import math
 from collections import Counter
@@ -7,19 +7,24 @@ import pytest
 
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError
-from lora_align.rsf.selection import Candidate, choose, extremes, fell, spread, usable
+from lora_align.rsf.selection import Candidate, Pool, choose, extremes, fell, spread, usable
 from lora_align.want import Want
 
-ASKED = (Message("user", "Tell me about rain."),)
+PROMPT = (Message("user", "Tell me about rain."),)
 BRIEF = Want.of({"helpfulness": 0.8, "verbosity": -0.6})
 
 
-def said(text: str, helpfulness: float, verbosity: float = 0.0, *, ended: bool = True) -> Candidate:
+def candidate(text: str, helpfulness: float, verbosity: float = 0.0, *, ended: bool = True) -> Candidate:
     return Candidate(text, ended, {"helpfulness": helpfulness, "verbosity": verbosity, "harmlessness": 90.0})
 
 
-def test_the_best_and_the_worst_for_whoever_wants_it_and_of_equal_ones_the_first() -> None:
-    candidates = [said("long", 100, 100), said("short", 70, 10), said("also short", 70, 10), said("empty talk", 0, 90)]
+def test_extremes_are_the_first_best_and_the_first_worst_for_a_direction() -> None:
+    candidates = [
+        candidate("long", 100, 100),
+        candidate("short", 70, 10),
+        candidate("also short", 70, 10),
+        candidate("empty talk", 0, 90),
+    ]
     assert [c.text for c in extremes(candidates, BRIEF)] == ["short", "empty talk"]
     assert [c.text for c in extremes(candidates, Want.of({"helpfulness": 1.0, "verbosity": 0.0}))] == [
         "long",
@@ -28,21 +33,22 @@ def test_the_best_and_the_worst_for_whoever_wants_it_and_of_equal_ones_the_first
     assert [c.text for c in extremes(candidates[1:3], BRIEF)] == ["short", "short"]
 
 
-def test_what_nobody_should_learn_from_is_counted_by_reason() -> None:
+def test_unusable_candidates_are_counted_by_reason() -> None:
     dropped: Counter[str] = Counter()
     candidates = [
-        said("", 99),
-        said(" \n", 99),
-        said("cut", 99, ended=False),
-        said("odd", math.nan),
-        said("odd", math.inf),
+        candidate("", 99),
+        candidate(" \n", 99),
+        candidate("cut", 99, ended=False),
+        candidate("odd", math.nan),
+        candidate("odd", math.inf),
     ]
-    assert usable([*candidates, said("good", 5), said("good", 5)], dropped) == [said("good", 5)]
+    assert usable([*candidates, candidate("good", 5), candidate("good", 5)], dropped) == [candidate("good", 5)]
     assert dropped == {"empty": 2, "cut off": 1, "reward not finite": 2, "said twice": 1}
 
 
-def test_a_request_without_a_usable_answer_is_passed_over_and_too_many_end_it() -> None:
-    good, bad = (ASKED, BRIEF, [said("a", 50, 20), said("b", 60, 20)]), (ASKED, BRIEF, [said("c", math.nan)])
+def test_pools_without_usable_candidates_are_skipped_up_to_half() -> None:
+    good = Pool(PROMPT, BRIEF, [candidate("a", 50, 20), candidate("b", 60, 20)])
+    bad = Pool(PROMPT, BRIEF, [candidate("c", math.nan)])
     chosen = choose([good, good, bad], "harmlessness")
     assert [choice.best.text for choice in chosen.choices] == ["b", "b"]
     assert chosen.figures["dropped"]["requests without a usable answer"] == 1
@@ -53,7 +59,7 @@ def test_a_request_without_a_usable_answer_is_passed_over_and_too_many_end_it() 
         choose([good, bad, bad], "harmlessness")
 
 
-def test_a_mean_has_fallen_when_chance_does_not_explain_it() -> None:
+def test_fell_requires_two_standard_errors() -> None:
     before, lower, much_lower = (spread([mean + step for step in range(-5, 6)]) for mean in (80.0, 79.0, 70.0))
     assert before["mean"] == 80
     assert before["error"] == pytest.approx(1.0)

@@ -26,9 +26,10 @@ from lora_align.model.tokenise import IGNORED, TokenPair
 from lora_align.policy import start as start_policy
 from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
-from lora_align.train import dpo, sft
+from lora_align.train import dpo, lora_trainer, sft
 from lora_align.train import token_rows as materials
 from lora_align.train.checkpoints import Unfinished
+from lora_align.train.job import Target
 from lora_align.train.reference_cache import ReferenceCache
 from support import Cli, made_once
 
@@ -103,7 +104,7 @@ def test_both_directions_take_one_load_one_pass_over_references_and_one_room(
     counting(ReferenceCache, "logprobs")
     counting(materials, "read_token_pairs")
     counting(dpo, "MemoryBudget")
-    monkeypatch.setattr(dpo, "held_out_margins", lambda *_: {"pairs": 0})  # which has a room of its own
+    monkeypatch.setattr(dpo, "held_out_margins", lambda *_: {"pairs": 0})  # which has a budget of its own
     dpo.train_dpo(demo(), ["helpful"], list(Direction), tmp_path, QUIET)
     assert counted == {"load": 1, "logprobs": 1, "read_token_pairs": 1, "MemoryBudget": 1}
 
@@ -283,14 +284,16 @@ def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     with torch.no_grad():
         before = model(probe).logits.clone()
     references = ReferenceCache.of(base, start_policy.identity(start))
-    material = dpo.referenced(dpo.prepare(project, "helpful", base, QUIET), references, model, 4096, "reference", QUIET)
-    unfinished = Unfinished(tmp_path / "unfinished", {})
-    facts, model = dpo.train_adapter(
-        model, base, project, material, Direction.pos, "helpful", tmp_path, unfinished, QUIET
+    pairs = dpo.with_references(
+        dpo.prepare(project, "helpful", base, QUIET), references, model, 4096, "reference", QUIET
     )
+    job = dpo.dpo_job(project.dpo, project.lora, pairs.train, base)
+    unfinished = Unfinished(tmp_path / "unfinished", {})
+    trained = lora_trainer.train(job, model, Target(tmp_path, "helpful", QUIET), unfinished, tmp_path)
+    assert lora_trainer.relative_size(trained.policy)[1] > 1e-4
+    model = lora_trainer.unwrap(trained.policy)
     with torch.no_grad():
         assert torch.equal(model.eval()(probe).logits, before)  # the start policy has not moved
-    assert facts["metrics"]["relative_norm"] > 1e-4
     (run,) = dpo.train_dpo(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
     first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["chosen_reward"], first["rejected_reward"], first["margin"]) == NOUGHT

@@ -124,7 +124,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     number = signal.SIGINT if stage == "dpo" else signal.SIGTERM
     first = stopped(tmp_path, stage, number, 0)
     assert first.code == 128 + number
-    assert "finishing the step at hand" in first.err
+    assert "finishing the current step" in first.err
     assert f"to go on: lora-align {stage}" in first.err
     assert first.err.rstrip().endswith("--resume")
     refused = call(tmp_path, *words(stage))
@@ -133,7 +133,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     assert "--resume continues it, --force starts again" in refused.err
     done = call(tmp_path, *words(stage), "--resume")
     assert done.code == 0, done.err
-    assert "goes on after step" in done.err
+    assert "continues after step" in done.err
     assert not unfinished_of(tmp_path, stage).exists()
     same(whole, tmp_path / "runs" / STAGES[stage][1])
     unfinished_of(tmp_path, stage).mkdir()  # as a kill right after it was published leaves it
@@ -186,7 +186,7 @@ def test_a_signal_at_the_last_step_loses_nothing(
     done = call(tmp_path, *words(stage), "--resume")
     assert done.code == 0, done.err
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"goes on after step {last}" in done.err
+    assert f"continues after step {last}" in done.err
     same(whole, tmp_path / "runs" / STAGES[stage][1])
 
 
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
     assert done.code == 0, done.err
     assert done.err.count("optimizer.pt is missing or not as it was written") == 1
     assert "checkpoint-900 is skipped: files.json is missing" in done.err
-    assert f"goes on after step {before.name[11:]}" in done.err
+    assert f"continues after step {before.name[11:]}" in done.err
 
 
 @pytest.mark.parametrize(
@@ -306,14 +306,14 @@ def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -
     for line in child.stderr:
         if line.startswith("helpful pos  "):
             child.send_signal(signal.SIGINT)
-        elif "finishing the step at hand" in line:
+        elif "finishing the current step" in line:
             child.send_signal(signal.SIGINT)
             break
     assert child.wait(60) == 130
     assert "stopped; nothing unfinished was published" in child.stderr.read()
     done = call(begun, *words("dpo"), "--resume")
     assert done.code == 0, done.err
-    assert "goes on after step" in done.err
+    assert "continues after step" in done.err
     assert "is skipped" not in done.err
 
 

@@ -1,9 +1,10 @@
-"""A step in parts is the whole step: against TRL's own loss, and where memory or numbers give out."""
+"""Steps computed in parts: equal to TRL's loss, and robust to memory limits and values that are not finite."""
 
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from lora_align.model.tokenise import TokenPair
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.dpo import DpoLoss, SteppingDPOTrainer
+from lora_align.train.dpo import DpoStepTrainer
 from lora_align.train.reference_cache import ReferenceCache
+from lora_align.train.stepper import Steps
 from support import fill, small_disk
 
 QUIET = Screen(quiet=True)
@@ -42,22 +44,15 @@ def base() -> Base:
 @pytest.fixture(scope="module")
 def pairs(base: Base) -> list[TokenPair]:
     material = dpo.prepare(demo(), "helpful", base, QUIET)
-    return list(dpo.referenced(material, ReferenceCache.of(base, ""), base.load(), 4096, "reference", QUIET).train)
+    return list(dpo.with_references(material, ReferenceCache.of(base, ""), base.load(), 4096, "reference", QUIET).train)
 
 
-def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> SteppingDPOTrainer:
-    model = base.load()
-    made = SteppingDPOTrainer(
-        objective=DpoLoss(Reader.of(model), base.chat, settings.dpo.beta, settings.dpo.label_smoothing),
-        rows=pairs,
-        room=MemoryBudget(tokens),
-        unfinished=Unfinished(folder / "unfinished", {}),
-        tell=lambda text: None,
-        model=model,
-        args=DPOConfig(disable_dropout=False, **lora_trainer.arguments(settings.dpo, base, folder, "a test")),
-        processing_class=base.chat.tokenizer,
-        peft_config=lora_trainer.fresh_adapter(settings.lora, base),
-    )
+def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> DpoStepTrainer:
+    model, job = base.load(), dpo.dpo_job(settings.dpo, settings.lora, pairs, base)
+    loss, unfinished = job.loss(model, Reader.of(model)), Unfinished(folder / "unfinished", {})
+    steps = Steps(loss, pairs, MemoryBudget(tokens), unfinished, lambda text: None)
+    arguments = lora_trainer.arguments(settings.dpo, base, folder, "a test")
+    made = cast(DpoStepTrainer, job.trainer(model, base, settings.lora, arguments, steps))
     lora_trainer.initialise(made.model, 0)
     with torch.no_grad():
         for name, parameter in lora_trainer.trainable(made.model):
@@ -70,7 +65,7 @@ def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, setti
     ("schedule", "warmup"),
     [("cosine", 0.03), ("linear", 4), ("constant_with_warmup", 4), ("cosine", 100), ("cosine", 0)],
 )
-def test_every_step_of_a_warmup_trains_and_later_ones_are_transformers(
+def test_warmup_starts_above_zero_and_ends_at_transformers_schedule(
     schedule: str, warmup: float, base: Base, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
     made = trainer(base, pairs, 4096, tmp_path, demo(f'dpo.schedule="{schedule}"', f"dpo.warmup={warmup}"))
@@ -94,14 +89,14 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for _, p in lora_trainer.trainable(model)])
 
 
-def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
+def test_loss_and_gradient_equal_trl_for_every_split_of_a_step(
     base: Base, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
     settings = demo()
     ours = trainer(base, pairs, 4096, tmp_path, settings)
     found = []
     for tokens in (4096, 200, 1):
-        ours.room = MemoryBudget(tokens)
+        ours.budget = MemoryBudget(tokens)
         ours.model.zero_grad()
         loss = ours.training_step(ours.model, {"rows": pairs})
         found.append((float(loss), gradients(ours.model)))
@@ -137,10 +132,10 @@ def test_loss_and_gradient_are_trl_s_however_a_step_is_parted(
         assert (slope - found[0][1]).norm() < 1e-5 * wanted.norm()
 
 
-def test_smoothed_labels_are_a_mean_of_both_ways_round(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
+def test_label_smoothing_averages_both_directions(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
     """TRL's own option of that name does nothing to its default loss."""
     ours = trainer(base, pairs, 4096, tmp_path, demo())
-    plain = ours.objective
+    plain = ours.loss
     with torch.no_grad():
         losses = [plain.part(rows, [1.0]).loss for rows in (pairs, [pair.swap() for pair in pairs])]
         smoothed = dataclasses.replace(plain, smoothing=0.1).part(pairs, [1.0]).loss
@@ -148,7 +143,7 @@ def test_smoothed_labels_are_a_mean_of_both_ways_round(base: Base, pairs: list[T
     assert abs(float(losses[0] - losses[1])) > 0.01
 
 
-def test_memory_that_runs_out_halves_the_parts_and_the_step_is_what_it_was(tmp_path: Path) -> None:
+def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(tmp_path: Path) -> None:
     """Under a limit on address space, in a process of its own."""
     program = """
 import resource, sys
@@ -165,19 +160,19 @@ base = bases.find(recipe.Base("demo"))
 settings = demo("dpo.limit=400")
 references = ReferenceCache.of(base, "")
 material = dpo.prepare(settings, "helpful", base, QUIET)
-pairs = list(dpo.referenced(material, references, base.load(), 4096, "reference", QUIET).train)
+pairs = list(dpo.with_references(material, references, base.load(), 4096, "reference", QUIET).train)
 made = trainer(base, pairs, 1000, Path(sys.argv[1]), settings)
 made.training_step(made.model, {"rows": pairs})
 wanted = gradients(made.model)
 said = []
-made.tell, made.room = said.append, MemoryBudget(2**20)
+made.note, made.budget = said.append, MemoryBudget(2**20)
 made.model.zero_grad()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
 made.training_step(made.model, {"rows": pairs})
 found = gradients(made.model)
-print(len(said), made.room.size, float((found - wanted).norm() / wanted.norm()))
-made.room = MemoryBudget(2**20, lora_trainer.TOO_LONG)
+print(len(said), made.budget.size, float((found - wanted).norm() / wanted.norm()))
+made.budget = MemoryBudget(2**20, lora_trainer.TOO_LONG)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
 try:
@@ -198,7 +193,7 @@ except RunFailedError as fault:
 
 
 @pytest.mark.parametrize("budget", [1, 4096])
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
+def test_a_not_finite_loss_stops_the_run_and_names_its_rows(
     budget: int, base: Base, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
     spoilt = [*pairs[:5], dataclasses.replace(pairs[5], reference=(float("nan"), 0.0)), *pairs[6:]]
@@ -211,9 +206,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, lora_trainer.trainable(made.model), strict=True))
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_its_rows(
-    base: Base, pairs: list[TokenPair], tmp_path: Path
-) -> None:
+def test_a_not_finite_gradient_stops_the_run_and_names_rows(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
     made = trainer(base, pairs, 4096, tmp_path, demo())
     _, parameter = next(iter(lora_trainer.trainable(made.model)))
 
@@ -227,10 +220,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_its_rows(
     assert named[0] in {base.chat.opening(pair.chosen) for pair in pairs}
 
 
-def test_a_disk_that_cannot_take_the_adapter_is_told(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_when_the_adapter_is_saved(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
     made = trainer(base, pairs, 4096, tmp_path, demo())
     with small_disk(tmp_path / "disk", "256k") as disk:
         fill(disk)
-        told = r"the adapter could not be written \(.*No space left.*--resume goes on"
+        told = r"the adapter could not be written \(.*No space left.*--resume continues"
         with pytest.raises(RunFailedError, match=told):
             lora_trainer.save_adapter(made.model, disk)

@@ -1,0 +1,80 @@
+"""A training job and the run that it becomes: what all training stages share."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedModel
+
+from lora_align import runs
+from lora_align.console import Screen, library_log
+from lora_align.model.base import Base
+from lora_align.model.logprobs import Reader
+from lora_align.recipe import Lora, Training
+from lora_align.runs import LOG, Manifest, Run
+from lora_align.train import checkpoints
+from lora_align.train.checkpoints import Unfinished
+from lora_align.train.stepper import Loss, Steps, StepTrainer
+
+Row = TypeVar("Row")
+DIVERGED = "diverged: "  # starts the reason of a diverged run
+
+
+@dataclass(frozen=True)
+class Job(Generic[Row]):
+    """What an adapter is trained on: a base, settings, the LoRA shape, the rows of the steps, and the loss."""
+
+    base: Base
+    settings: Training
+    lora: Lora
+    rows: Sequence[Row]
+    loss: Callable[[PreTrainedModel, Reader], Loss[Row]]
+    trainer: Callable[[PreTrainedModel, Base, Lora, dict[str, Any], Steps[Row]], StepTrainer[Row]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run that a job becomes: its folder, its name on the screen, and what happens to an existing run."""
+
+    path: Path
+    label: str
+    screen: Screen
+    force: bool = False
+    resume: bool = False
+
+    def refuse_existing(self, keep_both: str = "--name NEW keeps both") -> None:
+        """Refuse a run that exists or is being written. Call this before slow work."""
+        runs.refuse_busy(self.path)
+        if not (self.resume and runs.is_run(self.path)):
+            runs.refuse_existing(self.path, self.force, keep_both)
+
+    def checkpoints(self, identity: Mapping[str, Any]) -> Unfinished:
+        """Return the checkpoints of this run; refuse those of another identity."""
+        return Unfinished.of(self.path, identity, resume=self.resume, force=self.force, screen=self.screen)
+
+    def published(self, unfinished: Unfinished) -> Run | None:
+        """Return the run if --resume finds it published, else None."""
+        return unfinished.published(self.path, self.screen) if self.resume else None
+
+    @contextmanager
+    def staging_folder(self) -> Iterator[Path]:
+        """Lock the run and yield a staging folder, which collects the libraries' messages too."""
+        with runs.staging_folder(self.path, self.screen, force=self.force) as staging, library_log(staging / LOG):
+            yield staging
+
+    def publish(self, staging: Path, manifest: Manifest) -> Run:
+        """Publish the run, delete its checkpoints, and warn if it did not converge."""
+        run = runs.publish(staging, self.path, manifest)
+        shutil.rmtree(checkpoints.beside(self.path), ignore_errors=True)
+        for reason in manifest.unconverged:
+            self.screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")
+        return run
+
+    def note(self, text: str) -> None:
+        self.screen.note(f"{self.label}: {text}")
+
+    def warn(self, text: str) -> None:
+        self.screen.warn(f"{self.label}: {text}")
