@@ -67,7 +67,7 @@ def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
     found = bases.find(project.base)
     stage = stage_of(project, name, found, Screen(quiet=True))
     planned = planner.estimate_stage(project, found, stage, device_of(project))
-    taken = time_step(found, stage, [stage.rows[i] for i in planned.part]).taken
+    taken = time_step(found, stage, [stage.job.rows[i] for i in planned.part]).taken
     said = planned.cost.activations + planned.cost.logits
     return {"planned": round(said / 1e6, 1), "taken": round(taken / 1e6, 1), "ratio": round(said / taken, 3)}
 

@@ -29,7 +29,7 @@ def test_small_source_holds_out_a_fifth_of_its_prompts(count: int, held_out: int
 def test_split_keeps_the_share_of_a_large_source() -> None:
     assert pairs.split_at(prompts(1000), 0.05) == 0.05
     assert pairs.split_at(prompts(60), 0.5) == 0.5
-    assert pairs.split_at(prompts(20), 0.5) == 0.5, "fewer than ENOUGH, but more than a fifth"
+    assert pairs.split_at(prompts(20), 0.5) == 0.5, "fewer than MIN_HELD_OUT, but more than a fifth"
     assert pairs.split_at(prompts(60), 0.0) == 0.0
     assert pairs.split_at(prompts(1), 0.05) == 0.05, "the only prompt is for training"
 

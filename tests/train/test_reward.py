@@ -188,4 +188,4 @@ def test_heads_against_their_raters_are_named_and_small_samples_are_not_judged()
     worse, chance = reward_loss.unconverged({"heads": heads})
     assert worse.startswith("turned: its order on 100 held-out answers is worse than chance; lower learning_rate")
     assert chance.startswith("by chance: accuracy 0.52 on 100 held-out pairs is near chance")
-    assert reward._worth(heads["few"]) == "2 ratings: too few to judge, 1 pair: too few to judge"
+    assert reward._quality(heads["few"]) == "2 ratings: too few to judge, 1 pair: too few to judge"
