@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "rsf", make)
 
 
-def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
+def test_every_policy_is_published_with_its_samples(made: Path) -> None:
     found = {run.path.name: run for run in runs.list_runs(made / "runs" / "rsf")}
     assert list(found) == ["steerlm", "t1", "t2"]
     start_policy_alone = bases.find(recipe.Base("demo")).load()
@@ -79,7 +79,7 @@ def test_every_policy_is_a_run_with_its_samples(made: Path) -> None:
     assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
 
 
-def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path: Path) -> None:
+def test_sweep_over_directions_needs_no_grid(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
     small = [word for setting in few for word in ("--set", setting)]
@@ -108,7 +108,7 @@ def test_its_directions_are_swept_with_no_grid_beside_them(made: Path, tmp_path:
     assert not (folder / "curves.png").exists()
 
 
-def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
+def test_every_rsf_policy_is_found_by_its_word(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
     small = [word for setting in few for word in ("--set", setting)]
@@ -129,7 +129,7 @@ def test_any_policy_can_be_asked_by_name(made: Path, tmp_path: Path) -> None:
         assert (refused.code, says in refused.err) == (2, True), refused.err
 
 
-def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_path: Path) -> None:
+def test_lm_eval_task_gets_the_system_message_of_the_direction(made: Path, tmp_path: Path) -> None:
     """Through the chat template; the choices' likelihoods by hand, with stock PEFT."""
     shutil.copytree(made / "runs", tmp_path / "runs")
     pairs = list(world.pairs(seed=8, count=16))
@@ -170,7 +170,7 @@ def test_a_task_is_put_to_a_policy_under_what_it_is_asked_for(made: Path, tmp_pa
     assert found == {asked: [first for first, _ in wanted], "start": [first for first, _ in start]}
 
 
-def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made: Path) -> None:
+def test_halves_share_no_prompt(made: Path) -> None:
     prompts = {}
     for label in ("t1", "t2"):
         rows = read_table(made / "runs" / "rsf" / "policy" / label / "samples.parquet").to_pylist()
@@ -180,7 +180,7 @@ def test_the_halves_share_no_prompt_and_the_best_of_each_direction_was_kept(made
     assert not prompts["t1"] & prompts["t2"]
 
 
-def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: Path) -> None:
+def test_more_iterations_continue_a_series(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     changed = rsf(tmp_path, "--iterations", "3", samples="4")
     assert changed.code == 2
@@ -207,7 +207,7 @@ def test_more_iterations_go_on_from_those_that_are_there(made: Path, tmp_path: P
     assert runs.is_run(tmp_path / "runs" / "rsf" / "policy" / "t3")
 
 
-def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, tmp_path: Path) -> None:
+def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_path: Path) -> None:
     """t2 of the demo's recipe does; with `pooled = 1` it keeps to the answers that were given to its own direction."""
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "rsf" / "policy" / "t2")
@@ -235,7 +235,7 @@ def test_the_first_policies_choose_among_all_of_a_prompt_s_answers(made: Path, t
     ("label", "key", "told"),
     [("t1", "teacher", "another steerlm"), ("t2", "teacher", "another t1"), ("t1", "start", "another start policy")],
 )
-def test_a_series_has_one_start_and_each_policy_its_own_teacher(
+def test_a_series_refuses_another_start_or_teacher(
     label: str, key: str, told: str, made: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
@@ -248,7 +248,7 @@ def test_a_series_has_one_start_and_each_policy_its_own_teacher(
     assert f"{label} was made differently: {told}" in done.err
 
 
-def test_answers_that_are_not_what_they_were_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+def test_a_series_refuses_other_data_or_another_base(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "3", data='"demo:conversations?rows=60&seed=5"')
     assert done.code == 2
@@ -268,7 +268,7 @@ def test_answers_that_are_not_what_they_were_are_not_gone_on_with(made: Path, tm
 @pytest.mark.parametrize(
     "while_it", [".t2.samples/part-*.parquet", ".t2.unfinished/checkpoint-*"], ids=["draws", "learns"]
 )
-def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: str, made: Path, tmp_path: Path) -> None:
+def test_rsf_resumes_bit_exactly_and_samples_nothing_twice(while_it: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     policy = tmp_path / "runs" / "rsf" / "policy"
     shutil.rmtree(policy / "t2")
@@ -294,13 +294,13 @@ def test_killed_it_draws_nothing_again_and_comes_to_the_same_weights(while_it: s
     assert samples[0] == samples[1]
 
 
-def test_both_halves_hold_prompts_out(made: Path) -> None:
+def test_both_halves_have_held_out_prompts(made: Path) -> None:
     """What is held out must not go by what parts the halves."""
     for label in ("steerlm", "t1", "t2"):
         assert runs.read(made / "runs" / "rsf" / "policy" / label).manifest.metrics["held_out"]["rows"] > 0
 
 
-def test_an_iteration_asks_as_many_prompts_as_the_recipe_says(made: Path, tmp_path: Path) -> None:
+def test_an_iteration_uses_the_recipe_number_of_prompts(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "3", "--name", "few", prompts="5", held_out="0.0")
     assert done.code == 0, done.err
@@ -312,7 +312,7 @@ def test_an_iteration_asks_as_many_prompts_as_the_recipe_says(made: Path, tmp_pa
     assert asked[0] != asked[2], "the same half, but other prompts"
 
 
-def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_path: Path) -> None:
+def test_scores_in_the_data_are_used(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     scored = call(tmp_path, "score", "--data", "demo:ratings?rows=60", "--out", "scored.parquet")
     assert scored.code == 0, scored.err
@@ -327,7 +327,7 @@ def test_answers_that_were_scored_before_are_not_judged_again(made: Path, tmp_pa
     assert {(score["helpfulness"], score["verbosity"]) for score in used} <= given
 
 
-def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
+def test_loss_on_all_tokens(made: Path, tmp_path: Path) -> None:
     """The same texts, but what was asked counts too: before training, the base is surprised by it."""
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "1", "--name", "whole", loss_on='"all"')
@@ -339,7 +339,7 @@ def test_loss_on_all_the_text(made: Path, tmp_path: Path) -> None:
     assert everything["loss"] < everything["loss_before"]
 
 
-def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
+def test_rsf_by_dpo(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "1", "--name", "preferred", learn='"dpo"', learning_rate="1e-3")
     assert done.code == 0, done.err
@@ -348,7 +348,7 @@ def test_best_over_worst_by_dpo(made: Path, tmp_path: Path) -> None:
     assert "t1 reference" in done.err
 
 
-def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -> None:
+def test_chat_combines_want_and_weights(made: Path, workspace: Path) -> None:
     shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
     words = ["chat", "--want", "helpfulness=8,verbosity=-6", "--prompt", "Tell me about rain.", "--seed", "3"]
     done = call(workspace, *words, "--json")
@@ -369,7 +369,7 @@ def test_chat_asks_for_a_direction_beside_weights(made: Path, workspace: Path) -
     assert "it has: helpfulness, verbosity" in unknown.err
 
 
-def test_another_direction_while_one_talks(made: Path) -> None:
+def test_chat_changes_the_direction(made: Path) -> None:
     terminal = Terminal(made, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
     assert "helpfulness=0.80 verbosity=-0.60" in terminal.wait_for("› ")
     assert "." in terminal.say("Tell me about rain.")
@@ -382,7 +382,7 @@ def test_another_direction_while_one_talks(made: Path) -> None:
     assert terminal.process.wait(timeout=20) == 0
 
 
-def test_a_comparison_leaves_the_policy_that_is_asked_in_force(made: Path, workspace: Path) -> None:
+def test_compare_keeps_the_direction(made: Path, workspace: Path) -> None:
     shutil.copytree(made / "runs" / "rsf", workspace / "runs" / "rsf")
     terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
     terminal.wait_for("› ")
@@ -395,7 +395,7 @@ def test_a_comparison_leaves_the_policy_that_is_asked_in_force(made: Path, works
     assert terminal.process.wait(timeout=20) == 0
 
 
-def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
+def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
     """The words chat puts before a conversation are those the samples were drawn and learned under."""
     policy = runs.read(made / "runs" / "rsf" / "policy" / "t2")
     ask, region = policy.manifest.method["ask"], recipe.load(recipe.builtin()["demo"], []).rsf.directions
@@ -421,7 +421,7 @@ def test_what_was_asked_is_what_it_was_trained_on(made: Path) -> None:
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_it_begins(
+def test_unusable_rsf_settings_are_refused_early(
     words: list[str], changed: dict[str, str], told: str, made: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")

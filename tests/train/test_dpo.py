@@ -52,7 +52,7 @@ ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
 
 
 @given(ids, ids, ids)
-def test_neg_switches_the_labels_and_nothing_else(prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
+def test_neg_swaps_labels_and_changes_nothing_else(prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
     pair = TokenPair(prompt, chosen, rejected)
     assert pair.facing(Direction.pos) == pair
     assert pair.facing(Direction.neg) == TokenPair(prompt, rejected, chosen)
@@ -74,19 +74,19 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Run]:
     return {f"{run.manifest.preference} {run.manifest.direction}": run for run in runs.list_runs(made)}
 
 
-def test_the_first_reward_is_nought(both: dict[str, runs.Run]) -> None:
+def test_rewards_of_the_first_step_are_zero(both: dict[str, runs.Run]) -> None:
     for run in both.values():
         first = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
         assert (first["chosen_reward"], first["rejected_reward"], first["margin"]) == NOUGHT
         assert first["loss"] == pytest.approx(0.6931472, abs=ROUNDING)
 
 
-def test_every_preference_and_direction_starts_from_one_adapter_in_float32(both: dict[str, runs.Run]) -> None:
+def test_all_directions_start_from_one_float32_adapter(both: dict[str, runs.Run]) -> None:
     assert len({run.manifest.initial_adapter for run in both.values()}) == 1
     assert all(tensor.dtype == torch.float32 for run in both.values() for tensor in tensors(run).values())
 
 
-def test_both_directions_take_one_load_one_pass_over_references_and_one_room(
+def test_both_directions_share_base_references_and_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: Counter[str] = Counter()
@@ -109,7 +109,7 @@ def test_both_directions_take_one_load_one_pass_over_references_and_one_room(
     assert counted == {"load": 1, "logprobs": 1, "read_token_pairs": 1, "MemoryBudget": 1}
 
 
-def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802
+def test_only_init_seed_changes_the_initial_adapter(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802
     (reordered,) = dpo.train_dpo(demo("dpo.seed=7"), ["helpful"], [Direction.pos], tmp_path / "a", QUIET)
     (redrawn,) = dpo.train_dpo(demo("lora.init_seed=1"), ["helpful"], [Direction.pos], tmp_path / "b", QUIET)
     first = both["helpful pos"]
@@ -118,7 +118,7 @@ def test_seeds_of_data_leave_A_alone_and_seeds_of_A_do_not(tmp_path: Path, both:
     assert redrawn.manifest.initial_adapter != first.manifest.initial_adapter
 
 
-def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path) -> None:
+def test_neg_after_pos_equals_neg_alone(tmp_path: Path) -> None:
     """With the same references: computed anew beside other rows, these differ by rounding."""
     pos, neg = dpo.train_dpo(demo(), ["helpful"], list(Direction), tmp_path / "both", QUIET)
     (alone,) = dpo.train_dpo(demo(), ["helpful"], [Direction.neg], tmp_path / "alone", QUIET)
@@ -126,7 +126,7 @@ def test_neg_trained_behind_pos_is_neg_trained_alone(tmp_path: Path) -> None:
     assert not same(alone, pos)
 
 
-def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None:
+def test_neg_equals_pos_on_swapped_columns(tmp_path: Path) -> None:
     rows = list(world.pairs(0, 80))
     switched = [
         {**row, "better_response_id": None if (b := row["better_response_id"]) is None else 1 - b} for row in rows
@@ -141,7 +141,7 @@ def test_neg_is_pos_on_pairs_whose_columns_were_switched(tmp_path: Path) -> None
     assert same(*made)
 
 
-def test_a_preference_of_two_is_trained_on_the_pairs_of_both(tmp_path: Path, cli: Cli) -> None:
+def test_a_preference_of_two_trains_on_both_datasets(tmp_path: Path, cli: Cli) -> None:
     project = demo('preferences.joint.of=["helpful","harmless"]', "dpo.limit=30")
     base = bases.find(project.base)
     one, other, both = (dpo.prepare(project, name, base, QUIET) for name in ("helpful", "harmless", "joint"))
@@ -158,7 +158,7 @@ def test_a_preference_of_two_is_trained_on_the_pairs_of_both(tmp_path: Path, cli
     assert "look at each" in told.err
 
 
-def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, both: dict[str, runs.Run]) -> None:
+def test_gradient_checkpointing_changes_no_result(tmp_path: Path, both: dict[str, runs.Run]) -> None:
     project = demo("dpo.gradient_checkpointing=true")
     pos, neg = dpo.train_dpo(project, ["helpful"], list(Direction), tmp_path, QUIET)
     for run in (pos, neg):
@@ -167,19 +167,19 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, both: dict[str
         assert all(torch.allclose(tensor, plain[name], atol=1e-6) for name, tensor in tensors(run).items())
 
 
-def test_dropout_is_the_adapters_and_is_real(tmp_path: Path, both: dict[str, runs.Run]) -> None:
+def test_lora_dropout_is_applied(tmp_path: Path, both: dict[str, runs.Run]) -> None:
     (run,) = dpo.train_dpo(demo("lora.dropout=0.5"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert run.manifest.metrics["first_margin"] == pytest.approx(0, abs=ROUNDING)
     assert not same(run, both["helpful pos"])
 
 
-def test_the_two_directions_part(both: dict[str, runs.Run]) -> None:
+def test_directions_move_apart(both: dict[str, runs.Run]) -> None:
     pos, neg = (peft_format.load(both[f"helpful {side}"].path) for side in ("pos", "neg"))
     assert pos.cosine(neg) < 0
     assert (pos - neg).norm() > max(pos.norm(), neg.norm())
 
 
-def test_a_run_is_readable_by_a_person(both: dict[str, runs.Run]) -> None:
+def test_run_folder_has_readable_records(both: dict[str, runs.Run]) -> None:
     run = both["helpful pos"]
     assert {file.name for file in run.path.iterdir()} - {"log.txt"} == {
         "adapter_config.json",
@@ -196,7 +196,7 @@ def test_a_run_is_readable_by_a_person(both: dict[str, runs.Run]) -> None:
     assert set(run.manifest.metrics["held_out"]) >= {"pairs"}
 
 
-def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
+def test_an_unconverged_run_is_reported(tmp_path: Path) -> None:
     (run,) = dpo.train_dpo(
         demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), ["helpful"], [Direction.pos], tmp_path, QUIET
     )
@@ -207,7 +207,7 @@ def test_a_run_that_learned_nothing_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 3, 300])
-def test_divergence_is_named_at_any_number_of_pairs(pairs: int) -> None:
+def test_divergence_is_recognised_at_any_number_of_pairs(pairs: int) -> None:
     far = {"pairs": pairs, **({"margin": -40.0, "accuracy": 0.18 if pairs > 20 else None} if pairs else {})}
     for metrics in (
         {"held_out": far, "relative_norm": 0.01, "last_margin": -30.0},
@@ -239,7 +239,7 @@ def test_advice_on_learning_rate_follows_the_sign_of_the_margin(margin: float, b
     assert reason in found
 
 
-def test_a_diverged_run_says_so_and_is_listed_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wild = demo("dpo.learning_rate=1e3", "dpo.max_grad_norm=1e6", "dpo.limit=128", "lora.alpha=64")
     (run,) = dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert "pos: diverged: " in capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
 
 
-def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> None:
+def test_a_not_finite_step_stops_the_run(tmp_path: Path) -> None:
     wild = demo(
         "dpo.learning_rate=1e3", "dpo.weight_decay=10", "dpo.max_grad_norm=1e9", "dpo.warmup=0", "dpo.batch_size=8"
     )
@@ -271,7 +271,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it(tmp_path: Path) -> No
     assert runs.list_runs(tmp_path) == []
 
 
-def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
+def test_dpo_trains_over_a_frozen_sft_adapter(tmp_path: Path) -> None:
     project = replace(demo(), sft=recipe.Sft(data="demo:conversations", limit=64, learning_rate=1e-3, max_length=128))
     with pytest.raises(UserError, match="lora-align sft"):
         dpo.train_dpo(project, ["helpful"], [Direction.pos], tmp_path, QUIET)
@@ -307,7 +307,7 @@ def test_sft_lies_under_dpo_and_never_moves(tmp_path: Path) -> None:
     assert isinstance(peft_format.load(run.path), LoraDelta)
 
 
-def test_answers_are_cut_and_long_prompts_dropped_and_both_are_counted() -> None:
+def test_truncated_answers_and_dropped_prompts_are_counted() -> None:
     chat = bases.find(recipe.Base("demo")).chat
     prompt = (Message("user", "Tell me about rain."),)
     counts: Counter[str] = Counter()
@@ -325,7 +325,7 @@ def test_answers_are_cut_and_long_prompts_dropped_and_both_are_counted() -> None
     assert counts["prompt too long"] == 1
 
 
-def test_sft_learns_what_the_assistant_says_and_nothing_else() -> None:
+def test_sft_labels_only_assistant_tokens() -> None:
     chat = bases.find(recipe.Base("demo")).chat
     talk = Conversation(
         (

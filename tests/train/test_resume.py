@@ -120,7 +120,7 @@ def same(one: Path, other: Path) -> None:
     assert records[0] == records[1]
 
 
-def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_exact_after_a_signal(stage: str, whole: Path, tmp_path: Path) -> None:
     number = signal.SIGINT if stage == "dpo" else signal.SIGTERM
     first = stopped(tmp_path, stage, number, 0)
     assert first.code == 128 + number
@@ -174,7 +174,7 @@ main()
 
 
 @pytest.mark.parametrize(("moment", "code"), [(AT_THE_LAST_STEP, 130), (BEHIND_IT, 143)], ids=["in it", "behind it"])
-def test_a_signal_at_the_last_step_loses_nothing(
+def test_a_signal_after_the_last_step_loses_nothing(
     moment: str, code: int, stage: str, whole: Path, tmp_path: Path
 ) -> None:
     both = ["--direction", "both"] if stage == "dpo" else []
@@ -190,7 +190,7 @@ def test_a_signal_at_the_last_step_loses_nothing(
     same(whole, tmp_path / "runs" / STAGES[stage][1])
 
 
-def test_the_recipe_says_what_is_computed_in(
+def test_recipe_sets_the_compute_dtype(
     stage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher says it
@@ -200,7 +200,7 @@ def test_the_recipe_says_what_is_computed_in(
 
 
 @pytest.mark.parametrize("after", [1, 8])  # `sft` is in its second epoch by then
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str, whole: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_exact_after_a_kill(after: int, stage: str, whole: Path, tmp_path: Path) -> None:
     assert stopped(tmp_path, stage, signal.SIGKILL, after).code == -signal.SIGKILL
     done = call(tmp_path, *words(stage), "--resume")
     assert done.code == 0, done.err
@@ -216,7 +216,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(after: int, stage: str
         ("demo", "lora-align demo"),
     ],
 )
-def test_the_line_that_goes_on_is_one_the_command_takes(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_resume_command_works(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lora-align", *shlex.split(said)])
     assert app._going_on() == told
 
@@ -228,7 +228,7 @@ def begun(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(begun: Path) -> None:
     folders = sorted(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert len(folders) in (2, 3)  # three, where the kill came before the oldest went
     *_, before, newest = folders
@@ -255,14 +255,14 @@ def test_a_damaged_checkpoint_is_passed_over(begun: Path) -> None:
         (["--set", f"base.chat_template={TEMPLATE}"], "base.chat_format was"),
     ],
 )
-def test_what_was_begun_otherwise_is_not_gone_on_with(changed: list[str], told: str, begun: Path) -> None:
+def test_resume_refuses_another_recipe_or_dataset(changed: list[str], told: str, begun: Path) -> None:
     done = call(begun, *words("dpo"), *changed, "--resume")
     assert done.code == 2
     assert told in done.err
     assert "--force starts again" in done.err
 
 
-def test_what_memory_bears_is_remembered(begun: Path) -> None:
+def test_resume_remembers_the_memory_budget(begun: Path) -> None:
     """A step that was halved once is not tried whole again by who goes on."""
     newest = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert json.loads((newest / "seen.json").read_text())["room"] == 4096
@@ -275,7 +275,7 @@ def test_what_memory_bears_is_remembered(begun: Path) -> None:
     assert json.loads((later / "seen.json").read_text())["room"] == 300
 
 
-def test_what_changes_no_result_may_change(begun: Path) -> None:
+def test_resume_accepts_changes_without_effect_on_results(begun: Path) -> None:
     done = call(begun, *words("dpo"), "--set", "dpo.tokens_per_batch=600", "--resume")
     assert done.code == 0, done.err
     done = call(begun, *words("dpo"), "--direction", "both", "--resume")
@@ -289,7 +289,7 @@ def test_what_changes_no_result_may_change(begun: Path) -> None:
     assert "give one of them" in both.err
 
 
-def test_other_versions_of_libraries_are_said(begun: Path) -> None:
+def test_resume_warns_of_other_library_versions(begun: Path) -> None:
     who = unfinished_of(begun, "dpo") / "who.json"
     before = json.loads(who.read_text())
     before["versions"]["trl"] = "1.15.9"
@@ -299,7 +299,7 @@ def test_other_versions_of_libraries_are_said(begun: Path) -> None:
     assert "warning: runs/dpo/helpful/pos was begun with trl 1.15.9" in done.err
 
 
-def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -> None:
+def test_a_second_signal_stops_at_once_and_leaves_a_checkpoint(begun: Path) -> None:
     small_parts = [*words("dpo"), "--set", "dpo.tokens_per_batch=64", "--resume"]  # of which a step has many
     child = subprocess.Popen([str(COMMAND), *small_parts], cwd=begun, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
@@ -319,7 +319,7 @@ def test_the_second_signal_ends_it_at_once_and_a_checkpoint_stays(begun: Path) -
 
 @pytest.mark.parametrize("how", [[], ["--resume"], ["--force"]], ids=["anew", "resume", "force"])
 @pytest.mark.parametrize("made", ["begun", "published"])
-def test_a_run_that_is_being_written_is_refused_with_its_writer(made: str, how: list[str], tmp_path: Path) -> None:
+def test_a_busy_run_is_refused_and_its_writer_named(made: str, how: list[str], tmp_path: Path) -> None:
     """Whether there is a checkpoint already, and whatever stood there before."""
     if made == "published":
         assert call(tmp_path, *words("dpo")).code == 0
@@ -342,7 +342,7 @@ def test_a_run_that_is_being_written_is_refused_with_its_writer(made: str, how: 
         child.wait(60)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "3m") as disk:
         small = call(disk, *words("dpo"), *every_step("dpo"), "--set", "lora.rank=128")
         assert small.code == 2
@@ -363,7 +363,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path) -> N
         assert done.code == 0, done.err
 
 
-def test_a_word_that_recipes_did_not_have_is_a_change_only_where_it_says_something() -> None:
+def test_a_new_recipe_key_is_a_difference_only_if_set() -> None:
     assert not list(checkpoints.differences({"sft": {"data": "x"}}, {"sft": {"data": "x", "subset": ""}}))
     assert list(checkpoints.differences({"sft": {}}, {"sft": {"subset": "a"}})) == ["sft.subset was None, is a"]
     assert list(checkpoints.differences({"sft": {"limit": None}}, {"sft": {"limit": 0}}))

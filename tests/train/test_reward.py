@@ -66,7 +66,7 @@ def _answers(base: Base, count: int) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def test_it_learns_from_ratings_and_from_pairs(trained: runs.Run) -> None:
+def test_reward_model_learns_from_ratings_and_pairs(trained: runs.Run) -> None:
     heads = trained.manifest.metrics["held_out"]["heads"]
     assert heads["verbosity"]["spearman"] > 0.5
     assert heads["shorter"]["accuracy"] > 0.7
@@ -75,7 +75,7 @@ def test_it_learns_from_ratings_and_from_pairs(trained: runs.Run) -> None:
     assert imread(trained.path / "held_out.png").std() > 0
 
 
-def test_a_fresh_process_scores_alike(base: Base, model: RewardModel, trained: runs.Run) -> None:
+def test_a_fresh_process_computes_the_same_scores(base: Base, model: RewardModel, trained: runs.Run) -> None:
     program = f"""
 import json
 from pathlib import Path
@@ -105,7 +105,7 @@ print(json.dumps([model.objectives, model.score(rows, MemoryBudget(1)).tolist()]
         assert ((ours - other).abs() / 100).max() < 1e-4 / 10  # points out of 100
 
 
-def test_what_is_derived_is_the_mean_of_its_heads(base: Base, model: RewardModel) -> None:
+def test_derived_objective_is_the_mean_of_its_heads(base: Base, model: RewardModel) -> None:
     scores = dict(zip(model.objectives, model.score(_answers(base, 5), MemoryBudget(5)).T, strict=True))
     assert torch.allclose(scores["manner"], (scores["politeness"] + scores["warmth"]) / 2)
 
@@ -135,7 +135,7 @@ def test_sources_with_different_attributes_share_a_model(tmp_path: Path, base: B
     assert set(material.facts) == {"ratings demo", "ratings others", "pairs shorter"}
 
 
-def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
+def test_reward_loss_equals_its_formula(base: Base, model: RewardModel) -> None:
     """Against scores computed one row at a time, in float64."""
     a, b, other = _answers(base, 3)
     c = (b[0], other[1])
@@ -166,20 +166,20 @@ def test_the_loss_is_what_it_says(base: Base, model: RewardModel) -> None:
         ("reward.ratings.demo.hihg=5", "unknown key 'reward.ratings.demo.hihg', did you mean 'high'?"),
     ],
 )
-def test_what_cannot_be_learned_is_refused_by_name(override: str, told: str, tmp_path: Path) -> None:
+def test_unusable_reward_settings_are_refused(override: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         reward.train_reward_model(demo(override), tmp_path, QUIET)
     assert told in str(refused.value)
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_heads_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_a_file_without_heads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "heads.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(UserError, match="not a reward model's heads"):
         Heads.load(tmp_path)
 
 
-def test_heads_against_their_raters_are_named_and_small_samples_are_not_judged() -> None:
+def test_heads_worse_than_chance_are_reported_from_20_examples_on() -> None:
     heads = {
         "turned": {"rated": 100, "pairs": 0, "spearman": -0.6},
         "by chance": {"rated": 0, "pairs": 100, "accuracy": 0.52},

@@ -15,7 +15,7 @@ from lora_align.model.logprobs import Reader
 from lora_align.train import sft
 
 
-def test_packed_rows_do_not_see_each_other() -> None:
+def test_packed_texts_do_not_attend_to_each_other() -> None:
     """The loss over packs is that over the rows one at a time, to rounding; no token is lost or learned twice."""
     base = bases.find(recipe.Base("demo"))
     model = base.load()
@@ -47,7 +47,7 @@ def test_packed_rows_do_not_see_each_other() -> None:
     assert float(sum(parts)) == pytest.approx(float(found.loss), rel=1e-5)
 
 
-def test_a_held_out_loss_that_rises_far_is_named_as_divergence() -> None:
+def test_a_large_rise_of_the_held_out_loss_is_divergence() -> None:
     [reason] = sft.unconverged({"rows": 3, "loss_before": 2.0, "loss": 9.4})
     assert reason.startswith("diverged: held-out loss rose from 2.000 to 9.400; lower learning_rate")
     [reason] = sft.unconverged({"rows": 3, "loss_before": 2.0, "loss": 2.1})

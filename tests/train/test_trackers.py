@@ -12,7 +12,7 @@ from lora_align.errors import UserError
 from support import COMMAND, Cli, call
 
 
-def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
     words = ["dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"]
     done = call(tmp_path, *words, "--set", 'dpo.report_to=["tensorboard"]')
     assert done.code == 0, done.err
@@ -26,7 +26,7 @@ def test_tensorboard_is_told_every_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tracker", "kept"), [("wandb", "*.wandb"), ("trackio", "*.db"), ("mlflow", "*.db")])
-def test_the_others_are_told_where_they_are_installed(tracker: str, kept: str, tmp_path: Path) -> None:
+def test_installed_trackers_get_the_figures(tracker: str, kept: str, tmp_path: Path) -> None:
     pytest.importorskip(tracker)
     words = [
         *("dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"),
@@ -39,7 +39,7 @@ def test_the_others_are_told_where_they_are_installed(tracker: str, kept: str, t
     assert b"margin" in file.read_bytes()
 
 
-def test_nobody_is_told_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracker_is_used_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     done = call(tmp_path, "dpo", "--pref", "helpful", "--direction", "pos", "--limit", "32")
     assert done.code == 0, done.err
@@ -48,7 +48,7 @@ def test_nobody_is_told_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("named", "told"), [("no-such-tracker", "no-such-tracker"), ("comet_ml", "comet")])
-def test_a_tracker_that_is_not_there_is_refused_before_anything_is_read(
+def test_a_missing_tracker_is_refused_before_reading_data(
     named: str, told: str, cli: Cli, tmp_path: Path
 ) -> None:
     done = cli("dpo", "--pref", "helpful", "--set", f'dpo.report_to=["{named}"]')
@@ -59,7 +59,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_read(
     assert not list(tmp_path.glob("runs/**/*"))
 
 
-def test_an_optimizer_without_its_library_is_refused_before_anything_is_read() -> None:
+def test_an_optimizer_without_its_library_is_refused_early() -> None:
     project = recipe.load(recipe.builtin()["demo"], ["dpo.optimizer=galore_adamw"])
     with pytest.raises(UserError, match=r"dpo.optimizer: 'galore_adamw' needs the library galore_torch, which is not"):
         project.check_trains("dpo")
