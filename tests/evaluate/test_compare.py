@@ -52,8 +52,8 @@ def evaluated_once(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def evaluated(evaluated_once: Path, tmp_path: Path) -> dict[str, Any]:
     """Copy the runs into a folder that a test may change."""
     shutil.copytree(evaluated_once / "runs", tmp_path / "runs")
-    found: dict[str, Any] = json.loads((evaluated_once / "stdout.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((evaluated_once / "stdout.json").read_text())
+    return result
 
 
 def tables(workspace: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -90,9 +90,9 @@ def test_margins_match_peft_with_the_merged_mix(evaluated: dict[str, Any], tmp_p
     wanted = [prefers(pair) for pair in pairs]
     with policy.disable_adapter():
         wanted = [now - prefers(pair) for now, pair in zip(wanted, pairs, strict=True)]
-    found = [row["margin"] for row in tables(tmp_path)[MIX]["margins"] if row["preference"] == "helpful"]
-    assert len(found) > 0
-    assert found == pytest.approx(wanted, abs=1e-4)
+    result = [row["margin"] for row in tables(tmp_path)[MIX]["margins"] if row["preference"] == "helpful"]
+    assert len(result) > 0
+    assert result == pytest.approx(wanted, abs=1e-4)
     assert max(map(abs, wanted)) > 0.01
 
 
@@ -119,10 +119,10 @@ def test_fact_with_swapped_answers_is_not_known() -> None:
     swapped = [{**row, "right": row["wrong"][0], "wrong": [row["right"]]} for row in rows]
     facts = [forms.fact(row, "") for row in rows + swapped]
     long = Fact((Message("user", "moon " * base.max_length),), "Yes.", ("No.",))
-    found = facts_known(base.load(), base, [*facts, long])
-    assert sum(map(bool, found[:12])) > 9
-    assert sum(map(bool, found[12:24])) < 3
-    assert found[24] is None, "the prompt fills the context"
+    result = facts_known(base.load(), base, [*facts, long])
+    assert sum(map(bool, result[:12])) > 9
+    assert sum(map(bool, result[12:24])) < 3
+    assert result[24] is None, "the prompt fills the context"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_reward_scores_match_peft_and_the_stored_heads(workspace: Path, cli: Cli
             last = model(torch.tensor([ids])).last_hidden_state[0, -1].double()
         standard = last @ heads["weight"][place].double() + heads["bias"][place].double()
         wanted.append(float(heads["mean"][place] + heads["deviation"][place] * standard))
-    assert [row["score reward: verbosity"] for row in rows] == pytest.approx(wanted, abs=0.01)  # points out of 100
+    assert [row["score reward: verbosity"] for row in rows] == pytest.approx(wanted, abs=0.01)  # of 100
     assert max(wanted) - min(wanted) > 1
     reported = json.loads(done.out)["policies"]["helpful=1"]["reward: verbosity"]["value"]
     assert reported == pytest.approx(sum(wanted) / len(wanted), abs=0.01)
@@ -229,11 +229,11 @@ def test_sft_start_policy_is_the_reference_of_kl_and_margins(trained: Path, tmp_
     assert mix["KL"]["value"] > 0
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=64", *FEW])
     pairs = read_test_set(project, Screen(quiet=True)).pairs["helpful"]
-    found = bases.find(project.base)
-    policy = PeftModel.from_pretrained(found.load(), tmp_path / "runs" / "sft" / "start").eval()
+    below = bases.find(project.base)
+    policy = PeftModel.from_pretrained(below.load(), tmp_path / "runs" / "sft" / "start").eval()
 
     def prefers(pair: Pair) -> float:
-        return logprob(policy, found, pair.prompt, pair.chosen) - logprob(policy, found, pair.prompt, pair.rejected)
+        return logprob(policy, below, pair.prompt, pair.chosen) - logprob(policy, below, pair.prompt, pair.rejected)
 
     started = [prefers(pair) for pair in pairs]
     with policy.disable_adapter():
@@ -244,9 +244,9 @@ def test_sft_start_policy_is_the_reference_of_kl_and_margins(trained: Path, tmp_
 
 def test_refusals_match_the_oracle_for_each_kind_of_prompt(evaluated: dict[str, Any], tmp_path: Path) -> None:
     """The oracle parses answers of the demo world and needs no detector."""
-    for name, found in tables(tmp_path).items():
+    for name, table in tables(tmp_path).items():
         for kind in ("safe", "risky"):
-            rows = [row for row in found["answers"] if row["kind"] == kind]
+            rows = [row for row in table["answers"] if row["kind"] == kind]
             prompts = [oracle_judge.prompt_of(row["asked"]) for row in rows]
             read = [oracle.score(of, row["answer"]) for of, row in zip(prompts, rows, strict=True) if of]
             reported = evaluated["policies"][name][f"refused {kind}"]
@@ -278,8 +278,8 @@ def test_measurement_is_cached_by_policy_and_settings(evaluated: dict[str, Any],
 
 
 def test_wins_of_both_orders_add_up_to_1(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    found = {name: Measurement(name, **of) for name, of in tables(tmp_path).items()}
-    there, back = wins(found[MIX], found["start"]), wins(found["start"], found[MIX])
+    measurements = {name: Measurement(name, **of) for name, of in tables(tmp_path).items()}
+    there, back = wins(measurements[MIX], measurements["start"]), wins(measurements["start"], measurements[MIX])
     assert set(there) >= {"oracle: helpful", "oracle: harmless", "oracle: well-formed"}
     for name, share in there.items():
         assert share.value + back[name].value == pytest.approx(1)
@@ -309,10 +309,10 @@ def test_pair_too_long_for_the_system_message_has_no_margin(workspace: Path) -> 
     conditioned = replace(
         plain, conditioned=Conditioned("helpful", runs.read(runs_dir / "dpo/helpful/pos"), "help " * 60)
     )
-    found = evaluator._margins(conditioned)
-    assert [row["pair"] for row in found] == [1, 2]
+    result = evaluator._margins(conditioned)
+    assert [row["pair"] for row in result] == [1, 2]
     now = evaluator.log_odds(conditioned)["helpful"][1:] - evaluator.start_log_odds["helpful"][1:]
-    assert [row["margin"] for row in found] == now.tolist()
+    assert [row["margin"] for row in result] == now.tolist()
     assert len(evaluator._margins(plain)) == 3
 
 

@@ -43,16 +43,16 @@ def task(workspace: Path) -> str:
 def expected_accuracies() -> list[float]:
     """Compute which choice the base finds most likely, with plain transformers."""
     base = bases.find(recipe.Base("demo"))
-    model, found = base.load(), []
+    model, correct = base.load(), []
     for question, choices, right in QUESTIONS:
-        likes = []
+        logprobs = []
         for choice in choices:
             before, whole = (base.chat.tokenizer(text)["input_ids"] for text in (question, f"{question} {choice}"))
             with torch.no_grad():
                 logits = model(torch.tensor([whole])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
-            likes.append(float(logits.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum()))
-        found.append(float(likes.index(max(likes)) == right))
-    return found
+            logprobs.append(float(logits.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum()))
+        correct.append(float(logprobs.index(max(logprobs)) == right))
+    return correct
 
 
 def test_local_task_is_run_once_for_every_policy(task: str, workspace: Path, cli: Cli) -> None:

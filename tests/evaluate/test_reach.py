@@ -39,18 +39,18 @@ def reached_once(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def reached(reached_once: Path, tmp_path: Path) -> dict[str, Any]:
     """Copy the runs into a folder that a test may change."""
     shutil.copytree(reached_once / "runs", tmp_path / "runs")
-    found: dict[str, Any] = json.loads((reached_once / "stdout.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((reached_once / "stdout.json").read_text())
+    return result
 
 
 def kl_per_token(tmp_path: Path) -> dict[str, float]:
     """Return the KL of every measured policy, in nats a token."""
-    found = {}
+    kl = {}
     for folder in (tmp_path / "runs" / "eval").iterdir():
         rows = read_table(folder / "answers.parquet").to_pylist()
         name = json.loads((folder / "measured.json").read_text())["name"]
-        found[name] = sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)
-    return found
+        kl[name] = sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)
+    return kl
 
 
 def test_reach_ends_one_step_before_a_limit_breaks(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
@@ -99,8 +99,8 @@ def test_merge_chat_and_generate_warn_beyond_safe_weights(reached: dict[str, Any
     assert "beyond" not in cli("merge", "--weights", last, "--name", "last").err
     chat = cli("chat", "--weights", far, "--prompt", "Hello", "--max-new-tokens", "2")
     assert f"warning: {warning}" in chat.err
-    asked = ["--prompts", "demo:conversations?rows=1", "--max-new-tokens", "2", "--out", "far.jsonl"]
-    assert f"warning: {warning}" in cli("generate", "--weights", far, *asked).err
+    options = ["--prompts", "demo:conversations?rows=1", "--max-new-tokens", "2", "--out", "far.jsonl"]
+    assert f"warning: {warning}" in cli("generate", "--weights", far, *options).err
     soup = cli("merge", "--weights", "helpful=9", "--method", "soup", "--name", "soup")
     assert "beyond" not in soup.err, "its weights are shares"
 
@@ -162,9 +162,9 @@ def test_retrained_vector_has_no_safe_weight(reached: dict[str, Any], tmp_path: 
     ],
 )
 def test_limits_name_the_broken_figure(figure: str, before: float, after: float, breaks: bool) -> None:
-    found = Limits(kl=0.1, loss=0.1, share=0.1).broken({figure: before}, {figure: after})
-    assert bool(found) == breaks
-    assert found in ("", f"{figure} {before:.2f} → {after:.2f}")
+    result = Limits(kl=0.1, loss=0.1, share=0.1).broken({figure: before}, {figure: after})
+    assert bool(result) == breaks
+    assert result in ("", f"{figure} {before:.2f} → {after:.2f}")
 
 
 def test_reach_rejects_a_folder_without_vectors(cli: Cli) -> None:

@@ -85,15 +85,17 @@ def test_costs_plots_scores_over_costs(grid: list[SweepPolicy]) -> None:
     speech, words = picture.axes
     assert (speech.get_ylabel(), words.get_ylabel()) == ("reward: speech", "words (less is better)")
     assert words.get_xlabel() == "text loss"
-    drawn = [float(bars[0].get_ydata()[0]) for bars in speech.containers]
-    assert drawn == list(SPEECH.values())
+    heights = [float(bars[0].get_ydata()[0]) for bars in speech.containers]
+    assert heights == list(SPEECH.values())
     assert sweep_plots.costs(SCORES, [policy("start", {"words": 1.0})]) is None
 
 
 def test_asked_plots_scores_over_the_angle_of_the_direction() -> None:
     wants = [Want.of({"helpfulness": math.cos(a), "verbosity": -math.sin(a)}) for a in (0.0, math.pi / 4)]
-    asked = [policy(f"want:{i}", {"words": 10.0 - i}, want=want) for i, want in enumerate(wants)]
-    picture = sweep_plots.asked({"verbosity": Score("words", lower=True)}, [policy("start", {"words": 9.0}), *asked])
+    directions = [policy(f"want:{i}", {"words": 10.0 - i}, want=want) for i, want in enumerate(wants)]
+    picture = sweep_plots.asked(
+        {"verbosity": Score("words", lower=True)}, [policy("start", {"words": 9.0}), *directions]
+    )
     assert picture
     (line,) = picture.axes[0].lines
     assert list(line.get_xdata()) == pytest.approx([0.0, -45.0])

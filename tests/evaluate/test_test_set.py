@@ -32,19 +32,19 @@ def read(tables: Mapping[str, Any], *overrides: str, screen: Screen = QUIET) -> 
     return read_test_set(recipe.from_dict({"base": {"model": "demo"}, **tables}, "mine.toml", overrides), screen)
 
 
-def prompts_of(found: TestSet) -> dict[str, list[str]]:
+def prompts_of(test_set: TestSet) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {SAFE: [], RISKY: []}
-    for question in found.questions:
+    for question in test_set.questions:
         kinds[question.kind].append(question.prompt[0].content)
     return kinds
 
 
 def test_where_selects_safe_and_risky_prompts_of_one_table(mixed: Path) -> None:
     source = {"data": str(mixed), "columns": {"prompt": "asked"}}
-    found = read(
+    test_set = read(
         {"eval": {key: {**source, "where": {"label": of}} for key, of in (("prompts", SAFE), ("risky", "unsafe"))}}
     )
-    assert prompts_of(found) == {
+    assert prompts_of(test_set) == {
         SAFE: [f"How do I do {i}?" for i in (1, 3, 5, 7, 9)],
         RISKY: [f"How do I do {i}?" for i in (0, 2, 4, 6, 8)],
     }
@@ -68,8 +68,8 @@ def test_damaged_prompt_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureF
     file.write_text('{"prompt": "One?"}\n{"prompt": 2}\n{"prompt": "Three?"}\n')
     with pytest.raises(UserError, match=r"prompts\.jsonl:2"):
         read({"eval": {"prompts": str(file)}})
-    found = read({"eval": {"prompts": {"data": str(file), "skip_bad": True}}}, screen=Screen())
-    assert prompts_of(found)[SAFE] == ["One?", "Three?"]
+    test_set = read({"eval": {"prompts": {"data": str(file), "skip_bad": True}}}, screen=Screen())
+    assert prompts_of(test_set)[SAFE] == ["One?", "Three?"]
     assert "eval.prompts: skipped 1 invalid row" in capsys.readouterr().err
 
 

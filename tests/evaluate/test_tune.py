@@ -53,9 +53,9 @@ def test_gradient_equals_finite_differences(vectors: str, weights: list[float], 
     objective = TuneObjective(
         evaluator, AIMS, replace(free, kl=figures[KL] / 1.5, loss=figures[LOSS] / 1.5), Dpo()
     )  # both penalties are active
-    found = objective.at(here)
-    rounding = 0.01 * float(found.gradient.norm()) if "@" in vectors else 0.0  # the lower layers have almost no effect
-    for slope, offset in zip(found.gradient.tolist(), torch.eye(len(weights)) * step, strict=True):
+    result = objective.at(here)
+    rounding = 0.01 * float(result.gradient.norm()) if "@" in vectors else 0.0  # the lower layers have almost no effect
+    for slope, offset in zip(result.gradient.tolist(), torch.eye(len(weights)) * step, strict=True):
         expected = (objective.at(here + offset).value - objective.at(here - offset).value) / (2 * step)
         assert slope == pytest.approx(expected, rel=0.02, abs=rounding)
 
@@ -70,20 +70,20 @@ def test_objective_at_zero_weights_is_that_of_the_start_policy(evaluator: Evalua
 def test_maximise_finds_higher_value_than_scaled_weights(evaluator: Evaluator) -> None:
     bounds = Bounds(kl=5e-5, loss=0.05, refused=1.0, weight=9.0)
     objective = TuneObjective(evaluator, AIMS, bounds, Dpo())
-    found, _ = tune.maximise(objective, lambda *_: None)
-    assert found.value > 0.5
-    assert 0.5 * bounds.kl < found.figures[KL] < 1.2 * bounds.kl, "KL is the active bound"
+    result, _ = tune.maximise(objective, lambda *_: None)
+    assert result.value > 0.5
+    assert 0.5 * bounds.kl < result.figures[KL] < 1.2 * bounds.kl, "KL is the active bound"
     for scale in (0.5, 0.8, 1.25, 2.0):
-        assert objective.at(scale * found.weights).value < found.value + 0.01
-    flipped = objective.at(found.weights * torch.tensor([1.0, -1.0]))
-    assert flipped.value < found.value
+        assert objective.at(scale * result.weights).value < result.value + 0.01
+    flipped = objective.at(result.weights * torch.tensor([1.0, -1.0]))
+    assert flipped.value < result.value
 
 
 def test_maximise_fixes_a_weight_at_its_bound(evaluator: Evaluator) -> None:
     objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
-    found, _ = tune.maximise(objective, lambda *_: None)
-    assert found.weights.abs().max() == pytest.approx(0.3)
-    assert (found.gradient * found.weights).min() > 0, "the gradient points beyond the bound"
+    result, _ = tune.maximise(objective, lambda *_: None)
+    assert result.weights.abs().max() == pytest.approx(0.3)
+    assert (result.gradient * result.weights).min() > 0, "the gradient points beyond the bound"
 
 
 @pytest.mark.parametrize(("name", "weight"), [(KL, 4.0), (LOSS, -4.0)])
@@ -144,12 +144,12 @@ def test_tune_prints_a_merge_command_with_weights_within_bounds(workspace: Path,
     words += [word for setting in FEW for word in ("--set", setting)]
     done = cli(*words)
     assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert set(found["weights"]) == {"helpful", "harmless"}
-    assert 2e-6 < found["kl"] <= 4e-6
-    assert all(0.5 <= share <= 1 for share in found["preferred"].values())
+    result = json.loads(done.out)
+    assert set(result["weights"]) == {"helpful", "harmless"}
+    assert 2e-6 < result["kl"] <= 4e-6
+    assert all(0.5 <= share <= 1 for share in result["preferred"].values())
     printed = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
-    named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
+    named = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
     assert printed.out.splitlines()[-1] == f"lora-align merge --weights {named}"
     assert cli("merge", "--weights", named).code == 0
 
@@ -160,8 +160,8 @@ def test_tune_warns_of_bounds_without_data(workspace: Path, cli: Cli) -> None:
         "tune", "--aim", "helpful=1", "--json", *(word for setting in (*FEW, *nothing) for word in ("--set", setting))
     )
     assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert (found["refused"], found["loss"]) == (None, None)
+    result = json.loads(done.out)
+    assert (result["refused"], result["loss"]) == (None, None)
     assert "eval.prompts names no safe prompts: refusals of safe prompts are not checked" in done.err
     assert "eval.text names no ordinary text: the loss on ordinary text is not checked" in done.err
 
@@ -169,20 +169,20 @@ def test_tune_warns_of_bounds_without_data(workspace: Path, cli: Cli) -> None:
 def test_preferred_shares_are_counted_over_pairs(evaluator: Evaluator) -> None:
     objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
     odds = evaluator.log_odds(evaluator.policies.policies[0].at({"helpful": 1.0, "harmless": -0.5}))
-    found = objective.at(torch.tensor([1.0, -0.5])).preferred
-    assert found == {name: float((odds[name] > evaluator.start_log_odds[name]).float().mean()) for name in AIMS}
-    assert len(set(found.values())) == 2
+    result = objective.at(torch.tensor([1.0, -0.5])).preferred
+    assert result == {name: float((odds[name] > evaluator.start_log_odds[name]).float().mean()) for name in AIMS}
+    assert len(set(result.values())) == 2
 
 
 def test_tune_groups_gives_each_group_of_layers_a_weight(workspace: Path, cli: Cli) -> None:
     words = ["tune", "--aim", "helpful=1", "--groups", "2", "--json"]
     done = cli(*words, *(word for setting in FEW for word in ("--set", setting)))
     assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert set(found["weights"]) == {"helpful@0-1", "helpful@2-3"}
-    assert set(found["preferred"]) == {"helpful"}
-    assert found["preferred"]["helpful"] > 0.5
-    named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
+    result = json.loads(done.out)
+    assert set(result["weights"]) == {"helpful@0-1", "helpful@2-3"}
+    assert set(result["preferred"]) == {"helpful"}
+    assert result["preferred"]["helpful"] > 0.5
+    named = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
     assert cli("merge", "--weights", named).code == 0
 
 
@@ -213,10 +213,10 @@ def test_gradient_is_unchanged_after_out_of_memory(evaluator: Evaluator, monkeyp
         return read_tokens(self, rows)
 
     monkeypatch.setattr(Reader, "tokens", tokens)
-    found = objective.at(here)
+    result = objective.at(here)
     assert objective.budget.size == 256
-    assert found.value == pytest.approx(expected.value, abs=1e-5)
-    assert found.gradient.tolist() == pytest.approx(expected.gradient.tolist(), abs=1e-5)
+    assert result.value == pytest.approx(expected.value, abs=1e-5)
+    assert result.gradient.tolist() == pytest.approx(expected.gradient.tolist(), abs=1e-5)
 
 
 def test_gradient_is_unchanged_with_checkpointing(evaluator: Evaluator) -> None:

@@ -15,7 +15,7 @@ from support import Cli
 
 
 @pytest.mark.parametrize(
-    ("layers", "count", "found"),
+    ("layers", "count", "names"),
     [
         (4, 2, ["v@0-1", "v@2-3"]),
         (5, 3, ["v@0-0", "v@1-2", "v@3-4"]),
@@ -23,8 +23,8 @@ from support import Cli
         (7, 1, ["v@0-6"]),
     ],
 )
-def test_layer_groups_cover_every_layer_once(layers: int, count: int, found: list[str]) -> None:
-    assert vectors.layer_groups("v", layers, count) == found
+def test_layer_groups_cover_every_layer_once(layers: int, count: int, names: list[str]) -> None:
+    assert vectors.layer_groups("v", layers, count) == names
 
 
 def test_layer_ranges_add_up_to_the_vector(workspace: Path, cli: Cli) -> None:
