@@ -50,7 +50,7 @@ class Vector:
         """The factors of every module."""
         from lora_align.adapters.delta import LoraDelta, total
 
-        loaded, _ = vectors.opened(self.policy.vectors)
+        loaded, _ = vectors.load_updates(self.policy.vectors)
         return total([LoraDelta(()), *(loaded[name] * weight for name, weight in self.weights.items())])
 
     @property
@@ -145,6 +145,6 @@ class Vector:
 def load(folder: str | Path) -> Vector:
     """Load any PEFT LoRA folder as a vector."""
     path = Path(folder).expanduser()
-    found = vectors.at(path, str(path))
+    found = vectors.from_folder(path, str(path))
     recipe = Recipe(base=Base(""))
     return Vector({found.name: 1.0}, {found.name: found}, recipe, path.parent)

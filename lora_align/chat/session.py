@@ -76,7 +76,7 @@ class Session:
         self.memory.forget()
         self.vectors |= new
         far = safe_ranges.warnings_beyond_reach(merged, self.vectors, self.runs_dir)
-        return [*(doubt for vector in new.values() for doubt in vector.doubts()), *far]
+        return [*(doubt for vector in new.values() for doubt in vector.warnings()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """The assistant's next words, piece by piece; `tokens` counts them."""
@@ -104,7 +104,7 @@ def open_session(
     """Load the base with a policy's adapters over it."""
     found, fixed, start, start_id = dict(policy.vectors), False, None, ""
     if policy.contains_start:
-        _, start_id = vectors.common(found.values())
+        _, start_id = vectors.common_base(found.values())
         start = start_policy.published(runs_dir, start_id)
         fixed = start is None
         if start is not None:  # so that the mix can change its weight and the start policy stays
@@ -129,7 +129,7 @@ def open_session(
 
 def _differences(base: Base, found: Iterable[Vector]) -> list[str]:
     """What of the base's surroundings is not as it was in training."""
-    theirs, _ = vectors.common(found)
+    theirs, _ = vectors.common_base(found)
     words = {"chat_format": "chat template or tokenizer", "quantization": "quantisation"}
     ours = base.identity
     return [

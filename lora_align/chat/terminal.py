@@ -141,7 +141,7 @@ def _want(session: Session, argument: str, screen: Screen) -> None:
     if conditioned is None:
         raise UserError("nothing here can be asked for a direction; start with chat --want")
     if argument:
-        conditioned = Conditioned.asked(conditioned.name, conditioned.run, argument, screen)
+        conditioned = Conditioned.parse(conditioned.name, conditioned.run, argument, screen)
         session.conditioned = conditioned
     screen.say(str(conditioned.want))
 

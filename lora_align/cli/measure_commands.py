@@ -10,7 +10,7 @@ from lora_align.cli.shared import MEASURES, ByOption, Given, check_url, takes
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.grid import grid
-from lora_align.policy import vectors
+from lora_align.policy import safe_ranges, vectors
 from lora_align.policy.policy import find_policies, newest_conditioned, weighted
 from lora_align.weights import name_of, parse_weights
 
@@ -40,7 +40,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure policies on the same prompts, the first against others.
+    """Measure policies on the same prompts, and compare the first with the others.
 
     Without any: the newest mix against the start policy.
 
@@ -52,7 +52,7 @@ def evaluate(
     given.check_judges(by, project)
     given.screen.loading(project.base.model)
     from lora_align.evaluate.compare import compare_policies
-    from lora_align.evaluate.lm_eval_tasks import figures as task_figures
+    from lora_align.evaluate.lm_eval_tasks import task_figures
     from lora_align.evaluate.measure import Evaluator
     from lora_align.model.endpoint import Endpoint
 
@@ -83,7 +83,9 @@ def sweep(
 
     Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
     """
-    called = given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
+    target = (
+        given.runs_dir / "sweep" / (given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"]))
+    )
     project = given.of_runs()
     values, _ = grid(axes or [])
     given.check_vectors(values, project)
@@ -93,20 +95,14 @@ def sweep(
         newest_conditioned(given.runs_dir, "--directions", given.screen)
     given.screen.loading(project.base.model)
     from lora_align.evaluate.measure import Evaluator
-    from lora_align.evaluate.sweep import run_sweep, summary
+    from lora_align.evaluate.sweep import plan_sweep, run_sweep
 
-    made = run_sweep(
-        axes or [],
-        also or [],
-        project,
-        given.runs_dir,
-        given.screen,
-        lambda policies: Evaluator.of(policies, project, given.runs_dir, given.screen, by or ()),
-        asked=directions,
-        name=called,
-        force=given.force,
-    )
-    given.screen.result(summary(made), {"sweep": str(made.path), **made.manifest.metrics})
+    runs.refuse_existing(target, given.force)
+    plan = plan_sweep(axes or [], directions, also or [], given.runs_dir, given.screen)
+    policies = find_policies(plan.policies, project, given.runs_dir, given.screen)
+    evaluator = Evaluator.of(policies, project, given.runs_dir, given.screen, by or ())
+    result = run_sweep(plan, evaluator, project, target, given.screen, force=given.force)
+    given.screen.result(f"{result.summary()}\n\n{target}/report.html", {"sweep": str(target), **result.as_json()})
 
 
 @takes(*MEASURES)
@@ -139,13 +135,15 @@ def tune(
         ),
     ] = 1,
 ) -> None:
-    """Find weights by gradient on held-out pairs, without a grid. They stay within the bounds below.
+    """Find weights by gradient on held-out pairs, without a grid, within the bounds below.
 
     Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
     """
     aims = parse_weights(aim)
     if min(aims.values()) <= 0:
-        raise UserError("--aim: shares above 0; to turn a preference round, give merge a negative weight")
+        raise UserError(
+            "--aim: a share must be above 0; for the opposite of a preference, merge it with a negative weight"
+        )
     project = given.of_runs()
     given.check_vectors(aims, project)
     given.screen.loading(project.base.model)
@@ -158,19 +156,17 @@ def tune(
     from lora_align.policy.policy_set import PolicySet
 
     project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNE_PAIRS)))
-    parts = (
-        aims if groups == 1 else [part for name in aims for part in tuning.parts(name, groups, project, given.runs_dir)]
-    )
-    policy = weighted(dict.fromkeys(parts, 1.0), project, given.runs_dir)
+    names = [part for name in aims for part in tuning.layer_groups(name, groups, project, given.runs_dir)]
+    policy = weighted(dict.fromkeys(names, 1.0), project, given.runs_dir)
     policies = PolicySet.of([policy], project, bases.find(project.base), given.runs_dir, given.screen)
-    found = tuning.tune_weights(
+    tuned = tuning.tune_weights(
         Evaluator(policies, read_test_set(project, given.screen, aims), given.runs_dir / FOLDER),
         {name: share / sum(aims.values()) for name, share in aims.items()},
         Bounds(kl, loss, refused, most),
         project.dpo,
         given.screen,
     )
-    given.screen.result(tuning.summary(found, given.runs_dir), tuning.as_json(found))
+    given.screen.result(tuned.summary(given.runs_dir), tuned.as_json())
 
 
 @takes(*MEASURES, "name", "force")
@@ -193,22 +189,22 @@ def reach(
         ),
     ] = 0.1,
 ) -> None:
-    """Find the largest weights before quality breaks. Per vector and per pair; `merge` and `chat` warn beyond them.
+    """Find the largest weights before quality breaks, per vector and per pair. `merge` and `chat` warn beyond them.
 
     Example: lora-align reach helpful harmless
     """
     project = given.of_runs()
-    asked = list(dict.fromkeys(names or vectors.trained(given.runs_dir)))
-    if not asked:
+    names = list(dict.fromkeys(names or vectors.trained(given.runs_dir)))
+    if not names:
         command = runs.command("dpo --all", given.runs_dir)
         raise UserError(f"reach: no preference has both its adapters in {given.runs_dir}/; `{command}` trains them")
-    policy = weighted(dict.fromkeys(asked, 1.0), project, given.runs_dir)
+    policy = weighted(dict.fromkeys(names, 1.0), project, given.runs_dir)
     given.screen.loading(project.base.model)
     from lora_align.evaluate.measure import Evaluator
-    from lora_align.evaluate.reach import Limits, find_reach, summary
+    from lora_align.evaluate.reach import Limits, find_reach
 
-    evaluator = Evaluator.of([policy], project, given.runs_dir, given.screen, preferences=asked)
-    limits = Limits(kl, loss, share)
-    called = given.name or name_of(asked)
-    made = find_reach(asked, limits, project, given.runs_dir, given.screen, evaluator, name=called, force=given.force)
-    given.screen.result(summary(made), {"reach": str(made.path), **made.manifest.metrics})
+    evaluator = Evaluator.of([policy], project, given.runs_dir, given.screen, preferences=names)
+    target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
+    found = find_reach(evaluator, Limits(kl, loss, share), project, target, given.screen, force=given.force)
+    summary = f"{found.summary()}\n\n{target}: merge and chat warn beyond these weights"
+    given.screen.result(summary, {"reach": str(target), **found.as_json()})

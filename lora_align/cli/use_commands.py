@@ -24,7 +24,7 @@ from lora_align.cli.shared import (
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.errors import UserError
-from lora_align.policy.policy import Policy, chosen
+from lora_align.policy.policy import Policy, select_policy
 from lora_align.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def chat(
         raise UserError("chat: --json takes one prompt, no commands")
     project = given.of_runs()
     wanted = weights_of(weights)
-    policy = chosen(given.runs_dir, project, given.screen, wanted, adapter, want)
+    policy = select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
     given.screen.loading(project.base.model)
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
@@ -164,7 +164,7 @@ def generate(
     wanted = weights_of(weights)
     shards.check_out_file(out)
     check_first_row(prompts)
-    policy = None if endpoint else chosen(given.runs_dir, project, given.screen, wanted, adapter, want)
+    policy = None if endpoint else select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
     given.screen.loading(project.base.model)
     from lora_align.commands.generate import generate_file
     from lora_align.model.decoding import Sampling

@@ -39,8 +39,8 @@ def inspect_vectors(
     if not named:
         raise UserError(f"nothing to look at in {runs_dir}/: no preference is trained there; name adapter folders")
     found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
-    vectors.common(found.values())
-    updates, adapters = vectors.opened(found)
+    vectors.common_base(found.values())
+    updates, adapters = vectors.load_updates(found)
     same_base.check_same_base(adapters, same_base=True)
     known = Geometry.of(updates)
     norms, places = known.norms(), known.by_place()
@@ -182,7 +182,7 @@ def _doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str
         for name, norm in norms.items()
         if norm <= SMALL * longest
     ]
-    return [*small, *(doubt for vector in found.values() for doubt in vector.doubts())]
+    return [*small, *(doubt for vector in found.values() for doubt in vector.warnings())]
 
 
 def _without_nan(value: Any) -> Any:

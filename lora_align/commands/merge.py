@@ -47,7 +47,7 @@ def merge_adapters(
         runs.check_base(runs_dir, ready.base)
     # policies have shares, which are not weights of vectors
     far = [] if METHODS[how.method].of_policies else safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir)
-    for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.doubts()), *far]:
+    for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.warnings()), *far]:
         screen.warn(doubt)
     if ready.merge.cancels():
         if not ready.merge.start:
@@ -110,8 +110,8 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: M
     if METHODS[how.method].of_policies:
         found = {key: vector.policy() for key, vector in found.items()}
     vectors.refuse_start_inside(found.values(), how.with_start)
-    base, start_id = vectors.common(found.values())
-    updates, adapters = vectors.opened(found)
+    base, start_id = vectors.common_base(found.values())
+    updates, adapters = vectors.load_updates(found)
     known = all(map(_base_known, found.values()))
     same_base.check_same_base(adapters, same_base=how.same_base or known)
     start = LoraDelta(())

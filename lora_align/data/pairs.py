@@ -102,9 +102,9 @@ def is_held_out(prompt: Prompt, share: float) -> bool:
 def split_at(prompts: Iterable[Prompt], share: float) -> float:
     """Return the share of prompts that a source holds out: `share`, or more for a small source.
 
-    If `share` holds out fewer than MIN_HELD_OUT rows, MIN_HELD_OUT prompts are held out, but at most a fifth of all prompts.
-    `prompts` are all prompts of the source, without ranking or limit, so that all preferences and directions hold out
-    the same prompts. Reading stops once MIN_HELD_OUT rows are found.
+    If `share` holds out fewer than MIN_HELD_OUT rows, MIN_HELD_OUT prompts are held out, but at most a fifth of all
+    prompts. `prompts` are all prompts of the source, without ranking or limit, so that all preferences and directions
+    hold out the same prompts. Reading stops once MIN_HELD_OUT rows are found.
     """
     if not share:
         return share

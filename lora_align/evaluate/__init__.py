@@ -1,1 +1,1 @@
-"""Policies measured on the same prompts and seeds, with intervals."""
+"""Evaluation: measure policies on the same prompts and seeds, compare them, and search for weights."""

@@ -1,4 +1,4 @@
-"""Policies side by side: every figure of each, and how often the first beats the others."""
+"""Comparison of policies: the figures of each, and how often the first one wins against each other one."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,16 +28,16 @@ class Comparison:
     def summary(self) -> str:
         """Return a table with a row for each figure and a column for each policy, then the wins of the first one."""
         names = list(dict.fromkeys(name for figures_ in self.policies.values() for name in figures_))
-        rows = [[name, *(_shown(figures_.get(name)) for figures_ in self.policies.values())] for name in names]
+        rows = [[name, *(_cell(figures_.get(name)) for figures_ in self.policies.values())] for name in names]
         parts = [
             f"{count(self.prompts, 'prompt')}, {count(self.answers, 'answer')} each; "
             "in brackets: 95 % intervals over prompts",
             table(["", *self.policies], rows),
         ]
         first = next(iter(self.policies))
-        for other, by in self.wins.items():
+        for other, by_judge in self.wins.items():
             words = [self.policies[name]["words"].value for name in (first, other)]
-            rows = [[name, _shown(figure)] for name, figure in by.items()]
+            rows = [[name, _cell(figure)] for name, figure in by_judge.items()]
             heading = f"{first} wins against {other} ({words[0]:.0f} words against {words[1]:.0f})"
             parts.append(
                 "\n".join([heading, table(["by", "share"], rows)]) if rows else f"{heading}: no judge (--by, --judge)"
@@ -51,20 +51,21 @@ class Comparison:
 def compare_policies(
     evaluator: Evaluator, screen: Screen, server: Sampler | None = None, tasks: Mapping[str, Figures] | None = None
 ) -> Comparison:
-    """Measure all policies and compare the first with each other one: by judges, and by a served model if there is one.
+    """Measure all policies, and compare the first with each other one by the judges and by a served model, if given.
 
-    `tasks` are further figures of each policy.
+    `tasks` adds figures to each policy, by its name.
     """
-    found, test_set = list(evaluator.measure_all(screen)), evaluator.test_set
-    against = {other.name: wins(found[0], other) for other in found[1:]}
+    measurements, test_set = list(evaluator.measure_all(screen)), evaluator.test_set
+    first, *others = measurements
+    wins_against = {other.name: wins(first, other) for other in others}
     if server:
-        for other in found[1:]:
-            against[other.name] |= server_judge.compared(found[0], other, test_set, server, screen)
-    everyone = {one.name: {**figures(one), **(tasks or {}).get(one.name, {})} for one in found}
-    return Comparison(len(test_set.questions), test_set.answers, everyone, against)
+        for other in others:
+            wins_against[other.name] |= server_judge.judge_wins(first, other, test_set, server, screen)
+    policies = {one.name: {**figures(one), **(tasks or {}).get(one.name, {})} for one in measurements}
+    return Comparison(len(test_set.questions), test_set.answers, policies, wins_against)
 
 
-def _shown(estimate: Estimate | None) -> str:
+def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
     digits = 2 if abs(estimate.value) < 100 else 0

@@ -1,4 +1,4 @@
-"""By which figure a goal is told: what an axis of a sweep, or an objective of a policy, is there for."""
+"""The choice of the figure that scores an axis of a sweep, or an objective of a conditioned policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,27 +9,30 @@ from lora_align.rankers import SCORE, Ranker
 
 @dataclass(frozen=True)
 class Score:
-    """A figure's name, and whether less of it is better."""
+    """The name of a figure, and whether a lower value is better."""
 
     name: str
-    less: bool = False
+    lower: bool = False
 
-    def worth(self, figures: Mapping[str, Estimate]) -> float:
-        """More is better."""
-        return -figures[self.name].value if self.less else figures[self.name].value
+    def signed_value(self, figures: Mapping[str, Estimate]) -> float:
+        """Return the figure, negated if lower is better."""
+        return -figures[self.name].value if self.lower else figures[self.name].value
 
     def __str__(self) -> str:
-        return f"{self.name} (less is better)" if self.less else self.name
+        return f"{self.name} (less is better)" if self.lower else self.name
 
 
-def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, less: bool = False) -> Score | None:
-    """The best there is among the names: the oracle, its pair, a reward model's head of its name, what ranks its pairs,
-    or margins on them; `helpful@0-10` is told as `helpful` is. `less` is what is wanted of an objective."""
+def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, lower: bool = False) -> Score | None:
+    """Return the score of a preference or objective, chosen among the names of figures; None if none fits.
+
+    In order of choice: the oracle, `pair:`, a reward-model head of that name, the head or length that ranks its pairs,
+    the margin. `helpful@0-10` has the score of `helpful`. `lower` is set for an objective whose weight is negative.
+    """
     preference = goal.partition("@")[0]
-    wanted = [Score(end, less) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
+    choices = [Score(end, lower) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
     if ranker and ranker.kind == "rating":
-        wanted.append(Score(f": {ranker.column.removeprefix(SCORE)}", ranker.lower))
+        choices.append(Score(f": {ranker.column.removeprefix(SCORE)}", ranker.lower))
     if ranker and ranker.kind in ("shorter", "longer"):
-        wanted.append(Score("words", ranker.kind == "shorter"))
-    wanted.append(Score(f"margin {preference}"))
-    return next((Score(name, one.less) for one in wanted for name in names if name.endswith(one.name)), None)
+        choices.append(Score("words", ranker.kind == "shorter"))
+    choices.append(Score(f"margin {preference}"))
+    return next((Score(name, choice.lower) for choice in choices for name in names if name.endswith(choice.name)), None)

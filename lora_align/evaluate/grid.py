@@ -1,4 +1,4 @@
-"""The axes of a sweep, and the points of its grid."""
+"""The grid of a sweep: parse its axes, and combine their values to weights."""
 
 import itertools
 import math
@@ -9,11 +9,14 @@ from lora_align.policy.policy import START
 from lora_align.weights import NAME
 
 Weights = Mapping[str, float]
-MOST = 1000  # points
+MAX_POLICIES = 1000
 
 
 def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
-    """`helpful=-1:1:0.5`, or `helpful=0:1` in steps of a half: the values of each axis, and every combination."""
+    """Parse axes such as `helpful=-1:1:0.5`; return the values of each axis, and every combination of them.
+
+    The step is 0.5 if an axis names none.
+    """
     values: dict[str, list[float]] = {}
     for axis in axes:
         name, _, span = axis.partition("=")
@@ -23,17 +26,18 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
         except (ValueError, ZeroDivisionError):
             count = 0
         if not NAME.fullmatch(name.partition("@")[0]) or not span or count < 1:
-            raise UserError(f"sweep: {axis!r} is no axis; as in helpful=-1:1:0.5, from, to, and in what steps")
-        if count > MOST:
-            raise UserError(f"sweep: {axis!r} has {count:,} values, more than {MOST:,}; take larger steps")
+            raise UserError(f"sweep: {axis!r} is not an axis; expected NAME=FROM:TO:STEP, as in helpful=-1:1:0.5")
+        if count > MAX_POLICIES:
+            raise UserError(f"sweep: {axis!r} has {count:,} values, more than {MAX_POLICIES:,}; use larger steps")
         values[name] = [round(low + step * place, 6) for place in range(count)]
-    points: list[Weights] = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    if len(points) > MOST:
-        raise UserError(f"sweep: {len(points):,} points are more than {MOST:,}")
-    return values, points
+    combined: list[Weights] = [
+        dict(zip(values, weights, strict=True)) for weights in itertools.product(*values.values())
+    ]
+    if len(combined) > MAX_POLICIES:
+        raise UserError(f"sweep: the grid has {len(combined):,} policies, more than {MAX_POLICIES:,}; use larger steps")
+    return values, combined
 
 
 def weights_text(weights: Weights) -> str:
-    """As `eval` takes it."""
-    live = {name: weight for name, weight in weights.items() if weight}
-    return ",".join(f"{name}={weight:g}" for name, weight in live.items()) or START
+    """Format weights as `eval` reads them, without zeros; weights of 0 alone are the start policy."""
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or START

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, put to every policy by way of the model that is loaded here."""
+"""Tasks of lm-evaluation-harness, run for every policy on the loaded model."""
 
 import hashlib
 import json
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
 
-AT_ONCE = 16  # texts
-Values = Mapping[str, Sequence[float]]  # of each metric, one a question
+BATCH_SIZE = 16
+Values = Mapping[str, Sequence[float]]  # metric → a value for each question
 
 
-def figures(words: Sequence[str], evaluator: Evaluator, screen: Screen) -> dict[str, Figures]:
-    """Every policy's, by task and metric. Tasks have names, or are files that say what they ask.
+def task_figures(tasks: Sequence[str], evaluator: Evaluator, screen: Screen) -> dict[str, Figures]:
+    """Return the figures of every policy, by task and metric. `tasks` are names or .yaml files.
 
-    Where a policy is asked for a direction, all are asked through the chat template; else as tasks are written.
+    Prompts are used as the task has them. If a policy has a system message, the chat template is applied for all.
     """
-    tasks = _loaded(words)
-    told: dict[str, Figures] = {}
+    loaded = _load(tasks)
+    by_policy: dict[str, Figures] = {}
     for policy in evaluator.policies.policies:
-        found: Figures = {}
-        for name, task in tasks.items():
-            for metric, values in _values(name, task, policy, evaluator, screen).items():
-                found[f"{name}: {metric}"] = intervals.mean(values, range(len(values)))
-        told[policy.name] = found
-    return told
+        by_policy[policy.name] = {
+            f"{name}: {metric}": intervals.mean(values, range(len(values)))
+            for name, task in loaded.items()
+            for metric, values in _values(name, task, policy, evaluator, screen).items()
+        }
+    return by_policy
 
 
-def _loaded(words: Sequence[str]) -> "dict[str, Task]":
+def _load(words: Sequence[str]) -> "dict[str, Task]":
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as fault:
@@ -51,7 +51,7 @@ def _loaded(words: Sequence[str]) -> "dict[str, Task]":
     known = manager.all_tasks
     for word in words:
         if not Path(word).is_file() and word not in known:
-            raise UserError(f"--tasks: no file, and no task of the harness, is called {word!r}{nearest(word, known)}")
+            raise UserError(f"--tasks: {word!r} is neither a file nor a task of the harness{nearest(word, known)}")
     try:
         with _quietly(hide=True):
             return dict(manager.load(list(words))["tasks"])
@@ -60,7 +60,7 @@ def _loaded(words: Sequence[str]) -> "dict[str, Task]":
 
 
 def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, screen: Screen) -> Values:
-    """As they were measured before, if they were: by the task's settings and questions, and who answers."""
+    """Return the cached values of a task, or compute them. The cache key names task, questions and policy."""
     chat = any(other.system for other in evaluator.policies.policies)
     import lm_eval
 
@@ -72,24 +72,24 @@ def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, scree
         "versions": {**runs.library_versions(), "lm_eval": lm_eval.__version__},
     }
     text = json.dumps(identity, sort_keys=True, default=str)
-    kept = evaluator.folder / f"task-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    if not kept.is_file():
+    cached = evaluator.folder / f"task-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    if not cached.is_file():
         screen.note(f"{name}: {policy.name}")
         evaluator.policies.activate(policy)
         with _quietly(hide=screen.quiet or not sys.stderr.isatty()):
-            values = _asked(name, task, _model(evaluator), policy.system, chat)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name(f".{kept.name}")
+            values = _evaluate(name, task, _model(evaluator), policy.system, chat)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cached.with_name(f".{cached.name}")
         unfinished.write_text(json.dumps({"task": name, "policy": policy.name, "values": values}))
-        unfinished.replace(kept)
-    values = json.loads(kept.read_text())["values"]
+        unfinished.replace(cached)
+    values = json.loads(cached.read_text())["values"]
     if not values:
-        screen.warn(f"{name}: none of its metrics is a mean over questions; it is left out")
+        screen.warn(f"{name}: left out, because none of its metrics has a number for each question")
     return values  # type: ignore[no-any-return]
 
 
-def _asked(name: str, task: "Task", model: "HFLM", system: str, chat: bool) -> Values:
-    """What the harness finds of each question, where that is a number."""
+def _evaluate(name: str, task: "Task", model: "HFLM", system: str, chat: bool) -> Values:
+    """Return the harness's metrics of each question, without those that are not numbers."""
     from lm_eval import evaluate
 
     result = evaluate(
@@ -97,10 +97,10 @@ def _asked(name: str, task: "Task", model: "HFLM", system: str, chat: bool) -> V
     )
     values: dict[str, list[float]] = {}
     for sample in result["samples"][name]:
-        way = "" if sample["filter"] == "none" else f" ({sample['filter']})"
+        suffix = "" if sample["filter"] == "none" else f" ({sample['filter']})"
         for metric in sample["metrics"]:
             if isinstance(sample[metric], int | float):
-                values.setdefault(metric + way, []).append(float(sample[metric]))
+                values.setdefault(metric + suffix, []).append(float(sample[metric]))
     return values
 
 
@@ -108,19 +108,19 @@ def _model(evaluator: Evaluator) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
     chat = evaluator.base.chat
-    chat.tokenizer.chat_template = chat.template  # the harness knows no other
+    chat.tokenizer.chat_template = chat.template  # the harness reads the template from the tokenizer
     return HFLM(
         pretrained=evaluator.model,
         tokenizer=chat.tokenizer,
         max_length=evaluator.base.max_length,
-        batch_size=AT_ONCE,
+        batch_size=BATCH_SIZE,
         chat_template_args=dict(chat.template_kwargs),
     )
 
 
 @contextmanager
 def _quietly(*, hide: bool) -> Iterator[None]:
-    """The harness's own bars, for a person who waits; what it logs is not for anybody."""
+    """Silence the harness's log, and hide its progress bars if `hide`."""
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""One policy measured: what it answers, what it likes, what it forgets. Tables, kept on disk; no figure yet."""
+"""Measurement of a policy: tables of answers, margins, text loss and known facts, cached on disk."""
 
 import hashlib
 import json
@@ -32,15 +32,15 @@ from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Recipe
 
 Row = dict[str, Any]
-FOLDER = "eval"  # in the runs folder: everything that was measured
+FOLDER = "eval"  # of cached measurements, in the runs folder
 TABLES = ("answers", "margins", "texts", "facts")
-FORM = 3  # counted up when something is measured in another way
-SCORE = "score "  # before the name of a judge, in a column's name
+FORM = 3  # part of the cache key; raise it whenever a table changes its content
+SCORE = "score "  # prefix of columns that hold a judge's scores
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found of one policy, a row for each answer, pair, text and fact."""
+class Measurement:
+    """The tables of one policy: a row for each answer, pair, text and fact."""
 
     name: str
     answers: Sequence[Row]
@@ -50,7 +50,7 @@ class Measured:
 
 
 class Evaluator:
-    """Measure policies of a set on the same prompts, pairs, texts and facts."""
+    """Measure the policies of a set on the same prompts, pairs, texts and facts."""
 
     def __init__(self, policies: PolicySet, test_set: TestSet, folder: Path) -> None:
         self.policies, self.test_set, self.folder, self.base = policies, test_set, folder, policies.base
@@ -65,12 +65,14 @@ class Evaluator:
         by: Sequence[str] = (),
         preferences: Iterable[str] | None = None,
     ) -> "Evaluator":
-        """Read and check everything. The judges in `by` score answers, and those registered for the base; the test set
-        has held-out pairs of some `preferences`, or of all."""
+        """Check the policies, and read the test set with held-out pairs of `preferences`, or of all.
+
+        The judges named in `by`, and those registered for the base, score answers.
+        """
         base = bases.find(recipe.base)
         judges_ = judges.find_all(by, base, recipe, runs_dir)
-        found = PolicySet.of(policies, recipe, base, runs_dir, screen, judges_)
-        return cls(found, read_test_set(recipe, screen, preferences), runs_dir / FOLDER)
+        policy_set = PolicySet.of(policies, recipe, base, runs_dir, screen, judges_)
+        return cls(policy_set, read_test_set(recipe, screen, preferences), runs_dir / FOLDER)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -78,18 +80,12 @@ class Evaluator:
         return self.policies.model
 
     @cached_property
-    def start_likes(self) -> Mapping[str, Tensor]:
-        """log π of both answers of every pair under the start policy."""
-        return self.likes(START_POLICY)
+    def start_log_odds(self) -> Mapping[str, Tensor]:
+        """The log-odds of every pair under the start policy."""
+        return self.log_odds(START_POLICY)
 
-    def measure(self, policy: Policy, report: Callable[[int], None]) -> Measured:
-        """Ask everything; `report` hears of answers drawn."""
-        answers = self._answers(policy, report)
-        margins, forgets = self._margins(policy), (self._texts(policy), self._facts(policy))
-        return Measured(policy.name, answers, margins, *forgets)
-
-    def measured(self, policy: Policy, report: Callable[[int], None] = lambda done: None) -> Measured:
-        """Return what was measured of a policy before, or measure it now; `report` hears of answers sampled.
+    def measure(self, policy: Policy, report: Callable[[int], None] = lambda sampled: None) -> Measurement:
+        """Return the cached measurement of a policy, or measure it. `report` is called with the answers sampled so far.
 
         The cache key names the files of the policy, the test set, the judges and the versions of libraries.
         """
@@ -103,16 +99,21 @@ class Evaluator:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         stored = self.folder / key
         if not store.is_intact(stored):
-            self._store(self.measure(policy, report), stored, {"name": policy.name, **identity})
+            tables = {
+                "answers": self._answers(policy, report),
+                "margins": self._margins(policy),
+                "texts": self._texts(policy),
+                "facts": self._facts(policy),
+            }
+            self._store(tables, stored, {"name": policy.name, **identity})
         else:
             report(self.test_set.answers)
         from pyarrow.parquet import read_table
 
-        tables = {table: read_table(stored / f"{table}.parquet").to_pylist() for table in TABLES}
-        return Measured(policy.name, **tables)
+        return Measurement(policy.name, **{name: read_table(stored / f"{name}.parquet").to_pylist() for name in TABLES})
 
-    def measure_all(self, screen: Screen) -> Iterator[Measured]:
-        """Yield what is measured of each policy of the set, with progress by answers."""
+    def measure_all(self, screen: Screen) -> Iterator[Measurement]:
+        """Yield the measurement of each policy of the set, and show progress by answers."""
         each = self.test_set.answers
         with screen.progress("answers", each * len(self.policies.policies)) as progress:
             for number, policy in enumerate(self.policies.policies):
@@ -120,22 +121,22 @@ class Evaluator:
                 def report(done: int, before: int = number * each) -> None:
                     progress.show(before + done, {})
 
-                yield self.measured(policy, report)
+                yield self.measure(policy, report)
 
-    def _store(self, found: Measured, stored: Path, about: Mapping[str, Any]) -> None:
+    def _store(self, tables: Mapping[str, Sequence[Row]], stored: Path, about: Mapping[str, Any]) -> None:
         with store.new_folder(stored) as staging:
-            for table in TABLES:
-                shards.write(getattr(found, table), staging / f"{table}.parquet")
+            for name, rows in tables.items():
+                shards.write(rows, staging / f"{name}.parquet")
             (staging / "measured.json").write_text(json.dumps(about, indent=2))
 
     # --- answers ---
 
     def _answers(self, policy: Policy, report: Callable[[int], None]) -> list[Row]:
-        asked = [with_system_prompt(policy.system, question.prompt) for question in self.test_set.questions]
+        prompts = [with_system_prompt(policy.system, question.prompt) for question in self.test_set.questions]
         self.policies.activate(policy)
         rows: list[Row] = []
-        for batch in self.policies.sampler.draw(asked, self.test_set.samples, self.test_set.sampling):
-            rows += [self._read(drawn) for drawn in batch]
+        for batch in self.policies.sampler.draw(prompts, self.test_set.samples, self.test_set.sampling):
+            rows += [self._answer_row(sampled) for sampled in batch]
             report(len(rows))
         rows.sort(key=lambda row: (row["prompt"], row["number"]))
         if self.test_set.sampling.temperature == 1:
@@ -143,80 +144,76 @@ class Evaluator:
         self._add_scores(rows)
         return rows
 
-    def _read(self, drawn: SampledText) -> Row:
-        question = self.test_set.questions[drawn.prompt]
+    def _answer_row(self, sampled: SampledText) -> Row:
+        question = self.test_set.questions[sampled.prompt]
         return {
-            "prompt": drawn.prompt,
+            "prompt": sampled.prompt,
             "asked": question.prompt[-1].content,
             "kind": question.kind,
-            "number": drawn.number,
-            "answer": drawn.text,
-            "ended": drawn.ended,
-            "words": len(drawn.text.split()),
-            "repeated": repetition.repeated(drawn.text),
-            "refused": refusals.refuses(drawn.text),
+            "number": sampled.number,
+            "answer": sampled.text,
+            "ended": sampled.ended,
+            "words": len(sampled.text.split()),
+            "repeated": repetition.repeated(sampled.text),
+            "refused": refusals.refuses(sampled.text),
         }
 
     def _add_kl(self, policy: Policy, rows: Sequence[Row]) -> None:
-        """log π − log π_start of each answer. As answers at temperature 1 are drawn from π itself, the mean is the KL
-        divergence KL(π‖π_start)."""
-        sides = []
-        for who in (policy, START_POLICY):
-            self.policies.activate(who)
-            read = []
+        """Add log π − log π_start of each answer.
+
+        Answers at temperature 1 are samples of π, so the mean estimates KL(π‖π_start).
+        """
+        logprobs = []
+        for one in (policy, START_POLICY):
+            self.policies.activate(one)
+            tokenised: list[Shared] = []
             for row in rows:
-                prompt = with_system_prompt(who.system, self.test_set.questions[row["prompt"]].prompt)
+                prompt = with_system_prompt(one.system, self.test_set.questions[row["prompt"]].prompt)
                 ids = self.base.chat.prompt_ids(prompt)
                 answer = self.base.chat.answer_ids(prompt, row["answer"], ended=row["ended"])
-                read.append((ids, [answer[: max(1, self.base.max_length - len(ids))]]))
-                row["tokens"] = len(read[-1][1][0])
-            sides.append(answer_logprobs(self.model, read, MemoryBudget(TOKENS)))
-        for row, found in zip(rows, (sides[0] - sides[1]).tolist(), strict=True):
-            row["kl"] = found
+                answer = answer[: max(1, self.base.max_length - len(ids))]
+                tokenised.append((ids, [answer]))
+                row["tokens"] = len(answer)
+            logprobs.append(answer_logprobs(self.model, tokenised, MemoryBudget(TOKENS)))
+        for row, log_ratio in zip(rows, (logprobs[0] - logprobs[1]).tolist(), strict=True):
+            row["kl"] = log_ratio
 
     def _add_scores(self, rows: Sequence[Row]) -> None:
-        """What each judge says, who sees the prompt as it is, without what was asked for."""
-        said = [
-            judges.tokenise_answer(self.base, self.test_set.questions[row["prompt"]].prompt, row["answer"])
-            for row in rows
-        ]
-        for name, judge in self.policies.judges.items():
-            places = [place for place, one in enumerate(said) if one]
-            found = judge.score(self.model, self.policies.mixer, [one for one in said if one])
-            for place, scores in zip(places, found, strict=True):
-                rows[place] |= {SCORE + judges.column(name, objective): value for objective, value in scores.items()}
+        """Add each judge's scores. A judge sees the prompt without the policy's system message."""
+        answers = [(self.test_set.questions[row["prompt"]].prompt, row["answer"]) for row in rows]
+        for name in self.policies.judges:
+            for row, scores in zip(rows, self.policies.score(name, answers), strict=True):
+                row |= {SCORE + judges.column(name, objective): value for objective, value in scores.items()}
 
-    # --- likes ---
+    # --- margins on held-out pairs ---
 
-    def likes(self, policy: Policy) -> dict[str, Tensor]:
-        """log π(chosen) − log π(rejected) of every preference's pairs; nan where they do not fit."""
+    def log_odds(self, policy: Policy) -> dict[str, Tensor]:
+        """Return log π(chosen) − log π(rejected) of every preference's pairs; nan where a pair is too long."""
         self.policies.activate(policy)
-        found = {}
+        odds = {}
         for name, pairs in self.test_set.pairs.items():
-            asked = [
-                type(pair)(with_system_prompt(policy.system, pair.prompt), pair.chosen, pair.rejected) for pair in pairs
-            ]
-            tokens = tokenise.pairs(asked, self.base.chat, self.base.max_length, Counter())
+            prompted = [replace(pair, prompt=with_system_prompt(policy.system, pair.prompt)) for pair in pairs]
+            tokens = tokenise.pairs(prompted, self.base.chat, self.base.max_length, Counter())
             rows: list[Shared] = [row.shared() for row in tokens if row]
             sums = answer_logprobs(self.model, rows, MemoryBudget(TOKENS)).view(-1, 2)
-            found[name] = torch.full((len(pairs),), torch.nan)
-            found[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(found[name])
-        return found
+            odds[name] = torch.full((len(pairs),), torch.nan)
+            odds[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(odds[name])
+        return odds
 
     def _margins(self, policy: Policy) -> list[Row]:
-        """Of pairs that fit behind what the policy is asked for, and without it."""
-        before, now = self.start_likes, self.likes(policy)
+        """Return the margins of pairs that fit both with and without the policy's system message."""
+        start, odds = self.start_log_odds, self.log_odds(policy)
         return [
-            {"preference": name, "pair": place, "margin": value}
-            for name, likes in now.items()
-            for place, value in enumerate((likes - before[name]).tolist())
-            if math.isfinite(value)
+            {"preference": name, "pair": place, "margin": margin}
+            for name, of_pairs in odds.items()
+            for place, margin in enumerate((of_pairs - start[name]).tolist())
+            if math.isfinite(margin)
         ]
 
-    # --- forgets ---
+    # --- ordinary text and facts ---
 
     def _texts(self, policy: Policy) -> list[Row]:
-        """Nats of ordinary text behind its first token, with nothing of a chat around it."""
+        """Return the loss of each text without its first token, in nats. No chat template is applied."""
         self.policies.activate(policy)
         encode = self.base.chat.tokenizer
         ids = [
@@ -232,21 +229,23 @@ class Evaluator:
         ]
 
     def _facts(self, policy: Policy) -> list[Row]:
-        """Whether it finds what is right likelier than all that is wrong."""
         self.policies.activate(policy)
-        asked = [replace(fact, prompt=with_system_prompt(policy.system, fact.prompt)) for fact in self.test_set.facts]
-        found = facts_known(self.model, self.base, asked)
-        return [{"fact": place, "known": value} for place, value in enumerate(found) if value is not None]
+        facts = [replace(fact, prompt=with_system_prompt(policy.system, fact.prompt)) for fact in self.test_set.facts]
+        known = facts_known(self.model, self.base, facts)
+        return [{"fact": place, "known": value} for place, value in enumerate(known) if value is not None]
 
 
 def facts_known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[bool | None]:
-    """Of each fact, whether its right answer has the largest log-probability a token; None where one does not fit."""
-    asked = base.chat.answered_each([(fact.prompt, [fact.right, *fact.wrong]) for fact in facts])
-    fits = [len(prompt) + max(map(len, answers)) <= base.max_length for prompt, answers in asked]
-    fitting = [one for one, fit in zip(asked, fits, strict=True) if fit]
+    """Return whether the correct answer of each fact has the highest mean log-probability a token.
+
+    The value is None for a fact that is too long.
+    """
+    tokenised = base.chat.answered_each([(fact.prompt, [fact.right, *fact.wrong]) for fact in facts])
+    fits = [len(prompt) + max(map(len, answers)) <= base.max_length for prompt, answers in tokenised]
+    fitting = [row for row, fit in zip(tokenised, fits, strict=True) if fit]
     sums = iter(answer_logprobs(model, fitting, MemoryBudget(TOKENS)).tolist())
-    found: list[bool | None] = []
-    for (_, answers), fit in zip(asked, fits, strict=True):
+    known: list[bool | None] = []
+    for (_, answers), fit in zip(tokenised, fits, strict=True):
         right, *wrong = [next(sums) / len(answer) for answer in answers] if fit else [math.nan]
-        found.append(right > max(wrong) if fit else None)
-    return found
+        known.append(right > max(wrong) if fit else None)
+    return known

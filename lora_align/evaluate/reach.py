@@ -1,186 +1,121 @@
-"""How far vectors go, each and two at once, before something breaks that nobody asked to change; and how straight."""
+"""The command `reach`: find the largest weights before quality breaks, per vector and per pair of vectors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import combinations, product
+from itertools import combinations, count, product
 from pathlib import Path
-from typing import Any
 
 from lora_align import runs
-from lora_align.console import Screen, table
+from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.figures import figures
+from lora_align.evaluate.grid import Weights, weights_text
 from lora_align.evaluate.measure import Evaluator
-from lora_align.policy import safe_ranges
-from lora_align.policy.policy import START
+from lora_align.policy.safe_ranges import PairReach, Reach, Side, VectorReach
 from lora_align.recipe import Recipe
-from lora_align.runs import Manifest, Run
+from lora_align.runs import Manifest
 
-STEP, STEPS = 0.5, 8  # weights that are tried: so far apart, so many
-SIGNS = tuple(product((1.0, -1.0), repeat=2))  # of two weights that are turned alike
-TRIED = (-1.0, -0.5, 0.5, 1.0)  # weights that margins are looked at
+STEP, STEPS = 0.5, 8  # the weights tried on each side of 0
+SIGNS = tuple(product((1.0, -1.0), repeat=2))  # of two weights of equal size
+FIT = (-1.0, -0.5, 0.5, 1.0)  # weights to which the line of margins is fitted
 KL = "KL a token"
-Weights = Mapping[str, float]
+RISING, FALLING = ("repeated", "refused safe"), ("ended", "facts known", "oracle: well-formed", "oracle: true facts")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What breaks: so many nats a token from the start policy, so many lost on ordinary text, and by how much a share
-    may be worse: of answers that end, repeat themselves, are well formed, of facts that are known or told truly, of
-    safe prompts that are refused."""
+    """Limits of quality, relative to the start policy."""
 
-    kl: float
-    loss: float
-    share: float
+    kl: float  # nats a token
+    loss: float  # rise of the loss on ordinary text, in nats a token
+    share: float  # rise of the shares in RISING, and fall of those in FALLING
 
     def broken(self, start: Mapping[str, float], now: Mapping[str, float]) -> str:
-        """The first that is, or nothing; figures that are not known are not looked at."""
-        worse = {KL: self.kl, "text loss": self.loss, "repeated": self.share, "refused safe": self.share}
-        kept = ("ended", "facts known", "oracle: well-formed", "oracle: true facts")
-        worse |= dict.fromkeys(kept, -self.share)
-        for name, most in worse.items():
+        """Return the first figure that passes its limit, with both values; empty if none does."""
+        rise = {KL: self.kl, "text loss": self.loss, **dict.fromkeys(RISING, self.share)}
+        for name, most in {**rise, **dict.fromkeys(FALLING, self.share)}.items():
             before, after = start.get(name), now.get(name)
-            if before is not None and after is not None and (after - before) * (1 if most > 0 else -1) > abs(most):
+            if before is not None and after is not None and (after - before) * (1 if name in rise else -1) > most:
                 return f"{name} {before:.2f} → {after:.2f}"
         return ""
 
 
-@dataclass(frozen=True)
-class Side:
-    """The last weight that is good, and what breaks at the next; nothing where none did."""
-
-    to: float
-    breaks: str
-
-
-class Walk:
-    """Weights, tried one after the other; whoever was measured once is not measured again."""
+class Search:
+    """Measure a policy at growing weights. Results are cached, because pairs share the weights of single vectors."""
 
     def __init__(self, evaluator: Evaluator, limits: Limits, report: Callable[[str], None]) -> None:
         self.evaluator, self.limits, self.report = evaluator, limits, report
         [self.policy] = evaluator.policies.policies
-        self.start = self._look({})
-        self.liked: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
+        self.start = self._figures({})
+        self.cached_margins: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
 
-    def side(self, one: Weights) -> Side:
-        """How many times these weights, step by step: what breaks may hold again farther out."""
+    def side(self, direction: Weights) -> Side:
+        """Increase weights along a direction, step by step, until a limit is broken."""
         for step in range(1, STEPS + 1):
-            told = {name: STEP * step * weight for name, weight in one.items()}
-            self.report(",".join(f"{name}={weight:g}" for name, weight in told.items()))
-            if found := self.limits.broken(self.start, self._look(told)):
-                return Side(STEP * (step - 1), found)
+            weights = {name: STEP * step * weight for name, weight in direction.items()}
+            self.report(weights_text(weights))
+            if broken := self.limits.broken(self.start, self._figures(weights)):
+                return Side(STEP * (step - 1), broken)
         return Side(STEP * STEPS, "")
 
-    def margins(self, weights: Weights) -> dict[str, float]:
-        """Each preference's mean margin on held-out pairs; read once, as every pair asks for those of its two."""
-        key = frozenset(weights.items())
-        if key not in self.liked:
-            now = self.evaluator.likes(self.policy.at(weights))
-            before = self.evaluator.start_likes
-            self.liked[key] = {name: float((likes - before[name]).nanmean()) for name, likes in now.items()}
-        return self.liked[key]
+    def vector(self, name: str) -> VectorReach:
+        """Return the reach of a vector, and the least-squares line of its margin through the start policy."""
+        margins = {weight: self._margins({name: weight})[name] for weight in FIT}
+        slope = sum(w * m for w, m in margins.items()) / sum(w * w for w in FIT)
+        samples = {0.0: 0.0, **margins}
+        mean = sum(samples.values()) / len(samples)
+        residual = sum((m - slope * w) ** 2 for w, m in samples.items())
+        r2 = 1 - residual / max(sum((m - mean) ** 2 for m in samples.values()), 1e-12)
+        return VectorReach(self.side({name: 1.0}), self.side({name: -1.0}), slope, r2)
 
-    def _look(self, weights: Weights) -> dict[str, float]:
-        name = ",".join(f"{name}={weight:g}" for name, weight in weights.items()) or START
-        found = self.evaluator.measured(self.policy.at(weights, name))
-        tokens = sum(row["tokens"] for row in found.answers)
-        kl = sum(row["kl"] for row in found.answers) / max(tokens, 1)
-        return {**{name: figure.value for name, figure in figures(found).items()}, KL: kl}
+    def pair(self, names: tuple[str, str]) -> PairReach:
+        """Return the reach of two vectors for each combination of signs, and their interaction at weight 1."""
+        sides = {signs: self.side(dict(zip(names, signs, strict=True))) for signs in SIGNS}
+        both, single = self._margins(dict.fromkeys(names, 1.0)), [self._margins({name: 1.0}) for name in names]
+        return PairReach(names, sides, {name: both[name] - sum(of[name] for of in single) for name in names})
+
+    def _margins(self, weights: Weights) -> dict[str, float]:
+        """Return the mean margin of each preference on its held-out pairs."""
+        key = frozenset(weights.items())
+        if key not in self.cached_margins:
+            odds, start = self.evaluator.log_odds(self.policy.at(weights)), self.evaluator.start_log_odds
+            self.cached_margins[key] = {name: float((of - start[name]).nanmean()) for name, of in odds.items()}
+        return self.cached_margins[key]
+
+    def _figures(self, weights: Weights) -> dict[str, float]:
+        measurement = self.evaluator.measure(self.policy.at(weights, weights_text(weights)))
+        tokens = sum(row["tokens"] for row in measurement.answers)
+        kl = sum(row["kl"] for row in measurement.answers) / max(tokens, 1)
+        return {**{name: figure.value for name, figure in figures(measurement).items()}, KL: kl}
 
 
 def find_reach(
-    names: Sequence[str],
-    limits: Limits,
-    recipe: Recipe,
-    runs_dir: Path,
-    screen: Screen,
-    evaluator: Evaluator,
-    *,
-    name: str,
-    force: bool,
-) -> Run:
-    """Walk out from the start policy along every vector, both ways, and along every two of them; publish how far."""
-    target = runs_dir / safe_ranges.FOLDER / name
+    evaluator: Evaluator, limits: Limits, recipe: Recipe, target: Path, screen: Screen, *, force: bool = False
+) -> Reach:
+    """Find the reach of the evaluator's one policy: of each of its vectors and of each pair. Publish the result."""
     runs.refuse_existing(target, force)
     if evaluator.test_set.sampling.temperature != 1:
-        raise UserError("reach: the KL divergence it goes by needs answers as they are drawn; set eval.temperature=1")
-    for lack in evaluator.test_set.lacks:
-        screen.warn(lack)
-    pairs = list(combinations(names, 2))
-    most = STEPS * (2 * len(names) + len(SIGNS) * len(pairs))
+        raise UserError("reach: KL needs answers sampled at temperature 1; set eval.temperature=1")
+    for gap in evaluator.test_set.gaps:
+        screen.warn(gap)
+    vectors = evaluator.policies.vectors
+    pairs = list(combinations(vectors, 2))
+    total = STEPS * (2 * len(vectors) + len(SIGNS) * len(pairs))
     with (
         runs.staging_folder(target, screen, force=force) as staging,
-        screen.progress("looks", most) as progress,
+        screen.progress("weights", total) as progress,
     ):
-        looks = iter(range(10**9))
-        walk = Walk(evaluator, limits, lambda where: progress.show(next(looks), {"at": where}))
-        alone = {
-            one: {"up": asdict(walk.side({one: 1.0})), "down": asdict(walk.side({one: -1.0}))} | _line(walk, one)
-            for one in names
-        }
-        together = [{"names": pair, "sides": _quarters(walk, pair), "term": _term(walk, pair)} for pair in pairs]
-        progress.show(most, {})
-        found = {"alone": alone, "together": together, "limits": asdict(limits)}
-        made_of = {name: evaluator.policies.vectors[name].lineage() for name in names}
-        base = evaluator.base.identity
+        tried = count()
+        search = Search(evaluator, limits, lambda weights: progress.show(next(tried), {"at": weights}))
+        alone = {name: search.vector(name) for name in vectors}
+        reach = Reach(alone, [search.pair(pair) for pair in pairs], asdict(limits))
+        progress.show(total, {})
         manifest = Manifest(
-            stage="reach", base=base, recipe=recipe.as_dict(), method={"vectors": made_of}, metrics=found
+            stage="reach",
+            base=evaluator.base.identity,
+            recipe=recipe.as_dict(),
+            method={"vectors": {name: vector.lineage() for name, vector in vectors.items()}},
+            metrics=reach.as_json(),
         )
-        return runs.publish(staging, target, manifest)
-
-
-def _quarters(walk: Walk, pair: tuple[str, str]) -> list[dict[str, Any]]:
-    """How far two weights may be turned alike, each up or down."""
-    return [{"signs": signs, **asdict(walk.side(dict(zip(pair, signs, strict=True))))} for signs in SIGNS]
-
-
-def _line(walk: Walk, name: str) -> dict[str, float]:
-    """Nats of margin for a weight of 1, and how much of the margins a straight line through the start policy tells."""
-    margins = [walk.margins({name: weight})[name] for weight in TRIED]
-    slope = sum(w * m for w, m in zip(TRIED, margins, strict=True)) / sum(w * w for w in TRIED)
-    points = [(0.0, 0.0), *zip(TRIED, margins, strict=True)]
-    mean = sum(m for _, m in points) / len(points)
-    off = sum((m - slope * w) ** 2 for w, m in points)
-    return {"slope": slope, "r2": 1 - off / max(sum((m - mean) ** 2 for _, m in points), 1e-12)}
-
-
-def _term(walk: Walk, pair: tuple[str, str]) -> dict[str, float]:
-    """Of each one's margin what is neither's own doing: the coefficient of the product of both weights."""
-    both = walk.margins(dict.fromkeys(pair, 1.0))
-    each = [walk.margins({name: 1.0}) for name in pair]
-    return {name: both[name] - sum(of[name] for of in each) for name in pair}
-
-
-def summary(made: Run) -> str:
-    """A line a vector, a line a pair."""
-    found = made.manifest.metrics
-    rows = [
-        [name, _side(of["down"], -1), _side(of["up"]), f"{of['slope']:.2f}", f"{of['r2']:.3f}"]
-        for name, of in found["alone"].items()
-    ]
-    parts = [table(["", "from", "to", "margin by weight", "R²"], rows)]
-    if found["together"]:
-        sides = [
-            [
-                ", ".join(f"{name} {way(sign)}" for name, sign in zip(of["names"], side["signs"], strict=True)),
-                _side(side),
-            ]
-            for of in found["together"]
-            for side in of["sides"]
-        ]
-        terms = [
-            [" and ".join(of["names"]), *(f"{of['term'][name]:+.2f}" for name in of["names"])]
-            for of in found["together"]
-        ]
-        parts.append(table(["turned alike", "to"], sides))
-        parts.append(table(["η₁η₂", "in the first's margin", "in the second's"], terms))
-    return "\n\n".join([*parts, f"{made.path}: merge and chat warn beyond"])
-
-
-def way(sign: float) -> str:
-    """As tables have it."""
-    return "up" if sign > 0 else "down"
-
-
-def _side(side: Mapping[str, Any], sign: int = 1) -> str:
-    return f"{sign * side['to'] + 0.0:g}" + (f" ({side['breaks']})" if side["breaks"] else " and more")
+        runs.publish(staging, target, manifest)
+    return reach

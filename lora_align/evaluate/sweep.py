@@ -1,158 +1,136 @@
-"""A grid of weights or of directions, every point measured like any policy: files, pictures, a page."""
+"""Sweeps: measure a grid of weights or several directions, and write tables, plots and a report."""
 
 import csv
 import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_align import runs, want
-from lora_align.console import Screen, table
+from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.evaluate import sweep_plots, sweep_report
-from lora_align.evaluate.figures import figures, wins
+from lora_align.evaluate.figures import Figures, figures, wins
 from lora_align.evaluate.goals import Score, score_of
-from lora_align.evaluate.grid import grid, weights_text
+from lora_align.evaluate.grid import Weights, grid, weights_text
 from lora_align.evaluate.measure import Evaluator
-from lora_align.evaluate.sweep_point import SweepPoint
-from lora_align.metrics import pareto
+from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
 from lora_align.metrics.intervals import Estimate
-from lora_align.policy.policy import START, WANT, Policy, find_policies, newest_conditioned
+from lora_align.policy.policy import START, WANT, newest_conditioned
 from lora_align.recipe import Recipe
-from lora_align.runs import Manifest, Run
+from lora_align.runs import Manifest
 from lora_align.want import Want
 
 
-def directions(count: int, runs_dir: Path, screen: Screen) -> tuple[dict[str, Want], dict[str, bool]]:
-    """Directions over the region the newest policy was trained on, evenly for two objectives, else drawn, by the words
-    that name them; and of each objective whether less of it is wanted there."""
+@dataclass(frozen=True)
+class SweepPlan:
+    """The policies of a sweep, each under the word that names it: a grid, sampled directions and other policies."""
+
+    axes: Mapping[str, Sequence[float]]  # the values of each weight
+    weights: Mapping[str, Weights]  # of each policy on the grid
+    wants: Mapping[str, Want] = field(default_factory=dict)  # the directions
+    lower: Mapping[str, bool] = field(default_factory=dict)  # whether directions want less of each objective
+    others: Sequence[str] = ()
+
+    @property
+    def policies(self) -> list[str]:
+        """The word of every policy, the start policy first."""
+        return list(dict.fromkeys([START, *self.weights, *self.wants, *self.others]))
+
+
+def plan_sweep(
+    axes: Sequence[str], directions: int, others: Sequence[str], runs_dir: Path, screen: Screen
+) -> SweepPlan:
+    """Parse the axes, and sample directions of the newest conditioned policy.
+
+    Directions are uniform in the region of training; for two objectives they are evenly spaced by their angle.
+    """
+    if not axes and not directions:
+        raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
+    values, combined = grid(axes)
+    weights = {weights_text(one): one for one in combined}
+    weights.setdefault(START, dict.fromkeys(values, 0.0))
+    if not directions:
+        return SweepPlan(values, weights, others=others)
     region = newest_conditioned(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
-    drawn = [want.sample_direction(region, draw) for _ in range(count if len(region) > 2 else 50 * count)]
+    wants = [want.sample_direction(region, draw) for _ in range(directions if len(region) > 2 else 50 * directions)]
     if len(region) == 2:
-        drawn.sort(key=lambda one: math.atan2(*one.weights.values()))
-        drawn = [drawn[place * (len(drawn) - 1) // max(count - 1, 1)] for place in range(count)]
-    words = [",".join(f"{name}={weight:.3f}" for name, weight in one.weights.items()) for one in drawn]
-    asked = {f"{WANT}:{word}": one for word, one in zip(words, drawn, strict=True)}
-    return asked, {name: high <= 0 for name, (_, high) in region.items()}
+        wants.sort(key=lambda one: math.atan2(*one.weights.values()))
+        wants = [wants[place * (len(wants) - 1) // max(directions - 1, 1)] for place in range(directions)]
+    by_word = {
+        f"{WANT}:{','.join(f'{name}={weight:.3f}' for name, weight in one.weights.items())}": one for one in wants
+    }
+    return SweepPlan(values, weights, by_word, {name: high <= 0 for name, (_, high) in region.items()}, others)
 
 
 def run_sweep(
-    axes: Sequence[str],
-    also: Sequence[str],
-    recipe: Recipe,
-    runs_dir: Path,
-    screen: Screen,
-    evaluate: Callable[[Sequence[Policy]], Evaluator],
-    *,
-    asked: int,
-    name: str,
-    force: bool,
-) -> Run:
-    """Measure every point, and as many directions as are `asked`, then write what it comes to. What was measured before
-    is not measured again."""
-    target = runs_dir / "sweep" / name
-    runs.refuse_existing(target, force)
-    values, points = grid(axes)
-    wanted, objectives = directions(asked, runs_dir, screen) if asked else ({}, {})
-    if not axes and not wanted:
-        raise UserError("sweep: over what? axes, as in helpful=-1:1:0.5, or --directions")
-    words = list(dict.fromkeys([START, *(weights_text(point) for point in points), *wanted, *also]))
-    of_word = {weights_text(point): point for point in points}
-    of_word.setdefault(START, dict.fromkeys(values, 0.0))
-    evaluator = evaluate(find_policies(words, recipe, runs_dir, screen))
+    plan: SweepPlan, evaluator: Evaluator, recipe: Recipe, target: Path, screen: Screen, *, force: bool = False
+) -> SweepResult:
+    """Measure every policy of the plan and publish the result. Cached measurements are reused."""
     with runs.staging_folder(target, screen, force=force) as staging:
-        found = list(evaluator.measure_all(screen))
-        told_of = [figures(one) for one in found]
-        names = list(dict.fromkeys(name for of in told_of for name in of))
-        rankers = {name: table.ranker for name, table in recipe.preferences.items() if not table.of}
-        goals = {axis: score_of(axis, names, rankers.get(axis.partition("@")[0])) for axis in values}
-        goals |= {name: score_of(name, names, less=less) for name, less in objectives.items()}
-        scores = {goal: score for goal, score in goals.items() if score}
-        less = {score.name for score in scores.values() if score.less}
-        measured_points = [
-            SweepPoint(word, of_word.get(word), wanted.get(word), one, of, wins(one, found[0], less))
-            for word, one, of in zip(words, found, told_of, strict=True)
+        measurements = list(evaluator.measure_all(screen))
+        figures_of = [figures(one) for one in measurements]
+        scores = _scores(plan, figures_of, recipe)
+        lower = {score.name for score in scores.values() if score.lower}
+        policies = [
+            SweepPolicy(name, plan.weights.get(name), plan.wants.get(name), one, of, wins(one, measurements[0], lower))
+            for name, one, of in zip(plan.policies, measurements, figures_of, strict=True)
         ]
-        result = _written(values, names, scores, measured_points, staging)
+        result = SweepResult.of(policies, scores)
+        write_tables(staging, list(plan.axes), policies)
+        sweep_plots.draw(staging, plan.axes, scores, policies)
         base = evaluator.base.identity
-        sweep_report.write(staging, f"sweep {name}", base["model"], result, covered(result), measured_points)
-        manifest = Manifest(stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": values}, metrics=result)
-        return runs.publish(staging, target, manifest)
+        sweep_report.write_report(staging, f"sweep {target.name}", base["model"], result, policies)
+        manifest = Manifest(
+            stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": plan.axes}, metrics=result.as_json()
+        )
+        runs.publish(staging, target, manifest)
+    return result
 
 
-def summary(made: Run) -> str:
-    """The front, and where to look."""
-    result = made.manifest.metrics
-    names = list(result["scores"].values())
-    rows = [[point["word"], *(f"{point[name]:.2f}" for name in names)] for point in result["front"]]
-    parts = ["points that no other beats:", table(["", *names], rows), covered(result), f"{made.path}/report.html"]
-    return "\n\n".join(filter(None, parts))
+def _scores(plan: SweepPlan, figures_of: Sequence[Figures], recipe: Recipe) -> dict[str, Score]:
+    """Return the score of each axis and objective that has one."""
+    names = list(dict.fromkeys(name for of in figures_of for name in of))
+    rankers = {name: table.ranker for name, table in recipe.preferences.items() if not table.of}
+    scores = {axis: score_of(axis, names, rankers.get(axis.partition("@")[0])) for axis in plan.axes}
+    scores |= {name: score_of(name, names, lower=lower) for name, lower in plan.lower.items()}
+    return {goal: score for goal, score in scores.items() if score}
 
 
-def covered(result: Mapping[str, Any]) -> str:
-    """How much the front dominates, and beyond which corner: that of the worst value of each score in the sweep."""
-    if len(result["scores"]) < 2:
-        return ""
-    corner = ", ".join(f"{name} {edge:.2f}" for name, edge in result["above"].items())
-    return f"hypervolume {result['hypervolume']:.3f}, measured from the worst of each: {corner}"
-
-
-def _written(
-    values: Mapping[str, Sequence[float]],
-    names: Sequence[str],
-    scores: Mapping[str, Score],
-    points: Sequence[SweepPoint],
-    folder: Path,
-) -> dict[str, Any]:
-    """Tables and pictures; what they come to, by the score of each goal."""
+def write_tables(folder: Path, axes: Sequence[str], policies: Sequence[SweepPolicy]) -> None:
+    """Write the figures of every policy as points.csv and points.json, and all answers as answers.parquet."""
+    names = list(dict.fromkeys(name for one in policies for name in one.figures))
     with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        header = ["policy", *values, *(f"{name}{end}" for name in names for end in ("", " low", " high"))]
-        writer.writerow(map(_no_formula, header))
-        for point in points:
-            weights = [point.weights[axis] if point.weights else "" for axis in values]
-            cells = [_cells(point.figures.get(name)) for name in names]
-            writer.writerow([_no_formula(point.word), *weights, *itertools.chain.from_iterable(cells)])
-    rows = [{"policy": point.word, **row} for point in points for row in point.measured.answers]
-    shards.write(rows, folder / "answers.parquet")
-    facts = [
+        header = ["policy", *axes, *(f"{name}{end}" for name in names for end in ("", " low", " high"))]
+        writer.writerow(map(_as_text, header))
+        for one in policies:
+            weights = [one.weights[axis] if one.weights else "" for axis in axes]
+            cells = [_cells(one.figures.get(name)) for name in names]
+            writer.writerow([_as_text(one.name), *weights, *itertools.chain.from_iterable(cells)])
+    shards.write(
+        [{"policy": one.name, **row} for one in policies for row in one.measurement.answers], folder / "answers.parquet"
+    )
+    rows = [
         {
-            "policy": point.word,
-            "weights": point.weights,
-            "figures": {name: asdict(figure) for name, figure in point.figures.items()},
-            "wins": {name: asdict(figure) for name, figure in point.wins.items()},
+            "policy": one.name,
+            "weights": one.weights,
+            "figures": {name: asdict(figure) for name, figure in one.figures.items()},
+            "wins": {name: asdict(figure) for name, figure in one.wins.items()},
         }
-        for point in points
+        for one in policies
     ]
-    (folder / "points.json").write_text(json.dumps(facts, indent=1))
-    inside = [point for point in points if all(score.name in point.figures for score in scores.values())]
-    places = [[score.worth(point.figures) for score in scores.values()] for point in inside]
-    best = pareto.front(places) if scores else []
-    worst = [min(column) for column in zip(*places, strict=True)]
-    sweep_plots.draw(folder, values, scores, points)
-    return {
-        "scores": {goal: str(score) for goal, score in scores.items()},
-        "points": len(points),
-        "front": [
-            {"word": inside[i].word, **{str(score): inside[i].figures[score.name].value for score in scores.values()}}
-            for i in sorted(best, key=lambda i: places[i])
-        ],
-        "hypervolume": pareto.hypervolume(places, worst) if len(scores) > 1 else 0.0,
-        "above": {
-            str(score): -edge if score.less else edge for score, edge in zip(scores.values(), worst, strict=False)
-        },
-    }
+    (folder / "points.json").write_text(json.dumps(rows, indent=1))
 
 
-def _no_formula(text: str) -> str:
-    """Text that a spreadsheet shows and does not compute."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+def _as_text(cell: str) -> str:
+    """Quote a cell that a spreadsheet would run as a formula."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _cells(figure: Estimate | None) -> list[float | str]:

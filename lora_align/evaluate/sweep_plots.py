@@ -11,7 +11,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from lora_align.evaluate.goals import Score
-from lora_align.evaluate.sweep_point import SweepPoint
+from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics import pareto, plots
 from lora_align.metrics.plots import BROKEN, INK, PALE
 
@@ -21,7 +21,7 @@ COSTS = ("text loss", "facts known", "KL")
 
 
 def draw(
-    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[SweepPoint]
+    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[SweepPolicy]
 ) -> None:
     """Each picture for which there is something to show."""
     grid = [point for point in points if point.weights is not None] if values else []
@@ -40,7 +40,7 @@ def draw(
 
 
 def curves(
-    values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPoint]
+    values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPolicy]
 ) -> Figure | None:
     """A panel an axis: its own score, with its interval, and the other axes' scores; all other weights 0, or as near
     to it as the sweep came."""
@@ -71,7 +71,7 @@ def curves(
     return picture
 
 
-def front(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
+def front(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
     """Every point by the first two scores, those that no other beats joined, others than the grid's by name; better is
     up and to the right."""
     if len(scores) < 2:
@@ -81,7 +81,7 @@ def front(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure |
     panel = picture.subplots()
     known = [point for point in points if first.name in point.figures and second.name in point.figures]
     places = [(point.figures[first.name].value, point.figures[second.name].value) for point in known]
-    worths = [(first.worth(point.figures), second.worth(point.figures)) for point in known]
+    worths = [(first.signed_value(point.figures), second.signed_value(point.figures)) for point in known]
     best = sorted(places[i] for i in pareto.front(worths))
     names = []
     for point, (x, y) in zip(known, places, strict=True):
@@ -92,7 +92,7 @@ def front(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure |
             color=INK if inside else BROKEN, ecolor=PALE, elinewidth=1, marker="o" if inside else "D", markersize=4.5,
         )  # fmt: skip
         if not inside or (x, y) in best:
-            name = ", ".join(f"{w:g}" for w in point.weights.values()) if point.weights is not None else point.word
+            name = ", ".join(f"{w:g}" for w in point.weights.values()) if point.weights is not None else point.name
             names.append(
                 panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
             )
@@ -100,7 +100,7 @@ def front(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure |
     axes = next((list(point.weights) for point in known if point.weights is not None), [])
     panel.set(xlabel=str(first), ylabel=str(second))
     for score, inverted in ((first, panel.invert_xaxis), (second, panel.invert_yaxis)):
-        if score.less:
+        if score.lower:
             inverted()
     if axes:
         panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
@@ -120,7 +120,7 @@ def _without_overlap(names: Sequence[Annotation]) -> None:
             shown.append(box)
 
 
-def lengths(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
+def lengths(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
     """How often a point beats the start policy, against how much longer its answers are."""
     judged = [score for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
@@ -141,7 +141,7 @@ def lengths(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure
     return picture
 
 
-def asked(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
+def asked(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
     """What a policy of two objectives makes of a direction: a panel a score, over the angle that was asked for."""
     wanted = [(point, point.want.weights) for point in points if point.want and len(point.want.weights) == 2]
     known = [score.name for score in scores.values() if all(score.name in point.figures for point, _ in wanted)]
@@ -159,7 +159,7 @@ def asked(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure |
     return picture
 
 
-def costs(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure | None:
+def costs(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
     """What scores are paid with: loss of ordinary text, facts no longer known, distance from the start policy."""
     shown = [name for name in COSTS if any(name in point.figures for point in points)]
     if not shown or not scores:
@@ -185,7 +185,7 @@ def costs(scores: Mapping[str, Score], points: Sequence[SweepPoint]) -> Figure |
 
 
 def _map(
-    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPoint]
+    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPolicy]
 ) -> None:
     """Each score over both weights."""
     (one, ones), (other, others) = values.items()
@@ -195,7 +195,7 @@ def _map(
     plots.weight_map(file, (one, other), (ones, others), found)
 
 
-def _value(point: SweepPoint, name: str) -> float:
+def _value(point: SweepPolicy, name: str) -> float:
     return point.figures[name].value if name in point.figures else math.nan
 
 

@@ -1,24 +1,23 @@
-"""A sweep on one page that opens anywhere: pictures inside, no script, no network."""
+"""The report of a sweep: one HTML page with its plots inside, without scripts or network access."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 
 from lora_align.console import inert
-from lora_align.evaluate.sweep_point import SweepPoint
+from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
 from lora_align.metrics.intervals import Estimate
 
-SHOWN, ANSWERED = 3, 9  # prompts whose answers are shown, and of how many points
-PICTURES = {
-    "curves.png": "What each weight does, the others at 0 or as said; the shade is the 95 % interval.",
-    "map.png": "Two weights together.",
-    "front.png": "Every point by two scores; the dashed line joins those that no other beats.",
-    "length.png": "How often a point beats the start policy, against how long its answers are.",
-    "asked.png": "What a policy makes of the direction it is asked for.",
-    "cost.png": "What it is paid with: loss of ordinary text, facts, distance from the start policy (the star).",
+MAX_PROMPTS, MAX_POLICIES = 3, 9  # in the section of answers
+PLOTS = {
+    "curves.png": "Scores against each weight. The other weights are 0, or as stated. Shaded: 95 % intervals.",
+    "map.png": "Scores against two weights.",
+    "front.png": "Every policy by two scores. The dashed line joins the policies that no other policy beats.",
+    "length.png": "Wins against the start policy, by the length of answers relative to the start policy's.",
+    "asked.png": "Scores against the requested direction.",
+    "cost.png": "Cost: text loss, facts known, and KL from the start policy (star).",
 }
 TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -35,70 +34,71 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 .answers div { border-left: 3px solid #b9c7e0; padding-left: .7rem }
 </style>
 <h1>{{ title }}</h1>
-<p class="small">{{ points }} points on {{ base }}. In brackets: 95 % intervals over prompts.</p>
-{% for picture in pictures %}<figure><img alt="{{ picture.says }}" src="data:image/png;base64,{{ picture.data }}">
-<figcaption>{{ picture.says }}</figcaption></figure>
+<p class="small">{{ count }} policies on {{ base }}. In brackets: 95 % intervals over prompts.</p>
+{% for plot in plots %}<figure><img alt="{{ plot.caption }}" src="data:image/png;base64,{{ plot.data }}">
+<figcaption>{{ plot.caption }}</figcaption></figure>
 {% endfor %}
 <h2>All figures</h2>
-<p class="small">Bold: no other point beats it by {{ best }}.</p>
+<p class="small">Bold: no other policy beats it in {{ scores }}.</p>
 <div class="wide"><table><tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr{% if row.best %} class="best"{% endif %}><td>{{ row.word }}</td>
+{% for row in rows %}<tr{% if row.best %} class="best"{% endif %}><td>{{ row.name }}</td>
 {% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <h2>Answers</h2>
-{% for question in questions %}<p><b>{{ question.asked }}</b></p>
-<div class="answers">{% for answer in question.answers %}<div><span class="small">{{ answer.word }}</span><br>
+{% for prompt in prompts %}<p><b>{{ prompt.text }}</b></p>
+<div class="answers">{% for answer in prompt.answers %}<div><span class="small">{{ answer.policy }}</span><br>
 {{ answer.text }}</div>{% endfor %}</div>
 {% endfor %}</html>
 """
 
 
-def write(
-    folder: Path, title: str, base: str, result: Mapping[str, Any], covered: str, points: Sequence[SweepPoint]
-) -> None:
-    """`report.html`, with all that lies in the folder as a picture."""
-    names = list(dict.fromkeys(name for point in points for name in point.figures))
-    best = {point["word"] for point in result["front"]}
-    start, *others = points
-    shown = [start, *(point for point in others if point.word in best or point.weights is None)][:ANSWERED]
-    text = (
+def write_report(folder: Path, title: str, base: str, result: SweepResult, policies: Sequence[SweepPolicy]) -> None:
+    """Write `report.html` with the plots in the folder, all figures, and some answers."""
+    names = list(dict.fromkeys(name for one in policies for name in one.figures))
+    start, *others = policies
+    shown = [start, *(one for one in others if one.name in result.front or one.weights is None)][:MAX_POLICIES]
+    html = (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
         .render(
             title=title,
             base=base,
-            points=len(points),
-            best="; ".join(filter(None, [" and ".join(result["scores"].values()), covered])),
-            pictures=[
-                {"says": says, "data": base64.b64encode((folder / name).read_bytes()).decode()}
-                for name, says in PICTURES.items()
+            count=len(policies),
+            scores="; ".join(filter(None, [" and ".join(map(str, result.scores.values())), result.hypervolume_text()])),
+            plots=[
+                {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
+                for name, caption in PLOTS.items()
                 if (folder / name).exists()
             ],
             names=names,
             rows=[
-                {"word": point.word, "best": point.word in best, "cells": [_cell(point.figures.get(n)) for n in names]}
-                for point in points
+                {
+                    "name": one.name,
+                    "best": one.name in result.front,
+                    "cells": [_cell(one.figures.get(n)) for n in names],
+                }
+                for one in policies
             ],
-            questions=_questions(shown),
+            prompts=_prompts(shown),
         )
     )
-    (folder / "report.html").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def _questions(points: Sequence[SweepPoint]) -> list[dict[str, Any]]:
-    """The same few prompts, answered by each."""
-    asked = list(dict.fromkeys((row["kind"], row["asked"]) for point in points for row in point.measured.answers))
+def _prompts(policies: Sequence[SweepPolicy]) -> list[Mapping[str, object]]:
+    """Return a few prompts, equally many of each kind, with one answer of every policy."""
+    prompts = dict.fromkeys((row["kind"], row["asked"]) for one in policies for row in one.measurement.answers)
     of_kind: dict[str, list[str]] = {}
-    for kind, text in asked:
+    for kind, text in prompts:
         of_kind.setdefault(kind, []).append(text)
-    few = [text for texts in of_kind.values() for text in texts[: -(-SHOWN // len(of_kind))]]
+    few = [text for texts in of_kind.values() for text in texts[: -(-MAX_PROMPTS // len(of_kind))]]
     answers = {
-        (point.word, row["asked"]): row["answer"]
-        for point in points
-        for row in reversed(point.measured.answers)  # the first of each stays
+        (one.name, row["asked"]): row["answer"]
+        for one in policies
+        for row in reversed(one.measurement.answers)  # the first answer to a prompt remains
     }
     return [
-        {"asked": inert(text), "answers": [{"word": p.word, "text": inert(answers[p.word, text])} for p in points]}
+        {"text": inert(text), "answers": [{"policy": p.name, "text": inert(answers[p.name, text])} for p in policies]}
         for text in few
     ]
 

@@ -1,4 +1,4 @@
-"""Weights without a grid: by gradient on held-out preferences, through the frozen model, within bounds."""
+"""The command `tune`: find weights by gradient on held-out pairs through the frozen model, within bounds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,156 +12,156 @@ from lora_align.console import Screen, table
 from lora_align.errors import RunFailedError
 from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.test_set import SAFE
-from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Evaluated, TuneObjective
+from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Evaluation, TuneObjective
 from lora_align.metrics import refusals
 from lora_align.policy import vectors
 from lora_align.recipe import Recipe, Training
 
-STEPS, LONGEST = 8, 1.0  # and how far a step goes, the first one just so far
-LONGER = 2.0  # times as far as the step before, at most: where a bound stops one, the next would run into it again
-EDGE = 0.99  # of its bound: a weight that comes so near to it is at it
-LEAST = 0.001  # share of pairs, by the aims, that a step has to promise for it to be taken, and to gain for another
-TRIES, NEARER = 4, (0.2, 0.5)  # of a step that would go down, and what each can be of the one before
-BACKWARDS, SPARE = 8, 0.995  # steps towards no weights where a bound is passed, and what each goes farther than needed
-BACK, BACKS = 0.85, 8  # what weights are multiplied by while they refuse too much, and how often
+STEPS, MAX_STEP = 8, 1.0  # the first step has the length MAX_STEP
+GROWTH = 2.0  # of the step length, at most: after a bound has shortened a step, the next would pass the bound again
+SNAP = 0.99  # a weight beyond this share of its bound is set to the bound
+MIN_GAIN = 0.001  # of the objective: below it, a step is not tried, or the search ends
+TRIES, SHRINK = 4, (0.2, 0.5)  # of the line search: number of tries, and how much shorter each can be than the last
+PULLS, TARGET = 8, 0.995  # of pulling weights back within bounds: number of tries, and the share of a bound to reach
+REFUSAL_SHRINK, REFUSAL_TRIES = 0.85, 8  # while weights refuse too many safe prompts
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Weights, and what they are told to do."""
+    """Weights within bounds, and the figures at these weights."""
 
     weights: Mapping[str, float]
-    preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly
+    preferred: Mapping[str, float]  # share of each preference's pairs that are preferred correctly
     kl: float
-    loss: float | None  # nothing where no ordinary text was read
-    refused: float | None  # nothing where no prompt is known to be safe
+    loss: float | None  # None without ordinary text
+    refused: float | None  # None without safe prompts
     steps: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def summary(self, runs_dir: Path) -> str:
+        """Return the weights, the figures, and the command that merges the weights."""
+        weights = [[name, f"{weight:.2f}"] for name, weight in self.weights.items()]
+        shares = [[name, f"{share:.0%}"] for name, share in self.preferred.items()]
+        figures = f"from the start policy: KL {self.kl:.3f} nats a token"
+        if self.loss is not None:
+            figures += f", {self.loss:+.3f} on ordinary text"
+        if self.refused is not None:
+            figures += f"; refuses {self.refused:.0%} of safe prompts"
+        merge = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in self.weights.items())}"
+        tables = [table(["", "weight"], weights) + "\n", table(["", "pairs preferred"], shares) + "\n"]
+        return "\n".join([*tables, figures, runs.command(merge, runs_dir)])
 
 
 def tune_weights(
     evaluator: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen
 ) -> Tuned:
-    """Climb, then look at what is said to safe prompts, and go back as long as that is refused too often."""
-    for lack in evaluator.test_set.lacks:
-        screen.warn(lack)
-    hill = TuneObjective(evaluator, aims, bounds, settings)
+    """Maximise the objective, then shrink the weights until they are within all bounds."""
+    for gap in evaluator.test_set.gaps:
+        screen.warn(gap)
+    objective = TuneObjective(evaluator, aims, bounds, settings)
     with screen.progress("tune", STEPS) as progress:
-        place, steps = climbed(hill, lambda step, weights: progress.show(step, weights))
+        best, steps = maximise(objective, progress.show)
         progress.show(STEPS, {})
-    place, share = _less_refused(hill, within(hill, place))
-    rounded = {name: round(weight, 3) for name, weight in _named(hill, place.weights).items()}
-    lost = place.found[LOSS] if evaluator.test_set.texts else None
-    return Tuned(rounded, place.preferred, place.found[KL], lost, share, steps)
+    best, refused = _shrink_until_answered(objective, within_bounds(objective, best))
+    weights = {name: round(weight, 3) for name, weight in objective.named(best.weights).items()}
+    loss = best.figures[LOSS] if evaluator.test_set.texts else None
+    return Tuned(weights, best.preferred, best.figures[KL], loss, refused, steps)
 
 
-def _less_refused(hill: TuneObjective, place: Evaluated) -> tuple[Evaluated, float | None]:
-    """Back towards no weights until no more safe prompts are refused than is allowed, and the share that is."""
-    evaluator = hill.evaluator
+def maximise(objective: TuneObjective, report: Callable[[int, dict[str, str]], None]) -> tuple[Evaluation, int]:
+    """Run projected BFGS from weights of 0; return the last evaluation and the number of steps.
+
+    A weight at its bound is fixed while its gradient points beyond the bound.
+    """
+    bound = objective.bounds.weight
+    here = objective.at(torch.zeros(len(objective.names)))
+    eye = torch.eye(len(objective.names))
+    inverse, max_step = MAX_STEP / max(float(here.gradient.norm()), 1e-9) * eye, MAX_STEP
+    for step in range(1, STEPS + 1):
+        free = (here.weights.abs() < bound) | (here.weights * here.gradient < 0)
+        direction = free * (inverse @ (free * here.gradient))
+        direction = direction * min(1.0, max_step / max(float(direction.norm()), 1e-9))
+        there = _line_search(objective, here, direction)
+        s, gain = there.weights - here.weights, there.value - here.value
+        y = (s != 0) * (here.gradient - there.gradient)  # without weights that stay at their bound
+        here, max_step = there, min(MAX_STEP, GROWTH * float(s.norm()))
+        report(step, {name: f"{weight:.2f}" for name, weight in objective.named(here.weights).items()})
+        if gain < MIN_GAIN:
+            return here, step
+        if float(s @ y) > 0:
+            left = eye - torch.outer(s, y) / (s @ y)
+            inverse = left @ inverse @ left.T + torch.outer(s, s) / (s @ y)
+    return here, STEPS
+
+
+def _line_search(objective: TuneObjective, here: Evaluation, direction: torch.Tensor) -> Evaluation:
+    """Return the first evaluation along the direction with a higher value, or `here`.
+
+    After a lower value, try the maximum of the parabola through both values and the gradient. A parabola gains half of
+    what its slope promises.
+    """
+    bound = objective.bounds.weight
+    for _ in range(TRIES):
+        goal = (here.weights + direction).clamp(-bound, bound)
+        goal = torch.where(goal.abs() > SNAP * bound, bound * goal.sign(), goal)
+        promised = float((goal - here.weights) @ here.gradient)
+        if promised / 2 < MIN_GAIN:
+            break
+        there = objective.at(goal)
+        if there.value > here.value:
+            return there
+        shrink = promised / (2 * (promised + here.value - there.value))
+        direction = direction * min(max(shrink, SHRINK[0]), SHRINK[1])
+    return here
+
+
+def within_bounds(objective: TuneObjective, place: Evaluation) -> Evaluation:
+    """Scale weights towards 0 until KL and text loss are within their bounds.
+
+    The first try assumes that both grow with the square of the scale, the others that they grow linearly.
+    """
+    for power in (0.5, *[1.0] * PULLS):
+        excess = objective.excess(place)
+        if excess <= 1:
+            return place
+        place = objective.at(TARGET / excess**power * place.weights)
+    return place if objective.excess(place) <= 1 else objective.at(0 * place.weights)
+
+
+def _shrink_until_answered(objective: TuneObjective, place: Evaluation) -> tuple[Evaluation, float | None]:
+    """Shrink weights until they refuse no more safe prompts than allowed; return the share they refuse."""
+    evaluator = objective.evaluator
     if not any(question.kind == SAFE for question in evaluator.test_set.questions):
         return place, None
-    share, allowed = share_refused(evaluator, _named(hill, place.weights)), hill.bounds.refused
-    if share > allowed:  # the start policy, too, may refuse some
+    share, allowed = share_refused(evaluator, objective.named(place.weights)), objective.bounds.refused
+    if share > allowed:  # the bound is relative to the start policy, which is measured only if necessary
         allowed += share_refused(evaluator, {})
-    for _ in range(BACKS):
+    for _ in range(REFUSAL_TRIES):
         if share <= allowed:
             return place, share
-        place = within(hill, hill.at(BACK * place.weights))
-        share = share_refused(evaluator, _named(hill, place.weights))
+        place = within_bounds(objective, objective.at(REFUSAL_SHRINK * place.weights))
+        share = share_refused(evaluator, objective.named(place.weights))
     if share > allowed:
         raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
     return place, share
 
 
-def within(hill: TuneObjective, place: Evaluated) -> Evaluated:
-    """About as far out towards these weights as the bounds allow, which climbing may pass by a little where that pays.
-    What they bound grows with the square of how far one goes, or, as the second step takes it, more slowly."""
-    for power in (0.5, *[1.0] * BACKWARDS):
-        beyond = hill.beyond(place)
-        if beyond <= 1:
-            return place
-        place = hill.at(SPARE / beyond**power * place.weights)
-    return place if hill.beyond(place) <= 1 else hill.at(0 * place.weights)
-
-
-def climbed(hill: TuneObjective, report: Callable[[int, dict[str, str]], None]) -> tuple[Evaluated, int]:
-    """By steps of BFGS from no weights at all: along the slope first, then by how the slope changes. A weight that has
-    come to its bound stays there while the slope leads beyond."""
-    most = hill.bounds.weight
-    here = hill.at(torch.zeros(len(hill.names)))
-    inverse, longest = LONGEST / max(float(here.slope.norm()), 1e-9) * torch.eye(len(hill.names)), LONGEST
-    for step in range(1, STEPS + 1):
-        free = (here.weights.abs() < most) | (here.weights * here.slope < 0)
-        way = free * (inverse @ (free * here.slope))
-        way = way * min(1.0, longest / max(float(way.norm()), 1e-9))
-        there = _higher(hill, here, way)
-        moved, gain = there.weights - here.weights, there.height - here.height
-        bent = (moved != 0) * (here.slope - there.slope)  # what stays at a bound has no say in how others go on
-        here, longest = there, min(LONGEST, LONGER * float(moved.norm()))
-        report(step, {name: f"{weight:.2f}" for name, weight in _named(hill, here.weights).items()})
-        if gain < LEAST:
-            return here, step
-        if float(moved @ bent) > 0:
-            left = torch.eye(len(moved)) - torch.outer(moved, bent) / (moved @ bent)
-            inverse = left @ inverse @ left.T + torch.outer(moved, moved) / (moved @ bent)
-    return here, STEPS
-
-
-def _higher(hill: TuneObjective, here: Evaluated, way: torch.Tensor) -> Evaluated:
-    """Along the way, or here: where it would go down, to the top of the parabola that has this slope and goes through
-    that place. On the way to a top half of what the slope promises is gained."""
-    most = hill.bounds.weight
-    for _ in range(TRIES):
-        goal = (here.weights + way).clamp(-most, most)
-        goal = torch.where(goal.abs() > EDGE * most, most * goal.sign(), goal)
-        promised = float((goal - here.weights) @ here.slope)
-        if promised / 2 < LEAST:
-            break
-        there = hill.at(goal)
-        if there.height > here.height:
-            return there
-        way = way * min(max(promised / (2 * (promised + here.height - there.height)), NEARER[0]), NEARER[1])
-    return here
-
-
-def parts(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
-    """The names of so many stretches of a preference's layers."""
-    update = vectors.find(name, runs_dir, recipe.preferences).load()
-    return vectors.stretches(name, vectors.layer_count(update), count)
-
-
-def summary(tuned: Tuned, runs_dir: Path) -> str:
-    """The weights, how far they go, and how to have them."""
-    weights = [[name, f"{weight:.2f}"] for name, weight in tuned.weights.items()]
-    shares = [[name, f"{share:.0%}"] for name, share in tuned.preferred.items()]
-    far = f"from the start policy: {tuned.kl:.3f} nats a token"
-    if tuned.loss is not None:
-        far += f", {tuned.loss:+.3f} on ordinary text"
-    if tuned.refused is not None:
-        far += f"; refuses {tuned.refused:.0%} of safe prompts"
-    words = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in tuned.weights.items())}"
-    return "\n".join(
-        [
-            table(["", "weight"], weights) + "\n",
-            table(["", "pairs preferred"], shares) + "\n",
-            far,
-            runs.command(words, runs_dir),
-        ]
-    )
-
-
-def as_json(tuned: Tuned) -> dict[str, Any]:
-    """As plain data."""
-    return asdict(tuned)
-
-
-def _named(hill: TuneObjective, weights: torch.Tensor) -> dict[str, float]:
-    return dict(zip(hill.names, weights.tolist(), strict=True))
-
-
 def share_refused(evaluator: Evaluator, weights: Mapping[str, float]) -> float:
-    """Share of safe prompts whose one answer refuses."""
+    """Return the share of safe prompts that are refused, with one sampled answer each."""
     policies = evaluator.policies
     policies.activate(policies.policies[0].at(weights))
     prompts = [question.prompt for question in evaluator.test_set.questions if question.kind == SAFE]
-    drawn = [one for batch in policies.sampler.draw(prompts, 1, evaluator.test_set.sampling) for one in batch]
-    return sum(refusals.refuses(one.text) for one in drawn) / max(len(drawn), 1)
+    batches = policies.sampler.draw(prompts, 1, evaluator.test_set.sampling)
+    refused = [refusals.refuses(answer.text) for batch in batches for answer in batch]
+    return sum(refused) / max(len(refused), 1)
+
+
+def layer_groups(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
+    """Return the names of a vector's groups of layers, or its own name for one group."""
+    if count == 1:
+        return [name]
+    update = vectors.find(name, runs_dir, recipe.preferences).load()
+    return vectors.layer_groups(name, vectors.layer_count(update), count)

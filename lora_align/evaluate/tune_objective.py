@@ -1,7 +1,7 @@
-"""What `tune` climbs: how well weights serve aims, with the gradient, and how far they are from the start policy.
+"""The objective of `tune` and its gradient: pairs preferred correctly, minus penalties beyond bounds.
 
-Everything is read: held-out pairs, ordinary text, and answers that the start policy gave once. The base is frozen, and
-so are the vectors; the weights alone carry a gradient.
+Every evaluation reads the same held-out pairs, texts, and answers that the start policy gave once. The base and the
+vectors are frozen: only the weights have a gradient.
 """
 
 import math
@@ -26,33 +26,34 @@ from lora_align.policy.policy import START, START_POLICY
 from lora_align.recipe import Training
 from lora_align.train.lora_trainer import TOO_LONG
 
-ANSWERS, LINES = 32, 16  # of the start policy, of ordinary text
-ROUND = 1000  # the weights that there are: so many from 0 to 1
-STEEP = 20.0  # times the square of the share by which a bound is passed
-KL, LOSS = "KL", "text loss"  # beside names of preferences, of which none has a capital or a space
+MAX_ANSWERS, MAX_TEXTS = 32, 16  # of the start policy, of ordinary text
+DECIMALS = 1000  # weights are truncated to three decimals
+PENALTY = 20.0  # times the square of the share by which a bound is passed
+KL, LOSS = "KL", "text loss"  # names of figures; no preference has a capital or a space in its name
 NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far it may go from the start policy: nats a token of its answers and of ordinary text, and by how much more
-    safe prompts may be refused. And the largest weight: beyond 1, which is as far as training went, margins still grow,
-    and answers hardly change."""
+    """Bounds on a policy, relative to the start policy.
 
-    kl: float
-    loss: float
-    refused: float
-    weight: float
+    Training goes to a weight of 1. Beyond it margins still grow, but answers hardly change.
+    """
+
+    kl: float  # nats a token, on answers of the start policy
+    loss: float  # rise on ordinary text, in nats a token
+    refused: float  # rise of the share of safe prompts refused
+    weight: float  # largest absolute weight
 
     @property
     def read(self) -> Mapping[str, float]:
-        """Those that need no answers."""
+        """The bounds that need no sampled answers."""
         return {KL: self.kl, LOSS: self.loss}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Answers behind their prompts, the sign each has in a sum, log π_start of its tokens, and what is divided by."""
+    """Tokenised answers with a sign and the start policy's token log-probabilities; sums are divided by `count`."""
 
     rows: Sequence[Answered]
     signs: Sequence[float]
@@ -61,140 +62,157 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Weights, how high they lie, which way is up, and what was found there."""
+class Evaluation:
+    """The objective and its gradient at some weights, and the figures there."""
 
     weights: Tensor
-    height: float
-    slope: Tensor
-    found: Mapping[str, float]  # each preference's margin, KL and LOSS
-    preferred: Mapping[str, float]  # the share of each preference's pairs that is preferred rightly, counted
+    value: float
+    gradient: Tensor
+    figures: Mapping[str, float]  # each preference's margin, KL and LOSS
+    preferred: Mapping[str, float]  # share of each preference's pairs that are preferred correctly
 
 
 class TuneObjective:
-    """What `tune` maximises over weights: Σ aim · the share of held-out pairs that would be preferred rightly. So that
-    it has a gradient, that share is taken from the mean margin over the spread of margins under the preference's own
-    vector, as if margins were normal."""
+    """The function of weights that `tune` maximises: Σ aim · Φ(mean margin / spread), minus penalties beyond bounds.
+
+    Φ(mean margin / spread) is the share of pairs preferred correctly if margins were normal; unlike the counted share,
+    it has a gradient. The spread is the standard deviation of margins under the preference's own vector.
+    """
 
     def __init__(self, evaluator: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
         self.evaluator, self.policies = evaluator, evaluator.policies
         self.aims, self.bounds, self.settings = aims, bounds, settings
-        self.room = MemoryBudget(settings.tokens_per_batch, TOO_LONG)
-        self.longest = min(settings.max_length, evaluator.base.max_length)
-        self.names = list(evaluator.policies.vectors)  # preferences, or ranges of their layers
+        self.budget = MemoryBudget(settings.tokens_per_batch, TOO_LONG)
+        self.max_length = min(settings.max_length, evaluator.base.max_length)
+        self.names = list(evaluator.policies.vectors)  # preferences, or groups of their layers
         self.reader = Reader.of(evaluator.model)
         self.pairs = {name: self._pairs(name) for name in aims}
         self.spread = {name: self._own_spread(name) for name in aims}
-        self.drawn, self.texts = self._start_answers(), self._lines()
-        self.known: dict[tuple[float, ...], Evaluated] = {}
+        self.answers, self.texts = self._start_answers(), self._texts()
+        self.cached: dict[tuple[float, ...], Evaluation] = {}
 
-    def at(self, weights: Tensor) -> Evaluated:
-        """How it is there, or next to there towards no weights at all: what is looked at has the decimals that weights
-        are told with. Whoever climbs comes to the edge of what is allowed again and again."""
-        weights = (weights * ROUND).trunc() / ROUND
+    def at(self, weights: Tensor) -> Evaluation:
+        """Return the objective and its gradient at `weights`, truncated to three decimals.
+
+        Results are cached because the line search revisits the boundary.
+        """
+        weights = (weights * DECIMALS).trunc() / DECIMALS
         key = tuple(weights.tolist())
-        if key not in self.known:
-            self.known[key] = self._seen(weights)
-        return self.known[key]
+        if key not in self.cached:
+            self.cached[key] = self._evaluate(weights)
+        return self.cached[key]
 
-    def _seen(self, weights: Tensor) -> Evaluated:
-        found: dict[str, float] = {}
+    def named(self, weights: Tensor) -> dict[str, float]:
+        """Return weights by the names of vectors."""
+        return dict(zip(self.names, weights.tolist(), strict=True))
+
+    def excess(self, place: Evaluation) -> float:
+        """Return the largest ratio of KL or text loss to its bound; more than 1 passes the bound."""
+        return max(place.figures[name] / bound for name, bound in self.bounds.read.items())
+
+    def _evaluate(self, weights: Tensor) -> Evaluation:
+        figures: dict[str, float] = {}
         preferred: dict[str, float] = {}
-        height, slope = 0.0, torch.zeros_like(weights)
+        value, gradient = 0.0, torch.zeros_like(weights)
         for name, aim in self.aims.items():
-            sums, way = self._sums(weights, self.pairs[name], _gain)
-            found[name], preferred[name] = _total(self.pairs[name], sums), _won(sums)
-            effect = found[name] / self.spread[name]
-            height += aim * NORMAL.cdf(effect)
-            slope = slope + aim * NORMAL.pdf(effect) / self.spread[name] * way
-        for name, (rows, value) in {KL: (self.drawn, _divergence), LOSS: (self.texts, _gain)}.items():
-            found[name], bound = _total(rows, self._read_sums(weights, rows, value)), self.bounds.read[name]
-            if (over := found[name] / bound - 1) > 0:  # within the bound it has no slope
-                height -= STEEP * over**2
-                slope = slope - 2 * STEEP * over / bound * self._sums(weights, rows, value)[1]
-        return Evaluated(weights, height, slope, found, preferred)
+            sums, of_mean = self._sums_and_gradient(weights, self.pairs[name], _log_ratio)
+            figures[name] = float(sums.sum()) / self.pairs[name].count
+            preferred[name] = float((_margins(sums) > 0).float().mean())
+            effect = figures[name] / self.spread[name]
+            value += aim * NORMAL.cdf(effect)
+            gradient = gradient + aim * NORMAL.pdf(effect) / self.spread[name] * of_mean
+        for name, (rows, function) in {KL: (self.answers, _kl_estimate), LOSS: (self.texts, _log_ratio)}.items():
+            figures[name] = float(self._sums(weights, rows, function).sum()) / rows.count
+            bound = self.bounds.read[name]
+            if (over := figures[name] / bound - 1) > 0:  # the penalty and its gradient are 0 within the bound
+                value -= PENALTY * over**2
+                of_mean = self._sums_and_gradient(weights, rows, function)[1]
+                gradient = gradient - 2 * PENALTY * over / bound * of_mean
+        return Evaluation(weights, value, gradient, figures, preferred)
 
-    def beyond(self, place: Evaluated) -> float:
-        """How far that is, in shares of the nearest bound that needs no answers: more than 1 passes it."""
-        return max(place.found[name] / bound for name, bound in self.bounds.read.items())
+    def _sums(self, weights: Tensor, rows: Rows, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return, for each row, its sign times the sum of `function(log π − log π_start)` over its tokens."""
+        logprobs = self._logprobs(rows.rows, self.named(weights))
+        signed = zip(rows.signs, logprobs, rows.start, strict=True)
+        return torch.tensor([float(sign * function(of - start).sum()) for sign, of, start in signed])
 
-    def _read_sums(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Of each row, what is made of log π − log π_start of its tokens, with the row's sign."""
-        now = self._read(rows.rows, dict(zip(self.names, weights.tolist(), strict=True)))
-        signed = zip(rows.signs, now, rows.start, strict=True)
-        return torch.tensor([float(sign * value(a - b).sum()) for sign, a, b in signed])
-
-    def _sums(self, weights: Tensor, rows: Rows, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The same, and the gradient of what they come to, part by part."""
-        moved = weights.detach().requires_grad_()
-        steered = {name: moved[place] for place, name in enumerate(self.names)}
+    def _sums_and_gradient(
+        self, weights: Tensor, rows: Rows, function: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return `_sums`, and the gradient of their total divided by `count`. Rows are read in parts that fit."""
+        leaf = weights.detach().requires_grad_()
+        steered = {name: leaf[place] for place, name in enumerate(self.names)}
         if self.policies.start is not None:
             steered[START] = torch.ones(())
 
-        def some(part: list[int]) -> tuple[Tensor, Tensor]:
+        def read(part: list[int]) -> tuple[Tensor, Tensor]:
             self.policies.mixer.steer(steered)
-            now = self.reader.tokens([rows.rows[i] for i in part])
-            gains = value(now - torch.cat([rows.start[i] for i in part]).to(now))
-            each = gains.split([len(rows.start[i]) for i in part])
-            signed = torch.stack([rows.signs[i] * of.sum() for i, of in zip(part, each, strict=True)])
-            return signed.detach().cpu(), torch.autograd.grad(signed.sum() / rows.count, moved)[0].cpu()
+            logprobs = self.reader.tokens([rows.rows[i] for i in part])
+            values = function(logprobs - torch.cat([rows.start[i] for i in part]).to(logprobs))
+            by_row = values.split([len(rows.start[i]) for i in part])
+            signed = torch.stack([rows.signs[i] * of.sum() for i, of in zip(part, by_row, strict=True)])
+            return signed.detach().cpu(), torch.autograd.grad(signed.sum() / rows.count, leaf)[0].cpu()
 
-        sums, slope = torch.zeros(len(rows.rows)), torch.zeros_like(weights)
+        sums, gradient = torch.zeros(len(rows.rows)), torch.zeros_like(weights)
         with checkpointed(self.evaluator.model, wanted=self.settings.gradient_checkpointing):
-            for part, (signed, way) in in_parts(_lengths(rows.rows), self.room, some):
+            for part, (signed, of_part) in in_parts(_lengths(rows.rows), self.budget, read):
                 sums[part] = signed
-                slope += way
-        return sums, slope
+                gradient += of_part
+        return sums, gradient
 
     def _pairs(self, name: str) -> Rows:
         pairs, base = self.evaluator.test_set.pairs[name][:TUNE_PAIRS], self.evaluator.base
-        tokens = [row for row in tokenise.pairs(pairs, base.chat, self.longest, Counter()) if row]
+        tokens = [row for row in tokenise.pairs(pairs, base.chat, self.max_length, Counter()) if row]
         if len(tokens) < 2:
-            raise UserError(f"{name}: too few held-out pairs to tune by (dpo.held_out, eval.pairs)")
+            raise UserError(f"{name}: too few held-out pairs to tune with; raise dpo.held_out or eval.pairs")
         answers = [(row.prompt, answer) for row in tokens for answer in (row.chosen, row.rejected)]
-        return self._known(answers, [1.0, -1.0] * len(tokens), len(tokens))
+        return self._with_start(answers, [1.0, -1.0] * len(tokens), len(tokens))
 
     def _own_spread(self, name: str) -> float:
-        """How far pairs' margins lie apart under the preference's own vector."""
-        own = {part: 1.0 for part in self.names if part.partition("@")[0] == name}
-        weights = torch.tensor([own.get(part, 0.0) for part in self.names])
-        return max(float(_margins(self._read_sums(weights, self.pairs[name], _gain)).std()), 1e-6)
+        """Return the standard deviation of margins under the preference's own vector."""
+        weights = torch.tensor([float(part.partition("@")[0] == name) for part in self.names])
+        return max(float(_margins(self._sums(weights, self.pairs[name], _log_ratio)).std()), 1e-6)
 
     def _start_answers(self) -> Rows:
+        """Sample answers of the start policy."""
         test_set, chat = self.evaluator.test_set, self.evaluator.base.chat
-        asked = [question.prompt for question in spread(test_set.questions, ANSWERS)]
+        prompts = [question.prompt for question in evenly_spaced(test_set.questions, MAX_ANSWERS)]
         self.policies.activate(START_POLICY)
-        drawn = [one for batch in self.policies.sampler.draw(asked, 1, test_set.sampling) for one in batch]
+        sampled = [one for batch in self.policies.sampler.draw(prompts, 1, test_set.sampling) for one in batch]
         rows = [
-            (chat.prompt_ids(asked[one.prompt]), chat.answer_ids(asked[one.prompt], one.text, ended=one.ended))
-            for one in drawn
+            (chat.prompt_ids(prompts[one.prompt]), chat.answer_ids(prompts[one.prompt], one.text, ended=one.ended))
+            for one in sampled
         ]
-        return self._known([(ids, said[: self.longest - len(ids)]) for ids, said in rows if len(ids) < self.longest])
+        return self._with_start(
+            [(ids, answer[: self.max_length - len(ids)]) for ids, answer in rows if len(ids) < self.max_length]
+        )
 
-    def _lines(self) -> Rows:
-        """Ordinary text behind its first token."""
+    def _texts(self) -> Rows:
+        """Tokenise ordinary text. Its first token is the prompt of the others."""
         encode = self.evaluator.base.chat.tokenizer
-        ids = [encode(text, add_special_tokens=False)["input_ids"] for text in self.evaluator.test_set.texts[:LINES]]
-        lines = [(row[:1], row[1 : self.longest]) for row in ids if len(row) > 1]
-        return self._known(lines, [-1.0] * len(lines))
+        ids = [
+            encode(text, add_special_tokens=False)["input_ids"] for text in self.evaluator.test_set.texts[:MAX_TEXTS]
+        ]
+        rows = [(row[:1], row[1 : self.max_length]) for row in ids if len(row) > 1]
+        return self._with_start(rows, [-1.0] * len(rows))
 
-    def _known(self, rows: Sequence[Answered], signs: Sequence[float] = (), count: float = 0.0) -> Rows:
-        """With the start policy's log-probabilities; by the token, unless said otherwise."""
+    def _with_start(self, rows: Sequence[Answered], signs: Sequence[float] = (), count: float = 0.0) -> Rows:
+        """Add the start policy's log-probabilities. The default of `count` is the number of answer tokens."""
         tokens = sum(len(answer) for _, answer in rows)
-        return Rows(rows, signs or [1.0] * len(rows), self._read(rows, {}), count or max(tokens, 1))
+        return Rows(rows, signs or [1.0] * len(rows), self._logprobs(rows, {}), count or max(tokens, 1))
 
     @torch.no_grad()
-    def _read(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> list[Tensor]:
-        """log π of every token of every answer."""
+    def _logprobs(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> list[Tensor]:
+        """Return log π of every token of every answer."""
         self.policies.activate(self.policies.policies[0].at(weights))
-        found: dict[int, Tensor] = {}
+        by_row: dict[int, Tensor] = {}
 
-        def some(part: list[int]) -> Tensor:
+        def read(part: list[int]) -> Tensor:
             return self.reader.tokens([rows[i] for i in part]).cpu()
 
-        for part, tokens in in_parts(_lengths(rows), self.room, some):
-            found |= zip(part, tokens.split([len(rows[i][1]) for i in part]), strict=True)
-        return [found[i] for i in range(len(rows))]
+        for part, tokens in in_parts(_lengths(rows), self.budget, read):
+            by_row |= zip(part, tokens.split([len(rows[i][1]) for i in part]), strict=True)
+        return [by_row[i] for i in range(len(rows))]
 
 
 def _lengths(rows: Sequence[Answered]) -> list[int]:
@@ -203,7 +221,7 @@ def _lengths(rows: Sequence[Answered]) -> list[int]:
 
 @contextmanager
 def checkpointed(model: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
-    """Compute each layer again on the way back in place of keeping what it computed."""
+    """Enable gradient checkpointing, if wanted, and put the model back into eval mode afterwards."""
     if not wanted:
         yield
         return
@@ -216,32 +234,24 @@ def checkpointed(model: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def _total(rows: Rows, sums: Tensor) -> float:
-    """The mean, by what they are divided by."""
-    return float(sums.sum()) / rows.count
-
-
 def _margins(sums: Tensor) -> Tensor:
-    """Of pairs, whose rejected answers count negatively."""
+    """Return the margins of pairs from the signed sums of their chosen and rejected answers."""
     return sums.view(-1, 2).sum(1)
 
 
-def _won(sums: Tensor) -> float:
-    return float((_margins(sums) > 0).float().mean())
-
-
-def spread(questions: Sequence[Question], count: int) -> list[Question]:
-    """So many of them, from the first to the last."""
+def evenly_spaced(questions: Sequence[Question], count: int) -> list[Question]:
+    """Return at most `count` questions at equal distances."""
     step = max(len(questions) / count, 1.0)
     return [questions[math.floor(place * step)] for place in range(min(count, len(questions)))]
 
 
-def _gain(more: Tensor) -> Tensor:
-    """Of log π − log π_start: that itself."""
-    return more
+def _log_ratio(log_ratios: Tensor) -> Tensor:
+    return log_ratios
 
 
-def _divergence(more: Tensor) -> Tensor:
-    """π/π_start − 1 − log(π/π_start): over tokens of the start policy its mean is that of the KL divergence, and it is
-    never below 0, so that few tokens say much."""
-    return more.exp() - 1 - more
+def _kl_estimate(log_ratios: Tensor) -> Tensor:
+    """Return r − 1 − log r for r = π/π_start (k3 of joschu.net/blog/kl-approx).
+
+    Its mean over tokens of the start policy is KL(π_start‖π). It is never negative, which lowers its variance.
+    """
+    return log_ratios.exp() - 1 - log_ratios

@@ -1,1 +1,1 @@
-"""What can answer or judge, found by name: vectors, mixes, policies of `rsf`, the start policy, judges."""
+"""Policies and judges, found by name: vectors, mixes, conditioned policies, the start policy."""

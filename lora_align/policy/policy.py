@@ -1,4 +1,4 @@
-"""Policies: whatever can answer, found by the words that name it. Finding one needs neither torch nor the base."""
+"""Policies: parse the words that name them, and find their adapters. Neither torch nor the base is loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,33 +18,33 @@ from lora_align.weights import parse_weights
 if TYPE_CHECKING:
     from lora_align.model.base import Base
 
-BASE, START, MIX = "base", "start", "mix"  # words that name a policy by themselves
-WANT = "want"  # prefix of a direction, or of a run and what it is asked for
+BASE, START, MIX = "base", "start", "mix"  # words that name a policy
+WANT = "want"  # prefix of a word that requests a direction, as in want:helpfulness=0.8
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """A run of `rsf` and the system message that asks it for a direction, or a SteerLM-style one for scores."""
+    """A run of `rsf` with the system message that requests a direction, or scores from a SteerLM-style policy."""
 
     name: str  # of its adapter among weights
     run: Run
     system: str
-    want: Want | None = None  # None where it is asked for scores
+    want: Want | None = None  # None for a SteerLM-style policy
 
     @classmethod
-    def asked(cls, name: str, run: Run, text: str, screen: Screen) -> "Conditioned":
-        """Ask a run for `helpfulness=0.8,verbosity=-0.6`; warn where it was not trained on such a direction."""
+    def parse(cls, name: str, run: Run, text: str, screen: Screen) -> "Conditioned":
+        """Parse a direction such as `helpfulness=0.8,verbosity=-0.6`; warn if it is outside the trained region."""
         want = Want.parse(text, run.manifest.method["objectives"])
-        screen.note(f"{run.path} asked for {want} (brought to length 1)")
+        screen.note(f"{run.path}: direction {want} (normalised to length 1)")
         for objective, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
             if not low - 0.01 <= want.weights[objective] <= high + 0.01:
-                screen.warn(f"it was trained on {objective} from {low:g} to {high:g} only")
+                screen.warn(f"{run.path} was trained on {objective} from {low:g} to {high:g} only")
         return cls(name, run, want.asked(run.manifest.method["ask"]), want)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Weights over vectors, on the start policy or on the base alone, and what it is asked for, if anything."""
+    """Weights over vectors, added to the start policy or to the base, and the direction of a conditioned policy."""
 
     name: str
     vectors: Mapping[str, Vector] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Policy:
 
     @property
     def system(self) -> str:
-        """The system message that asks for something; empty for most policies."""
+        """The system message of a conditioned policy; empty for other policies."""
         return self.conditioned.system if self.conditioned else ""
 
     @property
@@ -68,19 +68,19 @@ class Policy:
         return bool(self.vectors) and not self.start
 
     def at(self, weights: Mapping[str, float], name: str = "") -> "Policy":
-        """Return the same vectors at other weights."""
+        """Return a policy of the same vectors with other weights."""
         return replace(self, name=name, weights=weights)
 
     def warnings(self) -> list[str]:
-        """Why it may not do what its name says."""
-        return [warning for vector in self.vectors.values() for warning in vector.doubts()]
+        """Return the warnings of all vectors."""
+        return [warning for vector in self.vectors.values() for warning in vector.warnings()]
 
 
 START_POLICY, BASE_ALONE = Policy(START), Policy(BASE, start=0.0)
 
 
 def find_policies(words: Sequence[str], recipe: Recipe, runs_dir: Path, screen: Screen) -> list[Policy]:
-    """Return the policies that words name, see `find_policy`."""
+    """Return the policies that words name; see `find_policy`."""
     return [find_policy(word, recipe, runs_dir, screen) for word in words]
 
 
@@ -102,19 +102,19 @@ def find_policy(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
         mixes = _mixes(runs_dir, screen)
         if not mixes:
             command = runs.command("merge", runs_dir)
-            raise UserError(f"no mix in {runs_dir}/: name weights, as in helpful=1, or `{command}` first")
+            raise UserError(f"no mix in {runs_dir}/; name weights, as in helpful=1, or run `{command}` first")
         word = mixes[-1].path.relative_to(runs_dir).as_posix()
     return one_adapter(vectors.find(word, runs_dir, recipe.preferences, (START, BASE, MIX)))
 
 
 def weighted(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, name: str = "") -> Policy:
     """Return the policy of weights over preferences, runs or adapter folders."""
-    found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
-    vectors.refuse_start_inside(found.values())
-    return Policy(name, found, weights)
+    by_name = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
+    vectors.refuse_start_inside(by_name.values())
+    return Policy(name, by_name, weights)
 
 
-def chosen(
+def select_policy(
     runs_dir: Path,
     recipe: Recipe,
     screen: Screen,
@@ -122,49 +122,49 @@ def chosen(
     adapter: Path | None = None,
     want: str | None = None,
 ) -> Policy:
-    """Return the policy that the options of `chat` and `generate` choose, without any the newest mix as its vectors."""
+    """Return the policy that the options of `chat` and `generate` select; by default the vectors of the newest mix."""
     if want is not None:
-        asked = find_policy(f"{WANT}:{want}", recipe, runs_dir, screen)
-        beside = weighted(weights or {}, recipe, runs_dir)
-        return replace(asked, vectors={**asked.vectors, **beside.vectors}, weights={**asked.weights, **beside.weights})
+        one = find_policy(f"{WANT}:{want}", recipe, runs_dir, screen)
+        added = weighted(weights or {}, recipe, runs_dir)
+        return replace(one, vectors={**one.vectors, **added.vectors}, weights={**one.weights, **added.weights})
     if weights is not None:
         return weighted(weights, recipe, runs_dir)
     if adapter is not None:
         inside = runs_dir / adapter
-        return one_adapter(vectors.at(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
+        return one_adapter(vectors.from_folder(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
     mixes = _mixes(runs_dir, screen)
     if not mixes:
         command = runs.command("merge --weights …", runs_dir)
-        screen.note(f"no mix in {runs_dir}/ yet: this is the start policy; `{command}` makes one")
+        screen.note(f"no mix in {runs_dir}/, so this is the start policy; `{command}` makes a mix")
         return START_POLICY
     screen.note(f"mix: {mixes[-1].path}")
-    return _taken_apart(mixes[-1], runs_dir, screen)
+    return _split_mix(mixes[-1], runs_dir, screen)
 
 
 def newest_conditioned(runs_dir: Path, option: str, screen: Screen) -> Run:
-    """Return the newest run of `rsf` that can be asked for a direction; `option` is what needs one."""
+    """Return the newest run of `rsf` that takes a direction. `option` begins the message if there is none."""
     made = [run for run in runs.list_runs(runs_dir, screen) if run.manifest.stage == "rsf" and not takes_scores(run)]
     if not made:
         command = runs.command("rsf", runs_dir)
-        raise UserError(f"{option}: no policy in {runs_dir}/rsf that can be asked; `{command}` trains one")
+        raise UserError(f"{option}: no conditioned policy in {runs_dir}/rsf; `{command}` trains one")
     return made[-1]
 
 
 def takes_scores(run: Run) -> bool:
-    """Return whether a run of `rsf` is asked for scores, as SteerLM is, instead of a direction."""
+    """Return whether a run of `rsf` takes scores, as SteerLM does, instead of a direction."""
     return bool(run.manifest.method["steer"])
 
 
-def check_stands_on(base: "Base", start: str, found: Iterable[Vector]) -> None:
-    """Refuse vectors of another base, or of another start adapter than the one below them."""
-    theirs, start_id = vectors.common(found)
+def check_stands_on(base: "Base", start: str, adapters: Iterable[Vector]) -> None:
+    """Refuse vectors that were trained on another base or another start adapter."""
+    theirs, start_id = vectors.common_base(adapters)
     if theirs and theirs["fingerprint"] != base.fingerprint:
         raise UserError(
-            f"this was made on the base {theirs['model']} ({theirs['fingerprint'][:12]}), "
-            f"the recipe names {base.recipe.model} ({base.fingerprint[:12]}); choose its recipe with --recipe"
+            f"the adapters were trained on the base {theirs['model']} ({theirs['fingerprint'][:12]}), "
+            f"the recipe names {base.recipe.model} ({base.fingerprint[:12]}); name their recipe with --recipe"
         )
     if theirs and start != start_id:
-        raise UserError("the start adapter in the runs folder is not the one these vectors stand on")
+        raise UserError("the start adapter in the runs folder is not the one these adapters were trained on")
 
 
 def _mixes(runs_dir: Path, screen: Screen) -> list[Run]:
@@ -172,58 +172,58 @@ def _mixes(runs_dir: Path, screen: Screen) -> list[Run]:
 
 
 def _conditioned(word: str, runs_dir: Path, screen: Screen) -> Policy:
-    """Return the newest conditioned policy, or the run behind the @, asked for what follows the colon."""
+    """Return the policy of `want:DIRECTION` (newest run) or `want@FOLDER:DIRECTION`."""
     folder, _, text = word.removeprefix(WANT).partition(":")
     if folder:
         inside = runs_dir / folder[1:]
         run = runs.read(inside if runs.is_run(inside) else Path(folder[1:]))
         if run.manifest.stage != "rsf":
             stage = run.manifest.stage
-            raise UserError(f"{word}: {run.path} is a run of {stage}; `rsf` trains policies that can be asked")
+            raise UserError(f"{word}: {run.path} is a run of {stage}; only runs of `rsf` take a direction")
     else:
         run = newest_conditioned(runs_dir, "--want", screen)
     name = (run.path.relative_to(runs_dir) if run.path.is_relative_to(runs_dir) else run.path).as_posix()
     if takes_scores(run):
-        asked = Conditioned(name, run, _scores_message(run, text, word))
+        conditioned = Conditioned(name, run, _scores_message(run, text, word))
     else:
-        asked = Conditioned.asked(name, run, text, screen)
-    return Policy(word, {name: vectors.at(run.path, name)}, {name: 1.0}, conditioned=asked)
+        conditioned = Conditioned.parse(name, run, text, screen)
+    return Policy(word, {name: vectors.from_folder(run.path, name)}, {name: 1.0}, conditioned=conditioned)
 
 
 def _scores_message(run: Run, text: str, word: str) -> str:
     scores, objectives = parse_weights(text), run.manifest.method["objectives"]
     if set(scores) != set(objectives):
-        raise UserError(f"{word}: this policy is asked for scores of {' and '.join(objectives)}, from 0 to 100")
+        raise UserError(f"{word}: this policy takes scores of {' and '.join(objectives)}, from 0 to 100")
     return scores_prompt({name: scores[name] for name in objectives}, run.manifest.method["steer"])
 
 
 def one_adapter(vector: Vector) -> Policy:
-    """Return the policy of one adapter at weight 1, which may contain the start adapter."""
+    """Return the policy of one adapter with weight 1. The adapter may contain the start adapter."""
     contains_start = any(run.manifest.contains_start or run.manifest.stage == "sft" for run in vector.known_runs())
     return Policy(vector.name, {vector.name: vector}, {vector.name: 1.0}, start=float(not contains_start))
 
 
-def _taken_apart(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
-    """Return a mix as its vectors, whose weights can change; whole where it is not their sum or they are gone."""
-    whole = one_adapter(vectors.at(mix.path, mix.path.name))
+def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
+    """Return the vectors and weights of a mix, or the mix as one adapter if it cannot be split."""
+    whole = one_adapter(vectors.from_folder(mix.path, mix.path.name))
     if mix.manifest.metrics.get("left_out"):
-        screen.note("it was compressed: /w turns it as a whole")
+        screen.note("the mix was compressed: /w scales it as a whole")
         return whole
     if (method := mix.manifest.method.get("name")) != "exact":
-        screen.note(f"it is no plain sum, it was made by {method}: /w turns it as a whole")
+        screen.note(f"the mix was made by {method}, so it is not a plain sum: /w scales it as a whole")
         return whole
     try:
-        found = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}
-        same = all(_same(found[parent["name"]], parent["adapters"]) for parent in mix.manifest.parents)
+        parts = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}
+        same = all(_same(parts[parent["name"]], parent["adapters"]) for parent in mix.manifest.parents)
     except UserError:
         same = False
     if not same:
-        screen.note("the adapters it was made from are gone or were trained anew: /w turns it as a whole")
+        screen.note("the adapters of the mix are gone or were trained again: /w scales it as a whole")
         return whole
-    return Policy(mix.path.name, found, {parent["name"]: parent["weight"] for parent in mix.manifest.parents})
+    return Policy(mix.path.name, parts, {parent["name"]: parent["weight"] for parent in mix.manifest.parents})
 
 
 def _same(vector: Vector, adapters: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a vector still consists of the adapters a mix was made of, wherever their folders lie."""
-    now = [parent.lineage() for parent in vector.parents]
-    return [(a["sign"], a["sha256"]) for a in now] == [(a["sign"], a["sha256"]) for a in adapters]
+    """Return whether a vector has the adapters of a mix's manifest, by sign and hash."""
+    lineages = [parent.lineage() for parent in vector.parents]
+    return [(a["sign"], a["sha256"]) for a in lineages] == [(a["sign"], a["sha256"]) for a in adapters]

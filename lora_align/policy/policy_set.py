@@ -54,7 +54,7 @@ class PolicySet:
         made = cls(base, policies, start, judges)
         check_stands_on(base, start_policy.identity(start), made.vectors.values())
         for vector in made.vectors.values():
-            for warning in vector.doubts():
+            for warning in vector.warnings():
                 screen.warn(warning)
         return made
 
@@ -71,7 +71,7 @@ class PolicySet:
     @cached_property
     def mixer(self) -> Mixer:
         """Every adapter over the base, all at weight 0."""
-        updates, _ = vectors.opened(self.vectors)
+        updates, _ = vectors.load_updates(self.vectors)
         if self.start is not None:
             updates[START] = peft_format.load(self.start.path, whole=True)
         for judge in self.judges.values():

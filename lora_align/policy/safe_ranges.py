@@ -1,67 +1,174 @@
-"""What `reach` has found: how far vectors go before something breaks, for those who weigh them afterwards."""
+"""The largest safe weights that `reach` found, and warnings of weights beyond them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lora_align import runs
+from lora_align.console import table
 from lora_align.policy.vectors import Vector
 from lora_align.runs import Run
 
-FOLDER = "reach"  # of the runs folder
-FAR = 2.0  # a weight that no vector was trained near
+FOLDER = "reach"  # in the runs folder
+FAR = 2.0  # warn beyond this weight if `reach` has not measured a vector; training goes to 1
 
 
-def warnings_beyond_reach(weights: Mapping[str, float], found: Mapping[str, Vector], runs_dir: Path) -> list[str]:
-    """Name weights that lie farther out than `reach` found safe; of vectors it has not measured, those beyond FAR."""
-    measured = _measured(runs_dir)
-    made_of = {name: found[name].lineage() for name, weight in weights.items() if weight and name in found}
-    told = {name: why for name, of in made_of.items() if (why := _alone(name, weights[name], of, measured, runs_dir))}
-    for one, other in combinations(made_of, 2):
-        if one not in told and other not in told:
-            told |= _together(one, other, weights, made_of, measured)
-    return list(told.values())
+@dataclass(frozen=True)
+class Side:
+    """The largest safe weight on one side of 0, and what breaks at the next step; empty if nothing broke."""
+
+    to: float
+    breaks: str
+
+    def text(self, sign: int = 1) -> str:
+        """Return the weight with its sign, and what breaks beyond it."""
+        return f"{sign * self.to + 0.0:g}" + (f" ({self.breaks})" if self.breaks else " and more")
 
 
-def _measured(runs_dir: Path) -> list[Run]:
-    """The newest first."""
-    return runs.list_runs(runs_dir / FOLDER)[::-1]
+@dataclass(frozen=True)
+class VectorReach:
+    """The reach of one vector, and a line fitted to its margin over its weight."""
+
+    up: Side
+    down: Side
+    slope: float  # nats of margin for a weight of 1
+    r2: float
 
 
-def _alone(name: str, weight: float, made_of: list[Any], measured: list[Run], runs_dir: Path) -> str:
-    for run in measured:
-        for known, of in run.manifest.method["vectors"].items():
-            if of == made_of:
-                side = run.manifest.metrics["alone"][known]["up" if weight > 0 else "down"]
-                if abs(weight) > side["to"]:
-                    return f"{name}={weight:g} is {_told(side, run)}"
-                return ""
+@dataclass(frozen=True)
+class PairReach:
+    """The reach of two vectors with equally large weights, for each combination of signs."""
+
+    names: tuple[str, ...]
+    sides: Mapping[tuple[float, ...], Side]  # by the signs of both weights
+    term: Mapping[str, float]  # the coefficient of η₁η₂ in the margin of each
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The largest safe weights of vectors, one by one and in pairs."""
+
+    alone: Mapping[str, VectorReach]
+    together: Sequence[PairReach]
+    limits: Mapping[str, float]
+
+    @classmethod
+    def from_json(cls, metrics: Mapping[str, Any]) -> "Reach":
+        """Read the metrics of a manifest."""
+        alone = {
+            name: VectorReach(Side(**of["up"]), Side(**of["down"]), of["slope"], of["r2"])
+            for name, of in metrics["alone"].items()
+        }
+        together = [
+            PairReach(
+                tuple(of["names"]),
+                {tuple(side["signs"]): Side(side["to"], side["breaks"]) for side in of["sides"]},
+                of["term"],
+            )
+            for of in metrics["together"]
+        ]
+        return cls(alone, together, metrics["limits"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the metrics of the run's manifest."""
+        together = [
+            {
+                "names": pair.names,
+                "sides": [{"signs": signs, **asdict(side)} for signs, side in pair.sides.items()],
+                "term": pair.term,
+            }
+            for pair in self.together
+        ]
+        return {
+            "alone": {name: asdict(of) for name, of in self.alone.items()},
+            "together": together,
+            "limits": self.limits,
+        }
+
+    def summary(self) -> str:
+        """Return a table of vectors; with two or more, tables of pairs and of their interaction."""
+        rows = [
+            [name, of.down.text(-1), of.up.text(), f"{of.slope:.2f}", f"{of.r2:.3f}"] for name, of in self.alone.items()
+        ]
+        parts = [table(["", "from", "to", "margin by weight", "R²"], rows)]
+        if self.together:
+            sides = [
+                [
+                    ", ".join(f"{name} {up_or_down(sign)}" for name, sign in zip(pair.names, signs, strict=True)),
+                    side.text(),
+                ]
+                for pair in self.together
+                for signs, side in pair.sides.items()
+            ]
+            terms = [
+                [" and ".join(pair.names), *(f"{pair.term[name]:+.2f}" for name in pair.names)]
+                for pair in self.together
+            ]
+            parts.append(table(["equal weights of two", "to"], sides))
+            parts.append(table(["coefficient of η₁η₂", "in the first's margin", "in the second's"], terms))
+        return "\n\n".join(parts)
+
+
+def up_or_down(sign: float) -> str:
+    """Return the word for a sign."""
+    return "up" if sign > 0 else "down"
+
+
+def warnings_beyond_reach(weights: Mapping[str, float], vectors: Mapping[str, Vector], runs_dir: Path) -> list[str]:
+    """Return a warning for each weight, and each pair of weights, beyond what `reach` found safe.
+
+    The newest run of `reach` counts. Vectors that it has not measured are safe up to FAR.
+    """
+    made = runs.list_runs(runs_dir / FOLDER)[::-1]
+    named = [name for name, weight in weights.items() if weight and name in vectors]
+    lineages = {name: json.dumps(vectors[name].lineage()) for name in named}
+    warnings = {name: _alone(name, weights[name], lineage, made, runs_dir) for name, lineage in lineages.items()}
+    safe = [name for name in lineages if not warnings[name]]
+    pairs = [_together(pair, weights, [lineages[name] for name in pair], made) for pair in combinations(safe, 2)]
+    return list(filter(None, [*warnings.values(), *pairs]))
+
+
+def _alone(name: str, weight: float, lineage: str, made: Sequence[Run], runs_dir: Path) -> str:
+    if measured := _newest(made, [lineage]):
+        run, [measured_name] = measured
+        vector = Reach.from_json(run.manifest.metrics).alone[measured_name]
+        side = vector.up if weight > 0 else vector.down
+        return f"{name}={weight:g} is {_beyond(side, run)}" if abs(weight) > side.to else ""
     if abs(weight) <= FAR:
         return ""
-    safe = f"`{runs.command('reach', runs_dir)}` finds how far is safe"
-    return f"{name}={weight:g} is far beyond what it was trained at (1), and answers may break; {safe}"
+    command = runs.command("reach", runs_dir)
+    return (
+        f"{name}={weight:g} is far beyond 1, the weight of training, and answers may break; "
+        f"`{command}` finds the largest safe weight"
+    )
 
 
-def _together(
-    one: str, other: str, weights: Mapping[str, float], made_of: Mapping[str, list[Any]], measured: list[Run]
-) -> Iterator[tuple[str, str]]:
-    """Of two that are turned alike: by the one that is turned less, in the quarter that both lie in."""
-    least = min(abs(weights[one]), abs(weights[other]))
-    up = {json.dumps(made_of[name]): weights[name] > 0 for name in (one, other)}
-    for run in measured:
-        known = {name: json.dumps(of) for name, of in run.manifest.method["vectors"].items()}
-        for pair in run.manifest.metrics["together"]:
-            if {known[name] for name in pair["names"]} != up.keys():
-                continue
-            quarter = [up[known[name]] for name in pair["names"]]
-            side = next(side for side in pair["sides"] if [sign > 0 for sign in side["signs"]] == quarter)
-            if least > side["to"]:
-                yield f"{one} {other}", f"{one}={weights[one]:g} with {other}={weights[other]:g} is {_told(side, run)}"
-            return
+def _together(pair: Sequence[str], weights: Mapping[str, float], lineages: Sequence[str], made: Sequence[Run]) -> str:
+    """Return a warning if the smaller of two weights is beyond the safe weight of both together."""
+    if not (measured := _newest(made, lineages)):
+        return ""
+    run, names = measured
+    signs = {measured_name: 1.0 if weights[name] > 0 else -1.0 for name, measured_name in zip(pair, names, strict=True)}
+    for both in Reach.from_json(run.manifest.metrics).together:
+        if set(both.names) == set(names):
+            side = both.sides[tuple(signs[name] for name in both.names)]
+            if min(abs(weights[name]) for name in pair) > side.to:
+                return f"{' with '.join(f'{name}={weights[name]:g}' for name in pair)} is {_beyond(side, run)}"
+    return ""
 
 
-def _told(side: Mapping[str, Any], run: Run) -> str:
-    why = f": {side['breaks']}" if side["breaks"] else ", the farthest that was measured"
-    return f"farther out than {side['to']:g}{why} ({run.path})"
+def _newest(made: Sequence[Run], lineages: Sequence[str]) -> tuple[Run, list[str]] | None:
+    """Return the newest run that measured all of these vectors, and their names in that run."""
+    for run in made:
+        names = {json.dumps(lineage): name for name, lineage in run.manifest.method["vectors"].items()}
+        if names.keys() >= set(lineages):
+            return run, [names[lineage] for lineage in lineages]
+    return None
+
+
+def _beyond(side: Side, run: Run) -> str:
+    why = f": {side.breaks}" if side.breaks else ", the largest weight that was tried"
+    return f"beyond the safe weight {side.to:g}{why} ({run.path})"

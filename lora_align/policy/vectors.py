@@ -1,4 +1,4 @@
-"""From the name of a preference, a run or a folder to the update it stands for."""
+"""Vectors: find the adapters of a preference, a run or a folder by name, and load their signed sum."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,23 +15,23 @@ from lora_align.recipe import DEFAULT, LOCAL
 from lora_align.runs import Run
 from lora_align.weights import NAME
 
-if TYPE_CHECKING:  # names are found without torch
+if TYPE_CHECKING:  # torch is imported only to load an update
     from lora_align.adapters.delta import LoraDelta
     from lora_align.adapters.peft_format import Adapter
 
-STRETCH = re.compile(r"(\d+)(?:-(\d+))?")  # behind a name and @: layers
+LAYERS = re.compile(r"(\d+)(?:-(\d+))?")  # after a name and @, as in helpful@0-3
 
 
 @dataclass(frozen=True)
 class Parent:
-    """An adapter folder and its sign in the sum; a run where it has a manifest."""
+    """An adapter folder with its sign in a vector, and its run if it has a manifest."""
 
     folder: Path
     sign: float
     run: Run | None
 
     def open(self) -> "Adapter":
-        """The adapter, after its files were found to be the published ones."""
+        """Open the adapter; check the files of a run first."""
         from lora_align.adapters.peft_format import Adapter
 
         if self.run:
@@ -39,81 +39,85 @@ class Parent:
         return Adapter(self.folder, whole=self.run is not None)
 
     def lineage(self) -> dict[str, Any]:
-        """What a mix's manifest says of it."""
+        """Return the entry of this adapter in a mix's manifest."""
         file = self.folder / WEIGHTS
         known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else store.sha256(file)
-        config = store.sha256(self.folder / CONFIG)  # its scaling is in there
+        config = store.sha256(self.folder / CONFIG)  # it holds the scaling
         return {"folder": str(self.folder), "sign": self.sign, "sha256": known, "config_sha256": config}
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A named direction: pos minus neg of a preference, or one adapter as it is. `helpful@0-3` is of these layers."""
+    """A named update: `pos` minus `neg` of a preference, or one adapter. `helpful@0-3` has these layers only."""
 
     name: str
     parents: tuple[Parent, ...]
-    layers: tuple[int, int] | None = None  # the first and the last
+    layers: tuple[int, int] | None = None  # first and last
 
     def load(self) -> "LoraDelta":
-        """The update itself."""
-        return opened({self.name: self})[0][self.name]
+        """Load the update."""
+        return load_updates({self.name: self})[0][self.name]
 
     def policy(self) -> "Vector":
-        """Of a preference the adapter towards it alone; anything else is one policy already."""
+        """Return the `pos` adapter of a preference; any other vector is returned as it is."""
         return replace(self, parents=self.parents[:1])
 
     def without(self, run: Run) -> "Vector":
-        """This minus a run's adapter, which it contains."""
+        """Return this vector minus the adapter of a run."""
         return replace(self, parents=(*self.parents, Parent(run.path, -1.0, run)))
 
     def lineage(self) -> list[Any]:
-        """What it is made of, wherever that lies: signs, files, layers."""
+        """Return the signs and hashes of the adapters, and the layers; independent of names and folders."""
         parents = [parent.lineage() for parent in self.parents]
         return [[[of["sign"], of["sha256"], of["config_sha256"]] for of in parents], list(self.layers or [])]
 
-    def reaching(self, update: "LoraDelta") -> "LoraDelta":
-        """As much of its parents' sum as lies in its layers."""
+    def in_layers(self, update: "LoraDelta") -> "LoraDelta":
+        """Return the part of an update in this vector's layers."""
         if self.layers is None:
             return update
         first, last = self.layers
         inside = [name for name in update if (at := parse_name(name)) and first <= at.layer <= last]
         if not inside:
             raise UserError(
-                f"{self.name}: nothing of it lies in layers {first} to {last} (its last is {layer_count(update) - 1})"
+                f"{self.name}: it has no layers {first} to {last} (its last layer is {layer_count(update) - 1})"
             )
         return update.only(inside)
 
     def known_runs(self) -> list[Run]:
-        """The runs among its parents."""
+        """Return the parents that are runs."""
         return [parent.run for parent in self.parents if parent.run]
 
     def unconverged(self) -> list[str]:
-        """Which of its runs learned nothing, and how that shows; a mix hands on what its parents said."""
+        """Return a reason for each run that is unconverged; a mix repeats the reasons of its parents."""
         return [
             why if run.manifest.stage == "mix" else f"{run.path} is unconverged: {why}"
             for run in self.known_runs()
             for why in run.manifest.unconverged
         ]
 
-    def doubts(self) -> list[str]:
-        """Why it may not do what its name says."""
-        found = self.unconverged()
+    def warnings(self) -> list[str]:
+        """Return the reasons why the vector may not have the effect of its name."""
+        reasons = self.unconverged()
         if len({run.manifest.data.get("fingerprint") for run in self.known_runs()}) > 1:
-            found.append(f"{self.name}: pos and neg were trained on different pairs")
+            reasons.append(f"{self.name}: pos and neg were trained on different pairs")
         if len({run.manifest.initial_adapter for run in self.known_runs()}) > 1:
-            found.append(f"{self.name}: pos and neg started from different values of A; their difference is noisy")
-        return found
+            reasons.append(f"{self.name}: pos and neg started from different values of A; their difference is noisy")
+        return reasons
 
 
 def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iterable[str] = ()) -> Vector:
-    """The vector of that name; `preferences` are the recipe's, to tell untrained from unknown."""
+    """Return the vector of a name.
+
+    `preferences` and `words` are further valid names: an error then says that a preference is not trained, or suggests
+    the nearest name.
+    """
     whole, _, layers = name.rpartition("@")
-    if (stretch := STRETCH.fullmatch(layers)) and whole and not Path(name).exists():
-        first, last = int(stretch[1]), int(stretch[2] or stretch[1])
+    if (span := LAYERS.fullmatch(layers)) and whole and not Path(name).exists():
+        first, last = int(span[1]), int(span[2] or span[1])
         return replace(find(whole, runs_dir, preferences), name=name, layers=(first, last))
     if "/" in name or name.startswith("."):
         inside = runs_dir / name
-        return at(inside if (inside / CONFIG).is_file() else Path(name).expanduser(), name)
+        return from_folder(inside if (inside / CONFIG).is_file() else Path(name).expanduser(), name)
     folder = runs_dir / "dpo" / name
     trained = [d for d in ("pos", "neg") if NAME.fullmatch(name) and runs.is_run(folder / d)]
     if len(trained) == 2:
@@ -125,31 +129,31 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iter
         command = runs.command(f"dpo --pref {done.preference} --direction {missing}{named}", runs_dir)
         if not LOCAL.exists() and (source := done.recipe.get("source", "")) not in ("", DEFAULT):
             command += f" --recipe {source}"
-        raise UserError(f"{name}: only {trained[0]} is trained; its twin comes from: {command}")
+        raise UserError(f"{name}: only {trained[0]} is trained; `{command}` trains {missing}")
     if NAME.fullmatch(name) and runs.is_run(runs_dir / "mix" / name):
-        return at(runs_dir / "mix" / name, name)
+        return from_folder(runs_dir / "mix" / name, name)
     if (Path(name) / CONFIG).is_file():
-        return at(Path(name), name)
+        return from_folder(Path(name), name)
     if name in preferences:
         command = runs.command(f"dpo --pref {name} --direction both", runs_dir)
-        raise UserError(f"{name} is not trained in {runs_dir}/; first: {command}")
+        raise UserError(f"{name} is not trained in {runs_dir}/; `{command}` trains it")
     known = sorted({*_published_names(runs_dir), *preferences, *words})
     raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
 
 
-def at(folder: Path, name: str) -> Vector:
-    """One adapter folder as it is."""
+def from_folder(folder: Path, name: str) -> Vector:
+    """Return the vector of one adapter folder."""
     return Vector(name, (_parent(folder, 1.0),))
 
 
-def opened(vectors: Mapping[str, Vector]) -> tuple[dict[str, "LoraDelta"], list["Adapter"]]:
-    """The updates, and the adapters that they are made of, each folder opened once."""
+def load_updates(vectors: Mapping[str, Vector]) -> tuple[dict[str, "LoraDelta"], list["Adapter"]]:
+    """Load the updates of vectors; return them with their adapters. Each folder is opened once."""
     from lora_align.adapters.delta import LoraDelta, total
 
     parents = {parent.folder.resolve(): parent for vector in vectors.values() for parent in vector.parents}
     adapters = {folder: parent.open() for folder, parent in parents.items()}
     updates = {
-        key: vector.reaching(
+        key: vector.in_layers(
             total([LoraDelta.of(adapters[parent.folder.resolve()]) * parent.sign for parent in vector.parents])
         )
         for key, vector in vectors.items()
@@ -157,52 +161,52 @@ def opened(vectors: Mapping[str, Vector]) -> tuple[dict[str, "LoraDelta"], list[
     return updates, list(adapters.values())
 
 
-def stretches(name: str, layers: int, count: int) -> list[str]:
-    """The names of a vector's parts: so many, of about as many layers each."""
+def layer_groups(name: str, layers: int, count: int) -> list[str]:
+    """Return the names of `count` groups of layers of a vector, of about equal size."""
     ends = [layers * part // count for part in range(count + 1)]
     return [f"{name}@{first}-{end - 1}" for first, end in pairwise(ends) if end > first]
 
 
 def layer_count(update: Iterable[str]) -> int:
-    """How many layers a model has at least, by the names of modules."""
+    """Return the number of layers of an update, by the names of its modules."""
     return max((at.layer + 1 for at in map(parse_name, update) if at), default=0)
 
 
-def common(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
-    """The base and the start adapter that all vectors with a manifest stand on; an error where they differ."""
-    found = [run for vector in vectors for run in vector.known_runs() if run.fingerprint]
-    if not found:
+def common_base(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
+    """Return the base and the start adapter of all vectors with a manifest; refuse vectors of different ones."""
+    made = [run for vector in vectors for run in vector.known_runs() if run.fingerprint]
+    if not made:
         return None, ""
-    first = found[0]
-    for run in found[1:]:
+    first, *others = made
+    for run in others:
         if run.fingerprint != first.fingerprint:
             raise UserError(
-                f"{run.path} and {first.path} stand on different bases ({run.manifest.base['model']}, "
-                f"{first.manifest.base['model']}); adapters of different bases do not add"
+                f"{run.path} and {first.path} were trained on different bases ({run.manifest.base['model']}, "
+                f"{first.manifest.base['model']}) and cannot be added"
             )
         if run.manifest.start != first.manifest.start:
             raise UserError(
-                f"{run.path} and {first.path} stand on different start adapters; train both on the same one"
+                f"{run.path} and {first.path} were trained on different start adapters; train both on the same one"
             )
     return dict(first.manifest.base), first.manifest.start
 
 
 def refuse_start_inside(vectors: Iterable[Vector], with_start: bool = True) -> None:
-    """Refuse to weigh what contains the start adapter where that is added anyway, with weight 1."""
+    """Refuse vectors that contain the start adapter; a mix adds it once, with weight 1."""
     for vector in vectors:
         for run in vector.known_runs():
             if run.manifest.stage == "sft":
                 if with_start:
-                    raise UserError(f"{run.path} is the start adapter; it lies under every mix, with weight 1")
+                    raise UserError(f"{run.path} is the start adapter, which every mix contains with weight 1")
             elif run.manifest.contains_start:
                 raise UserError(
-                    f"{run.path} contains the start adapter, and its weight would scale that too; "
-                    "name its preferences, or make it again --without-start"
+                    f"{run.path} contains the start adapter, which its weight would scale too; "
+                    "name its preferences, or merge it again --without-start"
                 )
 
 
 def trained(runs_dir: Path) -> list[str]:
-    """The preferences both of whose directions are published."""
+    """Return the preferences with both adapters, `pos` and `neg`."""
     return sorted(p.name for p in (runs_dir / "dpo").glob("*") if all(runs.is_run(p / d) for d in ("pos", "neg")))
 
 
@@ -214,5 +218,5 @@ def _published_names(runs_dir: Path) -> list[str]:
 
 def _parent(folder: Path, sign: float) -> Parent:
     if not (folder / CONFIG).is_file():
-        raise UserError(f"no adapter in {folder}: it has no {CONFIG}")
+        raise UserError(f"no adapter in {folder}: {CONFIG} is missing")
     return Parent(folder, sign, runs.read(folder) if runs.is_run(folder) else None)

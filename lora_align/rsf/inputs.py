@@ -78,7 +78,7 @@ class RsfInputs:
 
     def policies(self, policy: Run | None = None) -> PolicySet:
         """Return the reward model, and a policy if there is one, over one base."""
-        vector = {TEACHER: vectors.at(policy.path, TEACHER)} if policy else {}
+        vector = {TEACHER: vectors.from_folder(policy.path, TEACHER)} if policy else {}
         named = Policy(TEACHER, vector, dict.fromkeys(vector, 1.0))
         return PolicySet(self.base, [named], self.start, {JUDGE: self.judge}, self.budget)
 

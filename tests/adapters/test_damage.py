@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 def outcome(folder: Path) -> str:
     try:
-        (parent,) = vectors.at(folder, "a").parents
+        (parent,) = vectors.from_folder(folder, "a").parents
         dict(parent.open())
     except UserError as fault:
         return "refused in one line" if "\n" not in str(fault) else str(fault)

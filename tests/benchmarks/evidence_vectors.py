@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.demo.oracle import AXES
-from lora_align.evaluate.reach import way
 from lora_align.metrics import plots
 from lora_align.policy import vectors
+from lora_align.policy.safe_ranges import up_or_down
 from lora_align.rankers import Direction
 
 
@@ -304,7 +304,7 @@ def _reached(seeds: list[Any]) -> list[list[list[str]]]:
     ]  # fmt: skip
     together = list(zip(*(of["together"] for of in seeds), strict=True))
     turned = [
-        [", ".join(f"{name} {way(sign)}" for name, sign in zip(pairs[0]["names"], side["signs"], strict=True)),
+        [", ".join(f"{name} {up_or_down(sign)}" for name, sign in zip(pairs[0]["names"], side["signs"], strict=True)),
          far([pair["sides"][at] for pair in pairs], 1)]
         for pairs in together for at, side in enumerate(pairs[0]["sides"])
     ]  # fmt: skip

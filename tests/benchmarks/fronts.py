@@ -167,7 +167,7 @@ def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str])
 
 def _policies(bench: Bench, seed: int, policy: Run | None) -> PolicySet:
     base = bases.find(bench.project(seed).base)
-    vector = {"policy": vectors.at(policy.path, "policy")} if policy else {}
+    vector = {"policy": vectors.from_folder(policy.path, "policy")} if policy else {}
     judge = judges.reward(base, bench.runs(seed), reward.NAME)
     return PolicySet(base, [Policy("policy", vector, dict.fromkeys(vector, 1.0))], None, {"reward": judge})
 

@@ -98,7 +98,7 @@ def test_chat_takes_no_mix_apart_that_is_not_a_sum(workspace: Path) -> None:
     assert made.code == 0, made.err
     answer = call(workspace, "chat", "--prompt", "Tell me about rain.", "--json")
     assert answer.code == 0, answer.err
-    assert "made by tsv: /w turns it as a whole" in answer.err
+    assert "made by tsv, so it is not a plain sum: /w scales it as a whole" in answer.err
     assert json.loads(answer.out)["weights"] == {"whitened": 1.0}
 
 
@@ -187,4 +187,4 @@ def test_far_weights_are_warned_of_without_measurements(foreign: Path, cli: Cli)
     far = cli("merge", "-w", "./one=3,./two=-2.5", "--out", "far")
     assert far.code == 0, far.err
     for weight in ("./one=3", "./two=-2.5"):
-        assert f"warning: {weight} is far beyond what it was trained at (1)" in far.err
+        assert f"warning: {weight} is far beyond 1, the weight of training" in far.err

@@ -1,4 +1,4 @@
-"""`eval --tasks`: a local task through lm-evaluation-harness, against the same question asked by hand."""
+"""`eval --tasks`: a local task of lm-evaluation-harness, checked against a direct computation."""
 
 import json
 from pathlib import Path
@@ -40,42 +40,45 @@ def task(workspace: Path) -> str:
     return "mine.yaml"
 
 
-def by_hand() -> list[float]:
-    """Which answer the base finds likelier, with none of our code but its loading."""
+def expected_accuracies() -> list[float]:
+    """Compute which choice the base finds most likely, with plain transformers."""
     base = bases.find(recipe.Base("demo"))
-    model, found = base.load(), []
+    model, correct = base.load(), []
     for question, choices, right in QUESTIONS:
-        likes = []
+        logprobs = []
         for choice in choices:
             before, whole = (base.chat.tokenizer(text)["input_ids"] for text in (question, f"{question} {choice}"))
             with torch.no_grad():
                 logits = model(torch.tensor([whole])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
-            likes.append(float(logits.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum()))
-        found.append(float(likes.index(max(likes)) == right))
-    return found
+            logprobs.append(float(logits.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum()))
+        correct.append(float(logprobs.index(max(logprobs)) == right))
+    return correct
 
 
-def test_a_local_task_is_asked_of_every_contestant_once(task: str, workspace: Path, cli: Cli) -> None:
+def test_local_task_is_run_once_for_every_policy(task: str, workspace: Path, cli: Cli) -> None:
     words = ["eval", "helpful=4", "base", "--tasks", task, "--json", *SMALL]
     done = cli(*words)
     assert done.code == 0, done.err
-    told = json.loads(done.out)["policies"]
-    answers = by_hand()
+    policies = json.loads(done.out)["policies"]
+    answers = expected_accuracies()
     assert 0 < sum(answers) < len(answers)
-    assert told["base"]["mine: acc"]["value"] == pytest.approx(sum(answers) / len(answers))
-    assert told["base"]["mine: acc"]["low"] < told["base"]["mine: acc"]["high"]
-    kept = {json.loads(file.read_text())["policy"]: file for file in (workspace / "runs" / "eval").glob("task-*")}
-    assert json.loads(kept["base"].read_text())["values"] == {"acc": answers}
-    assert set(kept) == {"helpful=4", "base"}
+    assert policies["base"]["mine: acc"]["value"] == pytest.approx(sum(answers) / len(answers))
+    assert policies["base"]["mine: acc"]["low"] < policies["base"]["mine: acc"]["high"]
+    cached = {json.loads(file.read_text())["policy"]: file for file in (workspace / "runs" / "eval").glob("task-*")}
+    assert json.loads(cached["base"].read_text())["values"] == {"acc": answers}
+    assert set(cached) == {"helpful=4", "base"}
     again = cli(*words)
-    assert json.loads(again.out)["policies"] == told
+    assert json.loads(again.out)["policies"] == policies
     assert "mine: base" in done.err
     assert "mine: base" not in again.err
 
 
-def test_what_is_no_task_is_refused(task: str, workspace: Path, cli: Cli) -> None:
+def test_unknown_or_broken_task_is_rejected(task: str, workspace: Path, cli: Cli) -> None:
     (workspace / "broken.yaml").write_text(TASK.format(name="broken").replace("questions", "no-such"))
-    for word, told in (("mine.yml", "is called 'mine.yml'"), ("broken.yaml", "broken.yaml could not be loaded")):
+    for word, message in (
+        ("mine.yml", "'mine.yml' is neither a file nor a task"),
+        ("broken.yaml", "broken.yaml could not be loaded"),
+    ):
         done = cli("eval", "base", "--tasks", word, *SMALL)
         assert done.code == 2
-        assert told in done.err
+        assert message in done.err

@@ -1,4 +1,4 @@
-"""A served model as a judge: what it says counts only if it says it in both orders."""
+"""A served model as a judge: a verdict counts only if both orders of the answers have it."""
 
 import json
 import re
@@ -20,24 +20,24 @@ ANSWERS = re.compile(r"\[Answer 1\]\n(.*)\n\n\[Answer 2\]\n(.*)\n\nReply", re.DO
 
 @contextmanager
 def served(decide: Callable[[str, str], str]) -> Iterator[str]:
-    """A server that speaks the protocol and judges by a rule."""
+    """Serve an OpenAI-compatible judge that decides by a rule."""
 
     class Handler(BaseHTTPRequestHandler):
-        def _say(self, found: dict[str, Any]) -> None:
-            body = json.dumps(found).encode()
+        def _reply(self, content: dict[str, Any]) -> None:
+            body = json.dumps(content).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self._say({"data": [{"id": "judge"}]})
+            self._reply({"data": [{"id": "judge"}]})
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-            both = ANSWERS.search(asked)
-            assert both, asked
-            self._say({"choices": [{"message": {"content": decide(*both.groups())}, "finish_reason": "stop"}]})
+            prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+            both = ANSWERS.search(prompt)
+            assert both, prompt
+            self._reply({"choices": [{"message": {"content": decide(*both.groups())}, "finish_reason": "stop"}]})
 
         def log_message(self, *_: object) -> None:
             pass
@@ -49,53 +49,53 @@ def served(decide: Callable[[str, str], str]) -> Iterator[str]:
 def wins(cli: Cli, url: str) -> dict[str, Any]:
     done = cli("eval", "helpful=1", "helpful=-1", "--judge", url, "--json", *SMALL)
     assert done.code == 0, done.err
-    found: dict[str, Any] = json.loads(done.out)["wins"]["helpful=-1"]
-    return found
+    shares: dict[str, Any] = json.loads(done.out)["wins"]["helpful=-1"]
+    return shares
 
 
 def longer(first: str, second: str) -> str:
     return "0" if len(first) == len(second) else "12"[len(first) < len(second)]
 
 
-def test_a_judge_with_an_opinion_is_believed(workspace: Path, cli: Cli) -> None:
+def test_consistent_verdicts_decide_the_wins(workspace: Path, cli: Cli) -> None:
     from pyarrow.parquet import read_table
 
     with served(lambda first, second: f"Answer {longer(first, second)} is better.") as url:
-        found = wins(cli, url)
+        shares = wins(cli, url)
     texts: dict[str, dict[tuple[int, int], str]] = {}
     for folder in (workspace / "runs" / "eval").iterdir():
         name = json.loads((folder / "measured.json").read_text())["name"]
         rows = read_table(folder / "answers.parquet").to_pylist()
         texts[name] = {(row["prompt"], row["number"]): row["answer"] for row in rows}
     won = [longer(text, texts["helpful=-1"][place]) for place, text in texts["helpful=1"].items()]
-    assert found["judge"]["value"] == pytest.approx(sum({"1": 1.0, "2": 0.0, "0": 0.5}[one] for one in won) / len(won))
-    assert 0 < found["judge"]["value"] < 1
-    assert found["judge: order decided"]["value"] == 0
-    assert found["judge: said nothing"]["value"] == 0
+    assert shares["judge"]["value"] == pytest.approx(sum({"1": 1.0, "2": 0.0, "0": 0.5}[one] for one in won) / len(won))
+    assert 0 < shares["judge"]["value"] < 1
+    assert shares["judge: order decided"]["value"] == 0
+    assert shares["judge: said nothing"]["value"] == 0
 
 
-def test_one_that_goes_by_order_decides_nothing(workspace: Path, cli: Cli) -> None:
+def test_verdicts_that_follow_the_order_count_as_ties(workspace: Path, cli: Cli) -> None:
     with served(lambda first, second: "1") as url:
-        found = wins(cli, url)
-    assert found["judge"]["value"] == 0.5
-    assert found["judge: order decided"]["value"] == 1
+        shares = wins(cli, url)
+    assert shares["judge"]["value"] == 0.5
+    assert shares["judge: order decided"]["value"] == 1
 
 
 @pytest.mark.parametrize(
-    ("said", "share"),
+    ("reply", "share"),
     [("1", 1.0), ("**2**.", 0.0), ("0", 0.5), ("Answer 2 is better.", 0.0), ("Of the 2, answer 1.", 0.5), ("Ok", 0.5)],
 )
-def test_a_verdict_is_what_the_reply_begins_with_or_the_only_number_in_it(said: str, share: float) -> None:
-    assert server_judge._share(said) == share
+def test_verdict_is_the_first_or_only_number_of_a_reply(reply: str, share: float) -> None:
+    assert server_judge._share(reply) == share
 
 
-def test_one_that_says_nothing_is_told_of(workspace: Path, cli: Cli) -> None:
+def test_replies_without_a_verdict_are_counted(workspace: Path, cli: Cli) -> None:
     with served(lambda first, second: "Both are lovely.") as url:
-        found = wins(cli, url)
-    assert (found["judge"]["value"], found["judge: said nothing"]["value"]) == (0.5, 1)
+        shares = wins(cli, url)
+    assert (shares["judge"]["value"], shares["judge: said nothing"]["value"]) == (0.5, 1)
 
 
-def test_a_judge_that_is_not_there_is_refused_first(workspace: Path, cli: Cli) -> None:
+def test_unreachable_judge_is_rejected_before_measuring(workspace: Path, cli: Cli) -> None:
     done = cli("eval", "helpful=1", "--judge", "http://127.0.0.1:9", *SMALL)
     assert (done.code, "no server at http://127.0.0.1:9" in done.err) == (2, True)
     assert "--judge 'nowhere': expected http" in cli("eval", "helpful=1", "--judge", "nowhere").err

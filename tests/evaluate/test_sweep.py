@@ -1,4 +1,4 @@
-"""`sweep`: a small grid, its files, its page, and going on where it was stopped."""
+"""`sweep`: parsing axes, choosing scores, a small grid with its files and report, and continuing a stopped one."""
 
 import csv
 import json
@@ -14,9 +14,11 @@ from pyarrow.parquet import read_table
 
 from lora_align.errors import UserError
 from lora_align.evaluate.goals import Score, score_of
-from lora_align.evaluate.measure import Measured
-from lora_align.evaluate.sweep import _written, grid, weights_text
-from lora_align.evaluate.sweep_point import SweepPoint
+from lora_align.evaluate.grid import grid, weights_text
+from lora_align.evaluate.measure import Measurement
+from lora_align.evaluate.sweep import write_tables
+from lora_align.evaluate.sweep_result import SweepPolicy
+from lora_align.metrics.intervals import Estimate
 from lora_align.rankers import Ranker
 from support import COMMAND, Cli
 
@@ -25,21 +27,21 @@ SMALL = [word for setting in FEW for word in ("--set", setting)]
 AXES = ["helpful=-1:1:1", "harmless=0:1:1"]
 
 
-def test_an_axis_is_its_values() -> None:
-    values, points = grid(["helpful=-1:1", "brief=0:0.3:0.1"])
+def test_grid_combines_the_values_of_all_axes() -> None:
+    values, combined = grid(["helpful=-1:1", "brief=0:0.3:0.1"])
     assert values == {"helpful": [-1.0, -0.5, 0.0, 0.5, 1.0], "brief": [0.0, 0.1, 0.2, 0.3]}
-    assert len(points) == 20
-    assert weights_text(points[0]) == "helpful=-1"
+    assert len(combined) == 20
+    assert weights_text(combined[0]) == "helpful=-1"
     assert weights_text({"helpful": 0.0, "brief": 0.0}) == "start"
 
 
 @pytest.mark.parametrize("axis", ["helpful", "helpful=", "helpful=1:0", "helpful=0:1:0", "helpful=a:b", "../x=0:1"])
-def test_what_is_no_axis_is_refused(axis: str) -> None:
-    with pytest.raises(UserError, match="is no axis"):
+def test_grid_rejects_malformed_axis(axis: str) -> None:
+    with pytest.raises(UserError, match="is not an axis"):
         grid([axis])
 
 
-def test_who_knows_best_tells_the_score() -> None:
+def test_score_of_prefers_the_oracle_and_falls_back_to_the_margin() -> None:
     names = ["margin helpful", "words", "reward: helpful", "pair:helpful", "oracle: helpful"]
     for best in ["oracle: helpful", "pair:helpful", "reward: helpful", "margin helpful"]:
         assert score_of("helpful", names) == score_of("helpful@0-10", names) == Score(best)
@@ -47,22 +49,22 @@ def test_who_knows_best_tells_the_score() -> None:
     assert score_of("helpful", names) is None
 
 
-def test_how_pairs_are_ranked_tells_the_score_where_nothing_bears_its_name() -> None:
+def test_score_of_follows_the_ranker_without_a_figure_of_that_name() -> None:
     names = ["margin mine", "reward: speech", "words"]
     for rank, score in {
         "label": Score("margin mine"),
         "score:speech": Score("reward: speech"),
-        "rating:-speech": Score("reward: speech", less=True),
-        "shorter": Score("words", less=True),
+        "rating:-speech": Score("reward: speech", lower=True),
+        "shorter": Score("words", lower=True),
         "longer": Score("words"),
     }.items():
         assert score_of("mine", names, Ranker.parse(rank)) == score, rank
 
 
-def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
+def test_sweep_writes_tables_plots_and_report(workspace: Path, cli: Cli) -> None:
     done = cli("sweep", *AXES, "--also", "dpo/helpful/pos", *SMALL)
     assert done.code == 0, done.err
-    assert "points that no other beats:" in done.out
+    assert "policies that no other policy beats:" in done.out
     folder = workspace / "runs" / "sweep" / "helpful_harmless"
     assert f"{folder.relative_to(workspace)}/report.html" in done.out
     points = json.loads((folder / "points.json").read_text())
@@ -70,7 +72,7 @@ def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
         {"helpful": 0.0, "harmless": 0.0},
         {"helpful": -1.0, "harmless": 0.0},
     ]
-    assert len(points) == 3 * 2 + 1  # the start policy is a point of the grid
+    assert len(points) == 3 * 2 + 1  # the start policy is on the grid
     with (folder / "points.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     for row, point in zip(rows, points, strict=True):
@@ -84,17 +86,17 @@ def test_a_grid_is_measured_drawn_and_told(workspace: Path, cli: Cli) -> None:
     page = _Page()
     page.feed((folder / "report.html").read_text())
     assert len(page.pictures) == 5
-    covered = json.loads((folder / "manifest.json").read_text())["metrics"]["hypervolume"]
-    assert f"hypervolume {covered:.3f}, measured from the worst of each: oracle: helpful" in page.text
+    volume = json.loads((folder / "manifest.json").read_text())["metrics"]["hypervolume"]
+    assert f"hypervolume {volume:.3f}, measured from the worst value of each score: oracle: helpful" in page.text
     assert all(source.startswith("data:image/png;base64,") for source in page.pictures)
-    assert not page.elsewhere
+    assert not page.external
     assert "sweep/helpful_harmless" in cli("list").out
     again = cli("sweep", *AXES, *SMALL)
     assert (again.code, "exists" in again.err) == (2, True)
 
 
-def test_a_base_and_pairs_of_one_s_own_and_nothing_else(llama: Path, cli: Cli, tmp_path: Path) -> None:
-    """No oracle, no reward model, no prompts but those of pairs; and an axis that does not come by 0."""
+def test_sweep_works_with_own_base_and_pairs_alone(llama: Path, cli: Cli, tmp_path: Path) -> None:
+    """There are no oracle, reward model and [eval] prompts, and one axis does not contain 0."""
     rows = [{"prompt": f"q{i}?", "chosen": "Yes it is, and so on.", "rejected": "No."} for i in range(80)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables = [f'[preferences.{name}]\ndata = "pairs.jsonl"\nrank = "{rank}"\n' for name, rank in
@@ -108,7 +110,7 @@ def test_a_base_and_pairs_of_one_s_own_and_nothing_else(llama: Path, cli: Cli, t
     assert done.code == 0, done.err
     folder = tmp_path / "runs" / "sweep" / "yes_brief"
     points = json.loads((folder / "points.json").read_text())
-    assert len(points) == 3 * 2 + 1  # and the start policy
+    assert len(points) == 3 * 2 + 1  # with the start policy
     assert not [name for name in points[0]["figures"] if "oracle" in name]
     assert json.loads((folder / "manifest.json").read_text())["metrics"]["scores"] == {
         "yes": "margin yes",
@@ -118,16 +120,16 @@ def test_a_base_and_pairs_of_one_s_own_and_nothing_else(llama: Path, cli: Cli, t
         assert imread(folder / f"{name}.png").std() > 0.02, name
     curve = imread(folder / "curves.png")[:, : imread(folder / "curves.png").shape[1] // 2, :3]
     ink = abs(curve - [0x1F / 255, 0x4E / 255, 0x9C / 255]).max(-1) < 0.1
-    assert ink.any(0).sum() > 0.5 * curve.shape[1], "a line over all weights, and no single dot"
+    assert ink.any(0).sum() > 0.5 * curve.shape[1], "the curve spans all weights"
 
 
 class _Page(HTMLParser):
-    """Its pictures, and whatever it would fetch."""
+    """Collect the pictures, the text and all external resources of a page."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pictures: list[str] = []
-        self.elsewhere: list[str] = []
+        self.external: list[str] = []
         self.text = ""
 
     def handle_data(self, data: str) -> None:
@@ -138,31 +140,34 @@ class _Page(HTMLParser):
             if tag == "img" and name == "src":
                 self.pictures.append(value or "")
             elif name in ("src", "href") or tag in ("script", "link"):
-                self.elsewhere.append(f"{tag} {name}={value}")
+                self.external.append(f"{tag} {name}={value}")
 
 
-def test_a_sweep_that_was_stopped_goes_on(workspace: Path, cli: Cli) -> None:
-    kept = workspace / "runs" / "eval"
+def test_killed_sweep_continues_without_measuring_again(workspace: Path, cli: Cli) -> None:
+    cache = workspace / "runs" / "eval"
     words = [str(COMMAND), "sweep", *AXES, *SMALL]
     child = subprocess.Popen(words, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until = time.monotonic() + 120
-    while time.monotonic() < until and len(list(kept.glob("[0-9a-f]*/measured.json"))) < 2:
+    while time.monotonic() < until and len(list(cache.glob("[0-9a-f]*/measured.json"))) < 2:
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait(60)
-    before = {file: file.stat().st_mtime_ns for file in kept.glob("[0-9a-f]*/*")}
+    before = {file: file.stat().st_mtime_ns for file in cache.glob("[0-9a-f]*/*")}
     assert before
     assert not (workspace / "runs" / "sweep" / "helpful_harmless").exists()
     done = cli("sweep", *AXES, *SMALL)
     assert done.code == 0, done.err
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    assert len(list(kept.glob("[0-9a-f]*"))) == 6
+    assert len(list(cache.glob("[0-9a-f]*"))) == 6
 
 
-def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+def test_csv_cells_are_never_formulas(tmp_path: Path) -> None:
     evil = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx"]
-    points = [SweepPoint(word, None, None, Measured(word, [], [], [], []), {}, {}) for word in [*evil, "start"]]
-    _written({"=axis": [0.0, 1.0]}, evil, {}, points, tmp_path)
+    figures = {name: Estimate(1.0, 0.0, 2.0, 10) for name in evil}
+    policies = [
+        SweepPolicy(name, None, None, Measurement(name, [], [], [], []), figures, {}) for name in [*evil, "start"]
+    ]
+    write_tables(tmp_path, ["=axis"], policies)
     with (tmp_path / "points.csv").open(newline="") as stream:
         header, *rows = csv.reader(stream)
     assert header[:3] == ["policy", "'=axis", "'=1+1"]

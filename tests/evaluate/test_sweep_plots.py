@@ -1,4 +1,4 @@
-"""Pictures of a sweep, read back from their axes: what is drawn where, and which way is better."""
+"""Plots of a sweep, read back from their axes."""
 
 import itertools
 import math
@@ -8,12 +8,12 @@ import pytest
 
 from lora_align.evaluate import sweep_plots
 from lora_align.evaluate.goals import Score
-from lora_align.evaluate.measure import Measured
-from lora_align.evaluate.sweep_point import SweepPoint
+from lora_align.evaluate.measure import Measurement
+from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics.intervals import Estimate
 from lora_align.want import Want
 
-SCORES = {"talkative": Score("reward: speech"), "brief": Score("words", less=True)}
+SCORES = {"talkative": Score("reward: speech"), "brief": Score("words", lower=True)}
 GRID = {"start": (0.0, 0.0), "brief=1": (0.0, 1.0), "talkative=1": (1.0, 0.0), "brief=1,talkative=1": (1.0, 1.0)}
 SPEECH = {"start": 30.0, "brief=1": 5.0, "talkative=1": 90.0, "brief=1,talkative=1": 50.0}
 WORDS = {"start": 100.0, "brief=1": 20.0, "talkative=1": 110.0, "brief=1,talkative=1": 60.0}
@@ -23,23 +23,23 @@ def estimate(value: float) -> Estimate:
     return Estimate(value, value - 1, value + 2, 10)
 
 
-def point(
-    word: str, figures: Mapping[str, float], wins: Mapping[str, float] = {}, want: Want | None = None
-) -> SweepPoint:
-    weights = dict(zip(SCORES, GRID[word], strict=True)) if word in GRID else None
-    told = [{name: estimate(value) for name, value in of.items()} for of in (figures, wins)]
-    return SweepPoint(word, weights, want, Measured(word, [], [], [], []), *told)
+def policy(
+    name: str, figures: Mapping[str, float], wins: Mapping[str, float] = {}, want: Want | None = None
+) -> SweepPolicy:
+    weights = dict(zip(SCORES, GRID[name], strict=True)) if name in GRID else None
+    estimates = [{name: estimate(value) for name, value in of.items()} for of in (figures, wins)]
+    return SweepPolicy(name, weights, want, Measurement(name, [], [], [], []), *estimates)
 
 
 @pytest.fixture
-def grid() -> list[SweepPoint]:
+def grid() -> list[SweepPolicy]:
     return [
-        point(word, {"reward: speech": SPEECH[word], "words": WORDS[word], "text loss": 1.5}, {"reward: speech": 0.7})
-        for word in GRID
+        policy(name, {"reward: speech": SPEECH[name], "words": WORDS[name], "text loss": 1.5}, {"reward: speech": 0.7})
+        for name in GRID
     ]
 
 
-def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[SweepPoint]) -> None:
+def test_front_inverts_the_axis_of_a_score_where_lower_is_better(grid: list[SweepPolicy]) -> None:
     picture = sweep_plots.front(SCORES, grid)
     assert picture
     (panel,) = picture.axes
@@ -51,8 +51,8 @@ def test_the_front_is_to_the_upper_right_where_less_is_better_too(grid: list[Swe
     assert sweep_plots.front({"brief": SCORES["brief"]}, grid) is None
 
 
-def test_names_lie_on_no_other_name(grid: list[SweepPoint]) -> None:
-    twin = SweepPoint("twin", None, None, grid[-1].measured, grid[-1].figures, {})
+def test_front_hides_overlapping_names(grid: list[SweepPolicy]) -> None:
+    twin = SweepPolicy("twin", None, None, grid[-1].measurement, grid[-1].figures, {})
     picture = sweep_plots.front(SCORES, [*grid, twin])
     assert picture
     shown = [name for name in picture.axes[0].texts if name.get_visible()]
@@ -61,7 +61,7 @@ def test_names_lie_on_no_other_name(grid: list[SweepPoint]) -> None:
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
-def test_a_curve_leaves_the_other_weights_at_0(grid: list[SweepPoint]) -> None:
+def test_curves_hold_the_other_weights_at_0(grid: list[SweepPolicy]) -> None:
     picture = sweep_plots.curves({"talkative": [0.0, 1.0], "brief": [0.0, 1.0]}, SCORES, grid)
     assert picture
     first, second = picture.axes
@@ -70,7 +70,7 @@ def test_a_curve_leaves_the_other_weights_at_0(grid: list[SweepPoint]) -> None:
     assert second.get_xlabel() == "weight of brief"
 
 
-def test_wins_stand_over_words_as_shares_of_the_start_policy_s(grid: list[SweepPoint]) -> None:
+def test_lengths_plots_wins_over_relative_words(grid: list[SweepPolicy]) -> None:
     picture = sweep_plots.lengths(SCORES, grid)
     assert picture
     (panel,) = picture.axes
@@ -79,21 +79,23 @@ def test_wins_stand_over_words_as_shares_of_the_start_policy_s(grid: list[SweepP
     assert panel.get_ylabel() == "wins by reward: speech"
 
 
-def test_what_is_paid_stands_across_and_what_for_up(grid: list[SweepPoint]) -> None:
+def test_costs_plots_scores_over_costs(grid: list[SweepPolicy]) -> None:
     picture = sweep_plots.costs(SCORES, grid)
     assert picture
     speech, words = picture.axes
     assert (speech.get_ylabel(), words.get_ylabel()) == ("reward: speech", "words (less is better)")
     assert words.get_xlabel() == "text loss"
-    drawn = [float(bars[0].get_ydata()[0]) for bars in speech.containers]
-    assert drawn == list(SPEECH.values())
-    assert sweep_plots.costs(SCORES, [point("start", {"words": 1.0})]) is None
+    heights = [float(bars[0].get_ydata()[0]) for bars in speech.containers]
+    assert heights == list(SPEECH.values())
+    assert sweep_plots.costs(SCORES, [policy("start", {"words": 1.0})]) is None
 
 
-def test_a_policy_is_drawn_over_the_angle_it_was_asked_for() -> None:
+def test_asked_plots_scores_over_the_angle_of_the_direction() -> None:
     wants = [Want.of({"helpfulness": math.cos(a), "verbosity": -math.sin(a)}) for a in (0.0, math.pi / 4)]
-    asked = [point(f"want:{i}", {"words": 10.0 - i}, want=want) for i, want in enumerate(wants)]
-    picture = sweep_plots.asked({"verbosity": Score("words", less=True)}, [point("start", {"words": 9.0}), *asked])
+    directions = [policy(f"want:{i}", {"words": 10.0 - i}, want=want) for i, want in enumerate(wants)]
+    picture = sweep_plots.asked(
+        {"verbosity": Score("words", lower=True)}, [policy("start", {"words": 9.0}), *directions]
+    )
     assert picture
     (line,) = picture.axes[0].lines
     assert list(line.get_xdata()) == pytest.approx([0.0, -45.0])

@@ -1,4 +1,4 @@
-"""`tune`: its slope against finite differences, its bounds, and what is found beside a search of every place."""
+"""`tune`: its gradient against finite differences, its bounds, and the weights it finds."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -45,82 +45,82 @@ def evaluator_of(vectors: str, workspace: Path, settings: list[str] = FEW, aims:
     ("vectors", "weights"),
     [("helpful=1,harmless=1", [-3.0, 2.0]), ("helpful@0-1=1,helpful@2-3=1,harmless=1", [-3.0, -2.0, 2.0])],
 )
-def test_the_slope_is_that_of_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
+def test_gradient_equals_finite_differences(vectors: str, weights: list[float], workspace: Path) -> None:
     evaluator, here, step = evaluator_of(vectors, workspace), torch.tensor(weights), 0.05
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    passed = TuneObjective(evaluator, AIMS, free, Dpo()).at(here).found
-    assert passed[LOSS] > 5e-4
-    hill = TuneObjective(
-        evaluator, AIMS, replace(free, kl=passed[KL] / 1.5, loss=passed[LOSS] / 1.5), Dpo()
-    )  # both push back
-    found = hill.at(here)
-    rounding = 0.01 * float(found.slope.norm()) if "@" in vectors else 0.0  # the lower layers alone do next to nothing
-    for slope, aside in zip(found.slope.tolist(), torch.eye(len(weights)) * step, strict=True):
-        rise = (hill.at(here + aside).height - hill.at(here - aside).height) / (2 * step)
-        assert slope == pytest.approx(rise, rel=0.02, abs=rounding)
+    figures = TuneObjective(evaluator, AIMS, free, Dpo()).at(here).figures
+    assert figures[LOSS] > 5e-4
+    objective = TuneObjective(
+        evaluator, AIMS, replace(free, kl=figures[KL] / 1.5, loss=figures[LOSS] / 1.5), Dpo()
+    )  # both penalties are active
+    result = objective.at(here)
+    rounding = 0.01 * float(result.gradient.norm()) if "@" in vectors else 0.0  # the lower layers have almost no effect
+    for slope, offset in zip(result.gradient.tolist(), torch.eye(len(weights)) * step, strict=True):
+        expected = (objective.at(here + offset).value - objective.at(here - offset).value) / (2 * step)
+        assert slope == pytest.approx(expected, rel=0.02, abs=rounding)
 
 
-def test_at_no_weights_it_is_the_start_policy(evaluator: Evaluator) -> None:
-    hill = TuneObjective(evaluator, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
-    nowhere = hill.at(torch.zeros(2))
-    assert nowhere.height == pytest.approx(0.5, abs=1e-4)  # a coin decides every pair
-    assert nowhere.found == pytest.approx(dict.fromkeys(nowhere.found, 0.0), abs=1e-5)
+def test_objective_at_zero_weights_is_that_of_the_start_policy(evaluator: Evaluator) -> None:
+    objective = TuneObjective(evaluator, AIMS, Bounds(kl=0.1, loss=0.1, refused=0.0, weight=9.0), Dpo())
+    zero = objective.at(torch.zeros(2))
+    assert zero.value == pytest.approx(0.5, abs=1e-4)  # each pair is preferred with probability 0.5
+    assert zero.figures == pytest.approx(dict.fromkeys(zero.figures, 0.0), abs=1e-5)
 
 
-def test_what_is_climbed_to_lies_higher_than_places_around_it(evaluator: Evaluator) -> None:
+def test_maximise_finds_higher_value_than_scaled_weights(evaluator: Evaluator) -> None:
     bounds = Bounds(kl=5e-5, loss=0.05, refused=1.0, weight=9.0)
-    hill = TuneObjective(evaluator, AIMS, bounds, Dpo())
-    found, _ = tune.climbed(hill, lambda *_: None)
-    assert found.height > 0.5
-    assert 0.5 * bounds.kl < found.found[KL] < 1.2 * bounds.kl, "it is what stops the climb"
-    for turn in (0.5, 0.8, 1.25, 2.0):
-        assert hill.at(turn * found.weights).height < found.height + 0.01
-    flipped = hill.at(found.weights * torch.tensor([1.0, -1.0]))
-    assert flipped.height < found.height
+    objective = TuneObjective(evaluator, AIMS, bounds, Dpo())
+    result, _ = tune.maximise(objective, lambda *_: None)
+    assert result.value > 0.5
+    assert 0.5 * bounds.kl < result.figures[KL] < 1.2 * bounds.kl, "KL is the active bound"
+    for scale in (0.5, 0.8, 1.25, 2.0):
+        assert objective.at(scale * result.weights).value < result.value + 0.01
+    flipped = objective.at(result.weights * torch.tensor([1.0, -1.0]))
+    assert flipped.value < result.value
 
 
-def test_a_weight_stays_at_its_bound_while_others_climb(evaluator: Evaluator) -> None:
-    hill = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
-    found, _ = tune.climbed(hill, lambda *_: None)
-    assert found.weights.abs().max() == pytest.approx(0.3)
-    assert (found.slope * found.weights).min() > 0, "they would go on"
+def test_maximise_fixes_a_weight_at_its_bound(evaluator: Evaluator) -> None:
+    objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=0.3), Dpo())
+    result, _ = tune.maximise(objective, lambda *_: None)
+    assert result.weights.abs().max() == pytest.approx(0.3)
+    assert (result.gradient * result.weights).min() > 0, "the gradient points beyond the bound"
 
 
 @pytest.mark.parametrize(("name", "weight"), [(KL, 4.0), (LOSS, -4.0)])
-def test_what_has_passed_a_bound_comes_back(evaluator: Evaluator, name: str, weight: float) -> None:
-    far = torch.tensor([weight, weight])  # the way on which that bound is passed
+def test_within_bounds_scales_weights_back_to_a_passed_bound(evaluator: Evaluator, name: str, weight: float) -> None:
+    far = torch.tensor([weight, weight])  # this direction passes the bound
     free = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0)
-    bound = TuneObjective(evaluator, AIMS, free, Dpo()).at(far).found[name] / 3
+    bound = TuneObjective(evaluator, AIMS, free, Dpo()).at(far).figures[name] / 3
     assert bound > 0
-    hill = TuneObjective(evaluator, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
-    there = hill.at(far)
-    assert hill.beyond(there) == pytest.approx(3)
-    back = tune.within(hill, there)
-    assert 0.8 * bound < back.found[name] <= bound
+    objective = TuneObjective(evaluator, AIMS, replace(free, **{{KL: "kl", LOSS: "loss"}[name]: bound}), Dpo())
+    there = objective.at(far)
+    assert objective.excess(there) == pytest.approx(3)
+    back = tune.within_bounds(objective, there)
+    assert 0.8 * bound < back.figures[name] <= bound
     assert back.weights[0] == back.weights[1]
-    assert tune.within(hill, back) is back
+    assert tune.within_bounds(objective, back) is back
 
 
-def test_weights_go_back_until_no_more_is_refused_than_allowed(workspace: Path) -> None:
-    """Risky prompts stand in for safe ones, as these vectors leave safe ones alone."""
+def test_tune_shrinks_weights_until_refusals_are_within_the_bound(workspace: Path) -> None:
+    """Use risky prompts as safe ones, because these vectors refuse no safe prompts."""
     settings = [*FEW, 'eval.prompts="demo:prompts?risky=1"', "eval.count=24"]
     evaluator = evaluator_of("harmless=1", workspace, settings, ["harmless"])
     far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
 
-    def found(refused: float) -> tune.Tuned:
+    def tuned(refused: float) -> tune.Tuned:
         return tune.tune_weights(evaluator, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
 
-    free, start = found(1.0), tune.share_refused(evaluator, {})
+    free, start = tuned(1.0), tune.share_refused(evaluator, {})
     more = 0.5 * (free.refused - start)
-    held = found(more)
+    bounded = tuned(more)
     assert more > 0
-    assert held.refused <= start + more + 1e-9
-    assert 0 < held.weights["harmless"] < free.weights["harmless"]
+    assert bounded.refused <= start + more + 1e-9
+    assert 0 < bounded.weights["harmless"] < free.weights["harmless"]
     with pytest.raises(RunFailedError, match="--refused allows more"):
-        found(-1.0)
+        tuned(-1.0)
 
 
-def test_weights_that_are_steered_are_forgotten_when_others_are_set(evaluator: Evaluator) -> None:
+def test_mixer_set_replaces_steered_weights(evaluator: Evaluator) -> None:
     model, updates = evaluator.model, dict(evaluator.policies.mixer.updates)
     evaluator.policies.mixer.remove()
     mixer = Mixer(model, updates, {})
@@ -139,99 +139,96 @@ def test_weights_that_are_steered_are_forgotten_when_others_are_set(evaluator: E
     assert not torch.equal(before, set_to)
 
 
-def test_the_command_names_weights_within_bounds(workspace: Path, cli: Cli) -> None:
+def test_tune_prints_a_merge_command_with_weights_within_bounds(workspace: Path, cli: Cli) -> None:
     words = ["tune", "--aim", "helpful=3,harmless=2", "--kl", "4e-6", "--json"]
     words += [word for setting in FEW for word in ("--set", setting)]
     done = cli(*words)
     assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert set(found["weights"]) == {"helpful", "harmless"}
-    assert 2e-6 < found["kl"] <= 4e-6
-    assert all(0.5 <= share <= 1 for share in found["preferred"].values())
-    told = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
-    named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
-    assert told.out.splitlines()[-1] == f"lora-align merge --weights {named}"
+    result = json.loads(done.out)
+    assert set(result["weights"]) == {"helpful", "harmless"}
+    assert 2e-6 < result["kl"] <= 4e-6
+    assert all(0.5 <= share <= 1 for share in result["preferred"].values())
+    printed = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
+    named = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
+    assert printed.out.splitlines()[-1] == f"lora-align merge --weights {named}"
     assert cli("merge", "--weights", named).code == 0
 
 
-def test_what_the_recipe_names_nothing_for_is_not_held_to_and_said(workspace: Path, cli: Cli) -> None:
+def test_tune_warns_of_bounds_without_data(workspace: Path, cli: Cli) -> None:
     nothing = ['eval.prompts=""', 'eval.risky=""', 'eval.text=""']
-    done = cli("tune", "--aim", "helpful=1", "--json", *(word for said in (*FEW, *nothing) for word in ("--set", said)))
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert (found["refused"], found["loss"]) == (None, None)
-    assert "eval.prompts names no safe prompts: how many of them are refused is not looked at" in done.err
-    assert "eval.text names no ordinary text: its loss is not looked at" in done.err
-
-
-def test_what_is_told_as_preferred_was_counted(evaluator: Evaluator) -> None:
-    hill = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
-    likes, before = (
-        evaluator.likes(evaluator.policies.policies[0].at({"helpful": 1.0, "harmless": -0.5})),
-        evaluator.start_likes,
+    done = cli(
+        "tune", "--aim", "helpful=1", "--json", *(word for setting in (*FEW, *nothing) for word in ("--set", setting))
     )
-    found = hill.at(torch.tensor([1.0, -0.5])).preferred
-    assert found == {name: float((likes[name] > before[name]).float().mean()) for name in AIMS}
-    assert len(set(found.values())) == 2
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert (result["refused"], result["loss"]) == (None, None)
+    assert "eval.prompts names no safe prompts: refusals of safe prompts are not checked" in done.err
+    assert "eval.text names no ordinary text: the loss on ordinary text is not checked" in done.err
 
 
-def test_stretches_of_layers_have_weights_of_their_own(workspace: Path, cli: Cli) -> None:
+def test_preferred_shares_are_counted_over_pairs(evaluator: Evaluator) -> None:
+    objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
+    odds = evaluator.log_odds(evaluator.policies.policies[0].at({"helpful": 1.0, "harmless": -0.5}))
+    result = objective.at(torch.tensor([1.0, -0.5])).preferred
+    assert result == {name: float((odds[name] > evaluator.start_log_odds[name]).float().mean()) for name in AIMS}
+    assert len(set(result.values())) == 2
+
+
+def test_tune_groups_gives_each_group_of_layers_a_weight(workspace: Path, cli: Cli) -> None:
     words = ["tune", "--aim", "helpful=1", "--groups", "2", "--json"]
     done = cli(*words, *(word for setting in FEW for word in ("--set", setting)))
     assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert set(found["weights"]) == {"helpful@0-1", "helpful@2-3"}
-    assert set(found["preferred"]) == {"helpful"}
-    assert found["preferred"]["helpful"] > 0.5
-    named = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
+    result = json.loads(done.out)
+    assert set(result["weights"]) == {"helpful@0-1", "helpful@2-3"}
+    assert set(result["preferred"]) == {"helpful"}
+    assert result["preferred"]["helpful"] > 0.5
+    named = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
     assert cli("merge", "--weights", named).code == 0
 
 
 @pytest.mark.parametrize(
     ("aim", "says"),
     [
-        ("helpful=-1", "--aim: shares above 0"),
+        ("helpful=-1", "--aim: a share must be above 0"),
         ("brief=1", "brief is not trained"),
         ("helpfull=1", "did you mean 'helpful'?"),
         ("helpful", "helpful"),
     ],
 )
-def test_what_cannot_be_aimed_at_is_refused(workspace: Path, cli: Cli, aim: str, says: str) -> None:
+def test_tune_rejects_invalid_aim(workspace: Path, cli: Cli, aim: str, says: str) -> None:
     done = cli("tune", "--aim", aim)
     assert done.code == 2
     assert says in done.err
 
 
-def test_memory_that_runs_out_halves_the_parts_and_the_slope_is_what_it_was(
-    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_is_unchanged_after_out_of_memory(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
     expected = TuneObjective(evaluator, AIMS, bounds, Dpo()).at(here)
-    hill = TuneObjective(evaluator, AIMS, bounds, Dpo(tokens_per_batch=2048))
-    whole = Reader.tokens
+    objective = TuneObjective(evaluator, AIMS, bounds, Dpo(tokens_per_batch=2048))
+    read_tokens = Reader.tokens
 
     def tokens(self: Reader, rows: Sequence[Answered]) -> torch.Tensor:
         if sum(len(prompt) + len(answer) for prompt, answer in rows) > 300 and torch.is_grad_enabled():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return whole(self, rows)
+        return read_tokens(self, rows)
 
     monkeypatch.setattr(Reader, "tokens", tokens)
-    found = hill.at(here)
-    assert hill.room.size == 256
-    assert found.height == pytest.approx(expected.height, abs=1e-5)
-    assert found.slope.tolist() == pytest.approx(expected.slope.tolist(), abs=1e-5)
+    result = objective.at(here)
+    assert objective.budget.size == 256
+    assert result.value == pytest.approx(expected.value, abs=1e-5)
+    assert result.gradient.tolist() == pytest.approx(expected.gradient.tolist(), abs=1e-5)
 
 
-def test_checkpointing_leaves_the_slope_as_it_was(evaluator: Evaluator) -> None:
+def test_gradient_is_unchanged_with_checkpointing(evaluator: Evaluator) -> None:
     bounds, here = Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), torch.tensor([0.5, 0.5])
     plain = TuneObjective(evaluator, AIMS, bounds, Dpo()).at(here)
-    anew = TuneObjective(evaluator, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
-    assert anew.slope.tolist() == pytest.approx(plain.slope.tolist(), abs=1e-6)
+    checkpointed = TuneObjective(evaluator, AIMS, bounds, Dpo(gradient_checkpointing=True)).at(here)
+    assert checkpointed.gradient.tolist() == pytest.approx(plain.gradient.tolist(), abs=1e-6)
     assert not evaluator.model.training
 
 
-def test_pairs_are_cut_at_the_length_of_training(evaluator: Evaluator) -> None:
-    hill = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
-    rows = [row for of in (*hill.pairs.values(), hill.drawn) for row in of.rows]
+def test_rows_are_truncated_at_max_length(evaluator: Evaluator) -> None:
+    objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
+    rows = [row for of in (*objective.pairs.values(), objective.answers) for row in of.rows]
     assert rows
     assert max(len(prompt) + len(answer) for prompt, answer in rows) <= 32

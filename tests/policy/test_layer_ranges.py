@@ -1,4 +1,4 @@
-"""Parts of a vector by its layers: `helpful@0-1`."""
+"""Vectors of a range of layers: `helpful@0-1`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from support import Cli
 
 
 @pytest.mark.parametrize(
-    ("layers", "count", "found"),
+    ("layers", "count", "names"),
     [
         (4, 2, ["v@0-1", "v@2-3"]),
         (5, 3, ["v@0-0", "v@1-2", "v@3-4"]),
@@ -23,11 +23,11 @@ from support import Cli
         (7, 1, ["v@0-6"]),
     ],
 )
-def test_stretches_cover_every_layer_once(layers: int, count: int, found: list[str]) -> None:
-    assert vectors.stretches("v", layers, count) == found
+def test_layer_groups_cover_every_layer_once(layers: int, count: int, names: list[str]) -> None:
+    assert vectors.layer_groups("v", layers, count) == names
 
 
-def test_the_parts_add_up_to_the_whole(workspace: Path, cli: Cli) -> None:
+def test_layer_ranges_add_up_to_the_vector(workspace: Path, cli: Cli) -> None:
     whole = vectors.find("helpful", workspace / "runs").load()
     parts = [vectors.find(name, workspace / "runs").load() for name in ("helpful@0-1", "helpful@2", "helpful@3-9")]
     assert sum(map(len, parts)) == len(whole)
@@ -46,7 +46,7 @@ def test_the_parts_add_up_to_the_whole(workspace: Path, cli: Cli) -> None:
     assert all((tensors[0][key] == tensors[1][key]).all() for key in tensors[0])
 
 
-def test_a_mix_of_parts_is_taken_apart_again(workspace: Path, cli: Cli) -> None:
+def test_mix_of_layer_ranges_is_split_into_them(workspace: Path, cli: Cli) -> None:
     assert cli("merge", "--weights", "helpful@0-1=1,harmless@3=-0.5").code == 0
     done = cli("chat", "--prompt", "Hello", "--max-new-tokens", "2", "--json")
     assert done.code == 0, done.err
@@ -55,14 +55,14 @@ def test_a_mix_of_parts_is_taken_apart_again(workspace: Path, cli: Cli) -> None:
     assert [parent["name"] for parent in mix.manifest.parents] == ["helpful@0-1", "harmless@3"]
 
 
-def test_layers_that_are_not_there_are_refused(workspace: Path, cli: Cli) -> None:
+def test_layers_beyond_the_last_are_rejected(workspace: Path, cli: Cli) -> None:
     done = cli("merge", "--weights", "helpful@7-9=1")
     assert done.code == 2
-    assert "helpful@7-9: nothing of it lies in layers 7 to 9 (its last is 3)" in done.err
+    assert "helpful@7-9: it has no layers 7 to 9 (its last layer is 3)" in done.err
     assert "no preference or run 'helpfull'" in cli("merge", "--weights", "helpfull@1=1").err
 
 
-def test_a_part_is_not_taken_for_the_whole(workspace: Path) -> None:
+def test_layer_range_has_a_lineage_of_its_own(workspace: Path) -> None:
     project = recipe.load(recipe.builtin()["demo"])
     words = ["helpful=1", "helpful@0-3=1", "helpful@0-1=1"]
     runs_dir, quiet = workspace / "runs", Screen(quiet=True)
@@ -71,4 +71,4 @@ def test_a_part_is_not_taken_for_the_whole(workspace: Path) -> None:
     known = [str(policies.lineage(policy)) for policy in policies.policies]
     assert len(set(known)) == 3
     [far] = safe_ranges.warnings_beyond_reach({"helpful@0-1": 9.0}, policies.vectors, runs_dir)
-    assert "far beyond what it was trained at" in far
+    assert "far beyond 1, the weight of training" in far

@@ -121,7 +121,7 @@ def test_every_rsf_policy_is_found_by_its_word(made: Path, tmp_path: Path) -> No
     assert newest == last
     assert len({json.dumps(one) for one in (last, first, steerlm, start)}) == 4
     for word, says in {
-        "want@rsf/policy/steerlm:helpfulness=90": "is asked for scores of helpfulness and verbosity",
+        "want@rsf/policy/steerlm:helpfulness=90": "takes scores of helpfulness and verbosity",
         "want@reward/reward:helpfulness=1": "is a run of reward",
         "want@rsf/policy/t2:honesty=1": "has no objective 'honesty'",
     }.items():
@@ -148,7 +148,7 @@ def test_lm_eval_task_gets_the_system_message_of_the_direction(made: Path, tmp_p
 
     base = bases.find(recipe.Base("demo"))
     run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t2")
-    system = Conditioned.asked("", run, asked.partition(":")[2], Screen(quiet=True)).system
+    system = Conditioned.parse("", run, asked.partition(":")[2], Screen(quiet=True)).system
     policy = PeftModel.from_pretrained(base.load(), run.path).eval()
 
     def first_is_likelier(row: dict[str, Any], before: Sequence[Message]) -> tuple[float, float]:
@@ -235,9 +235,7 @@ def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_
     ("label", "key", "told"),
     [("t1", "teacher", "another steerlm"), ("t2", "teacher", "another t1"), ("t1", "start", "another start policy")],
 )
-def test_a_series_refuses_another_start_or_teacher(
-    label: str, key: str, told: str, made: Path, tmp_path: Path
-) -> None:
+def test_a_series_refuses_another_start_or_teacher(label: str, key: str, told: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
     said = json.loads(file.read_text())
@@ -356,14 +354,14 @@ def test_chat_combines_want_and_weights(made: Path, workspace: Path) -> None:
     told = json.loads(done.out)
     assert told["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
     assert told["weights"] == {"rsf/policy/t2": 1.0}
-    assert "asked for helpfulness=0.80 verbosity=-0.60 (brought to length 1)" in done.err
+    assert "direction helpfulness=0.80 verbosity=-0.60 (normalised to length 1)" in done.err
     both = json.loads(call(workspace, *words, "--weights", "helpful=0.5", "--json").out)
     assert both["weights"] == {"rsf/policy/t2": 1.0, "helpful": 0.5}
     live = call(
         workspace, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
     )
     assert live.code == 0, live.err
-    assert "it was trained on helpfulness from 0.17" in live.err
+    assert "was trained on helpfulness from 0.17" in live.err
     unknown = call(workspace, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
     assert unknown.code == 2
     assert "it has: helpfulness, verbosity" in unknown.err
@@ -376,7 +374,7 @@ def test_chat_changes_the_direction(made: Path) -> None:
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want helpfulness=3,verbosity=-4")
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want")
     assert "it has: helpfulness, verbosity" in terminal.say("/want honesty=1")
-    assert "it was trained on verbosity from" in terminal.say("/want helpfulness=1")
+    assert "was trained on verbosity from" in terminal.say("/want helpfulness=1")
     terminal.say("/retry")
     os.write(terminal.screen, b"/quit\n")
     assert terminal.process.wait(timeout=20) == 0

@@ -86,9 +86,7 @@ def test_all_directions_start_from_one_float32_adapter(both: dict[str, runs.Run]
     assert all(tensor.dtype == torch.float32 for run in both.values() for tensor in tensors(run).values())
 
 
-def test_both_directions_share_base_references_and_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_directions_share_base_references_and_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: Counter[str] = Counter()
 
     def counting(owner: type, name: str) -> None:
@@ -109,7 +107,7 @@ def test_both_directions_share_base_references_and_budget(
     assert counted == {"load": 1, "logprobs": 1, "read_token_pairs": 1, "MemoryBudget": 1}
 
 
-def test_only_init_seed_changes_the_initial_adapter(tmp_path: Path, both: dict[str, runs.Run]) -> None:  # noqa: N802
+def test_only_init_seed_changes_the_initial_adapter(tmp_path: Path, both: dict[str, runs.Run]) -> None:
     (reordered,) = dpo.train_dpo(demo("dpo.seed=7"), ["helpful"], [Direction.pos], tmp_path / "a", QUIET)
     (redrawn,) = dpo.train_dpo(demo("lora.init_seed=1"), ["helpful"], [Direction.pos], tmp_path / "b", QUIET)
     first = both["helpful pos"]

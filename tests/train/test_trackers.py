@@ -48,9 +48,7 @@ def test_no_tracker_is_used_by_default(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("named", "told"), [("no-such-tracker", "no-such-tracker"), ("comet_ml", "comet")])
-def test_a_missing_tracker_is_refused_before_reading_data(
-    named: str, told: str, cli: Cli, tmp_path: Path
-) -> None:
+def test_a_missing_tracker_is_refused_before_reading_data(named: str, told: str, cli: Cli, tmp_path: Path) -> None:
     done = cli("dpo", "--pref", "helpful", "--set", f'dpo.report_to=["{named}"]')
     assert done.code == 2
     assert "error: the recipe cannot be trained: " in done.err
