@@ -93,9 +93,10 @@ def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
         pos, neg = (peft_format.load(runs_dir / "dpo" / preference / side.value) for side in Direction)
         screen.note(f"{preference}: the cosine of its pos and neg is {pos.cosine(neg):.2f}")
     target = runs_dir / "mix" / merge.default_name(MIX)
-    mixed = runs.read(target) if runs.is_run(target) else merge.merge_adapters(MIX, project, runs_dir, screen)
-    screen.note(merge.summary(mixed))
-    return mixed
+    known = runs.is_run(target)
+    mix = merge.Mix(runs.read(target)) if known else merge.merge_adapters(MIX, project, runs_dir, screen)
+    screen.note(mix.summary())
+    return mix.run
 
 
 def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
