@@ -100,9 +100,7 @@ def _device() -> Iterator[Finding]:
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 yield Finding("device", "warning", found, "no bfloat16: training uses float16 with loss scaling")
             elif memory < 11:
-                yield Finding(
-                    "device", "warning", found, "8B recipes are meant for 24 GB, llama-3.2-3b for 12 GB"
-                )
+                yield Finding("device", "warning", found, "8B recipes are meant for 24 GB, llama-3.2-3b for 12 GB")
             else:
                 yield Finding("device", "good", found)
         return
@@ -139,9 +137,7 @@ def _four_bit() -> Iterator[Finding]:
     if error < 0.2:
         yield Finding("4-bit", "good", f"NF4 on {where}, {error:.0%} off")
     else:
-        yield Finding(
-            "4-bit", "bad", f"NF4 on {where} is {error:.0%} off", "install a bitsandbytes for this device"
-        )
+        yield Finding("4-bit", "bad", f"NF4 on {where} is {error:.0%} off", "install a bitsandbytes for this device")
 
 
 def _hub() -> Iterator[Finding]:
@@ -170,8 +166,6 @@ def _disk(runs_dir: Path) -> Iterator[Finding]:
             remedy = "choose another folder: LORA_ALIGN_CACHE, HF_HOME or --runs"
             yield Finding(what, "bad", f"{folder} cannot be written", remedy)
         elif free < ENOUGH_DISK and what != "runs":
-            yield Finding(
-                what, "warning", found, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB until it is in 4-bit"
-            )
+            yield Finding(what, "warning", found, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB until it is in 4-bit")
         else:
             yield Finding(what, "good", found)
