@@ -114,11 +114,11 @@ def chat(
     session = sessions.open_session(bases.find(project.base), given.runs_dir, project, policy, sampling, given.screen)
     session.system = system
     if prompt is not None:
-        terminal.once(session, prompt.strip(), given.screen)
+        terminal.answer_once(session, prompt.strip(), given.screen)
     elif script:
-        terminal.script(session, script, given.screen)
+        terminal.run_script(session, script, given.screen)
     else:
-        terminal.talk(session, given.screen)
+        terminal.run_terminal(session, given.screen)
 
 
 @takes(*RUNS)
@@ -170,9 +170,9 @@ def generate(
     check_text("--system", system)
     project = given.recipe_of_runs()
     if show_server:
-        from lora_align.model.endpoint import serve_line
+        from lora_align.model.endpoint import serve_command
 
-        given.screen.result(serve_line(project), {"serve": serve_line(project)})
+        given.screen.result(serve_command(project), {"serve": serve_command(project)})
         return
     if prompts is None or out is None:
         raise UserError("generate: give --prompts FILE and --out FILE")

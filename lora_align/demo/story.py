@@ -110,7 +110,7 @@ def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, An
     answers, columns = [], []
     for weight in (-1.0, 0.0, 1.0):
         session.turns = [Message("user", question)]
-        session.turn({**dict.fromkeys(PREFERENCES, 0.0), preference: weight})
+        session.set_weights({**dict.fromkeys(PREFERENCES, 0.0), preference: weight})
         text = "".join(session.answer()).strip()
         length = len(text.split())
         answers.append({"question": question, "weights": {preference: weight}, "answer": text, "words": length})
@@ -131,7 +131,7 @@ def _measure(session: Session, screen: Screen) -> Measured:
     measured: Measured = {}
     with screen.progress("measuring", len(settings)) as progress:
         for weights in settings:
-            session.turn(_weights(*weights))
+            session.set_weights(_weights(*weights))
             measured[weights] = measurement.measure(session.model, session.base, prompts, samples=1)
             progress.show(len(measured), {})
     return measured

@@ -35,8 +35,8 @@ def session(loaded: Session) -> Session:
 
 def test_undo_on_nothing_says_so(session: Session) -> None:
     with pytest.raises(UserError, match="nothing to take back"):
-        terminal.script(session, ["/undo"], SCREEN)
-    terminal.script(session, ["Tell me about rain.", "/undo"], SCREEN)
+        terminal.run_script(session, ["/undo"], SCREEN)
+    terminal.run_script(session, ["Tell me about rain.", "/undo"], SCREEN)
     assert session.turns == []
 
 
@@ -44,7 +44,7 @@ def test_retry_under_a_seed_gives_another_answer_each_time(session: Session) -> 
     def answers() -> list[str]:
         found = []
         for line in ("Tell me about rain.", "/retry", "/retry"):
-            terminal.script(session, [line], SCREEN)
+            terminal.run_script(session, [line], SCREEN)
             found.append(session.turns[-1].content)
             assert len(session.turns) == 2
         session.turns = []
@@ -58,7 +58,7 @@ def test_retry_under_a_seed_gives_another_answer_each_time(session: Session) -> 
 def test_save_writes_markdown_or_json_by_the_name(session: Session, tmp_path: Path) -> None:
     for name in ("talk.md", "talk.json"):
         session.turns = []
-        terminal.script(session, ["/system Be \x1b[31mbrief.", "Hello.", f"/save {tmp_path / name}"], SCREEN)
+        terminal.run_script(session, ["/system Be \x1b[31mbrief.", "Hello.", f"/save {tmp_path / name}"], SCREEN)
     said = [message["content"] for message in json.loads((tmp_path / "talk.json").read_text())["messages"]]
     markdown = (tmp_path / "talk.md").read_text()
     assert markdown.startswith(
@@ -69,8 +69,8 @@ def test_save_writes_markdown_or_json_by_the_name(session: Session, tmp_path: Pa
 
 def test_a_failing_line_ends_a_script(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no command /frob"):
-        terminal.script(session, ["/frob", "Hello."], SCREEN)
-    terminal.script(session, ["/quit", "Hello."], SCREEN)
+        terminal.run_script(session, ["/frob", "Hello."], SCREEN)
+    terminal.run_script(session, ["/quit", "Hello."], SCREEN)
     assert session.turns == []
 
 

@@ -110,10 +110,10 @@ def test_a_weight_that_is_turned_while_one_talks_is_warned_of(reached: dict[str,
     runs_dir = tmp_path / "runs"
     policy = weighted({"helpful": 0.1}, project, runs_dir)
     session = sessions.open_session(bases.find(project.base), runs_dir, project, policy, Sampling(), quiet)
-    assert session.turn({"helpful": 0.2}) == []
-    assert ["harmless=9 is farther out than" in doubt for doubt in session.turn({"harmless": 9.0})] == [True]
-    assert session.turn({"harmless": 0.1}) == []
-    assert ["harmless=9 is" in doubt for doubt in session.turn({"harmless": 9.0})] == [True]
+    assert session.set_weights({"helpful": 0.2}) == []
+    assert ["harmless=9 is farther out than" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [True]
+    assert session.set_weights({"harmless": 0.1}) == []
+    assert ["harmless=9 is" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [True]
 
 
 def test_two_that_are_good_alone_may_not_be_so_together(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
