@@ -102,7 +102,7 @@ with screen.progress("a name [red] " * 20, 300) as progress:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_lines_fit_a_terminal_and_keep_the_time_left(columns: int, tmp_path: Path) -> None:
+def test_lines_fit_a_terminal_and_show_the_time_left(columns: int, tmp_path: Path) -> None:
     shown = Terminal(tmp_path, "-c", SHOWN, columns=columns, program=sys.executable).rest()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     lines = [line for line in re.split(r"[\r\n]+", plain) if line]
@@ -171,7 +171,7 @@ def test_library_log_collects_records_and_warnings_in_a_file(
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_tabs_count_as_the_columns_they_take() -> None:
+def test_tabs_count_as_several_columns() -> None:
     lines = Wrapper(20)
     shown = lines.feed("\tif x:\n\t\treturn alpha beta gamma\n") + lines.flush()
     assert max(len(line.expandtabs(8)) for line in shown.splitlines()) <= 20

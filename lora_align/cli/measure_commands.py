@@ -22,7 +22,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="POLICY",
-            help="helpful=1,harmless=0.5 · want:verbosity=-1 · a run or an adapter folder · mix · start · base",
+            help="Weights as in helpful=1,harmless=0.5, a direction as in want:verbosity=-1, a folder of a run or an "
+            "adapter, or one of the words mix, start and base.",
         ),
     ] = None,
     by: ByOption = None,
@@ -47,7 +48,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure policies on the same prompts, and compare the first with each other one.
+    """Compare policies on the same prompts. Every figure has a 95 % interval; wins are those of the first policy.
 
     By default, compare the newest mix with the start policy.
 
@@ -90,7 +91,7 @@ def sweep(
     ] = 0,
     by: ByOption = None,
 ) -> None:
-    """Measure and plot a grid of weights or directions. Continues a stopped sweep.
+    """Measure and plot a grid of weights or directions. The same command continues after a stop.
 
     Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
     """
@@ -208,7 +209,7 @@ def reach(
         ),
     ] = 0.1,
 ) -> None:
-    """Find the largest weights before quality breaks. Covers vectors and pairs of them; `merge` and `chat` warn beyond.
+    """Find the largest weights before quality breaks. Measures vectors and pairs of them; `merge` and `chat` warn beyond.
 
     Example: lora-align reach helpful harmless
     """

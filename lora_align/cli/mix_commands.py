@@ -55,7 +55,7 @@ def merge(
         ),
     ] = None,
     same_base: Annotated[
-        bool, typer.Option("--same-base", help="Merge adapters whose files name different bases.")
+        bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under different names.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -136,7 +136,9 @@ def push(
     to: Annotated[
         str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub, created if it does not exist.")
     ],
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public instead of private.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository, or push to an existing one.")
+    ] = False,
 ) -> None:
     """Push a run to the Hugging Face hub, with a model card.
 

@@ -18,7 +18,7 @@ from lora_align.plan.cards import card_name
 
 @takes("runs_dir", runs_dir=Path("lora-align-demo"))
 def demo(given: Given) -> None:
-    """Train, mix and measure vectors on the built-in base. Takes a minute or two on a CPU, and no network.
+    """Train, mix and measure vectors on the built-in base, in minutes. No network and no GPU is needed.
 
     Example: lora-align demo
     """
@@ -154,7 +154,7 @@ def data(
 
 @takes("runs_dir")
 def list_runs(given: Given) -> None:
-    """List runs in order of creation, with their sources and a figure of each.
+    """List runs in order of creation, with their origin and a figure.
 
     Example: lora-align list --runs runs
     """

@@ -13,7 +13,7 @@ from lora_align.rankers import Direction
 
 @takes(*TRAINING)
 def sft(given: Given) -> None:
-    """Train the start policy's adapter by SFT, with the recipe's [sft] table.
+    """Train the start policy's adapter by supervised fine-tuning.
 
     Example: lora-align sft --recipe my.toml --limit 1000
     """
@@ -46,7 +46,7 @@ def dpo(
     ] = "both",
     every: Annotated[bool, typer.Option("--all", help="Train every preference of the recipe.")] = False,
 ) -> None:
-    """Train a preference's two adapters by DPO: pos towards it, neg away from it.
+    """Train a preference's adapters by DPO: towards it and away from it.
 
     Example: lora-align dpo --pref helpful --set dpo.beta=0.05
     """
@@ -130,7 +130,7 @@ def rsf(
         ),
     ] = None,
 ) -> None:
-    """Train one policy that takes a direction, by rejection sampling. Continues a stopped run.
+    """Train one policy that takes a direction, by rejection sampling. The same command continues after a stop.
 
     Example: lora-align rsf --iterations 2
     """

@@ -50,7 +50,7 @@ def score(
         ),
     ] = "reward",
 ) -> None:
-    """Score answers, or both answers of pairs. Continues a stopped file.
+    """Score answers, or both answers of pairs. The same command continues after a stop.
 
     Example: lora-align score --data answers.jsonl --out scored.jsonl
     """
@@ -79,7 +79,7 @@ def chat(
     top_p: TopPOption = 1.0,
     max_new_tokens: LengthOption = 512,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="The seed of sampling, to get the same answers again.", **SEEDS)
+        int | None, typer.Option(metavar="N", help="The seed of sampling; by default a new one each time.", **SEEDS)
     ] = None,
 ) -> None:
     """Chat with a mix, an adapter or a policy, and change its weights.
@@ -158,7 +158,7 @@ def generate(
     max_new_tokens: LengthOption = 512,
     seed: Annotated[int, typer.Option(metavar="N", help="The seed of sampling.", **SEEDS)] = 0,
 ) -> None:
-    """Sample n answers to each prompt of a file. Continues a stopped file.
+    """Sample n answers to each prompt of a file. The same command continues after a stop.
 
     Example: lora-align generate --prompts prompts.txt --out answers.jsonl -n 4
     """

@@ -87,7 +87,7 @@ def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> Pushed:
         raise UserError(f"--to {to!r}: expected a repository on the hub, OWNER/NAME")
     files = [*run.manifest.files, runs.MANIFEST]
     size = sum(file["bytes"] for file in run.manifest.files.values())
-    text = card(run, to)
+    text = model_card(run, to)
     with _hub_errors(to):
         hub = HfApi()
         private = _is_private(hub, to)
@@ -103,7 +103,7 @@ def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> Pushed:
     return Pushed(path, to, str(commit.repo_url))
 
 
-def card(run: Run, repository: str) -> str:
+def model_card(run: Run, repository: str) -> str:
     """Return the model card of a run."""
     manifest = run.manifest
     base = str(manifest.base["model"])

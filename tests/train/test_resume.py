@@ -125,7 +125,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(stage: str, whole: Path
     first = stopped(tmp_path, stage, number, 0)
     assert first.code == 128 + number
     assert "finishing the step at hand" in first.err
-    assert f"to go on: lora-align {stage}" in first.err
+    assert f"to continue: lora-align {stage}" in first.err
     assert first.err.rstrip().endswith("--resume")
     refused = call(tmp_path, *words(stage))
     assert refused.code == 2
