@@ -209,7 +209,7 @@ def reach(
         ),
     ] = 0.1,
 ) -> None:
-    """Find the largest weights before quality breaks. Measures vectors and pairs of them; `merge` and `chat` warn beyond.
+    """Find the largest weights before quality breaks. Measures vectors and their pairs; `merge` and `chat` warn beyond.
 
     Example: lora-align reach helpful harmless
     """

@@ -136,7 +136,7 @@ def test_too_small_vector_is_a_doubt(workspace: Path) -> None:
 def test_inspect_refuses_an_empty_folder_and_a_wrong_picture(tmp_path: Path) -> None:
     done = call(tmp_path, "inspect")
     assert done.code == 2
-    assert "no preference is trained there" in done.err
+    assert "no preference is trained in runs/" in done.err
     done = call(tmp_path, "inspect", "--picture", "map.gif")
     assert done.code == 2
     assert "expected a file name that ends in .png, .pdf, .svg" in done.err
