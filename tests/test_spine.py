@@ -374,7 +374,7 @@ def test_a_conversation(workspace: Path) -> None:
     terminal.say("/system You are terse.")
     assert "saved 3 messages" in terminal.say("/save talk.json")
     assert "0 turns left" in terminal.say("/undo")
-    assert "nothing to answer" in terminal.say("/retry")
+    assert "answers your last question again" in terminal.say("/retry")
     assert "/compare" in terminal.say("/help")
     assert "no command /frob" in terminal.say("/frob")
     os.write(terminal.screen, b"/quit\n")

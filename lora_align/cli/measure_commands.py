@@ -69,7 +69,7 @@ def evaluate(
     result = compare_policies(
         evaluator, given.screen, server, task_figures(tasks, evaluator, given.screen) if tasks else {}
     )
-    given.screen.result(result.summary(), result.as_json())
+    given.show(result)
 
 
 @takes(*RUNS, "name", "force")

@@ -22,7 +22,7 @@ def sft(given: Given) -> None:
     if given.dry_run:
         show_plan(project, "sft", given.screen)
         return
-    given.refuse_existing(given.runs_dir / "sft" / "start", "--runs NEW keeps both")
+    given.refuse_existing(given.runs_dir / "sft" / "start", "--runs DIR keeps both")
     given.screen.loading(project.base.model)
     from lora_align.train.sft import summary, train_sft
 

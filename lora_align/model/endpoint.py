@@ -83,7 +83,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One model on a server, as a sampler."""
+    """A sampler over one model on a server."""
 
     url: str
     model: str
