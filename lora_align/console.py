@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_align import processes
+from lora_align.wrapping import Wrapper, cell_width
 
 # C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.
 _CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 _CONTROLS |= {*range(0xD800, 0xE000)}
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
 _JSON = {code: f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
-TAB = 8  # columns of a terminal between two tab stops
 _COMMANDS = re.compile(r"(\S*`[^`\n]*`\S*)")
 
 
@@ -34,7 +34,7 @@ def write(text: str, stream: TextIO) -> None:
     """Print text with control characters escaped and, on a terminal, lines broken between words."""
     lines = Wrapper(_columns(stream))
     pieces = [
-        lines.put(part) if command else lines.stream(part) + lines.rest()
+        lines.put(part) if command else lines.feed(part) + lines.flush()
         for part, command in zip(_COMMANDS.split(inert(text)), itertools.cycle([False, True]), strict=False)
     ]
     stream.write("".join(pieces) + "\n")
@@ -47,76 +47,6 @@ def _columns(stream: TextIO) -> int:
         return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
     except OSError:
         return 0
-
-
-class Wrapper:
-    """Break lines before a word that does not fit into `columns` cells. Longer words stay whole; 0 disables breaks."""
-
-    def __init__(self, columns: int) -> None:
-        self.columns, self.used = columns, 0
-        self.blanks = self.word = ""
-        self.too_long = False  # whether the current word exceeds a line
-
-    def stream(self, text: str) -> str:
-        """Take the next piece of a text and return what can be written now: all but an unfinished word, see `rest`."""
-        if not self.columns:
-            return text
-        written = []
-        for character in text:
-            cells = _cells(character)
-            if character.isspace():
-                written += [self.rest(), self.put(character)]
-                self.too_long = False
-            elif self.too_long:
-                written.append(self._placed(character))
-            elif cells and (cells > 1 or _cells(self.word[:1]) > 1):  # a line may break next to wide characters
-                written.append(self.rest())
-                self.word = character
-            else:
-                self.word += character
-                if cells and _cells(self.word) > self.columns:  # the word fits no line, so write it at once
-                    written.append(self.rest())
-                    self.too_long = True
-        return "".join(written)
-
-    def rest(self) -> str:
-        """Return the unfinished word that `stream` held back."""
-        word, self.word = self.word, ""
-        return self.put(word) if word else ""
-
-    def put(self, word: str) -> str:
-        """Return what to write for one word or one white-space character; blanks are held back until the next word."""
-        if not self.columns:
-            return word
-        if word == "\n":
-            blanks, self.blanks, self.used = self.blanks, "", 0
-            return blanks + word
-        if word.isspace():
-            self.blanks += word
-            return ""
-        cells = _cells(word)
-        if cells > self.columns and " " in word:  # a command that is longer than a line
-            return "".join(map(self.put, re.findall(r"\S+|\s", word)))
-        blanks, self.blanks = self.blanks, ""
-        if "\t" in blanks:
-            blanks = ("x" * self.used + blanks).expandtabs(TAB)[self.used :]
-        if self.used + _cells(blanks) + cells > self.columns:
-            end, self.used = "\n" if self.used else "", 0
-            return end + self._placed(word)
-        return self._placed(blanks + word)
-
-    def _placed(self, text: str) -> str:
-        self.used = (self.used + _cells(text) - 1) % self.columns + 1
-        return text
-
-
-def _cells(text: str) -> int:
-    """Return the width of text on a terminal; most East Asian characters and emoji take two cells."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)
 
 
 @dataclass(frozen=True)
@@ -157,18 +87,18 @@ class Screen:
         self.say(f"warning: {text}")
 
     @contextmanager
-    def progress(self, what: str, total: int | None, already: int = 0) -> Iterator["Progress"]:
+    def progress(self, title: str, total: int | None, already: int = 0) -> Iterator["Progress"]:
         """Show progress with rate and, if the total is known, time left: a bar on a terminal, lines elsewhere.
 
         `already` counts the work of earlier calls, which does not enter the rate.
         """
         progress: Progress
         if self.quiet or processes.rank():
-            progress = Progress(what, total, already)
+            progress = Progress(title, total, already)
         elif sys.stderr.isatty():
-            progress = _Bar(what, total, already)
+            progress = _Bar(title, total, already)
         else:
-            progress = _Lines(what, total, already)
+            progress = _Lines(title, total, already)
         try:
             yield progress
         finally:
@@ -180,11 +110,11 @@ class Screen:
         lines, out = Wrapper(_columns(sys.stdout)), sys.stdout
 
         def show(piece: str) -> None:
-            out.write(lines.stream(inert(piece)))
+            out.write(lines.feed(inert(piece)))
             out.flush()
 
         yield show
-        out.write(lines.rest() + "\n")
+        out.write(lines.flush() + "\n")
         out.flush()
 
     def _out(self, text: str) -> None:
@@ -195,8 +125,8 @@ class Screen:
 class Progress:
     """Progress towards a total. This base class prints nothing."""
 
-    def __init__(self, what: str, total: int | None, already: int) -> None:
-        self.what, self.total, self.already, self.started = what, total, already, time.monotonic()
+    def __init__(self, title: str, total: int | None, already: int) -> None:
+        self.title, self.total, self.already, self.started = title, total, already, time.monotonic()
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         """Show the number done and some figures."""
@@ -214,8 +144,8 @@ class _Lines(Progress):
 
     every = 5.0
 
-    def __init__(self, what: str, total: int | None, already: int) -> None:
-        super().__init__(what, total, already)
+    def __init__(self, title: str, total: int | None, already: int) -> None:
+        super().__init__(title, total, already)
         self.printed = self.started - (self.every if total else 0.0)
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
@@ -224,7 +154,7 @@ class _Lines(Progress):
             return
         self.printed = now
         counted = f"{done}/{self.total}" if self.total else f"{done:,}"
-        parts = [f"{self.what}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
+        parts = [f"{self.title}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
         if done != self.total:
             each = self.seconds_each(done)
             parts += [rate(each), *([f"{clock(each * (self.total - done))} left"] if self.total else [])]
@@ -237,12 +167,12 @@ class _Bar(Progress):
     width = 8
     time_left = 8  # cells of 12:34:56
 
-    def __init__(self, what: str, total: int | None, already: int) -> None:
+    def __init__(self, title: str, total: int | None, already: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        super().__init__(inert(what), total, already)
+        super().__init__(inert(title), total, already)
         self.bar = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=self.width),
@@ -264,10 +194,10 @@ class _Bar(Progress):
         counted = f"{done}/{self.total}" if self.total else f"{done:,}"
         width = self.bar.console.width - self.width - self.time_left - 3
         title_width = width - len(counted)
-        what = self.what if _cells(self.what) <= title_width else f"{self.what[: max(title_width - 1, 0)]}…"
+        title = self.title if cell_width(self.title) <= title_width else f"{self.title[: max(title_width - 1, 0)]}…"
         texts = itertools.accumulate([counted, *parts], "{} {}".format)
-        fitting = [text for text in texts if text == counted or _cells(what + text) <= width]
-        self.bar.update(self.task, description=what, completed=done, counted=fitting[-1])
+        fitting = [text for text in texts if text == counted or cell_width(title + text) <= width]
+        self.bar.update(self.task, description=title, completed=done, counted=fitting[-1])
 
     def close(self) -> None:
         self.bar.stop()
@@ -297,13 +227,13 @@ def count(number: int, noun: str) -> str:
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """Format an aligned table; columns with mostly numbers are right-aligned."""
     columns, rows = [inert(cell) for cell in columns], [[inert(cell) for cell in row] for row in rows]
-    widths = [max(_cells(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    widths = [max(cell_width(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     numbers = [2 * sum(map(_is_number, column)) > len(rows) for column in zip(*rows, strict=True)] or [False] * len(
         columns
     )
 
     def line(row: list[str]) -> str:
-        gaps = [" " * (width - _cells(cell)) for cell, width in zip(row, widths, strict=True)]
+        gaps = [" " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True)]
         cells = zip(row, gaps, numbers, strict=True)
         return "  ".join(gap + cell if right else cell + gap for cell, gap, right in cells).rstrip()
 

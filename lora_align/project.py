@@ -160,7 +160,7 @@ class _Weights(MutableMapping[str, float]):
         return self._session.weights[name]
 
     def __setitem__(self, name: str, weight: float) -> None:
-        for warning in self._session.turn({name: float(weight)}):
+        for warning in self._session.set_weights({name: float(weight)}):
             Screen().warn(warning)
 
     def __delitem__(self, name: str) -> None:

@@ -73,6 +73,12 @@ class Run:
         """Return the fingerprint of the run's base."""
         return str(self.manifest.base["fingerprint"])
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what commands print of a run with --json."""
+        shown = ("stage", "preference", "direction", "created", "contains_start", "parents", "metrics", "unconverged")
+        manifest = {name: getattr(self.manifest, name) for name in shown}
+        return {"path": str(self.path), "base": self.manifest.base.get("model"), **manifest}
+
     def check_files(self) -> None:
         """Refuse a run if any of its files was changed or removed since publication."""
         for name, known in self.manifest.files.items():

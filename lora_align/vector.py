@@ -86,7 +86,7 @@ class Vector:
         if not self.weights:
             raise UserError("this vector is zero: there is nothing to save")
         how = MergeOptions(rank=rank, keep=keep, dtype=dtype)
-        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=Path(folder)).path
+        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=Path(folder)).run.path
 
     def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:
         """Save at the smallest rank that keeps a share of the energy; return the saved adapter."""

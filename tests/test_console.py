@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.console import Screen, Wrapper, clock, count, inert, library_log, rate, table
+from lora_align.console import Screen, clock, count, inert, library_log, rate, table
+from lora_align.wrapping import Wrapper
 from support import Terminal
 
 
@@ -69,11 +70,11 @@ words = st.text(st.sampled_from("ab c你\u0301 \n"), max_size=80)
 @given(st.lists(words), st.integers(4, 30))
 def test_streamed_lines_break_between_words(pieces: list[str], columns: int) -> None:
     lines, text = Wrapper(columns), "".join(pieces)
-    shown = "".join([*map(lines.stream, pieces), lines.rest()])
+    shown = "".join([*map(lines.feed, pieces), lines.flush()])
     assert shown.replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
     assert re.findall(r"[abc]+", shown) == re.findall(r"[abc]+", text)
     whole = Wrapper(columns)
-    assert shown == whole.stream(text) + whole.rest()
+    assert shown == whole.feed(text) + whole.flush()
     for line in shown.split("\n"):
         cells = sum(1 + (c == "你") - (c == "\u0301") for c in line.rstrip())
         assert cells <= columns or max(map(len, re.findall("[abc]+", line.replace("\u0301", "")))) > columns
@@ -101,7 +102,7 @@ with screen.progress("a name [red] " * 20, 300) as progress:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_lines_fit_a_terminal_and_keep_the_time_left(columns: int, tmp_path: Path) -> None:
+def test_lines_fit_a_terminal_and_show_the_time_left(columns: int, tmp_path: Path) -> None:
     shown = Terminal(tmp_path, "-c", SHOWN, columns=columns, program=sys.executable).rest()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     lines = [line for line in re.split(r"[\r\n]+", plain) if line]
@@ -170,7 +171,7 @@ def test_library_log_collects_records_and_warnings_in_a_file(
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_tabs_count_as_the_columns_they_take() -> None:
+def test_tabs_count_as_several_columns() -> None:
     lines = Wrapper(20)
-    shown = lines.stream("\tif x:\n\t\treturn alpha beta gamma\n") + lines.rest()
+    shown = lines.feed("\tif x:\n\t\treturn alpha beta gamma\n") + lines.flush()
     assert max(len(line.expandtabs(8)) for line in shown.splitlines()) <= 20

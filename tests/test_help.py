@@ -1,4 +1,4 @@
-"""What `--help` shows: every command in its group, in 80 columns, with an example that can be typed."""
+"""Help texts: commands by group, at most 80 columns, with an example that parses."""
 
 import os
 import re
@@ -25,20 +25,21 @@ GROUPS = {
 }
 
 
-def shown(*words: str) -> str:
+def output(*words: str) -> str:
     done = subprocess.run([COMMAND, *words], capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def test_help_lists_commands_by_group() -> None:
-    text = shown("-h")
-    assert text == shown("--help") == shown("help") == shown()
+    text = output("-h")
+    assert text == output("--help") == output("help") == output()
     sections = dict(re.findall(r"^(\w+):\n((?:  .+\n)+)", text, re.MULTILINE))
     assert {title: " ".join(re.findall(r"^  (\w+)", sections[title], re.MULTILINE)) for title in GROUPS} == GROUPS
+    assert "..." not in text.partition("Start:")[2], "a first sentence does not fit into its line"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_fits_and_has_an_example_that_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_of_a_command_fits_80_columns_and_its_example_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     program = typer.main.get_command(app)
     command = program.commands[name]  # type: ignore[attr-defined]
@@ -46,25 +47,25 @@ def test_help_of_a_command_fits_and_has_an_example_that_parses(name: str, monkey
         typer.Context(command, parent=typer.Context(program, info_name="lora-align"), info_name=name)
     )
     assert max(map(len, text.splitlines())) <= 80
-    assert not re.search("<[a-z]+>", text.partition("Options:")[2]), "a type, where a word for the value should stand"
+    assert not re.search("<[a-z]+>", text.partition("Options:")[2]), "an option shows its type instead of a metavar"
     [example] = re.findall(r"^  Example: lora-align (.+)$", text, re.MULTILINE)
     called, *words = shlex.split(example)
     assert called == name
     command.make_context(name, words)
 
 
-def test_help_of_a_command_by_its_name() -> None:
-    assert shown("help", "merge") == shown("merge", "-h") == shown("merge", "--help")
+def test_help_command_prints_the_help_of_a_command() -> None:
+    assert output("help", "merge") == output("merge", "-h") == output("merge", "--help")
     done = subprocess.run([COMMAND, "help", "mergee"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no command 'mergee', did you mean 'merge'?" in done.stderr
 
 
 def test_shell_completes_commands_and_options(tmp_path: Path) -> None:
-    for typed, found in (("lora-align me", "merge"), ("lora-align merge --we", "--weights")):
-        about = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LORA_ALIGN_COMPLETE": "complete_bash"}
-        done = subprocess.run([COMMAND], env={**os.environ, **about}, cwd=tmp_path, capture_output=True, text=True)
-        assert found in done.stdout.split(), done.stderr
+    for typed, completed in (("lora-align me", "merge"), ("lora-align merge --we", "--weights")):
+        variables = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LORA_ALIGN_COMPLETE": "complete_bash"}
+        done = subprocess.run([COMMAND], env={**os.environ, **variables}, cwd=tmp_path, capture_output=True, text=True)
+        assert completed in done.stdout.split(), done.stderr
 
 
 def test_set_without_a_table_names_the_full_keys() -> None:

@@ -16,7 +16,7 @@ from lora_align import recipe
 
 PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
-    {"errors", "plugins"},
+    {"errors", "plugins", "wrapping"},
     {"processes", "store"},
     {"console", "rankers", "weights"},
     {"want"},

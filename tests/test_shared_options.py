@@ -1,4 +1,4 @@
-"""Which recipe a command uses that names none."""
+"""The recipe of a command without --recipe."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_align import recipe, runs
-from lora_align.cli.shared import Given, recipe_of
+from lora_align.cli.recipe_choice import recipe_of_runs, recipe_to_train
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.runs import Manifest
@@ -33,51 +33,51 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def test_overrides_of_a_measurement_end_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_of_a_measurement_are_not_inherited(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(folder, "dpo", "dpo", demo("dpo.limit=64"))
     publish(folder, "sweep", "sweep", demo("dpo.limit=64", "eval.count=24"))
     publish(folder, "mix", "mix", demo("eval.samples=9"))
-    found = recipe_of(None, None, Screen(), folder)
+    found = recipe_of_runs(None, (), Screen(), folder)
     assert (found.dpo.limit, found.eval) == (64, demo().eval)
     assert capsys.readouterr().err == f"recipe: the one stored in {folder}/dpo, changed from demo: dpo.limit=64\n"
 
 
-def test_overrides_of_a_training_are_inherited_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_of_training_are_inherited_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(folder, "dpo", "dpo", demo("eval.count=24", "lora.rank=8"))
-    found = recipe_of(None, ["eval.samples=2"], Screen(), folder)
+    found = recipe_of_runs(None, ["eval.samples=2"], Screen(), folder)
     assert (found.eval.count, found.eval.samples, found.lora.rank) == (24, 2, 8)
     assert "/dpo, changed from demo: lora.rank=8, eval.count=24\n" in capsys.readouterr().err
 
 
-def test_a_recipe_without_its_file_is_compared_with_defaults(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = folder.with_name("mine.toml")
-    file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.3\n')
-    publish(folder, "dpo", "dpo", recipe.load(file))
-    recipe_of(None, None, Screen(), folder)
-    assert "/dpo\n" in capsys.readouterr().err
-    file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.2\n')
-    recipe_of(None, None, Screen(), folder)
-    assert f"/dpo, changed from {file}: dpo.beta=0.3\n" in capsys.readouterr().err
-    file.unlink()
-    recipe_of(None, None, Screen(), folder)
-    assert "/dpo, changed from the defaults: dpo.beta=0.3\n" in capsys.readouterr().err
-
-
-def test_a_folder_of_mixes_alone_has_the_newest_ones_recipe(folder: Path) -> None:
-    publish(folder, "mix", "mix", demo("lora.rank=8"))
-    publish(folder, "sweep", "sweep", demo("lora.rank=2"))
-    assert recipe_of(None, None, Screen(quiet=True), folder).lora.rank == 8
-
-
-def test_training_uses_the_recipe_of_the_newest_training_without_its_overrides(
+def test_stored_recipe_without_its_file_is_compared_with_defaults(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = folder.with_name("mine.toml")
     file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.3\n')
+    publish(folder, "dpo", "dpo", recipe.load(file))
+    recipe_of_runs(None, (), Screen(), folder)
+    assert "/dpo\n" in capsys.readouterr().err
+    file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.2\n')
+    recipe_of_runs(None, (), Screen(), folder)
+    assert f"/dpo, changed from {file}: dpo.beta=0.3\n" in capsys.readouterr().err
+    file.unlink()
+    recipe_of_runs(None, (), Screen(), folder)
+    assert "/dpo, changed from the defaults: dpo.beta=0.3\n" in capsys.readouterr().err
+
+
+def test_folder_of_mixes_uses_the_recipe_of_the_newest_mix(folder: Path) -> None:
+    publish(folder, "mix", "mix", demo("lora.rank=8"))
+    publish(folder, "sweep", "sweep", demo("lora.rank=2"))
+    assert recipe_of_runs(None, (), Screen(quiet=True), folder).lora.rank == 8
+
+
+def test_training_uses_the_newest_recipe_without_overrides(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder.with_name("mine.toml")
+    file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.3\n')
     publish(folder, "dpo", "dpo", recipe.load(file, ["dpo.limit=64"]))
-    found = Given(runs_dir=folder).to_train("dpo")
+    found = recipe_to_train(None, (), Screen(), folder)
     assert (found.dpo.beta, found.dpo.limit) == (0.3, None)
     assert f"recipe: {file}, which {folder}/dpo was trained with\n" in capsys.readouterr().err
     file.unlink()
     with pytest.raises(UserError, match=r"was trained with .*mine.toml, which is not here; name a recipe"):
-        Given(runs_dir=folder).to_train("dpo")
+        recipe_to_train(None, (), Screen(), folder)

@@ -168,7 +168,7 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
     ("words", "told"),
     [
         (["dpo", "--pref", "helpfull"], "did you mean 'helpful'? (known: helpful, harmless, brief, polite"),
-        (["dpo"], "either --pref NAME or --all"),
+        (["dpo"], "give either --pref NAME or --all"),
         (["dpo", "--pref", "helpful", "--direction", "up"], "pos, neg or both"),
         (
             ["dpo", "--pref", "helpful", "--direction", "pos"],
@@ -185,7 +185,7 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
         (["dpo", "--pref", "brief", "--set", "dpo.report_to=['wandb']", *PAIRS], "requires wandb"),
         (["chat", "--prompt", " "], "the prompt is empty"),
         (["sft"], "no [sft] table"),
-        (["chat", "--weights", "helpful=1", "--adapter", "x"], "--adapter goes without --weights"),
+        (["chat", "--weights", "helpful=1", "--adapter", "x"], "--adapter excludes --weights"),
         (
             ["chat", "--prompt", "hi", "--set", "base.model=nobody/nothing"],
             "not in the cache and the hub cannot be reached",
@@ -374,7 +374,7 @@ def test_a_conversation(workspace: Path) -> None:
     terminal.say("/system You are terse.")
     assert "saved 3 messages" in terminal.say("/save talk.json")
     assert "0 turns left" in terminal.say("/undo")
-    assert "nothing to answer" in terminal.say("/retry")
+    assert "answers your last question again" in terminal.say("/retry")
     assert "/compare" in terminal.say("/help")
     assert "no command /frob" in terminal.say("/frob")
     os.write(terminal.screen, b"/quit\n")

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +87,21 @@ class Interference:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """The principal angles between two updates, for outputs and for inputs, as means over modules.
+
+    `outputs` and `inputs` are mean squared cosines: 0 if no direction is shared, 1 if all are. `outputs_angle` and
+    `inputs_angle` are means of the smallest angle, in degrees.
+    """
+
+    of: tuple[str, str]
+    outputs: float
+    outputs_angle: float
+    inputs: float
+    inputs_angle: float
+
+
+@dataclass(frozen=True)
 class Directions:
     """Statistics of the singular directions of several updates, computed per module without storing directions."""
 
@@ -127,19 +141,18 @@ class Directions:
         shares = (nn.utils.rnn.pad_sequence(list(squares)).sum(1) / energy).tolist()
         return Spectrum(len(shares), effective, smallest_rank(0.01 * energy, squares), shares)
 
-    def overlaps(self) -> list[dict[str, Any]]:
-        """Return the principal angles between every two updates, for outputs and for inputs, as means over modules.
-
-        `outputs` and `inputs` are mean squared cosines: 0 if no direction is shared, 1 if all are. `outputs_angle` and
-        `inputs_angle` are means of the smallest angle, in degrees.
-        """
-        overlaps: list[dict[str, Any]] = []
+    def overlaps(self) -> list[Overlap]:
+        """Return the overlap of every two updates."""
+        overlaps = []
         for pair, modules in self.cosines.items():
-            overlap: dict[str, Any] = {"of": list(pair)}
-            for i, side in enumerate(("outputs", "inputs")):
-                overlap[side] = _mean(both[i].square().mean() for both in modules)
-                overlap[f"{side}_angle"] = math.degrees(_mean(both[i][0].acos() for both in modules))
-            overlaps.append(overlap)
+            (outputs, outputs_angle), (inputs, inputs_angle) = (
+                (
+                    _mean(both[i].square().mean() for both in modules),
+                    math.degrees(_mean(both[i][0].acos() for both in modules)),
+                )
+                for i in (0, 1)
+            )
+            overlaps.append(Overlap(pair, outputs, outputs_angle, inputs, inputs_angle))
         return overlaps
 
     def interference(self) -> Interference:

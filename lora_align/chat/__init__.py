@@ -1,1 +1,1 @@
-"""Talk to a mix, and change its weights while it talks."""
+"""Chat with a mix whose weights change between answers."""

@@ -1,4 +1,4 @@
-"""A loaded base with vectors over it whose weights can be turned: what is loaded, and what it answers."""
+"""A chat session: a loaded base, vectors with changeable weights, and the conversation so far."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,10 @@ from lora_align.recipe import Recipe
 
 @dataclass
 class Session:
-    """A conversation with one loaded model."""
+    """A conversation with one loaded model.
+
+    `fixed` means that the weights cannot change: the mix contains a start adapter that is not available by itself.
+    """
 
     base: Base
     model: PreTrainedModel
@@ -35,29 +38,30 @@ class Session:
     turns: list[Message] = field(default_factory=list)
     system: str = ""
     conditioned: Conditioned | None = None
-    memory: PrefixCache = field(default_factory=PrefixCache)
-    tokens: int = 0
+    cache: PrefixCache = field(default_factory=PrefixCache)
+    tokens: int = 0  # in the last answer
     retries: int = 0  # of the last question
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights in force."""
+        """Return the current weights."""
         return dict(self.mixer.weights) if self.mixer else {}
 
     @property
     def want(self) -> dict[str, float] | None:
-        """The direction that is asked for."""
+        """Return the direction of the conditioned policy, if there is one."""
         return dict(self.conditioned.want.weights) if self.conditioned and self.conditioned.want else None
 
-    def nothing_but(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """These weights, and 0 for all others but that of a policy that is asked for something."""
-        asked = self.conditioned.name if self.conditioned else ""
-        return {**{name: weight if name == asked else 0.0 for name, weight in self.weights.items()}, **weights}
+    def only(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Return these weights with 0 for all other vectors. A conditioned policy keeps its weight."""
+        conditioned = self.conditioned.name if self.conditioned else ""
+        others = {name: weight if name == conditioned else 0.0 for name, weight in self.weights.items()}
+        return {**others, **weights}
 
-    def turn(self, weights: Mapping[str, float]) -> list[str]:
-        """Change weights from the next answer on; a vector not loaded yet joins the others. Returns doubts."""
+    def set_weights(self, weights: Mapping[str, float]) -> list[str]:
+        """Change weights from the next answer on, and return warnings. Vectors that are not loaded yet are loaded."""
         if self.fixed:
-            raise UserError("this mix holds a start adapter that is not in the runs folder: it cannot be turned apart")
+            raise UserError("the weights are fixed: this mix contains a start adapter that is not in the runs folder")
         loaded = self.mixer.updates if self.mixer else {}
         new = {
             name: vectors.find(name, self.runs_dir, self.recipe.preferences) for name in weights if name not in loaded
@@ -73,27 +77,29 @@ class Session:
             self.mixer = mixer
         elif self.mixer:
             self.mixer.set(merged)
-        self.memory.forget()
+        self.cache.forget()
         self.vectors |= new
         far = safe_ranges.warnings_beyond_reach(merged, self.vectors, self.runs_dir)
         return [*(doubt for vector in new.values() for doubt in vector.warnings()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
-        """The assistant's next words, piece by piece; `tokens` counts them."""
-        asked = self.conditioned.system if self.conditioned else ""
-        turns = with_system_prompt(asked, with_system_prompt(self.system, tuple(self.turns)))
+        """Yield the assistant's next answer piece by piece, and count its tokens in `tokens`."""
+        request = self.conditioned.system if self.conditioned else ""
+        turns = with_system_prompt(request, with_system_prompt(self.system, tuple(self.turns)))
         prompt = self.base.chat.prompt_ids(turns)
-        room = self.base.max_length - len(prompt)
-        if room < 1:
-            raise UserError(f"the conversation fills the base's {self.base.max_length} tokens; /undo, or start anew")
+        space = self.base.max_length - len(prompt)
+        if space < 1:
+            raise UserError(
+                f"the conversation fills the base's {self.base.max_length} tokens; /undo, or start a new chat"
+            )
         sampling = sampling or self.sampling
-        sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
+        sampling = replace(sampling, max_new_tokens=min(space, sampling.max_new_tokens))
         self.tokens = 0
-        drawn = stream_tokens(self.model, prompt, self.base.chat.stop_ids, sampling, self.memory)
-        yield from text_pieces(self.base.chat.tokenizer, self._counted(drawn))
+        tokens = stream_tokens(self.model, prompt, self.base.chat.stop_ids, sampling, self.cache)
+        yield from text_pieces(self.base.chat.tokenizer, self._counted(tokens))
 
-    def _counted(self, drawn: Iterator[int]) -> Iterator[int]:
-        for token in drawn:
+    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
             self.tokens += 1
             yield token
 
@@ -101,21 +107,21 @@ class Session:
 def open_session(
     base: Base, runs_dir: Path, recipe: Recipe, policy: Policy, sampling: Sampling, screen: Screen
 ) -> Session:
-    """Load the base with a policy's adapters over it."""
+    """Load the base, the start adapter and a policy's vectors."""
     found, fixed, start, start_id = dict(policy.vectors), False, None, ""
     if policy.contains_start:
         _, start_id = vectors.common_base(found.values())
         start = start_policy.published(runs_dir, start_id)
         fixed = start is None
-        if start is not None:  # so that the mix can change its weight and the start policy stays
+        if start is not None:  # subtracted, so that the mix's weight does not scale it
             found = {name: vector.without(start) for name, vector in found.items()}
     elif policy.start:
         start = start_policy.adapter(recipe, runs_dir)
         start_id = start_policy.identity(start)
     check_stands_on(base, start_id, policy.vectors.values())
     if recipe.sft is not None:
-        part = policy.contains_start or not start
-        screen.note("start adapter: " + ("part of the mix" if part or start is None else f"{start.path}, added"))
+        added = start is not None and not policy.contains_start
+        screen.note(f"start adapter: {start.path}, added" if start and added else "start adapter: part of the mix")
     far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
     for warning in [*policy.warnings(), *_differences(base, policy.vectors.values()), *far]:
         screen.warn(warning)
@@ -128,12 +134,12 @@ def open_session(
 
 
 def _differences(base: Base, found: Iterable[Vector]) -> list[str]:
-    """What of the base's surroundings is not as it was in training."""
+    """Return a warning for each property of the base, except its weights, that differs from training."""
     theirs, _ = vectors.common_base(found)
     words = {"chat_format": "chat template or tokenizer", "quantization": "quantisation"}
     ours = base.identity
     return [
-        f"trained with another {name} than the recipe has now; answers may suffer"
+        f"the vectors were trained with another {name} than the recipe's; answers may be worse"
         for key, name in words.items()
         if theirs and theirs.get(key) != ours[key]
     ]

@@ -1,4 +1,4 @@
-"""The program: its commands, its signals, and how it ends."""
+"""The program: its commands, signals, errors and exit codes."""
 
 import inspect
 import os
@@ -23,15 +23,15 @@ from lora_align.errors import RunFailedError, Stopped, UserError, nearest
 
 
 class Grouped(TyperGroup):
-    """The program's help lists its commands by what they are for."""
+    """A group of commands whose help lists them by GROUPS."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write a section for each group."""
+        """Write a section for each of GROUPS."""
         longest = max(map(len, COMMANDS))
         for title, commands in GROUPS.items():
             with formatter.section(title):
-                room = formatter.width - longest - 4
-                rows = [(f"{name:<{longest}}", self.commands[name].get_short_help_str(room)) for name in commands]
+                width = formatter.width - longest - 4
+                rows = [(f"{name:<{longest}}", self.commands[name].get_short_help_str(width)) for name in commands]
                 formatter.write_dl(rows)
 
 
@@ -69,10 +69,10 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Share": {"push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
-REPEATED = {"demo", "score", "generate", "eval", "sweep", "reach"}  # which go on by themselves, said once more
+CONTINUING = {"demo", "score", "generate", "eval", "sweep", "reach"}  # continue without --resume
 SIGNALLED = 128  # exit codes above it name a signal
-LAST_WORD = 30.0  # seconds that the others wait for the first one, whose end is theirs, to say why
-TRAINING = {"sft", "dpo", "reward", "rsf"}  # what several processes do together
+RANK_0_FIRST = 30.0  # seconds that other ranks wait, so that rank 0 prints its error before the launcher ends it
+TRAINING = {"sft", "dpo", "reward", "rsf"}  # may run in several processes
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -80,19 +80,21 @@ for _name, _command in COMMANDS.items():
 @app.command("help", hidden=True)
 def show_help(
     context: typer.Context,
-    command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="One of the program's commands.")] = None,
+    command: Annotated[
+        str | None, typer.Argument(metavar="COMMAND", help="The command to explain; by default the program.")
+    ] = None,
 ) -> None:
-    """Show the help of a command."""
-    above = context.parent
-    assert above is not None
-    assert isinstance(above.command, Grouped)
+    """Show the help of the program or of a command."""
+    program = context.parent
+    assert program is not None
+    assert isinstance(program.command, Grouped)
     if command is None:
-        Screen().show(above.get_help())
+        Screen().show(program.get_help())
         return
-    if command not in above.command.commands:
+    if command not in program.command.commands:
         raise UserError(f"no command {command!r}{nearest(command, list(COMMANDS))} (see lora-align --help)")
-    found = above.command.commands[command]
-    Screen().show(found.get_help(typer.Context(found, parent=above, info_name=command)))
+    found = program.command.commands[command]
+    Screen().show(found.get_help(typer.Context(found, parent=program, info_name=command)))
 
 
 def _version(show: bool) -> None:
@@ -107,9 +109,9 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every command."""
+    """Handle the options of the program."""
     if context.invoked_subcommand is None:
         Screen().show(context.get_help())
     if debug:
@@ -118,58 +120,58 @@ def options(
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, by unwinding it."""
+def _sigterm_as_exception() -> Iterator[None]:
+    """Raise `Stopped` on SIGTERM, so that a command cleans up as after Ctrl-C."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def main() -> None:
-    """Run a command; every failure is one line on stderr and a known exit code."""
+    """Run a command. Every failure prints one line to stderr and sets an exit code."""
     run: Callable[..., Any] = typer.main.get_command(app)
     try:
-        with _signals(), library_log(store.cache_folder() / "log.txt"):
+        with _sigterm_as_exception(), library_log(store.cache_folder() / "log.txt"):
             code = run(standalone_mode=False)
-        if code == 130:  # Typer has made this of a KeyboardInterrupt
+        if code == 130:  # Typer returns this for a KeyboardInterrupt
             raise Stopped(signal.SIGINT)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as fault:
-        _complain(str(fault), fault.exit_code)
+        _exit(str(fault), fault.exit_code)
     except Stopped as stop:
         launched = " (or under the launcher again)" if processes.world_size() > 1 else ""
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        goes_on = f"; to go on: {_going_on()}{launched}" if command in REPEATED | TRAINING else ""
-        _complain(f"stopped; nothing unfinished was published{goes_on}", stop.exit_code)
+        how = f"; to continue: {_continuing_line()}{launched}" if command in CONTINUING | TRAINING else ""
+        _exit(f"stopped; nothing unfinished was published{how}", stop.exit_code)
     except TyperException as fault:
-        told = fault.format_message() if hasattr(fault, "format_message") else str(fault)
-        _complain(f"{told.rstrip('.')} (see lora-align --help, or --help behind a command)", 2)
-    except Exception as fault:  # noqa: BLE001 - what nobody foresaw ends in one line too
-        _complain(
-            f"{type(fault).__name__}: {fault} (a traceback: --debug before the command)", RunFailedError.exit_code
-        )
+        message = fault.format_message() if hasattr(fault, "format_message") else str(fault)
+        _exit(f"{message.rstrip('.')} (see lora-align --help, or --help after a command)", 2)
+    except Exception as fault:  # noqa: BLE001 - unforeseen errors also print one line
+        message = f"{type(fault).__name__}: {fault} (for the traceback, put --debug before the command)"
+        _exit(message, RunFailedError.exit_code)
 
 
-def _going_on() -> str:
-    """The line that goes on with the command that was stopped; some go on by themselves."""
+def _continuing_line() -> str:
+    """Return the command line that continues the stopped one: the same, with --resume if the command has it."""
     words = [word for word in sys.argv[1:] if word not in ("--force", "--resume")]
-    asked = any("resume" in inspect.signature(COMMANDS[word]).parameters for word in words if word in COMMANDS)
-    return f"lora-align {shlex.join([*words, *(['--resume'] if asked else [])])}"
+    resumes = any("resume" in inspect.signature(COMMANDS[word]).parameters for word in words if word in COMMANDS)
+    return f"lora-align {shlex.join([*words, *(['--resume'] if resumes else [])])}"
 
 
-def _complain(text: str, code: int) -> None:
+def _exit(text: str, code: int) -> None:
+    """Print an error and exit; rank 0 prints for all ranks."""
     if os.environ.get("LORA_ALIGN_DEBUG"):
         write(traceback.format_exc().rstrip(), sys.stderr)
     if processes.rank() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
-    elif code == RunFailedError.exit_code:  # the others were refused, or stopped, just as the first one was
+    elif code == RunFailedError.exit_code:  # rank 0 has the other errors as well
         write(f"process {processes.rank()}: {text}", sys.stderr)
-    if processes.rank() and code < SIGNALLED:  # all know of a signal: nobody has to be heard first
-        time.sleep(LAST_WORD)
+    if processes.rank() and code < SIGNALLED:  # a signal reaches all ranks
+        time.sleep(RANK_0_FIRST)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Commands that measure: eval, sweep, tune, reach."""
+"""The commands that measure: eval, sweep, tune and reach."""
 
 from dataclasses import replace
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_align import runs
-from lora_align.cli.shared import MEASURES, ByOption, Given, check_url, takes
+from lora_align.cli.shared import RUNS, ByOption, Given, check_url, takes
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.grid import grid
@@ -15,39 +15,47 @@ from lora_align.policy.policy import find_policies, newest_conditioned, weighted
 from lora_align.weights import name_of, parse_weights
 
 
-@takes(*MEASURES)
+@takes(*RUNS)
 def evaluate(
     given: Given,
     policies: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="POLICY",
-            help="helpful=1,harmless=0.5 · want:verbosity=-1 · a run or adapter · mix · start · base",
+            help="Weights as in helpful=1,harmless=0.5, a direction as in want:verbosity=-1, a folder of a run or an "
+            "adapter, or one of the words mix, start and base.",
         ),
     ] = None,
     by: ByOption = None,
     judge: Annotated[
         str | None,
-        typer.Option("--judge", metavar="URL", help="An OpenAI-compatible server whose model reads both answers."),
+        typer.Option("--judge", metavar="URL", help="Let the model of this OpenAI-compatible server compare answers."),
     ] = None,
     judge_model: Annotated[
-        str, typer.Option("--judge-model", metavar="NAME", help="The model's name on that server.")
+        str,
+        typer.Option(
+            "--judge-model",
+            metavar="NAME",
+            help="The name of the model on the judge's server; needed if it serves several.",
+        ),
     ] = "",
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            "--tasks", metavar="NAME|FILE", help="A task of lm-evaluation-harness, or its .yaml file. Repeatable."
+            "--tasks",
+            metavar="NAME|FILE",
+            help="Run this task of lm-evaluation-harness, or the task of a .yaml file; repeatable.",
         ),
     ] = None,
 ) -> None:
-    """Measure policies on the same prompts, and compare the first with the others.
+    """Compare policies on the same prompts. Every figure has a 95 % interval; wins are those of the first policy.
 
-    Without any: the newest mix against the start policy.
+    By default, compare the newest mix with the start policy.
 
     Example: lora-align eval helpful=1 start --by pair:helpful
     """
     check_url("--judge", judge)
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     chosen = find_policies(policies or ["mix", "start"], project, given.runs_dir, given.screen)
     given.check_judges(by, project)
     given.screen.loading(project.base.model)
@@ -61,32 +69,36 @@ def evaluate(
     result = compare_policies(
         evaluator, given.screen, server, task_figures(tasks, evaluator, given.screen) if tasks else {}
     )
-    given.screen.result(result.summary(), result.as_json())
+    given.show(result)
 
 
-@takes(*MEASURES, "name", "force")
+@takes(*RUNS, "name", "force")
 def sweep(
     given: Given,
     axes: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME=FROM:TO:STEP", help="An axis, as in helpful=-1:1:0.5.")
+        list[str] | None,
+        typer.Argument(metavar="NAME=FROM:TO:STEP", help="A preference and its weights, as in helpful=-1:1:0.5."),
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option("--also", metavar="POLICY", help="A policy beside the grid, as `eval` takes it. Repeatable."),
+        typer.Option("--also", metavar="POLICY", help="Also measure this policy, named as for `eval`; repeatable."),
     ] = None,
     directions: Annotated[
-        int, typer.Option("--directions", metavar="N", min=0, help="Measure this many directions of the newest policy.")
+        int,
+        typer.Option(
+            "--directions", metavar="N", min=0, help="Measure this many directions of the newest policy of `rsf`."
+        ),
     ] = 0,
     by: ByOption = None,
 ) -> None:
-    """Measure a grid of weights or directions, and draw it. Continues where it was stopped.
+    """Measure and plot a grid of weights or directions. The same command continues after a stop.
 
     Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
     """
     target = (
         given.runs_dir / "sweep" / (given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"]))
     )
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     values, _ = grid(axes or [])
     given.check_vectors(values, project)
     find_policies(also or [], project, given.runs_dir, Screen(quiet=True))
@@ -105,13 +117,13 @@ def sweep(
     given.screen.result(f"{result.summary()}\n\n{target}/report.html", {"sweep": str(target), **result.as_json()})
 
 
-@takes(*MEASURES)
+@takes(*RUNS)
 def tune(
     given: Given,
     aim: Annotated[
         str,
         typer.Option(
-            "--aim", metavar="NAME=SHARE,…", help="The share of each preference, as in helpful=0.6,harmless=0.4."
+            "--aim", metavar="NAME=SHARE,…", help="The importance of each preference, as in helpful=0.6,harmless=0.4."
         ),
     ],
     kl: Annotated[
@@ -127,11 +139,13 @@ def tune(
             "--refused", metavar="SHARE", min=0.0, help="Maximum increase in the refusal rate on safe prompts."
         ),
     ] = 0.02,
-    most: Annotated[float, typer.Option("--most", metavar="WEIGHT", min=1e-6, help="The largest weight.")] = 1.0,
+    most: Annotated[
+        float, typer.Option("--most", metavar="WEIGHT", min=1e-6, help="Maximum weight of a vector.")
+    ] = 1.0,
     groups: Annotated[
         int,
         typer.Option(
-            "--groups", metavar="N", min=1, help="Split the layers into this many groups, each with weights of its own."
+            "--groups", metavar="N", min=1, help="Split the layers into this many groups with separate weights."
         ),
     ] = 1,
 ) -> None:
@@ -144,7 +158,7 @@ def tune(
         raise UserError(
             "--aim: a share must be above 0; for the opposite of a preference, merge it with a negative weight"
         )
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     given.check_vectors(aims, project)
     given.screen.loading(project.base.model)
     from lora_align.evaluate import tune as tuning
@@ -169,11 +183,11 @@ def tune(
     given.screen.result(tuned.summary(given.runs_dir), tuned.as_json())
 
 
-@takes(*MEASURES, "name", "force")
+@takes(*RUNS, "name", "force")
 def reach(
     given: Given,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Preferences; without any: all trained ones.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Preferences; by default all trained ones.")
     ] = None,
     kl: Annotated[
         float, typer.Option("--kl", metavar="NATS", min=1e-6, help="Maximum KL from the start policy, per token.")
@@ -185,7 +199,7 @@ def reach(
     share: Annotated[
         float,
         typer.Option(
-            "--share", metavar="SHARE", min=1e-6, help="Maximum loss of refusals and known facts: 0.1 is 10 %."
+            "--share", metavar="SHARE", min=1e-6, help="Maximum relative loss of refusals and of known facts."
         ),
     ] = 0.1,
 ) -> None:
@@ -193,7 +207,7 @@ def reach(
 
     Example: lora-align reach helpful harmless
     """
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     names = list(dict.fromkeys(names or vectors.trained(given.runs_dir)))
     if not names:
         command = runs.command("dpo --all", given.runs_dir)

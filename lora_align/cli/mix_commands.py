@@ -1,4 +1,4 @@
-"""Commands that mix and share adapters: merge, inspect, push. None of them loads a base."""
+"""The commands merge, inspect and push, which load no base."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,29 +7,32 @@ import typer
 
 from lora_align import store
 from lora_align.adapters.merge_options import MergeOptions, check_weights
-from lora_align.cli.shared import MEASURES, Given, check_picture, run_facts, takes
+from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
 from lora_align.weights import parse_weights
 
-MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help="exact, svd, soup, tsv, ties or dare.")]
+MethodOption = Annotated[
+    str, typer.Option("--method", metavar="NAME", help="The merge method: exact, svd, soup, tsv, ties or dare.")
+]
 MethodOptions = Annotated[
-    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method, as in density=0.3.")
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="An option of the method, as in density=0.3; repeatable."),
 ]
 RankOption = Annotated[
     str | None,
     typer.Option(
         "--rank",
         metavar="N|auto:SHARE",
-        help="Cut to this rank; auto:0.99: the smallest that keeps 99 % of the energy.",
+        help="Truncate to this rank, or to the smallest rank with this share of the energy, as in auto:0.99.",
     ),
 ]
 FitOption = Annotated[
     str | None,
-    typer.Option("--fit", metavar="SERVER", help="vllm or llama.cpp: pad with zeros to a rank that it reads."),
+    typer.Option("--fit", metavar="SERVER", help="Pad with zeros to a rank that this server reads: vllm or llama.cpp."),
 ]
 
 
-@takes(*MEASURES, "name", "force")
+@takes(*RUNS, "name", "force")
 def merge(
     given: Given,
     weights: Annotated[
@@ -38,7 +41,7 @@ def merge(
             "--weights",
             "-w",
             metavar="NAME=WEIGHT,…",
-            help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
+            help="Weights of preferences, runs or folders, as in helpful=1,harmless=-0.5.",
         ),
     ],
     method: MethodOption = "exact",
@@ -47,46 +50,49 @@ def merge(
     fit: FitOption = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 instead of the parents' own."),
+        typer.Option(
+            "--dtype", metavar="TYPE", help="Store float32, float16 or bfloat16 instead of the parents' type."
+        ),
     ] = None,
     same_base: Annotated[
-        bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under other names.")
+        bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under different names.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write to this folder instead of runs/mix/NAME.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write the adapter to this folder instead of runs/mix/NAME."),
     ] = None,
     with_start: Annotated[
-        bool, typer.Option("--with-start/--without-start", help="Include the SFT adapter, or leave it out.")
+        bool, typer.Option("--with-start/--without-start", help="Include the SFT adapter of the start policy, or not.")
     ] = True,
 ) -> None:
-    """Add weighted preference vectors up to one ordinary adapter.
+    """Merge weighted preference vectors into one ordinary adapter.
 
     Example: lora-align merge --weights helpful=1,harmless=0.5
     """
     wanted = parse_weights(weights)
     if out is not None and (given.name is not None or not out.name):
-        raise UserError("merge: --out takes the path of a new folder, and goes without --name")
+        raise UserError("merge: --out needs the path of a new folder, and excludes --name")
     if out is not None:
         store.refuse_missing_parent(out)
     how = MergeOptions.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     check_weights(method, wanted)
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     given.check_vectors(wanted, project)
     given.screen.note("adding adapters up …")
-    from lora_align.commands.merge import merge_adapters, summary
+    from lora_align.commands.merge import merge_adapters
 
-    run = merge_adapters(
+    mix = merge_adapters(
         wanted, project, given.runs_dir, given.screen, how, name=given.name, out=out, force=given.force
     )
-    given.screen.result(summary(run), run_facts(run))
+    given.show(mix)
 
 
-@takes(*MEASURES)
+@takes(*RUNS)
 def inspect(
     given: Given,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Preferences, runs or folders; without any: all trained preferences."),
+        typer.Argument(metavar="NAME", help="Preferences, runs or folders; by default all trained preferences."),
     ] = None,
     weights: Annotated[
         str,
@@ -101,41 +107,44 @@ def inspect(
     picture: Annotated[
         Path | None,
         typer.Option(
-            "--picture", metavar="FILE", help="Draw a map of every vector's layers to this .png, .pdf or .svg file."
+            "--picture", metavar="FILE", help="Plot the norms of every vector's layers to this .png, .pdf or .svg file."
         ),
     ] = None,
 ) -> None:
-    """Measure vectors: norms, angles, spectra, interference. With --weights, also what a mix keeps of each.
+    """Measure vectors: norms, angles, spectra, interference. With --weights, also measure a mix.
 
     Example: lora-align inspect helpful harmless
     """
     wanted = parse_weights(weights) if weights else {}
     check_picture(picture)
     how = MergeOptions.said(method, option or [], rank, fit, None, same_base=True)
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     given.check_vectors([*(names or []), *wanted], project)
     given.screen.note("reading adapters …")
-    from lora_align.commands.inspect import inspect_vectors, summary
+    from lora_align.commands.inspect import inspect_vectors
 
-    found = inspect_vectors(names or [], wanted, project, given.runs_dir, how, picture)
-    for doubt in found["doubts"]:
+    inspection = inspect_vectors(names or [], wanted, project, given.runs_dir, how, picture)
+    for doubt in inspection.doubts:
         given.screen.warn(doubt)
-    given.screen.result(summary(found), found)
+    given.show(inspection)
 
 
 @takes()
 def push(
     given: Given,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as in runs/mix/helpful1.")],
-    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Visible to everybody; private otherwise.")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, as in runs/mix/helpful1.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub, created if it does not exist.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository, or push to an existing one.")
+    ] = False,
 ) -> None:
-    """Push a run to the hub, with a model card.
+    """Push a run to the Hugging Face hub, with a model card.
 
     Example: lora-align push runs/mix/helpful1 --to me/helpful
     """
     given.screen.note("loading libraries …")
     from lora_align.commands.push import push_run
 
-    address = push_run(run, to, public=public, screen=given.screen)
-    given.screen.result(address, {"run": str(run), "repository": to, "address": address})
+    given.show(push_run(run, to, public=public, screen=given.screen))

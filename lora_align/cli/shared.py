@@ -1,99 +1,118 @@
-"""Options that several commands share: declared once, added to a command by `takes`, and handed over as `Given`."""
+"""Options that several commands share, declared once, and checks of options."""
 
 import inspect
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
-from lora_align import recipe as recipes
 from lora_align import runs
+from lora_align.cli import recipe_choice
 from lora_align.console import Screen
 from lora_align.data import sources
 from lora_align.errors import UserError
 from lora_align.policy import judge_runs, vectors
 from lora_align.recipe import Recipe
-from lora_align.weights import NAME, parse_weights
+from lora_align.weights import NAME
 
 PICTURES = (".png", ".pdf", ".svg")
-OPTIONS: dict[str, tuple[Any, Any]] = {  # each with its annotation and default, in the order of --help
-    "recipe": (
-        Annotated[
-            str | None,
-            typer.Option(
-                "--recipe", metavar="NAME|FILE", envvar="LORA_ALIGN_RECIPE", help="A built-in recipe, or a .toml file."
-            ),
-        ],
-        None,
-    ),
-    "overrides": (
-        Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, as in dpo.beta=0.05."),
-        ],
-        None,
-    ),
-    "runs_dir": (
-        Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="LORA_ALIGN_RUNS", help="The folder of runs.")],
-        runs.DEFAULT,
-    ),
-    "name": (Annotated[str | None, typer.Option("--name", metavar="NAME", help="Publish under this name.")], None),
-    "force": (Annotated[bool, typer.Option("--force", help="Move an existing run aside.")], False),
-    "resume": (Annotated[bool, typer.Option("--resume", help="Continue what was stopped.")], False),
-    "limit": (
-        Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Train on the first N rows only.")],
-        None,
-    ),
-    "dry_run": (
-        Annotated[bool, typer.Option("--dry-run", help="Show recipe, lengths and plan; train nothing.")],
-        False,
-    ),
-    "as_json": (Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")], False),
-    "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings stay.")], False),
-}
 
-RECIPE, MEASURES, TRAINS = (
-    ("recipe", "overrides"),
-    ("recipe", "overrides", "runs_dir"),
-    ("recipe", "overrides", "runs_dir", "force", "resume", "limit", "dry_run"),
-)
+
+def _option(kind: Any, default: Any, *names: str, **settings: Any) -> tuple[Any, Any]:
+    """Return the annotation and the default of a parameter that is an option."""
+    return Annotated[kind, typer.Option(*names, **settings)], default
+
+
+OPTIONS = {  # parameter → annotation and default, in the order of --help
+    "recipe": _option(
+        str | None,
+        None,
+        "--recipe",
+        metavar="NAME|FILE",
+        envvar="LORA_ALIGN_RECIPE",
+        help="A built-in recipe or a .toml file; by default ./lora-align.toml, else the newest run's, else demo.",
+    ),
+    "overrides": _option(
+        list[str] | None,
+        None,
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value of the recipe, as in dpo.beta=0.05; repeatable.",
+    ),
+    "runs_dir": _option(
+        Path, runs.DEFAULT, "--runs", metavar="DIR", envvar="LORA_ALIGN_RUNS", help="The folder of all runs."
+    ),
+    "name": _option(
+        str | None, None, "--name", metavar="NAME", help="Publish the run under this name instead of the default one."
+    ),
+    "force": _option(bool, False, "--force", help="Move an existing run of the same name aside."),
+    "resume": _option(bool, False, "--resume", help="Continue a run that was stopped."),
+    "limit": _option(int | None, None, "--limit", metavar="N", min=1, help="Train on the first N rows or pairs only."),
+    "dry_run": _option(bool, False, "--dry-run", help="Print the recipe, lengths and the plan, and train nothing."),
+    "as_json": _option(bool, False, "--json", help="Print the result as one JSON object."),
+    "quiet": _option(bool, False, "--quiet", "-q", help="Print no progress and no notes, only warnings."),
+}
+RECIPE = ("recipe", "overrides")
+RUNS = (*RECIPE, "runs_dir")
+TRAINING = (*RUNS, "force", "resume", "limit", "dry_run")
 WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
         "-w",
         metavar="NAME=WEIGHT,…",
-        help="Preferences, runs or folders, as in helpful=1,harmless=-0.5.",
+        help="Weights of preferences, runs or folders, as in helpful=1,harmless=-0.5; by default the newest mix.",
     ),
 ]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="Any PEFT LoRA folder.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="One PEFT LoRA folder, instead of weights.")
+]
 WantOption = Annotated[
     str | None,
     typer.Option(
         "--want",
         metavar="NAME=WEIGHT,…",
-        help="A direction for the policy of `rsf`, as in helpfulness=0.8,verbosity=-0.6.",
+        help="A direction for the newest policy of `rsf`, as in helpfulness=0.8,verbosity=-0.6.",
     ),
+]
+SystemOption = Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message before every prompt.")]
+TemperatureOption = Annotated[
+    float, typer.Option(metavar="NUMBER", min=0.0, help="The sampling temperature; 0 takes the likeliest token.")
 ]
 TopPOption = Annotated[
     float,
-    typer.Option(metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens of this probability."),
+    typer.Option(
+        metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens up to this total probability."
+    ),
 ]
-LengthOption = Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")]
+LengthOption = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")]
 ByOption = Annotated[
     list[str] | None,
-    typer.Option("--by", metavar="JUDGE", help="A reward model, or pair:PREFERENCE for its two adapters. Repeatable."),
+    typer.Option(
+        "--by",
+        metavar="JUDGE",
+        help="Score the answers with this reward model, or with the two adapters of pair:PREFERENCE; repeatable.",
+    ),
 ]
 SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
+class Result(Protocol):
+    """What a command computed."""
+
+    def summary(self) -> str:
+        """Return text for the screen."""
+
+    def as_json(self) -> Mapping[str, Any]:
+        """Return plain data for --json."""
+
+
 @dataclass(frozen=True)
 class Given:
-    """What the shared options of one command came to."""
+    """The values of a command's shared options."""
 
     recipe: str | None = None
     overrides: list[str] | None = None
@@ -114,39 +133,42 @@ class Given:
         if self.force and self.resume:
             raise UserError("--resume continues a run, --force starts it again: give one of them")
 
-    def of_recipe(self) -> Recipe:
-        """Return the recipe that is named, or found in this folder."""
-        return recipe_of(recipe_trained_with(self.recipe, self.runs_dir, self.screen), self.overrides, self.screen)
-
-    def to_train(self, stage: str, *more: str) -> Recipe:
-        """Return the recipe of a training stage; `--limit N` is short for `--set STAGE.limit=N`."""
+    def recipe_to_train(self, stage: str = "", *overrides: str) -> Recipe:
+        """Return the recipe of a command that trains or plans; --limit is short for `--set STAGE.limit`."""
         limit = [f"{stage}.limit={self.limit}"] if self.limit else []
-        name = recipe_trained_with(self.recipe, self.runs_dir, self.screen)
-        return recipe_of(name, [*(self.overrides or []), *limit, *more], self.screen)
+        overrides = (*(self.overrides or []), *limit, *overrides)
+        return recipe_choice.recipe_to_train(self.recipe, overrides, self.screen, self.runs_dir)
 
-    def of_runs(self) -> Recipe:
-        """Return the recipe of a command that works on runs: without --recipe, that of the newest training run."""
-        return recipe_of(self.recipe, self.overrides, self.screen, self.runs_dir)
+    def recipe_of_runs(self) -> Recipe:
+        """Return the recipe of a command that uses runs."""
+        return recipe_choice.recipe_of_runs(self.recipe, self.overrides or (), self.screen, self.runs_dir)
+
+    def show(self, result: Result) -> None:
+        """Print a result: its summary, or with --json its data."""
+        self.screen.result(result.summary(), result.as_json())
 
     def refuse_existing(self, target: Path, keep_both: str = "--name NEW keeps both") -> None:
-        """Refuse a run that is being written, or that exists and is neither resumed nor moved aside."""
+        """Refuse a run that is being written, or that exists without --resume or --force."""
         runs.refuse_busy(target)
         if not self.resume:
             runs.refuse_existing(target, self.force, keep_both)
 
     def check_vectors(self, names: Iterable[str], project: Recipe) -> None:
-        """Refuse names that no preference, run or folder has."""
+        """Refuse a name that is no preference, run or folder."""
         for name in names:
             vectors.find(name, self.runs_dir, project.preferences)
 
     def check_judges(self, names: Iterable[str] | None, project: Recipe) -> None:
-        """Refuse names that no judge has."""
+        """Refuse a name that is no judge."""
         for name in names or ():
             judge_runs.check(name, project, self.runs_dir)
 
 
 def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add shared options to a command, whose first parameter is then `given`; every command has --json and --quiet."""
+    """Add shared options to a command, and --json and --quiet. Its first parameter is then `given`.
+
+    `defaults` replace defaults of OPTIONS.
+    """
     wanted = [name for name in OPTIONS if name in (*names, "as_json", "quiet")]
 
     def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -171,56 +193,16 @@ def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Calla
     return with_options
 
 
-def recipe_of(name: str | None, overrides: list[str] | None, screen: Screen, runs_dir: Path | None = None) -> Recipe:
-    """Return the recipe that is named; for commands that work on runs, otherwise that of the newest training run.
-
-    What a measurement was made with stays with it: of a folder without training runs, the newest mix's recipe counts.
-    A stored recipe holds what was set while it was trained, for [eval] too; whatever differs from its file is printed.
-    """
-    if name is None and runs_dir is not None and not recipes.LOCAL.exists():
-        made = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]
-        trained = [run for run in made if run.manifest.stage in runs.TRAINING]
-        if stored := trained or [run for run in made if run.manifest.stage == "mix"]:
-            source, table = f"{stored[-1].path}/{runs.MANIFEST}", json.dumps(stored[-1].manifest.recipe)
-            beside = recipes.changes_from_source(recipes.from_dict(json.loads(table), source))
-            screen.note(f"recipe: the one stored in {stored[-1].path}{beside}")
-            return recipes.from_dict(json.loads(table), source, overrides or [])
-    path, why = recipes.find(name)
-    if why:
-        screen.note(why)
-    return recipes.load(path, overrides or [])
-
-
-def recipe_trained_with(name: str | None, runs_dir: Path, screen: Screen) -> str | None:
-    """Return the recipe that is named, or else that of the newest training run, without its overrides."""
-    trained = [] if name or recipes.LOCAL.exists() else runs.list_runs(runs_dir)
-    trained = [run for run in trained if run.manifest.stage in runs.TRAINING]
-    source = trained[-1].manifest.recipe.get("source", "") if trained else ""
-    if source in ("", recipes.DEFAULT):
-        return name
-    if not Path(source).is_file() and source not in recipes.builtin():
-        raise UserError(
-            f"{trained[-1].path} was trained with {source}, which is not here; name a recipe: --recipe FILE"
-        )
-    screen.note(f"recipe: {source}, which {trained[-1].path} was trained with")
-    return str(source)
-
-
-def weights_of(text: str | None) -> dict[str, float] | None:
-    """Read an option with weights, if it is given."""
-    return parse_weights(text) if text is not None else None
-
-
 def check_picture(picture: Path | None) -> None:
     """Refuse a picture that cannot be written."""
     if picture is not None and not picture.resolve().parent.is_dir():
-        raise UserError(f"--picture {picture}: no such folder")
+        raise UserError(f"--picture {picture}: there is no folder {picture.parent}; make it first")
     if picture is not None and picture.suffix not in PICTURES:
-        raise UserError(f"--picture {picture}: a name that ends in {' or '.join(PICTURES)}")
+        raise UserError(f"--picture {picture}: expected a file name that ends in {', '.join(PICTURES)}")
 
 
 def check_text(option: str, text: str | None) -> None:
-    """Refuse text that is no UTF-8: a shell hands over such bytes as half characters."""
+    """Refuse text that is not UTF-8; Python represents such bytes of the command line by lone surrogates."""
     try:
         (text or "").encode()
     except UnicodeEncodeError:
@@ -228,39 +210,22 @@ def check_text(option: str, text: str | None) -> None:
 
 
 def check_url(option: str, address: str | None) -> None:
-    """Refuse an address that is no URL of a server."""
+    """Refuse an address that is not an http or https URL."""
     if address is not None and not address.startswith(("http://", "https://")):
         raise UserError(f"{option} {address!r}: expected http://HOST:PORT or https://…")
 
 
 def check_first_row(data: str) -> None:
-    """Refuse a file that is missing, or whose first row cannot be read."""
+    """Refuse a file that is missing or whose first row is not readable."""
     if Path(data).suffix:
         next(sources.rows_or_raise(data), None)
 
 
 def show_plan(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:
-    """Show what a stage would do, for --dry-run."""
+    """Print the recipe and the plan of a stage, for --dry-run."""
     screen.loading(project.base.model)
     from lora_align.plan import planner
 
     found = planner.plan_stages(project, [stage], screen, passes=passes)
     parts = [planner.resolved(project, stage), planner.summary(found, lengths=True)]
     screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **found})
-
-
-def run_facts(run: runs.Run) -> dict[str, Any]:
-    """Return a run as JSON has it."""
-    manifest = run.manifest
-    return {
-        "path": str(run.path),
-        "stage": manifest.stage,
-        "preference": manifest.preference,
-        "direction": manifest.direction,
-        "created": manifest.created,
-        "base": manifest.base.get("model"),
-        "contains_start": manifest.contains_start,
-        "parents": manifest.parents,
-        "metrics": manifest.metrics,
-        "unconverged": manifest.unconverged,
-    }

@@ -1,4 +1,4 @@
-"""Commands of the groups Start and Data: demo, recipes, init, doctor, plan, data, list."""
+"""The commands demo, recipes, init, doctor, plan, data and list."""
 
 import shutil
 import textwrap
@@ -9,7 +9,7 @@ import typer
 
 from lora_align import recipe as recipes
 from lora_align import runs
-from lora_align.cli.shared import RECIPE, Given, check_picture, run_facts, takes
+from lora_align.cli.shared import RECIPE, Given, check_picture, takes
 from lora_align.console import count, table
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, UserError
@@ -17,10 +17,8 @@ from lora_align.plan.cards import card_name
 
 
 @takes("runs_dir", runs_dir=Path("lora-align-demo"))
-def demo(
-    given: Given,
-) -> None:
-    """Run the whole story on the built-in base: minutes on a CPU. Train, subtract, mix and measure, without a network.
+def demo(given: Given) -> None:
+    """Train, mix and measure vectors on the built-in base, in minutes. No network and no GPU is needed.
 
     Example: lora-align demo
     """
@@ -51,10 +49,12 @@ def list_recipes(given: Given) -> None:
 @takes()
 def init(
     given: Given,
-    name: Annotated[str, typer.Argument(metavar="RECIPE", help="The built-in recipe to start from.")],
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="The built-in recipe to copy; `lora-align recipes` lists them.")
+    ],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a built-in recipe to ./lora-align.toml, to make your own.
+    """Copy a built-in recipe to ./lora-align.toml, to edit it.
 
     Example: lora-align init qwen3-8b
     """
@@ -68,17 +68,16 @@ def init(
 
 @takes("runs_dir")
 def doctor(given: Given) -> None:
-    """Check this machine, and say how to get what it lacks.
+    """Check this machine, and name a remedy for each fault.
 
     Example: lora-align doctor
     """
     given.screen.note("loading libraries …")
-    from lora_align.commands.doctor import as_json as findings_json
-    from lora_align.commands.doctor import check_machine, summary
+    from lora_align.commands.doctor import check_machine
 
-    findings = check_machine(given.runs_dir)
-    given.screen.result(summary(findings), findings_json(findings))
-    if not findings_json(findings)["good"]:
+    diagnosis = check_machine(given.runs_dir)
+    given.show(diagnosis)
+    if not diagnosis.good:
         raise typer.Exit(RunFailedError.exit_code)
 
 
@@ -86,25 +85,33 @@ def doctor(given: Given) -> None:
 def plan(
     given: Given,
     vram: Annotated[
-        float | None, typer.Option("--vram", metavar="GB", min=1, help="Memory of a card as fast as an RTX 4090.")
+        float | None,
+        typer.Option(
+            "--vram", metavar="GB", min=1, help="Plan for a card with this memory and the speed of an RTX 4090."
+        ),
     ] = None,
     card: Annotated[
-        str, typer.Option("--card", metavar="NAME", help="A card by its name, as in 4090, rtx-3060 or a100.")
+        str,
+        typer.Option(
+            "--card", metavar="NAME", help="Plan for this card, as in 4090, rtx-3060 or a100, instead of this machine."
+        ),
     ] = "",
-    cards: Annotated[int, typer.Option("--cards", metavar="N", min=1, help="How many cards train together.")] = 1,
+    cards: Annotated[
+        int, typer.Option("--cards", metavar="N", min=1, help="The number of cards that train together.")
+    ] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Take one step of each stage here, and base the times on it.")
+        bool, typer.Option("--measure", help="Base the times on one step of each stage, taken on this machine.")
     ] = False,
 ) -> None:
-    """Plan each stage's memory and time before training. Where it does not fit, say what to change.
+    """Plan the memory and time of each stage before training. If a stage does not fit, name settings that help.
 
     Example: lora-align plan --recipe qwen3-8b --card rtx-4090
     """
     if measure and (card or vram or cards > 1):
-        raise UserError("--measure takes a step on this machine: not with --card, --vram or --cards")
+        raise UserError("--measure takes a step on this machine; leave out --card, --vram and --cards")
     if card:
         card_name(card)
-    project = given.of_recipe()
+    project = given.recipe_to_train()
     given.screen.loading(project.base.model)
     from lora_align.plan.planner import STAGES, plan_stages, summary
 
@@ -117,37 +124,37 @@ def plan(
 @takes(*RECIPE, "limit")
 def data(
     given: Given,
-    pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="A preference of the recipe.")],
+    pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="The preference of the recipe to audit.")],
     show: Annotated[
-        int, typer.Option("--show", metavar="N", min=0, help="How many pairs to show as the model sees them.")
+        int, typer.Option("--show", metavar="N", min=0, help="The number of pairs to print as the model sees them.")
     ] = 2,
     picture: Annotated[
         Path | None,
-        typer.Option("--picture", metavar="FILE", help="Draw the lengths into this .png, .pdf or .svg file."),
+        typer.Option("--picture", metavar="FILE", help="Plot the lengths to this .png, .pdf or .svg file."),
     ] = None,
 ) -> None:
-    """Look at a preference's pairs before training. Show them as the model sees them, their lengths, and what is odd.
+    """Audit a preference's pairs before training. Print examples as the model sees them, lengths, and doubts.
 
     Example: lora-align data --pref helpful --show 3
     """
     check_picture(picture)
-    project = given.to_train("dpo")
+    project = given.recipe_to_train("dpo")
     project.check_trains("dpo")
     project.preference(pref)
     given.screen.loading(project.base.model)
-    from lora_align.commands import audit
+    from lora_align.commands.audit import audit_pairs
 
-    found = audit.audit_pairs(project, pref, show=show, picture=picture)
-    given.screen.result(audit.summary(found), found)
-    for doubt in found["doubts"]:
+    audit = audit_pairs(project, pref, show=show, picture=picture)
+    given.show(audit)
+    for doubt in audit.doubts:
         given.screen.warn(doubt)
-    if found["refused"]:
-        raise UserError(found["refused"])
+    if audit.refused:
+        raise UserError(audit.refused)
 
 
 @takes("runs_dir")
 def list_runs(given: Given) -> None:
-    """List runs in the order they were made, and what each is made of.
+    """List runs in order of creation, with their origin and a figure.
 
     Example: lora-align list --runs runs
     """
@@ -159,27 +166,29 @@ def list_runs(given: Given) -> None:
     rows = [
         [
             run.path.relative_to(given.runs_dir).as_posix(),
-            run.manifest.created[5:16].replace("T", " "),  # 80 columns; --json has the year
+            run.manifest.created[5:16].replace("T", " "),  # without the year, to fit 80 columns
             _origin(run),
-            _worth(run),
+            _figure(run),
         ]
         for run in found
     ]
     text = table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
-    given.screen.result(text, {"runs": [run_facts(run) for run in found]})
+    given.screen.result(text, {"runs": [run.as_json() for run in found]})
 
 
 def _origin(run: runs.Run) -> str:
+    """Return what a run was made from: the terms of a mix, or the data and the base."""
     if run.manifest.stage == "mix":
         parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
         return " ".join((["start"] if run.manifest.contains_start else []) + parts)
     base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
-    measured = run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}  # by reach, by sweep
-    of = run.manifest.data.get("source") or " ".join(measured)
-    return f"{of} ({base})" if of else base
+    measured = run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}  # of reach, of sweep
+    source = run.manifest.data.get("source") or " ".join(measured)
+    return f"{source} ({base})" if source else base
 
 
-def _worth(run: runs.Run) -> str:
+def _figure(run: runs.Run) -> str:
+    """Return the most telling figure of a run, or that it is unconverged."""
     held_out = run.manifest.metrics.get("held_out", {})
     if reasons := run.manifest.unconverged:
         return "diverged" if any(reason.startswith("diverged") for reason in reasons) else "unconverged"

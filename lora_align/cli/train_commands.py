@@ -1,23 +1,23 @@
-"""Commands that train: sft, dpo, reward, rsf."""
+"""The commands that train: sft, dpo, reward and rsf."""
 
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from lora_align.cli.shared import TRAINS, Given, check_url, run_facts, show_plan, takes
+from lora_align.cli.shared import TRAINING, Given, check_url, show_plan, takes
 from lora_align.errors import UserError
 from lora_align.policy import judge_runs
 from lora_align.rankers import Direction
 
 
-@takes(*TRAINS)
+@takes(*TRAINING)
 def sft(given: Given) -> None:
-    """Train the start policy's adapter, by the recipe's [sft] table.
+    """Train the start policy's adapter by supervised fine-tuning.
 
     Example: lora-align sft --recipe my.toml --limit 1000
     """
-    project = given.to_train("sft")
+    project = given.recipe_to_train("sft")
     project.check_trains("sft")
     if given.dry_run:
         show_plan(project, "sft", given.screen)
@@ -27,39 +27,43 @@ def sft(given: Given) -> None:
     from lora_align.train.sft import summary, train_sft
 
     run = train_sft(project, given.runs_dir, given.screen, force=given.force, resume=given.resume)
-    given.screen.result(summary(run), run_facts(run))
+    given.screen.result(summary(run), run.as_json())
 
 
-@takes(*TRAINS, "name")
+@takes(*TRAINING, "name")
 def dpo(
     given: Given,
-    pref: Annotated[str | None, typer.Option("--pref", metavar="NAME", help="One preference of the recipe.")] = None,
+    pref: Annotated[
+        str | None, typer.Option("--pref", metavar="NAME", help="Train this preference of the recipe.")
+    ] = None,
     direction: Annotated[
         str,
         typer.Option(
-            "--direction", metavar="pos|neg|both", help="pos: towards it; neg: away from it, labels switched; both."
+            "--direction",
+            metavar="pos|neg|both",
+            help="Train towards the preference (pos), on switched labels (neg), or both.",
         ),
     ] = "both",
-    every: Annotated[bool, typer.Option("--all", help="Every preference of the recipe.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Train every preference of the recipe.")] = False,
 ) -> None:
-    """Train a preference's adapters: pos towards it, neg away from it.
+    """Train a preference's adapters by DPO: towards it and away from it.
 
     Example: lora-align dpo --pref helpful --set dpo.beta=0.05
     """
-    project = given.to_train("dpo")
+    project = given.recipe_to_train("dpo")
     project.check_trains("dpo")
     if every == (pref is not None):
-        raise UserError(f"dpo: either --pref NAME or --all (the recipe knows: {', '.join(project.preferences)})")
+        raise UserError(f"dpo: give either --pref NAME or --all (preferences: {', '.join(project.preferences)})")
     if every and given.name:
-        raise UserError("dpo: --name goes with one --pref")
+        raise UserError("dpo: --name needs --pref, not --all")
     if direction not in ("pos", "neg", "both"):
-        raise UserError(f"--direction {direction!r}: pos, neg or both")
+        raise UserError(f"--direction {direction!r}: expected pos, neg or both")
     names = list(project.preferences) if pref is None else [pref]
     directions = list(Direction) if direction == "both" else [Direction(direction)]
     for preference in names:
         project.preference(preference)
     if given.dry_run:
-        if pref is not None:  # of one that consists of others, theirs
+        if pref is not None:  # a preference with `of` uses the pairs of others
             chosen = {name: project.preferences[name] for name in project.preferences[pref].of or (pref,)}
             project = replace(project, preferences=chosen)
         show_plan(project, "dpo", given.screen, passes=len(directions))
@@ -81,16 +85,16 @@ def dpo(
         force=given.force,
         resume=given.resume,
     )
-    given.screen.result("\n".join(summary(run) for run in done), {"runs": [run_facts(run) for run in done]})
+    given.screen.result("\n".join(summary(run) for run in done), {"runs": [run.as_json() for run in done]})
 
 
-@takes(*TRAINS, "name")
+@takes(*TRAINING, "name")
 def reward(given: Given) -> None:
-    """Train the reward model: one head for each objective.
+    """Train a reward model with one head for each objective.
 
     Example: lora-align reward --recipe my.toml
     """
-    project = given.to_train("reward")
+    project = given.recipe_to_train("reward")
     project.check_trains("reward")
     if given.dry_run:
         show_plan(project, "reward", given.screen)
@@ -102,29 +106,36 @@ def reward(given: Given) -> None:
     run = train_reward_model(
         project, given.runs_dir, given.screen, name=given.name, force=given.force, resume=given.resume
     )
-    given.screen.result(summary(run), run_facts(run))
+    given.screen.result(summary(run), run.as_json())
 
 
-@takes(*TRAINS, "name")
+@takes(*TRAINING, "name")
 def rsf(
     given: Given,
     iterations: Annotated[
         int | None,
-        typer.Option("--iterations", metavar="N", min=1, help="Policies to train after the SteerLM-style one."),
+        typer.Option(
+            "--iterations",
+            metavar="N",
+            min=1,
+            help="The number of policies to train after the first, SteerLM-style one.",
+        ),
     ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(
-            "--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server, which can load adapters."
+            "--endpoint",
+            metavar="URL",
+            help="Sample on this OpenAI-compatible server, which must be able to load adapters.",
         ),
     ] = None,
 ) -> None:
-    """Train one policy that takes a direction, by rejection sampling. Continues where it was stopped.
+    """Train one policy that takes a direction, by rejection sampling. The same command continues after a stop.
 
     Example: lora-align rsf --iterations 2
     """
     check_url("--endpoint", endpoint)
-    project = given.to_train("rsf", *([f"rsf.iterations={iterations}"] if iterations is not None else []))
+    project = given.recipe_to_train("rsf", *([f"rsf.iterations={iterations}"] if iterations is not None else []))
     project.check_trains("rsf")
     if given.dry_run:
         show_plan(project, "rsf", given.screen)
@@ -135,4 +146,4 @@ def rsf(
     from lora_align.rsf.loop import summary, train_rsf
 
     made = train_rsf(project, given.runs_dir, given.screen, name=given.name, force=given.force, endpoint=endpoint)
-    given.screen.result(summary(made, given.runs_dir), {"runs": [run_facts(run) for run in made]})
+    given.screen.result(summary(made, given.runs_dir), {"runs": [run.as_json() for run in made]})

@@ -1,4 +1,4 @@
-"""Commands that use what was trained: chat, generate, score."""
+"""The commands chat, generate and score."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_align.cli.shared import (
-    MEASURES,
+    RUNS,
     SEEDS,
     AdapterOption,
     Given,
     LengthOption,
+    SystemOption,
+    TemperatureOption,
     TopPOption,
     WantOption,
     WeightsOption,
@@ -19,37 +21,40 @@ from lora_align.cli.shared import (
     check_text,
     check_url,
     takes,
-    weights_of,
 )
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.policy.policy import Policy, select_policy
 from lora_align.recipe import Recipe
+from lora_align.weights import parse_weights
 
 if TYPE_CHECKING:
     from lora_align.model.sampler import Sampler
 
 
-@takes(*MEASURES)
+@takes(*RUNS)
 def score(
     given: Given,
     data: Annotated[
-        str, typer.Option("--data", metavar="FILE|ID", help="Answers or pairs: a file, or a data set's hub id.")
+        str, typer.Option("--data", metavar="FILE|ID", help="A file or a dataset on the hub with answers or pairs.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file: the rows and their scores.")
+        Path,
+        typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file for the rows with their scores."),
     ],
     by: Annotated[
         str,
-        typer.Option("--by", metavar="JUDGE", help="A reward model's name, or pair:PREFERENCE for its two adapters."),
+        typer.Option(
+            "--by", metavar="JUDGE", help="Score with this reward model, or with the two adapters of pair:PREFERENCE."
+        ),
     ] = "reward",
 ) -> None:
-    """Score answers, or both answers of pairs. Continues where it was stopped.
+    """Score answers, or both answers of pairs. The same command continues after a stop.
 
     Example: lora-align score --data answers.jsonl --out scored.jsonl
     """
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     given.check_judges([by], project)
     shards.check_out_file(out)
     check_first_row(data)
@@ -60,27 +65,31 @@ def score(
     given.screen.result(result.summary(), result.as_json())
 
 
-@takes(*MEASURES)
+@takes(*RUNS)
 def chat(
     given: Given,
     weights: WeightsOption = None,
     adapter: AdapterOption = None,
     want: WantOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit.")] = None,
-    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
-    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this prompt and exit.")
+    ] = None,
+    system: SystemOption = "",
+    temperature: TemperatureOption = 0.7,
     top_p: TopPOption = 1.0,
     max_new_tokens: LengthOption = 512,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same answers every time.", **SEEDS)] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="The seed of sampling; by default a new one each time.", **SEEDS)
+    ] = None,
 ) -> None:
-    """Talk to a mix, an adapter or a policy, and change its weights. Without options: the newest mix.
+    """Chat with a mix, an adapter or a policy, and change its weights.
 
-    Piped text is one prompt. Where it begins with /, each line is a command or a message, as on a terminal.
+    Text from a pipe is one prompt. If it begins with /, each line is a command or a message, as on a terminal.
 
     Example: lora-align chat --weights helpful=1,harmless=-0.5
     """
     if adapter is not None and (weights is not None or want is not None):
-        raise UserError("chat: --adapter goes without --weights and --want")
+        raise UserError("chat: --adapter excludes --weights and --want")
     check_text("--prompt", prompt)
     check_text("--system", system)
     script: list[str] = []
@@ -89,11 +98,11 @@ def chat(
         if prompt.startswith("/"):
             script, prompt = prompt.splitlines(), None
     if prompt is not None and not prompt.strip():
-        raise UserError("chat: the prompt is empty; pipe one in, or give --prompt TEXT")
+        raise UserError("chat: the prompt is empty; give --prompt TEXT, or pipe text in")
     if script and given.as_json:
-        raise UserError("chat: --json takes one prompt, no commands")
-    project = given.of_runs()
-    wanted = weights_of(weights)
+        raise UserError("chat: --json needs one prompt and takes no commands; leave out --json")
+    project = given.recipe_of_runs()
+    wanted = parse_weights(weights) if weights is not None else None
     policy = select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
     given.screen.loading(project.base.model)
     from lora_align.chat import session as sessions
@@ -105,63 +114,70 @@ def chat(
     session = sessions.open_session(bases.find(project.base), given.runs_dir, project, policy, sampling, given.screen)
     session.system = system
     if prompt is not None:
-        terminal.once(session, prompt.strip(), given.screen)
+        terminal.answer_once(session, prompt.strip(), given.screen)
     elif script:
-        terminal.script(session, script, given.screen)
+        terminal.run_script(session, script, given.screen)
     else:
-        terminal.talk(session, given.screen)
+        terminal.run_terminal(session, given.screen)
 
 
-@takes(*MEASURES)
+@takes(*RUNS)
 def generate(
     given: Given,
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", metavar="FILE|ID", help="A file of prompts (.txt: one a line), or a data set's hub id."
+            "--prompts", metavar="FILE|ID", help="A file of prompts (.txt: one a line), or a dataset on the hub."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file.")] = None,
-    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Answers to each prompt.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="A new .jsonl or .parquet file for the answers.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="The number of answers to each prompt.")] = 1,
     weights: WeightsOption = None,
     adapter: AdapterOption = None,
     want: WantOption = None,
-    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
+    system: SystemOption = "",
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server instead.")
+        str | None, typer.Option("--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", metavar="NAME", help="The model's name on that server.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="NAME", help="The name of the model on the server; needed if it serves several."
+        ),
+    ] = "",
     show_server: Annotated[
-        bool, typer.Option("--show-server", help="Print how to serve the recipe's base, and exit.")
+        bool, typer.Option("--show-server", help="Print the vLLM command that serves the recipe's base, and exit.")
     ] = False,
     share: Annotated[
-        str, typer.Option("--share", metavar="I/N", help="Only this part of the prompts, as in 2/4.")
+        str, typer.Option("--share", metavar="I/N", help="Answer only this part of the prompts, as in 2/4.")
     ] = "1/1",
-    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="0 takes the likeliest token.")] = 1.0,
+    temperature: TemperatureOption = 1.0,
     top_p: TopPOption = 1.0,
     max_new_tokens: LengthOption = 512,
-    seed: Annotated[int, typer.Option(metavar="N", help="Another one gives other answers.", **SEEDS)] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="The seed of sampling.", **SEEDS)] = 0,
 ) -> None:
-    """Answer a file of prompts, n times each. Continues where it was stopped.
+    """Sample n answers to each prompt of a file. The same command continues after a stop.
 
     Example: lora-align generate --prompts prompts.txt --out answers.jsonl -n 4
     """
     if endpoint and (weights is not None or want is not None):
-        raise UserError("generate: a server draws with --model or --adapter; `merge` makes an adapter of weights")
+        raise UserError("generate: --endpoint excludes --weights and --want; merge the weights and give --adapter DIR")
     if adapter is not None and (weights is not None or want is not None):
-        raise UserError("generate: --adapter goes without --weights and --want")
+        raise UserError("generate: --adapter excludes --weights and --want")
     check_url("--endpoint", endpoint)
     check_text("--system", system)
-    project = given.of_runs()
+    project = given.recipe_of_runs()
     if show_server:
-        from lora_align.model.endpoint import serve_line
+        from lora_align.model.endpoint import serve_command
 
-        given.screen.result(serve_line(project), {"serve": serve_line(project)})
+        given.screen.result(serve_command(project), {"serve": serve_command(project)})
         return
     if prompts is None or out is None:
-        raise UserError("generate: --prompts FILE and --out FILE are needed")
+        raise UserError("generate: give --prompts FILE and --out FILE")
     part = _part(share)
-    wanted = weights_of(weights)
+    wanted = parse_weights(weights) if weights is not None else None
     shards.check_out_file(out)
     check_first_row(prompts)
     policy = None if endpoint else select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
@@ -172,15 +188,15 @@ def generate(
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, project)
     elif policy is not None:
-        sampler, who, asked = _loaded(project, given.runs_dir, policy, given.screen)
-        system = f"{asked}\n\n{system}" if asked and system else asked or system
+        sampler, who, own_system = _loaded(project, given.runs_dir, policy, given.screen)
+        system = "\n\n".join(filter(None, [own_system, system]))
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
     given.screen.result(result.summary(), result.as_json())
 
 
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:
-    """A server as a sampler, and what names it."""
+    """Return a sampler on a server, and what identifies its model."""
     from lora_align.model.endpoint import Endpoint
 
     server = Endpoint.at(address, model, template=project.base.chat_template_kwargs)
@@ -190,7 +206,7 @@ def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> 
 
 
 def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
-    """The base with what was chosen over it, what names it, and the system message that asks."""
+    """Return a sampler on the base with a policy over it, what identifies both, and the policy's system message."""
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
     from lora_align.model.decoding import Sampling
@@ -204,7 +220,7 @@ def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> 
 
 
 def _part(share: str) -> tuple[int, int]:
-    """`2/4`: the second of four."""
+    """Parse `2/4` as part 2 of 4."""
     number, _, parts = share.partition("/")
     if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--share {share!r}: expected which of how many parts, as in 2/4")

@@ -1,20 +1,17 @@
-"""What a preference's data is: rows as the model will see them, how long they are, and what is odd about them."""
+"""Audit of a preference's pairs: how the model sees them, how long they are, and what may spoil training."""
 
-import hashlib
-import json
-import re
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_align.commands.audit_counts import SIDES, AuditCounts
 from lora_align.console import count, table
 from lora_align.data import pairs, sources
 from lora_align.data.labels import labels_of
-from lora_align.data.rows import Comparison, Pair
+from lora_align.data.rows import Pair
 from lora_align.errors import UserError
 from lora_align.metrics.histogram import bars, histogram
 from lora_align.model import base as bases
@@ -26,251 +23,178 @@ from lora_align.recipe import Dpo, Preference, Recipe
 from lora_align.train import lora_trainer
 from lora_align.train.token_rows import no_rows_left
 
-SIDES = ("prompt", "chosen", "rejected")
-SHARES = (0.0, 0.5, 0.95, 1.0)  # of the lengths that a table tells
-WORD = re.compile(r"\w+")
-TOO_BIASED = 0.65  # how often one length may win before that is named
+QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
+LENGTH_BIAS = 0.65  # share of pairs won by the longer answer, or by the shorter one, above which a doubt names it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Audit:
-    """Counts over the comparisons of one preference; rows go by, and are not kept."""
+    """What the rows of one preference hold, and what may spoil its adapters."""
 
-    rows: int = 0
-    made: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # pairs, held out or not
-    left: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # those that fit
-    dropped: Counter[str] = field(default_factory=Counter)
-    lengths: "dict[str, array[int]]" = field(default_factory=lambda: {side: array("I") for side in SIDES})
-    too_long: int = 0
-    cut: int = 0
-    alike: int = 0
-    longer_wins: int = 0
-    of_unlike_length: int = 0
-    both_unsafe: int = 0
-    of_known_safety: int = 0
-    prompts: dict[bool, set[bytes]] = field(default_factory=lambda: {True: set(), False: set()})
-    seen: set[bytes] = field(default_factory=set)
-    repeated: int = 0
-    contradicted: int = 0
-    agreed: dict[str, list[int]] = field(default_factory=dict)
-    silent: dict[str, str] = field(default_factory=dict)
+    preference: str
+    source: str
+    rank: str
+    read: int  # rows
+    usable: int  # pairs that `dpo` would use, held-out ones included
+    held_out: int
+    dropped: Mapping[str, int]  # reason → comparisons
+    unread: Mapping[str, int]  # column that nothing reads → rows in which it is filled
+    prompts: int
+    prompts_on_both_sides: int  # prompts that equal a held-out one but for case, spaces and punctuation
+    tokens: Mapping[str, Sequence[int]]  # side → its QUANTILES
+    histogram: Sequence[tuple[int, int, int]]  # of a prompt with its longer answer
+    max_length: int
+    prompts_too_long: int
+    answers_cut: int  # pairs with a truncated answer
+    alike_once_cut: int  # pairs whose answers are equal once truncated
+    longer_wins: float | None  # share of the pairs whose answers differ in length
+    repeated: int
+    contradicted: int
+    both_unsafe: int | None  # None if the data does not say which answers are safe
+    agreement: Mapping[str, float]  # other preference on this source → share of pairs with the same chosen answer
+    no_agreement: Mapping[str, str]  # other preference on this source → why it is not compared
+    doubts: Sequence[str]
+    shown: Sequence[Mapping[str, str]]  # the first pairs, as the model sees them
+    picture: str | None
+    refused: str | None  # why `dpo` would refuse this data
 
-    def facts(self, max_length: int) -> dict[str, Any]:
-        """What is told of it."""
-        shared = len(self.prompts[True] & self.prompts[False])
-        different = len(self.prompts[True] | self.prompts[False])
-        dropped = self.dropped.copy()
-        unread = sources.pop_unread(dropped)
-        return {
-            "read": self.rows,
-            "usable": sum(self.left.values()),
-            "held_out": self.left[True],
-            "dropped": {reason: count for reason, count in dropped.items() if reason != TRUNCATED},
-            "unread": unread,
-            "prompts": different,
-            "prompts_on_both_sides": shared,
-            "tokens": {side: _quantiles(self.lengths[side]) for side in SIDES},
-            "histogram": histogram([a + max(b, c) for a, b, c in zip(*self.lengths.values(), strict=True)]),
-            "max_length": max_length,
-            "prompts_too_long": self.too_long,
-            "answers_cut": self.cut,
-            "alike_once_cut": self.alike,
-            "longer_wins": _share(self.longer_wins, self.of_unlike_length),
-            "repeated": self.repeated,
-            "contradicted": self.contradicted,
-            "both_unsafe": self.both_unsafe if self.of_known_safety else None,
-            "agreement": {name: _share(same, count) for name, (same, count) in self.agreed.items()},
-            "no_agreement": self.silent,
-        }
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return the first pairs, the counts, tables of lengths, and shares."""
+        parts = ["\n".join(f"{side}: {pair[side]}" for side in SIDES) for pair in self.shown]
+        parts.append(
+            f"{self.source} by {self.rank}: {count(self.read, 'row')}, {count(self.usable, 'pair')} of "
+            f"{count(self.prompts, 'prompt')}, {self.held_out:,} held out"
+        )
+        if self.dropped:
+            parts[-1] += f"\ndropped: {pairs.reasons(Counter(self.dropped))}"
+        lengths = [[side, *(f"{length:,}" for length in quantiles)] for side, quantiles in self.tokens.items()]
+        parts.append(table(["tokens", *QUANTILES], lengths))
+        parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(self.histogram)]))
+        lines = []
+        if (wins := self.longer_wins) is not None:
+            lines.append(f"the longer answer wins {wins:.0%} of pairs, and {1 - wins:.0%} for `neg`")
+        if self.both_unsafe is not None:
+            lines.append(f"both answers are unsafe: {count(self.both_unsafe, 'pair')}")
+        lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in self.agreement.items()]
+        lines += [f"{name} is not compared: {why}" for name, why in self.no_agreement.items()]
+        return "\n\n".join(filter(None, [*parts, "\n".join(lines), self.picture]))
 
 
-def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> dict[str, Any]:
-    """Read all of a preference's rows, and look at each."""
+def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> Audit:
+    """Read all rows of a preference as `dpo` would; return the first `show` pairs, counts, and doubts."""
     axis = recipe.preference(preference)
     if axis.of:
-        raise UserError(f"{preference} consists of the pairs of {', '.join(axis.of)}: look at each, with --pref NAME")
+        raise UserError(f"{preference} consists of the pairs of {', '.join(axis.of)}; audit each of them: --pref NAME")
     base = bases.find(recipe.base)
     max_length = min(recipe.dpo.max_length, base.max_length)
-    audit, shown = Audit(), list[dict[str, str]]()
-    beside = {
-        name: other
-        for name, other in recipe.preferences.items()
-        if name != preference and sources.location(other) == sources.location(axis)
-    }
-    read_alike = {name for name, other in beside.items() if not other.labels and other.columns == axis.columns}
-    others = {name: beside[name] for name in beside if name in read_alike}
-    audit.silent |= dict.fromkeys(beside.keys() - others.keys(), "it goes by other columns, or labels of its own")
-    for name, other in others.items():
-        try:
-            labels_of(other)
-        except UserError as fault:  # its own `data` and `dpo` will stop there; this one goes on
-            audit.silent[name] = str(fault)
-    for where, comparison, pair, aside in _ranked(axis, recipe.dpo, audit):
-        if isinstance(pair, str):
-            continue
-        audit.left[aside] += _lengths(pair, base, max_length, audit)
-        _bias(comparison, pair, audit)
-        _agreement(where, comparison, pair, others, audit)
-        _repetition(pair, audit)
-        audit.prompts[aside].add(_alike(pair))
-        if len(shown) < show:
-            shown.append(_as_seen(pair, base, max_length))
-    facts = {"preference": preference, "source": sources.name(axis), "rank": axis.rank, **audit.facts(max_length)}
-    facts |= {"doubts": _doubts(facts, recipe.dpo), "shown": shown, "picture": str(picture) if picture else None}
-    made = audit.made[False], audit.made[True]
-    refused = None if audit.left[False] else no_rows_left(axis, made, Counter(facts["dropped"]), max_length)
-    facts["refused"] = str(refused) if refused else None  # as `dpo` would
+    others, incomparable = _same_source(recipe, preference)
+    counts, shown = AuditCounts(base, max_length, others, incomparable), list[dict[str, str]]()
+    for ranked in pairs.rank_comparisons(axis, recipe.dpo.held_out, recipe.dpo.limit, counts.dropped):
+        counts.add(ranked)
+        if not isinstance(ranked.pair, str) and len(shown) < show:
+            shown.append(_as_seen(ranked.pair, base, max_length))
+    unread = sources.pop_unread(counts.dropped)
+    dropped = Counter({reason: number for reason, number in counts.dropped.items() if reason != TRUNCATED})
+    made = counts.made[False], counts.made[True]
+    refused = None if counts.usable[False] else str(no_rows_left(axis, made, dropped, max_length))
+    audit = Audit(
+        preference=preference,
+        source=sources.name(axis),
+        rank=axis.rank,
+        read=counts.rows + counts.dropped[sources.INVALID] - counts.invalid,
+        usable=counts.usable.total(),
+        held_out=counts.usable[True],
+        dropped=dict(dropped),
+        unread=unread,
+        prompts=len(counts.prompts[True] | counts.prompts[False]),
+        prompts_on_both_sides=len(counts.prompts[True] & counts.prompts[False]),
+        tokens={side: _quantiles(lengths) for side, lengths in counts.lengths.items()},
+        histogram=histogram([a + max(b, c) for a, b, c in zip(*counts.lengths.values(), strict=True)]),
+        max_length=max_length,
+        prompts_too_long=counts.prompts_too_long,
+        answers_cut=counts.answers_cut,
+        alike_once_cut=counts.alike_once_cut,
+        longer_wins=counts.longer_wins / counts.unequal_lengths if counts.unequal_lengths else None,
+        repeated=counts.repeated,
+        contradicted=counts.contradicted,
+        both_unsafe=counts.both_unsafe if counts.known_safety else None,
+        agreement={name: counts.same[name] / number for name, number in counts.compared.items()},
+        no_agreement=counts.incomparable,
+        doubts=(),
+        shown=shown,
+        picture=str(picture) if picture else None,
+        refused=refused,
+    )
     if picture:
         from lora_align.metrics import plots
 
-        plots.lengths(picture, facts["histogram"], max_length, preference)
-    return facts
+        plots.lengths(picture, audit.histogram, max_length, preference)
+    return replace(audit, doubts=_doubts(audit, recipe.dpo))
 
 
-def summary(facts: Mapping[str, Any]) -> str:
-    """Rows, then tables, then what is odd."""
-    parts = ["\n".join(f"{name}: {row[name]}" for name in SIDES) for row in facts["shown"]]
-    parts.append(
-        f"{facts['source']} by {facts['rank']}: {count(facts['read'], 'row')}, {count(facts['usable'], 'pair')} of "
-        f"{count(facts['prompts'], 'prompt')}, {facts['held_out']:,} held out"
-    )
-    if facts["dropped"]:
-        parts[-1] += f"\ndropped: {pairs.reasons(Counter(facts['dropped']))}"
-    columns = ["tokens", "shortest", "median", "95 %", "longest"]
-    parts.append(table(columns, [[side, *(f"{n:,}" for n in of)] for side, of in facts["tokens"].items()]))
-    parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(facts["histogram"])]))
-    lines, agreed = [], facts["agreement"].items()
-    if facts["longer_wins"] is not None:
-        wins = facts["longer_wins"]
-        lines.append(f"the longer answer wins {wins:.0%} of pairs, and {1 - wins:.0%} for `neg`")
-    if facts["both_unsafe"] is not None:
-        lines.append(f"of two unsafe answers: {count(facts['both_unsafe'], 'pair')}")
-    lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in agreed if share is not None]
-    lines += [f"{name} is not set beside it: {why}" for name, why in facts["no_agreement"].items()]
-    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *filter(None, [facts["picture"]])])
-
-
-def _ranked(axis: Preference, settings: Dpo, audit: Audit) -> Iterator[pairs.RankedComparison]:
-    """As `dpo` reads them, to the last."""
-    before, bad = "", 0
-    for one in pairs.rank_comparisons(axis, settings.held_out, settings.limit, audit.dropped):
-        audit.rows += one.where != before  # a row of several answers makes several comparisons
-        before = one.where
-        if isinstance(one.pair, str):
-            bad += one.pair == sources.INVALID
-        else:
-            audit.made[one.aside] += 1
-            if one.comparison.safe is not None:
-                audit.of_known_safety += 1
-                audit.both_unsafe += not any(one.comparison.safe)
-        yield one
-    audit.rows += audit.dropped[sources.INVALID] - bad  # rows that are none
-
-
-def _repetition(pair: Pair, audit: Audit) -> None:
-    """Whether the pair stood there before, and whether its answers did the other way round."""
-    same, switched = (
-        _digest([pair.prompt, *answers]) for answers in ((pair.chosen, pair.rejected), (pair.rejected, pair.chosen))
-    )
-    audit.repeated += same in audit.seen
-    audit.contradicted += switched in audit.seen
-    audit.seen.add(same)
-
-
-def _digest(value: Any) -> bytes:
-    return hashlib.sha256(json.dumps(value, default=vars).encode()).digest()[:8]
-
-
-def _alike(pair: Pair) -> bytes:
-    """Names a prompt, whatever its case, spaces and punctuation."""
-    return _digest([WORD.findall(message.content.casefold()) for message in pair.prompt])
-
-
-def _lengths(pair: Pair, base: Base, max_length: int, audit: Audit) -> bool:
-    """Measure a pair, and say whether `dpo` would train on it."""
-    [asked] = tokenise.truncate_texts([(pair.prompt, (pair.chosen, pair.rejected))], base.chat, max_length)
-    ids, said = base.chat.answered(*asked)
-    prompt, answers = len(ids), list(map(len, said))
-    for side, length in zip(SIDES, (prompt, *answers), strict=True):
-        audit.lengths[side].append(length)
-    room = max_length - prompt
-    audit.too_long += room < 1
-    audit.cut += 0 < room < max(answers)
-    audit.alike += room > 0 and said[0] != said[1] and said[0][:room] == said[1][:room]
-    return tokenise.pair(ids, said, max_length, audit.dropped) is not None
-
-
-def _bias(comparison: Comparison, pair: Pair, audit: Audit) -> None:
-    lengths = len(pair.chosen), len(pair.rejected)
-    if lengths[0] != lengths[1]:
-        audit.of_unlike_length += 1
-        audit.longer_wins += lengths[0] > lengths[1]
-
-
-def _agreement(where: str, comparison: Comparison, pair: Pair, others: Mapping[str, Preference], audit: Audit) -> None:
-    for name, other in others.items():
-        if name in audit.silent:
+def _same_source(recipe: Recipe, preference: str) -> tuple[dict[str, Preference], dict[str, str]]:
+    """Return the other preferences on the same source, and why some of them cannot be compared."""
+    axis, others, incomparable = recipe.preference(preference), dict[str, Preference](), dict[str, str]()
+    for name, other in recipe.preferences.items():
+        if name == preference or sources.location(other) != sources.location(axis):
             continue
+        if other.labels or other.columns != axis.columns:
+            incomparable[name] = "it uses other columns, or labels of its own"
+            continue
+        others[name] = other
         try:
-            _, theirs = pairs.rank_comparison(comparison, other, where)
-        except UserError as fault:  # its own `data` and `dpo` will stop there; this one goes on
-            audit.silent[name] = str(fault)
-            audit.agreed.pop(name, None)
-            continue
-        if not isinstance(theirs, str):
-            counts = audit.agreed.setdefault(name, [0, 0])
-            counts[0] += theirs.chosen == pair.chosen
-            counts[1] += 1
+            labels_of(other)
+        except UserError as fault:  # `data` and `dpo` refuse that preference only
+            incomparable[name] = str(fault)
+    return others, incomparable
 
 
 def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
-    """Template and cut applied; what is learned from stands between ⟦ and ⟧."""
+    """Return a pair with template and truncation applied; ⟦ and ⟧ enclose the tokens that have a loss."""
     dropped: Counter[str] = Counter()
     [tokens] = tokenise.pairs([pair], base.chat, max_length, dropped)
     decode = partial(text_of, base.chat.tokenizer)
     if tokens is None:
         why = f"(dropped: {pairs.reasons(dropped)})"
         return {"prompt": decode(base.chat.prompt_ids(pair.prompt)), "chosen": why, "rejected": ""}
-    said = (f"⟦{decode(ids)}⟧" for ids in (tokens.chosen, tokens.rejected))
-    return dict(zip(SIDES, (decode(tokens.prompt), *said), strict=True))
+    answers = (f"⟦{decode(ids)}⟧" for ids in (tokens.chosen, tokens.rejected))
+    return dict(zip(SIDES, (decode(tokens.prompt), *answers), strict=True))
 
 
-def _doubts(facts: Mapping[str, Any], settings: Dpo) -> list[str]:
-    """What may spoil an adapter."""
-    found = sources.unread_warnings(facts["unread"])
-    longer = None if facts["rank"] in ("shorter", "longer") else facts["longer_wins"]
-    if longer is not None and not 1 - TOO_BIASED <= longer <= TOO_BIASED:
+def _doubts(audit: Audit, settings: Dpo) -> list[str]:
+    """Return what may spoil the preference's adapters, a sentence each."""
+    doubts = sources.unread_warnings(audit.unread)
+    longer = None if audit.rank in ("shorter", "longer") else audit.longer_wins
+    if longer is not None and not 1 - LENGTH_BIAS <= longer <= LENGTH_BIAS:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
-        found.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
-    if facts["repeated"]:
-        found.append(f"repeated word for word: {count(facts['repeated'], 'pair')}")
-    if facts["contradicted"]:
-        found.append(
-            f"contradicted: {count(facts['contradicted'], 'pair')} (the same answers, the other one preferred)"
+        doubts.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
+    if audit.repeated:
+        doubts.append(f"repeated word for word: {count(audit.repeated, 'pair')}")
+    if audit.contradicted:
+        doubts.append(f"contradicted: {count(audit.contradicted, 'pair')} (the same answers, the other one preferred)")
+    if audit.usable and not audit.held_out:
+        doubts.append("no pair is held out, so nothing will be measured; take more prompts, or a larger dpo.held_out")
+    elif 0 < audit.held_out < pairs.MIN_HELD_OUT:
+        doubts.append(lora_trainer.too_few_pairs(audit.held_out))
+    if audit.usable and (few_steps := lora_trainer.too_few_steps(audit.usable - audit.held_out, settings)):
+        doubts.append(few_steps)
+    if shared := audit.prompts_on_both_sides:
+        doubts.append(f"equal to a held-out prompt but for case, spaces or punctuation: {count(shared, 'prompt')}")
+    if audit.both_unsafe:
+        doubts.append(f"both answers are unsafe, and one of them is learned: {count(audit.both_unsafe, 'pair')}")
+    if audit.prompts_too_long or audit.answers_cut:
+        doubts.append(
+            f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, answers of "
+            f"{count(audit.answers_cut, 'pair')} truncated"
+            + (f", {audit.alike_once_cut:,} of these dropped as alike" if audit.alike_once_cut else "")
         )
-    if facts["usable"] and not facts["held_out"]:
-        found.append("no pair is held out, so nothing will be measured: more prompts, or a larger dpo.held_out")
-    elif 0 < facts["held_out"] < pairs.MIN_HELD_OUT:
-        found.append(lora_trainer.too_few_pairs(facts["held_out"]))
-    if facts["usable"] and (few := lora_trainer.too_few_steps(facts["usable"] - facts["held_out"], settings)):
-        found.append(few)
-    if alike := facts["prompts_on_both_sides"]:
-        found.append(f"equal to a held-out prompt but for case, spaces or punctuation: {count(alike, 'prompt')}")
-    if facts["both_unsafe"]:
-        found.append(f"of two unsafe answers, one of which is learned: {count(facts['both_unsafe'], 'pair')}")
-    if facts["prompts_too_long"] or facts["answers_cut"]:
-        found.append(
-            f"at max_length {facts['max_length']:,}: {count(facts['prompts_too_long'], 'prompt')} dropped, answers of "
-            f"{count(facts['answers_cut'], 'pair')} cut"
-            + (f", {facts['alike_once_cut']:,} of them dropped as alike" if facts["alike_once_cut"] else "")
-        )
-    return found
+    return doubts
 
 
 def _quantiles(lengths: Sequence[int]) -> list[int]:
     ordered = sorted(lengths) or [0]
-    return [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in SHARES]
-
-
-def _share(part: int, of: int) -> float | None:
-    return part / of if of else None
+    return [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in QUANTILES.values()]

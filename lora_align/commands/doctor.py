@@ -1,10 +1,10 @@
-"""What this machine has, what will work on it, and what to do about the rest."""
+"""Checks of this machine: system, libraries, device, 4-bit arithmetic, hub and disks, with a remedy for each fault."""
 
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -16,15 +16,15 @@ from lora_align import store
 from lora_align.console import table
 
 LIBRARIES = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-ENOUGH_DISK = 23e9  # a base of 8 B parameters, fetched and kept in 4-bit
-# there with a driver, whatever torch says: on Linux, and in WSL
+ENOUGH_DISK = 23e9  # bytes of an 8B base: its download and its 4-bit copy
+# exist if an NVIDIA driver is installed: on Linux, in WSL
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 MARKS = {"good": "✓", "warning": "!", "bad": "✗"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; what to do where it is not good."""
+    """The result of one check, with a remedy if its state is not good."""
 
     what: str
     state: str
@@ -32,22 +32,33 @@ class Finding:
     remedy: str = ""
 
 
-def check_machine(runs_dir: Path) -> list[Finding]:
-    """Look at everything. Nothing is downloaded and no base is loaded."""
-    looks: list[Callable[[], Iterator[Finding]]] = [_system, _libraries, _device, _four_bit, _hub]
-    return [*(finding for look in looks for finding in look()), *_disk(runs_dir)]
+@dataclass(frozen=True)
+class Diagnosis:
+    """The results of all checks."""
+
+    findings: Sequence[Finding]
+
+    @property
+    def good(self) -> bool:
+        """Return whether no check failed."""
+        return all(finding.state != "bad" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**asdict(self), "good": self.good}
+
+    def summary(self) -> str:
+        """Return a table of all findings, then the remedies."""
+        marked = [(MARKS[finding.state], finding) for finding in self.findings]
+        rows = [[mark, finding.what, finding.found] for mark, finding in marked]
+        remedies = [f"{mark} {finding.what}: {finding.remedy}" for mark, finding in marked if finding.remedy]
+        return "\n\n".join(filter(None, [table(["", "what", "found"], rows), "\n".join(remedies)]))
 
 
-def summary(findings: list[Finding]) -> str:
-    """A table, then what to do."""
-    rows = [[MARKS[of.state], of.what, of.found] for of in findings]
-    remedies = [f"{MARKS[of.state]} {of.what}: {of.remedy}" for of in findings if of.remedy]
-    return "\n\n".join([table(["", "what", "found"], rows), *(["\n".join(remedies)] if remedies else [])])
-
-
-def as_json(findings: list[Finding]) -> dict[str, Any]:
-    """As plain data."""
-    return {"findings": [asdict(of) for of in findings], "good": all(of.state != "bad" for of in findings)}
+def check_machine(runs_dir: Path) -> Diagnosis:
+    """Run all checks. Nothing is downloaded and no base is loaded."""
+    checks: list[Callable[[], Iterator[Finding]]] = [_system, _libraries, _device, _four_bit, _hub]
+    return Diagnosis([*(finding for check in checks for finding in check()), *_disk(runs_dir)])
 
 
 def _system() -> Iterator[Finding]:
@@ -58,24 +69,24 @@ def _system() -> Iterator[Finding]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
     if platform.system() == "Windows":
-        yield Finding("system", "bad", found, "runs are published as Linux and macOS do it; use WSL, which is Linux")
+        yield Finding("system", "bad", found, "lora-align needs the file system calls of Linux or macOS: use WSL")
     else:
         yield Finding("system", "good", found)
 
 
 def _libraries() -> Iterator[Finding]:
     for needed in map(Requirement, requires("lora-align") or ()):
-        if needed.name not in LIBRARIES or needed.marker:  # a marker: an extra asks for it
+        if needed.name not in LIBRARIES or needed.marker:  # a marker belongs to an extra
             continue
         try:
-            has = version(needed.name)
+            installed = version(needed.name)
         except PackageNotFoundError:
-            yield Finding(needed.name, "bad", "not installed", "pip install lora-align brings it")
+            yield Finding(needed.name, "bad", "not installed", "pip install lora-align installs it")
             continue
-        if needed.specifier.contains(has, prereleases=True):
-            yield Finding(needed.name, "good", has)
+        if needed.specifier.contains(installed, prereleases=True):
+            yield Finding(needed.name, "good", installed)
         else:
-            yield Finding(needed.name, "bad", has, f"it has to be {needed.specifier}: pip install '{needed}'")
+            yield Finding(needed.name, "bad", installed, f"lora-align needs {needed.specifier}: pip install '{needed}'")
 
 
 def _device() -> Iterator[Finding]:
@@ -87,9 +98,9 @@ def _device() -> Iterator[Finding]:
             memory = properties.total_memory / 1e9
             found = f"{properties.name}, {memory:.0f} GB, compute {properties.major}.{properties.minor}{_driver()}"
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                yield Finding("device", "warning", found, "no bfloat16: float16 is used, with its scaled gradients")
+                yield Finding("device", "warning", found, "no bfloat16: training uses float16 with loss scaling")
             elif memory < 11:
-                yield Finding("device", "warning", found, "for 8B bases 24 GB are meant; llama-3.2-3b is for 12 GB")
+                yield Finding("device", "warning", found, "8B recipes are meant for 24 GB, llama-3.2-3b for 12 GB")
             else:
                 yield Finding("device", "good", found)
         return
@@ -98,19 +109,19 @@ def _device() -> Iterator[Finding]:
         remedy = f"{why}: install one for your driver, see https://pytorch.org/get-started/locally"
         yield Finding("device", "bad", f"an NVIDIA driver{_driver()}, but torch sees no card", remedy)
     else:
-        remedy = "the built-in demo trains in minutes; bases of billions of parameters want a card"
+        remedy = "the built-in demo trains in minutes; a base of billions of parameters needs a card"
         yield Finding("device", "warning", "no card: everything runs on the CPU", remedy)
 
 
 def _driver() -> str:
-    """Its version, where the driver says it."""
-    said = DRIVERS[0].read_text(encoding="utf-8", errors="replace") if DRIVERS[0].exists() else ""
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said)
+    """Return the driver's version for a message, "" if it is unknown."""
+    text = DRIVERS[0].read_text(encoding="utf-8", errors="replace") if DRIVERS[0].exists() else ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
     return f", driver {found[0]}" if found else ""
 
 
 def _four_bit() -> Iterator[Finding]:
-    """NF4 there and back, on the device that will be used."""
+    """Quantise to NF4 and back on the device that training will use."""
     import torch
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,20 +131,25 @@ def _four_bit() -> Iterator[Finding]:
         given = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(where)
         packed, state = quantize_4bit(given, quant_type="nf4")
         error = float((dequantize_4bit(packed, state) - given).norm() / given.norm())
-    except Exception as fault:  # noqa: BLE001 - whatever it is, it is what a person has to be told
-        yield Finding("4-bit", "bad", f"{type(fault).__name__}: {fault}", "python -m bitsandbytes says more")
+    except Exception as fault:  # noqa: BLE001 - any failure is a finding
+        yield Finding("4-bit", "bad", f"{type(fault).__name__}: {fault}", "for details: python -m bitsandbytes")
         return
     if error < 0.2:
         yield Finding("4-bit", "good", f"NF4 on {where}, {error:.0%} off")
     else:
-        yield Finding("4-bit", "bad", f"NF4 on {where} is {error:.0%} off", "another bitsandbytes for this device")
+        yield Finding("4-bit", "bad", f"NF4 on {where} is {error:.0%} off", "install a bitsandbytes for this device")
 
 
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding("hub", "warning", "HF_HUB_OFFLINE is set", "bases and data have to be in the cache, or on disk")
+        yield Finding(
+            "hub",
+            "warning",
+            "HF_HUB_OFFLINE is set",
+            "bases and data must be in the cache or on disk",
+        )
     else:
         yield Finding("hub", "good", "logged in" if get_token() else "not logged in (gated bases: hf auth login)")
 
@@ -143,13 +159,12 @@ def _disk(runs_dir: Path) -> Iterator[Finding]:
 
     places = {"cache": store.cache_folder(), "hub's cache": Path(constants.HF_HUB_CACHE), "runs": runs_dir.resolve()}
     for what, folder in places.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
         found = f"{folder}, {free / 1e9:,.0f} GB free"
-        if not os.access(there, os.W_OK):
-            yield Finding(
-                what, "bad", f"{folder} cannot be written", "choose another: LORA_ALIGN_CACHE, HF_HOME, --runs"
-            )
+        if not os.access(existing, os.W_OK):
+            remedy = "choose another folder: LORA_ALIGN_CACHE, HF_HOME or --runs"
+            yield Finding(what, "bad", f"{folder} cannot be written", remedy)
         elif free < ENOUGH_DISK and what != "runs":
             yield Finding(what, "warning", found, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB until it is in 4-bit")
         else:

@@ -1,15 +1,15 @@
-"""What vectors are and how they lie to each other, and what a mix keeps of each. No base is loaded."""
+"""Figures of vectors (norms, angles, spectra, interference) and of a mix's share in each; no base is loaded."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_align.adapters import same_base
 from lora_align.adapters.delta import LoraDelta, total
-from lora_align.adapters.geometry import Directions, Geometry
+from lora_align.adapters.geometry import Directions, Geometry, Interference, Overlap, Spectrum
 from lora_align.adapters.merge_methods import Tally
 from lora_align.adapters.merge_options import MergeOptions
 from lora_align.adapters.peft_format import Adapter
@@ -20,10 +20,91 @@ from lora_align.policy import vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 
-TRUNCATED = 8  # directions of a vector that count in the interference, as in the preference vectors' paper
-SMALL = 0.01  # of the longest vector's norm
-WIDE = 7  # kinds of modules that a table has room for
+INTERFERING = 8  # directions of each vector that count in the interference (https://arxiv.org/abs/2504.20106)
+SMALL = 0.01  # share of the longest vector's norm below which a vector does nothing
+MOST_KINDS = 7  # kinds of modules that fit into a table
 MIX, START = "(mix)", "(start)"
+
+
+@dataclass(frozen=True)
+class VectorFigures(Spectrum):
+    """The spectrum and the norm of a vector, and where its energy lies."""
+
+    norm: float
+    cos_pos_neg: float | None  # cosine of a preference's two adapters; None for a single adapter
+    by_place: Mapping[str, Mapping[int, float]]  # kind of module → layer → norm
+    shares_by: Mapping[str, Mapping[Any, float]]  # "kind" or "layer" → each of them → share of the energy
+
+
+@dataclass(frozen=True)
+class MixWeight:
+    """The weight of a vector as given, and as it best explains the mix (least squares)."""
+
+    asked: float
+    held: float
+
+
+@dataclass(frozen=True)
+class MixFigures:
+    """The mix that `merge` would publish, against the exact sum."""
+
+    weights: Mapping[str, MixWeight]
+    method: str
+    rank: int
+    norm: float
+    left_out: float  # share of the energy
+    cosine_with_sum: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Figures of vectors and of one mix. A cosine is nan if one of the vectors is zero."""
+
+    vectors: Mapping[str, VectorFigures]
+    cosines: Mapping[str, Sequence[float]]
+    overlaps: Sequence[Overlap]
+    agreement: Mapping[str, Sequence[float]]  # preference → cosines between the runs that were trained for it
+    interference: Interference
+    mix: MixFigures | None
+    doubts: Sequence[str]
+    picture: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data, with None for nan."""
+        return {key: _without_nan(value) for key, value in asdict(self).items()}
+
+    def summary(self) -> str:
+        """Return tables of the vectors, of their angles and of the mix."""
+        columns = ["vector", "norm", "cos(pos, neg)", "rank", "effective", "for 99 %"]
+        rows = [
+            [name, f"{v.norm:.3g}", _number(v.cos_pos_neg), str(v.rank), f"{v.effective:.1f}", str(v.for_99)]
+            for name, v in self.vectors.items()
+        ]
+        parts = [table(columns, rows)]
+        kinds = list(dict.fromkeys(kind for figures in self.vectors.values() for kind in figures.by_place))
+        if 1 < len(kinds) <= MOST_KINDS:
+            shares = {name: figures.shares_by["kind"] for name, figures in self.vectors.items()}
+            rows = [[name, *(f"{of.get(kind, 0.0):.0%}" for kind in kinds)] for name, of in shares.items()]
+            parts.append(table(["share of", *kinds], rows))
+        if len(self.cosines) > 1:
+            rows = [[name, *map(_number, cosines)] for name, cosines in self.cosines.items()]
+            parts.append(table(["cosine", *self.cosines], rows))
+            rows = [[" and ".join(pair.of), _number(pair.outputs), _number(pair.inputs)] for pair in self.overlaps]
+            parts.append(table(["directions shared by", "outputs", "inputs"], rows))
+            parts.append(
+                f"interference (STI) {self.interference.raw:.3g}, by size {self.interference.by_size:.3f}"
+                "; a shared start of A alone makes inputs overlap"
+            )
+        for preference, cosines in self.agreement.items():
+            parts.append(f"{preference}: cosines between its runs are {min(cosines):.3f} to {max(cosines):.3f}")
+        if mix := self.mix:
+            rows = [[name, f"{weight.asked:g}", _number(weight.held)] for name, weight in mix.weights.items()]
+            parts.append(table(["in the mix", "weight asked", "weight held"], rows))
+            parts.append(
+                f"the mix: norm {mix.norm:.3g}, rank {mix.rank}, {mix.left_out:.2%} of its energy left out, "
+                f"cosine with the exact sum {_number(mix.cosine_with_sum)}"
+            )
+        return "\n\n".join(filter(None, [*parts, self.picture]))
 
 
 def inspect_vectors(
@@ -33,94 +114,46 @@ def inspect_vectors(
     runs_dir: Path,
     how: MergeOptions,
     picture: Path | None,
-) -> dict[str, Any]:
-    """Measure the named vectors, or all that are trained; with weights also the mix of those."""
+) -> Inspection:
+    """Measure the named vectors, or all trained ones, and the mix of `weights` if there are any."""
     named = list(dict.fromkeys([*names, *weights])) or vectors.trained(runs_dir)
     if not named:
-        raise UserError(f"nothing to look at in {runs_dir}/: no preference is trained there; name adapter folders")
+        raise UserError(f"inspect: no preference is trained in {runs_dir}/; train one, or name adapter folders")
     found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
     vectors.common_base(found.values())
     updates, adapters = vectors.load_updates(found)
     same_base.check_same_base(adapters, same_base=True)
-    known = Geometry.of(updates)
-    norms, places = known.norms(), known.by_place()
-    directions = Directions.of(
-        {name: update * (weights.get(name) or 1.0) for name, update in updates.items()}, TRUNCATED
-    )
-    facts: dict[str, Any] = {
-        "vectors": {
-            name: {
-                "norm": norms[name],
-                "cos_pos_neg": _between_sides(found[name], adapters),
-                **asdict(directions.spectrum(name)),
-                "by_place": places[name],
-                "shares_by": _shares(places[name]),
-            }
-            for name in named
-        },
-        "cosines": dict(zip(named, known.cosines(), strict=True)),
-        "overlaps": directions.overlaps(),
-        "agreement": _agreement(found, known),
-        "interference": asdict(directions.interference()),
-        "mix": _mixed(weights, recipe, runs_dir, how) if weights else None,
-        "doubts": [*_strangers(adapters), *_doubts(found, norms)],
-        "picture": str(picture) if picture else None,
-    }
+    geometry = Geometry.of(updates)
+    norms, places, cosines = geometry.norms(), geometry.by_place(), geometry.cosines()
+    scaled = {name: update * (weights.get(name) or 1.0) for name, update in updates.items()}
+    directions = Directions.of(scaled, INTERFERING)
     if picture:
         from lora_align.metrics import plots
 
         plots.layer_maps(picture, places)
-    return {key: _without_nan(value) for key, value in facts.items()}
-
-
-def summary(facts: Mapping[str, Any]) -> str:
-    """Tables, then what is worth a sentence."""
-    parts = [
-        table(
-            ["vector", "norm", "cos(pos, neg)", "rank", "effective", "for 99 %"],
-            [
-                [
-                    name,
-                    f"{of['norm']:.3g}",
-                    _number(of["cos_pos_neg"]),
-                    str(of["rank"]),
-                    f"{of['effective']:.1f}",
-                    str(of["for_99"]),
-                ]
-                for name, of in facts["vectors"].items()
-            ],
-        )
-    ]
-    kinds = list(dict.fromkeys(kind for of in facts["vectors"].values() for kind in of["by_place"]))
-    if 1 < len(kinds) <= WIDE:
-        rows = [
-            [name, *(f"{of['shares_by']['kind'].get(kind, 0.0):.0%}" for kind in kinds)]
-            for name, of in facts["vectors"].items()
-        ]
-        parts.append(table(["share of", *kinds], rows))
-    if len(facts["cosines"]) > 1:
-        rows = [[name, *map(_number, cosines)] for name, cosines in facts["cosines"].items()]
-        parts.append(table(["cosine", *facts["cosines"]], rows))
-        overlaps = [[" and ".join(of["of"]), _number(of["outputs"]), _number(of["inputs"])] for of in facts["overlaps"]]
-        parts.append(table(["directions shared by", "outputs", "inputs"], overlaps))
-        interference = facts["interference"]
-        parts.append(f"interference (STI) {interference['raw']:.3g}, by size {interference['by_size']:.3f}")
-        parts[-1] += "; a shared start of A alone makes inputs overlap"
-    for preference, cosines in facts["agreement"].items():
-        parts.append(f"{preference} of several runs agrees at {min(cosines):.3f} to {max(cosines):.3f}")
-    if facts["mix"]:
-        rows = [[name, f"{of['asked']:g}", _number(of["held"])] for name, of in facts["mix"]["weights"].items()]
-        parts.append(table(["in the mix", "weight asked", "weight held"], rows))
-        parts.append(
-            f"the mix: norm {facts['mix']['norm']:.3g}, rank {facts['mix']['rank']}, "
-            f"{facts['mix']['left_out']:.2%} of its energy left out, "
-            f"cosine with the exact sum {_number(facts['mix']['cosine_with_sum'])}"
-        )
-    return "\n\n".join([*parts, *([facts["picture"]] if facts["picture"] else [])])
+    return Inspection(
+        vectors={
+            name: VectorFigures(
+                **vars(directions.spectrum(name)),
+                norm=norms[name],
+                cos_pos_neg=_cosine_of_sides(found[name], adapters),
+                by_place=places[name],
+                shares_by=_shares(places[name]),
+            )
+            for name in named
+        },
+        cosines=dict(zip(named, cosines, strict=True)),
+        overlaps=directions.overlaps(),
+        agreement=_agreement(found, cosines),
+        interference=directions.interference(),
+        mix=_measure_mix(weights, recipe, runs_dir, how) if weights else None,
+        doubts=[*_base_doubts(adapters), *_vector_doubts(found, norms)],
+        picture=str(picture) if picture else None,
+    )
 
 
 def _shares(places: Mapping[str, Mapping[int, float]]) -> dict[str, dict[Any, float]]:
-    """How much of a vector's energy lies in each kind of module, and in each layer."""
+    """Return the share of a vector's energy in each kind of module, and in each layer."""
     energies: dict[str, dict[Any, float]] = {"kind": {}, "layer": {}}
     for kind, norms in places.items():
         for layer, norm in norms.items():
@@ -130,14 +163,7 @@ def _shares(places: Mapping[str, Mapping[int, float]]) -> dict[str, dict[Any, fl
     return {by: {which: energy / whole for which, energy in sorted(of.items())} for by, of in energies.items()}
 
 
-def _strangers(adapters: Sequence[Adapter]) -> list[str]:
-    """What is measured side by side need not be added; but that its bases differ by name is said."""
-    named = sorted({adapter.base for adapter in adapters if adapter.base})
-    return [f"these name different bases ({', '.join(named)}): their angles mean little"] if len(named) > 1 else []
-
-
-def _between_sides(vector: Vector, adapters: Sequence[Adapter]) -> float | None:
-    """The cosine of a preference's two adapters; an adapter by itself has none."""
+def _cosine_of_sides(vector: Vector, adapters: Sequence[Adapter]) -> float | None:
     if [parent.sign for parent in vector.parents] != [1.0, -1.0]:
         return None
     opened = {adapter.folder.resolve(): adapter for adapter in adapters}
@@ -145,37 +171,42 @@ def _between_sides(vector: Vector, adapters: Sequence[Adapter]) -> float | None:
     return pos.cosine(neg)
 
 
-def _agreement(found: Mapping[str, Vector], known: Geometry) -> dict[str, list[float]]:
-    """Of every preference that several of these were trained for, as with other seeds: the cosines between them."""
-    cosines = known.cosines()
-    alike: dict[str, list[float]] = {}
+def _agreement(found: Mapping[str, Vector], cosines: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Return the cosines between vectors of the same preference, for example trained with different seeds."""
+    agreement: dict[str, list[float]] = {}
     for (i, a), (j, b) in itertools.combinations(enumerate(found.values()), 2):
         shared = {run.manifest.preference for run in a.known_runs()} & {r.manifest.preference for r in b.known_runs()}
         signs = [[parent.sign for parent in vector.parents] for vector in (a, b)]
         if len(shared) == 1 and shared != {""} and signs[0] == signs[1]:
-            alike.setdefault(shared.pop(), []).append(cosines[i][j])
-    return alike
+            agreement.setdefault(shared.pop(), []).append(cosines[i][j])
+    return agreement
 
 
-def _mixed(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: MergeOptions) -> dict[str, Any]:
-    """What the mix that `merge` would make holds of each of its vectors, after its method and its rank."""
+def _measure_mix(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: MergeOptions) -> MixFigures:
+    """Compute the mix with its method and rank, and compare it with the exact sum."""
     job, tally = merge.prepare(weights, recipe, runs_dir, how).merge, Tally()
-    made = LoraDelta.of(dict(tally.counted(job.modules(merge.ranks(job, how)[0]))))
+    mix = LoraDelta.of(dict(tally.counted(job.modules(merge.ranks(job, how)[0]))))
     parts = {**job.vectors, **({START: job.start} if len(job.start) else {})}
-    held = Geometry.of({**parts, MIX: made}).coefficients(MIX)
-    whole = total([job.start, *(job.vectors[name] * weight for name, weight in weights.items())])
-    return {
-        "weights": {name: {"asked": weight, "held": held[name]} for name, weight in weights.items()},
-        "method": how.method,
-        "rank": tally.rank,
-        "norm": made.norm(),
-        "left_out": tally.left_out,
-        "cosine_with_sum": made.cosine(whole),
-    }
+    held = Geometry.of({**parts, MIX: mix}).coefficients(MIX)
+    exact = total([job.start, *(job.vectors[name] * weight for name, weight in weights.items())])
+    return MixFigures(
+        weights={name: MixWeight(weight, held[name]) for name, weight in weights.items()},
+        method=how.method,
+        rank=tally.rank,
+        norm=mix.norm(),
+        left_out=tally.left_out,
+        cosine_with_sum=mix.cosine(exact),
+    )
 
 
-def _doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
-    """Vectors that may not do what their names say, and why."""
+def _base_doubts(adapters: Sequence[Adapter]) -> list[str]:
+    """Say that the adapters name different bases. Measuring them is allowed, adding them is not."""
+    bases = sorted({adapter.base for adapter in adapters if adapter.base})
+    return [f"these adapters name different bases ({', '.join(bases)}): angles mean little"] if len(bases) > 1 else []
+
+
+def _vector_doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
+    """Name vectors that may not do what their names say, and why."""
     longest = max(norms.values())
     small = [
         f"{name} is too small to do anything (norm {norm:.2g}, the longest has {longest:.2g})"
@@ -186,13 +217,13 @@ def _doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str
 
 
 def _without_nan(value: Any) -> Any:
-    """The same, with None for what is no number: JSON knows no nan."""
+    """Return the value with None for every nan, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(held) for key, held in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(held) for held in value]
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""A mix: the start adapter plus weighted vectors, published as one ordinary adapter. No base is loaded."""
+"""Merging of the start adapter and weighted vectors into one ordinary adapter; no base is loaded."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,39 @@ from lora_align.runs import Manifest, Run
 from lora_align.weights import LONGEST, name_of
 
 
+@dataclass(frozen=True)
+class Mix:
+    """A published mix."""
+
+    run: Run
+
+    @property
+    def rank(self) -> int:
+        """Return the largest rank of a module."""
+        return int(self.run.manifest.method["rank"])
+
+    @property
+    def left_out(self) -> float:
+        """Return the share of the energy that truncation removed."""
+        return float(self.run.manifest.metrics["left_out"])
+
+    @property
+    def size(self) -> int:
+        """Return the size of all files in bytes."""
+        return sum(file["bytes"] for file in self.run.manifest.files.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return self.run.as_json()
+
+    def summary(self) -> str:
+        """Return the mix in one line."""
+        truncated = self.left_out > 0 or self.run.manifest.method["asked_rank"]
+        energy = f", {self.left_out:.2%} of its energy left out" if truncated else ""
+        start = ", with the start adapter" if self.run.manifest.contains_start else ""
+        return f"{self.run.path}  rank {self.rank}{energy}{start}, {self.size / 1e6:.1f} MB"
+
+
 def merge_adapters(
     weights: Mapping[str, float],
     recipe: Recipe,
@@ -36,8 +69,8 @@ def merge_adapters(
     name: str | None = None,
     out: Path | None = None,
     force: bool = False,
-) -> Run:
-    """Add up, compress if asked, and publish."""
+) -> Mix:
+    """Add the start adapter and the weighted vectors up, truncate the sum if `how` says so, and publish it."""
     if out:
         store.refuse_missing_parent(out)
     target = out or runs_dir / "mix" / (name or default_name(weights, how))
@@ -45,7 +78,7 @@ def merge_adapters(
     ready = prepare(weights, recipe, runs_dir, how)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
-    # policies have shares, which are not weights of vectors
+    # shares of policies are not weights of vectors
     far = [] if METHODS[how.method].of_policies else safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir)
     for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.warnings()), *far]:
         screen.warn(doubt)
@@ -54,8 +87,8 @@ def merge_adapters(
             raise UserError("--weights: the weighted sum is zero: the adapter would do nothing; change a weight")
         screen.warn("the weighted sum is zero: this mix is the start policy alone")
     tally, (rank, padded) = Tally(), ranks(ready.merge, how)
-    own = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
-    dtype = getattr(torch, how.dtype) if how.dtype else own
+    parents_dtype = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
+    dtype = getattr(torch, how.dtype) if how.dtype else parents_dtype
     needed = _bytes(ready.adapters, rank, dtype)
     elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
     store.check_free_space(target.parent, needed, elsewhere)
@@ -89,12 +122,12 @@ def merge_adapters(
             metrics={"left_out": tally.left_out},
             unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
         )
-        return runs.publish(staging, target, manifest)
+        return Mix(runs.publish(staging, target, manifest))
 
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """What a mix is made of, found fit to be added."""
+    """The opened and checked inputs of a merge."""
 
     vectors: Mapping[str, Vector]
     adapters: Sequence[Adapter]
@@ -104,7 +137,7 @@ class MergeInputs:
 
 
 def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: MergeOptions) -> MergeInputs:
-    """Find, open and check everything; nothing is added yet."""
+    """Find, open and check the inputs of a merge; nothing is added yet."""
     check_weights(how.method, weights)
     found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
     if METHODS[how.method].of_policies:
@@ -122,21 +155,11 @@ def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: M
 
 
 def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:
-    """The rank to cut to, if any, and the one to fill up to with zeros."""
+    """Return the rank to truncate to, if any, and the rank to pad to with zeros."""
     rank = job.smallest_rank(how.keep) if how.keep else how.rank
     if not how.fit:
         return rank, 0
     return rank, merge_methods.server_rank(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
-
-
-def summary(run: Run) -> str:
-    """A mix in one line."""
-    left_out = run.manifest.metrics["left_out"]
-    size = sum(file["bytes"] for file in run.manifest.files.values()) / 1e6
-    cut = left_out > 0 or run.manifest.method["asked_rank"]
-    kept = f", {left_out:.2%} of its energy left out" if cut else ""
-    start = ", with the start adapter" if run.manifest.contains_start else ""
-    return f"{run.path}  rank {run.manifest.method['rank']}{kept}{start}, {size:.1f} MB"
 
 
 def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) -> int:
@@ -149,11 +172,11 @@ def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) ->
 
 
 def default_name(weights: Mapping[str, float], how: MergeOptions = EXACT) -> str:
-    """`helpful1_harmless0p5`, `…_ties_r8` where it is no plain sum: readable, and a name that may be a folder's."""
+    """Return a folder name such as `helpful1_harmless0p5`, or `helpful1_ties_r8` with a method and a rank."""
     parts = [Path(key).name + _in_name(weight) for key, weight in weights.items()]
-    asked = [how.method] if how.method != EXACT.method else []
-    asked += [f"r{how.rank}"] if how.rank else [f"auto{_in_name(how.keep)}"] if how.keep else []
-    end = "".join(f"_{word}" for word in asked)
+    options = [how.method] if how.method != EXACT.method else []
+    options += [f"r{how.rank}"] if how.rank else [f"auto{_in_name(how.keep)}"] if how.keep else []
+    end = "".join(f"_{word}" for word in options)
     return (name_of(parts)[: LONGEST - len(end)] or "mix") + end
 
 
@@ -166,14 +189,14 @@ def _start(runs_dir: Path, identity: str) -> Run:
     if run is None:
         folder = start_policy.folder(runs_dir)
         raise UserError(
-            f"the vectors stand on a start adapter that is not in {folder}; bring it back, or --without-start"
+            f"the start adapter of these vectors is not in {folder}; restore it there, or merge --without-start"
         )
     run.check_files()
     return run
 
 
 def _base_known(vector: Vector) -> bool:
-    """Whether manifests say what base all of it stands on; a folder from elsewhere has a name and shapes at best."""
+    """Return whether manifests record the base of all parents. Other folders have its name and shapes at best."""
     return all(parent.run and parent.run.fingerprint for parent in vector.parents)
 
 

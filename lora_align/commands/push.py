@@ -1,8 +1,9 @@
-"""A published run to the hub: its files as its manifest names them, and a card that says what it is."""
+"""Upload of a published run to the Hugging Face hub, with a model card."""
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from lora_align.runs import Run
 
 CARD = "README.md"
 DPO = "dpo"
-KINDS = {  # what is pushed besides
+ABOUT = {  # stage → first words of its card; DPO has its own
     "mix": "A weighted sum of preference vectors",
-    "sft": "A start policy, trained supervised",
-    "reward": "A reward model, its heads in `heads.safetensors`",
-    "rsf": "A policy that is asked for a direction in its system message",
+    "sft": "A start policy, trained by SFT",
+    "reward": "A reward model, with its heads in `heads.safetensors`",
+    "rsf": "A policy that takes a direction in its system message",
 }
 TEXT = """---
 {{ card_data }}
@@ -30,7 +31,7 @@ TEXT = """---
 
 {{ about }}, a LoRA adapter for {{ base_shown }}, made with lora-align {{ version }}.
 {% if needs_start %}
-**It stands on another adapter** that was trained before it and is not in here (sha256 of its weights: {{ start }}).
+**It needs another adapter below it**, which is not in this repository (sha256 of its weights: {{ start }}).
 {% endif %}
 ```python
 from peft import PeftModel
@@ -40,53 +41,70 @@ base = AutoModelForCausalLM.from_pretrained({{ (base if on_hub else "the base's 
 model = PeftModel.from_pretrained(base, {{ repository | tojson }})
 ```
 
-It was made on the base in {{ quantization }}; weights of the base hash to {{ fingerprint }}.
+The base was loaded in {{ quantization }}; the hash of its weights is {{ fingerprint }}.
 {% if data %}
 Trained on:
 {% for line in data %}
 - {{ line }}
 {% endfor %}{% endif %}{% if parents %}
-Added up:
+Sum of:
 {% for line in parents %}
 - {{ line }}
 {% endfor %}{% endif %}{% if unconverged %}
 Unconverged: {{ unconverged }}
 {% endif %}
 {% if curve %}
-![Its figures, step by step]({{ curve }})
+![Training curves]({{ curve }})
 {% endif %}
-What it measured as it was made, and the recipe it was made by, are in `manifest.json`. Versions: {{ versions }}.
+`manifest.json` has its metrics and its recipe. Versions: {{ versions }}.
 """
 
 
-def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> str:
-    """Push, and where to look at it. The repository is made where there is none: private, unless it is to be public."""
-    found = runs.read(path)
-    if found.manifest.stage not in (DPO, *KINDS):
-        raise UserError(f"{path} is a run of {found.manifest.stage}, a report and no adapter: nothing to push")
-    found.check_files()
+@dataclass(frozen=True)
+class Pushed:
+    """A run on the hub."""
+
+    run: Path
+    repository: str
+    address: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**asdict(self), "run": str(self.run)}
+
+    def summary(self) -> str:
+        """Return the address of the repository."""
+        return self.address
+
+
+def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> Pushed:
+    """Upload a run. A repository that does not exist is created, private unless `public`."""
+    run = runs.read(path)
+    if run.manifest.stage not in (DPO, *ABOUT):
+        raise UserError(f"{path} is a run of {run.manifest.stage}, a report and no adapter: nothing to push")
+    run.check_files()
     if to.count("/") != 1 or not all(to.split("/")):
-        raise UserError(f"--to {to!r}: a repository on the hub, OWNER/NAME")
-    files = [*found.manifest.files, runs.MANIFEST]
-    size = sum(file["bytes"] for file in found.manifest.files.values())
-    text = card(found, to)
-    with _told_by_hub(to):
+        raise UserError(f"--to {to!r}: expected a repository on the hub, OWNER/NAME")
+    files = [*run.manifest.files, runs.MANIFEST]
+    size = sum(file["bytes"] for file in run.manifest.files.values())
+    text = model_card(run, to)
+    with _hub_errors(to):
         hub = HfApi()
-        seen = _is_private(hub, to)
-        if seen is False and not public:
-            raise UserError(f"{to} is there and public; --public says that this is meant, or name another")
-        if seen is None:
+        private = _is_private(hub, to)
+        if private is False and not public:
+            raise UserError(f"{to} exists and is public; add --public to push there, or name another repository")
+        if private is None:
             hub.create_repo(to, private=not public)
-        seen_by = "public" if public and not seen else "private"
-        screen.note(f"{to} ({seen_by}): {count(len(files), 'file')}, {size / 1e6:,.1f} MB")
+            private = not public
+        screen.note(f"{to} ({'private' if private else 'public'}): {count(len(files), 'file')}, {size / 1e6:,.1f} MB")
         operations = [CommitOperationAdd(name, path / name) for name in files]
         operations.append(CommitOperationAdd(CARD, text.encode()))
-        made = hub.create_commit(to, operations, commit_message=f"{found.manifest.stage} {path.name}")
-    return str(made.repo_url)
+        commit = hub.create_commit(to, operations, commit_message=f"{run.manifest.stage} {path.name}")
+    return Pushed(path, to, str(commit.repo_url))
 
 
-def card(run: Run, repository: str) -> str:
-    """What a person who finds the repository has to know."""
+def model_card(run: Run, repository: str) -> str:
+    """Return the model card of a run."""
     manifest = run.manifest
     base = str(manifest.base["model"])
     on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
@@ -95,7 +113,7 @@ def card(run: Run, repository: str) -> str:
         library_name="peft",
         tags=["lora", "lora-align", manifest.stage],
     )
-    made = ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=TEXT,
         name=repository.split("/")[1],
@@ -113,9 +131,9 @@ def card(run: Run, repository: str) -> str:
         data=list(_sources(manifest.data)),
         parents=[f"{_literal(of['name'])}: weight {of['weight']:g}" for of in manifest.parents],
         unconverged=_literal("; ".join(manifest.unconverged)),
-        versions=_literal(", ".join(f"{name} {has}" for name, has in manifest.versions.items())),
+        versions=_literal(", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
     )
-    return str(made)
+    return str(card)
 
 
 def _about(run: Run) -> str:
@@ -123,22 +141,22 @@ def _about(run: Run) -> str:
     if manifest.stage == DPO:
         towards = "towards" if manifest.direction == "pos" else "away from"
         return f"Trained by DPO {towards} the preference {_literal(manifest.preference)}"
-    return KINDS[manifest.stage]
+    return ABOUT[manifest.stage]
 
 
 def _sources(data: Mapping[str, Any]) -> Iterator[str]:
-    """Where rows came from, and how many: of one source, or of several by name."""
+    """Yield a line for each data source: its name, its rows, and why rows were dropped."""
     if "source" in data:
         dropped = ", ".join(f"{_literal(reason)} {number:,}" for reason, number in data["dropped"].items())
-        left_out = f" (left out: {dropped})" if dropped else ""
-        yield f"{_literal(data['source'])}, {count(data['rows'], 'row')}{left_out}"
+        without = f" (dropped: {dropped})" if dropped else ""
+        yield f"{_literal(data['source'])}, {count(data['rows'], 'row')}{without}"
     else:
-        for of in data.values():
-            yield from _sources(of)
+        for one in data.values():
+            yield from _sources(one)
 
 
 def _literal(text: object) -> str:
-    """Text as a Markdown code span, in which neither Markdown nor HTML means anything; nothing for no text."""
+    """Return text as a Markdown code span, in which Markdown and HTML have no effect; "" for no text."""
     line = " ".join(inert(str(text or "")).split())
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     gap = " " if "`" in line else ""
@@ -146,7 +164,7 @@ def _literal(text: object) -> str:
 
 
 def _is_private(hub: HfApi, repository: str) -> bool | None:
-    """None where there is no such repository."""
+    """Return whether a repository is private; None if it does not exist."""
     try:
         return bool(hub.repo_info(repository).private)
     except errors.RepositoryNotFoundError:
@@ -154,18 +172,18 @@ def _is_private(hub: HfApi, repository: str) -> bool | None:
 
 
 @contextmanager
-def _told_by_hub(repository: str) -> Iterator[None]:
-    """What the hub refuses, in one line."""
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Turn errors of the hub into errors of one line."""
     try:
         yield
     except errors.HFValidationError as fault:
         raise UserError(f"--to {repository!r}: {first_line(fault)}") from fault
     except errors.HfHubHTTPError as fault:
         if fault.response.status_code in (401, 403):
-            why = f"this account may not write there ({first_line(fault)}): hf auth login"
+            why = f"this account may not write there ({first_line(fault)}); log in: hf auth login"
             raise UserError(f"{repository}: {why}") from fault
         raise RunFailedError(f"{repository}: {first_line(fault)}") from fault
     except errors.LocalTokenNotFoundError as fault:
-        raise UserError(f"{repository}: nobody is logged in: hf auth login") from fault
+        raise UserError(f"{repository}: not logged in; log in: hf auth login") from fault
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError) as fault:
         raise UserError(f"{repository}: the hub cannot be reached ({first_line(fault)})") from fault

@@ -93,9 +93,10 @@ def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
         pos, neg = (peft_format.load(runs_dir / "dpo" / preference / side.value) for side in Direction)
         screen.note(f"{preference}: the cosine of its pos and neg is {pos.cosine(neg):.2f}")
     target = runs_dir / "mix" / merge.default_name(MIX)
-    mixed = runs.read(target) if runs.is_run(target) else merge.merge_adapters(MIX, project, runs_dir, screen)
-    screen.note(merge.summary(mixed))
-    return mixed
+    known = runs.is_run(target)
+    mix = merge.Mix(runs.read(target)) if known else merge.merge_adapters(MIX, project, runs_dir, screen)
+    screen.note(mix.summary())
+    return mix.run
 
 
 def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
@@ -109,7 +110,7 @@ def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, An
     answers, columns = [], []
     for weight in (-1.0, 0.0, 1.0):
         session.turns = [Message("user", question)]
-        session.turn({**dict.fromkeys(PREFERENCES, 0.0), preference: weight})
+        session.set_weights({**dict.fromkeys(PREFERENCES, 0.0), preference: weight})
         text = "".join(session.answer()).strip()
         length = len(text.split())
         answers.append({"question": question, "weights": {preference: weight}, "answer": text, "words": length})
@@ -130,7 +131,7 @@ def _measure(session: Session, screen: Screen) -> Measured:
     measured: Measured = {}
     with screen.progress("measuring", len(settings)) as progress:
         for weights in settings:
-            session.turn(_weights(*weights))
+            session.set_weights(_weights(*weights))
             measured[weights] = measurement.measure(session.model, session.base, prompts, samples=1)
             progress.show(len(measured), {})
     return measured

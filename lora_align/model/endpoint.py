@@ -21,7 +21,7 @@ from lora_align.model.sampler import SampledText
 from lora_align.recipe import Recipe
 
 KEY = "OPENAI_API_KEY"
-AT_ONCE = 32  # concurrent requests
+CONCURRENT = 32  # requests
 DEADLINE = 600.0  # seconds for one prompt's answers, retries included
 LONGEST_PAUSE = 30.0  # seconds between two tries, at most
 LARGEST = 16 << 20  # bytes of one response, far more than n answers of 4,096 tokens take
@@ -32,7 +32,7 @@ Task = asyncio.Task[list[SampledText]]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A server's whole response to one request."""
 
     url: str
@@ -44,7 +44,7 @@ class Answer:
         return self.content.decode("utf-8", "replace")
 
     @property
-    def told(self) -> str:
+    def excerpt(self) -> str:
         """Return the beginning of the response in one line, for an error to quote."""
         return " ".join(self.text[:1000].split())[:200]
 
@@ -53,9 +53,11 @@ class Answer:
         try:
             found = json.loads(self.content)
         except (ValueError, RecursionError) as fault:
-            raise RunFailedError(f"{self.url}: the response is not JSON ({first_line(fault)}): {self.told}") from fault
+            raise RunFailedError(
+                f"{self.url}: the response is not JSON ({first_line(fault)}): {self.excerpt}"
+            ) from fault
         if not isinstance(found, dict):
-            raise RunFailedError(f"{self.url}: the response is not a JSON object: {self.told}")
+            raise RunFailedError(f"{self.url}: the response is not a JSON object: {self.excerpt}")
         return found
 
     def models(self) -> list[str]:
@@ -63,28 +65,25 @@ class Answer:
         try:
             return [_text(entry["id"]) for entry in self.object()["data"]]
         except (KeyError, TypeError) as fault:
-            raise RunFailedError(f"{self.url}: the response is not a list of models: {self.told}") from fault
+            raise RunFailedError(f"{self.url}: the response is not a list of models: {self.excerpt}") from fault
 
     def choices(self) -> list[tuple[str, bool]]:
         """Return each answer of a chat completion, and whether it reached its stop token."""
         try:
-            found = [(_text(one["message"]["content"]), one.get("finish_reason") == "stop") for one in self._listed()]
+            choices = self.object()["choices"]
+            if not isinstance(choices, list):
+                raise TypeError
+            found = [(_text(choice["message"]["content"]), choice.get("finish_reason") == "stop") for choice in choices]
         except (KeyError, TypeError, AttributeError) as fault:
-            raise RunFailedError(f"{self.url}: the response is not a chat completion: {self.told}") from fault
+            raise RunFailedError(f"{self.url}: the response is not a chat completion: {self.excerpt}") from fault
         if not found:
-            raise RunFailedError(f"{self.url}: the response has no choices: {self.told}")
+            raise RunFailedError(f"{self.url}: the response has no choices: {self.excerpt}")
         return found
-
-    def _listed(self) -> list[Any]:
-        choices = self.object()["choices"]
-        if not isinstance(choices, list):
-            raise TypeError
-        return choices
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Samples from one model on a server."""
+    """A sampler over one model on a server."""
 
     url: str
     model: str
@@ -107,11 +106,13 @@ class Endpoint:
         url = address.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{options[0]} {address!r}: expected http://HOST:PORT or https://…")
-        answer = _get(f"{url}/v1/models", min(deadline, LONGEST_PAUSE))  # fails soon if there is no server
+        response = _get(f"{url}/v1/models", min(deadline, LONGEST_PAUSE))  # fails soon if there is no server
         if not model:
-            if answer.status != httpx.codes.OK:
-                raise UserError(f"{answer.url}: {answer.status} {answer.told}; name the model with {options[1]} NAME")
-            served = answer.models()
+            if response.status != httpx.codes.OK:
+                raise UserError(
+                    f"{response.url}: {response.status} {response.excerpt}; name the model with {options[1]} NAME"
+                )
+            served = response.models()
             if len(served) != 1:
                 raise UserError(f"{url} serves {', '.join(served) or 'no model'}: choose one with {options[1]} NAME")
             model = served[0]
@@ -138,10 +139,10 @@ class Endpoint:
     async def _start(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
     ) -> tuple[httpx.AsyncClient, set[Task]]:
-        client, gate = _client(), asyncio.Semaphore(AT_ONCE)
+        client, slots = _client(), asyncio.Semaphore(CONCURRENT)
 
         async def answers(index: int, prompt: Prompt) -> list[SampledText]:
-            async with gate:
+            async with slots:
                 return await self._answers(client, index, prompt, n, sampling)
 
         return client, {asyncio.create_task(answers(index, prompt)) for index, prompt in enumerate(prompts)}
@@ -149,17 +150,17 @@ class Endpoint:
     def load_adapter(self, folder: Path, name: str, recipe: Recipe) -> "Endpoint":
         """Load an adapter on the server through vLLM's API. Return an endpoint for the model with this adapter."""
 
-        async def load() -> Answer:
+        async def load() -> Response:
             async with _client() as client:
                 body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
                 until = time.monotonic() + self.deadline
                 return await self._send(client, "/v1/load_lora_adapter", body, until)
 
-        answer = asyncio.run(load())
-        if answer.status != httpx.codes.OK:
+        response = asyncio.run(load())
+        if response.status != httpx.codes.OK:
             raise UserError(
-                f"{self.url} cannot load adapters at run time ({answer.status} {answer.told}); "
-                f"serve the base with: {serve_line(recipe)}"
+                f"{self.url} cannot load adapters at run time ({response.status} {response.excerpt}); "
+                f"serve the base with: {serve_command(recipe)}"
             )
         return replace(self, model=name)
 
@@ -182,24 +183,24 @@ class Endpoint:
                 body["chat_template_kwargs"] = dict(self.template)
             if sampling.seed is not None:
                 body["seed"] = (sampling.seed + 1_000_003 * index + len(found)) % 2**31
-            answer = await self._send(client, "/v1/chat/completions", body, until)
-            if answer.status in REFUSED and "context" in answer.text.lower():
+            response = await self._send(client, "/v1/chat/completions", body, until)
+            if response.status in REFUSED and "context" in response.text.lower():
                 return []
-            if answer.status != httpx.codes.OK:
-                raise RunFailedError(f"{answer.url}: {answer.status} {answer.told}")
-            for text, ended in answer.choices()[: n - len(found)]:
+            if response.status != httpx.codes.OK:
+                raise RunFailedError(f"{response.url}: {response.status} {response.excerpt}")
+            for text, ended in response.choices()[: n - len(found)]:
                 found.append(SampledText(index, len(found), text.strip(), ended))
         return found
 
-    async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Answer:
+    async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Response:
         """Post a request. While the server is busy or down, retry with growing pauses until the deadline."""
         pause, why = 0.5, "no complete response"
         while True:
             try:
-                answer = await _request(client, self.url + path, until - time.monotonic(), body)
-                if answer.status not in BUSY:
-                    return answer
-                why = f"{answer.status} {answer.told}"
+                response = await _request(client, self.url + path, until - time.monotonic(), body)
+                if response.status not in BUSY:
+                    return response
+                why = f"{response.status} {response.excerpt}"
             except httpx.HTTPError as fault:
                 why = first_line(fault)
             except TimeoutError:
@@ -220,22 +221,22 @@ def _client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=None, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
-async def _request(client: httpx.AsyncClient, url: str, seconds: float, body: dict[str, Any] | None = None) -> Answer:
+async def _request(client: httpx.AsyncClient, url: str, seconds: float, body: dict[str, Any] | None = None) -> Response:
     """Send a GET request, or a POST request with a body. `seconds` and LARGEST limit the whole response."""
     content = bytearray()
     async with (
         asyncio.timeout(max(seconds, 0)),
-        client.stream("GET" if body is None else "POST", url, json=body) as answer,
+        client.stream("GET" if body is None else "POST", url, json=body) as stream,
     ):
-        async for piece in answer.aiter_bytes():
+        async for piece in stream.aiter_bytes():
             content += piece
             if len(content) > LARGEST:
                 raise RunFailedError(f"{url}: the response exceeds {LARGEST >> 20} MB")
-        return Answer(url, answer.status_code, bytes(content))
+        return Response(url, stream.status_code, bytes(content))
 
 
-def _get(url: str, seconds: float) -> Answer:
-    async def get() -> Answer:
+def _get(url: str, seconds: float) -> Response:
+    async def get() -> Response:
         async with _client() as client:
             return await _request(client, url, seconds)
 
@@ -254,7 +255,7 @@ def _text(value: object) -> str:
     return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def serve_line(recipe: Recipe) -> str:
+def serve_command(recipe: Recipe) -> str:
     """Return the command that serves a recipe's base with vLLM so that adapters can be loaded at run time."""
     base, own = recipe.base, (recipe.rsf and recipe.rsf.lora) or recipe.lora
     rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # policies include SFT

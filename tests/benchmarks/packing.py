@@ -59,7 +59,7 @@ def main() -> None:
         runs_dir = Path(folder)
         for preference in WEIGHTS:
             dpo.train_dpo(project, [preference], list(Direction), runs_dir, Screen(quiet=True))
-        made = merge.merge_adapters(WEIGHTS, project, runs_dir, Screen(quiet=True))
+        made = merge.merge_adapters(WEIGHTS, project, runs_dir, Screen(quiet=True)).run
         expected = dense(runs_dir)
         plain = stock()
         disable_cpu_repacking(plain)

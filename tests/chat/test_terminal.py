@@ -1,4 +1,4 @@
-"""The conversation's commands, on the built-in base without weights."""
+"""Commands of a chat, on the built-in base without weights."""
 
 import json
 import signal
@@ -33,18 +33,18 @@ def session(loaded: Session) -> Session:
     return loaded
 
 
-def test_undo_on_nothing_says_so(session: Session) -> None:
-    with pytest.raises(UserError, match="nothing to take back"):
-        terminal.script(session, ["/undo"], SCREEN)
-    terminal.script(session, ["Tell me about rain.", "/undo"], SCREEN)
+def test_undo_without_a_question_is_an_error(session: Session) -> None:
+    with pytest.raises(UserError, match="/undo: no question was asked yet"):
+        terminal.run_script(session, ["/undo"], SCREEN)
+    terminal.run_script(session, ["Tell me about rain.", "/undo"], SCREEN)
     assert session.turns == []
 
 
-def test_retry_under_a_seed_gives_another_answer_each_time(session: Session) -> None:
+def test_retry_with_a_seed_gives_another_answer_each_time(session: Session) -> None:
     def answers() -> list[str]:
         found = []
         for line in ("Tell me about rain.", "/retry", "/retry"):
-            terminal.script(session, [line], SCREEN)
+            terminal.run_script(session, [line], SCREEN)
             found.append(session.turns[-1].content)
             assert len(session.turns) == 2
         session.turns = []
@@ -52,29 +52,29 @@ def test_retry_under_a_seed_gives_another_answer_each_time(session: Session) -> 
 
     first = answers()
     assert len(set(first)) == 3
-    assert answers() == first, "a new question begins with the seed itself"
+    assert answers() == first, "a new question uses the seed itself"
 
 
-def test_save_writes_markdown_or_json_by_the_name(session: Session, tmp_path: Path) -> None:
+def test_save_writes_markdown_or_json_by_the_file_name(session: Session, tmp_path: Path) -> None:
     for name in ("talk.md", "talk.json"):
         session.turns = []
-        terminal.script(session, ["/system Be \x1b[31mbrief.", "Hello.", f"/save {tmp_path / name}"], SCREEN)
-    said = [message["content"] for message in json.loads((tmp_path / "talk.json").read_text())["messages"]]
+        terminal.run_script(session, ["/system Be \x1b[31mbrief.", "Hello.", f"/save {tmp_path / name}"], SCREEN)
+    saved = [message["content"] for message in json.loads((tmp_path / "talk.json").read_text())["messages"]]
     markdown = (tmp_path / "talk.md").read_text()
     assert markdown.startswith(
         "# demo · start policy, no weights\n\n**system**\n\nBe \\x1b[31mbrief.\n\n**user**\n\nHello.\n"
     )
-    assert markdown.endswith(f"**assistant**\n\n{said[-1].strip()}\n")
+    assert markdown.endswith(f"**assistant**\n\n{saved[-1].strip()}\n")
 
 
-def test_a_failing_line_ends_a_script(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_ends_at_the_first_error(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no command /frob"):
-        terminal.script(session, ["/frob", "Hello."], SCREEN)
-    terminal.script(session, ["/quit", "Hello."], SCREEN)
+        terminal.run_script(session, ["/frob", "Hello."], SCREEN)
+    terminal.run_script(session, ["/quit", "Hello."], SCREEN)
     assert session.turns == []
 
 
-def test_piped_commands_are_obeyed_line_by_line(cli: Cli) -> None:
+def test_piped_commands_run_line_by_line(cli: Cli) -> None:
     words = ["chat", "--runs", "none", "--max-new-tokens", "8"]
     done = cli(*words, stdin="/system Be brief.\nHello.\n/save talk.json\n")
     assert done.code == 0, done.err
@@ -86,7 +86,7 @@ def test_piped_commands_are_obeyed_line_by_line(cli: Cli) -> None:
     assert refused.out == ""
 
 
-def test_an_answer_on_a_narrow_terminal_breaks_between_words(tmp_path: Path) -> None:
+def test_answer_on_a_narrow_terminal_breaks_between_words(tmp_path: Path) -> None:
     chat = Terminal(tmp_path, "chat", "--runs", "none", "--seed", "1", columns=40)
     chat.wait_for("› ")
     lines = chat.say("Can you explain bees, and tell me about rain?").split("\r\n")
@@ -100,7 +100,7 @@ def test_an_answer_on_a_narrow_terminal_breaks_between_words(tmp_path: Path) -> 
 
 
 def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
-    endless = make_base(tmp_path / "endless", positions=8192)  # greedy on random weights: it never stops
+    endless = make_base(tmp_path / "endless", positions=8192)  # greedy decoding with random weights never stops
     words = ["--runs", "none", "--set", f"base.model={endless}", "--temperature", "0", "--max-new-tokens", "8000"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen([COMMAND, "chat", *words], cwd=tmp_path, **pipes)
@@ -108,7 +108,7 @@ def test_ctrl_c_ends_a_script(tmp_path: Path) -> None:
     assert child.stdout
     child.stdin.write(b"/system Be brief.\nHello.\n/save talk.json\n")
     child.stdin.close()
-    child.stdout.read(8)  # it speaks
+    child.stdout.read(8)  # the answer has begun
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 130
     assert not (tmp_path / "talk.json").exists()

@@ -1,4 +1,4 @@
-"""`data` by the installed command: what it shows is what is trained on, what it counts is what a naive count finds."""
+"""`data` on the command line: it counts the pairs that `dpo` trains on, and its figures equal naive counts."""
 
 import json
 from pathlib import Path
@@ -18,24 +18,23 @@ from support import Cli
 ROWS = "demo:pairs?rows=200"
 
 
-def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
+def test_audit_of_the_demo_pairs_equals_training_and_naive_counts(cli: Cli, tmp_path: Path) -> None:
     words = ["data", "--pref", "helpful", "--set", f'preferences.helpful.data="{ROWS}"', "--picture", "lengths.png"]
     words += ["--set", f'preferences.harmless.data="{ROWS}"', "--set", "dpo.limit=1000"]
     done = cli(*words, "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
+    printed = json.loads(done.out)
     project = recipe.load(recipe.builtin()["demo"], [word for word in words if "=" in word and "--" not in word])
     axis, other = project.preference("helpful"), project.preference("harmless")
     base = bases.find(project.base)
     material = dpo.prepare(project, "helpful", base, Screen(quiet=True))
-    assert told["read"] == 200
-    assert told["usable"] == len(material.train) + len(material.held_out) == sum(n for *_, n in told["histogram"])
-    assert told["held_out"] == len(material.held_out)
-    assert told["dropped"] == material.facts["dropped"]
+    assert printed["read"] == 200
+    assert printed["usable"] == len(material.train) + len(material.held_out) == sum(n for *_, n in printed["histogram"])
+    assert printed["held_out"] == len(material.held_out)
+    assert printed["dropped"] == material.facts["dropped"]
     longest = max(len(pair.rejected) for pair in (*material.train, *material.held_out))
-    assert told["tokens"]["rejected"][-1] == longest
-    first = material.train[0] if told["shown"][0]["chosen"] == _marked(base, material.train[0].chosen) else None
-    assert first is not None, "the first pair shown is the first that is trained on"
+    assert printed["tokens"]["rejected"][-1] == longest
+    assert printed["shown"][0]["chosen"] == _marked(base, material.train[0].chosen)
 
     longer = unlike = same = both = 0
     for where, row in sources.rows_or_raise(ROWS):
@@ -48,17 +47,17 @@ def test_the_built_in_pairs(cli: Cli, tmp_path: Path) -> None:
             if not isinstance(theirs, str):
                 both += 1
                 same += theirs.chosen == pair.chosen
-    assert told["longer_wins"] == longer / unlike
-    assert told["agreement"]["harmless"] == same / both
+    assert printed["longer_wins"] == longer / unlike
+    assert printed["agreement"]["harmless"] == same / both
     assert imread(tmp_path / "lengths.png").std() > 0
 
-    shown = cli(*words)
-    assert "⟦" in shown.out
-    assert "the longer answer wins" in shown.out
-    assert max(map(len, shown.out.split("\n\n", 2)[2].splitlines())) <= 100
+    text = cli(*words).out
+    assert "⟦" in text
+    assert "the longer answer wins" in text
+    assert max(map(len, text.split("\n\n", 2)[2].splitlines())) <= 100
 
 
-def test_no_agreement_at_all_is_told_and_so_are_prompts_that_are_nearly_alike(cli: Cli, tmp_path: Path) -> None:
+def test_opposite_preferences_and_nearly_equal_prompts_are_reported(cli: Cli, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"What is {i // 2}{'?' if i % 2 else ' ?!'}", "chosen": "no" + " no" * i, "rejected": "yes"}
         for i in range(60)
@@ -69,13 +68,13 @@ def test_no_agreement_at_all_is_told_and_so_are_prompts_that_are_nearly_alike(cl
     done = cli(*words, "--set", "dpo.held_out=0.5")
     assert done.code == 0, done.err
     assert "long prefers the same answer in 0%" in done.out
-    sides = [pairs.is_held_out((Message("user", str(row["prompt"])),), 0.5) for row in rows]
-    parted = sum(sides[i] != sides[i + 1] for i in range(0, 60, 2))
-    assert parted > 5
-    assert f"equal to a held-out prompt but for case, spaces or punctuation: {parted} prompt" in done.err
+    held_out = [pairs.is_held_out((Message("user", str(row["prompt"])),), 0.5) for row in rows]
+    split = sum(held_out[i] != held_out[i + 1] for i in range(0, 60, 2))
+    assert split > 5
+    assert f"equal to a held-out prompt but for case, spaces or punctuation: {split} prompt" in done.err
 
 
-def test_pairs_that_stood_there_before_are_named(cli: Cli, tmp_path: Path) -> None:
+def test_repeated_and_contradicted_pairs_are_doubts(cli: Cli, tmp_path: Path) -> None:
     one = {"prompt": "Hi?", "chosen": "A long answer.", "rejected": "No."}
     rows = [one] * 4 + [{**one, "chosen": one["rejected"], "rejected": one["chosen"]}] * 2
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,24 +87,24 @@ def test_pairs_that_stood_there_before_are_named(cli: Cli, tmp_path: Path) -> No
     assert "the longer answer wins 67% of pairs, and 33% for `neg`" in done.out
     by_length = cli(*words, "--set", "preferences.own.rank=shorter")
     assert "the longer answer wins 0% of pairs, and 100% for `neg`" in by_length.out
-    assert "length is learned with it" not in by_length.err, "that is what was asked for"
+    assert "length is learned with it" not in by_length.err, "the ranker asks for length"
 
 
-def test_limits_count_as_in_training(cli: Cli) -> None:
+def test_limit_and_held_out_count_as_in_training(cli: Cli) -> None:
     words = ["data", "--pref", "helpful", "--set", "dpo.limit=100", "--set", "dpo.held_out=0.3", "--json"]
-    told = json.loads(cli(*words).out)
+    printed = json.loads(cli(*words).out)
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=100", "dpo.held_out=0.3"])
     facts = dpo.prepare(project, "helpful", bases.find(project.base), Screen(quiet=True)).facts
-    assert told["usable"] - told["held_out"] == facts["rows"] == 100
-    assert told["held_out"] == facts["held_out"] > 0
-    assert told["dropped"] == facts["dropped"]
+    assert printed["usable"] - printed["held_out"] == facts["rows"] == 100
+    assert printed["held_out"] == facts["held_out"] > 0
+    assert printed["dropped"] == facts["dropped"]
 
 
 def _marked(base: bases.Base, ids: list[int]) -> str:
     return f"⟦{base.chat.tokenizer.decode(ids)}⟧"
 
 
-def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
+def test_drops_length_bias_unsafe_pairs_and_truncation_are_reported(cli: Cli, tmp_path: Path) -> None:
     rows = [
         {
             "prompt": f"Question {i}?",
@@ -130,47 +129,47 @@ def test_what_is_odd_is_named(cli: Cli, tmp_path: Path) -> None:
     assert "22 rows, 20 pairs of 20 prompts" in done.out
     assert "dropped: 1 tie, 1 invalid row" in done.out
     assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
-    assert "of two unsafe answers: 15 pairs" in done.out
-    assert "answers of 1 pair cut" in done.err
+    assert "both answers are unsafe: 15 pairs" in done.out
+    assert "answers of 1 pair truncated" in done.err
 
 
-def test_a_preference_that_cannot_rank_these_rows_does_not_stop_another(cli: Cli, tmp_path: Path) -> None:
+def test_another_preference_that_cannot_rank_the_rows_is_not_compared(cli: Cli, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}?", "chosen": "Yes it is.", "rejected": "No."} for i in range(9)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables = ['preferences.own={data="pairs.jsonl"}', 'preferences.kind={data="pairs.jsonl", rank="rating:kindness"}']
     words = [word for table in tables for word in ("--set", table)]
     done = cli("data", "--pref", "own", *words)
     assert done.code == 0, done.err
-    assert "kind is not set beside it: pairs.jsonl:1: no rating 'kindness'" in done.out
+    assert "kind is not compared: pairs.jsonl:1: no rating 'kindness'" in done.out
     assert cli("data", "--pref", "kind", *words).code == 2
 
 
-def test_one_that_goes_by_other_columns_is_not_said_to_agree(cli: Cli, tmp_path: Path) -> None:
+def test_preference_with_other_columns_is_not_compared(cli: Cli, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}?", "a": "Yes it is.", "b": "No."} for i in range(9)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    turned = (("one", "a", "b"), ("two", "b", "a"))
+    columns = (("one", "a", "b"), ("two", "b", "a"))
     tables = [
         f'preferences.{name}={{data="pairs.jsonl", columns={{chosen="{chosen}", rejected="{rejected}"}}}}'
-        for name, chosen, rejected in turned
+        for name, chosen, rejected in columns
     ]
     done = cli("data", "--pref", "one", *(word for table in tables for word in ("--set", table)))
     assert done.code == 0, done.err
-    assert "two is not set beside it: it goes by other columns" in done.out
+    assert "two is not compared: it uses other columns" in done.out
     assert "two prefers" not in done.out
 
 
-def test_a_row_of_megabytes_takes_no_more_memory_than_is_read_of_it(cli: Cli, tmp_path: Path) -> None:
+def test_row_of_megabytes_is_truncated_before_it_is_tokenised(cli: Cli, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}?", "chosen": "Yes it is. " * (1 if i else 10**6), "rejected": "No."} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["data", "--pref", "own", "--set", 'preferences.own.data="pairs.jsonl"', "--json"]
     done = cli(*words)
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["answers_cut"] == 1
-    assert 512 < told["tokens"]["chosen"][-1] < 50_000, "of 3,000,000"
+    printed = json.loads(done.out)
+    assert printed["answers_cut"] == 1
+    assert 512 < printed["tokens"]["chosen"][-1] < 50_000, "the text has 3,000,000 tokens"
 
 
-def test_unsafe_pairs_are_counted_among_those_that_are_learned_from(cli: Cli, tmp_path: Path) -> None:
+def test_unsafe_pairs_are_counted_without_ties(cli: Cli, tmp_path: Path) -> None:
     row = {
         "prompt": "a",
         "response_0": "b",
@@ -212,14 +211,19 @@ def test_data_refuses_what_dpo_refuses(
     with pytest.raises(UserError) as refused:
         dpo.prepare(project, "own", bases.find(project.base), Screen(quiet=True))
     assert why in str(refused.value)
-    done = cli("data", "--pref", "own", *(word for of in settings for word in ("--set", of)))
+    done = cli("data", "--pref", "own", *(word for setting in settings for word in ("--set", setting)))
     assert done.code == 2
     assert str(refused.value) in done.err
-    shown = why.removeprefix("3 ") in ("equal answers", "empty answer", "alike in the chat template", "prompt too long")
-    assert (f"dropped: {why}" in done.out) == shown, "what is odd is shown before it is refused"
+    dropped = why.removeprefix("3 ") in (
+        "equal answers",
+        "empty answer",
+        "alike in the chat template",
+        "prompt too long",
+    )
+    assert (f"dropped: {why}" in done.out) == dropped, "counts are printed before the refusal"
 
 
-def test_data_says_what_training_will_lack(cli: Cli, tmp_path: Path) -> None:
+def test_too_few_pairs_and_unread_columns_are_doubts(cli: Cli, tmp_path: Path) -> None:
     rows = [{**GOOD, "prompt": [{"role": "user", "content": f"q{i}?"}], "input": "Of this."} for i in range(10)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = cli("data", "--pref", "own", "--set", 'preferences.own={data="pairs.jsonl"}')

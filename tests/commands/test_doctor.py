@@ -1,4 +1,4 @@
-"""`doctor`: what it says of this machine is so, and what is wrong is told with its remedy."""
+"""`doctor`: its findings are true, and every fault has a remedy."""
 
 import json
 from importlib.metadata import version
@@ -12,16 +12,20 @@ from lora_align.commands import doctor
 from support import Cli
 
 
-def test_what_it_finds_here(cli: Cli, tmp_path: Path) -> None:
+def test_findings_describe_this_machine(cli: Cli, tmp_path: Path) -> None:
     done = cli("doctor", "--json")
-    told = {of["what"]: of for of in json.loads(done.out)["findings"]}
-    assert told["torch"]["found"] == version("torch")
-    assert told["4-bit"]["state"] == "good"
-    assert told["hub"]["found"] == "HF_HUB_OFFLINE is set"
-    assert told["runs"]["found"].startswith(str(tmp_path / "runs"))
-    assert (done.code == 0) == all(of["state"] != "bad" for of in told.values())
-    shown = cli("doctor").out
-    assert all(of["found"] in shown and of["remedy"] in shown for of in told.values())
+    findings = {finding["what"]: finding for finding in json.loads(done.out)["findings"]}
+    assert findings["torch"]["found"] == version("torch")
+    assert findings["4-bit"]["state"] == "good"
+    assert findings["hub"]["found"] == "HF_HUB_OFFLINE is set"
+    assert findings["runs"]["found"].startswith(str(tmp_path / "runs"))
+    assert (done.code == 0) == all(finding["state"] != "bad" for finding in findings.values())
+    text = cli("doctor").out
+    assert all(finding["found"] in text and finding["remedy"] in text for finding in findings.values())
+
+
+def _findings() -> dict[str, doctor.Finding]:
+    return {finding.what: finding for finding in doctor.check_machine(runs.DEFAULT).findings}
 
 
 VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n"
@@ -36,44 +40,47 @@ VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22
     ],
     ids=["a CPU's torch", "an old driver", "WSL"],
 )
-def test_a_card_that_torch_does_not_see(
+def test_card_that_torch_does_not_see_is_a_fault(
     where: int, cuda: str | None, says: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has a card that it sees")
+        pytest.skip("torch sees a card on this machine")
     drivers = [tmp_path / "proc", tmp_path / "wsl"]
     drivers[where].write_text(VERSION)
     monkeypatch.setattr(doctor, "DRIVERS", drivers)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    found = {of.what: of for of in doctor.check_machine(runs.DEFAULT)}["device"]
-    assert found.state == "bad"
-    assert says in found.found
-    assert found.remedy.startswith(remedy)
+    finding = _findings()["device"]
+    assert finding.state == "bad"
+    assert says in finding.found
+    assert finding.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(
     ("system", "release", "state", "found"),
     [("Linux", "5.15.153.1-microsoft-standard-WSL2", "good", "Linux in WSL"), ("Windows", "11", "bad", "Windows")],
 )
-def test_systems(system: str, release: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_is_a_fault_and_wsl_is_not(
+    system: str, release: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor.platform, "system", lambda: system)
     monkeypatch.setattr(doctor.platform, "release", lambda: release)
-    told = {of.what: of for of in doctor.check_machine(runs.DEFAULT)}["system"]
-    assert told.state == state
-    assert told.found.startswith(f"{found}, Python ")
-    assert ("WSL" in told.remedy) == (state == "bad")
+    finding = _findings()["system"]
+    assert finding.state == state
+    assert finding.found.startswith(f"{found}, Python ")
+    assert ("WSL" in finding.remedy) == (state == "bad")
 
 
-def test_what_is_wrong_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_versions_and_full_disks_have_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = ["peft>=99.0", "trl<1.0", "no-such-library", "torch", "torch>=99; extra == 'test'"]
     monkeypatch.setattr(doctor, "requires", lambda name: needed)
     monkeypatch.setattr(doctor, "LIBRARIES", {"peft", "trl", "no-such-library", "torch"})
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1e18)
-    found = {of.what: of for of in doctor.check_machine(runs.DEFAULT)}
-    assert found["peft"].remedy == "it has to be >=99.0: pip install 'peft>=99.0'"
-    assert found["trl"].state == "bad", "one that is too new is told, too"
-    assert found["torch"].state == "good"
-    assert found["no-such-library"].state == "bad"
-    assert found["cache"].state == "warning"
-    assert "an 8B base takes" in found["cache"].remedy
-    assert not doctor.as_json(list(found.values()))["good"]
+    diagnosis = doctor.check_machine(runs.DEFAULT)
+    findings = {finding.what: finding for finding in diagnosis.findings}
+    assert findings["peft"].remedy == "lora-align needs >=99.0: pip install 'peft>=99.0'"
+    assert findings["trl"].state == "bad", "trl is too new"
+    assert findings["torch"].state == "good"
+    assert findings["no-such-library"].state == "bad"
+    assert findings["cache"].state == "warning"
+    assert "an 8B base takes" in findings["cache"].remedy
+    assert not diagnosis.good

@@ -80,8 +80,8 @@ def test_an_answer_that_was_there_before_is_not_mixed_with_the_new_one(workspace
     [
         (["--share", "3/2"], "--share '3/2': expected which of how many parts"),
         (["--out", "a.txt"], "--out a.txt: expected a .jsonl or .parquet file"),
-        (["--endpoint", "http://localhost:1", "--weights", "helpful=1"], "`merge` makes an adapter of weights"),
-        (["--adapter", "x", "--want", "a=1"], "--adapter goes without --weights and --want"),
+        (["--endpoint", "http://localhost:1", "--weights", "helpful=1"], "--endpoint excludes --weights and --want"),
+        (["--adapter", "x", "--want", "a=1"], "--adapter excludes --weights and --want"),
         (["--want", "helpfulness=1"], "`lora-align rsf` trains one"),
         (["--prompts", "nowhere.txt"], "no data file 'nowhere.txt'"),
     ],

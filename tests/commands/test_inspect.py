@@ -1,4 +1,4 @@
-"""`inspect` by the installed command, its figures against dense float64."""
+"""`inspect` on the command line: its figures against dense float64 matrices."""
 
 import json
 import math
@@ -34,32 +34,34 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(a @ b / a.norm() / b.norm())
 
 
-def test_figures_are_those_of_the_dense_matrices(workspace: Path, dense: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_figures_equal_those_of_dense_matrices(workspace: Path, dense: dict[str, dict[str, torch.Tensor]]) -> None:
     done = call(workspace, "inspect", "--json", "--picture", "map.png")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert list(told["vectors"]) == ["harmless", "helpful"]
-    for name, of in told["vectors"].items():
-        assert of["norm"] == pytest.approx(float(flat(dense[name]).norm()), rel=1e-5)
+    printed = json.loads(done.out)
+    assert list(printed["vectors"]) == ["harmless", "helpful"]
+    for name, figures in printed["vectors"].items():
+        assert figures["norm"] == pytest.approx(float(flat(dense[name]).norm()), rel=1e-5)
         sides = [flat(dense[f"{name} {side}"]) for side in ("pos", "neg")]
-        assert of["cos_pos_neg"] == pytest.approx(cosine(*sides), abs=1e-5)
-        by_place = [norm for layers in of["by_place"].values() for norm in layers.values()]
-        assert math.hypot(*by_place) == pytest.approx(of["norm"], rel=1e-5)
+        assert figures["cos_pos_neg"] == pytest.approx(cosine(*sides), abs=1e-5)
+        by_place = [norm for layers in figures["by_place"].values() for norm in layers.values()]
+        assert math.hypot(*by_place) == pytest.approx(figures["norm"], rel=1e-5)
         squares = {module: torch.linalg.svdvals(matrix).square() for module, matrix in dense[name].items()}
         entropies = [torch.special.entr(s / s.sum()).nan_to_num().sum().exp() for s in squares.values()]
-        assert of["effective"] == pytest.approx(float(torch.stack(entropies).mean()), rel=1e-3)
+        assert figures["effective"] == pytest.approx(float(torch.stack(entropies).mean()), rel=1e-3)
         energy = sum(float(s.sum()) for s in squares.values())
-        assert sum(of["shares"]) == pytest.approx(1)
-        assert of["shares"][0] == pytest.approx(sum(float(s[0]) for s in squares.values()) / energy, rel=1e-3)
-        kept = [sum(float(s[:rank].sum()) for s in squares.values()) / energy for rank in range(of["rank"] + 1)]
-        assert kept[of["for_99"] - 1] < 0.99 <= kept[of["for_99"]] + 1e-9
+        assert sum(figures["shares"]) == pytest.approx(1)
+        assert figures["shares"][0] == pytest.approx(sum(float(s[0]) for s in squares.values()) / energy, rel=1e-3)
+        kept = [sum(float(s[:rank].sum()) for s in squares.values()) / energy for rank in range(figures["rank"] + 1)]
+        assert kept[figures["for_99"] - 1] < 0.99 <= kept[figures["for_99"]] + 1e-9
     expected = cosine(flat(dense["harmless"]), flat(dense["helpful"]))
-    assert told["cosines"]["harmless"][1] == pytest.approx(expected, abs=1e-5)
+    assert printed["cosines"]["harmless"][1] == pytest.approx(expected, abs=1e-5)
     assert (workspace / "map.png").stat().st_size > 5_000
 
 
-def test_interference_and_shared_directions(workspace: Path, dense: dict[str, dict[str, torch.Tensor]]) -> None:
-    told = json.loads(call(workspace, "inspect", "harmless", "helpful", "--json").out)
+def test_interference_and_overlaps_equal_those_of_dense_matrices(
+    workspace: Path, dense: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    printed = json.loads(call(workspace, "inspect", "harmless", "helpful", "--json").out)
     raw, by_size, outputs, angles = [], [], [], []
     for module in dense["helpful"]:
         found = [_directions(dense[name][module]) for name in ("harmless", "helpful")]
@@ -72,20 +74,20 @@ def test_interference_and_shared_directions(workspace: Path, dense: dict[str, di
         (a, *_), (b, *_) = found
         angles.append(math.degrees(math.acos(min(1.0, float(torch.linalg.svdvals(a.T @ b)[0])))))
         outputs.append(float((a.T @ b).square().sum() / min(a.shape[1], b.shape[1])))
-    assert told["interference"]["raw"] == pytest.approx(sum(raw) / len(raw), rel=1e-3)
-    assert told["interference"]["by_size"] == pytest.approx(sum(by_size) / len(by_size), rel=1e-3)
-    assert told["overlaps"][0]["outputs_angle"] == pytest.approx(sum(angles) / len(angles), rel=1e-3)
-    assert told["overlaps"][0]["outputs"] == pytest.approx(sum(outputs) / len(outputs), rel=1e-3)
+    assert printed["interference"]["raw"] == pytest.approx(sum(raw) / len(raw), rel=1e-3)
+    assert printed["interference"]["by_size"] == pytest.approx(sum(by_size) / len(by_size), rel=1e-3)
+    assert printed["overlaps"][0]["outputs_angle"] == pytest.approx(sum(angles) / len(angles), rel=1e-3)
+    assert printed["overlaps"][0]["outputs"] == pytest.approx(sum(outputs) / len(outputs), rel=1e-3)
 
 
 def _directions(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Without those whose singular value is rounding: they point anywhere, and would count as much as the others."""
+    """Return the singular directions without those that are rounding errors."""
     U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
     real = S / S[0] > 1e-6
     return U[:, real], S[real], Vt[real]
 
 
-def test_what_a_mix_keeps(workspace: Path) -> None:
+def test_weights_that_a_mix_holds(workspace: Path) -> None:
     exact = json.loads(call(workspace, "inspect", "-w", "helpful=1,harmless=0.5", "--json").out)["mix"]
     assert exact["weights"]["helpful"]["held"] == pytest.approx(1, abs=1e-4)
     assert exact["weights"]["harmless"]["held"] == pytest.approx(0.5, abs=1e-4)
@@ -94,26 +96,26 @@ def test_what_a_mix_keeps(workspace: Path) -> None:
     assert cut["left_out"] > 0
     assert cut["weights"]["helpful"]["held"] < 1
     assert cut["cosine_with_sum"] == pytest.approx(math.sqrt(1 - cut["left_out"]), rel=1e-3)
-    shown = call(workspace, "inspect", "-w", "helpful=1,harmless=0.5")
-    assert "weight held" in shown.out
-    assert max(map(len, shown.out.splitlines())) <= 100
+    text = call(workspace, "inspect", "-w", "helpful=1,harmless=0.5").out
+    assert "weight held" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
-def test_shares_add_up_and_runs_of_one_preference_are_compared(workspace: Path) -> None:
+def test_shares_sum_to_1_and_runs_of_a_preference_are_compared(workspace: Path) -> None:
     shutil.copytree(workspace / "runs" / "dpo" / "helpful", workspace / "runs" / "dpo" / "again")
     done = call(workspace, "inspect", "helpful", "again", "harmless", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["agreement"] == {"helpful": [pytest.approx(1)]}
-    for of in told["vectors"].values():
+    printed = json.loads(done.out)
+    assert printed["agreement"] == {"helpful": [pytest.approx(1)]}
+    for figures in printed["vectors"].values():
         for by in ("kind", "layer"):
-            assert sum(of["shares_by"][by].values()) == pytest.approx(1)
-        layer = [layers["0"] for layers in of["by_place"].values()]
-        assert of["shares_by"]["layer"]["0"] == pytest.approx(math.hypot(*layer) ** 2 / of["norm"] ** 2)
-    assert "helpful of several runs agrees at 1.000" in call(workspace, "inspect", "helpful", "again").out
+            assert sum(figures["shares_by"][by].values()) == pytest.approx(1)
+        layer = [layers["0"] for layers in figures["by_place"].values()]
+        assert figures["shares_by"]["layer"]["0"] == pytest.approx(math.hypot(*layer) ** 2 / figures["norm"] ** 2)
+    assert "helpful: cosines between its runs are 1.000" in call(workspace, "inspect", "helpful", "again").out
 
 
-def test_adapters_that_name_other_bases_are_measured_with_a_warning(workspace: Path) -> None:
+def test_adapters_of_different_bases_are_measured_with_a_warning(workspace: Path) -> None:
     other = workspace / "other"
     shutil.copytree(workspace / "runs" / "dpo" / "helpful" / "pos", other)
     (other / "manifest.json").unlink()
@@ -121,20 +123,20 @@ def test_adapters_that_name_other_bases_are_measured_with_a_warning(workspace: P
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "else/where"}))
     done = call(workspace, "inspect", "helpful", "./other")
     assert done.code == 0, done.err
-    assert "these name different bases" in done.err
+    assert "these adapters name different bases" in done.err
 
 
-def test_a_vector_too_small_is_named(workspace: Path) -> None:
+def test_too_small_vector_is_a_doubt(workspace: Path) -> None:
     assert call(workspace, "merge", "-w", "helpful=0.001", "--name", "little").code == 0
     done = call(workspace, "inspect", "helpful", "little")
     assert done.code == 0, done.err
     assert "little is too small to do anything" in done.err
 
 
-def test_nothing_to_look_at_and_nothing_to_draw_on(tmp_path: Path) -> None:
+def test_inspect_refuses_an_empty_folder_and_a_wrong_picture(tmp_path: Path) -> None:
     done = call(tmp_path, "inspect")
     assert done.code == 2
-    assert "no preference is trained there" in done.err
+    assert "no preference is trained in runs/" in done.err
     done = call(tmp_path, "inspect", "--picture", "map.gif")
     assert done.code == 2
-    assert "a name that ends in .png or .pdf or .svg" in done.err
+    assert "expected a file name that ends in .png, .pdf, .svg" in done.err

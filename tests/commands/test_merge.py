@@ -1,4 +1,4 @@
-"""Mixes by the installed command: methods, ranks, types, and adapters from anywhere."""
+"""`merge` on the command line: methods, ranks, types, and adapters made by PEFT."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def foreign(llama: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_folders_from_anywhere_are_mixed_in_one_command(foreign: Path, llama: Path, cli: Cli) -> None:
+def test_merge_of_two_peft_folders_equals_dense_addition(foreign: Path, llama: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix")
     assert done.code == 0, done.err
     assert done.out.startswith("mix  rank 5, ")
@@ -45,7 +45,7 @@ def test_two_folders_from_anywhere_are_mixed_in_one_command(foreign: Path, llama
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "soup"])
-def test_every_method_makes_an_adapter(method: str, foreign: Path, cli: Cli) -> None:
+def test_every_method_writes_an_adapter(method: str, foreign: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1,./two=-0.5", "--method", method, "--rank", "2", "--out", "mix", "--json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
@@ -58,7 +58,7 @@ def test_every_method_makes_an_adapter(method: str, foreign: Path, cli: Cli) -> 
         assert made["metrics"]["left_out"] == pytest.approx(1 - (delta.norm() / whole.norm()) ** 2, rel=1e-4)
 
 
-def test_a_soup_is_a_mean_of_policies(workspace: Path) -> None:
+def test_soup_is_a_mean_of_policies(workspace: Path) -> None:
     done = call(workspace, "merge", "-w", "helpful=0.75,harmless=0.25", "--method", "soup", "--name", "soup")
     assert done.code == 0, done.err
     pos = {name: peft_format.load(workspace / "runs" / "dpo" / name / "pos") for name in ("helpful", "harmless")}
@@ -69,7 +69,7 @@ def test_a_soup_is_a_mean_of_policies(workspace: Path) -> None:
     assert "weights must sum to 1; these sum to 1.5" in refused.err
 
 
-def test_ranks(foreign: Path, cli: Cli) -> None:
+def test_auto_rank_truncation_and_padding(foreign: Path, cli: Cli) -> None:
     weights = ("merge", "-w", "./one=1,./two=-0.5", "--json")
     whole = peft_format.load(foreign / "one") - 0.5 * peft_format.load(foreign / "two")
     auto = cli(*weights, "--rank", "auto:0.9", "--out", "auto")
@@ -90,10 +90,10 @@ def test_ranks(foreign: Path, cli: Cli) -> None:
     assert filled.code == 0, filled.err
     made = peft_format.load(foreign / "filled")
     assert made.rank == 8
-    assert {int(torch.linalg.matrix_rank(f.B @ f.A, rtol=1e-5)) for f in made.values()} <= {1, 2}, "zeros, no more"
+    assert {int(torch.linalg.matrix_rank(f.B @ f.A, rtol=1e-5)) for f in made.values()} <= {1, 2}, "padding is zero"
 
 
-def test_chat_takes_no_mix_apart_that_is_not_a_sum(workspace: Path) -> None:
+def test_chat_weighs_a_mix_that_is_no_sum_as_a_whole(workspace: Path) -> None:
     made = call(workspace, "merge", "-w", "helpful=1,harmless=0.5", "--method", "tsv", "--name", "whitened")
     assert made.code == 0, made.err
     answer = call(workspace, "chat", "--prompt", "Tell me about rain.", "--json")
@@ -103,7 +103,7 @@ def test_chat_takes_no_mix_apart_that_is_not_a_sum(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
+def test_dtype_is_the_given_one_or_that_of_the_parents(dtype: str, foreign: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1", "--dtype", dtype, "--out", "mix")
     assert done.code == 0, done.err
     assert {tensor.dtype for tensor in load_file(foreign / "mix" / peft_format.WEIGHTS).values()} == {
@@ -111,11 +111,11 @@ def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
     }
     again = cli("merge", "-w", "./mix=2", "--out", "again")
     assert again.code == 0, again.err
-    assert peft_format.Adapter(foreign / "again").dtype == getattr(torch, dtype), "the parents' own, unless another"
+    assert peft_format.Adapter(foreign / "again").dtype == getattr(torch, dtype), "not the type of the parent"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--method", "tie"], "did you mean 'ties'"),
         (["--option", "density=1"], "exact has no option 'density'"),
@@ -125,14 +125,14 @@ def test_the_type_asked_for(dtype: str, foreign: Path, cli: Cli) -> None:
         (["--dtype", "int8"], "one of float32"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words: list[str], told: str, foreign: Path, cli: Cli) -> None:
+def test_merge_refuses_invalid_options(words: list[str], message: str, foreign: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix", *words)
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert not (foreign / "mix").exists()
 
 
-def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> None:
+def test_bases_of_different_names_need_same_base(foreign: Path, cli: Cli) -> None:
     shutil.copytree(foreign / "two", foreign / "three")
     file = foreign / "three" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "someone/llama"}))
@@ -144,7 +144,7 @@ def test_bases_of_different_names_are_asked_about(foreign: Path, cli: Cli) -> No
     assert done.code == 0, done.err
 
 
-def test_default_name_tells_rank_and_method() -> None:
+def test_default_name_includes_rank_and_method() -> None:
     weights = {"helpful": 1.0, "./a/harmless": 0.5}
     assert default_name(weights) == "helpful1_harmless0p5"
     assert default_name(weights, MergeOptions(rank=8)) == "helpful1_harmless0p5_r8"
@@ -175,13 +175,13 @@ def test_merge_refuses_a_missing_parent_and_a_small_disk(foreign: Path, cli: Cli
         fill(disk)
         refused = cli(*words)
     assert (failed.code, refused.code) == (1, 2)
-    told = r"error: disk/mix: No space left on device \(\d+ kB to write, \d+ kB free\); make room, or write .*--out"
-    assert re.search(told, failed.err), failed.err
-    told = r"error: disk: about \d+ kB will be written, 0 kB are free; make room, or write elsewhere with --out"
-    assert re.search(told, refused.err), refused.err
+    message = r"error: disk/mix: No space left on device \(\d+ kB to write, \d+ kB free\); make room, or write .*--out"
+    assert re.search(message, failed.err), failed.err
+    message = r"error: disk: about \d+ kB will be written, 0 kB are free; make room, or write elsewhere with --out"
+    assert re.search(message, refused.err), refused.err
 
 
-def test_far_weights_are_warned_of_without_measurements(foreign: Path, cli: Cli) -> None:
+def test_far_weights_without_measurements_cause_a_warning(foreign: Path, cli: Cli) -> None:
     near = cli("merge", "-w", "./one=2,./two=-2", "--out", "near")
     assert "far beyond" not in near.err
     far = cli("merge", "-w", "./one=3,./two=-2.5", "--out", "far")

@@ -1,4 +1,4 @@
-"""A run on the hub. A server on this machine plays the hub's part: the calls a push makes, and what it is sent."""
+"""`push` against a local server that answers the hub's requests and stores the uploaded files."""
 
 import base64
 import json
@@ -16,22 +16,22 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lora_align import runs
-from lora_align.commands import push as stage
+from lora_align.commands.push import model_card, push_run
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from support import COMMAND, Done, call, made_once
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name: whether they are private, and their files."""
+    """A server with repositories: name → whether it is private, and name → its files."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.private: dict[str, bool] = {"me/shown": False, "me/kept": True}
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.private: dict[str, bool] = {"me/public": False, "me/private": True}
         self.files: dict[str, dict[str, bytes]] = {}
 
 
-class Answers(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
@@ -47,21 +47,23 @@ class Answers(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_mine":
             self.answer({}, 401, "Unauthorized")
         elif self.path == "/api/repos/create":
-            said = json.loads(content)
-            name = f"{said['organization']}/{said['name']}"
-            self.server.private[name] = said["visibility"] == "private"
+            request = json.loads(content)
+            name = f"{request['organization']}/{request['name']}"
+            self.server.private[name] = request["visibility"] == "private"
             self.answer({"url": f"{self.address}/{name}", "name": name})
         elif self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            asked = json.loads(content)["files"]
-            files = [{"path": of["path"], "uploadMode": "regular", "shouldIgnore": False} for of in asked]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(content)["files"]
+            ]
             self.answer({"files": files})
         elif "/commit/" in self.path:
             name = self.path.removeprefix("/api/models/").partition("/commit")[0]
             lines = [json.loads(line)["value"] for line in content.splitlines()]
-            said = {of["path"]: base64.b64decode(of["content"]) for of in lines if "path" in of}
-            self.server.files.setdefault(name, {}).update(said)
+            files = {line["path"]: base64.b64decode(line["content"]) for line in lines if "path" in line}
+            self.server.files.setdefault(name, {}).update(files)
             self.answer({"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True})
         else:
             self.answer({}, 404)
@@ -70,8 +72,8 @@ class Answers(BaseHTTPRequestHandler):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
 
-    def answer(self, said: dict[str, Any], status: int = 200, code: str = "") -> None:
-        content = json.dumps(said).encode()
+    def answer(self, body: dict[str, Any], status: int = 200, code: str = "") -> None:
+        content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -96,7 +98,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both directions of a preference, and a mix."""
+    """Return a folder with both adapters of a preference and a mix."""
 
     def make(folder: Path) -> None:
         for words in (["dpo", "--pref", "helpful", "--limit", "64"], ["merge", "--weights", "helpful=0.5"]):
@@ -123,7 +125,7 @@ def push(folder: Path, hub: Hub | None, *words: str, token: str = "hf_mine") -> 
 MIX = "runs/mix/helpful0p5"
 
 
-def test_a_run_is_pushed_whole_and_private(made: Path, hub: Hub) -> None:
+def test_push_uploads_all_files_to_a_private_repository(made: Path, hub: Hub) -> None:
     done = push(made, hub, MIX, "--to", "me/half-helpful")
     assert done.code == 0, done.err
     assert "me/half-helpful (private): " in done.err
@@ -135,50 +137,50 @@ def test_a_run_is_pushed_whole_and_private(made: Path, hub: Hub) -> None:
     assert all(sent[name] == (made / MIX / name).read_bytes() for name in (*known, runs.MANIFEST))
 
 
-def test_the_card_says_what_it_is(made: Path, hub: Hub, tmp_path: Path) -> None:
-    for path, told in (
+def test_card_describes_the_run(made: Path, hub: Hub, tmp_path: Path) -> None:
+    for path, expected in (
         (MIX, ["A weighted sum of preference vectors", "- `helpful`: weight 0.5"]),
-        ("runs/dpo/helpful/neg", ["away from the preference `helpful`", "64 rows (left out: `tie`"]),
+        ("runs/dpo/helpful/neg", ["away from the preference `helpful`", "64 rows (dropped: `tie`"]),
     ):
         assert push(made, hub, path, "--to", "me/it").code == 0
         text = hub.files["me/it"]["README.md"].decode()
         card = ModelCard(text)
         assert card.data.library_name == "peft"
         assert "lora-align" in card.data.tags
-        assert card.data.base_model is None, "the built-in base is not on the hub"
-        for words in [*told, 'PeftModel.from_pretrained(base, "me/it")', "# it"]:
+        assert card.data.base_model is None, "the demo's base is not on the hub"
+        for words in [*expected, 'PeftModel.from_pretrained(base, "me/it")', "# it"]:
             assert words in text, text
 
 
 @pytest.mark.parametrize(
-    ("words", "token", "code", "told"),
+    ("words", "token", "code", "message"),
     [
         ([MIX], "hf_mine", 2, "--to"),
-        ([MIX, "--to", "mine"], "hf_mine", 2, "--to 'mine': a repository on the hub, OWNER/NAME"),
+        ([MIX, "--to", "mine"], "hf_mine", 2, "--to 'mine': expected a repository on the hub, OWNER/NAME"),
         ([MIX, "--to", "me/a b"], "hf_mine", 2, "--to 'me/a b'"),
-        ([MIX, "--to", "me/shown"], "hf_mine", 2, "me/shown is there and public; --public says that this is meant"),
+        ([MIX, "--to", "me/public"], "hf_mine", 2, "me/public exists and is public; add --public"),
         ([MIX, "--to", "me/new"], "hf_other", 2, "this account may not write there"),
         (["runs/mix", "--to", "me/new"], "hf_mine", 2, "no run in runs/mix"),
     ],
 )
-def test_what_is_refused(words: list[str], token: str, code: int, told: str, made: Path, hub: Hub) -> None:
+def test_push_refusals(words: list[str], token: str, code: int, message: str, made: Path, hub: Hub) -> None:
     done = push(made, hub, *words, token=token)
     assert done.code == code
-    assert told in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     assert not hub.files
 
 
-def test_public_is_what_is_asked_for(made: Path, hub: Hub) -> None:
-    assert push(made, hub, MIX, "--to", "me/shown", "--public").code == 0
+def test_public_option_makes_a_new_repository_public(made: Path, hub: Hub) -> None:
+    assert push(made, hub, MIX, "--to", "me/public", "--public").code == 0
     assert push(made, hub, MIX, "--to", "me/open", "--public").code == 0
     assert hub.private["me/open"] is False
-    into_private = push(made, hub, MIX, "--to", "me/kept")
+    into_private = push(made, hub, MIX, "--to", "me/private")
     assert into_private.code == 0
-    assert set(hub.files) == {"me/shown", "me/open", "me/kept"}
+    assert set(hub.files) == {"me/public", "me/open", "me/private"}
 
 
-def test_a_damaged_run_and_no_network(made: Path, hub: Hub, tmp_path: Path) -> None:
+def test_push_refuses_a_damaged_run_and_a_missing_network(made: Path, hub: Hub, tmp_path: Path) -> None:
     unreachable = push(made, None, MIX, "--to", "me/new")
     assert unreachable.code == 2
     assert "the hub cannot be reached" in unreachable.err
@@ -192,23 +194,23 @@ def test_a_damaged_run_and_no_network(made: Path, hub: Hub, tmp_path: Path) -> N
     assert not hub.files
 
 
-def test_a_report_is_no_adapter(tmp_path: Path) -> None:
+def test_push_refuses_a_report(tmp_path: Path) -> None:
     target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
     with runs.staging_folder(target, quiet) as staging:
         runs.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
     with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
-        stage.push_run(target, "me/it", public=False, screen=quiet)
+        push_run(target, "me/it", public=False, screen=quiet)
 
 
 def test_recipe_text_on_a_card_is_inert(tmp_path: Path) -> None:
-    evil = "<script>x</script> ![i](http://e) **b** `c` ``d`` {{ 1 + 1 }}\n\n# h\n- l \x1b[31m\u202e"
-    about = {"model": evil, "fingerprint": evil, "quantization": evil}
-    data = {"a": {"source": evil, "rows": 1, "dropped": {evil: 2}}}
-    parents = ({"name": evil, "weight": 1.0, "adapters": []},)
+    hostile = "<script>x</script> ![i](http://e) **b** `c` ``d`` {{ 1 + 1 }}\n\n# h\n- l \x1b[31m\u202e"
+    about = {"model": hostile, "fingerprint": hostile, "quantization": hostile}
+    data = {"a": {"source": hostile, "rows": 1, "dropped": {hostile: 2}}}
+    parents = ({"name": hostile, "weight": 1.0, "adapters": []},)
     for kind in ("dpo", "mix"):
-        manifest = runs.Manifest(kind, about, preference=evil, start=evil, data=data, parents=parents)
-        manifest = replace(manifest, unconverged=(evil,), versions={evil: evil})
-        text = stage.card(runs.Run(tmp_path, manifest), "me/it").split("---\n", 2)[2]
+        manifest = runs.Manifest(kind, about, preference=hostile, start=hostile, data=data, parents=parents)
+        manifest = replace(manifest, unconverged=(hostile,), versions={hostile: hostile})
+        text = model_card(runs.Run(tmp_path, manifest), "me/it").split("---\n", 2)[2]
         tokens = MarkdownIt().parse(text)
         kinds = {inner.type for token in tokens for inner in [token, *(token.children or [])]}
         assert not kinds & {"html_inline", "html_block", "image", "link_open"}

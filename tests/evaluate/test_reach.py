@@ -110,10 +110,10 @@ def test_session_warns_when_a_weight_goes_beyond_the_safe_one(reached: dict[str,
     runs_dir = tmp_path / "runs"
     policy = weighted({"helpful": 0.1}, project, runs_dir)
     session = sessions.open_session(bases.find(project.base), runs_dir, project, policy, Sampling(), quiet)
-    assert session.turn({"helpful": 0.2}) == []
-    assert ["harmless=9 is beyond the safe weight" in doubt for doubt in session.turn({"harmless": 9.0})] == [True]
-    assert session.turn({"harmless": 0.1}) == []
-    assert ["harmless=9 is" in doubt for doubt in session.turn({"harmless": 9.0})] == [True]
+    assert session.set_weights({"helpful": 0.2}) == []
+    assert ["harmless=9 is beyond the safe weight" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [True]
+    assert session.set_weights({"harmless": 0.1}) == []
+    assert ["harmless=9 is" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [True]
 
 
 def test_pair_is_warned_of_beyond_its_own_safe_weight(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:

@@ -19,7 +19,7 @@ from lora_align.demo import BASE as DEMO
 from lora_align.demo import oracle, world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
-from lora_align.model.endpoint import Endpoint, serve_line
+from lora_align.model.endpoint import Endpoint, serve_command
 from support import Cli, free_port, listening
 
 TOKENS = Sampling(temperature=1.0, max_new_tokens=90, seed=5)
@@ -85,7 +85,7 @@ def test_generate_samples_from_a_server(server: str, served: str, cli: Cli, tmp_
     with_adapter = cli(*words, "--model", served, "--adapter", ".", "--out", "other.jsonl")
     assert with_adapter.code == 2
     assert "cannot load adapters at run time (404" in with_adapter.err
-    assert serve_line(recipe.load(recipe.builtin()["demo"])) in with_adapter.err
+    assert serve_command(recipe.load(recipe.builtin()["demo"])) in with_adapter.err
     assert "--max-lora-rank" in cli("generate", "--show-server").out
 
 

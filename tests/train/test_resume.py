@@ -125,7 +125,7 @@ def test_resume_is_bit_exact_after_a_signal(stage: str, whole: Path, tmp_path: P
     first = stopped(tmp_path, stage, number, 0)
     assert first.code == 128 + number
     assert "finishing the current step" in first.err
-    assert f"to go on: lora-align {stage}" in first.err
+    assert f"to continue: lora-align {stage}" in first.err
     assert first.err.rstrip().endswith("--resume")
     refused = call(tmp_path, *words(stage))
     assert refused.code == 2
