@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lora_align import plugins, runs
+from lora_align import runs
 from lora_align.console import count
 from lora_align.data.rows import texts
 from lora_align.errors import NotFetchedError, UserError, first_line, nearest
+from lora_align.plugins import Registry
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | UserError]]  # (place, row or the fault that makes it unreadable)
 Found = TypeVar("Found")
+SOURCES: Registry[Callable[[str], Rows]] = Registry("sources")
 INVALID = "invalid row"  # a reason to drop a row
 UNREAD = "column not read: "  # prefix of counts that are not reasons to drop a row; `unread_in` removes them
 # every column with text or turns that some form reads, and further ones that chat trainers know
@@ -206,7 +208,7 @@ def fingerprint(source: Source) -> str:
 def _registered(data: str) -> Callable[[str], Rows] | None:
     """Return the registered source that a name such as `demo:pairs` begins with, if any."""
     prefix, colon, _ = data.partition(":")
-    return plugins.load("sources").get(prefix) if colon else None
+    return SOURCES.get(prefix) if colon else None
 
 
 def _file(data: str) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_align.metrics.intervals import Estimate
-from lora_align.rankers import SCORE, Ranker
+from lora_align.rankers import Ranker
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, l
     or margins on them; `helpful@0-10` is told as `helpful` is. `less` is what is wanted of an objective."""
     preference = goal.partition("@")[0]
     wanted = [Score(end, less) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
-    if ranker and ranker.kind == "rating":
-        wanted.append(Score(f": {ranker.column.removeprefix(SCORE)}", ranker.lower))
-    if ranker and ranker.kind in ("shorter", "longer"):
-        wanted.append(Score("words", ranker.kind == "shorter"))
+    if ranker and ranker.figure:
+        wanted.append(Score(ranker.figure, ranker.lower))
     wanted.append(Score(f"margin {preference}"))
     return next((Score(name, one.less) for one in wanted for name in names if name.endswith(one.name)), None)
