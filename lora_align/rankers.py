@@ -33,13 +33,16 @@ class TwoAnswers(Protocol):
         """The turns before the answers."""
 
     @property
-    def answers(self) -> tuple[str, str]: ...
+    def answers(self) -> tuple[str, str]:
+        """The texts of both answers."""
+
     @property
     def labels(self) -> Mapping[str, int | str | None]:
         """The index of the preferred answer, by label column."""
 
     @property
-    def ratings(self) -> Mapping[str, tuple[float, float]]: ...
+    def ratings(self) -> Mapping[str, tuple[float, float]]:
+        """The ratings of both answers, by name; nan if missing."""
 
 
 @dataclass(frozen=True)

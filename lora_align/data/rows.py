@@ -9,6 +9,8 @@ from typing import Any
 
 from lora_align.rankers import Ranker
 
+Row = Mapping[str, Any]  # as a file or the hub has it
+
 
 @dataclass(frozen=True)
 class Message:
