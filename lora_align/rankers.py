@@ -93,7 +93,7 @@ RANKERS = Registry(
     {
         "label": Criterion(
             {
-                "label": "the chosen one; in a form with a label column, the one that the only label column names",
+                "label": "the chosen one (default); in a form with labels, the one that the only label column names",
                 "label:COLUMN": "the one that this label column names",
             },
             _label,

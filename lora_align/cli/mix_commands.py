@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from lora_align import runs
+from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import MEASURES, Given, check_picture, run_facts, takes
 from lora_align.errors import UserError
 from lora_align.weights import parse_weights
 
-MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help="exact, svd, soup, tsv, ties or dare.")]
+MethodOption = Annotated[
+    str, typer.Option("--method", metavar="NAME", help=f"{', '.join(METHODS.built_in)}, or a registered method.")
+]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method, as in density=0.3.")
 ]
