@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/cli.md, docs/recipes.md and docs/architecture.md.
+"""Write the generated parts of the pages in PAGES.
 
 A page marks each generated part by `<!-- generated: NAME -->` and `<!-- end -->`. All other text is written by hand.
 """
@@ -7,7 +7,7 @@ import ast
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from lora_align.adapters.merge_methods import METHODS
 from lora_align.cli.app import GROUPS, app
-from lora_align.rankers import Winner
+from lora_align.rankers import RANKERS, Winner
 from lora_align.recipe import tables
 
 DOCS = Path(__file__).parent
 PACKAGE, LAYERS = DOCS.parent / "lora_align", DOCS.parent / "tests" / "test_layers.py"
-PAGES = [DOCS / "cli.md", DOCS / "recipes.md", DOCS / "architecture.md"]
+PAGES = [DOCS / f"{name}.md" for name in ("cli", "recipes", "architecture", "merging", "your-data")]
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SECTIONS = {  # heading → dataclass
     "Top level": tables.Recipe,
@@ -65,8 +66,8 @@ def recipe_tables() -> str:
         own = [f for f in fields(table) if f.name in table.__annotations__ and f.name != "source"]  # not set by hand
         types, said = get_type_hints(table, include_extras=True), meanings(table)
         rows = [(f"`{f.name}`", allowed(types[f.name]), default(f), said[f.name]) for f in own]
-        lines = [f"| {' | '.join(row)} |" for row in (("key", "value", "default", "meaning"), ("---",) * 4, *rows)]
-        found.append("\n".join([f"## {heading}", "", textwrap.fill(about, 118, break_on_hyphens=False), "", *lines]))
+        lines = _table([("key", "value", "default", "meaning"), ("---",) * 4, *rows])
+        found.append("\n".join([f"## {heading}", "", textwrap.fill(about, 118, break_on_hyphens=False), "", lines]))
     return "\n\n".join(found)
 
 
@@ -131,6 +132,27 @@ def _below(folder: Path, indent: str) -> Iterator[str]:
         yield from _below(path, f"{indent}  ") if path.is_dir() else ()
 
 
+def methods() -> str:
+    """Return a table of the built-in merge methods."""
+    rows = [("method", "paper", "result", "works on", "rank unless `--rank` is given", "options"), ("---",) * 6]
+    for name, method in METHODS.built_in.items():
+        rank = "the largest rank of its parts" if method.rank is max else "the ranks added"
+        options = ", ".join(f"`{key}={value}`" for key, value in method.options.items())
+        paper = f"[{method.title}]({method.paper})"
+        rows.append((f"`{name}`", paper, method.summary, "entries" if method.dense else "factors", rank, options))
+    return _table(rows)
+
+
+def rankers() -> str:
+    """Return a table of what `rank` may be."""
+    usages = {use: better for criterion in RANKERS.built_in.values() for use, better in criterion.usage.items()}
+    return _table([("`rank`", "the better answer is"), ("---",) * 2, *((f"`{use}`", usages[use]) for use in usages)])
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+
+
 def layers() -> str:
     """Return the layers of tests/test_layers.py, the highest first."""
     body = ast.parse(LAYERS.read_text("utf-8")).body
@@ -140,7 +162,10 @@ def layers() -> str:
 
 def built(page: Path) -> str:
     """Return a page with its generated parts made anew."""
-    parts = {"commands": commands, "tables": recipe_tables, "tree": tree, "layers": layers}
+    parts = {
+        "commands": commands, "tables": recipe_tables, "tree": tree, "layers": layers, "methods": methods,
+        "rankers": rankers,
+    }  # fmt: skip
     return MARKED.sub(lambda part: f"{part[1]}\n{parts[part[2]]()}\n\n{part[3]}", page.read_text("utf-8"))
 
 

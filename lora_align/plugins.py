@@ -1,17 +1,70 @@
-"""Extension points. This package and others register functions by entry points in groups named `lora_align.…`."""
+"""Extension points. A registry has this package's rows, and those of other packages by entry points."""
 
-from collections.abc import Callable
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from lora_align.errors import UserError
+
+T = TypeVar("T")
 
 
-def names(group: str) -> set[str]:
-    """Return the names that are registered in a group, and import nothing."""
-    return entry_points(group=f"lora_align.{group}").names
+class Registry(Mapping[str, T], Generic[T]):
+    """Rows by name: those in `built_in`, and the entry points of the group `lora_align.GROUP`.
+
+    Entry points are looked up when a name is not built in, or when all names are listed. A row of another package is
+    imported when it is asked for. No entry point replaces a built-in row.
+    """
+
+    def __init__(self, group: str, kind: Any = Callable, built_in: Mapping[str, T] | None = None) -> None:
+        self.group, self.kind, self.built_in = f"lora_align.{group}", kind, dict(built_in or {})
+        self._loaded: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name in self.built_in:
+            return self.built_in[name]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(self._points[name])
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.built_in or name in self._points  # Mapping's version would import the row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.built_in, **self._points})
+
+    def __len__(self) -> int:
+        return len({**self.built_in, **self._points})
+
+    def registered(self) -> list[T]:
+        """Return the rows of other packages."""
+        return [self[name] for name in self if name not in self.built_in]
+
+    def code(self) -> list[list[str]]:
+        """Identify the code of the rows of other packages: the version of each package and a hash of each module."""
+        points = [self._points[name] for name in sorted(self) if name not in self.built_in]
+        return [[point.name, point.value, point.dist.version if point.dist else "", _hash(point)] for point in points]
+
+    @cached_property
+    def _points(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.group)}
+
+    def _load(self, point: EntryPoint) -> T:
+        where = f"entry point {point.name} = {point.value} of {self.group}"
+        help_ = f"update or uninstall {point.dist.name if point.dist else 'its package'}"
+        try:
+            found: Any = point.load()
+        except (ImportError, AttributeError) as fault:
+            raise UserError(f"{where}: {fault}; {help_}") from fault
+        if not isinstance(found, self.kind):
+            raise UserError(f"{where}: not a {self.kind.__name__}; {help_}")
+        return found  # type: ignore[no-any-return]
 
 
-@cache
-def load(group: str) -> dict[str, Callable[..., Any]]:
-    """Return what is registered in a group, by name; importing it may take time."""
-    return {point.name: point.load() for point in entry_points(group=f"lora_align.{group}")}
+def _hash(point: EntryPoint) -> str:
+    spec = find_spec(point.module)
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest() if spec and spec.origin else ""

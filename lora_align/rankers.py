@@ -1,9 +1,12 @@
 """Rankers: find the better of two answers by a label, a rating or the length. Directions of labels."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
 
-RANKERS = ("label", "label:COLUMN", "shorter", "longer", "rating:NAME", "rating:-NAME", "score:NAME", "score:-NAME")
+from lora_align.plugins import Registry
+
 SCORE = "score_"  # prefix of the columns that `score` writes
 
 
@@ -22,23 +25,129 @@ class Winner(StrEnum):
     tie = "tie"
 
 
+class TwoAnswers(Protocol):
+    """Two answers to one prompt, with labels and ratings by name: a `Comparison` of data/rows.py."""
+
+    @property
+    def prompt(self) -> tuple[Any, ...]:
+        """The turns before the answers."""
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """The texts of both answers."""
+
+    @property
+    def labels(self) -> Mapping[str, int | str | None]:
+        """The index of the preferred answer, by label column."""
+
+    @property
+    def ratings(self) -> Mapping[str, tuple[float, float]]:
+        """The ratings of both answers, by name; nan if missing."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One kind of ranker: how `rank` names it, and a function that returns one value for each answer.
+
+    The answer with the larger value wins. Equal values are a tie, and nan is a missing value. A ValueError says which
+    label or rating the row lacks.
+    """
+
+    usage: Mapping[str, str]  # how `rank` names it, as in `rating:NAME` and `rating:-NAME` → which answer is better
+    values: Callable[[TwoAnswers, str], tuple[float, float]]  # the text is the NAME, or ""
+    lower: bool = False  # the smaller value wins
+    figure: str = ""  # the end of the name of an evaluated figure that measures the same; {} is the NAME
+
+
+def _label(two: TwoAnswers, column: str) -> tuple[float, float]:
+    if column not in two.labels and (column or not two.labels):
+        hint = f"; if the rows have a column {column!r}, name it with columns = {{ label = {column!r} }}"
+        raise ValueError(_missing("label", column, two.labels) + hint * bool(column))
+    winner = two.labels[column or next(iter(two.labels))]
+    return float(winner == 0), float(winner == 1)
+
+
+def _rating(two: TwoAnswers, column: str) -> tuple[float, float]:
+    if column not in two.ratings:
+        raise ValueError(_missing("rating", column, two.ratings))
+    return two.ratings[column]
+
+
+def _score(two: TwoAnswers, column: str) -> tuple[float, float]:
+    return _rating(two, SCORE + column)
+
+
+def _length(two: TwoAnswers, _: str) -> tuple[float, float]:
+    first, second = two.answers
+    return len(first), len(second)
+
+
+def _missing(kind: str, column: str, known: Mapping[str, object]) -> str:
+    which = f"no {kind} {column!r}" if column else f"no {kind} column"
+    return f"{which} in this row (it has: {', '.join(known) or 'none'})"
+
+
+RANKERS = Registry(
+    "rankers",
+    Criterion,
+    {
+        "label": Criterion(
+            {
+                "label": "the chosen one (default); in a form with labels, the one that the only label column names",
+                "label:COLUMN": "the one that this label column names",
+            },
+            _label,
+        ),
+        "shorter": Criterion({"shorter": "the one with fewer characters"}, _length, lower=True, figure="words"),
+        "longer": Criterion({"longer": "the one with more characters"}, _length, figure="words"),
+        "rating": Criterion(
+            {"rating:NAME": "the one with the higher rating", "rating:-NAME": "the one with the lower rating"},
+            _rating,
+            figure=": {}",
+        ),
+        "score": Criterion(
+            {
+                "score:NAME": "the one to which `lora-align score` gave the higher score",
+                "score:-NAME": "the one to which `lora-align score` gave the lower score",
+            },
+            _score,
+            figure=": {}",
+        ),
+    },
+)
+
+
 @dataclass(frozen=True)
 class Ranker:
-    """A parsed `rank`: by label, by rating, or by length."""
+    """A parsed `rank`: the name of a criterion, and the column that it reads."""
 
     kind: str
     column: str = ""
-    lower: bool = False  # the lower rating wins
+    lower: bool = False  # the smaller value wins
 
     @classmethod
     def parse(cls, text: str) -> "Ranker":
-        """Parse one of RANKERS; raise a ValueError for anything else."""
+        """Parse a `rank`, such as `label` or `rating:-NAME`; raise a ValueError for anything else."""
         kind, _, column = text.partition(":")
-        lower = kind in ("rating", "score") and column.startswith("-")
-        column = column[lower:]
-        if kind == "score" and column:
-            return cls("rating", SCORE + column, lower)
-        takes_column = kind in ("label", "rating")
-        if (takes_column or (kind in ("shorter", "longer") and not column)) and (kind != "rating" or column):
-            return cls(kind, column, lower)
-        raise ValueError(f"no ranker {text!r}; use one of {', '.join(RANKERS)}")
+        criterion = RANKERS.get(kind)
+        endings = [usage.removeprefix(kind) for usage in criterion.usage] if criterion else []
+        minus = column.startswith("-") and any(ending.startswith(":-") for ending in endings)
+        column = column[minus:]
+        if criterion and ("" in endings if not column else any(ending.startswith(":") for ending in endings)):
+            return cls(kind, column, criterion.lower != minus)
+        raise ValueError(f"no ranker {text!r}; use one of {', '.join(usages())}")
+
+    def values(self, two: TwoAnswers) -> tuple[float, float]:
+        """Return the value of each answer; raise a ValueError if the row lacks a label or a rating."""
+        return RANKERS[self.kind].values(two, self.column)
+
+    @property
+    def figure(self) -> str:
+        """Return the end of the name of an evaluated figure that measures the same; "" if there is none."""
+        return RANKERS[self.kind].figure.format(self.column.removeprefix(SCORE))
+
+
+def usages() -> list[str]:
+    """Return what `rank` may be; of other packages only the names, so that none is imported."""
+    built_in = [usage for criterion in RANKERS.built_in.values() for usage in criterion.usage]
+    return [*built_in, *(name for name in RANKERS if name not in RANKERS.built_in)]

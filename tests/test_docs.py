@@ -9,9 +9,18 @@ from types import ModuleType
 
 import pytest
 
+from lora_align.data.forms import FORMS
+from lora_align.data.rows import Fact
+
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PARTS = {"cli.md": ["commands"], "recipes.md": ["tables"], "architecture.md": ["layers", "tree"]}
+PARTS = {
+    "cli.md": ["commands"],
+    "recipes.md": ["tables"],
+    "architecture.md": ["layers", "tree"],
+    "merging.md": ["methods"],
+    "your-data.md": ["rankers"],
+}
 STEP = re.compile(r"^\| `([\w/]+\.py)` \| ((?:`\w+`(?:, )?)+) \|", re.MULTILINE)  # of a walk: file, functions
 
 
@@ -47,6 +56,13 @@ def test_every_key_of_a_recipe_has_a_meaning(table: type) -> None:
 def test_every_table_of_a_recipe_has_a_section() -> None:
     defined = {kind for kind in vars(build.tables).values() if dataclasses.is_dataclass(kind)}
     assert {kind for kind in defined if kind.__module__ == build.tables.__name__} == set(build.SECTIONS.values())
+
+
+@pytest.mark.parametrize("name", FORMS.built_in)
+def test_your_data_lists_the_columns_of_every_form(name: str) -> None:
+    rows = [row for row in (ROOT / "docs" / "your-data.md").read_text().splitlines() if row.startswith("|")]
+    columns = {f"`{column}`" for column in FORMS[name].required} if FORMS[name].shape is not Fact else {"facts"}
+    assert [row for row in rows if all(column in row for column in columns)]
 
 
 def test_architecture_names_files_that_exist() -> None:

@@ -16,8 +16,8 @@ from lora_align import recipe
 
 PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
-    {"errors", "plugins", "wrapping"},
-    {"processes", "store"},
+    {"errors"},
+    {"plugins", "processes", "store", "wrapping"},
     {"console", "rankers", "weights"},
     {"want"},
     {"recipe", "runs"},

@@ -1,33 +1,13 @@
-"""Merge methods by name, and the command-line options that choose one. Does not import torch."""
+"""Options of `merge` and `inspect`: method, rank, server, dtype. Does not import torch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_align.adapters.merge_methods import METHODS
 from lora_align.errors import UserError, nearest
 
-
-@dataclass(frozen=True)
-class Method:
-    """A merge method: the name of its function in `merge_methods`, its paper, and its options with defaults."""
-
-    function: str
-    paper: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    dense: bool = False  # the result is not low-rank
-    of_policies: bool = False  # weights apply to the `pos` adapters instead of the vectors pos - neg
-    rank: Callable[[Iterable[int]], int] | None = None  # default rank, from the ranks of the merged updates
-
-
-METHODS: dict[str, Method] = {
-    "exact": Method("exact", "https://arxiv.org/abs/2504.20106"),
-    "svd": Method("exact", "https://doi.org/10.1007/BF02288367", rank=max),
-    "soup": Method("exact", "https://arxiv.org/abs/2306.04488", of_policies=True),
-    "tsv": Method("tsv", "https://arxiv.org/abs/2412.00081"),
-    "ties": Method("ties", "https://arxiv.org/abs/2306.01708", {"density": 0.2}, dense=True, rank=sum),
-    "dare": Method("dare", "https://arxiv.org/abs/2311.03099", {"drop": 0.9, "seed": 0}, dense=True, rank=sum),
-}
 # Ranks that a server accepts. llama.cpp accepts any, but scales each tensor by its own rank, so all must be equal.
 SERVER_RANKS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -56,9 +36,22 @@ def check_weights(method: str, weights: Mapping[str, float]) -> None:
         raise UserError(f"--method {method}: weights must sum to 1; these sum to {sum(weights.values()):g}")
 
 
+def server_rank(server: str, rank: int) -> int:
+    """Return the smallest rank that a server accepts and that is at least `rank`."""
+    if not SERVER_RANKS[server]:
+        return rank
+    accepted = [known for known in SERVER_RANKS[server] if known >= rank]
+    if not accepted:
+        raise UserError(
+            f"--fit {server}: it accepts ranks up to {max(SERVER_RANKS[server])}, but this adapter has {rank}; "
+            "choose a smaller one with --rank"
+        )
+    return accepted[0]
+
+
 @dataclass(frozen=True)
 class MergeOptions:
-    """MergeOptions vectors become one adapter: method, rank, server, dtype."""
+    """How vectors become one adapter: method, rank, server, dtype."""
 
     method: str = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)

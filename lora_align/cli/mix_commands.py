@@ -6,13 +6,15 @@ from typing import Annotated
 import typer
 
 from lora_align import store
+from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
 from lora_align.weights import parse_weights
 
 MethodOption = Annotated[
-    str, typer.Option("--method", metavar="NAME", help="The merge method: exact, svd, soup, tsv, ties or dare.")
+    str,
+    typer.Option("--method", metavar="NAME", help=f"{', '.join(METHODS.built_in)}, or a registered method."),
 ]
 MethodOptions = Annotated[
     list[str] | None,

@@ -10,9 +10,9 @@ from typing import Any
 from lora_align.adapters import same_base
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Directions, Geometry, Interference, Overlap, Spectrum
-from lora_align.adapters.merge_methods import Tally
 from lora_align.adapters.merge_options import MergeOptions
 from lora_align.adapters.peft_format import Adapter
+from lora_align.adapters.streamed_merge import Tally
 from lora_align.commands import merge
 from lora_align.console import table
 from lora_align.errors import UserError

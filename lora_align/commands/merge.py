@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from lora_align import runs, store
-from lora_align.adapters import merge_methods, peft_config, peft_format, same_base
+from lora_align.adapters import peft_config, peft_format, same_base
 from lora_align.adapters.delta import LoraDelta
-from lora_align.adapters.merge_methods import Merge, Tally
-from lora_align.adapters.merge_options import EXACT, METHODS, MergeOptions, check_weights
+from lora_align.adapters.merge_methods import METHODS
+from lora_align.adapters.merge_options import EXACT, MergeOptions, check_weights, server_rank
 from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
+from lora_align.adapters.streamed_merge import Merge, Tally
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.policy import safe_ranges, vectors
@@ -159,7 +160,7 @@ def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:
     rank = job.smallest_rank(how.keep) if how.keep else how.rank
     if not how.fit:
         return rank, 0
-    return rank, merge_methods.server_rank(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
+    return rank, server_rank(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
 
 
 def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) -> int:

@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_align.data.rows import Message, Prompt
-from lora_align.data.sources import Row
+from lora_align.data.rows import Message, Prompt, Row
 from lora_align.rankers import Winner
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -1,27 +1,21 @@
-"""One reader for each form of row, into comparisons, conversations, rated answers, prompts and facts."""
+"""Forms of rows: columns, and functions that read them as comparisons, conversations, ratings, prompts or facts."""
 
 import itertools
 import math
 import re
-from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
 
 from lora_align.data import cells
-from lora_align.data.rows import Comparison, Conversation, Fact, Message, Prompt, Rated
-from lora_align.data.sources import Row
+from lora_align.data.rows import Comparison, Conversation, Fact, Message, Prompt, Rated, Row
 from lora_align.errors import UserError
+from lora_align.plugins import Registry
 
-Shape = TypeVar("Shape", Comparison, list[Comparison], Conversation, list[Rated], Prompt, Fact)
-Forms = list[tuple[frozenset[str], Callable[[Row], Shape]]]  # columns → the function that reads such rows
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV write booleans
 MAYBE_PROMPT = ("query", "input", "context")  # columns that may hold a prompt, but are not read as one
-PROMPT_COLUMNS = (
-    "prompt",
-    "instruction",
-    "question",
-    "input",
-)  # of labelled pairs; the first present counts
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # of labelled pairs; the first present counts
 ANSWER_COLUMNS = (  # column names of two answers
     ("response_0", "response_1"), ("output_1", "output_2"), ("response1", "response2"), ("response_1", "response_2"),
     ("output1", "output2"),
@@ -31,37 +25,62 @@ LABEL = re.compile(r"(.+_)?labels?|winner|(.+_)?preference|preferred|choice|anno
 TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # of an HH-RLHF transcript
 
 
+@dataclass(frozen=True)
+class Form:
+    """A form of row: its columns, and the function that reads a row into a shape of data/rows.py.
+
+    The first form of a shape whose columns are all present reads the row; forms of other packages come first. `read`
+    returns the shape, or a list of comparisons or rated answers. Its ValueError names the column and what is wrong.
+    """
+
+    shape: Any  # Comparison, Conversation, Rated, Prompt or Fact
+    columns: Sequence[str]  # required columns with text or turns
+    read: Callable[[Row], Any]
+    numbers: Sequence[str] = ()  # further required columns
+    answers: tuple[str, str] | None = None  # columns of the two answers that label columns compare
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """Return all columns of the form."""
+        return frozenset((*self.columns, *self.numbers))
+
+
+WHAT: dict[Any, str] = {
+    Comparison: "pair of answers", Conversation: "conversation", Rated: "rated answer", Prompt: "prompt", Fact: "fact",
+}  # fmt: skip
+
+
 def comparisons(row: Row, where: str) -> list[Comparison]:
     """Read a row as comparisons: one for two answers, one for each pair of several answers."""
-    if "completions" in row:
-        answers = rated(row, where)
-        return [_between(first, second) for first, second in itertools.combinations(answers, 2)]
-    return [_first_form(_COMPARISONS, row, where, "pair of answers")]
+    return _listed(_read(Comparison, row, where))
 
 
 def conversation(row: Row, where: str) -> Conversation:
     """Read a row as a conversation that ends with an answer."""
-    return _first_form(_CONVERSATIONS, row, where, "conversation")
+    found: Conversation = _read(Conversation, row, where)
+    return found
 
 
 def rated(row: Row, where: str) -> list[Rated]:
     """Read the rated answers of a row."""
-    return _first_form(_RATED, row, where, "rated answer")
+    return _listed(_read(Rated, row, where))
 
 
 def prompt(row: Row, where: str) -> Prompt:
     """Read the prompt of a row: its turns without the answer at the end."""
-    return _first_form(_PROMPTS, row, where, "prompt")
+    found: Prompt = _read(Prompt, row, where)
+    return found
 
 
 def fact(row: Row, where: str) -> Fact:
     """Read a row as a fact."""
-    return _first_form(_FACTS, row, where, "fact")
+    found: Fact = _read(Fact, row, where)
+    return found
 
 
 def answers(row: Row, where: str) -> list[Rated]:
     """Read every answer of a row with its prompt; `ratings` is empty for an unrated answer."""
-    if any(columns <= row.keys() for columns, _ in _RATED):
+    if _form(Rated, row):
         return rated(row, where)
     *turns, last = conversation(row, where).messages
     return [Rated(tuple(turns), last.content, {})]
@@ -69,8 +88,15 @@ def answers(row: Row, where: str) -> list[Rated]:
 
 def label_columns(row: Row) -> tuple[tuple[str, str], list[str]] | None:
     """Return the columns of the two answers and the label columns; None if the form has no labels."""
-    read = next((read for columns, read in _COMPARISONS if columns <= row.keys()), None)
-    return (read.keywords["names"], _labels(row)) if isinstance(read, partial) and "names" in read.keywords else None
+    form = _form(Comparison, row)
+    return (form.answers, _labels(row)) if form and form.answers else None
+
+
+@cache
+def text_columns() -> tuple[str, ...]:
+    """Return the columns with text or turns of all forms but those of facts."""
+    columns = (column for form in _all_forms() if form.shape is not Fact for column in form.columns)
+    return tuple(dict.fromkeys(columns))
 
 
 def _labels(row: Row) -> list[str]:
@@ -82,21 +108,40 @@ def numbered_from(names: tuple[str, str]) -> int | None:
     return {("0", "1"): 0, ("1", "2"): 1}.get((names[0][-1:], names[1][-1:]))
 
 
-def _first_form(forms: Forms[Shape], row: Row, where: str, what: str) -> Shape:
-    """Read a row with the first form whose columns are all present; errors name the place of the row."""
-    for columns, read in forms:
-        if columns <= row.keys():
-            try:
-                return read(row)
-            except ValueError as fault:
-                raise UserError(f"{where}: {fault}") from fault
-            except RecursionError as fault:
-                raise UserError(f"{where}: nested too deeply to be read") from fault
-    missing = min((sorted(columns - row.keys()) for columns, _ in forms), key=len)  # columns of the nearest form
-    raise UserError(
-        f"{where}: no {what} in columns {', '.join(map(str, row))} (the nearest form also needs "
-        f"{' and '.join(missing)}); name your columns in `columns`, or skip such rows with skip_bad = true"
-    )
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _all_forms() -> list[Form]:
+    """Return all forms in the order in which they are tried."""
+    return [*FORMS.registered(), *FORMS.built_in.values()]
+
+
+@cache
+def _forms(shape: Any) -> list[Form]:
+    return [form for form in _all_forms() if form.shape == shape]
+
+
+def _form(shape: Any, row: Row) -> Form | None:
+    return next((form for form in _forms(shape) if form.required <= row.keys()), None)
+
+
+def _read(shape: Any, row: Row, where: str) -> Any:
+    """Read a row into a shape; errors name the place of the row."""
+    form = _form(shape, row)
+    if form is None:
+        needed = (form.required - row.keys() for form in _forms(shape))
+        missing = min(map(sorted, needed), key=len)  # columns of the nearest form
+        raise UserError(
+            f"{where}: no {WHAT[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "
+            f"{' and '.join(missing)}); name your columns in `columns`, or skip such rows with skip_bad = true"
+        )
+    try:
+        return form.read(row)
+    except ValueError as fault:
+        raise UserError(f"{where}: {fault}") from fault
+    except RecursionError as fault:
+        raise UserError(f"{where}: nested too deeply to be read") from fault
 
 
 # --- forms of comparison ---
@@ -232,25 +277,10 @@ def _better_and_worse(row: Row, prompt_column: str, column: str) -> Comparison:
     return Comparison(cells.prompt_with_context(row, prompt_column), (better, worse), {"label": 0})
 
 
-def _labelled(*answers: tuple[str, str]) -> Forms[Comparison]:
-    return [
-        (frozenset({prompt_column, *names}), partial(_two_answers, prompt_column=prompt_column, names=names))
-        for prompt_column in PROMPT_COLUMNS
-        for names in answers
-    ]
+def _each_with_each(row: Row) -> list[Comparison]:
+    """Compare each answer of UltraFeedback's form with each other."""
+    return [_between(first, second) for first, second in itertools.combinations(_ultrafeedback(row), 2)]
 
-
-_COMPARISONS: Forms[Comparison] = [
-    *_labelled(ANSWER_COLUMNS[0]),
-    (frozenset({"prompt", "response_1", "response_2", "preference_strength"}), _helpsteer2_pair),
-    (frozenset({"context", "response1", "response2", "overall_preference"}), _helpsteer3),
-    (frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
-    (frozenset({"instruction", "chosen", "rejected"}), _alpaca_pair),
-    (frozenset({"chosen", "rejected"}), _chosen_rejected),
-    *_labelled(*ANSWER_COLUMNS[1:]),
-    (frozenset({"prompt", "response"}), partial(_better_and_worse, prompt_column="prompt", column="response")),
-    (frozenset({"instruction", "output"}), partial(_better_and_worse, prompt_column="instruction", column="output")),
-]
 
 # --- forms of conversation ---
 
@@ -280,13 +310,6 @@ def _prompt_completion(row: Row) -> Conversation:
     )
     return Conversation(cells.ending_in_answer(cells.prompt_with_context(row) + turns, "completion"))
 
-
-_CONVERSATIONS: Forms[Conversation] = [
-    (frozenset({"messages"}), _chat_messages),
-    (frozenset({"conversations"}), _sharegpt),
-    (frozenset({"instruction", "output"}), _alpaca),
-    (frozenset({"prompt", "completion"}), _prompt_completion),
-]
 
 # --- forms of rated answers ---
 
@@ -325,12 +348,6 @@ def _rated_pair(row: Row) -> list[Rated]:
     ]
 
 
-_RATED: Forms[list[Rated]] = [
-    (frozenset({"prompt", "response"}), _helpsteer),
-    (frozenset({"instruction", "completions"}), _ultrafeedback),
-    (frozenset({"prompt", "response_0", "response_1"}), _rated_pair),
-]
-
 # --- forms of prompts ---
 
 
@@ -350,14 +367,6 @@ def _sharegpt_prompt(row: Row) -> Prompt:
     return cells.without_answer(_turns(row, "conversations"))
 
 
-_PROMPTS: Forms[Prompt] = [
-    (frozenset({"prompt"}), _prompt),
-    (frozenset({"messages"}), _chat_prompt),
-    (frozenset({"conversations"}), _sharegpt_prompt),
-    (frozenset({"instruction"}), _alpaca_prompt),
-]
-
-
 # --- forms of fact ---
 
 
@@ -370,4 +379,43 @@ def _right_and_wrong(row: Row) -> Fact:
     return found
 
 
-_FACTS: Forms[Fact] = [(frozenset({"prompt", "right", "wrong"}), _right_and_wrong)]
+# --- all forms ---
+
+
+def _labelled(*answers: tuple[str, str]) -> list[Form]:
+    return [
+        Form(Comparison, (asked, *names), partial(_two_answers, prompt_column=asked, names=names), answers=names)
+        for asked in PROMPT_COLUMNS
+        for names in answers
+    ]
+
+
+_BUILT_IN = [  # in the order in which they are tried
+    Form(Comparison, ("instruction", "completions"), _each_with_each),
+    *_labelled(ANSWER_COLUMNS[0]),
+    Form(Comparison, ("prompt", "response_1", "response_2"), _helpsteer2_pair, numbers=("preference_strength",)),
+    Form(Comparison, ("context", "response1", "response2"), _helpsteer3, numbers=("overall_preference",)),
+    Form(Comparison, ("conversations", "chosen", "rejected"), _sharegpt_pair),
+    Form(Comparison, ("instruction", "chosen", "rejected"), _alpaca_pair),
+    Form(Comparison, ("chosen", "rejected"), _chosen_rejected),
+    *_labelled(*ANSWER_COLUMNS[1:]),
+    Form(Comparison, ("prompt", "response"), partial(_better_and_worse, prompt_column="prompt", column="response")),
+    Form(
+        Comparison,
+        ("instruction", "output"),
+        partial(_better_and_worse, prompt_column="instruction", column="output"),
+    ),
+    Form(Conversation, ("messages",), _chat_messages),
+    Form(Conversation, ("conversations",), _sharegpt),
+    Form(Conversation, ("instruction", "output"), _alpaca),
+    Form(Conversation, ("prompt", "completion"), _prompt_completion),
+    Form(Rated, ("prompt", "response"), _helpsteer),
+    Form(Rated, ("instruction", "completions"), _ultrafeedback),
+    Form(Rated, ("prompt", "response_0", "response_1"), _rated_pair),
+    Form(Prompt, ("prompt",), _prompt),
+    Form(Prompt, ("messages",), _chat_prompt),
+    Form(Prompt, ("conversations",), _sharegpt_prompt),
+    Form(Prompt, ("instruction",), _alpaca_prompt),
+    Form(Fact, ("prompt", "right", "wrong"), _right_and_wrong),
+]
+FORMS = Registry("forms", Form, {f"{WHAT[form.shape]}: {', '.join(sorted(form.required))}": form for form in _BUILT_IN})

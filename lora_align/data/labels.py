@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lora_align.data import cells, forms, sources
-from lora_align.data.sources import Row
+from lora_align.data.rows import Row
 from lora_align.errors import UserError
 from lora_align.rankers import Winner
 from lora_align.recipe import Preference

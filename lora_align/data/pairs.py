@@ -13,7 +13,6 @@ from lora_align.data import forms, sources
 from lora_align.data.labels import labels_of
 from lora_align.data.rows import Comparison, Conversation, Pair, Prompt
 from lora_align.errors import UserError
-from lora_align.rankers import Ranker
 from lora_align.recipe import Preference, Sft
 
 MIN_HELD_OUT = 20  # fewest held-out pairs for a meaningful accuracy
@@ -65,9 +64,11 @@ def read_pairs(preference: Preference, held_out: float, limit: int | None, dropp
 def rank_comparison(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
     """Return the comparison with its pair under a preference, or with the reason why there is none."""
     ranker = preference.ranker
-    if missing := _missing(comparison, ranker):
+    try:
+        pair = comparison.ranked(ranker, preference.margin)
+    except ValueError as fault:
         if not preference.skip_bad:
-            raise UserError(f"{where}: {missing}")
+            raise UserError(f"{where}: {fault}") from fault
         return comparison, sources.INVALID
     if ranker.kind == "label":  # `labels_of` did not see this row's columns if it is of another form than the others
         names = [ranker.column] if ranker.column else list(comparison.labels)
@@ -75,7 +76,6 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
             raise UserError(f'{where}: several label columns ({", ".join(names)}); set rank = "label:COLUMN"')
         if isinstance(value := comparison.labels[names[0]], str):
             raise UserError(f"{where}: unknown label {names[0]} = {value}; set in `labels` which answer it prefers")
-    pair = comparison.ranked(ranker, preference.margin)
     return comparison, pair if isinstance(pair, str) else _usable(pair)
 
 
@@ -132,20 +132,6 @@ def _hash(prompt: Prompt) -> float:
 def reasons(dropped: Counter[str]) -> str:
     """Return the reasons with their counts, such as `3 tie, 1 empty answer`."""
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
-
-
-def _missing(comparison: Comparison, ranker: Ranker) -> str:
-    """Say which label or rating the ranker needs and the comparison lacks; "" if none."""
-    names = {"label": comparison.labels, "rating": comparison.ratings}.get(ranker.kind)
-    if names is None or ranker.column in names or (names and not ranker.column):
-        return ""
-    which = f"no {ranker.kind} {ranker.column!r}" if ranker.column else f"no {ranker.kind} column"
-    known = f"{which} in this row (it has: {', '.join(names) or 'none'})"
-    if ranker.kind == "label" and ranker.column:
-        known += (
-            f"; if the rows have a column {ranker.column!r}, name it with columns = {{ label = {ranker.column!r} }}"
-        )
-    return known
 
 
 def _usable(pair: Pair) -> Pair | str:

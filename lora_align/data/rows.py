@@ -9,6 +9,8 @@ from typing import Any
 
 from lora_align.rankers import Ranker
 
+Row = Mapping[str, Any]  # as a file or the hub has it
+
 
 @dataclass(frozen=True)
 class Message:
@@ -71,21 +73,14 @@ class Comparison:
 
     def ranked(self, ranker: Ranker, margin: float = 0.0) -> Pair | str:
         """Return the pair as `ranker` orders it, or the reason why there is none: a tie, too close, or no rating."""
-        if ranker.kind == "label":
-            winner = self.labels[ranker.column or next(iter(self.labels))]
-            return self._won_by(winner) if isinstance(winner, int) else "tie"
-        rated = ranker.kind == "rating"
-        first, second = self.ratings[ranker.column] if rated else map(len, self.answers)
+        first, second = ranker.values(self)
         if math.isnan(first) or math.isnan(second):
             return "no rating"
         if first == second:
             return "tie"
         if abs(first - second) < margin:
             return "too close"
-        lowest_wins = ranker.lower or ranker.kind == "shorter"
-        return self._won_by(int((second > first) != lowest_wins))
-
-    def _won_by(self, winner: int) -> Pair:
+        winner = int((second > first) != ranker.lower)
         return Pair(self.prompt, self.answers[winner], self.answers[1 - winner])
 
 

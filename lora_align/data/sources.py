@@ -6,29 +6,28 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lora_align import plugins, store
+from lora_align import store
 from lora_align.console import count
+from lora_align.data import forms
+from lora_align.data.rows import Row as Row
 from lora_align.data.rows import texts
 from lora_align.errors import NotFetchedError, UserError, first_line, nearest
+from lora_align.plugins import Registry
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | UserError]]  # (place, row or the fault that makes it unreadable)
 Found = TypeVar("Found")
+SOURCES: Registry[Callable[[str], Rows]] = Registry("sources")
 INVALID = "invalid row"  # a reason to drop a row
 UNREAD = "column not read: "  # prefix of counts that are not reasons to drop a row; `unread_in` removes them
-# every column with text or turns that some form reads, and further ones that chat trainers know
-KNOWN = (
-    "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "messages",
-    "conversations", "response", "completion", "completions", "output", "chosen", "rejected", "response_0",
-    "response_1", "response_2", "response1", "response2", "output1", "output2", "output_1", "output_2", "tools",
-    "images", "videos", "audios",
+OPTIONAL = (  # columns that chat trainers know and no form requires; a form reads some of them if they are there
+    "system", "system_prompt", "history", "query", "tools", "images", "videos", "audios",
 )  # fmt: skip
 ASKED = {  # columns that may be part of what is asked
     "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "tools",
@@ -80,7 +79,9 @@ class TrackedRow(dict[str, Any]):
 
     def unread(self, shape: Any) -> list[str]:
         """Return the known columns that were not read and whose text is not in the resulting shape either."""
-        filled = [(name, value) for name in KNOWN if name not in self.seen and (value := dict.get(self, name))]
+        filled = [
+            (name, value) for name in _known_columns() if name not in self.seen and (value := dict.get(self, name))
+        ]
         present = texts(shape) if filled else set()
         return [name for name, value in filled if not present.issuperset(_cell_texts(value))]
 
@@ -142,6 +143,12 @@ def unread_warnings(columns: Mapping[str, int]) -> list[str]:
         "`columns` gives it the name of what it is"
         for name, rows in columns.items()
     ]
+
+
+@cache
+def _known_columns() -> tuple[str, ...]:
+    """Return every column with text or turns that some form reads, and further ones that chat trainers know."""
+    return (*OPTIONAL, *forms.text_columns())
 
 
 def _cell_texts(value: Any) -> list[Any]:
@@ -206,7 +213,7 @@ def fingerprint(source: Source) -> str:
 def _registered(data: str) -> Callable[[str], Rows] | None:
     """Return the registered source that a name such as `demo:pairs` begins with, if any."""
     prefix, colon, _ = data.partition(":")
-    return plugins.load("sources").get(prefix) if colon else None
+    return SOURCES.get(prefix) if colon else None
 
 
 def _file(data: str) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_align.metrics.intervals import Estimate
-from lora_align.rankers import SCORE, Ranker
+from lora_align.rankers import Ranker
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, l
     """
     preference = goal.partition("@")[0]
     choices = [Score(end, lower) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
-    if ranker and ranker.kind == "rating":
-        choices.append(Score(f": {ranker.column.removeprefix(SCORE)}", ranker.lower))
-    if ranker and ranker.kind in ("shorter", "longer"):
-        choices.append(Score("words", ranker.kind == "shorter"))
+    if ranker and ranker.figure:
+        choices.append(Score(ranker.figure, ranker.lower))
     choices.append(Score(f"margin {preference}"))
-    return next((Score(name, choice.lower) for choice in choices for name in names if name.endswith(choice.name)), None)
+    return next((Score(name, one.lower) for one in choices for name in names if name.endswith(one.name)), None)

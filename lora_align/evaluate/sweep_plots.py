@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
@@ -13,17 +13,17 @@ from matplotlib.transforms import Bbox
 from lora_align.evaluate.goals import Score
 from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics import pareto, plots
-from lora_align.metrics.plots import BROKEN, INK, PALE
+from lora_align.metrics.plots import BOLD, BROKEN, INK, LINE, THIN
 
-OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # of scores beside the own one
-TICKS = 9  # weights that are written below an axis
+OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # colours of scores beside the own one
+TICKS = 9  # most weights that are written below an axis
 COSTS = ("text loss", "facts known", "KL")
 
 
 def draw(
     folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[SweepPolicy]
 ) -> None:
-    """Each picture for which there is something to show."""
+    """Draw each picture for which there is something to show."""
     grid = [point for point in points if point.weights is not None] if values else []
     if len(values) == 2 and scores:
         _map(folder / "map.png", values, scores, grid)
@@ -36,19 +36,21 @@ def draw(
     }
     for name, picture in pictures.items():
         if picture:
-            picture.savefig(folder / f"{name}.png", dpi=150)
+            plots.save(picture, folder / f"{name}.png")
 
 
 def curves(
     values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPolicy]
 ) -> Figure | None:
-    """A panel an axis: its own score, with its interval, and the other axes' scores; all other weights 0, or as near
-    to it as the sweep came."""
+    """Return a panel for each axis: its own score and the scores of other axes, with intervals, over its weight.
+
+    All other weights are 0, or the nearest to 0 that the sweep has.
+    """
     axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
     if not axes:
         return None
-    picture = Figure(figsize=(3.4 * len(axes) + 0.4, 3.2), layout="constrained")
-    for panel, axis in zip(picture.subplots(1, len(axes), squeeze=False).flat, axes, strict=True):
+    picture, panels = plots.grid(len(axes), (3.4, 3.2), len(axes))
+    for panel, axis in zip(panels, axes, strict=True):
         rest = {name: min(values[name], key=abs) for name in values if name != axis}
         line = sorted(
             ((point.weights[axis], point) for point in grid if point.weights and rest.items() <= point.weights.items()),
@@ -57,28 +59,25 @@ def curves(
         for colour, (other, score) in zip((INK, *OTHERS), _first(axis, scores).items(), strict=False):
             known = [(place, point.figures[score.name]) for place, point in line if score.name in point.figures]
             places, found = [place for place, _ in known], [figure for _, figure in known]
-            heights = [figure.value for figure in found]
-            panel.plot(places, heights, color=colour, linewidth=2.2 if other == axis else 1.2, label=score.name)
-            panel.fill_between(
-                places, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.12, linewidth=0
-            )
+            plots.plot(panel, places, found, colour, width=BOLD if other == axis else THIN, label=score.name)
         held = [f"{name}={weight:g}" for name, weight in rest.items() if weight]
         panel.set_xlabel(f"weight of {axis}" + (f", at {', '.join(held)}" if held else ""))
         if len(line) <= TICKS:
             panel.set_xticks([place for place, _ in line], [f"{place:g}" for place, _ in line])
         panel.legend(frameon=False, fontsize=7.5)
-        _plain(panel)
+        plots.plain(panel)
     return picture
 
 
 def front(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
-    """Every point by the first two scores, those that no other beats joined, others than the grid's by name; better is
-    up and to the right."""
+    """Return every point by the first two scores; better is up and to the right.
+
+    A line joins the points that no other beats. Points outside the grid have their names beside them.
+    """
     if len(scores) < 2:
         return None
     first, second, *_ = scores.values()
-    picture = Figure(figsize=(5.2, 4.4), layout="constrained")
-    panel = picture.subplots()
+    picture, [panel] = plots.grid(1, (5.2, 4.4), margin=(0.0, 0.0))
     known = [point for point in points if first.name in point.figures and second.name in point.figures]
     places = [(point.figures[first.name].value, point.figures[second.name].value) for point in known]
     worths = [(first.signed_value(point.figures), second.signed_value(point.figures)) for point in known]
@@ -87,31 +86,28 @@ def front(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure 
     for point, (x, y) in zip(known, places, strict=True):
         inside = point.weights is not None
         across, up = point.figures[first.name], point.figures[second.name]
-        panel.errorbar(
-            x, y, xerr=[[x - across.low], [across.high - x]], yerr=[[y - up.low], [up.high - y]],
-            color=INK if inside else BROKEN, ecolor=PALE, elinewidth=1, marker="o" if inside else "D", markersize=4.5,
-        )  # fmt: skip
+        plots.plot(panel, [across], [up], _colour(point), marker="o" if inside else "D", size=4.5)
         if not inside or (x, y) in best:
             name = ", ".join(f"{w:g}" for w in point.weights.values()) if point.weights is not None else point.name
             names.append(
                 panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
             )
-    panel.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle="--", zorder=1)
+    plots.plot(panel, [x for x, _ in best], [y for _, y in best], width=THIN, dashed=True)
     axes = next((list(point.weights) for point in known if point.weights is not None), [])
     panel.set(xlabel=str(first), ylabel=str(second))
     for score, inverted in ((first, panel.invert_xaxis), (second, panel.invert_yaxis)):
         if score.lower:
             inverted()
+    plots.plain(panel)
     if axes:
         panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
-    _plain(panel)
-    picture.draw_without_rendering()  # names have their places from here on
+    picture.draw_without_rendering()  # gives the names their places
     _without_overlap(names)
     return picture
 
 
 def _without_overlap(names: Sequence[Annotation]) -> None:
-    """A name that would lie on one before it is left out: the page's table has them all."""
+    """Hide each name that would cover an earlier one; the table of the page has all of them."""
     shown: list[Bbox] = []
     for name in names:
         box = name.get_window_extent()
@@ -121,65 +117,57 @@ def _without_overlap(names: Sequence[Annotation]) -> None:
 
 
 def lengths(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
-    """How often a point beats the start policy, against how much longer its answers are."""
+    """Return how often each point beats the start policy, over how much longer its answers are."""
     judged = [score for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
         return None
     before = points[0].figures["words"].value
-    picture = Figure(figsize=(3.6 * len(judged) + 0.4, 3.4), layout="constrained")
-    for panel, score in zip(picture.subplots(1, len(judged), squeeze=False).flat, judged, strict=True):
+    picture, panels = plots.grid(len(judged), (3.6, 3.4), len(judged))
+    for panel, score in zip(panels, judged, strict=True):
         for point in points[1:]:
             if score.name in point.wins:
-                x, won = point.figures["words"].value / before, point.wins[score.name]
-                colour = INK if point.weights is not None else BROKEN
-                panel.plot([x, x], [won.low, won.high], color=PALE, linewidth=1, zorder=1)
-                panel.plot(x, won.value, marker="o", color=colour, markersize=4)
-        panel.axhline(0.5, color="#bbbbbb", linewidth=1)
-        panel.axvline(1.0, color="#bbbbbb", linewidth=1)
+                longer = point.figures["words"].value / before
+                plots.plot(panel, [longer], [point.wins[score.name]], _colour(point), marker="o")
+        panel.axhline(0.5, color=LINE, linewidth=1, zorder=0)
+        panel.axvline(1.0, color=LINE, linewidth=1, zorder=0)
         panel.set(xlabel="words, of the start policy's", ylabel=f"wins by {score}", ylim=(-0.02, 1.02))
-        _plain(panel)
+        plots.plain(panel)
     return picture
 
 
 def asked(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
-    """What a policy of two objectives makes of a direction: a panel a score, over the angle that was asked for."""
+    """Return a panel for each score over the angle of the direction that a policy of two objectives was given."""
     wanted = [(point, point.want.weights) for point in points if point.want and len(point.want.weights) == 2]
     known = [score.name for score in scores.values() if all(score.name in point.figures for point, _ in wanted)]
     if not wanted or not known:
         return None
     angles = [math.degrees(math.atan2(second, first)) for first, second in (of.values() for _, of in wanted)]
     first = next(iter(wanted[0][1]))
-    picture = Figure(figsize=(3.2 * len(known) + 0.4, 3.0), layout="constrained")
-    for panel, name in zip(picture.subplots(1, len(known), squeeze=False).flat, known, strict=True):
-        found = [point.figures[name] for point, _ in wanted]
-        panel.plot(angles, [figure.value for figure in found], "o-", color=INK, markersize=4)
-        panel.fill_between(angles, [f.low for f in found], [f.high for f in found], color=INK, alpha=0.12, linewidth=0)
+    picture, panels = plots.grid(len(known), (3.2, 3.0), len(known))
+    for panel, name in zip(panels, known, strict=True):
+        plots.plot(panel, angles, [point.figures[name] for point, _ in wanted], width=1.5, marker="o")
         panel.set(xlabel=f"degrees from {first}", ylabel=name)
-        _plain(panel)
+        plots.plain(panel)
     return picture
 
 
 def costs(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
-    """What scores are paid with: loss of ordinary text, facts no longer known, distance from the start policy."""
+    """Return the scores over their costs: text loss, facts known, and KL from the start policy (a star)."""
     shown = [name for name in COSTS if any(name in point.figures for point in points)]
     if not shown or not scores:
         return None
-    picture = Figure(figsize=(3.2 * len(shown) + 0.4, 3.0 * len(scores)), layout="constrained")
-    panels = picture.subplots(len(scores), len(shown), squeeze=False, sharex="col", sharey="row")
-    for row, score in zip(panels, scores.values(), strict=True):
-        for panel, cost in zip(row, shown, strict=True):
-            for number, point in enumerate(points):
-                if cost in point.figures and score.name in point.figures:
-                    x, y = point.figures[cost], point.figures[score.name]
-                    panel.errorbar(
-                        x.value, y.value, xerr=[[x.value - x.low], [x.high - x.value]],
-                        yerr=[[y.value - y.low], [y.high - y.value]], ecolor=PALE, elinewidth=1,
-                        color=INK if point.weights is not None else BROKEN, marker="o" if number else "*",
-                        markersize=4.5 if number else 11,
-                    )  # fmt: skip
-            _plain(panel)
-        row[0].set_ylabel(str(score))
-    for panel, cost in zip(panels[-1], shown, strict=True):
+    count = len(scores) * len(shown)
+    picture, panels = plots.grid(count, (3.2, 3.0), len(shown), sharex="col", sharey="row")
+    for panel, (score, cost) in zip(panels, product(scores.values(), shown), strict=True):
+        for number, point in enumerate(points):
+            if cost in point.figures and score.name in point.figures:
+                marker, size = ("o", 4.5) if number else ("*", 11.0)
+                x, y = point.figures[cost], point.figures[score.name]
+                plots.plot(panel, [x], [y], _colour(point), marker=marker, size=size)
+        plots.plain(panel)
+    for panel, score in zip(panels[:: len(shown)], scores.values(), strict=True):
+        panel.set_ylabel(str(score))
+    for panel, cost in zip(panels[-len(shown) :], shown, strict=True):
         panel.set_xlabel(cost)
     return picture
 
@@ -187,12 +175,16 @@ def costs(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure 
 def _map(
     file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPolicy]
 ) -> None:
-    """Each score over both weights."""
+    """Draw a heat map of each score over both weights."""
     (one, ones), (other, others) = values.items()
     at = {((point.weights or {})[one], (point.weights or {})[other]): point for point in grid}
     names = [score.name for score in scores.values()]
     found = {name: [[_value(at[x, y], name) for x in ones] for y in others] for name in names}
     plots.weight_map(file, (one, other), (ones, others), found)
+
+
+def _colour(point: SweepPolicy) -> str:
+    return BROKEN if point.weights is None else INK
 
 
 def _value(point: SweepPolicy, name: str) -> float:
@@ -201,10 +193,3 @@ def _value(point: SweepPolicy, name: str) -> float:
 
 def _first(axis: str, scores: Mapping[str, Score]) -> dict[str, Score]:
     return {axis: scores[axis], **scores}
-
-
-def _plain(panel: Axes) -> None:
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(labelsize=8)
-    panel.xaxis.label.set_fontsize(9)
-    panel.yaxis.label.set_fontsize(9)

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,17 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lora_align import plugins, processes, recipe, store
+from lora_align import processes, recipe, store
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
+from lora_align.plugins import Registry
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+BASES: Registry[Callable[[], Path]] = Registry("bases")
 KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
 MOVED = "LORA_ALIGN_CACHE moves the cache"
 HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
@@ -149,9 +151,9 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
 def local_folder(model: str) -> Path | None:
     """Return the folder that a model's name means here: one on this disk, or that of a registered base."""
     path = Path(model).expanduser()
-    if path.is_dir() and model not in plugins.names("bases"):
+    if path.is_dir() and model not in BASES:
         return path
-    registered = plugins.load("bases").get(model)
+    registered = BASES.get(model)
     return registered() if registered else None
 
 

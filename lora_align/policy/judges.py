@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_align import plugins, runs
+from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.data.rows import Prompt
@@ -18,6 +18,7 @@ from lora_align.model.logprobs import TOKENS, Answered, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
+from lora_align.plugins import Registry
 from lora_align.policy import judge_runs
 from lora_align.policy import start as start_policy
 from lora_align.policy.judge_runs import PAIR
@@ -51,6 +52,9 @@ class Judge:
     score: Callable[[PreTrainedModel, Mixer, Sequence[JudgedAnswer]], list[Scores]]
 
 
+JUDGES: Registry[Callable[[Base], Mapping[str, Judge]]] = Registry("judges")
+
+
 def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
     """Return the judge that is named by `pair:helpful`, by a reward model's name, or by its folder."""
     if name.startswith(PAIR):
@@ -63,7 +67,7 @@ def find_all(names: Sequence[str], base: Base, recipe: Recipe, runs_dir: Path) -
     if not names and runs.is_run(runs_dir / "reward" / REWARD):
         names = [REWARD]
     judges = {name: find(name, base, recipe, runs_dir) for name in names}
-    for judges_of in plugins.load("judges").values():
+    for judges_of in JUDGES.values():
         judges |= judges_of(base)
     return judges
 

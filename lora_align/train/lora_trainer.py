@@ -326,25 +326,8 @@ def unwrap(model: PeftModel) -> PreTrainedModel:
 
 
 def draw_curve(history: list[dict[str, float]], title: str, file: Path) -> None:
-    """Draw the figures over the steps as a PNG, one panel each."""
-    from matplotlib.figure import Figure
+    """Draw the recorded figures of a run over its steps, one panel each."""
+    from lora_align.metrics import plots
 
-    panels = [name for name in SHOWN if name in history[0]]
-    picture = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
-    for axis, name in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        steps, values = [r["step"] for r in history], [r[name] for r in history]
-        axis.plot(steps, values, color="#b8c4d6", linewidth=1)
-        axis.plot(steps, _smoothed(values), color="#1f4e9c", linewidth=2)
-        axis.set(xlabel="step", title=name)
-        axis.spines[["top", "right"]].set_visible(False)
-    picture.suptitle(title, fontsize=11)
-    picture.savefig(file, dpi=110)
-
-
-def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Return an exponential moving average, corrected for its start."""
-    smooth, mean = [], 0.0
-    for i, value in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * value
-        smooth.append(mean / (1 - weight**i))
-    return smooth
+    curves = {name: [record[name] for record in history] for name in SHOWN if name in history[0]}
+    plots.training_curves(file, [record["step"] for record in history], curves, title)

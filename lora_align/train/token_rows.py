@@ -21,6 +21,7 @@ from filelock import FileLock
 from lora_align import processes, store
 from lora_align.console import Screen, count
 from lora_align.data import pairs, ratings, sources
+from lora_align.data.forms import FORMS
 from lora_align.data.pairs import Split
 from lora_align.data.rows import Conversation, Pair, Rated
 from lora_align.data.sources import Source
@@ -29,6 +30,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.tokenise import TRUNCATED, TokenPair, TokenRated, TokenText
+from lora_align.rankers import RANKERS
 from lora_align.recipe import Preference, Ratings, Sft
 from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
@@ -276,9 +278,10 @@ def _delete_unused(folder: Path) -> None:
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of this package's code, because another version may tokenise differently."""
+    """Return a hash of the code that reads rows. Rows cached by other code are not used."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
+    digest.update(json.dumps([FORMS.code(), RANKERS.code()]).encode())
     return digest.hexdigest()

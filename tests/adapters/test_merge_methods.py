@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lora_align.adapters import merge_methods, merge_options
 from lora_align.adapters.delta import Factors, LoraDelta
-from lora_align.adapters.merge_methods import Merge, Tally
-from lora_align.adapters.merge_options import METHODS
+from lora_align.adapters.merge_methods import METHODS
+from lora_align.adapters.streamed_merge import Merge, Tally
 from lora_align.errors import UserError
 
 OUT, INTO, MODULE = 24, 18, "model.layers.3.mlp.up_proj"
@@ -302,7 +302,7 @@ def test_options_and_weights_are_checked_per_method() -> None:
 
 
 def test_fitting_returns_a_rank_of_the_server() -> None:
-    assert merge_methods.server_rank("llama.cpp", 33) == 33
-    assert [merge_methods.server_rank("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
+    assert merge_options.server_rank("llama.cpp", 33) == 33
+    assert [merge_options.server_rank("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
     with pytest.raises(UserError, match="ranks up to 512, but this adapter has 513"):
-        merge_methods.server_rank("vllm", 513)
+        merge_options.server_rank("vllm", 513)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors, LoraDelta
-from lora_align.adapters.merge_methods import Merge, Tally
 from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
+from lora_align.adapters.streamed_merge import Merge, Tally
 from lora_align.errors import UserError
 from support import peft_adapter
 

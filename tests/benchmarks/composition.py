@@ -24,7 +24,7 @@ from report import once, save
 
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.geometry import Directions
-from lora_align.adapters.merge_methods import Merge, Tally
+from lora_align.adapters.streamed_merge import Merge, Tally
 from lora_align.demo.oracle import AXES
 from lora_align.policy import vectors
 

@@ -13,8 +13,9 @@ from composition import ORDER, SIZES, WAYS
 from composition import told as kept
 from evidence import USERS
 from evidence_item import FOLDER, OTHERWISE, Item, each, found, short, span, verdict, yes
-from matplotlib.figure import Figure
 from report import RESULTS
+
+from lora_align.metrics import plots
 
 MIDDLE = USERS["in between"]
 
@@ -127,18 +128,17 @@ def _within(of: Mapping[str, Any]) -> str:
 
 
 def _wins(file: Path, wins: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    picture = Figure(figsize=(5.4, 3.8), layout="constrained")
-    panel = picture.subplots()
+    picture, [panel] = plots.grid(1, (5.4, 3.8), margin=(0.0, 0.0))
     for name, of in wins.items():
         rates, low, high, lengths = zip(*of, strict=True)
         colour, mark = evidence.fronts.STYLES[name]
         panel.vlines(lengths, low, high, color=colour, alpha=0.3, linewidth=1)
         panel.plot(lengths, rates, mark, color=colour, markersize=4.5, linewidth=1.2, label=name)
-    panel.axhline(0.5, color="#bbbbbb", linewidth=1, zorder=0)
+    panel.axhline(0.5, color=plots.LINE, linewidth=1, zorder=0)
     panel.set(xlabel="verbosity", ylabel="wins against SFT, by helpfulness")
-    panel.spines[["top", "right"]].set_visible(False)
+    plots.plain(panel)
     panel.legend(frameon=False, fontsize=7.5)
-    picture.savefig(file, dpi=150)
+    plots.save(picture, file)
 
 
 def open_questions(work: Path) -> Item:

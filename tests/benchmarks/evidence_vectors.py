@@ -11,7 +11,6 @@ import evidence
 from control import SEEDS, agreement, spearman
 from evidence import CORRELATED, CORRELATIONS, FAR, NOISES, PAIR, REACHED, STEPS
 from evidence_item import FOLDER, Found, Item, each, figure, found, moved, rises, seconds, short, span, verdict, yes
-from matplotlib.figure import Figure
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
@@ -247,16 +246,17 @@ def _difference(folder: Path) -> LoraDelta:
 
 
 def _noise(file: Path, noisy: Mapping[float, list[float]], rewarded: Mapping[float, list[float]]) -> None:
-    picture = Figure(figsize=(4.6, 3.2), layout="constrained")
-    panel = picture.subplots()
+    picture, [panel] = plots.grid(1, (4.6, 3.2), margin=(0.0, 0.0))
     for label, colour, of in (("DPO", plots.INK, noisy), ("RLOO, reward model", plots.BROKEN, rewarded)):
-        panel.plot(list(of), [mean(values) for values in of.values()], "o-", color=colour, label=label)
+        plots.plot(
+            panel, list(of), [mean(values) for values in of.values()], colour, width=1.5, marker="o", label=label
+        )
         for place, values in of.items():
             panel.plot([place] * len(values), values, "_", color=colour, alpha=0.6)
     panel.set(xlabel="share of labels exchanged", ylabel="cosine of helpful over data seeds", ylim=(-0.05, 1.05))
-    panel.spines[["top", "right"]].set_visible(False)
+    plots.plain(panel)
     panel.legend(frameon=False)
-    picture.savefig(file, dpi=150)
+    plots.save(picture, file)
 
 
 def knowledge(work: Path) -> Item:

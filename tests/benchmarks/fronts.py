@@ -21,7 +21,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from report import RESULTS, once, save
 
@@ -30,7 +29,7 @@ from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.demo import measurement, oracle, world
-from lora_align.metrics import intervals, rank
+from lora_align.metrics import intervals, plots, rank
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
 from lora_align.policy import judges, vectors
@@ -392,8 +391,8 @@ def infeasible(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, 
 
 def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Mapping[str, Any], file: Path) -> None:
     """Fronts, what an angle does, and reward model against oracle."""
-    picture = Figure(figsize=(11, 3.8), layout="constrained")
-    fronts_of, angles_of, rewards_of = picture.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    picture, panels = plots.grid(3, (11 / 3, 3.8), margin=(0.0, 0.0), width_ratios=(1.4, 1, 1))
+    fronts_of, angles_of, rewards_of = panels
     mean = {label: np.mean([points(seed[label]) for seed in found], 0) for label in found[0]}
     lines = {**mean, "SteerLM": mean["SteerLM"][:TARGETS]}
     for label, (colour, mark) in STYLES.items():
@@ -419,9 +418,9 @@ def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Ma
             rewards_of.annotate(label, (x, y), fontsize=7, xytext=(3, -8), textcoords="offset points")
     rewards_of.set_xlabel("value by the reward model, points")
     rewards_of.set_ylabel("value by the oracle, points")
-    for panel in (fronts_of, angles_of, rewards_of):
-        panel.spines[["top", "right"]].set_visible(False)
-    picture.savefig(file, dpi=150)
+    for panel in panels:
+        plots.plain(panel)
+    plots.save(picture, file)
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from report import once, save
 
 from lora_align import recipe
 from lora_align.adapters.delta import LoraDelta
-from lora_align.adapters.merge_methods import Merge, Tally
-from lora_align.adapters.merge_options import METHODS
+from lora_align.adapters.merge_methods import METHODS
+from lora_align.adapters.streamed_merge import Merge, Tally
 from lora_align.demo import measurement
 from lora_align.model import base as bases
 from lora_align.model.mixer import Mixer

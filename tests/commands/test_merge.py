@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import total
-from lora_align.adapters.merge_options import DTYPES, METHODS, MergeOptions
+from lora_align.adapters.merge_methods import METHODS
+from lora_align.adapters.merge_options import DTYPES, MergeOptions
 from lora_align.commands.merge import default_name
 from support import Cli, call, fill, peft_adapter, small_disk
 

@@ -111,7 +111,9 @@ def test_session_warns_when_a_weight_goes_beyond_the_safe_one(reached: dict[str,
     policy = weighted({"helpful": 0.1}, project, runs_dir)
     session = sessions.open_session(bases.find(project.base), runs_dir, project, policy, Sampling(), quiet)
     assert session.set_weights({"helpful": 0.2}) == []
-    assert ["harmless=9 is beyond the safe weight" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [True]
+    assert ["harmless=9 is beyond the safe weight" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [
+        True
+    ]
     assert session.set_weights({"harmless": 0.1}) == []
     assert ["harmless=9 is" in doubt for doubt in session.set_weights({"harmless": 9.0})] == [True]
 
