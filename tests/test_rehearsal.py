@@ -77,13 +77,13 @@ def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
     assert [stage.name for stage in stages if stage] == [
         *(["sft"] if project.sft else []), "dpo", *(["reward", "rsf"] if project.rsf else []), "tune"
     ]  # fmt: skip
-    assert all(len(stage.rows) > 0 for stage in stages if stage)
-    exam = read_test_set(project, Screen())
-    assert not exam.lacks
-    assert {question.kind for question in exam.questions} == {SAFE, RISKY}
+    assert all(len(stage.job.rows) > 0 for stage in stages if stage)
+    test_set = read_test_set(project, Screen())
+    assert not test_set.gaps
+    assert {question.kind for question in test_set.questions} == {SAFE, RISKY}
     assert list(exam.pairs) == list(project.preferences)
     assert all(exam.pairs.values())
-    assert all(text.strip() for text in exam.texts)
+    assert all(text.strip() for text in test_set.texts)
     passed_over = "eval.prompts: 1" in capsys.readouterr().err
     assert passed_over == name.startswith("paper-dpa")
 

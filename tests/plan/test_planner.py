@@ -76,7 +76,7 @@ def test_planned_activations_match_a_measured_step(checkpointing: bool, project:
     assert stage is not None
     planned = estimate.estimate_stage(project, base, stage, device_of(project))
     assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
-    taken = time_step(base, stage, [stage.rows[i] for i in planned.part]).taken
+    taken = time_step(base, stage, [stage.job.rows[i] for i in planned.part]).taken
     assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
 
 
@@ -143,11 +143,11 @@ def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe) -> 
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    rows = list(stage.rows)[:4]
+    rows = list(stage.job.rows)[:4]
 
     def step(model: torch.nn.Module) -> torch.Tensor:
-        objective = stage.objective(model)
-        return objective.part(rows, objective.weights(rows)).loss
+        loss = stage.loss(model)
+        return loss.part(rows, loss.weights(rows)).loss
 
     config = AutoConfig.from_pretrained(base.folder)
     config.num_hidden_layers = 8
@@ -204,7 +204,7 @@ def test_advice_shards_a_base_that_fits_no_single_card(project: recipe.Recipe) -
     assert stage is not None
     *_, (_, leanest, lora) = advice._changes(stage)
     card = Device("small", 1e12, 1e12, torch.float32, 0.0)
-    least = estimate.estimate_stage(short, base, replace(stage, settings=leanest, lora=lora), card)
+    least = estimate.estimate_stage(short, base, stage.with_settings(lora, **vars(leanest)), card)
     found = estimate.estimate_stage(short, base, stage, replace(card, memory=least.total - 50_000))
     assert advice.what_fits(short, base, found).startswith(
         "it fits on 4 cards that shard the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
@@ -386,7 +386,7 @@ def test_tune_is_planned_with_dpo_settings_and_no_optimiser(project: recipe.Reci
     base = bases.find(two.base)
     stage = stage_of(two, "tune", base, QUIET)
     assert stage is not None
-    short = replace(stage, settings=replace(stage.settings, max_length=512))
+    short = stage.with_settings(max_length=512)
     assert [options for options, *_ in advice._changes(short)] == [
         " --set dpo.tokens_per_batch=1024",
         " --set dpo.tokens_per_batch=512",

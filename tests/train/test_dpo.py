@@ -241,7 +241,7 @@ def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.Ca
     wild = demo("dpo.learning_rate=1e3", "dpo.max_grad_norm=1e6", "dpo.limit=128", "lora.alpha=64")
     (run,) = dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert "pos: diverged: " in capsys.readouterr().err
-    assert start_commands._worth(run) == "diverged"
+    assert start_commands._figure(run) == "diverged"
 
 
 def test_few_held_out_pairs_give_a_note_and_no_accuracy(
@@ -252,7 +252,7 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert 0 < held_out["pairs"] < 20
     assert held_out["accuracy"] is None
     assert "too few to judge" in held_out["note"]
-    assert "accuracy" not in dpo.summary(run) + start_commands._worth(run)
+    assert "accuracy" not in dpo.summary(run) + start_commands._figure(run)
     assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.summary(run)
     (made,) = dpo.train_dpo(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     told = capsys.readouterr().err

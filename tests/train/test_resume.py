@@ -218,7 +218,7 @@ def test_resume_is_bit_exact_after_a_kill(after: int, stage: str, whole: Path, t
 )
 def test_printed_resume_command_works(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lora-align", *shlex.split(said)])
-    assert app._going_on() == told
+    assert app._continuing_line() == told
 
 
 @pytest.fixture
