@@ -40,7 +40,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure policies on the same prompts, and compare the first with the others.
+    """Compare the first policy with the others on the same prompts.
 
     Without any: the newest mix against the start policy.
 
@@ -83,9 +83,8 @@ def sweep(
 
     Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
     """
-    target = (
-        given.runs_dir / "sweep" / (given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"]))
-    )
+    name = given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
+    target = given.runs_dir / "sweep" / name
     project = given.of_runs()
     values, _ = grid(axes or [])
     given.check_vectors(values, project)
@@ -135,7 +134,7 @@ def tune(
         ),
     ] = 1,
 ) -> None:
-    """Find weights by gradient on held-out pairs, without a grid, within the bounds below.
+    """Find weights by gradient on held-out pairs, without a grid. Weights stay within the bounds below.
 
     Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
     """
@@ -189,7 +188,9 @@ def reach(
         ),
     ] = 0.1,
 ) -> None:
-    """Find the largest weights before quality breaks, per vector and per pair. `merge` and `chat` warn beyond them.
+    """Find the largest weights before quality breaks. `merge` and `chat` warn beyond them.
+
+    Each vector is tried alone, and with each other vector.
 
     Example: lora-align reach helpful harmless
     """
