@@ -81,8 +81,8 @@ def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
     test_set = read_test_set(project, Screen())
     assert not test_set.gaps
     assert {question.kind for question in test_set.questions} == {SAFE, RISKY}
-    assert list(exam.pairs) == list(project.preferences)
-    assert all(exam.pairs.values())
+    assert list(test_set.pairs) == list(project.preferences)
+    assert all(test_set.pairs.values())
     assert all(text.strip() for text in test_set.texts)
     passed_over = "eval.prompts: 1" in capsys.readouterr().err
     assert passed_over == name.startswith("paper-dpa")

@@ -48,7 +48,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Compare policies on the same prompts. Every figure has a 95 % interval; wins are those of the first policy.
+    """Compare the first policy with the others on the same prompts.
 
     By default, compare the newest mix with the start policy.
 
@@ -95,9 +95,8 @@ def sweep(
 
     Example: lora-align sweep helpful=-1:1:0.5 harmless=0:1
     """
-    target = (
-        given.runs_dir / "sweep" / (given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"]))
-    )
+    name = given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
+    target = given.runs_dir / "sweep" / name
     project = given.recipe_of_runs()
     values, _ = grid(axes or [])
     given.check_vectors(values, project)
@@ -149,7 +148,7 @@ def tune(
         ),
     ] = 1,
 ) -> None:
-    """Find weights by gradient on held-out pairs, without a grid, within the bounds below.
+    """Find weights by gradient on held-out pairs, without a grid. Weights stay within the bounds below.
 
     Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
     """
@@ -203,7 +202,9 @@ def reach(
         ),
     ] = 0.1,
 ) -> None:
-    """Find the largest weights before quality breaks, per vector and per pair. `merge` and `chat` warn beyond them.
+    """Find the largest weights before quality breaks. `merge` and `chat` warn beyond them.
+
+    Each vector is tried alone, and with each other vector.
 
     Example: lora-align reach helpful harmless
     """
