@@ -226,6 +226,6 @@ def show_plan(project: Recipe, stage: str, screen: Screen, passes: int | None = 
     screen.loading(project.base.model)
     from lora_align.plan import planner
 
-    found = planner.plan_stages(project, [stage], screen, passes=passes)
-    parts = [planner.resolved(project, stage), planner.summary(found, lengths=True)]
-    screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **found})
+    plan = planner.plan_stages(project, [stage], screen, passes=passes)
+    parts = [planner.resolved(project, stage), plan.summary(lengths=True)]
+    screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **plan.as_json()})

@@ -113,11 +113,11 @@ def plan(
         card_name(card)
     project = given.recipe_to_train()
     given.screen.loading(project.base.model)
-    from lora_align.plan.planner import STAGES, plan_stages, summary
+    from lora_align.plan.planner import STAGES, plan_stages
 
-    found = plan_stages(project, STAGES, given.screen, card=card, vram=vram, cards=cards, measure=measure)
-    given.screen.result(summary(found), found)
-    if not all(stage["fits"] for stage in found["stages"]):
+    plan = plan_stages(project, STAGES, given.screen, card=card, vram=vram, cards=cards, measure=measure)
+    given.show(plan)
+    if not all(stage.estimate.fits for stage in plan.stages):
         raise typer.Exit(RunFailedError.exit_code)
 
 

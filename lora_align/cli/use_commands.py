@@ -62,7 +62,7 @@ def score(
     from lora_align.commands.score import score_file
 
     result = score_file(project, given.runs_dir, data, out, by, given.screen)
-    given.screen.result(result.summary(), result.as_json())
+    given.show(result)
 
 
 @takes(*RUNS)
@@ -192,7 +192,7 @@ def generate(
         system = "\n\n".join(filter(None, [own_system, system]))
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
-    given.screen.result(result.summary(), result.as_json())
+    given.show(result)
 
 
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:

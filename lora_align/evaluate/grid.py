@@ -27,6 +27,8 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
             count = 0
         if not NAME.fullmatch(name.partition("@")[0]) or not span or count < 1:
             raise UserError(f"sweep: {axis!r} is not an axis; expected NAME=FROM:TO:STEP, as in helpful=-1:1:0.5")
+        if name in values:
+            raise UserError(f"sweep: {name} has two axes; give one range")
         if count > MAX_POLICIES:
             raise UserError(f"sweep: {axis!r} has {count:,} values, more than {MAX_POLICIES:,}; use larger steps")
         values[name] = [round(low + step * place, 6) for place in range(count)]

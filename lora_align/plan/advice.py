@@ -30,6 +30,13 @@ class MeasuredSwitch:
     pays: bool = False
     fault: str = ""  # why the switch could not be measured
 
+    def line(self) -> str:
+        """Return a line about the switch."""
+        if self.fault:
+            return f"--set {self.said}: {self.fault}"
+        pays = "faster" if self.pays else "not worth it"
+        return f"{pays}: --set {self.said} takes {self.step:.2f} of a step's time, about {clock(self.seconds)} in total"
+
 
 def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
     """Measure other ways to compute a step, each against the best one so far."""

@@ -1,17 +1,18 @@
 """The plan of a recipe: memory and time of each stage, whether it fits, and what to change if not."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_align import processes
 from lora_align.console import Screen, clock, count, table
 from lora_align.errors import UserError
-from lora_align.metrics.histogram import bars
+from lora_align.metrics.histogram import bars, histogram
 from lora_align.plan import advice, shapes
-from lora_align.plan.device import device_of
-from lora_align.plan.estimate import SHARE, estimate_stage, shape_of, size
+from lora_align.plan.advice import MeasuredSwitch
+from lora_align.plan.device import Device, device_of
+from lora_align.plan.estimate import SHARE, StageEstimate, estimate_stage, shape_of, size
 from lora_align.plan.stages import stage_of
 from lora_align.plan.timing import time_sampling, time_step
 from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
@@ -19,6 +20,87 @@ from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 BELOW = ("lora", "base")  # tables that every stage uses
 DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", directions={}))
 STAGES = ("sft", "dpo", "reward", "rsf", "tune")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The plan of a stage: its estimate, advice, and what was measured on this device."""
+
+    estimate: StageEstimate
+    advice: str
+    switches: Sequence[MeasuredSwitch] = ()
+    sampling_seconds: float | None = None  # of the stage's answers
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        facts = {**self.estimate.facts(), "advice": self.advice}
+        if self.estimate.measured:
+            facts["switches"] = [asdict(switch) for switch in self.switches]
+        if self.sampling_seconds is not None:
+            facts["drawing"] = self.sampling_seconds
+        return facts
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines about the stage."""
+        plan, stage = self.estimate, self.estimate.stage
+        passes = f"{stage.passes} passes over " if stage.passes > 1 else ""
+        size_ = f"{count(len(plan.lengths), 'row')}, {count(plan.tokens, 'token')}"
+        fits = "fits" if plan.fits else "does not fit"
+        yield f"{stage.name}: {fits}; {passes}{size_}: about {clock(round(plan.seconds))}"
+        yield stage.assumed
+        if stage.drawing:
+            known = self.sampling_seconds
+            time = f"about {clock(known)} more" if known is not None else "--measure estimates the time"
+            answers = count(stage.drawing.answers, "answer")
+            yield f"it also samples {answers} ({time}) and scores them; the plan excludes both"
+        yield self.advice
+        if plan.measured:
+            yield (
+                f"measured: the fullest part of a step takes {plan.measured.seconds:,.2f} s, "
+                f"{plan.rate / plan.device.rate:.0%} of the device's matrix rate; activations and logits take "
+                f"{size(plan.measured.taken)}, planned {size(plan.counted)}"
+            )
+        for switch in self.switches:
+            yield switch.line()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of several stages on a device."""
+
+    base: str
+    shipped: bool  # the shape of the base is one that lora-align ships, because its files are missing
+    parameters: float
+    device: Device
+    stages: Sequence[StagePlan]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        device = {**asdict(self.device), "dtype": str(self.device.dtype).removeprefix("torch.")}
+        return {**vars(self), "device": device, "stages": [stage.as_json() for stage in self.stages]}
+
+    def summary(self, *, lengths: bool = False) -> str:
+        """Format the plan as text. With `lengths`, include a histogram of the rows' lengths."""
+        device = self.device
+        several = f"{device.count} × " if device.count > 1 else ""
+        parts = [
+            f"{self.base}: {self.parameters / 1e9:,.3g} billion parameters, on {several}{device.name} with "
+            f"{device.memory / 1e9:,.0f} GB, in {str(device.dtype).removeprefix('torch.')}"
+        ]
+        if self.shipped:
+            parts.append(
+                "The base's files are not available. The plan uses the shape of this base that lora-align ships."
+            )
+        parts.append(memory_table([stage.estimate for stage in self.stages]))
+        for stage in self.stages:
+            parts.append("\n".join(filter(None, stage.lines())))
+            if lengths:
+                tokens = bars(histogram(stage.estimate.lengths))
+                parts.append("\n".join(["tokens of a row, prompt and answers:", *tokens]))
+        if not all(stage.estimate.measured for stage in self.stages):
+            rate = f"{device.rate / 1e12:,.3g} TFLOP/s"
+            parts.append(f"Times assume {SHARE:.0%} of the device's matrix rate, {rate}.")
+        return "\n\n".join(parts)
 
 
 def plan_stages(
@@ -31,100 +113,48 @@ def plan_stages(
     cards: int = 0,
     passes: int | None = None,
     measure: bool = False,
-) -> dict[str, Any]:
-    """Plan the stages in `names` that the recipe has. Return JSON data.
+) -> Plan:
+    """Plan the stages in `names` that the recipe has.
 
     `passes` overrides the number of passes over the rows. `cards` defaults to the number of processes. With `measure`,
     a step of each stage that fits runs on this device.
     """
     base = shapes.find(recipe.base, outline=not measure)
     device = device_of(recipe, card, vram, cards or processes.world_size())
-    found = []
+    stages = []
     for name in names:
         stage = stage_of(recipe, name, base, screen)
-        if stage is not None:
-            plan = estimate_stage(recipe, base, replace(stage, passes=passes or stage.passes), device)
-            taken: dict[str, Any] = {}
-            if measure and plan.fits and stage.trains:
-                screen.note(f"{name}: measuring a step, with and without switches")
-                plan = plan.by(time_step(base, stage, [stage.job.rows[i] for i in plan.part]))
-                taken["switches"] = [asdict(tried) for tried in advice.switches(base, plan)]
-                if stage.drawing:
-                    screen.note(f"{name}: sampling answers")
-                    taken["drawing"] = stage.drawing.answers / time_sampling(base, stage.drawing)
-            if plan.fits:
-                advised = advice.faster(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
-            else:
-                advised = advice.what_fits(recipe, base, plan)
-            found.append({**plan.facts(), "advice": advised, **taken})
-    if not found:
-        raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")
-    return {
-        "base": base.identity["model"],
-        "shipped": shapes.is_shipped(base),
-        "parameters": shape_of(recipe, base, recipe.lora, device).parameters(),
-        "device": {**asdict(device), "dtype": str(device.dtype).removeprefix("torch.")},
-        "stages": found,
-    }
-
-
-def summary(plan: Mapping[str, Any], *, lengths: bool = False) -> str:
-    """Format a plan as text. With `lengths`, include a histogram of the rows' lengths."""
-    device = plan["device"]
-    several = f"{device['count']} × " if device["count"] > 1 else ""
-    parts = [
-        f"{plan['base']}: {plan['parameters'] / 1e9:,.3g} billion parameters, on {several}{device['name']} with "
-        f"{device['memory'] / 1e9:,.0f} GB, in {device['dtype']}"
-    ]
-    if plan["shipped"]:
-        parts.append("The base's files are not available. The plan uses the shape of this base that lora-align ships.")
-    names = list(plan["stages"][0]["bytes"])
-    listed = [[*(of["bytes"][name] for name in names), of["total"]] for of in plan["stages"]]
-    unit = "MB" if max(values[-1] for values in listed) < 1e9 else "GB"
-    rows = [
-        [of["stage"], *(size(value, unit).removesuffix(f" {unit}") for value in values)]
-        for of, values in zip(plan["stages"], listed, strict=True)
-    ]
-    parts.append(table([unit, *names, "total"], rows))
-    for of in plan["stages"]:
-        often = f"{of['passes']} passes over " if of["passes"] > 1 else ""
-        line = f"{of['stage']}: {'fits' if of['fits'] else 'does not fit'}; {often}{count(of['rows'], 'row')}, "
-        line += f"{count(of['tokens'], 'token')}: about {clock(of['seconds'])}"
-        parts.append(
-            "\n".join(filter(None, [line, of["assumed"], *_drawing(of), of["advice"], *_measured(of, device)]))
-        )
-        if lengths:
-            parts.append("\n".join(["tokens of a row, prompt and answers:", *bars(of["histogram"])]))
-    if not all(of["measured"] for of in plan["stages"]):
-        parts.append(f"Times assume {SHARE:.0%} of the device's matrix rate, {device['rate'] / 1e12:,.3g} TFLOP/s.")
-    return "\n\n".join(parts)
-
-
-def _drawing(of: Mapping[str, Any]) -> Iterator[str]:
-    if of["answers"]:
-        time = f"about {clock(of['drawing'])} more" if "drawing" in of else "--measure estimates the time"
-        answers = count(of["answers"], "answer")
-        yield f"it also samples {answers} ({time}) and scores them; the plan excludes both"
-
-
-def _measured(of: Mapping[str, Any], device: Mapping[str, Any]) -> Iterator[str]:
-    if not of["measured"]:
-        return
-    planned, measured = of["measured"]["planned"], of["measured"]["taken"]
-    yield (
-        f"measured: the fullest part of a step takes {of['measured']['seconds']:,.2f} s, "
-        f"{of['rate'] / device['rate']:.0%} of the device's matrix rate; activations and logits take {size(measured)}, "
-        f"planned {size(planned)}"
-    )
-    for tried in of["switches"]:
-        if tried["fault"]:
-            yield f"--set {tried['said']}: {tried['fault']}"
+        if stage is None:
+            continue
+        plan = estimate_stage(recipe, base, replace(stage, passes=passes or stage.passes), device)
+        switches, sampling_seconds = list[MeasuredSwitch](), None
+        if measure and plan.fits and stage.trains:
+            screen.note(f"{name}: measuring a step, with and without switches")
+            plan = plan.by(time_step(base, stage, [stage.job.rows[i] for i in plan.part]))
+            switches = list(advice.switches(base, plan))
+            if stage.drawing:
+                screen.note(f"{name}: sampling answers")
+                sampling_seconds = stage.drawing.answers / time_sampling(base, stage.drawing)
+        if plan.fits:
+            advised = advice.faster(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
         else:
-            pays = "faster" if tried["pays"] else "not worth it"
-            yield (
-                f"{pays}: --set {tried['said']} takes {tried['step']:.2f} of a step's time, about "
-                f"{clock(tried['seconds'])} in total"
-            )
+            advised = advice.what_fits(recipe, base, plan)
+        stages.append(StagePlan(plan, advised, switches, sampling_seconds))
+    if not stages:
+        raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")
+    parameters = shape_of(recipe, base, recipe.lora, device).parameters()
+    return Plan(base.identity["model"], shapes.is_shipped(base), parameters, device, stages)
+
+
+def memory_table(stages: Sequence[StageEstimate]) -> str:
+    """Format the memory of stages by use, in MB if all stages need less than 1 GB, else in GB."""
+    unit = "MB" if max(stage.total for stage in stages) < 1e9 else "GB"
+    rows = [
+        [stage.stage.name, *(size(round(bytes_), unit).removesuffix(f" {unit}") for bytes_ in uses)]
+        for stage in stages
+        for uses in [[*stage.memory.values(), stage.total]]
+    ]
+    return table([unit, *stages[0].memory, "total"], rows)
 
 
 def resolved(recipe: Recipe, stage: str) -> str:

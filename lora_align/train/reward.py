@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -88,7 +89,8 @@ def reward_job(
 
     def loss(model: PreTrainedModel, reader: Reader) -> RewardLoss:
         means, deviations = ({name: pair[i] for name, pair in heads.items()} for i in (0, 1))
-        made = Heads(model.config.get_text_config().hidden_size, means, deviations).to(model.device)
+        with torch.device(model.device):  # a plan's model may be on the meta device
+            made = Heads(model.config.get_text_config().hidden_size, means, deviations)
         return RewardLoss(reader, made, settings.lm_weight, base.chat)
 
     return Job(base, settings, lora, examples, loss, _trainer)

@@ -85,7 +85,7 @@ def times() -> dict[str, Any]:
 
     project, screen = recipe.load(recipe.builtin()["demo"], ["dpo.held_out=0"]), Screen(quiet=True)
     one = replace(project, preferences={"helpful": project.preferences["helpful"]})
-    said = planner.plan_stages(one, ["dpo"], screen, measure=True)["stages"][0]["seconds"]
+    said = planner.plan_stages(one, ["dpo"], screen, measure=True).as_json()["stages"][0]["seconds"]
     began = time.perf_counter()
     dpo.train_dpo(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
     taken = time.perf_counter() - began
@@ -118,7 +118,9 @@ def evening(work: Path) -> dict[str, Any]:
         said = [f'base.model="{folder}"', f"dpo.gradient_checkpointing={checkpointing}"]
         project = recipe.load(recipe.builtin()["llama-3.1-8b"], said)
         one = {name: axis for name, axis in project.preferences.items() if name == "helpful"}
-        of = planner.plan_stages(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24)["stages"][0]
+        of = planner.plan_stages(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24).as_json()[
+            "stages"
+        ][0]
         found[f"checkpointing {checkpointing}"] = {name: of[name] for name in ("bytes", "total", "fits", "seconds")}
     return found
 

@@ -39,7 +39,7 @@ def project() -> recipe.Recipe:
 
 
 def test_weights_and_adapters_are_planned_to_the_byte(project: recipe.Recipe) -> None:
-    [found] = planner.plan_stages(project, ["dpo"], QUIET)["stages"]
+    [found] = planner.plan_stages(project, ["dpo"], QUIET).as_json()["stages"]
     base = bases.find(project.base)
     policy = get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base))
     trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
@@ -59,7 +59,7 @@ def test_weights_and_adapters_are_planned_to_the_byte(project: recipe.Recipe) ->
 @pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch_fused", 12), ("adamw_8bit", 6)])
 def test_optimiser_bytes_include_gradients_and_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
     with_moments = replace(project, dpo=replace(project.dpo, optimizer=optimizer))
-    [found] = planner.plan_stages(with_moments, ["dpo"], QUIET)["stages"]
+    [found] = planner.plan_stages(with_moments, ["dpo"], QUIET).as_json()["stages"]
     assert found["bytes"]["optimiser"] == found["bytes"]["adapters"] / 4 * bytes_each
 
 
@@ -126,16 +126,15 @@ def test_summary_shows_measured_figures(no_compiler: None, project: recipe.Recip
     assert project.rsf is not None
     few = replace(project.rsf, iterations=2, prompts=4, per_prompt=2, samples=3, bootstrap=4, limit=40)
     planned = planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
-    [of] = planned["stages"]
+    [of] = planned.as_json()["stages"]
     assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # first iteration + second iteration
     assert of["drawing"] > 0
-    text = planner.summary(planned)
+    text = planned.summary()
     assert "it also samples 40 answers (about " in text
     assert "of the device's matrix rate" in text
     assert "\n--set rsf.compile=true: torch cannot compile" in text
-    assert "it also samples 40 answers (--measure estimates the time)" in planner.summary(
-        planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET)
-    )
+    unmeasured = planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET).summary()
+    assert "it also samples 40 answers (--measure estimates the time)" in unmeasured
 
 
 def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe) -> None:
@@ -225,9 +224,9 @@ def test_advice_names_the_setting_that_makes_a_stage_fit(project: recipe.Recipe)
 
 def test_advice_disables_unneeded_checkpointing(project: recipe.Recipe) -> None:
     careful = replace(project, dpo=replace(project.dpo, gradient_checkpointing=True))
-    [found] = planner.plan_stages(careful, ["dpo"], QUIET, vram=24)["stages"]
+    [found] = planner.plan_stages(careful, ["dpo"], QUIET, vram=24).as_json()["stages"]
     assert found["advice"].startswith("faster, and it still fits, with --set dpo.gradient_checkpointing=false: ")
-    [without] = planner.plan_stages(project, ["dpo"], QUIET, vram=24)["stages"]
+    [without] = planner.plan_stages(project, ["dpo"], QUIET, vram=24).as_json()["stages"]
     assert without["seconds"] <= found["seconds"]
     assert not without["advice"]
     base = bases.find(project.base)
@@ -349,9 +348,9 @@ def test_every_built_in_recipe_has_a_shipped_shape() -> None:
 )
 def test_built_in_recipe_is_planned_without_files_of_its_base(name: str, stages: list[str]) -> None:
     found = planner.plan_stages(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
-    assert [of["stage"] for of in found["stages"]] == stages
-    assert all(of["fits"] for of in found["stages"])
-    text = planner.summary(found)
+    assert [of.estimate.stage.name for of in found.stages] == stages
+    assert all(of.estimate.fits for of in found.stages)
+    text = found.summary()
     assert "The base's files are not available. The plan uses the shape of this base that lora-align ships." in text
     assert text.count("without a limit): the base's tokenizer is not available") == len(stages)
 
@@ -369,17 +368,17 @@ def test_missing_data_is_planned_as_rows_of_maximum_length(cli: Cli) -> None:
 def test_sizes_below_a_gigabyte_are_shown_in_megabytes() -> None:
     assert [size(count) for count in (5.7e9, 340.12e6, 2e6, 0)] == ["5.70 GB", "340.1 MB", "2.0 MB", "0.0 MB"]
     assert size(2e6, "GB") == "<0.01 GB"
-    stage = {"stage": "dpo", "bytes": {"weights": 3e6}, "total": 4e6, "fits": True, "passes": 2, "rows": 1, "tokens": 9}
-    stage |= {"seconds": 1.0, "assumed": "", "answers": 0, "advice": "", "measured": None}
-    device = {"count": 1, "name": "this CPU", "memory": 8e9, "dtype": "float32", "rate": 1e12}
-    text = planner.summary({"base": "demo", "parameters": 1e6, "device": device, "stages": [stage], "shipped": False})
-    assert re.search(r"^MB  +weights  total\n.*\ndpo +3\.0 +4\.0$", text, re.M), text
-    assert "2 passes over 1 row, 9 tokens" in text
+
+
+def test_small_plan_is_in_megabytes(project: recipe.Recipe) -> None:
+    text = planner.plan_stages(project, ["dpo"], QUIET).summary()
+    assert re.search(r"^MB  +weights  +adapters .* total$", text, re.M), text
+    assert "2 passes over " in text
 
 
 def test_tune_is_planned_with_dpo_settings_and_no_optimiser(project: recipe.Recipe) -> None:
     two = replace(project, preferences={name: project.preferences[name] for name in ("helpful", "harmless")})
-    dpo, tune = planner.plan_stages(two, ["dpo", "tune"], QUIET)["stages"]
+    dpo, tune = planner.plan_stages(two, ["dpo", "tune"], QUIET).as_json()["stages"]
     assert tune["rows"] == 2 * 48
     assert tune["bytes"]["optimiser"] == 0
     assert tune["bytes"]["adapters"] == 4 * dpo["bytes"]["adapters"], "two adapters of each preference"
