@@ -1,4 +1,7 @@
-"""Errors of commands. A message says in one line what happened, where, and what to do."""
+"""Exceptions that a command reports as one message, each with its exit code.
+
+A message says in one line what happened, where, and what to do.
+"""
 
 
 class UserError(Exception):

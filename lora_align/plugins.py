@@ -1,4 +1,7 @@
-"""Extension points. A registry has this package's rows, and those of other packages by entry points."""
+"""Registries that other packages extend: data sources and forms, rankers, merge methods, judges, bases.
+
+A registry has this package's rows, and those of other packages by entry points.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Processes started by torchrun or `accelerate launch`: all ranks train; rank 0 prints and writes."""
+"""Ranks of processes that torchrun or `accelerate launch` started: rank, barrier, and work on rank 0."""
 
 import os
 from collections.abc import Callable

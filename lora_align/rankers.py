@@ -1,4 +1,7 @@
-"""Rankers: find the better of two answers by a label, a rating or the length. Directions of labels."""
+"""Rankers: find the better of two answers, or a tie, by a label, a rating or the length.
+
+Directions of labels.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Runs: finished stages on disk. A run is published completely or not at all; readers trust only its manifest."""
+"""Runs, the folders of finished stages: lock, publish, list, read and verify them.
+
+A run is published completely or not at all; readers trust only its manifest.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Vectors of the Python API: weighted sums of adapters that add, subtract, compare and save."""
+"""The class `Vector` of the Python API: weighted sums of adapters that add, subtract, compare and save."""
 
 from __future__ import annotations
 

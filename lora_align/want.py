@@ -1,4 +1,4 @@
-"""Directions of conditioned policies: unit vectors over reward objectives, and their wording in system prompts."""
+"""Directions for conditioned policies (`--want`): unit vectors over objectives, and their system messages."""
 
 import math
 import random

@@ -1,4 +1,7 @@
-"""Options of `merge` and `inspect`: method, rank, server, dtype. Does not import torch."""
+"""Options of `merge` and `inspect`, parsed and checked: method, rank, inference server, dtype.
+
+Does not import torch.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

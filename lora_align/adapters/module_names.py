@@ -1,4 +1,4 @@
-"""Layers and kinds of an adapter's modules, parsed from their names, to detect missing tensors."""
+"""Module names parsed into layer and kind, to detect tensors that an adapter has lost."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Check that adapters belong to one base, by the shapes, depths, names and revisions in their files."""
+"""Check that adapters belong to one base: layer shapes and counts, and the base's name and revision."""
 
 import itertools
 from collections.abc import Sequence

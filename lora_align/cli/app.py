@@ -1,4 +1,4 @@
-"""The program: its commands, signals, errors and exit codes."""
+"""The entry point: registers the commands, and turns errors and Ctrl-C into messages and exit codes."""
 
 import inspect
 import os

@@ -1,4 +1,4 @@
-"""The recipe of a command: the named one, ./lora-align.toml, that of the newest run, or the demo."""
+"""The choice of a command's recipe: the named one, ./lora-align.toml, the newest run's, or the demo."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The commands demo, recipes, init, doctor, plan, data and list."""
+"""The commands demo, recipes, init, doctor, plan, data, and list, which shows finished runs."""
 
 import shutil
 import textwrap

@@ -1,1 +1,1 @@
-"""Commands that need no package of their own: one file each."""
+"""The work of the commands data, doctor, generate, inspect, merge, push and score, one file each."""

@@ -1,4 +1,4 @@
-"""Audit of a preference's pairs: how the model sees them, how long they are, and what may spoil training."""
+"""The command `data`: show a preference's pairs as the model sees them, and find what may spoil training."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Counts over the ranked comparisons of a preference, for its audit."""
+"""Counts for the command `data`, over the ranked comparisons of a preference."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Checks of this machine: system, libraries, device, 4-bit arithmetic, hub and disks, with a remedy for each fault."""
+"""The command `doctor`: check system, libraries, device, 4-bit arithmetic, hub and disks, with remedies."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Figures of vectors (norms, angles, spectra, interference) and of a mix's share in each; no base is loaded."""
+"""The command `inspect`: norms, angles, spectra and interference of vectors, and a mix's share in each."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Merging of the start adapter and weighted vectors into one ordinary adapter; no base is loaded."""
+"""The command `merge`: add the start adapter and weighted vectors into one ordinary adapter."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

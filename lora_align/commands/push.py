@@ -1,4 +1,4 @@
-"""Upload of a published run to the Hugging Face hub, with a model card."""
+"""The command `push`: upload a run's adapter to the Hugging Face hub, with a model card."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Forms of rows: columns, and functions that read them as comparisons, conversations, ratings, prompts or facts."""
+"""Layouts of datasets: recognise a row's columns, and convert the row to the dataclasses of `rows`."""
 
 import itertools
 import math

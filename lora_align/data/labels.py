@@ -1,4 +1,4 @@
-"""Label columns: find the one that ranks and the answer that each of its values prefers.
+"""Label columns: detect the column that says which answer is better, and what its values mean.
 
 The whole column is checked before the first row is read. A single row cannot tell labels 1, 2 from labels 0, 1, and a
 wrong guess would invert every preference.

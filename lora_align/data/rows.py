@@ -1,4 +1,4 @@
-"""The shapes that rows are read into: comparisons, pairs, rated answers, conversations, prompts, facts."""
+"""The dataclasses of rows: comparisons, pairs, rated answers, conversations, prompts, facts."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Crash-safe storage of rows: each batch is one Parquet file, written completely or not at all."""
+"""Crash-safe output of `generate`, `score` and `rsf`: each batch of rows is one Parquet file."""
 
 import json
 import shutil

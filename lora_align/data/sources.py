@@ -1,4 +1,4 @@
-"""Data sources: read rows from the demo world, files, and datasets on the hub."""
+"""Data sources: read rows from files (JSONL, JSON, CSV, Parquet, text), the hub, or the demo world."""
 
 import csv
 import json

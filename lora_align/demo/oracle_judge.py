@@ -1,4 +1,4 @@
-"""The demo world's oracle as a judge."""
+"""The oracle behind the interface of a judge, so that commands can use it."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Comparison of policies: the figures of each, and how often the first one wins against each other one."""
+"""The command `eval`: measure several policies, and compare the first with each other one."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Figures with intervals: means of one policy's measurement, and its win rates against another policy."""
+"""Reported numbers of a policy with 95 % intervals: means, and win rates against another policy."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter

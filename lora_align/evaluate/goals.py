@@ -1,4 +1,4 @@
-"""The choice of the figure that scores an axis of a sweep, or an objective of a conditioned policy."""
+"""The reported number that counts as success for a sweep's axis or a policy's objective."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

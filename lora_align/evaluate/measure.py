@@ -1,4 +1,4 @@
-"""Measurement of a policy: tables of answers, margins, text loss and known facts, cached on disk."""
+"""Measurement of one policy, cached: sampled answers, KL, pair margins, text loss, facts."""
 
 import hashlib
 import json

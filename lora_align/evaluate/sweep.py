@@ -1,4 +1,4 @@
-"""Sweeps: measure a grid of weights or several directions, and write tables, plots and a report."""
+"""The command `sweep`: measure a grid of weights or directions, and write tables, plots and a report."""
 
 import csv
 import itertools

@@ -1,4 +1,4 @@
-"""Means and ratios with bootstrap intervals over groups, such as prompts."""
+"""Bootstrap confidence intervals of means and ratios, resampled by group, such as by prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

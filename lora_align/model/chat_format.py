@@ -1,4 +1,7 @@
-"""Conversion of conversations to token ids. Training and chat both use it, so they render a prefix alike."""
+"""Token ids of one conversation by the base's chat template, and where an answer begins and ends.
+
+Training and chat both use it, so they render a prefix alike.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Streaming of one answer, with a key-value cache that later turns of the chat reuse."""
+"""Streaming of one answer for `chat`, with a key-value cache that later turns reuse."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

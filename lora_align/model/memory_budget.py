@@ -1,4 +1,4 @@
-"""A batch size that is halved when memory runs out."""
+"""How many rows or tokens to process at once: from free memory or the recipe, halved if memory runs out."""
 
 import gc
 from collections.abc import Callable

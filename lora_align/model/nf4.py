@@ -1,4 +1,4 @@
-"""NF4 layers of bitsandbytes: fast import, no repacking on a CPU, and dequantisation once instead of per call."""
+"""Faster NF4 layers of bitsandbytes: quick import; on a CPU no repacking, and weights dequantised once."""
 
 from collections.abc import Callable
 from copy import copy

@@ -1,4 +1,7 @@
-"""The `Sampler` protocol, and the sampler over a local model. `endpoint` holds the sampler over a server."""
+"""The `Sampler` interface, and the sampler over a local model.
+
+`endpoint` holds the sampler over a server.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,7 @@
-"""Batched sampling: n answers to each prompt, with one prefill a prompt. Finished rows leave the batch."""
+"""Batched sampling for a local model: n answers to each prompt, with one prefill a prompt.
+
+Finished rows leave the batch.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Script that `template_check` runs: render a chat template within limits of time and memory."""
+"""The process that `template_check` starts: render a chat template within limits."""
 
 import json
 import sys

@@ -1,4 +1,7 @@
-"""Tokenisation of rows, truncated to a maximum length. Rows that are dropped are counted by reason."""
+"""Tokenisation of many rows for training, truncated to a maximum length.
+
+Rows that are dropped are counted by reason.
+"""
 
 import bisect
 import math

@@ -1,4 +1,4 @@
-"""The table of GPUs that a plan knows by name."""
+"""The memory and speed of the GPUs that a plan knows by name."""
 
 import re
 

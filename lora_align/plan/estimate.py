@@ -1,4 +1,4 @@
-"""The estimate of a stage's memory, operations and time."""
+"""The memory and time of a whole stage on a device, from the cost of a step or a measured step."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,4 @@
-"""The training job of each stage, for the plan."""
+"""The rows, passes and training job of each stage of a recipe, as the estimate needs them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The memory and operations of a training step, computed without running it.
+"""The memory and operations of one training step, computed on tensors without data.
 
 The step's own code runs on fake tensors, which have a shape and no data. It runs on two bases with few layers; the cost
 of the whole base is extrapolated, because every layer adds the same.

@@ -1,4 +1,4 @@
-"""Measurement of a step's time and memory, and of the sampling rate, on this device."""
+"""The time and memory of one training step, measured on this device, and the sampling rate."""
 
 import os
 import time

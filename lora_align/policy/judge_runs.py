@@ -1,4 +1,4 @@
-"""The runs behind a judge's name, found without loading them."""
+"""The runs behind a judge's name, found before a model is loaded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Judges score answers: a reward model, the two adapters of a preference, or a base's own judge."""
+"""Judges that score answers on the loaded base: a reward model, or the two adapters of a preference."""
 
 import hashlib
 import json

@@ -1,4 +1,7 @@
-"""Policies: parse the words that name them, and find their adapters. Neither torch nor the base is loaded."""
+"""Policies: from `start`, `helpful=1,harmless=-0.5`, `want:…` or a folder to adapters and weights.
+
+Neither torch nor the base is loaded.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

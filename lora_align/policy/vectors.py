@@ -1,4 +1,4 @@
-"""Vectors: find the adapters of a preference, a run or a folder by name, and load their signed sum."""
+"""Vectors: from the name of a preference, a run or a folder to the signed sum of its adapters."""
 
 import re
 from collections.abc import Iterable, Mapping

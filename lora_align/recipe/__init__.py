@@ -1,16 +1,6 @@
-"""Recipes: read a TOML file, apply overrides, and report all faults in one error."""
+"""Recipes: TOML files that name base, data, settings and preferences, read into dataclasses."""
 
-import json
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from lora_align.errors import UserError, nearest
-from lora_align.recipe import faults
+from lora_align.recipe.reading import DEFAULT, LOCAL, builtin, changes_from_source, find, flat, from_dict, load
 from lora_align.recipe.tables import (
     Base,
     Dpo,
@@ -26,10 +16,8 @@ from lora_align.recipe.tables import (
     Training,
 )
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
 __all__ = [
+    "DEFAULT",
     "LOCAL",
     "Base",
     "Dpo",
@@ -44,159 +32,9 @@ __all__ = [
     "Sft",
     "Training",
     "builtin",
+    "changes_from_source",
     "find",
     "flat",
     "from_dict",
     "load",
-    "unlike_its_source",
-]  # fmt: skip
-
-TABLES = {  # table → its keys, to suggest the full key where --set names a key alone
-    name: {field.name for field in fields(table)}
-    for name, table in {
-        "base": Base,
-        "lora": Lora,
-        "preferences.NAME": Preference,
-        "sft": Sft,
-        "dpo": Dpo,
-        "reward": Reward,
-        "rsf": Rsf,
-        "eval": Eval,
-    }.items()
-}
-LOCAL = Path("lora-align.toml")
-DEFAULT = "demo"  # the recipe of a command that is given none
-
-
-def builtin() -> dict[str, Path]:
-    """Return the files of the built-in recipes by name."""
-    packaged = Path(str(files("lora_align") / "recipes"))
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def find(name: str | None) -> tuple[Path, str]:
-    """Return the recipe file for a name or path, and a note that says why it was chosen ("" if it was named)."""
-    if name is None:
-        if LOCAL.exists():
-            return LOCAL, f"recipe: ./{LOCAL}"
-        return builtin()[DEFAULT], f"recipe: the built-in demo (no --recipe and no ./{LOCAL})"
-    path = Path(name)
-    if path.suffix == ".toml" or path.is_file():  # a folder named like a built-in recipe does not count
-        if path.is_file():
-            return path, ""
-        raise UserError(f"no recipe file {name!r} in {Path.cwd()}")
-    if name not in builtin():
-        known = list(builtin())
-        raise UserError(f"no recipe {name!r}{nearest(name, known)} (built in: {', '.join(known)}; or a .toml file)")
-    return builtin()[name], ""
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `table.key=value` overrides."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:  # invalid TOML, invalid UTF-8, or a number with thousands of digits
-        raise UserError(f"{path}: not valid TOML: {fault}") from fault
-    _read_template(table, path.parent)
-    table["source"] = path.stem if path == builtin().get(path.stem) else str(path)
-    return from_dict(table, str(path), overrides)
-
-
-def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Apply overrides to plain data and check it against the dataclasses; one error lists every fault.
-
-    `source` names the data in errors.
-    """
-    from pydantic import ValidationError
-
-    _expand_eval_sources(table)
-    for override in overrides:
-        _override(table, override)
-        _expand_eval_sources(table)
-    _read_template(table, Path())  # a path given with --set is relative to the working directory
-    found: list[str] = []
-    recipe: Recipe | None = None
-    try:  # via JSON, where strict mode rejects wrong scalars but still converts arrays to tuples, tables to dataclasses
-        recipe = _checker().validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
-    except ValidationError as invalid:
-        found += [faults.described(dict(fault)) for fault in invalid.errors()]
-    found += faults.preference_faults(table.get("preferences"))
-    if recipe is not None:
-        found += faults.recipe_faults(recipe)
-    if found or recipe is None:
-        overridden = [override.partition("=")[0].strip() for override in overrides]
-        raise UserError(
-            "\n".join(f"{'--set' if any(key in fault for key in overridden) else source}: {fault}" for fault in found)
-        )
-    return recipe
-
-
-@cache
-def _checker() -> "TypeAdapter[Recipe]":
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Recipe)
-
-
-def flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is set with its full key, such as `dpo.beta`."""
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{before}{key}.")
-        elif value is not None:
-            yield f"{before}{key}", value
-
-
-def changes_from_source(recipe: Recipe) -> str:
-    """List the values of a stored recipe that differ from the current contents of its source file.
-
-    If the file cannot be read, list those that differ from the defaults. Return "" if nothing differs.
-    """
-    try:
-        current, name = load(find(recipe.source)[0]), recipe.source
-    except UserError:
-        current, name = Recipe(base=Base(recipe.base.model), about=recipe.about, source=recipe.source), "the defaults"
-    ours, theirs = (dict(flat(json.loads(json.dumps(one.as_dict())))) for one in (recipe, current))
-    changed = {key: value for key, value in ours.items() if theirs.get(key) != value}
-    found = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
-    found += [f"{key} not set" for key in theirs if key not in ours]
-    return f", changed from {name}: {', '.join(found)}" if found else ""
-
-
-def _expand_eval_sources(table: dict[str, Any]) -> None:
-    """Replace the short form `prompts = "FILE or hub id"` in [eval] by the full table."""
-    settings = table.get("eval")
-    if isinstance(settings, dict):
-        sources = {field.name: settings.get(field.name) for field in fields(Eval) if field.type is EvalSource}
-        settings.update({name: {"data": data} for name, data in sources.items() if isinstance(data, str)})
-
-
-def _read_template(table: dict[str, Any], folder: Path) -> None:
-    """Replace the file name of a chat template by the file's text."""
-    base = table.get("base")
-    name = base.get("chat_template") if isinstance(base, dict) else None
-    if not isinstance(base, dict) or not isinstance(name, str) or not name.endswith(".jinja"):
-        return
-    if not (folder / name).is_file():
-        raise UserError(f"base.chat_template: no file {folder / name}")
-    base["chat_template"] = (folder / name).read_text(encoding="utf-8")
-
-
-def _override(table: dict[str, Any], override: str) -> None:
-    """Set one `table.key=value`; a value that is not TOML is text."""
-    path, equals, raw = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set {override!r}: expected table.key=value, as in --set dpo.beta=0.05")
-    if len(keys) == 1 and (full := [f"{name}.{keys[0]}" for name, of in TABLES.items() if keys[0] in of]):
-        raise UserError(f"--set {override!r}: the key has no table; use one of {', '.join(full)}")
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except ValueError:  # not TOML, or a number with thousands of digits
-        value = raw.strip()
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise UserError(f"--set {override!r}: {key!r} is a value, not a table")
-    table[keys[-1]] = value
+]

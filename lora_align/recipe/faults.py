@@ -1,4 +1,4 @@
-"""Checks of a recipe; each fault is one line that begins with its key."""
+"""Checks across a recipe's values, beyond types and bounds; each fault is a line that begins with its key."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields

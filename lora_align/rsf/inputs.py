@@ -1,4 +1,4 @@
-"""The inputs that all policies of an `rsf` series share, read and checked before any policy is trained."""
+"""The inputs that all policies of an `rsf` run share, read and checked before the first is trained."""
 
 import hashlib
 import json

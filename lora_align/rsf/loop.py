@@ -1,4 +1,4 @@
-"""Rejection sampling fine-tuning (`rsf`): directional preference alignment (arXiv 2402.18571), one conditioned policy.
+"""The command `rsf` (arXiv 2402.18571): in each iteration sample, score, choose, and fine-tune.
 
 The policies are numbered as in the paper. θ₀ is a SteerLM-style policy: on one half of the prompts it learns to give
 answers with requested scores. Policy t1 learns from answers of θ₀ to the other half, t2 from answers of t1 to the first

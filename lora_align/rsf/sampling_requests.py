@@ -1,4 +1,4 @@
-"""The requests of an `rsf` iteration: prompts, sampled directions, and the system messages that ask for them."""
+"""The requests of an `rsf` iteration: prompts with sampled directions and their system messages."""
 
 import random
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Checkpoints of an unfinished run: written completely or not at all, verified by hash, resumed bit-exactly.
+"""Checkpoints of an unfinished run: written completely or not at all, verified, resumed bit-exactly.
 
 `.pos.unfinished` lies beside the run `pos`. Its folder `checkpoint-120` holds everything to resume after step 120. The
 two newest checkpoints are stored.

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (`dpo`): one adapter per preference and direction, from the start policy."""
+"""The command `dpo`: the DPO loss, and an adapter for each preference and direction."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A training job and the run that it becomes: what all training stages share."""
+"""A training job (base, settings, LoRA shape, rows, loss), and the run folder that it fills."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence

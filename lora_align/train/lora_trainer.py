@@ -1,4 +1,4 @@
-"""Training of one adapter by a TRL trainer: arguments, initial values, progress, checkpoints and records."""
+"""One adapter trained by a TRL trainer: arguments, initial values, progress, signals, saving."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The reward model (`reward`): k heads on a frozen 4-bit base with LoRA, trained on ratings, pairs, or both."""
+"""The command `reward`: a reward model of k heads on a frozen 4-bit base with LoRA."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

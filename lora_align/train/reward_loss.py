@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lora_align.metrics import rank
+from lora_align.metrics import score_quality
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.memory_budget import MemoryBudget
@@ -129,7 +129,7 @@ def measure_heads(model: RewardModel, examples: Sequence[Example], budget: Memor
     rows = batch["texts"]
     scores = model.score(rows, budget)[:, : len(names)].double()
     lengths = torch.tensor([[float(len(answer))] for _, answer in rows]).double()
-    correlations = rank.rank_correlations(torch.cat([scores, lengths], dim=1))
+    correlations = score_quality.rank_correlations(torch.cat([scores, lengths], dim=1))
     heads = {}
     for k, name in enumerate(names):
         truth = batch["points"][:, k].double()
@@ -145,13 +145,13 @@ def measure_heads(model: RewardModel, examples: Sequence[Example], budget: Memor
 
 
 def _rated_figures(predicted: Tensor, given: Tensor) -> dict[str, Any]:
-    curve = rank.calibration(predicted, given)
+    curve = score_quality.calibration(predicted, given)
     return {
-        "spearman": float(rank.rank_correlations(torch.stack([predicted, given], 1))[0, 1]),
-        "ordered": rank.concordance(predicted, given),
+        "spearman": float(score_quality.rank_correlations(torch.stack([predicted, given], 1))[0, 1]),
+        "ordered": score_quality.concordance(predicted, given),
         "error": float((predicted - given).square().mean().sqrt()),
         "calibration": curve,
-        "calibration_error": rank.calibration_error(curve),
+        "calibration_error": score_quality.calibration_error(curve),
     }
 
 
@@ -159,11 +159,11 @@ def _compared_figures(margins: Tensor) -> dict[str, Any]:
     """Count each pair in both orders; otherwise the first answer would always win."""
     chances = torch.sigmoid(torch.cat([margins, -margins]))
     won = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)])
-    curve = rank.calibration(chances, won)
+    curve = score_quality.calibration(chances, won)
     return {
         "accuracy": float((margins > 0).double().mean()),
         "chances": curve,
-        "chances_error": rank.calibration_error(curve),
+        "chances_error": score_quality.calibration_error(curve),
     }
 
 

@@ -1,4 +1,4 @@
-"""Rows of token ids in memory-mapped Arrow files, and lazy sequences of rows."""
+"""The file format of token rows: memory-mapped Arrow files, and lazy sequences of rows."""
 
 import bisect
 import hashlib

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (`sft`): the adapter of the start policy, trained on conversations."""
+"""The command `sft`: the start policy's adapter, trained on conversations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One optimiser step, computed in parts that fit into memory: what all trainers share.
+"""One optimiser step, computed in parts that fit into memory, in place of a trainer's own step.
 
 A trainer hands over the rows of a whole optimiser step. They are sorted by length and computed in parts of at most
 `tokens_per_batch` tokens. Each part's loss is normalised by the whole step, so the split changes a result only by

@@ -1,4 +1,4 @@
-"""Training rows as token ids: tokenised once per source and settings, and cached in memory-mapped files.
+"""Training rows as token ids, from the cache or tokenised now (`row_files` has the file format).
 
 A million rows take no more memory than a thousand. A source is written in parts; a kill costs one part.
 """

@@ -29,7 +29,7 @@ from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.demo import measurement, oracle, world
-from lora_align.metrics import intervals, plots, rank
+from lora_align.metrics import intervals, plots, score_quality
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
 from lora_align.policy import judges, vectors
@@ -205,7 +205,7 @@ def heads(bench: Bench, seed: int) -> dict[str, float]:
         rows = [i for i, (prompt, score) in enumerate(scored) if score.well_formed and only in (None, prompt.risky)]
         truth = torch.tensor([scored[i][1].grades[name] for i in rows], dtype=torch.float64)
         head = torch.tensor([points[row][name] for row in rows], dtype=torch.float64)
-        found[name] = float(rank.rank_correlations(torch.stack([head, truth], 1))[0, 1])
+        found[name] = float(score_quality.rank_correlations(torch.stack([head, truth], 1))[0, 1])
     return found
 
 
@@ -349,7 +349,7 @@ def obeyed(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]
     def told(front: Front) -> dict[str, float]:
         angles = np.arange(len(front))
         table = torch.tensor(np.stack([-angles, front[:, 0], front[:, 1]], 1))
-        correlations = rank.rank_correlations(table)
+        correlations = score_quality.rank_correlations(table)
         return {name: round(float(correlations[0, 1 + i]), 3) for i, name in enumerate(OBJECTIVES)}
 
     return {"mean of the seeds": told(mean), "by seed": [told(front) for front in by_seed]}

@@ -1,4 +1,4 @@
-"""Metrics of scores: rank correlation, concordance, calibration."""
+"""Quality of scores against the truth: rank correlation, concordance, calibration."""
 
 import math
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.metrics import rank
+from lora_align.metrics import score_quality
 
 grades = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=3, max_size=40)
 
@@ -16,7 +16,7 @@ grades = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=3, 
 @given(grades)
 def test_rank_correlation_equals_that_of_pandas(pairs: list[tuple[int, int]]) -> None:
     table = pd.DataFrame(pairs, dtype=float)
-    ours = rank.rank_correlations(torch.tensor(pairs).double())
+    ours = score_quality.rank_correlations(torch.tensor(pairs).double())
     theirs = table.corr(method="spearman")
     if table.nunique().min() > 1:
         assert float(ours[0, 1]) == pytest.approx(theirs[0][1], abs=1e-9)
@@ -26,7 +26,7 @@ def test_rank_correlation_equals_that_of_pandas(pairs: list[tuple[int, int]]) ->
 
 def test_rank_correlation_ignores_missing_values() -> None:
     columns = torch.tensor([[1.0, 1.0], [2.0, 2.0], [math.nan, -9.0], [3.0, 3.0]])
-    assert float(rank.rank_correlations(columns)[0, 1]) == pytest.approx(1.0)
+    assert float(score_quality.rank_correlations(columns)[0, 1]) == pytest.approx(1.0)
 
 
 @given(grades)
@@ -38,12 +38,12 @@ def test_concordance_counts_pairs(pairs: list[tuple[int, int]]) -> None:
         for j in range(len(pairs))
         if truth[i] > truth[j]
     ]
-    found = rank.concordance(scores, truth)
+    found = score_quality.concordance(scores, truth)
     assert math.isnan(found) if not wins else found == pytest.approx(sum(wins) / len(wins))
 
 
 def test_calibration_error_is_the_mean_offset() -> None:
     seen = torch.arange(100).double()
-    assert rank.calibration_error(rank.calibration(seen, seen)) == pytest.approx(0)
-    assert rank.calibration_error(rank.calibration(seen + 7, seen)) == pytest.approx(7)
-    assert len(rank.calibration(seen[:3], seen[:3])) == 3
+    assert score_quality.calibration_error(score_quality.calibration(seen, seen)) == pytest.approx(0)
+    assert score_quality.calibration_error(score_quality.calibration(seen + 7, seen)) == pytest.approx(7)
+    assert len(score_quality.calibration(seen[:3], seen[:3])) == 3

@@ -1,0 +1,99 @@
+"""Crash-safe files and folders."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_align import store
+from lora_align.errors import RunFailedError, UserError
+
+
+def test_new_file_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    for text in ("first", "second"):
+        with store.new_file(target) as unfinished:
+            unfinished.write_text(text)
+            assert not target.exists() or target.read_text() != text
+        assert target.read_text() == text
+    assert os.listdir(target.parent) == ["file.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(OSError, match="No such file"), store.new_file(target) as unfinished:
+        unfinished.joinpath("no folder").write_text("new")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with store.new_folder(target) as staging:
+        (staging / "a").write_text("1")
+    with pytest.raises(OSError, match="No such file"), store.new_folder(target) as staging:
+        (staging / "no folder" / "b").write_text("2")
+    assert store.is_intact(target)
+    assert sorted(os.listdir(target)) == ["a", store.DIGESTS]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "no digests", "not JSON"])
+def test_damaged_file_names_the_file(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert store.damaged_file(folder) == store.DIGESTS
+    with store.new_folder(folder) as staging:
+        (staging / "a").write_text("1")
+        (staging / "b").write_text("22")
+    assert store.damaged_file(folder) is None
+    file, digests = folder / "b", folder / store.DIGESTS
+    if damage == "changed":
+        file.write_text("23")
+    elif damage == "cut":
+        file.write_text("2")
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "no digests":
+        digests.unlink()
+    else:
+        digests.write_text("[]")
+    assert store.damaged_file(folder) == (store.DIGESTS if damage in ("no digests", "not JSON") else "b")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_killed_folder_is_emptied_or_resumed(resume: bool, tmp_path: Path) -> None:
+    program = f"""
+import time
+from pathlib import Path
+from lora_align import store
+with store.new_folder(Path({str(tmp_path / "folder")!r})) as staging:
+    (staging / "part").write_text("done")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    assert not (tmp_path / "folder").exists()
+    with store.new_folder(tmp_path / "folder", resume=resume) as staging:
+        assert (staging / "part").exists() == resume
+    assert store.is_intact(tmp_path / "folder")
+
+
+def test_too_little_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"about .* MB will be written, .* are free; elsewhere"):
+        store.check_free_space(tmp_path / "not" / "there", 10**18, "elsewhere")
+
+
+def test_write_errors_name_folder_cause_and_remedy(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunFailedError, match=r"No such file or directory \(2 kB to write, .* free\); try again"),
+        store.report_write_errors(tmp_path, "try again", 2000),
+    ):
+        (tmp_path / "no" / "file").write_text("x")
