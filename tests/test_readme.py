@@ -12,6 +12,7 @@ import typer
 
 from lora_align import recipe
 from lora_align.cli.app import app
+from lora_align.recipe import reading
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -101,7 +102,7 @@ def test_options_and_recipe_keys_exist(page: Path) -> None:
             unknown = {word for word in span.split() if re.fullmatch(r"--?[a-z][a-z-]*", word)} - options
             assert not unknown, span
         for table, key in re.findall(r"^(?:--set )?(base|lora|sft|dpo|reward|rsf|eval)\.(\w+)\b", span):
-            assert key in recipe.TABLES[table], span
+            assert key in reading.TABLES[table], span
 
 
 @pytest.mark.parametrize("page", READ_BY_USERS, ids=lambda page: page.name)
