@@ -40,7 +40,7 @@ def item(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> 
     return benchmarks["evidence_item"]
 
 
-def test_a_mean_is_over_all_seeds_and_prompts_they_share_are_drawn_together(item: ModuleType) -> None:
+def test_mean_pools_seeds_and_resamples_shared_prompts_together(item: ModuleType) -> None:
     apart = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, None]]
     found = item.Found.of(apart)
     assert found.value == pytest.approx(6 / 11)
@@ -51,7 +51,7 @@ def test_a_mean_is_over_all_seeds_and_prompts_they_share_are_drawn_together(item
     assert item.Found.of(facts).low == pytest.approx(alone.low, abs=0.02), "three seeds tell no more than one of them"
 
 
-def test_what_rises_with_every_prompt_is_told_apart_though_means_overlap(item: ModuleType) -> None:
+def test_paired_rise_is_found_though_means_overlap(item: ModuleType) -> None:
     grades: list[list[float | None]] = [[0.1, 0.5, 0.9, None], [0.2, 0.6, 0.9, 0.3], [0.1, 0.9, 0.4, 0.6]]
     before, after = ([{"grade": [value and value + more for value in of]} for of in grades] for more in (0.0, 0.02))
     rise = item.moved(after, before, "grade")
@@ -62,21 +62,21 @@ def test_what_rises_with_every_prompt_is_told_apart_though_means_overlap(item: M
     assert means[0].low < means[1].high
 
 
-def test_a_rise_that_one_seed_does_not_share_is_none(item: ModuleType) -> None:
+def test_rise_requires_every_seed(item: ModuleType) -> None:
     found = item.Found.of([[1.0] * 4, [1.0] * 4, [-0.1] * 4])
     assert found.value > 0
     assert not found.higher
     assert found.told.startswith("not told apart")
 
 
-def test_a_front_lies_above_others_as_far_as_it_comes_down(benchmarks: dict[str, ModuleType]) -> None:
+def test_front_is_compared_over_its_own_range(benchmarks: dict[str, ModuleType]) -> None:
     front = np.array([[0.9, 0.6], [0.5, 0.2], [0.7, 0.4]])
     others = np.array([[0.3, 0.1], [0.4, 0.3], [0.8, 0.6]])
     assert benchmarks["fronts"].gaps(front, others) == pytest.approx([0.6 - 0.4, 0.9 - 0.8])
     assert benchmarks["fronts"].volume(front) == pytest.approx(0.5 * 0.2 + 0.7 * 0.2 + 0.9 * 0.4)
 
 
-def test_modpo_is_dpo_with_a_moved_reference(benchmarks: dict[str, ModuleType]) -> None:
+def test_modpo_equals_dpo_with_a_shifted_reference(benchmarks: dict[str, ModuleType]) -> None:
     modpo, beta = benchmarks["modpo"], 1.5
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load()

@@ -51,7 +51,7 @@ def _dpo(cwd: Path, endpoint: str, setting: str) -> "subprocess.CompletedProcess
         ("preferences.helpful.data=owner/absent", "data 'owner/absent': Dataset 'owner/absent' doesn't exist"),
     ],
 )
-def test_what_the_hub_refuses(setting: str, told: str, hub: str, tmp_path: Path) -> None:
+def test_errors_of_the_hub_are_explained(setting: str, told: str, hub: str, tmp_path: Path) -> None:
     done = _dpo(tmp_path, hub, setting)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
@@ -61,7 +61,7 @@ def test_what_the_hub_refuses(setting: str, told: str, hub: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("setting", ["base.model=some/model", "preferences.helpful.data=some/data"])
-def test_no_network_at_all(setting: str, tmp_path: Path) -> None:
+def test_missing_network_is_explained(setting: str, tmp_path: Path) -> None:
     done = _dpo(tmp_path, "http://127.0.0.1:9", setting)  # nothing listens there
     assert done.returncode == 2, done.stderr
     assert "not in the cache" in done.stderr

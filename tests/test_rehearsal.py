@@ -68,7 +68,7 @@ def rehearsed(name: str, base: Path, files: dict[str, Path]) -> recipe.Recipe:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_recipe_reads_all_its_sources_and_asks_nothing_it_trains_on(
+def test_recipe_reads_all_sources_and_evaluates_no_training_prompt(
     name: str, llama: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = rehearsed(name, llama, files)
@@ -95,13 +95,13 @@ def hub_ids() -> Iterator[tuple[str, str]]:
                 yield name, value
 
 
-def test_recipes_name_data_of_the_hub_as_unverified() -> None:
+def test_recipes_mark_hub_data_as_unverified() -> None:
     assert {value for _, value in hub_ids()} == set(ROWS)
     for name in REAL:
         assert "\n# Unverified: " in recipe.builtin()[name].read_text()
 
 
-def test_one_real_recipe_trains_with_a_limit(llama: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_one_hub_recipe_trains_with_a_limit(llama: Path, files: dict[str, Path], tmp_path: Path) -> None:
     project = rehearsed("qwen3-8b", llama, files)
     project = replace(project, dpo=replace(project.dpo, batch_size=4, limit=8))
     [run] = dpo.train_dpo(project, ["brief"], [Direction.pos], tmp_path, QUIET)

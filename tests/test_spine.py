@@ -17,7 +17,7 @@ from lora_align.errors import UserError
 from support import COMMAND, PAIRS, Cli, Terminal, call, make_base, real_data
 
 
-def test_the_five_commands(workspace: Path) -> None:
+def test_five_commands_from_pairs_to_chat(workspace: Path) -> None:
     """The first three were run in what `workspace` is a copy of; the other two follow here."""
     merged = call(workspace, "merge", "--weights", "helpful=1,harmless=0.5")
     assert merged.code == 0, merged.err
@@ -37,7 +37,7 @@ def test_the_five_commands(workspace: Path) -> None:
     assert "+1 helpful +0.5 harmless" in table
 
 
-def test_a_mix_apart_and_whole_says_the_same(workspace: Path) -> None:
+def test_merged_mix_answers_like_its_vectors(workspace: Path) -> None:
     assert call(workspace, "merge", "--weights", "helpful=1,harmless=-0.5", "--out", "mine").code == 0
     words = ["--prompt", "Can you explain bees?", "--temperature", "0"]
     apart = call(workspace, "chat", "--weights", "helpful=1,harmless=-0.5", *words)
@@ -64,7 +64,7 @@ assert "lora_align" not in sys.modules
 """
 
 
-def test_a_mix_on_a_4_bit_base_in_stock_peft_equals_the_dense_sum(workspace: Path) -> None:
+def test_mix_in_stock_peft_equals_the_dense_sum(workspace: Path) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
@@ -100,7 +100,7 @@ def test_a_mix_on_a_4_bit_base_in_stock_peft_equals_the_dense_sum(workspace: Pat
     assert (torch.load(workspace / "logits.pt") - expected).abs().max() < 1e-4
 
 
-def test_weights_take_runs_and_folders_too(workspace: Path) -> None:
+def test_weights_accept_runs_and_folders(workspace: Path) -> None:
     assert call(workspace, "merge", "--weights", "helpful=1", "--out", "mine").code == 0
     by_run = call(workspace, "merge", "--weights", "dpo/helpful/pos=1,runs/dpo/helpful/neg=-1", "--name", "by-run")
     assert by_run.code == 0, by_run.err
@@ -110,7 +110,7 @@ def test_weights_take_runs_and_folders_too(workspace: Path) -> None:
     assert answers == {call(workspace, "chat", "--weights", "helpful=1", *words).out}
 
 
-def test_a_start_adapter_is_under_every_mix_and_in_it_once(cli: Cli, tmp_path: Path) -> None:
+def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "lora-align.toml").write_text(
         "[base]\nmodel = 'demo'\n[lora]\nrank = 4\n[preferences.brief]\ndata = 'demo:pairs'\nrank = 'shorter'\n"
         "[sft]\ndata = 'demo:conversations'\nlimit = 64\nlearning_rate = 3e-3\nmax_length = 128\n"
@@ -155,7 +155,7 @@ def test_a_start_adapter_is_under_every_mix_and_in_it_once(cli: Cli, tmp_path: P
     assert "is the start adapter" in cli("chat", "--weights", "sft/start=1", *prompt).err
 
 
-def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
+def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
     done = call(workspace, "merge", "--weights", "helpful=1,harmless=1", "--rank", "4", "--name", "small", "--json")
     facts = json.loads(done.out)
     assert facts["path"] == "runs/mix/small"
@@ -195,7 +195,7 @@ def test_compression_says_what_it_leaves_out(workspace: Path) -> None:
         (["recipes", "--frob"], "No such option"),
     ],
 )
-def test_bad_input_gets_one_clear_line_and_exit_2(words: list[str], told: str, trained: Path) -> None:
+def test_bad_input_prints_one_line_and_exits_with_2(words: list[str], told: str, trained: Path) -> None:
     done = call(trained, *words)
     assert done.code == 2, done.err
     assert told in done.err
@@ -204,7 +204,7 @@ def test_bad_input_gets_one_clear_line_and_exit_2(words: list[str], told: str, t
     assert len(errors) == (2 if "dpo.x=1" in words else 1)
 
 
-def test_what_learned_nothing_is_called_so_wherever_it_is_used(workspace: Path) -> None:
+def test_unconverged_runs_are_reported_by_every_command(workspace: Path) -> None:
     words = ["--pref", "helpful", "--name", "weak", "--limit", "32", "--set", "dpo.learning_rate=1e-9"]
     trained = call(workspace, "dpo", *words)
     assert trained.code == 0
@@ -218,7 +218,7 @@ def test_what_learned_nothing_is_called_so_wherever_it_is_used(workspace: Path) 
         assert "unconverged: the adapter is tiny" in spoken.err
 
 
-def test_a_mix_of_adapters_without_a_manifest_lives_beside_runs(workspace: Path) -> None:
+def test_adapters_without_manifest_mix_beside_runs(workspace: Path) -> None:
     for side in ("pos", "neg"):
         shutil.copytree(workspace / "runs" / "dpo" / "helpful" / side, workspace / f"My {side}.v2")
         (workspace / f"My {side}.v2" / "manifest.json").unlink()
@@ -245,7 +245,7 @@ def test_damaged_manifest_is_skipped_with_a_warning(cli: Cli, workspace: Path) -
     assert "damaged" in merged.err
 
 
-def test_overrides_apply_to_the_recipe_a_run_keeps(cli: Cli, workspace: Path) -> None:
+def test_overrides_apply_to_a_run_s_recipe(cli: Cli, workspace: Path) -> None:
     done = cli("chat", "--weights", "helpful=1", "--prompt", "Hi.", "--set", "base.chat_template_kwargs.x=1")
     assert done.code == 0, done.err
     assert "recipe: the one stored in" in done.err
@@ -253,21 +253,21 @@ def test_overrides_apply_to_the_recipe_a_run_keeps(cli: Cli, workspace: Path) ->
     assert cli("chat", "--prompt", "Hi.", "--set", "base.x=1").code == 2
 
 
-def test_debug_shows_where_and_keeps_the_exit_code(cli: Cli) -> None:
+def test_debug_prints_a_traceback_and_keeps_the_exit_code(cli: Cli) -> None:
     done = cli("--debug", "merge", "--weights", "helpful=lots")
     assert done.code == 2
     assert "Traceback" in done.err
     assert done.err.splitlines()[-1].startswith("error: weights: 'helpful=lots'")
 
 
-def test_a_missing_twin_names_the_command_that_makes_it(cli: Cli, workspace: Path) -> None:
+def test_missing_direction_names_the_command_that_trains_it(cli: Cli, workspace: Path) -> None:
     (workspace / "runs" / "dpo" / "helpful" / "neg").rename(workspace / "elsewhere")
     done = cli("merge", "--weights", "helpful=1")
     assert done.code == 2
     assert "lora-align dpo --pref helpful --direction neg" in done.err
 
 
-def test_a_tampered_parent_is_refused(cli: Cli, workspace: Path) -> None:
+def test_changed_parent_is_refused(cli: Cli, workspace: Path) -> None:
     file = workspace / "runs" / "dpo" / "helpful" / "pos" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -283,7 +283,7 @@ def test_a_folder_of_another_base_is_refused(cli: Cli, workspace: Path, llama: P
     assert "--runs DIR" in done.err
 
 
-def test_init_makes_the_recipe_ones_own(cli: Cli, tmp_path: Path) -> None:
+def test_init_copies_a_recipe(cli: Cli, tmp_path: Path) -> None:
     assert cli("init", "qwen3-8b").code == 0
     assert (tmp_path / "lora-align.toml").is_file()
     assert cli("init", "demo").code == 2
@@ -293,7 +293,7 @@ def test_init_makes_the_recipe_ones_own(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 2
 
 
-def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
+def test_libraries_print_nothing_on_the_screen(cli: Cli, tmp_path: Path) -> None:
     done = cli("dpo", "--pref", "helpful", "--direction", "pos", *PAIRS, "--set", "dpo.limit=16")
     assert done.code == 0
     for line in done.err.splitlines():
@@ -313,7 +313,7 @@ def test_nothing_but_ours_on_the_screen(cli: Cli, tmp_path: Path) -> None:
     assert quiet.err == ""
 
 
-def test_own_pairs_give_own_axes(cli: Cli, tmp_path: Path) -> None:
+def test_own_pairs_train_an_own_preference(cli: Cli, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}?", "chosen": "Yes it is.", "rejected": "No."} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tables = "".join(
@@ -327,7 +327,7 @@ def test_own_pairs_give_own_axes(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_and_leaves_nothing_half_done(number: int, code: int, tmp_path: Path) -> None:
+def test_signal_ends_a_command_without_partial_results(number: int, code: int, tmp_path: Path) -> None:
     words = [str(COMMAND), "dpo", "--pref", "helpful", "--direction", "pos"]
     child = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert child.stderr
@@ -341,7 +341,7 @@ def test_a_signal_ends_a_run_and_leaves_nothing_half_done(number: int, code: int
     assert not list(tmp_path.rglob(".pos.staging"))
 
 
-def test_a_conversation_with_the_newest_mix(workspace: Path) -> None:
+def test_chat_uses_the_newest_mix(workspace: Path) -> None:
     assert call(workspace, "merge", "--weights", "helpful=1,harmless=0.5").code == 0
     terminal = Terminal(workspace, "chat", "--seed", "3")
     assert "helpful=1 harmless=0.5" in terminal.wait_for("› ")
@@ -350,7 +350,7 @@ def test_a_conversation_with_the_newest_mix(workspace: Path) -> None:
     assert terminal.process.wait(timeout=20) == 0
 
 
-def test_a_conversation(workspace: Path) -> None:
+def test_chat_commands_in_a_terminal(workspace: Path) -> None:
     alien = workspace / "alien"  # an adapter whose layers this base does not have
     shutil.copytree(workspace / "runs" / "dpo" / "helpful" / "pos", alien)
     (alien / "manifest.json").unlink()
@@ -403,7 +403,7 @@ def test_ctrl_c_keeps_the_partial_answer_and_the_session(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gemma2"])
-def test_families_go_from_pairs_to_chat(family: str, cli: Cli, tmp_path: Path) -> None:
+def test_model_families_train_merge_and_chat(family: str, cli: Cli, tmp_path: Path) -> None:
     base = make_base(tmp_path / family, family)
     # as recipes for real bases have it
     real = ("dpo.beta=0.1", "dpo.optimizer=adamw_torch_fused", "dpo.learning_rate=1e-3")
@@ -420,7 +420,7 @@ def test_families_go_from_pairs_to_chat(family: str, cli: Cli, tmp_path: Path) -
     assert json.loads(spoken.out)["tokens"] >= 1
 
 
-def test_the_spine_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> None:
+def test_commands_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> None:
     pairs, base = real_data("llama-factory/dpo_en_demo.json"), real_data("stories260k")
     template = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
     (tmp_path / "lora-align.toml").write_text(
@@ -450,7 +450,7 @@ def test_user_errors_have_exit_codes() -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["recipes"]])
-def test_what_lists_everything_fits_a_terminal(words: list[str], tmp_path: Path) -> None:
+def test_lists_fit_a_terminal(words: list[str], tmp_path: Path) -> None:
     narrow = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run([COMMAND, *words], cwd=tmp_path, env=narrow, capture_output=True, text=True, check=True)
     shown = [line for line in done.stdout.splitlines() if not line.startswith("Usage")]

@@ -17,7 +17,7 @@ def _rows(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_killed_in_the_middle_it_goes_on_and_says_the_same(workspace: Path) -> None:
+def test_generate_resumes_after_a_kill_with_the_same_answers(workspace: Path) -> None:
     words = ["generate", "--prompts", "demo:conversations?rows=150&part=dev", "-n", "4", "-w", "helpful=1"]
     child = subprocess.Popen([str(COMMAND), *words, "--out", "killed.jsonl", "--quiet"], cwd=workspace)
     parts, until = workspace / ".killed.jsonl.parts", time.monotonic() + 120
@@ -41,7 +41,7 @@ def test_killed_in_the_middle_it_goes_on_and_says_the_same(workspace: Path) -> N
     assert len(_rows(workspace / "whole.jsonl")) == 600
 
 
-def test_shares_divide_the_work_and_merge_by_reading_all_files(workspace: Path) -> None:
+def test_shares_divide_the_prompts(workspace: Path) -> None:
     words = ["generate", "--prompts", "demo:pairs?rows=40", "--adapter", "dpo/helpful/pos", "--max-new-tokens", "60"]
     for share in ("1/2", "2/2"):
         done = call(workspace, *words, "--share", share, "--out", f"{share[0]}.parquet")
@@ -60,7 +60,7 @@ def test_shares_divide_the_work_and_merge_by_reading_all_files(workspace: Path) 
     assert again == [row["prompt"] for row in merged]
 
 
-def test_an_answer_that_was_there_before_is_not_mixed_with_the_new_one(workspace: Path) -> None:
+def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
     turns = [{"role": "user", "content": "Tell me about rain."}, {"role": "assistant", "content": "It is wet."}]
     rows = [{"messages": turns, "id": "a"}, {"prompt": "What is fog?", "response": "Wet.", "warmth": 3, "topic": "fog"}]
     for number, row in enumerate(rows):
@@ -86,7 +86,7 @@ def test_an_answer_that_was_there_before_is_not_mixed_with_the_new_one(workspace
         (["--prompts", "nowhere.txt"], "no data file 'nowhere.txt'"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(words: list[str], told: str, workspace: Path) -> None:
+def test_generate_refuses_unusable_input(words: list[str], told: str, workspace: Path) -> None:
     given = {"--prompts": "demo:pairs?rows=3", "--out": "a.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
     done = call(workspace, "generate", *[word for item in given.items() for word in item])
     assert done.code == 2
@@ -94,7 +94,7 @@ def test_what_cannot_be_drawn_is_refused(words: list[str], told: str, workspace:
     assert not list(workspace.glob("a.*"))
 
 
-def test_a_prompt_that_fills_the_context_is_left_out_and_counted(workspace: Path) -> None:
+def test_too_long_prompts_are_counted(workspace: Path) -> None:
     (workspace / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 200)
     done = call(workspace, "generate", "--prompts", "prompts.txt", "--adapter", "dpo/helpful/pos", "--out", "a.jsonl")
     assert done.code == 0, done.err

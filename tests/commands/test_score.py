@@ -26,7 +26,7 @@ def _rows(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_pair_of_adapters_judges_as_stock_peft_says(workspace: Path) -> None:
+def test_pair_judge_equals_stock_peft(workspace: Path) -> None:
     """β(log π₊ − log π₋), one answer at a time, with none of our code but the template."""
     trained = call(workspace, "dpo", "--pref", "helpful", "--force", *PAIRS, "--set", "dpo.learning_rate=1")
     assert trained.code == 0, trained.err
@@ -56,7 +56,7 @@ def test_a_pair_of_adapters_judges_as_stock_peft_says(workspace: Path) -> None:
     assert max(map(abs, expected)) > 0.05
 
 
-def test_what_was_scored_is_data_with_a_ranker(workspace: Path) -> None:
+def test_scored_file_is_a_source_with_a_ranker(workspace: Path) -> None:
     scored = call(
         workspace, "score", "--data", "demo:pairs?rows=90", "--by", "pair:helpful", "--out", "s.parquet", "--json"
     )
@@ -69,7 +69,7 @@ def test_what_was_scored_is_data_with_a_ranker(workspace: Path) -> None:
     assert trained.code == 0, trained.err
 
 
-def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
+def test_score_resumes_after_a_kill(workspace: Path) -> None:
     made = call(workspace, "reward", "--limit", "64", *JUDGE)
     assert made.code == 0, made.err
     words = ["score", "--data", "demo:ratings?rows=640&part=dev", "--quiet"]
@@ -99,7 +99,7 @@ def test_killed_in_the_middle_it_goes_on(workspace: Path) -> None:
         )
 
 
-def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
+def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
     """ShareGPT's pairs, UltraFeedback's answers a row each, and a prompt that leaves no room for an answer."""
     rain = {"from": "human", "value": "Tell me about rain."}
     long, short = "Rain is water that falls from clouds. It wets the ground.", "Rain is wet."
@@ -150,7 +150,7 @@ def test_every_form_is_scored_and_can_be_ranked_by_it(workspace: Path) -> None:
         (["--data", "demo:conversations"], "no pair of answers in columns"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(words: list[str], told: str, workspace: Path) -> None:
+def test_score_refuses_unusable_input(words: list[str], told: str, workspace: Path) -> None:
     given = {"--data": "demo:pairs?rows=3", "--out": "scored.jsonl", "--by": "pair:helpful", words[0]: words[1]}
     done = call(workspace, "score", *[word for item in given.items() for word in item])
     assert done.code == 2
