@@ -15,19 +15,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_align import processes
+from lora_align.errors import CONTROLS, inert
 from lora_align.wrapping import Wrapper, cell_width
 
-# C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.
-_CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
-_CONTROLS |= {*range(0xD800, 0xE000)}
-_VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
-_JSON = {code: f"\\u{code:04x}" for code in _CONTROLS - {0x09, 0x0A}}
+_JSON = {code: f"\\u{code:04x}" for code in CONTROLS}
 _COMMANDS = re.compile(r"(\S*`[^`\n]*`\S*)")
-
-
-def inert(text: str) -> str:
-    """Escape control characters, so that text cannot move a cursor, recolour a terminal or reorder a line."""
-    return text.translate(_VISIBLE)
 
 
 def write(text: str, stream: TextIO) -> None:

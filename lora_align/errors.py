@@ -1,13 +1,27 @@
 """Exceptions that a command reports as one message, each with its exit code.
 
-A message says in one line what happened, where, and what to do.
+A message says in one line what happened, where, and what to do. Messages quote files of other people, so control
+characters in them are escaped.
 """
+
+# C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.
+CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
+CONTROLS = (CONTROLS | {*range(0xD800, 0xE000)}) - {0x09, 0x0A}
+_VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in CONTROLS}
+
+
+def inert(text: str) -> str:
+    """Escape control characters, so that text cannot move a cursor, recolour a terminal or reorder a line."""
+    return text.translate(_VISIBLE)
 
 
 class UserError(Exception):
     """The command was refused before it began (exit code 2). A message may list several faults, one per line."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(inert(message))
 
 
 class NotFetchedError(UserError):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align.console import Screen, clock, count, inert, library_log, rate, table
+from lora_align.console import Screen, clock, count, library_log, rate, table
+from lora_align.errors import inert
 from lora_align.wrapping import Wrapper
 from support import Terminal
 

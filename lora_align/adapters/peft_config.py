@@ -11,7 +11,6 @@ from typing import Any
 import regex
 
 from lora_align.adapters import module_names
-from lora_align.console import inert
 from lora_align.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -78,16 +77,16 @@ def read(folder: Path) -> dict[str, Any]:
         if key in REFUSED and value not in (None, False, "none", [], {}):
             raise UserError(f"{path}: {key} is set: {REFUSED[key]}")
         if key in READ and not READ[key](value):
-            raise UserError(f"{path}: {key} cannot be {inert(json.dumps(value)[:80])}")
+            raise UserError(f"{path}: {key} cannot be {json.dumps(value)[:80]}")
         if key not in REFUSED and key not in READ and key not in HARMLESS:
-            raise UserError(f"{path}: unknown key {inert(key)!r}; its effect on the weights is unknown")
+            raise UserError(f"{path}: unknown key {key!r}; its effect on the weights is unknown")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing")
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise UserError(
-            f"{path}: init_lora_weights is {inert(str(init))!r}: such adapters need a changed base; "
+            f"{path}: init_lora_weights is {str(init)!r}: such adapters need a changed base; "
             "convert with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
     return config
@@ -213,7 +212,7 @@ def _matches(pattern: str, module: str) -> bool:
     try:
         return regex.fullmatch(pattern, module, timeout=PATIENCE) is not None
     except TimeoutError:
-        raise UserError(f"{CONFIG}: the pattern {inert(pattern)[:80]!r} takes too long to match") from None
+        raise UserError(f"{CONFIG}: the pattern {pattern[:80]!r} takes too long to match") from None
 
 
 def _rank(value: object) -> bool:

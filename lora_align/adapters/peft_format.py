@@ -12,7 +12,6 @@ from lora_align.adapters import peft_config, safetensors_stream
 from lora_align.adapters.delta import Factors, LoraDelta, is_finite
 from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.safetensors_stream import TensorFile
-from lora_align.console import inert
 from lora_align.errors import UserError
 
 CONFIG, WEIGHTS = peft_config.CONFIG, peft_config.WEIGHTS
@@ -37,17 +36,17 @@ class Adapter(Mapping[str, Factors]):
         for key in self._file.entries:
             match = TENSOR.fullmatch(key)
             if not match:
-                raise UserError(f"{self._file.path}: {inert(key)!r} is not a LoRA tensor of a linear layer")
+                raise UserError(f"{self._file.path}: {key!r} is not a LoRA tensor of a linear layer")
             sides.setdefault(match[1], set()).add(match[2])
         if not sides:
             raise UserError(f"{self._file.path}: the file has no LoRA tensors")
         for name, found in sides.items():
             if found != {"A", "B"}:
-                raise UserError(f"{self._file.path}: {inert(name)} has lora_{min(found)} but not the other factor")
+                raise UserError(f"{self._file.path}: {name} has lora_{min(found)} but not the other factor")
             self.shapes[name] = self._shape(name)
         missing = "" if whole else peft_config.missing_module(self.config, self.shapes)
         if missing:
-            raise UserError(f"{self._file.path}: {inert(missing)}; tensors are missing")
+            raise UserError(f"{self._file.path}: {missing}; tensors are missing")
 
     @property
     def base(self) -> str:
@@ -67,7 +66,7 @@ class Adapter(Mapping[str, Factors]):
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
         factors = Factors(B.to(dtype) * peft_config.scaling(self.config, name), A.to(dtype))
         if not (is_finite(factors.B) and is_finite(factors.A)):
-            raise UserError(f"{self._file.path}: {inert(name)} has values that are not finite, or overflow when scaled")
+            raise UserError(f"{self._file.path}: {name} has values that are not finite, or overflow when scaled")
         return factors
 
     def __contains__(self, name: object) -> bool:
@@ -85,13 +84,13 @@ class Adapter(Mapping[str, Factors]):
         rank = peft_config.rank(self.config, name)
         if A.dtype not in safetensors_stream.DTYPES or B.dtype not in safetensors_stream.DTYPES:
             raise UserError(
-                f"{self._file.path}: {inert(name)} is stored as {A.dtype}, {B.dtype}; "
+                f"{self._file.path}: {name} is stored as {A.dtype}, {B.dtype}; "
                 f"expected {', '.join(safetensors_stream.DTYPES)}"
             )
         if not (len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] == rank and A.size and B.size):
-            raise UserError(f"{self.folder}: {inert(name)} has tensors {B.shape}, {A.shape}; the rank is {rank}")
+            raise UserError(f"{self.folder}: {name} has tensors {B.shape}, {A.shape}; the rank is {rank}")
         if not self._is_target(name):
-            raise UserError(f"{self._file.path}: {inert(name)} is not among the target_modules; PEFT would not load it")
+            raise UserError(f"{self._file.path}: {name} is not among the target_modules; PEFT would not load it")
         return B.shape[0], A.shape[1]
 
 
@@ -119,7 +118,7 @@ def save(
                 if not is_finite(stored):
                     short = str(dtype).removeprefix("torch.")
                     remedy = "smaller weights" if dtype == torch.float32 else "smaller weights or --dtype float32"
-                    raise UserError(f"{inert(name)}: a value is too large for {short}; give {remedy}")
+                    raise UserError(f"{name}: a value is too large for {short}; give {remedy}")
                 yield f"{PREFIX}{name}.lora_{side}.weight", stored
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from lora_align.adapters import module_names, peft_config
 from lora_align.adapters.peft_format import Adapter
-from lora_align.console import inert
 from lora_align.errors import UserError
 
 Kind = tuple[str, str, str]
@@ -19,7 +18,7 @@ def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
         for name, shape in adapter.shapes.items():
             known, owner = shapes.setdefault(name, (shape, adapter))
             if known != shape:
-                _refuse(adapter, owner, f"{inert(name)} is {_size(shape)} in one and {_size(known)} in the other")
+                _refuse(adapter, owner, f"{name} is {_size(shape)} in one and {_size(known)} in the other")
         if peft_config.covers_every_layer(adapter.config):
             for kind, last in module_names.last_layers(adapter.shapes).items():
                 known_last, owner = depths.setdefault(kind, (last, adapter))
@@ -27,7 +26,7 @@ def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
                     _refuse(
                         adapter,
                         owner,
-                        f"the last {inert(kind[2])} is in layer {last} in one and in layer {known_last} in the other",
+                        f"the last {kind[2]} is in layer {last} in one and in layer {known_last} in the other",
                     )
     if not same_base:
         stacks = [{kind[0] for kind in module_names.last_layers(adapter.shapes)} for adapter in adapters]
@@ -40,13 +39,13 @@ def _refuse_unclear(one: Adapter, other: Adapter, stacks: Sequence[set[str]]) ->
     revisions = [str(adapter.config.get("revision") or "") for adapter in (one, other)]
     why = ""
     if one.base != other.base:
-        why = f"names the base {inert(one.base)!r}, {other.folder} names {inert(other.base)!r}"
+        why = f"names the base {one.base!r}, {other.folder} names {other.base!r}"
     elif not one.base:
         why = f"does not name its base, nor does {other.folder}"
     elif all(revisions) and revisions[0] != revisions[1]:
-        why = f"needs the base's revision {inert(revisions[0])!r}, {other.folder} needs {inert(revisions[1])!r}"
+        why = f"needs the base's revision {revisions[0]!r}, {other.folder} needs {revisions[1]!r}"
     elif all(stacks) and not stacks[0] & stacks[1]:
-        why = f"adapts {inert(min(stacks[0]))}, {other.folder} adapts {inert(min(stacks[1]))}"
+        why = f"adapts {min(stacks[0])}, {other.folder} adapts {min(stacks[1])}"
     if why:
         raise UserError(f"{one.folder} {why}; if their bases are the same, add --same-base")
 

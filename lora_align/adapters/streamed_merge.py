@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lora_align.adapters.delta import MAX_RANK, ROUNDING, Factors, LoraDelta, is_finite, smallest_rank, stacked
 from lora_align.adapters.merge_methods import METHODS, Parts
-from lora_align.console import inert
 from lora_align.errors import UserError
 
 SMALL = 1024  # a dense matrix whose shorter side is at most this gets an exact SVD
@@ -122,7 +121,7 @@ class Tally:
 def _truncated(module: str, update: Factors | Tensor, rank: int | None) -> MergedModule:
     """Truncate a module's update to `rank`, which a dense matrix requires."""
     if not is_finite(update if isinstance(update, Tensor) else update.B):
-        raise UserError(f"{inert(module)}: the result overflows; give smaller weights")
+        raise UserError(f"{module}: the result overflows; give smaller weights")
     if isinstance(update, Factors):
         return MergedModule(module, *update.cut(rank)) if rank else MergedModule(module, update, math.nan, 0.0)
     assert rank, "a method that returns a matrix needs dense=True and a rank"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lora_align import store
 from lora_align.chat.session import Session
-from lora_align.console import Screen, count, inert
+from lora_align.console import Screen, count
 from lora_align.data.rows import Message
-from lora_align.errors import RunFailedError, UserError
+from lora_align.errors import RunFailedError, UserError, inert
 from lora_align.model.decoding import Sampling
 from lora_align.policy.policy import Conditioned
 from lora_align.weights import parse_weights

@@ -11,8 +11,8 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors
 
 from lora_align import __version__, runs
-from lora_align.console import Screen, count, inert
-from lora_align.errors import RunFailedError, UserError, first_line
+from lora_align.console import Screen, count
+from lora_align.errors import RunFailedError, UserError, first_line, inert
 from lora_align.runs import Run
 
 CARD = "README.md"

@@ -14,10 +14,11 @@ from lora_align import recipe, runs
 from lora_align.adapters import peft_format
 from lora_align.chat.session import Session, open_session
 from lora_align.commands import merge
-from lora_align.console import Screen, count, inert, table
+from lora_align.console import Screen, count, table
 from lora_align.data.rows import Message
 from lora_align.demo import measurement
 from lora_align.demo.measurement import Figures
+from lora_align.errors import inert
 from lora_align.metrics import plots
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from lora_align.console import inert
+from lora_align.errors import inert
 from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
 from lora_align.metrics.intervals import Estimate
 

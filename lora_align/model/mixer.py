@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_align.adapters.delta import Factors, LoraDelta, stacked
-from lora_align.console import inert
 from lora_align.errors import UserError
 
 
@@ -95,6 +94,6 @@ def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -
     for factors in parts.values():
         wanted = (factors.B.shape[0], factors.A.shape[1])
         if not isinstance(layer, nn.Linear) or found != wanted:
-            raise UserError(f"the adapter does not fit this base: its {inert(name)} is {wanted}, the base's is {found}")
+            raise UserError(f"the adapter does not fit this base: its {name} is {wanted}, the base's is {found}")
     assert isinstance(layer, nn.Linear)
     return layer

@@ -157,7 +157,7 @@ from lora_align.errors import RunFailedError
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.train import lora_trainer
 base = bases.find(recipe.Base("demo"))
-settings = demo("dpo.limit=400")
+settings = demo("dpo.limit=160")
 references = ReferenceCache.of(base, "")
 material = dpo.prepare(settings, "helpful", base, QUIET)
 pairs = list(dpo.with_references(material, references, base.load(), 4096, "reference", QUIET).train)
@@ -168,7 +168,7 @@ said = []
 made.note, made.budget = said.append, MemoryBudget(2**20)
 made.model.zero_grad()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 250 * 2**20, resource.RLIM_INFINITY))
 made.training_step(made.model, {"rows": pairs})
 found = gradients(made.model)
 print(len(said), made.budget.size, float((found - wanted).norm() / wanted.norm()))
