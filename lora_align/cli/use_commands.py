@@ -170,7 +170,7 @@ def generate(
     check_text("--system", system)
     project = given.recipe_of_runs()
     if show_server:
-        from lora_align.model.endpoint import serve_command
+        from lora_align.rsf.serving import serve_command
 
         given.screen.result(serve_command(project), {"serve": serve_command(project)})
         return
@@ -198,10 +198,11 @@ def generate(
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:
     """Return a sampler on a server, and what identifies its model."""
     from lora_align.model.endpoint import Endpoint
+    from lora_align.rsf.serving import serve_command
 
     server = Endpoint.at(address, model, template=project.base.chat_template_kwargs)
     if adapter is not None:
-        server = server.load_adapter(adapter, adapter.name, project)
+        server = server.load_adapter(adapter, adapter.name, serve_command(project))
     return server, {"server": server.url, "model": server.model}
 
 

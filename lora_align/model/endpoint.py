@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import random
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,8 @@ import httpx2 as httpx
 
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError, UserError, first_line
-from lora_align.model.base import local_folder
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import SampledText
-from lora_align.recipe import Recipe
 
 KEY = "OPENAI_API_KEY"
 CONCURRENT = 32  # requests
@@ -147,8 +144,11 @@ class Endpoint:
 
         return client, {asyncio.create_task(answers(index, prompt)) for index, prompt in enumerate(prompts)}
 
-    def load_adapter(self, folder: Path, name: str, recipe: Recipe) -> "Endpoint":
-        """Load an adapter on the server through vLLM's API. Return an endpoint for the model with this adapter."""
+    def load_adapter(self, folder: Path, name: str, serve: str) -> "Endpoint":
+        """Load an adapter on the server through vLLM's API. Return an endpoint for the model with this adapter.
+
+        `serve` is a command that starts a suitable server, for the error message.
+        """
 
         async def load() -> Response:
             async with _client() as client:
@@ -160,7 +160,7 @@ class Endpoint:
         if response.status != httpx.codes.OK:
             raise UserError(
                 f"{self.url} cannot load adapters at run time ({response.status} {response.excerpt}); "
-                f"serve the base with: {serve_command(recipe)}"
+                f"serve the base with: {serve}"
             )
         return replace(self, model=name)
 
@@ -253,17 +253,3 @@ def _text(value: object) -> str:
     if value is not None and not isinstance(value, str):
         raise TypeError
     return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def serve_command(recipe: Recipe) -> str:
-    """Return the command that serves a recipe's base with vLLM so that adapters can be loaded at run time."""
-    base, own = recipe.base, (recipe.rsf and recipe.rsf.lora) or recipe.lora
-    rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # policies include SFT
-    rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # loaded to test the server
-    ranks = [size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank]
-    model = str(local_folder(base.model) or base.model)
-    words = ["vllm", "serve", model, *(["--revision", base.revision] if base.revision else [])]
-    words += ["--chat-template", base.chat_template] if base.chat_template else []
-    words += ["--quantization", "bitsandbytes"] if base.quantization == "nf4" else []
-    words += ["--enable-lora", "--max-lora-rank", str(ranks[0] if ranks else rank)]
-    return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(words)

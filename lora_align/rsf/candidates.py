@@ -24,6 +24,7 @@ from lora_align.rsf import sampling_requests
 from lora_align.rsf.inputs import JUDGE, STEERLM, RsfInputs
 from lora_align.rsf.sampling_requests import Request
 from lora_align.rsf.selection import Candidate, running_figures
+from lora_align.rsf.serving import serve_command
 from lora_align.runs import Run
 from lora_align.train import checkpoints
 from lora_align.train.job import Target
@@ -54,7 +55,7 @@ def collect(rsf: RsfInputs, t: int, teacher: Run, requests: Sequence[Request], s
     server: Sampler | None = None
     if rsf.server:
         adapter = processes.on_rank_0(lambda: _with_start(rsf, teacher, store.folder))
-        server = rsf.server.load_adapter(adapter, teacher.path.name, rsf.recipe)
+        server = rsf.server.load_adapter(adapter, teacher.path.name, serve_command(rsf.recipe))
 
     def sample(batch: Sequence[Request]) -> list[SampledText]:
         if not server:

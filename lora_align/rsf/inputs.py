@@ -26,6 +26,7 @@ from lora_align.policy.policy import Policy
 from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Lora, Recipe, Rsf
 from lora_align.rsf import sampling_requests
+from lora_align.rsf.serving import serve_command
 from lora_align.runs import Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
 from lora_align.train.job import Target
@@ -155,7 +156,7 @@ def prepare(
     # a server gets each policy under that policy's own name
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # refuse a server that cannot load adapters
-        server.load_adapter(reward.path, reward.path.name, recipe)
+        server.load_adapter(reward.path, reward.path.name, serve_command(recipe))
     judge = judges.reward(base, runs_dir, settings.reward)
     folder = runs_dir / "rsf" / (name or NAME)
     return RsfInputs(recipe, settings, base, start, reward, judge, answers, folder, force, server, screen)

@@ -19,7 +19,8 @@ from lora_align.demo import BASE as DEMO
 from lora_align.demo import oracle, world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
-from lora_align.model.endpoint import Endpoint, serve_command
+from lora_align.model.endpoint import Endpoint
+from lora_align.rsf.serving import serve_command
 from support import Cli, free_port, listening
 
 TOKENS = Sampling(temperature=1.0, max_new_tokens=90, seed=5)
