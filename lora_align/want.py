@@ -13,7 +13,7 @@ from lora_align.weights import parse_weights
 if TYPE_CHECKING:
     from jinja2 import Template
 
-TRIES = 1_000_000  # samples from the sphere after which a region counts as empty
+TRIES = 1_000_000  # samples after which a region is too small; recipes refuse empty ones
 
 
 @dataclass(frozen=True)

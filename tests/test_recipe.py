@@ -239,3 +239,18 @@ def test_unknown_recipes_and_files_are_refused() -> None:
         recipe.find("demmo")
     with pytest.raises(UserError, match="no recipe file"):
         recipe.find("nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "fault"),
+    [
+        (("[0.5, 0.5]", "[0.0, 1.0]"), "rsf.directions.helpfulness: expected [low, high] from -1 to 1, low < high"),
+        (("[0.9, 1.0]", "[0.9, 1.0]"), "no direction of length 1 has helpfulness 0.9 to 1, verbosity 0.9 to 1"),
+        (("[-0.2, 0.2]", "[-0.2, 0.2]"), "no direction of length 1 has helpfulness -0.2 to 0.2"),
+    ],
+)
+def test_empty_regions_of_directions_are_refused(bounds: tuple[str, str], fault: str) -> None:
+    overrides = [f"rsf.directions.{name}={of}" for name, of in zip(("helpfulness", "verbosity"), bounds, strict=True)]
+    with pytest.raises(UserError) as refused:
+        recipe.load(recipe.builtin()["demo"], overrides)
+    assert fault in str(refused.value)

@@ -108,9 +108,19 @@ def _of_rsf(recipe: Recipe) -> Iterator[str]:
         return
     if len(recipe.rsf.directions) < 2:
         yield "rsf.directions: give two objectives or more, each with its bounds, as in verbosity = [-0.7, 0.0]"
-    for name, (low, high) in recipe.rsf.directions.items():
-        if not -1 <= low <= high <= 1:
-            yield f"rsf.directions.{name}: expected [low, high] from -1 to 1, not [{low:g}, {high:g}]"
+        return
+    region = recipe.rsf.directions
+    wrong = {name: bounds for name, bounds in region.items() if not -1 <= bounds[0] < bounds[1] <= 1}
+    for name, (low, high) in wrong.items():
+        yield f"rsf.directions.{name}: expected [low, high] from -1 to 1, low < high, not [{low:g}, {high:g}]"
+    if wrong:
+        return
+    # squared lengths of the region's points nearest to 0 and farthest from 0
+    closest = sum(0.0 if low <= 0 <= high else min(low**2, high**2) for low, high in region.values())
+    farthest = sum(max(low**2, high**2) for low, high in region.values())
+    if not closest < 1 < farthest:
+        listed = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in region.items())
+        yield f"rsf.directions: no direction of length 1 has {listed}; widen the bounds"
 
 
 def _suggestion(location: tuple[str | int, ...]) -> str:
