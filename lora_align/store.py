@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lora_align.errors import RunFailedError, UserError, first_line
 
-UNFINISHED = ".unfinished"  # ends the temporary name of a file
+UNFINISHED = ".unfinished"  # suffix of a file's temporary name
+CACHE_REMEDY = "LORA_ALIGN_CACHE moves the cache"
 DIGESTS = "files.json"  # the sha256 of every other file of a sealed folder
 
 
@@ -32,8 +33,8 @@ def new_file(target: Path) -> Iterator[Path]:
 def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield a staging folder beside `target`. When the block ends, seal the folder and rename it to `target`.
 
-    An exception deletes the staging folder; a signal does not. With `resume`, a staging folder that a killed program
-    left is not emptied.
+    An exception deletes the staging folder; a signal does not. With `resume`, the contents of a staging
+    folder that a killed program left are kept.
     """
     staging = target.with_name(f".{target.name}.staging")
     if not resume:
@@ -83,7 +84,7 @@ def sha256(file: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the list of names in a folder, to disk with fsync."""
+    """Flush a file, or a folder's entries, to disk with fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +100,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
-    """Turn a failed write into a RunFailedError with the folder, the bytes `needed` if known, and the remedy."""
+    """Turn an OSError into a RunFailedError that names the path, the bytes `needed` if given, and the remedy."""
     try:
         yield
     except OSError as fault:
@@ -109,7 +110,7 @@ def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[
 
 
 def check_free_space(folder: Path, needed: int, remedy: str) -> None:
-    """Refuse to begin if the disk has fewer free bytes than will be written."""
+    """Refuse to begin if the disk has less than `needed` bytes free."""
     if (free := _free(folder)) < needed:
         raise UserError(f"{folder}: about {_size(needed)} will be written, {_size(free)} are free; {remedy}")
 
@@ -121,7 +122,7 @@ def refuse_missing_parent(out: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for quantised bases, tokenised rows, references and library logs; LORA_ALIGN_CACHE sets it."""
+    """Return the cache folder; LORA_ALIGN_CACHE sets it."""
     import platformdirs
 
     return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))

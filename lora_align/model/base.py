@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 BASES: Registry[Callable[[], Path]] = Registry("bases")
-KEEP_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
-MOVED = "LORA_ALIGN_CACHE moves the cache"
+CACHE_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
 HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
 
 transformers.utils.logging.disable_default_handler()
@@ -57,15 +56,15 @@ class Base:
             "chat_format": self.chat.fingerprint(),
         }
 
-    def load(self, keep_from: int = KEEP_QUANTIZED_FROM) -> PreTrainedModel:
+    def load(self, cache_from: int = CACHE_QUANTIZED_FROM) -> PreTrainedModel:
         """Load the frozen model, in 4-bit unless the recipe says otherwise, on the GPU if there is one.
 
-        From `keep_from` bytes of weights on, the 4-bit model is cached on disk.
+        From `cache_from` bytes of weights on, the 4-bit model is cached on disk.
         """
         gc.collect()  # a base that is no longer used must be freed before the next one is loaded
         weights = sum(file.stat().st_size for file in _weights(self.folder))
         source = self.folder
-        if self.recipe.quantization == "nf4" and weights >= keep_from:
+        if self.recipe.quantization == "nf4" and weights >= cache_from:
             source = _quantized(self)
         if not self.recipe.fsdp or processes.world_size() == 1:
             model = _load(source, self.recipe, device())
@@ -75,14 +74,14 @@ class Base:
         from lora_align.model.fsdp import shard_base
 
         processes.barrier()  # initialises torch.distributed
-        with FileLock(store.cache_folder() / ".dividing.lock"):  # hold one whole base in memory at a time
+        with FileLock(store.cache_folder() / ".sharding.lock"):  # hold one whole base in memory at a time
             return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
 
 
 def find(base: recipe.Base, *, outline: bool = False) -> Base:
     """Locate a base, hash its weights and check its chat template.
 
-    With `outline` the weights are neither fetched nor hashed, and need not exist.
+    With `outline`, the weights are neither fetched nor hashed, and they may be missing.
     """
     folder = _folder(base, outline)
     if not (folder / "config.json").is_file():
@@ -149,7 +148,7 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
 
 
 def local_folder(model: str) -> Path | None:
-    """Return the folder that a model's name means here: one on this disk, or that of a registered base."""
+    """Return the folder of a model: a local folder or that of a registered base. Return None for other names."""
     path = Path(model).expanduser()
     if path.is_dir() and model not in BASES:
         return path
@@ -166,13 +165,13 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     return _from_hub(base.model, base.revision or None, outline)
 
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # everything but the weights
+CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration, tokenizer and templates
 
 
 def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = [*SMALL_FILES, *([] if outline else ["*.safetensors"])]
+    wanted = [*CONFIG_FILES, *([] if outline else ["*.safetensors"])]
     try:
         # consolidated*: Mistral's repositories store every weight a second time, in another format
         unwanted = ["original/*", "consolidated*"]
@@ -189,7 +188,7 @@ def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
     except errors.HFValidationError as fault:
         raise UserError(f"base.model {name!r} is not a valid hub id: {fault}") from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
-        only = "".join(f" --include '{files}'" for files in SMALL_FILES) if outline else ""
+        only = "".join(f" --include '{files}'" for files in CONFIG_FILES) if outline else ""
         raise UserError(
             f"base {name!r} is not in the cache and the hub cannot be reached; with a network, run "
             f"`hf download {name}{only}`, or set base.model to a local folder"
@@ -199,7 +198,7 @@ def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
 
 
 def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedModel:
-    chosen: dict[str, Any] = {}  # settings that are not chosen come from the model's own configuration
+    chosen: dict[str, Any] = {}  # keys left out here keep the values of the model's own configuration
     if base.quantization == "nf4" and not _comes_quantized(source):
         chosen["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -225,7 +224,7 @@ def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedMod
         # the frozen base has no dropout; the recipe sets the adapter's dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):  # a number that attention kernels take
+        if hasattr(module, "attention_dropout"):  # attention modules pass this number to their kernels
             module.attention_dropout = 0.0  # type: ignore[assignment]
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
@@ -247,13 +246,13 @@ def _quantized(base: Base) -> Path:
         if not folder.is_dir():
             where = torch.device("cpu") if base.recipe.fsdp else device()
             model = _load(base.folder, base.recipe, where)
-            store.check_free_space(folder.parent, model.get_memory_footprint(), MOVED)
+            store.check_free_space(folder.parent, model.get_memory_footprint(), store.CACHE_REMEDY)
             try:
                 with store.new_folder(folder) as staging:
                     model.save_pretrained(staging)
             except (OSError, SafetensorError) as fault:
                 why = f"the 4-bit base could not be cached ({first_line(fault)})"
-                raise RunFailedError(f"{folder.parent}: {why}; {MOVED}") from fault
+                raise RunFailedError(f"{folder.parent}: {why}; {store.CACHE_REMEDY}") from fault
     return folder
 
 

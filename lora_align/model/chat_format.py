@@ -1,4 +1,4 @@
-"""Token ids of one conversation by the base's chat template, and where an answer begins and ends.
+"""Convert a conversation to token ids with the base's chat template, and find where an answer begins and ends.
 
 Training and chat both use it, so they render a prefix alike.
 """
@@ -20,9 +20,9 @@ from lora_align.errors import UserError
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that may stand in for control tokens in a message
 PROBE = "\N{BALLOT BOX WITH CHECK}answer\N{BALLOT BOX WITH CHECK}"
 CONTROL_LIKE = re.compile(r"<\S+>|\[[A-Z_/]+\]")  # other added tokens, such as runs of spaces, are plain text
-UNFIT = (ArithmeticError, MemoryError, RecursionError, SyntaxError)  # faults of a template besides Jinja's own
-OPENING = 12  # tokens that an error quotes
-Answered = tuple[list[int], list[list[int]]]  # a prompt and the answers to it
+TEMPLATE_FAULTS = (ArithmeticError, MemoryError, RecursionError, SyntaxError)  # besides Jinja's own errors
+EXCERPT = 12  # tokens that an error quotes
+PromptWithAnswers = tuple[list[int], list[list[int]]]
 StandIns = Mapping[str, str]  # private character → the control token it stands for
 
 
@@ -46,29 +46,29 @@ class ChatFormat:
         return self._encode(self._render(messages, stand_ins, generation=True), stand_ins)
 
     def answer_ids(self, prompt: Sequence[Message], answer: str, *, ended: bool = True) -> list[int]:
-        """Return the ids of the answer that follows `prompt`. Unless it `ended`, leave out the stop token."""
+        """Return the ids of the answer to `prompt`. With `ended=False`, leave out the stop token."""
         ids = self.answered(prompt, [answer])[1][0]
         return ids if ended or len(ids) == 1 else ids[:-1]
 
-    def answered(self, prompt: Sequence[Message], answers: Sequence[str]) -> Answered:
+    def answered(self, prompt: Sequence[Message], answers: Sequence[str]) -> PromptWithAnswers:
         """Return the ids of the prompt, and of each answer up to and including its stop token."""
         return self.answered_each([(prompt, answers)])[0]
 
-    def answered_each(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[Answered]:
-        """Do `answered` for many prompts at once: tokenizers process a batch on all cores."""
+    def answered_each(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[PromptWithAnswers]:
+        """Return `answered` for many prompts. A fast tokenizer processes the batch on all cores."""
         messages = [[Message("assistant", answer) for answer in answers] for _, answers in asked]
-        stand_ins = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, messages, strict=True)]
+        replaced = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, messages, strict=True)]
         texts = [
-            [self._render(prompt, hidden, generation=True)]
-            + [self._render([*prompt, one], hidden, generation=False) for one in last]
-            for (prompt, _), last, hidden in zip(asked, messages, stand_ins, strict=True)
+            [self._render(prompt, stand_ins, generation=True)]
+            + [self._render([*prompt, one], stand_ins, generation=False) for one in last]
+            for (prompt, _), last, stand_ins in zip(asked, messages, replaced, strict=True)
         ]
-        plain = [text for some, hidden in zip(texts, stand_ins, strict=True) for text in some if not hidden]
+        plain = [text for some, stand_ins in zip(texts, replaced, strict=True) for text in some if not stand_ins]
         ids = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
         found = []
-        for last, some, hidden in zip(messages, texts, stand_ins, strict=True):
-            before, *wholes = [self._encode(text, hidden) if hidden else next(ids) for text in some]
-            answers = [self._answer(before, *of, hidden) for of in zip(last, wholes, strict=True)]
+        for last, some, stand_ins in zip(messages, texts, replaced, strict=True):
+            before, *wholes = [self._encode(text, stand_ins) if stand_ins else next(ids) for text in some]
+            answers = [self._answer(before, *of, stand_ins) for of in zip(last, wholes, strict=True)]
             found.append((before, answers))
         return found
 
@@ -80,23 +80,23 @@ class ChatFormat:
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
         else:  # the template renders a finished turn differently, for example without thoughts: use the raw answer
-            ids = self._encode(self._hidden(answer, stand_ins), stand_ins)
+            ids = self._encode(self._with_stand_ins(answer, stand_ins), stand_ins)
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 
     @cached_property
     def longest_token(self) -> int:
-        """The length of the longest token, in characters."""
+        """Return the length of the longest token, in characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def opening(self, ids: Sequence[int]) -> str:
-        """Return the beginning of a text, for an error to quote."""
-        text = " ".join(text_of(self.tokenizer, ids[:OPENING]).split())
-        return repr(text + (" …" if len(ids) > OPENING else ""))
+    def excerpt(self, ids: Sequence[int]) -> str:
+        """Return the beginning of a text, to quote in an error."""
+        text = " ".join(text_of(self.tokenizer, ids[:EXCERPT]).split())
+        return repr(text + (" …" if len(ids) > EXCERPT else ""))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end an answer: the template's end of turn, and the stop tokens of the base."""
+        """Return the ids that end an answer: the template's end of turn, and the stop tokens of the base."""
         return frozenset({self._stop, *self.also_stops})
 
     def fingerprint(self) -> str:
@@ -106,7 +106,7 @@ class ChatFormat:
 
     @cached_property
     def _controls(self) -> dict[str, int]:
-        """The special tokens, and added tokens that look like them (such as <think>), with their ids."""
+        """Return the special tokens, and added tokens that look like them (such as <think>), with their ids."""
         added = {
             token.content: i
             for i, token in self.tokenizer.added_tokens_decoder.items()
@@ -117,7 +117,7 @@ class ChatFormat:
 
     @cached_property
     def _stop(self) -> int:
-        """The first control token that the template puts after an answer, else the tokenizer's end of text."""
+        """Return the id of the first control token that the template puts after an answer, else of the end of text."""
         text = self._render([Message("user", "?"), Message("assistant", PROBE)], {}, generation=False)
         ids = self.tokenizer(text.partition(PROBE)[2], add_special_tokens=False)["input_ids"]
         controls = [token for token in ids if token in self._controls.values()]
@@ -131,7 +131,7 @@ class ChatFormat:
 
     @cached_property
     def _special(self) -> frozenset[str]:
-        """The control tokens that no message may contain as ids.
+        """Return the control tokens that are always plain text in a message.
 
         The other control tokens are allowed in assistant messages, because templates look for </think> there.
         """
@@ -150,19 +150,19 @@ class ChatFormat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": m.role, "content": self._hidden(m, stand_ins)} for m in messages],
+                    [{"role": m.role, "content": self._with_stand_ins(m, stand_ins)} for m in messages],
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=generation,
                     **self.template_kwargs,
                 )
             )
-        except (TemplateError, TypeError, ValueError, KeyError, *UNFIT) as fault:
+        except (TemplateError, TypeError, ValueError, KeyError, *TEMPLATE_FAULTS) as fault:
             roles = ", ".join(m.role for m in messages)
             why = f"{type(fault).__name__}: {fault}".removesuffix(": ")
             raise UserError(f"base.chat_template fails on a conversation of {roles}: {why}") from fault
 
-    def _hidden(self, message: Message, stand_ins: StandIns) -> str:
+    def _with_stand_ins(self, message: Message, stand_ins: StandIns) -> str:
         """Return a message's text with its control tokens replaced by their stand-ins."""
         text = message.content
         for character, token in stand_ins.items():

@@ -12,7 +12,7 @@ from lora_align.errors import RunFailedError, first_line
 
 @contextmanager
 def compiled_layers(model: Module, *, wanted: bool = True) -> Iterator[None]:
-    """Compile every layer inside the block, with dynamic shapes. Restore the eager layers at its end."""
+    """Compile every layer with dynamic shapes while the `with` block runs. Restore the eager layers afterwards."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
     for layer in layers:
         layer.compile(dynamic=True)
@@ -20,7 +20,7 @@ def compiled_layers(model: Module, *, wanted: bool = True) -> Iterator[None]:
         yield
     except BackendCompilerFailed as fault:
         raise RunFailedError(
-            f"torch cannot compile the base here ({first_line(fault)}); set compile = false"
+            f"torch.compile failed on the base ({first_line(fault)}); set compile = false in the stage's table"
         ) from fault
     finally:
         for layer in layers:

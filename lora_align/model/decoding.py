@@ -39,20 +39,20 @@ def stream_tokens(
     prompt: Sequence[int],
     stops: frozenset[int],
     sampling: Sampling,
-    memory: PrefixCache | None = None,
+    prefix: PrefixCache | None = None,
 ) -> Iterator[int]:
-    """Yield an answer's tokens, without the stop token. The prefix that `memory` holds is not recomputed."""
-    memory = memory if memory is not None else PrefixCache()
-    if memory.cache is None or list(prompt[: len(memory.tokens)]) != memory.tokens or len(memory.tokens) >= len(prompt):
-        memory.forget()
-        memory.cache = growing_cache(model)
+    """Yield the tokens of an answer, without the stop token. Tokens cached in `prefix` are not computed again."""
+    prefix = prefix if prefix is not None else PrefixCache()
+    if prefix.cache is None or list(prompt[: len(prefix.tokens)]) != prefix.tokens or len(prefix.tokens) >= len(prompt):
+        prefix.forget()
+        prefix.cache = growing_cache(model)
     generator = torch.Generator(model.device)
     generator.manual_seed(sampling.seed if sampling.seed is not None else torch.seed())
-    fresh = list(prompt[len(memory.tokens) :])
+    fresh = list(prompt[len(prefix.tokens) :])
     for _ in range(sampling.max_new_tokens):
         ids = torch.tensor([fresh], device=model.device)
-        logits = model(input_ids=ids, past_key_values=memory.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        memory.tokens += fresh
+        logits = model(input_ids=ids, past_key_values=prefix.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        prefix.tokens += fresh
         token = sample_token(logits.float(), sampling, generator)
         if token in stops:
             return

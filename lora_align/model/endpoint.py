@@ -1,4 +1,4 @@
-"""The sampler over an OpenAI-compatible server, such as vLLM or SGLang."""
+"""A sampler that uses an OpenAI-compatible server, such as vLLM or SGLang."""
 
 import asyncio
 import json
@@ -18,10 +18,10 @@ from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import SampledText
 
 KEY = "OPENAI_API_KEY"
-CONCURRENT = 32  # requests
+CONCURRENT = 32  # requests in flight at the same time
 DEADLINE = 600.0  # seconds for one prompt's answers, retries included
-LONGEST_PAUSE = 30.0  # seconds between two tries, at most
-LARGEST = 16 << 20  # bytes of one response, far more than n answers of 4,096 tokens take
+LONGEST_PAUSE = 30.0  # seconds between two tries
+LARGEST = 16 << 20  # bytes of one response; a hundred answers of 4,096 tokens take about 2 MB
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that are retried
 REFUSED = (400, 413, 422)  # status codes of a bad request, for example when the prompt does not fit the context
 
@@ -42,11 +42,11 @@ class Response:
 
     @property
     def excerpt(self) -> str:
-        """Return the beginning of the response in one line, for an error to quote."""
+        """Return the beginning of the response in one line, to quote in an error."""
         return " ".join(self.text[:1000].split())[:200]
 
-    def object(self) -> dict[str, Any]:
-        """Parse the response as a JSON object. Raise an error that names the server if it is none."""
+    def json_object(self) -> dict[str, Any]:
+        """Parse the response as a JSON object. Otherwise raise an error that names the server."""
         try:
             found = json.loads(self.content)
         except (ValueError, RecursionError) as fault:
@@ -60,14 +60,14 @@ class Response:
     def models(self) -> list[str]:
         """Return the model names in a response to /v1/models."""
         try:
-            return [_text(entry["id"]) for entry in self.object()["data"]]
+            return [_text(entry["id"]) for entry in self.json_object()["data"]]
         except (KeyError, TypeError) as fault:
             raise RunFailedError(f"{self.url}: the response is not a list of models: {self.excerpt}") from fault
 
     def choices(self) -> list[tuple[str, bool]]:
         """Return each answer of a chat completion, and whether it reached its stop token."""
         try:
-            choices = self.object()["choices"]
+            choices = self.json_object()["choices"]
             if not isinstance(choices, list):
                 raise TypeError
             found = [(_text(choice["message"]["content"]), choice.get("finish_reason") == "stop") for choice in choices]
@@ -80,7 +80,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A sampler over one model on a server."""
+    """A sampler that uses one model of a server."""
 
     url: str
     model: str
@@ -98,12 +98,13 @@ class Endpoint:
     ) -> "Endpoint":
         """Connect to the server at `address`, with or without /v1 at its end.
 
-        Without a name, `model` is the only model of the server. Errors name the `options` for address and model.
+        If `model` is "", use the only model of the server. Errors mention `options`, the command-line options for the
+        address and the model.
         """
         url = address.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{options[0]} {address!r}: expected http://HOST:PORT or https://…")
-        response = _get(f"{url}/v1/models", min(deadline, LONGEST_PAUSE))  # fails soon if there is no server
+        response = _get(f"{url}/v1/models", min(deadline, LONGEST_PAUSE))  # short, to report a missing server soon
         if not model:
             if response.status != httpx.codes.OK:
                 raise UserError(
@@ -231,7 +232,9 @@ async def _request(client: httpx.AsyncClient, url: str, seconds: float, body: di
         async for piece in stream.aiter_bytes():
             content += piece
             if len(content) > LARGEST:
-                raise RunFailedError(f"{url}: the response exceeds {LARGEST >> 20} MB")
+                raise RunFailedError(
+                    f"{url}: the response exceeds {LARGEST >> 20} MiB; lower max_new_tokens or the number of answers"
+                )
         return Response(url, stream.status_code, bytes(content))
 
 
@@ -249,7 +252,7 @@ def _get(url: str, seconds: float) -> Response:
 
 
 def _text(value: object) -> str:
-    """Return text from a server, "" for null. Lone surrogates, which UTF-8 cannot encode, are replaced."""
+    """Return a text of a server's response, "" for null. Replace lone surrogates, which UTF-8 cannot encode."""
     if value is not None and not isinstance(value, str):
         raise TypeError
     return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,7 +1,7 @@
 """FSDP for the frozen 4-bit base: each process stores a shard of every layer and gathers one or two layers at a time.
 
-Only the base is sharded. Adapters, optimisers and checkpoints stay whole. Gathering is a collective operation, so all
-processes must run the base's forward equally often: a process that is done runs dummy passes until all are done.
+Only the base is sharded. Adapters, optimizer states and checkpoints stay whole. Gathering is a collective operation, so
+all processes must run the base's forward equally often: a process that is done runs dummy passes until all are done.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
     model._is_accelerate_prepared = True  # type: ignore[assignment]  # keeps the trainer from wrapping it
-    processes.in_step = True
+    processes.base_is_sharded = True
     return model
 
 
@@ -51,10 +51,10 @@ def is_sharded(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def in_step(model: PreTrainedModel, *, learning: bool = False) -> Iterator[None]:
+def keep_in_step(model: PreTrainedModel, *, training: bool = False) -> Iterator[None]:
     """Keep processes with a sharded base in step: at the end, run dummy passes until all processes are done.
 
-    A process that fails with a UserError does the same before it raises. With `learning` dummy passes run backward too.
+    A process that fails with a UserError does the same before it raises. With `training` dummy passes run backward too.
     """
     if not is_sharded(model):
         yield
@@ -66,10 +66,10 @@ def in_step(model: PreTrainedModel, *, learning: bool = False) -> Iterator[None]
         raise
     except UserError:
         hook.remove()
-        _run_dummy_passes(model, learning)
+        _run_dummy_passes(model, training)
         raise
     hook.remove()
-    _run_dummy_passes(model, learning)
+    _run_dummy_passes(model, training)
 
 
 def _announce_pass(_decoder: Module, _inputs: object) -> None:
@@ -77,16 +77,16 @@ def _announce_pass(_decoder: Module, _inputs: object) -> None:
 
 
 def _any_process(*, runs: bool) -> bool:
-    """All-reduce whether any process is about to run the base's forward."""
+    """Return whether any process is about to run the base's forward (an all-reduce)."""
     count = torch.tensor(float(runs), device="cuda" if torch.cuda.is_available() else "cpu")
     torch.distributed.all_reduce(count)
     return bool(count)
 
 
-def _run_dummy_passes(model: PreTrainedModel, learning: bool) -> None:
+def _run_dummy_passes(model: PreTrainedModel, training: bool) -> None:
     ids = torch.tensor(DUMMY, device=model.device)
     while _any_process(runs=False):
-        with torch.set_grad_enabled(learning):
+        with torch.set_grad_enabled(training):
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        if learning:
+        if training:
             (states.sum() * 0).backward()

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-MORE = 64  # free tokens of a new allocation, at least
+MORE = 64  # smallest number of free positions in a new allocation
 
 
 class GrowingLayer(DynamicLayer):
@@ -29,7 +29,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _with_room(self, held: Tensor, fresh: Tensor, tokens: int) -> Tensor:
-        """Return a tensor that begins with `held` and has room for `tokens` tokens and half as many more."""
+        """Return a tensor that begins with `held` and has room for half as many more than `tokens`, at least MORE."""
         batch, heads, _, width = fresh.shape
         room = fresh.new_empty(batch, heads, tokens + max(MORE, tokens // 2), width)
         if held.numel():

@@ -19,8 +19,8 @@ from lora_align.model.packing import Backbone, tolerance
 Answered = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 Shared = tuple[list[int], Sequence[list[int]]]  # a prompt and several answers to it
 Found = TypeVar("Found")
-TOKENS = 8192  # computed at once by default
-LOGITS = 2**24  # computed at once: positions × vocabulary
+TOKENS = 8192  # tokens computed at once by default
+MAX_LOGITS = 2**24  # logits computed at once: positions × vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
-        """Return the head of a model, after checking that its logits are those of the model."""
+        """Return a model's head. Check first that its logits equal the model's own."""
         head = cls.unchecked(model)
         ids = torch.arange(4, 12, device=model.device)[None]
         with torch.no_grad():
@@ -76,9 +76,9 @@ class Head:
 class _Logprobs(torch.autograd.Function):
     """log p(target) of a frozen linear head.
 
-    The forward pass also computes the gradient for the states, W[target] − Σ p W, a chunk of positions at a time. So no
-    logits are stored or computed twice. The buffers are allocated once and reused: allocating them for every chunk
-    takes longer than computing their content.
+    The forward pass also computes the gradient for the states, W[target] − Σ p W, a chunk of positions at a time. So
+    logits are neither stored nor computed twice. The buffers are allocated once and reused: allocating them for every
+    chunk takes longer than computing their content.
     """
 
     @staticmethod
@@ -93,7 +93,7 @@ class _Logprobs(torch.autograd.Function):
         found = torch.empty(len(states), dtype=torch.float32, device=states.device)
         likeliest = torch.empty(len(states), dtype=torch.bool, device=states.device)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        rows = max(1, min(len(states), LOGITS // len(weight)))
+        rows = max(1, min(len(states), MAX_LOGITS // len(weight)))
         logits_buffer = torch.empty(rows, len(weight), dtype=weight.dtype, device=states.device)
         p_buffer = torch.empty(logits_buffer.shape, dtype=torch.float32, device=states.device)
         for start in range(0, len(states), rows):
@@ -132,12 +132,12 @@ class Reader:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Reader":
-        """Return a reader for a model, after checking the model's head and whether it can pack rows."""
+        """Return a reader for a model. Check the model's head, and whether the model can pack rows."""
         return cls(Head.of(model), Backbone.of(model))
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Reader":
-        """Return a reader by the model's configuration alone. The model may be on the meta device."""
+        """Return the reader that the model's configuration allows. The model may be on the meta device."""
         return cls(Head.unchecked(model), Backbone.unchecked(model))
 
     def padded(self) -> "Reader":
@@ -180,10 +180,10 @@ class Reader:
         return self.head.logprobs(picked, torch.tensor(targets, dtype=torch.long, device=where))
 
 
-def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Group rows of similar length, the longest first. Yield the row indices of each part.
+def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Group rows of similar length, the longest first. Yield the row indices of each batch.
 
-    Padded to equal length, a part holds at most `budget` tokens. A longer row is a part of its own.
+    Padded to equal length, a batch holds at most `budget` tokens. A longer row is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -194,15 +194,15 @@ def parts(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def in_parts(
-    lengths: Sequence[int], room: MemoryBudget, work: Callable[[list[int]], Found]
+    lengths: Sequence[int], budget: MemoryBudget, work: Callable[[list[int]], Found]
 ) -> Iterator[tuple[list[int], Found]]:
-    """Call `work` on rows in parts. Yield each part and its result. If memory runs out, halve `room` and retry."""
+    """Call `work` on rows in parts. Yield each part and its result. If memory runs out, halve `budget` and retry."""
     left = list(range(len(lengths)))
     while left:
         done: set[int] = set()
-        for picked in parts([lengths[i] for i in left], room.size):
+        for picked in batches_by_length([lengths[i] for i in left], budget.size):
             part = [left[i] for i in picked]
-            found = room.attempt(lambda _: (work(part),), least=lengths[part[0]])  # noqa: B023 - called at once
+            found = budget.attempt(lambda _: (work(part),), smallest=lengths[part[0]])  # noqa: B023 - called in this iteration
             if found is None:  # the part was too large: regroup the remaining rows
                 break
             done.update(part)
@@ -214,7 +214,7 @@ def in_parts(
 def answer_logprobs(
     model: PreTrainedModel,
     rows: Sequence[Shared],
-    room: MemoryBudget,
+    budget: MemoryBudget,
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return log π(answer | prompt) of every answer in order, float32, on the CPU.
@@ -229,7 +229,7 @@ def answer_logprobs(
     def some(part: list[int]) -> Tensor:
         return reader.sums([rows[i] for i in part])[0].cpu()
 
-    for part, sums in in_parts([reader.length(row) for row in rows], room, some):
+    for part, sums in in_parts([reader.length(row) for row in rows], budget, some):
         found.update(zip(part, sums.split([len(rows[i][1]) for i in part]), strict=True))
         report(len(found))
     return torch.cat([found[i] for i in range(len(rows))])
@@ -240,8 +240,9 @@ def _not_finite(model: PreTrainedModel) -> UserError:
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if any(".lora_" in name for name in broken):
         return RunFailedError(
-            f"the adapter's weights are not finite ({broken[0]}): training diverged; try a lower learning_rate or "
-            "weight_decay"
+            f"the adapter's weights are not finite ({broken[0]}): training diverged; train again with a lower "
+            "learning_rate or weight_decay"
         )
-    where = f"its weights are not finite ({broken[0]})" if broken else "its weights are finite, so the logits overflow"
-    return UserError(f"{type(model).__name__} computes logits that are not finite; {where}")
+    overflow = 'its weights are finite, so the logits overflow: set base.dtype = "bfloat16" or "float32"'
+    why = f"its weights are not finite ({broken[0]}); fetch the base again" if broken else overflow
+    return UserError(f"{type(model).__name__} computes logits that are not finite; {why}")

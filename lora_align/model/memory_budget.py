@@ -1,4 +1,4 @@
-"""How many rows or tokens to process at once: from free memory or the recipe, halved if memory runs out."""
+"""A budget of rows or tokens to compute at once. It is halved when memory runs out."""
 
 import gc
 from collections.abc import Callable
@@ -22,27 +22,27 @@ Result = TypeVar("Result")
 
 @dataclass
 class MemoryBudget:
-    """The number of rows, or tokens, to compute at once. Once halved, it stays so for the batches that follow."""
+    """The number of rows, or tokens, to compute at once. A halved budget stays halved for later batches."""
 
     size: int
-    advice: str = ""  # ends the message when even the smallest size does not fit
+    advice: str = ""  # remedy in the error when even the smallest size does not fit
 
-    def attempt(self, work: Callable[[int], Result], least: int = 1) -> Result | None:
+    def attempt(self, work: Callable[[int], Result], smallest: int = 1) -> Result | None:
         """Call `work(size)` and return its result. If memory runs out, halve `size` and return None.
 
-        Fail if memory runs out at `least` or below.
+        Fail if memory runs out at `smallest` or below.
         """
         try:
             return work(self.size)
         except (RuntimeError, MemoryError) as fault:
             if not _out_of_memory(fault):
                 raise
-            if processes.in_step:
+            if processes.base_is_sharded:
                 raise OutOfStepError(
                     f"out of memory at a batch size of {self.size:,}; with a sharded base the batch cannot be halved: "
                     "lower tokens_per_batch or max_length"
                 ) from fault
-            if self.size <= least:
+            if self.size <= smallest:
                 remedy = f"; {self.advice}" if self.advice else ""
                 raise RunFailedError(f"out of memory at the smallest batch size{remedy}") from fault
             self.size //= 2

@@ -10,7 +10,7 @@ from lora_align.errors import UserError
 
 
 class Mixer:
-    """Adds weighted updates to the layers of a model, stacked into one branch a layer.
+    """Adds weighted updates to the layers of a model, stacked into one branch per layer.
 
     The factors A and B never change; only s does. A weight of 0 therefore restores the base exactly. Setting weights is
     cheap, because one tensor holds the s of all layers. PEFT may wrap the layers afterwards: it sees base and branch as
@@ -26,19 +26,21 @@ class Mixer:
             for module in names
         }
         fitting = {module: _fitting(layers.get(module), module, found) for module, found in parts.items()}
-        self.branches = [_Branch(layer, parts[module]) for module, layer in fitting.items()]  # after all fit
+        self.branches = [
+            _Branch(layer, parts[module]) for module, layer in fitting.items()
+        ]  # registers hooks, so after all fit
         places = {name: place for place, name in enumerate(self.updates)}
         owners = [places[name] for branch in self.branches for name in branch.owners]
         where = self.branches[0].A.device if self.branches else None
         self.owners = torch.tensor(owners, dtype=torch.long, device=where)
         self.scales = torch.zeros(len(owners), device=where)
         self.weights: dict[str, float] = {}
-        self.live: set[str] | None = None  # names with a weight other than 0; None before `set` and after `steer`
+        self.live: set[str] | None = None  # updates with a weight other than 0; None before `set` and after `steer`
         self.set(weights)
 
     @torch.inference_mode(False)  # the tensors may be used in training later, even if set during sampling
     def set(self, weights: Mapping[str, float]) -> None:
-        """Set the weights from the next token on. An update that `weights` does not name gets 0."""
+        """Set the weights for all later forward passes. Updates that `weights` does not name get 0."""
         self.weights = {name: weights.get(name, 0.0) for name in self.updates}
         values = torch.tensor(list(self.weights.values()), device=self.scales.device)
         self.scales.copy_(values[self.owners])
@@ -48,7 +50,7 @@ class Mixer:
         self.live = live
 
     def steer(self, weights: Mapping[str, Tensor]) -> None:
-        """Set weights as tensors that a gradient flows to, until `set` is called. Updates not named get 0."""
+        """Set weights as tensors that receive gradients, until `set` is called. Updates not named get 0."""
         none = torch.zeros((), device=self.scales.device)
         values = torch.stack([weights.get(name, none).to(none) for name in self.updates])
         self.weights, self.live = {}, None
@@ -66,7 +68,7 @@ class Mixer:
 
 
 class _Branch:
-    """One layer's updates, as a forward hook. Computes only the slice that holds all updates with a weight."""
+    """The updates of one layer, as a forward hook that computes only the slice with all nonzero weights."""
 
     def __init__(self, layer: nn.Linear, parts: Mapping[str, Factors]) -> None:
         whole, where = stacked(list(parts.values())), layer.weight.device
@@ -89,11 +91,14 @@ class _Branch:
 
 
 def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -> nn.Linear:
-    """Return the layer if the updates fit. Raise an error that names the difference if they do not."""
-    found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else "missing"
+    """Return the layer if the updates fit, else raise an error that names the difference."""
+    found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else ()
     for factors in parts.values():
         wanted = (factors.B.shape[0], factors.A.shape[1])
         if not isinstance(layer, nn.Linear) or found != wanted:
-            raise UserError(f"the adapter does not fit this base: its {name} is {wanted}, the base's is {found}")
+            raise UserError(
+                f"the adapter was made for another base: its update of {name} is {'×'.join(map(str, wanted))}, the "
+                f"base's layer is {'×'.join(map(str, found)) or 'missing'}; name the adapter's own base or recipe"
+            )
     assert isinstance(layer, nn.Linear)
     return layer

@@ -1,4 +1,4 @@
-"""Faster NF4 layers of bitsandbytes: quick import; on a CPU no repacking, and weights dequantised once."""
+"""NF4 layers of bitsandbytes: a quick import and, on a CPU, no repacking and weights dequantised once."""
 
 from collections.abc import Callable
 from copy import copy
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 
 def _compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Replace `torch.compile`, but import the compiler only at the first call of the compiled function."""
+    """Stand in for `torch.compile`: import the compiler only when the compiled function is first called."""
     if function is None:
         return partial(_compile_when_called, **options)
 
@@ -44,7 +44,7 @@ __all__ = [
     "fits_dequantised",
 ]
 
-SHARE = 0.5  # of the available memory: the most that dequantised weights may take
+SHARE = 0.5  # the largest share of the available memory for dequantised weights
 
 
 class DequantisedLinear4bit(Linear4bit):
@@ -53,7 +53,7 @@ class DequantisedLinear4bit(Linear4bit):
     dense: Tensor  # [out, in], neither parameter nor buffer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the same bits as `Linear4bit`."""
+        """Compute the output, bit for bit equal to that of `Linear4bit`."""
         bias = None if self.bias is None else self.bias.to(self.dense.dtype)
         return linear(x.to(self.dense.dtype), self.dense, bias).to(x.dtype)
 
@@ -69,9 +69,9 @@ def disable_cpu_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def fits_dequantised(weights: int, dtype: torch.dtype) -> bool:
-    """Return whether `weights` values of this dtype fit into the available memory."""
-    return bool(weights * dtype.itemsize <= SHARE * psutil.virtual_memory().available)
+def fits_dequantised(count: int, dtype: torch.dtype) -> bool:
+    """Return whether `count` values of this dtype fit into SHARE of the available memory."""
+    return bool(count * dtype.itemsize <= SHARE * psutil.virtual_memory().available)
 
 
 def dequantise_once(model: nn.Module, dtype: torch.dtype) -> None:
@@ -80,7 +80,7 @@ def dequantise_once(model: nn.Module, dtype: torch.dtype) -> None:
     if fits_dequantised(sum(layer.in_features * layer.out_features for layer in layers), dtype):
         for layer in layers:
             state = copy(layer.weight.quant_state)
-            state.dtype = dtype  # a base stored in 4-bit may name a shorter dtype, which would round
+            state.dtype = dtype  # the state of a base stored in 4-bit may name a dtype that rounds more
             layer.__class__ = DequantisedLinear4bit
             layer.dense = dequantize_4bit(layer.weight.data, state)
 

@@ -20,7 +20,7 @@ from lora_align import processes
 Row = Sequence[Sequence[int]]  # token ids: [text], or [prompt, answer, …]
 NOISE = 4  # tolerance in rounding steps of the dtype, for the same values computed in two ways
 LEAST = 1e-3  # smallest tolerance in any dtype
-TRIED: list[Row] = [[[4, 5, 6, 7, 8], [9, 10, 11, 12], [10, 4, 5]], [[7, 5, 9]]]
+TEST_ROWS: list[Row] = [[[4, 5, 6, 7, 8], [9, 10, 11, 12], [10, 4, 5]], [[7, 5, 9]]]
 
 
 def tolerance(model: PreTrainedModel, values: Tensor) -> float:
@@ -42,16 +42,16 @@ class Backbone:
         if not packed.longest:
             return padded
         with torch.no_grad():
-            expected = torch.cat(padded.states(TRIED))
+            expected = torch.cat(padded.states(TEST_ROWS))
             try:
-                found = torch.cat(packed.states(TRIED))
+                found = torch.cat(packed.states(TEST_ROWS))
             except (RuntimeError, ValueError, TypeError):  # the model's attention takes no `segments`
                 return padded
         return packed if torch.allclose(found, expected, atol=tolerance(model, expected)) else padded
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Backbone":
-        """Decide by the model's configuration alone, without a forward pass. The model may be on the meta device."""
+        """Return the backbone that the model's configuration allows. The model may be on the meta device."""
         return cls(model, _window(model))
 
     def packs(self, row: Row) -> bool:
@@ -59,7 +59,10 @@ class Backbone:
         return len(row[0]) + max(map(len, row[1:]), default=0) <= self.longest
 
     def length(self, row: Row) -> int:
-        """Return how many tokens a row takes in a pass, with the padding of its answers if the row is not packed."""
+        """Return the number of tokens that a row takes in a pass.
+
+        If the row is not packed, each answer repeats the prompt and is padded to the longest answer.
+        """
         if self.packs(row):
             return sum(map(len, row))
         return max(len(row) - 1, 1) * (len(row[0]) + max(map(len, row[1:]), default=0))
@@ -67,7 +70,7 @@ class Backbone:
     def states(self, rows: Sequence[Row]) -> list[Tensor]:
         """Return the last hidden states [t, d] of each row, for the concatenation of its prompt and answers."""
         packed = [i for i, row in enumerate(rows) if self.packs(row)]
-        if processes.in_step and len(packed) < len(rows):  # with a sharded base every process makes one pass a part
+        if processes.base_is_sharded and len(packed) < len(rows):  # a sharded base: one pass per part
             packed = []
         left = [i for i in range(len(rows)) if i not in set(packed)]
         found: dict[int, Tensor] = {}
@@ -84,7 +87,7 @@ class Backbone:
         states = self.model.get_decoder()(
             input_ids=torch.tensor([ids], device=where),
             position_ids=torch.tensor([positions], device=where),
-            attention_mask=torch.zeros(1, 1, 1, 1, device=where),  # a given mask keeps transformers from building one
+            attention_mask=torch.zeros(1, 1, 1, 1, device=where),  # any mask keeps transformers from building one
             segments=Segments([_segment(row) for row in rows]),
             use_cache=False,
         ).last_hidden_state[0]
@@ -122,7 +125,7 @@ def _positions(row: Row) -> list[int]:
 
 
 def _attention(
-    whole: Callable[..., tuple[Tensor, Any]],
+    attend: Callable[..., tuple[Tensor, Any]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -131,11 +134,11 @@ def _attention(
     segments: Segments | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Any]:
-    """Call the attention function `whole`, once for each segment if there are segments."""
+    """Call the attention function. With segments, call it once for each segment."""
     if segments is None:
-        return whole(module, query, key, value, attention_mask, **settings)
+        return attend(module, query, key, value, attention_mask, **settings)
     settings.pop("position_ids", None)
-    return _in_segments(partial(whole, **settings), module, (query, key, value), segments)
+    return _in_segments(partial(attend, **settings), module, (query, key, value), segments)
 
 
 def _in_segments(

@@ -45,7 +45,7 @@ class Heads(nn.Module):
             return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
     def points(self, standard: Tensor) -> Tensor:
-        """Convert standardised scores [n, k] to points, which are not clamped to 0..100."""
+        """Convert standardised scores [n, k] to points. Points are not clamped to 0–100."""
         return self.mean + self.deviation * standard
 
     def save(self, folder: Path) -> None:
@@ -83,12 +83,12 @@ class RewardModel:
 
     @property
     def objectives(self) -> list[str]:
-        """Return the names of the columns of `score`."""
+        """Return the names of the columns that `score` returns."""
         return [*self.heads.names, *self.derived]
 
     @torch.inference_mode()
     def score(
-        self, rows: Sequence[Answered], room: MemoryBudget, report: Callable[[int], None] = lambda done: None
+        self, rows: Sequence[Answered], budget: MemoryBudget, report: Callable[[int], None] = lambda done: None
     ) -> Tensor:
         """Return the points of tokenised answers: [n, objectives], float32, on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
@@ -103,7 +103,7 @@ class RewardModel:
             return len(picked)
 
         while todo:
-            todo = todo[room.attempt(batch) or 0 :]
+            todo = todo[budget.attempt(batch) or 0 :]
             report(len(order) - len(todo))
         means = [points[:, [self.heads.names.index(head) for head in heads]].mean(1) for heads in self.derived.values()]
         return torch.cat([points, *(mean[:, None] for mean in means)], dim=1)

@@ -1,6 +1,6 @@
-"""The `Sampler` interface, and the sampler over a local model.
+"""The `Sampler` protocol, and a sampler that uses a local model.
 
-`endpoint` holds the sampler over a server.
+`endpoint` has the sampler that uses a server.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ from lora_align.model.sampling import ROWS, sample
 
 @dataclass(frozen=True)
 class SampledText:
-    """One answer, as text, to the prompt with this index. `ended` says whether it reached the stop token."""
+    """An answer as text. `ended` says whether it reached the stop token."""
 
-    prompt: int
-    number: int
+    prompt: int  # the index of the prompt
+    number: int  # among the answers to the prompt
     text: str
     ended: bool
 
@@ -34,7 +34,10 @@ class Sampler(Protocol):
         """Return whether the context leaves room for an answer, as far as the sampler knows."""
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
-        """Yield every answer once, in any order; none to a prompt that turns out to fill the context."""
+        """Yield every answer once, in any order.
+
+        If a prompt turns out to fill the context, a server gives no answer and a local model an empty one.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,13 @@ class LocalSampler:
 
     model: PreTrainedModel
     base: Base
-    room: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))
+    budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))
 
     def fits(self, prompt: Prompt) -> bool:
         return len(self.base.chat.prompt_ids(prompt)) < self.base.max_length
 
     def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
         rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
-        for batch in sample(self.model, self.base, rows, n, sampling, self.room):
+        for batch in sample(self.model, self.base, rows, n, sampling, self.budget):
             texts = (text_of(self.base.chat.tokenizer, answer.tokens, special=False).strip() for answer in batch)
             yield [SampledText(a.prompt, a.number, text, a.ended) for a, text in zip(batch, texts, strict=True)]

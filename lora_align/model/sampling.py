@@ -1,4 +1,4 @@
-"""Batched sampling for a local model: n answers to each prompt, with one prefill a prompt.
+"""Batched sampling for a local model: n answers to each prompt, with one prefill per prompt.
 
 Finished rows leave the batch.
 """
@@ -17,10 +17,10 @@ from lora_align.model.decoding import Sampling, probabilities
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
 
-RETIRE_AT = 0.75  # when at most this share of the rows still runs, finished rows are removed from the cache
+RETIRE_AT = 0.75  # finished rows leave the cache when at most this share of rows is still running
 ROWS = 512  # rows sampled at once if memory allows
-BLOCK = 256  # vocabulary entries a block in the two-level search of `_pick`
-CACHE_SHARE = 0.5  # of the memory that the base leaves free: the most that keys and values may take
+BLOCK = 256  # vocabulary entries in one block of the two-level search in `_pick`
+CACHE_SHARE = 0.5  # the largest share of the memory beside the base for keys and values
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,33 @@ def sample(
     prompts: Sequence[Sequence[int]],
     n: int,
     sampling: Sampling,
-    room: MemoryBudget | None = None,
+    budget: MemoryBudget | None = None,
 ) -> Iterator[list[SampledTokens]]:
     """Sample n answers to each prompt. Yield them batch by batch, the shortest prompts first.
 
-    A batch has at most `room.size` rows. If memory runs out, the batch is retried with half as many rows.
+    A batch has at most `budget.size` rows. If memory runs out, the batch is retried with half as many rows.
     Up to rounding, an answer depends only on the seed, its prompt and its number, not on the rest of its batch.
     """
     seed = sampling.seed if sampling.seed is not None else torch.seed()
-    room = room or MemoryBudget(ROWS)
+    budget = budget or MemoryBudget(ROWS)
     longest = min(max(map(len, prompts), default=0) + sampling.max_new_tokens, base.max_length)
-    room.size = min(room.size, affordable(model, longest))
+    budget.size = min(budget.size, affordable(model, longest))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     todo = [(prompt, number) for prompt in order for number in range(n)]
 
     def batch(rows: int) -> list[SampledTokens]:
-        together = rows // n * n or rows  # if n fit, do not split a prompt's answers across batches
+        together = rows // n * n or rows  # if n rows fit, keep the answers to a prompt in one batch
         return _batch(model, base, prompts, todo[:together], sampling, seed)
 
     while todo:
-        answers = room.attempt(batch)
+        answers = budget.attempt(batch)
         if answers:
             todo = todo[len(answers) :]
             yield answers
 
 
 def affordable(model: PreTrainedModel, tokens: int) -> int:
-    """Return for how many rows of `tokens` tokens the keys and values fit beside the base.
+    """Return the number of rows, of `tokens` tokens each, whose keys and values fit into memory beside the base.
 
     The estimate uses the device's total memory, not its free memory. Rounding depends on the batch size, and the same
     command must sample the same answers.
@@ -98,15 +98,15 @@ def _batch(
     cache.batch_select_indices(rows)
     logits, mask = logits[rows], mask[rows]
     lengths = mask.sum(1)
-    room = (base.max_length - lengths).clamp(max=sampling.max_new_tokens)  # [b]
+    limit = (base.max_length - lengths).clamp(max=sampling.max_new_tokens)  # [b]
     uniforms = torch.stack([_uniforms(seed, prompts[prompt], number, sampling) for prompt, number in wanted]).to(where)
     stops = torch.tensor(sorted(base.chat.stop_ids), device=where)
 
-    sampled = torch.zeros(len(wanted), max(int(room.max()), 0), dtype=torch.long, device=where)
+    sampled = torch.zeros(len(wanted), max(int(limit.max()), 0), dtype=torch.long, device=where)
     count = torch.zeros(len(wanted), dtype=torch.long, device=where)  # tokens of each answer
     ended = torch.zeros(len(wanted), dtype=torch.bool, device=where)
     rows = torch.arange(len(wanted), device=where)  # the answer index of each row of the cache
-    running = room > 0  # for each row of the cache
+    running = limit > 0  # for each row of the cache
     padded = not bool(mask.all())
     for step in range(sampled.shape[1]):
         tokens = _pick(logits, sampling, uniforms[rows, step])
@@ -115,7 +115,7 @@ def _batch(
         running = running & ~stopped
         sampled[rows[running], step] = tokens[running]
         count[rows[running]] = step + 1
-        running = running & (step + 1 < room[rows])
+        running = running & (step + 1 < limit[rows])
         if not running.any():
             break
         if running.sum() <= RETIRE_AT * len(rows):
@@ -173,7 +173,7 @@ def _pick(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     block = torch.searchsorted(edges, target, right=True).clamp(max=edges.shape[-1] - 1)
     left = target - (edges - blocks).gather(-1, block)
     inside = p[torch.arange(len(p), device=p.device), block[:, 0]].double()
-    scale = blocks.gather(-1, block) / inside.sum(-1, keepdim=True)  # makes both sums of the block equal
+    scale = blocks.gather(-1, block) / inside.sum(-1, keepdim=True)  # the two sums of a block are rounded differently
     mass = inside.cumsum(-1) * scale
     place = torch.searchsorted(mass, left, right=True).clamp(max=BLOCK - 1)
     return (block * BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)

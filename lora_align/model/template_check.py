@@ -1,4 +1,4 @@
-"""A check that a chat template renders within limits of time and memory, run in a separate process."""
+"""Check in a separate process that a chat template renders within limits of time and memory."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ FAULTS = {
     "RecursionError": "recurses without end",
     "ZeroDivisionError": "divides by zero",
     "OverflowError": "computes numbers that are too large",
-    "Length": "renders megabytes from a short conversation",
+    "Length": "renders more than 16 million characters",
 }
 ROLES = ("user", "assistant")
-TURNS = 41  # of the longest test conversation: some templates fail only on long ones
+TURNS = 41  # messages of the longest test conversation; some templates fail only on long ones
 
 
 def check_template(template: str, variables: Mapping[str, Any], whose: str) -> None:
@@ -43,7 +43,8 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
         why = "does not end" if done.returncode < 0 else FAULTS.get(done.stderr.strip(), "")
     if why:
         raise UserError(
-            f"{whose} {why} (tested on short conversations); give another one in the recipe: base.chat_template"
+            f"{whose} {why} (tested on conversations of up to {TURNS} messages); give another one in the recipe: "
+            "base.chat_template"
         )
     with store.new_file(known) as empty:
         empty.touch()

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 STATM = Path("/proc/self/statm")  # the memory of this process, on Linux
-MEMORY = 1 << 30  # bytes, on top of what the libraries take
+MEMORY = 1 << 30  # bytes, in addition to the imported libraries
 SECONDS = 3  # of CPU time
 LONGEST = 1 << 24  # characters of one conversation
 
@@ -17,7 +17,7 @@ LONGEST = 1 << 24  # characters of one conversation
 def main() -> None:
     """Read a template and conversations from stdin. If rendering exceeds a limit, exit with the name of the fault.
 
-    A TemplateError passes: some templates refuse a system message by themselves.
+    A TemplateError is no fault: some templates refuse a system message on purpose.
     """
     request = json.load(sys.stdin)
     try:

@@ -14,8 +14,8 @@ from lora_align.model.chat_format import ChatFormat
 from lora_align.rankers import Direction
 
 IGNORED = -100  # the label of a token that the loss ignores
-Said = tuple[Sequence[Message], Sequence[str]]  # a conversation and answers to it
-TRUNCATED = "answers cut"  # counts truncated answers, which are not dropped
+MessagesWithAnswers = tuple[Sequence[Message], Sequence[str]]
+TRUNCATED = "answers truncated"  # counts truncated answers, which are not dropped
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenPair:
         """Return the pair with chosen and rejected switched."""
         return TokenPair(self.prompt, self.rejected, self.chosen, self.reference[::-1])
 
-    def facing(self, direction: Direction) -> "TokenPair":
+    def for_direction(self, direction: Direction) -> "TokenPair":
         """Return the pair that this direction trains on: swapped for `neg`, unchanged for `pos`."""
         return self.swap() if direction is Direction.neg else self
 
@@ -70,9 +70,9 @@ def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, count
     if room < 1:
         counts["prompt too long"] += 1
     elif answers[0] == answers[1]:
-        counts["alike in the chat template"] += 1
+        counts["equal in the chat template"] += 1
     elif chosen == rejected:
-        counts["alike once cut"] += 1
+        counts["equal after truncation"] += 1
     else:
         counts[TRUNCATED] += sum(len(ids) > room for ids in answers)
         return TokenPair(prompt, chosen, rejected)
@@ -80,7 +80,7 @@ def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, count
 
 
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
-    """Tokenise rated answers and truncate them at `max_length`. Return None where the prompt leaves no room."""
+    """Tokenise rated answers and truncate them at `max_length`. Return None if the prompt fills it."""
     found: list[TokenRated | None] = []
     tokens = chat.answered_each(truncate_texts(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
@@ -99,7 +99,7 @@ def texts(
 ) -> list[TokenText | None]:
     """Tokenise conversations and truncate them at `max_length`. With `answers_only` only assistant tokens are labelled.
 
-    Return None where the messages before the last one leave no room.
+    Return None for a conversation whose earlier messages fill max_length.
     """
     found: list[TokenText | None] = []
     split = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
@@ -134,7 +134,9 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return packs
 
 
-def truncate_texts(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> list[Said]:
+def truncate_texts(
+    asked: Iterable[MessagesWithAnswers], chat: ChatFormat, max_length: int
+) -> list[MessagesWithAnswers]:
     """Truncate each text to a length that surely exceeds `max_length`, so that huge rows do not exhaust memory."""
     most = (max_length + 1) * chat.longest_token
     return [
@@ -149,7 +151,7 @@ def truncate_texts(asked: Iterable[Said], chat: ChatFormat, max_length: int) -> 
 
 
 def _earlier_answers(row: Conversation, chat: ChatFormat, prompt: Sequence[int]) -> list[int]:
-    """Return labels for a prompt: the assistant's earlier answers, where the template renders them unchanged."""
+    """Return labels for a prompt. Label only the assistant's earlier answers that the template renders unchanged."""
     labels = [IGNORED] * len(prompt)
     for turn, message in enumerate(row.messages[:-1]):
         if message.role == "assistant":

@@ -214,10 +214,10 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     project = bench.project(seed)
     assert project.rsf is not None
     ask, steer = project.rsf.ask, project.rsf.steer
-    wants = [wanted.asked(ask) for wanted in directions(project)]
+    wants = [wanted.system_message(ask) for wanted in directions(project)]
     folder = bench.runs(seed) / "rsf" / inputs.NAME
     steered = steerlm(bench, seed)
-    scores = [want.scores_prompt(score, steer) for score in (*targets(steered), INFEASIBLE)]
+    scores = [want.scores_message(score, steer) for score in (*targets(steered), INFEASIBLE)]
     helpful, *mixes = rivals(bench, seed)
     jobs: dict[str, list[tuple[Run | None, list[str]]]] = {
         "SFT": [(None, [""])],

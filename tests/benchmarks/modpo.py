@@ -38,10 +38,10 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     base, screen = bases.find(project.base), Screen(quiet=True)
     start = start_policy.adapter(project, folder.parent)
     model = start_policy.load(base, start)
-    room = MemoryBudget(project.dpo.tokens_per_batch)
+    budget = MemoryBudget(project.dpo.tokens_per_batch)
     references = ReferenceCache.of(base, start_policy.identity(start))
     material = dpo.with_references(
-        dpo.prepare(project, own, base, screen), references, model, 2 * room.size, "MODPO", screen
+        dpo.prepare(project, own, base, screen), references, model, 2 * budget.size, "MODPO", screen
     )
     began = time.perf_counter()
     mixer = Mixer(model, {"other": peft_format.load(other, whole=True)}, {"other": 1.0})
@@ -51,7 +51,7 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     settings = replace(project, dpo=replace(project.dpo, beta=project.dpo.beta / OWN))
     unfinished = Unfinished.of(folder, {}, resume=False, force=True, screen=screen)
     job = dpo.dpo_job(settings.dpo, settings.lora, moved.train, base)
-    trained = lora_trainer.train(job, model, Target(folder, "MODPO", screen), unfinished, folder, room)
+    trained = lora_trainer.train(job, model, Target(folder, "MODPO", screen), unfinished, folder, budget)
     unfinished.clear()
     return took + trained.seconds
 

@@ -26,7 +26,7 @@ from lora_align.model import base as bases
 from lora_align.model import nf4
 from lora_align.model.base import Base, base_model_of
 from lora_align.model.decoding import Sampling
-from lora_align.model.logprobs import Reader, parts
+from lora_align.model.logprobs import Reader, batches_by_length
 from lora_align.model.sampling import sample
 from lora_align.model.tokenise import TokenPair
 from lora_align.train import dpo, lora_trainer
@@ -69,7 +69,7 @@ def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair
 
     def work() -> None:
         policy.zero_grad()
-        for picked in parts(lengths, BUDGET):
+        for picked in batches_by_length(lengths, BUDGET):
             objective.part([rows[i] for i in picked], weights).loss.backward()
 
     return work

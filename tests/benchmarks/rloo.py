@@ -33,12 +33,12 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
     start = start_policy.adapter(project, folder.parent)
     judged = reward.load(base, runs.read(judge))
     columns = [judged.objectives.index(name) for name in wanted]
-    room = MemoryBudget(PROMPTS * ANSWERS)
+    budget = MemoryBudget(PROMPTS * ANSWERS)
 
     def paid(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         asked = ([Message(said["role"], said["content"]) for said in prompt] for prompt in prompts)
         rows = [(base.chat.prompt_ids(of), list(ids)) for of, ids in zip(asked, completion_ids, strict=True)]
-        points = judged.score(rows, room)[:, columns].tolist()
+        points = judged.score(rows, budget)[:, columns].tolist()
         return [sum(weight * one for weight, one in zip(wanted.values(), of, strict=True)) for of in points]
 
     trainer = RLOOTrainer(

@@ -125,7 +125,7 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
     for name in ("first", "second"):
         material = dpo.prepare(project, name, base, Screen(quiet=True))
         for direction in Direction:
-            rows = [row.facing(direction) for row in material.train]
+            rows = [row.for_direction(direction) for row in material.train]
             plain = how == "TRL, plain defaults"
             out = work / "trl"
             shutil.rmtree(out, ignore_errors=True)

@@ -134,7 +134,7 @@ def test_large_base_is_quantised_once_and_cached(llama: Path, monkeypatch: pytes
     monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path))
     base = bases.find(recipe.Base(str(llama)))
     direct = base.load()
-    first, second = base.load(keep_from=0), base.load(keep_from=0)
+    first, second = base.load(cache_from=0), base.load(cache_from=0)
     cached = [path for path in (tmp_path / "bases").iterdir() if path.is_dir()]
     assert len(cached) == 1
     with torch.no_grad():
@@ -149,11 +149,11 @@ def test_full_disk_while_caching_is_an_error(llama: Path, monkeypatch: pytest.Mo
     with small_disk(tmp_path / "disk", "256k") as disk:
         monkeypatch.setenv("LORA_ALIGN_CACHE", str(disk))
         with pytest.raises(UserError, match=r"about \d+ kB will be written") as refused:
-            base.load(keep_from=0)
+            base.load(cache_from=0)
         assert refused.value.exit_code == 2
         monkeypatch.setattr(runs, "check_room", lambda *_: None)  # as if the disk filled up after the check
         with pytest.raises(RunFailedError, match=r"could not be cached .*LORA_ALIGN_CACHE moves the cache"):
-            base.load(keep_from=0)
+            base.load(cache_from=0)
         assert [path for path in (disk / "bases").iterdir() if path.is_dir()] == []
 
 

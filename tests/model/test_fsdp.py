@@ -68,7 +68,7 @@ def adapted(fsdp: bool, checkpointing: bool = False) -> "PeftModel":
     from lora_align import recipe
     from lora_align.model import base as bases
 
-    model = bases.find(replace(recipe.Base("demo"), fsdp=fsdp)).load(keep_from=0)  # cached in 4-bit like a large base
+    model = bases.find(replace(recipe.Base("demo"), fsdp=fsdp)).load(cache_from=0)  # cached in 4-bit like a large base
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -105,7 +105,7 @@ def compare() -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
     from lora_align.errors import RunFailedError
-    from lora_align.model.fsdp import in_step
+    from lora_align.model.fsdp import keep_in_step
     from lora_align.model.nf4 import dense_weight
 
     facts: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def compare() -> dict[str, Any]:
     mine = texts(30, 12, 50)[: 3 - 2 * int(os.environ["RANK"])]
     wanted = gradients(whole, mine)
     try:
-        with in_step(divided.get_base_model(), learning=True):
+        with keep_in_step(divided.get_base_model(), training=True):
             found = gradients(divided, mine)
             if len(mine) == 1:
                 raise RunFailedError("on purpose")
@@ -147,7 +147,7 @@ def exhaust() -> str:
     import torch
 
     from lora_align.errors import OutOfStepError
-    from lora_align.model.fsdp import in_step
+    from lora_align.model.fsdp import keep_in_step
     from lora_align.model.memory_budget import MemoryBudget
 
     divided, tokens = adapted(fsdp=True), 1_000
@@ -156,7 +156,7 @@ def exhaust() -> str:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
     try:
-        with torch.no_grad(), in_step(divided.get_base_model()):
+        with torch.no_grad(), keep_in_step(divided.get_base_model()):
             MemoryBudget(tokens).attempt(lambda size: states(divided, torch.zeros(size // 100, 100, dtype=torch.long)))
     except OutOfStepError as fault:
         return str(fault)

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import logprobs, packing
-from lora_align.model.logprobs import Reader, Shared, answer_logprobs, parts
+from lora_align.model.logprobs import Reader, Shared, answer_logprobs, batches_by_length
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone
 from support import make_base
@@ -66,11 +66,11 @@ def gradient(model: PreTrainedModel, sums: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("longest", "packed"), [(2**31, {True}), (14, {True, False}), (0, {False})])
-@pytest.mark.parametrize("at_once", [logprobs.LOGITS, 3000], ids=["all positions", "three positions"])
+@pytest.mark.parametrize("at_once", [logprobs.MAX_LOGITS, 3000], ids=["all positions", "three positions"])
 def test_logprobs_and_gradient_equal_those_of_whole_logits(
     longest: int, packed: set[bool], at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS", at_once)
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", at_once)
     reader, given = Reader.of(model), rows(6)
     assert reader.backbone.longest > 0
     reader = replace(reader, backbone=replace(reader.backbone, longest=longest))
@@ -118,10 +118,10 @@ def test_error_names_weights_that_are_nan(llama: Path) -> None:
 def test_parts_hold_every_row_once_within_the_budget() -> None:
     draws = random.Random(1)
     lengths = [draws.randint(1, 100) for _ in range(200)]
-    found = list(parts(lengths, 150))
+    found = list(batches_by_length(lengths, 150))
     assert sorted(i for part in found for i in part) == list(range(200))
     assert all(len(part) * max(lengths[i] for i in part) <= 150 for part in found)
-    assert list(parts([500, 3], 100)) == [[0], [1]]
+    assert list(batches_by_length([500, 3], 100)) == [[0], [1]]
 
 
 def test_rows_are_padded_if_attention_ignores_segments(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

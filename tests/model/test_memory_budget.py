@@ -17,9 +17,9 @@ def test_out_of_memory_halves_the_size(fault: str) -> None:
     def work(size: int) -> None:
         raise RuntimeError(fault)
 
-    room = MemoryBudget(8)
-    assert room.attempt(work) is None
-    assert room.size == 4
+    budget = MemoryBudget(8)
+    assert budget.attempt(work) is None
+    assert budget.size == 4
 
 
 def test_other_errors_are_raised() -> None:

@@ -74,8 +74,8 @@ def test_setting_weights_is_exactly_reversible(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("layer", "shape", "message"),
     [
-        ("model.layers.7.self_attn.q_proj", (64, 64), "the base's is missing"),
-        ("model.layers.0.self_attn.q_proj", (32, 64), r"\(64, 64\)"),
+        ("model.layers.7.self_attn.q_proj", (64, 64), "the base's layer is missing"),
+        ("model.layers.0.self_attn.q_proj", (32, 64), "is 32×64, the base's layer is 64×64"),
     ],
 )
 def test_adapter_of_another_base_is_refused(

@@ -38,14 +38,14 @@ def _prompts(base: Base) -> list[list[int]]:
 
 
 def _all(
-    model: PreTrainedModel, base: Base, n: int, sampling: Sampling, room: MemoryBudget
+    model: PreTrainedModel, base: Base, n: int, sampling: Sampling, budget: MemoryBudget
 ) -> dict[tuple[int, int], list[int]]:
-    batches = sample(model, base, _prompts(base), n, sampling, room)
+    batches = sample(model, base, _prompts(base), n, sampling, budget)
     return {(answer.prompt, answer.number): answer.tokens for batch in batches for answer in batch}
 
 
 def test_greedy_batch_equals_transformers_generate(base: Base, model: PreTrainedModel) -> None:
-    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), room=MemoryBudget(64))
+    ours = _all(model, base, 2, Sampling(temperature=0, max_new_tokens=60), budget=MemoryBudget(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0]
         theirs = [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
@@ -57,7 +57,7 @@ def test_greedy_equals_generate_in_other_families(family: str, tmp_path: Path) -
     """Gemma 2 has sliding-window layers, whose caches are truncated and padded differently."""
     base = bases.find(recipe.Base(str(make_base(tmp_path / family, family))))
     model = base.load()
-    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), room=MemoryBudget(64))
+    ours = _all(model, base, 1, Sampling(temperature=0, max_new_tokens=40), budget=MemoryBudget(64))
     for i, prompt in enumerate(_prompts(base)):
         whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)[0]
         assert ours[i, 0] == [token for token in whole[len(prompt) :].tolist() if token not in base.chat.stop_ids]
@@ -65,11 +65,11 @@ def test_greedy_equals_generate_in_other_families(family: str, tmp_path: Path) -
 
 def test_answers_do_not_depend_on_the_batch_size(base: Base, model: PreTrainedModel) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=3)
-    together = _all(model, base, 5, sampling, room=MemoryBudget(64))
+    together = _all(model, base, 5, sampling, budget=MemoryBudget(64))
     assert (
         together
-        == _all(model, base, 5, sampling, room=MemoryBudget(1))
-        == _all(model, base, 5, sampling, room=MemoryBudget(7))
+        == _all(model, base, 5, sampling, budget=MemoryBudget(1))
+        == _all(model, base, 5, sampling, budget=MemoryBudget(7))
     )
     assert len(set(map(tuple, together.values()))) > 10
 
@@ -81,7 +81,7 @@ def test_token_frequencies_match_the_probabilities(base: Base, model: PreTrained
     sampling = Sampling(temperature=0.9, top_p=top_p, max_new_tokens=2, seed=0)
     ours = [
         answer.tokens
-        for batch in sample(model, base, [prompt], n, sampling, room=MemoryBudget(1000))
+        for batch in sample(model, base, [prompt], n, sampling, budget=MemoryBudget(1000))
         for answer in batch
     ]
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_answers_end_where_the_context_is_full(base: Base, model: PreTrainedMode
     long = (_prompts(base)[0] * 100)[: base.max_length - 3]
     full = (_prompts(base)[0] * 100)[: base.max_length]
     [answers] = sample(
-        model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), room=MemoryBudget(8)
+        model, base, [long, full], 2, Sampling(temperature=1.0, max_new_tokens=20, seed=0), budget=MemoryBudget(8)
     )
     by_prompt = {i: [answer for answer in answers if answer.prompt == i] for i in (0, 1)}
     assert all(len(answer.tokens) <= 3 for answer in by_prompt[0])
@@ -132,12 +132,12 @@ base = bases.find(recipe.Base("demo"))
 model = base.load()
 prompt = base.chat.prompt_ids([Message("user", "Tell me about rain.")])
 sampling = Sampling(temperature=1.0, max_new_tokens=40, seed=0)
-list(sample(model, base, [prompt], 8, sampling, room=MemoryBudget(8)))
+list(sample(model, base, [prompt], 8, sampling, budget=MemoryBudget(8)))
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + 150_000_000, resource.RLIM_INFINITY))
-room = MemoryBudget(8192)
-sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, room)]
-print(sum(sizes), max(sizes), room.size)
+budget = MemoryBudget(8192)
+sizes = [len(batch) for batch in sample(model, base, [prompt] * 2, 6000, sampling, budget)]
+print(sum(sizes), max(sizes), budget.size)
 """
 
 
@@ -158,11 +158,11 @@ def test_sampling_starts_with_a_batch_that_fits_memory(
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 4
     monkeypatch.setattr(sampling_module, "device_memory", lambda _: model.get_memory_footprint() + 6 * row)
     assert affordable(model, tokens) == 3
-    room = MemoryBudget(512)
+    budget = MemoryBudget(512)
     prompt = [5] * (tokens - 8)
-    batches = list(sample(model, base, [prompt], 7, Sampling(temperature=1.0, max_new_tokens=8, seed=0), room))
+    batches = list(sample(model, base, [prompt], 7, Sampling(temperature=1.0, max_new_tokens=8, seed=0), budget))
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert room.size == 3
+    assert budget.size == 3
 
 
 def test_growing_cache_equals_transformers_cache(model: PreTrainedModel) -> None:
