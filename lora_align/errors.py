@@ -1,7 +1,7 @@
 """Exceptions that a command reports as one message, each with its exit code.
 
-A message says in one line what happened, where, and what to do. Messages quote files of other people, so control
-characters in them are escaped.
+A message says in one line what happened, where, and what to do. Messages may quote files of other people, so
+control characters in them are escaped.
 """
 
 # C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.
@@ -35,11 +35,11 @@ class RunFailedError(UserError):
 
 
 class OutOfStepError(RunFailedError):
-    """One process failed inside a collective operation. It cannot tell the other processes; they end with it."""
+    """One process failed inside a collective operation. The launcher ends the other processes."""
 
 
 class Stopped(BaseException):
-    """A signal stopped the command; the exit code is 128 + its number."""
+    """A signal stopped the command. The exit code is 128 plus the signal's number."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -47,7 +47,7 @@ class Stopped(BaseException):
 
 
 def first_line(fault: BaseException) -> str:
-    """Return the first line of an exception's message, or its class name if the message is empty."""
+    """Return the first non-empty line of an exception's message, or the exception's class name."""
     return next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__).strip()
 
 

@@ -1,6 +1,6 @@
 """Registries that other packages extend: data sources and forms, rankers, merge methods, judges, bases.
 
-A registry has this package's rows, and those of other packages by entry points.
+A registry holds this package's rows, and finds the rows of other packages by entry points.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """Rows by name: those in `built_in`, and the entry points of the group `lora_align.GROUP`.
 
     Entry points are looked up when a name is not built in, or when all names are listed. A row of another package is
-    imported when it is asked for. No entry point replaces a built-in row.
+    imported at its first use. No entry point replaces a built-in row.
     """
 
     def __init__(self, group: str, kind: Any = Callable, built_in: Mapping[str, T] | None = None) -> None:
@@ -35,7 +35,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self._points  # Mapping's version would import the row
+        return name in self.built_in or name in self._points  # the inherited method would import the row
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self.built_in, **self._points})
@@ -48,7 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return [self[name] for name in self if name not in self.built_in]
 
     def code(self) -> list[list[str]]:
-        """Identify the code of the rows of other packages: the version of each package and a hash of each module."""
+        """Return what identifies the code of other packages' rows: each package's version and each module's hash."""
         points = [self._points[name] for name in sorted(self) if name not in self.built_in]
         return [[point.name, point.value, point.dist.version if point.dist else "", _hash(point)] for point in points]
 
@@ -58,13 +58,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load(self, point: EntryPoint) -> T:
         where = f"entry point {point.name} = {point.value} of {self.group}"
-        help_ = f"update or uninstall {point.dist.name if point.dist else 'its package'}"
+        remedy = f"update or uninstall {point.dist.name if point.dist else 'its package'}"
         try:
             found: Any = point.load()
         except (ImportError, AttributeError) as fault:
-            raise UserError(f"{where}: {fault}; {help_}") from fault
+            raise UserError(f"{where}: {fault}; {remedy}") from fault
         if not isinstance(found, self.kind):
-            raise UserError(f"{where}: not a {self.kind.__name__}; {help_}")
+            raise UserError(f"{where}: not a {self.kind.__name__}; {remedy}")
         return found  # type: ignore[no-any-return]
 
 

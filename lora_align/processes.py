@@ -1,4 +1,4 @@
-"""Ranks of processes that torchrun or `accelerate launch` started: rank, barrier, and work on rank 0."""
+"""Distributed training with torchrun or `accelerate launch`: ranks, all-gather, barrier, and work on rank 0."""
 
 import os
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from lora_align.errors import OutOfStepError, UserError
 
-PATIENCE = timedelta(days=1)  # the other ranks wait so long while rank 0 reads data or plots
+RANK_TIMEOUT = timedelta(days=1)  # other ranks wait this long while rank 0 reads data or plots
 Found = TypeVar("Found")
-in_step = False  # whether all ranks must run the base together, because each holds a part of it
+base_is_sharded = False  # all ranks must then run the base's forward together
 
 
 def world_size() -> int:
-    """Return the world size."""
+    """Return the number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -28,9 +28,9 @@ def local_rank() -> int:
 
 
 def check(command: str, *, trains: bool) -> None:
-    """Refuse several processes for commands that do not train, and refuse accelerate's own FSDP or DeepSpeed.
+    """Refuse to run a command that does not train in several processes. Refuse accelerate's own FSDP and DeepSpeed.
 
-    Those would also shard adapters, optimizer and checkpoints. The recipe sets the precision, not accelerate.
+    These would also shard adapters, optimizer and checkpoints. The recipe sets the precision, not accelerate.
     """
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # would override the trainers' own settings
     if not trains and world_size() > 1:
@@ -45,14 +45,14 @@ def check(command: str, *, trains: bool) -> None:
 
 
 def all_gather(mine: Found) -> list[Found]:
-    """Gather an object from every rank and return the list on every rank (all-gather)."""
+    """All-gather an object: return the list of all ranks' objects on every rank."""
     if world_size() == 1:
         return [mine]
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    PartialState(cpu=not torch.cuda.is_available(), timeout=RANK_TIMEOUT)
     return gather_object([mine])  # type: ignore[no-any-return]
 
 
@@ -83,6 +83,6 @@ def on_rank_0(work: Callable[[], Found]) -> Found:
 
 
 def local_rank_0_first(work: Callable[[], Found]) -> Found:
-    """Run `work` on local rank 0 of each machine, then on the other ranks, which find the cached result."""
+    """Run `work` on local rank 0 of each machine first, then on the other ranks, which find its result in the cache."""
     found = on_all_ranks(lambda: work() if local_rank() == 0 else None)[rank()]
     return found if local_rank() == 0 else work()  # type: ignore[return-value]

@@ -1,6 +1,6 @@
-"""Rankers: find the better of two answers, or a tie, by a label, a rating or the length.
+"""Rankers: find the better of two answers by a label, a rating, a score or the length. Equal values are a tie.
 
-Directions of labels.
+`Direction` says whether an adapter trains on the labels (pos) or on switched labels (neg).
 """
 
 from collections.abc import Callable, Mapping
@@ -33,33 +33,33 @@ class TwoAnswers(Protocol):
 
     @property
     def prompt(self) -> tuple[Any, ...]:
-        """The turns before the answers."""
+        """Return the turns before the answers."""
 
     @property
     def answers(self) -> tuple[str, str]:
-        """The texts of both answers."""
+        """Return the texts of both answers."""
 
     @property
     def labels(self) -> Mapping[str, int | str | None]:
-        """The index of the preferred answer, by label column."""
+        """Return the index of the preferred answer, by label column."""
 
     @property
     def ratings(self) -> Mapping[str, tuple[float, float]]:
-        """The ratings of both answers, by name; nan if missing."""
+        """Return the ratings of both answers, by name; nan if missing."""
 
 
 @dataclass(frozen=True)
 class Criterion:
     """One kind of ranker: how `rank` names it, and a function that returns one value for each answer.
 
-    The answer with the larger value wins. Equal values are a tie, and nan is a missing value. A ValueError says which
-    label or rating the row lacks.
+    The answer with the larger value wins. Equal values are a tie, and nan is a missing value. `values` raises a
+    ValueError that names the missing label or rating.
     """
 
     usage: Mapping[str, str]  # how `rank` names it, as in `rating:NAME` and `rating:-NAME` → which answer is better
-    values: Callable[[TwoAnswers, str], tuple[float, float]]  # the text is the NAME, or ""
+    values: Callable[[TwoAnswers, str], tuple[float, float]]  # (answers, NAME or "") → a value for each
     lower: bool = False  # the smaller value wins
-    figure: str = ""  # the end of the name of an evaluated figure that measures the same; {} is the NAME
+    figure: str = ""  # suffix of the figure of `eval` that measures the same property; {} is the NAME
 
 
 def _label(two: TwoAnswers, column: str) -> tuple[float, float]:
@@ -96,22 +96,22 @@ RANKERS = Registry(
     {
         "label": Criterion(
             {
-                "label": "the chosen one (default); in a form with labels, the one that the only label column names",
-                "label:COLUMN": "the one that this label column names",
+                "label": "the chosen answer (default); for rows with a label column, the answer that it names",
+                "label:COLUMN": "the answer that this label column names",
             },
             _label,
         ),
-        "shorter": Criterion({"shorter": "the one with fewer characters"}, _length, lower=True, figure="words"),
-        "longer": Criterion({"longer": "the one with more characters"}, _length, figure="words"),
+        "shorter": Criterion({"shorter": "the answer with fewer characters"}, _length, lower=True, figure="words"),
+        "longer": Criterion({"longer": "the answer with more characters"}, _length, figure="words"),
         "rating": Criterion(
-            {"rating:NAME": "the one with the higher rating", "rating:-NAME": "the one with the lower rating"},
+            {"rating:NAME": "the answer with the higher rating", "rating:-NAME": "the answer with the lower rating"},
             _rating,
             figure=": {}",
         ),
         "score": Criterion(
             {
-                "score:NAME": "the one to which `lora-align score` gave the higher score",
-                "score:-NAME": "the one to which `lora-align score` gave the lower score",
+                "score:NAME": "the answer with the higher score by `lora-align score`",
+                "score:-NAME": "the answer with the lower score by `lora-align score`",
             },
             _score,
             figure=": {}",
@@ -146,11 +146,11 @@ class Ranker:
 
     @property
     def figure(self) -> str:
-        """Return the end of the name of an evaluated figure that measures the same; "" if there is none."""
+        """Return the suffix of the figure of `eval` that measures the same property, or ""."""
         return RANKERS[self.kind].figure.format(self.column.removeprefix(SCORE))
 
 
 def usages() -> list[str]:
-    """Return what `rank` may be; of other packages only the names, so that none is imported."""
+    """Return the allowed values of `rank`. Of other packages, return only the names, so that none is imported."""
     built_in = [usage for criterion in RANKERS.built_in.values() for usage in criterion.usage]
     return [*built_in, *(name for name in RANKERS if name not in RANKERS.built_in)]

@@ -1,4 +1,4 @@
-"""Runs, the folders of finished stages: lock, publish, list, read and verify them.
+"""Lock, publish, list, read and verify runs, the folders of finished stages.
 
 A run is published completely or not at all; readers trust only its manifest.
 """
@@ -30,7 +30,7 @@ SCHEMA = 1
 DEFAULT = Path("runs")
 MANIFEST = "manifest.json"
 LOG = "log.txt"
-TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that make adapters
+TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that train an adapter
 
 
 def command(words: str, folder: Path) -> str:
@@ -77,10 +77,18 @@ class Run:
         return str(self.manifest.base["fingerprint"])
 
     def as_json(self) -> dict[str, Any]:
-        """Return what commands print of a run with --json."""
+        """Return the data that commands print about a run with --json."""
         shown = ("stage", "preference", "direction", "created", "contains_start", "parents", "metrics", "unconverged")
         manifest = {name: getattr(self.manifest, name) for name in shown}
         return {"path": str(self.path), "base": self.manifest.base.get("model"), **manifest}
+
+    def refuse_other_base(self, fingerprint: str) -> None:
+        """Refuse a run that was trained on another base than the one with this fingerprint."""
+        if self.fingerprint != fingerprint:
+            raise UserError(
+                f"{self.path} was trained on another base ({self.fingerprint[:12]}); name its recipe with --recipe, or "
+                "train it again on this base"
+            )
 
     def check_files(self) -> None:
         """Refuse a run if any of its files was changed or removed since publication."""
@@ -89,9 +97,11 @@ class Run:
             size = file.stat().st_size if file.is_file() else -1
             if size != known["bytes"]:
                 found = "is missing" if size < 0 else f"has {size:,} bytes"
-                raise UserError(f"{file}: {found}, the manifest says {known['bytes']:,}; train or merge it again")
+                raise UserError(
+                    f"{file} {found}, but its manifest says {known['bytes']:,} bytes; train or merge the run again"
+                )
             if store.sha256(file) != known["sha256"]:
-                raise UserError(f"{file}: changed since publication (other sha256); train or merge it again")
+                raise UserError(f"{file}: changed since publication (other sha256); train or merge the run again")
 
 
 def read(path: Path) -> Run:
@@ -116,7 +126,7 @@ def read(path: Path) -> Run:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Raise a TypeError if a value has another type than its readers expect."""
+    """Raise a TypeError if a value of the manifest has a type that its readers do not expect."""
     for known in fields(manifest):
         value = getattr(manifest, known.name)
         if not isinstance(value, cast(type, get_origin(known.type) or known.type)):
@@ -172,10 +182,10 @@ def check_base(folder: Path, base: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_existing(target: Path, force: bool, keep_both: str = "--name NEW keeps both") -> None:
+def refuse_existing(target: Path, force: bool, remedy: str = "--name NEW keeps both") -> None:
     """Refuse a target that exists, unless `force`. Call this before slow work."""
     if target.exists() and not force:
-        raise UserError(f"{target} exists; {keep_both}, --force moves the old one aside")
+        raise UserError(f"{target} exists; {remedy}, --force moves the old one aside")
 
 
 def refuse_busy(target: Path) -> None:
@@ -191,7 +201,7 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
     Only rank 0 locks. The other ranks get temporary folders, whose contents are discarded.
     """
     held: list[FileLock] = []
-    processes.on_rank_0(lambda: held.append(_locked(target, force)))
+    processes.on_rank_0(lambda: held.append(_lock_unless_exists(target, force)))
     if not held:
         with TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
@@ -204,7 +214,7 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-    except Exception:  # a signal (BaseException) is not a failure
+    except Exception:  # not KeyboardInterrupt or Stopped: a stopped run leaves no failure log
         _keep_log(staging, target, screen)
         raise
     finally:
@@ -213,7 +223,7 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
         held[0].release()
 
 
-def _locked(target: Path, force: bool) -> "FileLock":
+def _lock_unless_exists(target: Path, force: bool) -> "FileLock":
     lock = _lock(target)
     try:
         refuse_existing(target, force)
@@ -231,7 +241,9 @@ def _lock(target: Path) -> "FileLock":
         lock = FileLock(target.parent / f".{target.name}.lock")
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{target} is being written by {_holder(target)}; wait for it, or choose --name NEW") from None
+        raise UserError(
+            f"{target} is being written by {_holder(target)}; wait until it ends, or write to another folder"
+        ) from None
     except OSError as fault:
         raise UserError(f"cannot write {target.parent}: {fault.strerror}; choose another folder") from fault
     return lock
@@ -272,7 +284,7 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
 
 
 def _next_order(target: Path, stage: str) -> int:
-    """Return the clock in microseconds, but at least one more than the newest run of the same runs folder."""
+    """Return the time in microseconds, but at least one more than the order of any run in the same runs folder."""
     above = [folder.parent for folder in (target, *target.parents[:2]) if folder.name == stage]
     newest = max((run.manifest.order for folder in above for run in list_runs(folder)), default=0)
     return max(time.time_ns() // 1000, newest + 1)
@@ -293,7 +305,7 @@ def _keep_log(staging: Path, target: Path, screen: Screen) -> None:
     if log.is_file() and log.stat().st_size:
         kept = target.with_name(f"{target.name}.failed-log.txt")
         log.replace(kept)
-        screen.note(f"messages of libraries are in {kept}")
+        screen.note(f"the libraries' log messages are in {kept}")
 
 
 def _holder(target: Path) -> str:

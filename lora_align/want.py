@@ -13,12 +13,12 @@ from lora_align.weights import parse_weights
 if TYPE_CHECKING:
     from jinja2 import Template
 
-TRIES = 1_000_000  # samples after which a region is too small; recipes refuse empty ones
+TRIES = 1_000_000  # samples; a region that none of them hits counts as empty
 
 
 @dataclass(frozen=True)
 class Want:
-    """A unit vector over named objectives."""
+    """A direction of a conditioned policy: a unit vector over objectives. It is not a `rankers.Direction`."""
 
     weights: Mapping[str, float]
 
@@ -45,7 +45,7 @@ class Want:
         """Return vᵀr, the score of an answer with rewards r in this direction v."""
         return sum(weight * rewards[name] for name, weight in self.weights.items())
 
-    def asked(self, template: str) -> str:
+    def system_message(self, template: str) -> str:
         """Fill a Jinja template that may use `want` (the weights), `decimals` and `integers` (the weights as text)."""
         return _fill("ask", template, want=self.weights, decimals=self._decimals(), integers=self._integers())
 
@@ -66,17 +66,17 @@ class Want:
         return " ".join(f"{name}={weight:.2f}" for name, weight in self.weights.items())
 
 
-def sample_direction(region: Mapping[str, Sequence[float]], draw: random.Random) -> Want:
+def sample_direction(region: Mapping[str, Sequence[float]], rng: random.Random) -> Want:
     """Sample uniformly from the part of the unit sphere where every weight lies between its two bounds."""
     for _ in range(TRIES):
-        want = Want.of({name: draw.gauss() for name in region})
+        want = Want.of({name: rng.gauss() for name in region})
         if all(low <= want.weights[name] <= high for name, (low, high) in region.items()):
             return want
     bounds = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in region.items())
-    raise UserError(f"rsf.directions: almost no unit vector has {bounds}; widen the bounds")
+    raise UserError(f"rsf.directions: the bounds {bounds} contain almost no unit vector; widen them")
 
 
-def scores_prompt(scores: Mapping[str, float], template: str) -> str:
+def scores_message(scores: Mapping[str, float], template: str) -> str:
     """Fill a Jinja template that may use `scores` and `listed` (`helpfulness: 80, verbosity: 25`)."""
     listed = ", ".join(f"{name}: {points:.0f}" for name, points in scores.items())
     return _fill("steer", template, scores=scores, listed=listed)

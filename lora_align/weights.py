@@ -11,13 +11,13 @@ NAME = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{LONGEST - 1}}}")
 
 
 def name_of(parts: Iterable[str]) -> str:
-    """Join parts to a valid name."""
+    """Join parts to a valid name; return "" if they have no letter and no digit."""
     joined = "_".join(re.sub(r"[^a-z0-9_-]+", "-", part.lower()) for part in parts)
     return re.sub(r"^[^a-z0-9]+", "", joined)[:LONGEST]
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Parse `helpful=1,harmless=-0.5`."""
+    """Parse weights such as `helpful=1,harmless=-0.5`. Spaces may replace the commas."""
     weights: dict[str, float] = {}
     for part in filter(None, (p.strip() for p in re.split(r",|(?<=[\d.])\s+(?=\S+=)", text))):
         name, equals, number = part.rpartition("=")

@@ -302,11 +302,11 @@ def test_libraries_print_nothing_on_the_screen(cli: Cli, tmp_path: Path) -> None
             "loading libraries and the base demo",
             "helpful reference",
             "helpful pos  ",
-            "warning: helpful pos: 16 pairs make 1 optimiser step, in which little is learned",
+            "warning: helpful pos: 1 optimizer step (16 pairs): too few to learn much",
             "warning: runs/dpo/helpful/pos: unconverged",
-            "warning: runs/dpo/helpful/pos: no pair was held out, so nothing is measured",
+            "warning: runs/dpo/helpful/pos: no pair was held out, so nothing was measured",
         )
-        ours += ("helpful: 16 rows to learn from, 0 held out; dropped: 16 too close, 13 tie",)
+        ours += ("helpful: 16 rows to train on, 0 held out; dropped: 16 too close, 13 tie",)
         assert line.startswith(ours), line
     quiet = cli("dpo", "--pref", "helpful", "--direction", "neg", "-q", "--json", "--set", "dpo.limit=400")
     assert json.loads(quiet.out)["runs"][0]["direction"] == "neg"
@@ -368,7 +368,7 @@ def test_chat_commands_in_a_terminal(workspace: Path) -> None:
     assert "compare takes two" in terminal.say("/compare helpful=1")
     assert "expected NAME=NUMBER" in terminal.say("/w helpful=lots")
     assert "no preference or run" in terminal.say("/w unheard=1")
-    assert "does not fit this base" in terminal.say(f"/w {alien}=1")
+    assert "made for another base" in terminal.say(f"/w {alien}=1")
     assert "helpful=0.3 harmless=-1" in terminal.say("/w")
     terminal.say("/retry")
     terminal.say("/system You are terse.")

@@ -54,19 +54,19 @@ def test_value_is_the_inner_product() -> None:
 def test_templates_give_the_formats_of_paper_and_released_model(
     helpfulness: float, verbosity: float, template: str, words: str
 ) -> None:
-    assert Want({"helpfulness": helpfulness, "verbosity": verbosity}).asked(template) == words
+    assert Want({"helpfulness": helpfulness, "verbosity": verbosity}).system_message(template) == words
 
 
 @pytest.mark.parametrize("template", ["{{ honesty }}", "{{ want.honesty }}", "{{ decimals", "{{ want * 2 }}"])
 def test_invalid_template_is_refused(template: str) -> None:
     with pytest.raises(UserError, match=r"rsf\.ask: .*\(the template may use want, decimals, integers\)"):
-        Want({"helpfulness": 1.0}).asked(template)
+        Want({"helpfulness": 1.0}).system_message(template)
 
 
 def test_scores_template_gets_rounded_points() -> None:
     scores = {"helpfulness": 79.6, "verbosity": 25.0}
-    assert want.scores_prompt(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
-    assert want.scores_prompt(scores, "{{ scores.verbosity|int }} words") == "25 words"
+    assert want.scores_message(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
+    assert want.scores_message(scores, "{{ scores.verbosity|int }} words") == "25 words"
 
 
 def test_directions_are_sampled_uniformly() -> None:
@@ -84,5 +84,5 @@ def test_directions_are_sampled_uniformly() -> None:
 
 def test_too_small_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(want, "TRIES", 1000)
-    with pytest.raises(UserError, match="almost no unit vector has a"):
+    with pytest.raises(UserError, match=r"the bounds a .* contain almost no unit vector"):
         want.sample_direction({"a": (0.6, 0.6 + 1e-9), "b": (0.0, 1.0)}, random.Random(0))

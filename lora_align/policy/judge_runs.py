@@ -9,11 +9,11 @@ from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
-PAIR = "pair:"  # before a preference: its two adapters judge
+PAIR = "pair:"  # prefix of a preference whose two adapters are the judge
 
 
 def check(name: str, recipe: Recipe, runs_dir: Path) -> None:
-    """Refuse a name that no judge has."""
+    """Refuse a name that is neither a reward model nor `pair:` and a trained preference."""
     if name.startswith(PAIR):
         of_pair(name.removeprefix(PAIR), recipe, runs_dir)
     else:
@@ -27,7 +27,8 @@ def of_reward(name: str, runs_dir: Path) -> Run:
         command = runs.command("reward", runs_dir)
         if name in vectors.trained(runs_dir):
             raise UserError(
-                f"no reward model {name!r} in {runs_dir}/reward; did you mean {PAIR}{name}, its two adapters?"
+                f"no reward model {name!r} in {runs_dir}/reward; to judge with the two adapters of this preference, "
+                f"use {PAIR}{name}"
             )
         raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `{command}`")
     run = runs.read(folder)
@@ -39,7 +40,9 @@ def of_reward(name: str, runs_dir: Path) -> Run:
 def of_pair(preference: str, recipe: Recipe, runs_dir: Path) -> dict[str, Run]:
     """Return a preference's two runs, by direction."""
     found = vectors.find(preference, runs_dir, recipe.preferences)
-    sides = {run.manifest.direction: run for run in found.known_runs()}
-    if set(sides) != {side.value for side in Direction}:
-        raise UserError(f"{PAIR}{preference}: both runs of the preference are needed")
-    return sides
+    pair_runs = {run.manifest.direction: run for run in found.known_runs()}
+    if set(pair_runs) != {direction.value for direction in Direction}:
+        raise UserError(
+            f"{PAIR}{preference}: a judge needs a preference with both adapters, pos and neg; this name has none"
+        )
+    return pair_runs

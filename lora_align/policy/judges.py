@@ -26,7 +26,7 @@ from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
-REWARD = "reward"  # the name of a reward model that is given none
+REWARD = "reward"  # the default name of a reward model
 BATCH = 64  # answers that a reward model scores at once, if memory allows
 
 
@@ -44,7 +44,7 @@ Scores = Mapping[str, float | None]  # by objective; None if the judge cannot sc
 
 @dataclass(frozen=True)
 class Judge:
-    """The names of a judge's scores, its adapters over the base, its files' hash, and the function that scores."""
+    """A judge: the names of its scores, its adapters on the base, a hash of its files, and the function that scores."""
 
     objectives: Sequence[str]
     updates: Mapping[str, LoraDelta]
@@ -56,14 +56,17 @@ JUDGES: Registry[Callable[[Base], Mapping[str, Judge]]] = Registry("judges")
 
 
 def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
-    """Return the judge that is named by `pair:helpful`, by a reward model's name, or by its folder."""
+    """Return the judge for a name: `pair:helpful`, a reward model's name, or its folder."""
     if name.startswith(PAIR):
         return pair(base, recipe, runs_dir, name.removeprefix(PAIR))
     return reward(base, runs_dir, name)
 
 
 def find_all(names: Sequence[str], base: Base, recipe: Recipe, runs_dir: Path) -> dict[str, Judge]:
-    """Return the named judges and the base's own. Without names: the reward model, if there is one."""
+    """Return the named judges and the base's own judges.
+
+    Without names, the default reward model takes their place, if it is trained.
+    """
     if not names and runs.is_run(runs_dir / "reward" / REWARD):
         names = [REWARD]
     judges = {name: find(name, base, recipe, runs_dir) for name in names}
@@ -95,28 +98,31 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
 
 def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
     """Return the judge β(log π₊ − log π₋): DPO's implicit reward, from a preference's two adapters."""
-    sides = judge_runs.of_pair(preference, recipe, runs_dir)
+    pair_runs = judge_runs.of_pair(preference, recipe, runs_dir)
     start = start_policy.adapter(recipe, runs_dir)
-    for run in sides.values():
+    for run in pair_runs.values():
         _check(run, base)
         if run.manifest.start != start_policy.identity(start):
-            raise UserError(f"{run.path} stands on another start policy than the recipe has in {runs_dir}/sft")
-    updates = {f"judge {preference} {side}": peft_format.load(run.path, whole=True) for side, run in sides.items()}
-    below = f"judge {start_policy.NAME}"
+            raise UserError(
+                f"{run.path} was trained on another start adapter than the one in {runs_dir}/sft; train it again, or "
+                "use its own runs folder with --runs"
+            )
+    updates = {f"judge {preference} {side}": peft_format.load(run.path, whole=True) for side, run in pair_runs.items()}
+    start_update = f"judge {start_policy.NAME}"
     if start is not None:
-        updates[below] = peft_format.load(start.path, whole=True)
-    beta = sides[Direction.pos.value].manifest.recipe["dpo"]["beta"]
+        updates[start_update] = peft_format.load(start.path, whole=True)
+    beta = pair_runs[Direction.pos.value].manifest.recipe["dpo"]["beta"]
     budget = MemoryBudget(TOKENS)
 
     def score(model: PreTrainedModel, mixer: Mixer, answers: Sequence[JudgedAnswer]) -> list[Scores]:
         rows = [(prompt, [answer]) for prompt, answer in (one.ids for one in answers)]
         logprobs = []
         for side in Direction:
-            mixer.set({f"judge {preference} {side.value}": 1.0, below: 1.0})
+            mixer.set({f"judge {preference} {side.value}": 1.0, start_update: 1.0})
             logprobs.append(answer_logprobs(model, rows, budget))
         return [{preference: value} for value in (beta * (logprobs[0] - logprobs[1])).tolist()]
 
-    return Judge([preference], updates, " ".join(map(_identity, sides.values())), score)
+    return Judge([preference], updates, " ".join(map(_identity, pair_runs.values())), score)
 
 
 def tokenise_answer(base: Base, prompt: Prompt, text: str) -> JudgedAnswer | None:
@@ -128,8 +134,7 @@ def tokenise_answer(base: Base, prompt: Prompt, text: str) -> JudgedAnswer | Non
 
 def _check(run: Run, base: Base) -> None:
     run.check_files()
-    if run.fingerprint != base.fingerprint:
-        raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
+    run.refuse_other_base(base.fingerprint)
 
 
 def _identity(run: Run) -> str:

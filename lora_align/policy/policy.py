@@ -1,4 +1,4 @@
-"""Policies: from `start`, `helpful=1,harmless=-0.5`, `want:…` or a folder to adapters and weights.
+"""Parse a policy's name (`start`, `helpful=1,harmless=-0.5`, `want:…`, a folder); find its adapters and weights.
 
 Neither torch nor the base is loaded.
 """
@@ -15,21 +15,21 @@ from lora_align.policy import vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
-from lora_align.want import Want, scores_prompt
+from lora_align.want import Want, scores_message
 from lora_align.weights import parse_weights
 
 if TYPE_CHECKING:
     from lora_align.model.base import Base
 
-BASE, START, MIX = "base", "start", "mix"  # words that name a policy
-WANT = "want"  # prefix of a word that requests a direction, as in want:helpfulness=0.8
+BASE, START, MIX = "base", "start", "mix"  # names of policies
+WANT = "want"  # prefix of a name that requests a direction, as in want:helpfulness=0.8
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """A run of `rsf` with the system message that requests a direction, or scores from a SteerLM-style policy."""
+    """A run of `rsf` and a system message that requests a direction or, from a SteerLM-style policy, scores."""
 
-    name: str  # of its adapter among weights
+    name: str  # the name of its adapter in `Policy.weights`
     run: Run
     system: str
     want: Want | None = None  # None for a SteerLM-style policy
@@ -41,8 +41,9 @@ class Conditioned:
         screen.note(f"{run.path}: direction {want} (normalised to length 1)")
         for objective, (low, high) in run.manifest.recipe["rsf"]["directions"].items():
             if not low - 0.01 <= want.weights[objective] <= high + 0.01:
-                screen.warn(f"{run.path} was trained on {objective} from {low:g} to {high:g} only")
-        return cls(name, run, want.asked(run.manifest.method["ask"]), want)
+                weight = f"{objective}={want.weights[objective]:.2f}"
+                screen.warn(f"{weight} is outside the range {low:g} to {high:g} on which {run.path} was trained")
+        return cls(name, run, want.system_message(run.manifest.method["ask"]), want)
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,17 @@ class Policy:
 
     @property
     def system(self) -> str:
-        """The system message of a conditioned policy; empty for other policies."""
+        """Return the system message of a conditioned policy, or "" for other policies."""
         return self.conditioned.system if self.conditioned else ""
 
     @property
     def scales(self) -> dict[str, float]:
-        """The weight of each adapter over the base."""
+        """Return the weight of each adapter on the base, the start adapter included."""
         return {START: self.start, **self.weights}
 
     @property
     def contains_start(self) -> bool:
-        """Whether one of its adapters contains the start adapter."""
+        """Return whether an adapter of this policy contains the start adapter."""
         return bool(self.vectors) and not self.start
 
     def at(self, weights: Mapping[str, float], name: str = "") -> "Policy":
@@ -82,32 +83,32 @@ class Policy:
 START_POLICY, BASE_ALONE = Policy(START), Policy(BASE, start=0.0)
 
 
-def find_policies(words: Sequence[str], recipe: Recipe, runs_dir: Path, screen: Screen) -> list[Policy]:
-    """Return the policies that words name; see `find_policy`."""
-    return [find_policy(word, recipe, runs_dir, screen) for word in words]
+def find_policies(names: Sequence[str], recipe: Recipe, runs_dir: Path, screen: Screen) -> list[Policy]:
+    """Return the policies with these names; see `find_policy`."""
+    return [find_policy(name, recipe, runs_dir, screen) for name in names]
 
 
-def find_policy(word: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Policy:
-    """Return the policy that a word names.
+def find_policy(name: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Policy:
+    """Return the policy with this name.
 
-    A word is `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, `want@rsf/policy/t2:helpfulness=0.8`, a run's or an
+    A name is `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, `want@rsf/policy/t2:helpfulness=0.8`, a run's or an
     adapter's folder, `start`, `base`, or `mix` for the newest mix.
     """
-    if word == BASE:
+    if name == BASE:
         return BASE_ALONE
-    if word == START:
+    if name == START:
         return START_POLICY
-    if word.startswith((f"{WANT}:", f"{WANT}@")):
-        return _conditioned(word, runs_dir, screen)
-    if "=" in word and not Path(word).exists():
-        return weighted(parse_weights(word), recipe, runs_dir, word)
-    if word == MIX:
+    if name.startswith((f"{WANT}:", f"{WANT}@")):
+        return _conditioned(name, runs_dir, screen)
+    if "=" in name and not Path(name).exists():
+        return weighted(parse_weights(name), recipe, runs_dir, name)
+    if name == MIX:
         mixes = _mixes(runs_dir, screen)
         if not mixes:
             command = runs.command("merge", runs_dir)
             raise UserError(f"no mix in {runs_dir}/; name weights, as in helpful=1, or run `{command}` first")
-        word = mixes[-1].path.relative_to(runs_dir).as_posix()
-    return one_adapter(vectors.find(word, runs_dir, recipe.preferences, (START, BASE, MIX)))
+        name = mixes[-1].path.relative_to(runs_dir).as_posix()
+    return one_adapter(vectors.find(name, runs_dir, recipe.preferences, (START, BASE, MIX)))
 
 
 def weighted(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, name: str = "") -> Policy:
@@ -167,41 +168,44 @@ def check_stands_on(base: "Base", start: str, adapters: Iterable[Vector]) -> Non
             f"the recipe names {base.recipe.model} ({base.fingerprint[:12]}); name their recipe with --recipe"
         )
     if theirs and start != start_id:
-        raise UserError("the start adapter in the runs folder is not the one these adapters were trained on")
+        raise UserError(
+            "these adapters were trained on another start adapter than the one in the runs folder; train them again, "
+            "or use their own runs folder with --runs"
+        )
 
 
 def _mixes(runs_dir: Path, screen: Screen) -> list[Run]:
     return [run for run in runs.list_runs(runs_dir, screen) if run.manifest.stage == "mix"]
 
 
-def _conditioned(word: str, runs_dir: Path, screen: Screen) -> Policy:
-    """Return the policy of `want:DIRECTION` (newest run) or `want@FOLDER:DIRECTION`."""
-    folder, _, text = word.removeprefix(WANT).partition(":")
+def _conditioned(name: str, runs_dir: Path, screen: Screen) -> Policy:
+    """Return the policy of `want:DIRECTION`, which uses the newest run, or of `want@FOLDER:DIRECTION`."""
+    folder, _, text = name.removeprefix(WANT).partition(":")
     if folder:
         inside = runs_dir / folder[1:]
         run = runs.read(inside if runs.is_run(inside) else Path(folder[1:]))
         if run.manifest.stage != "rsf":
             stage = run.manifest.stage
-            raise UserError(f"{word}: {run.path} is a run of {stage}; only runs of `rsf` take a direction")
+            raise UserError(f"{name}: {run.path} is a run of {stage}; only runs of `rsf` take a direction")
     else:
         run = newest_conditioned(runs_dir, "--want", screen)
-    name = (run.path.relative_to(runs_dir) if run.path.is_relative_to(runs_dir) else run.path).as_posix()
+    adapter = (run.path.relative_to(runs_dir) if run.path.is_relative_to(runs_dir) else run.path).as_posix()
     if takes_scores(run):
-        conditioned = Conditioned(name, run, _scores_message(run, text, word))
+        conditioned = Conditioned(adapter, run, _scores_message(run, text, name))
     else:
-        conditioned = Conditioned.parse(name, run, text, screen)
-    return Policy(word, {name: vectors.from_folder(run.path, name)}, {name: 1.0}, conditioned=conditioned)
+        conditioned = Conditioned.parse(adapter, run, text, screen)
+    return Policy(name, {adapter: vectors.from_folder(run.path, adapter)}, {adapter: 1.0}, conditioned=conditioned)
 
 
-def _scores_message(run: Run, text: str, word: str) -> str:
+def _scores_message(run: Run, text: str, name: str) -> str:
     scores, objectives = parse_weights(text), run.manifest.method["objectives"]
     if set(scores) != set(objectives):
-        raise UserError(f"{word}: this policy takes scores of {' and '.join(objectives)}, from 0 to 100")
-    return scores_prompt({name: scores[name] for name in objectives}, run.manifest.method["steer"])
+        raise UserError(f"{name}: this policy takes scores of {' and '.join(objectives)}, from 0 to 100")
+    return scores_message({objective: scores[objective] for objective in objectives}, run.manifest.method["steer"])
 
 
 def one_adapter(vector: Vector) -> Policy:
-    """Return the policy of one adapter with weight 1. The adapter may contain the start adapter."""
+    """Return the policy of one adapter with weight 1. Leave out the start adapter if this adapter contains it."""
     contains_start = any(run.manifest.contains_start or run.manifest.stage == "sft" for run in vector.known_runs())
     return Policy(vector.name, {vector.name: vector}, {vector.name: 1.0}, start=float(not contains_start))
 
@@ -210,10 +214,10 @@ def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     """Return the vectors and weights of a mix, or the mix as one adapter if it cannot be split."""
     whole = one_adapter(vectors.from_folder(mix.path, mix.path.name))
     if mix.manifest.metrics.get("left_out"):
-        screen.note("the mix was compressed: /w scales it as a whole")
+        screen.note("the mix was compressed, so it is used as one adapter")
         return whole
     if (method := mix.manifest.method.get("name")) != "exact":
-        screen.note(f"the mix was made by {method}, so it is not a plain sum: /w scales it as a whole")
+        screen.note(f"the mix was made by {method} and is not a plain sum, so it is used as one adapter")
         return whole
     try:
         parts = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}
@@ -221,7 +225,7 @@ def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     except UserError:
         same = False
     if not same:
-        screen.note("the adapters of the mix are gone or were trained again: /w scales it as a whole")
+        screen.note("the adapters of the mix were removed or trained again, so the mix is used as one adapter")
         return whole
     return Policy(mix.path.name, parts, {parent["name"]: parent["weight"] for parent in mix.manifest.parents})
 

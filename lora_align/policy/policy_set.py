@@ -1,4 +1,4 @@
-"""Several policies and judges over one loaded base; one of them is active at a time."""
+"""Several policies and judges on one loaded base. One policy or judge is active at a time."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from lora_align.runs import Run
 
 
 class PolicySet:
-    """Policies on one base. The base is loaded when a policy is first activated, with all vectors over it."""
+    """Policies on one base. The base and all adapters are loaded at the first activation or scoring."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class PolicySet:
         screen: Screen,
         judges: Mapping[str, Judge] | None = None,
     ) -> "PolicySet":
-        """Check that policies stand on a recipe's base and start adapter, and warn of what is doubtful."""
+        """Check that policies were trained on a recipe's base and start adapter, and show their vectors' warnings."""
         start = start_policy.adapter(recipe, runs_dir)
         made = cls(base, policies, start, judges)
         check_stands_on(base, start_policy.identity(start), made.vectors.values())
@@ -60,17 +60,17 @@ class PolicySet:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The loaded base."""
+        """Return the base; load it at the first call."""
         return self.base.load()
 
     @cached_property
     def sampler(self) -> LocalSampler:
-        """One sampler for all policies, because it remembers how many answers fit into memory at once."""
+        """Return the sampler of all policies. There is one, because it remembers how many answers fit into memory."""
         return LocalSampler(self.model, self.base, self.budget)
 
     @cached_property
     def mixer(self) -> Mixer:
-        """Every adapter over the base, all at weight 0."""
+        """Return the mixer, which adds every adapter to the base, at first with weight 0."""
         updates, _ = vectors.load_updates(self.vectors)
         if self.start is not None:
             updates[START] = peft_format.load(self.start.path, whole=True)
@@ -83,7 +83,7 @@ class PolicySet:
         self.mixer.set(policy.scales)
 
     def score(self, judge: str, answers: Sequence[tuple[Prompt, str]]) -> list[Scores]:
-        """Return a judge's scores of answers to prompts, {} if the prompt fills the context.
+        """Return a judge's scores of answers to prompts. An answer gets {} if its prompt fills the context.
 
         The judge sees the prompts as given. Equal answers to a prompt are scored once.
         """
@@ -93,7 +93,7 @@ class PolicySet:
         return [scores_of[pair] for pair in answers]
 
     def lineage(self, policy: Policy) -> dict[str, Any]:
-        """Identify a policy, whatever it is called: the files of its adapters, and their weights."""
+        """Return what identifies a policy apart from its name: base, adapters, weights, and system message."""
         parts = [[weight, policy.vectors[name].lineage()] for name, weight in policy.weights.items() if weight]
         start = start_policy.identity(self.start) if policy.start else ""
         ordered = sorted(parts, key=json.dumps)

@@ -13,24 +13,24 @@ from lora_align.policy.vectors import Vector
 from lora_align.runs import Run
 
 FOLDER = "reach"  # in the runs folder
-FAR = 2.0  # warn beyond this weight if `reach` has not measured a vector; training goes to 1
+FAR = 2.0  # the weight beyond which to warn if `reach` has not measured a vector; training uses weight 1
 
 
 @dataclass(frozen=True)
 class Side:
-    """The largest safe weight on one side of 0, and what breaks at the next step; empty if nothing broke."""
+    """The largest safe weight on one side of 0, and the figure that breaks at the next step ("" if none breaks)."""
 
     to: float
     breaks: str
 
     def text(self, sign: int = 1) -> str:
         """Return the weight with its sign, and what breaks beyond it."""
-        return f"{sign * self.to + 0.0:g}" + (f" ({self.breaks})" if self.breaks else " and more")
+        return f"{sign * self.to + 0.0:g}" + (f" ({self.breaks})" if self.breaks else " (largest tested)")
 
 
 @dataclass(frozen=True)
 class VectorReach:
-    """The reach of one vector, and a line fitted to its margin over its weight."""
+    """The reach of one vector, and the line fitted to its margin as a function of its weight."""
 
     up: Side
     down: Side
@@ -89,7 +89,7 @@ class Reach:
         }
 
     def summary(self) -> str:
-        """Return a table of vectors; with two or more, tables of pairs and of their interaction."""
+        """Return a table of the vectors. With two or more, add tables of the pairs and of their interaction."""
         rows = [
             [name, of.down.text(-1), of.up.text(), f"{of.slope:.2f}", f"{of.r2:.3f}"] for name, of in self.alone.items()
         ]
@@ -141,7 +141,7 @@ def _alone(name: str, weight: float, lineage: str, made: Sequence[Run], runs_dir
         return ""
     command = runs.command("reach", runs_dir)
     return (
-        f"{name}={weight:g} is far beyond 1, the weight of training, and answers may break; "
+        f"{name}={weight:g} is far beyond 1, the weight in training, so answers may break; "
         f"`{command}` finds the largest safe weight"
     )
 
@@ -170,5 +170,5 @@ def _newest(made: Sequence[Run], lineages: Sequence[str]) -> tuple[Run, list[str
 
 
 def _beyond(side: Side, run: Run) -> str:
-    why = f": {side.breaks}" if side.breaks else ", the largest weight that was tried"
+    why = f": {side.breaks}" if side.breaks else ", the largest weight that was tested"
     return f"beyond the safe weight {side.to:g}{why} ({run.path})"

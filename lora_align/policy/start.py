@@ -10,7 +10,7 @@ from lora_align.model.mixer import Mixer
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
-if TYPE_CHECKING:  # `merge` needs the start adapter, but not the base
+if TYPE_CHECKING:  # not imported at run time: `merge` uses this module without the base
     from transformers import PreTrainedModel
 
     from lora_align.model.base import Base
@@ -48,8 +48,7 @@ def load(base: "Base", start: Run | None) -> "PreTrainedModel":
     """Load the start policy. Its weights are frozen; trainers add one adapter to it."""
     model = base.load()
     if start is not None:
-        if start.fingerprint != base.fingerprint:
-            raise UserError(f"{start.path} was trained on another base ({start.fingerprint[:12]})")
+        start.refuse_other_base(base.fingerprint)
         start.check_files()
         Mixer(model, {NAME: peft_format.load(start.path, whole=True)}, {NAME: 1.0})
     return model

@@ -1,4 +1,4 @@
-"""Vectors: from the name of a preference, a run or a folder to the signed sum of its adapters."""
+"""Find the vector of a name (a preference, a run or a folder), and load the signed sum of its adapters."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported only to load an update
     from lora_align.adapters.delta import LoraDelta
     from lora_align.adapters.peft_format import Adapter
 
-LAYERS = re.compile(r"(\d+)(?:-(\d+))?")  # after a name and @, as in helpful@0-3
+LAYERS = re.compile(r"(\d+)(?:-(\d+))?")  # the layers after NAME@, as in helpful@0-3
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Parent:
         """Return the entry of this adapter in a mix's manifest."""
         file = self.folder / WEIGHTS
         known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else store.sha256(file)
-        config = store.sha256(self.folder / CONFIG)  # it holds the scaling
+        config = store.sha256(self.folder / CONFIG)  # which holds the scaling
         return {"folder": str(self.folder), "sign": self.sign, "sha256": known, "config_sha256": config}
 
 
@@ -59,7 +59,7 @@ class Vector:
         return load_updates({self.name: self})[0][self.name]
 
     def policy(self) -> "Vector":
-        """Return the `pos` adapter of a preference; any other vector is returned as it is."""
+        """Return the `pos` adapter of a preference as a vector. Return any other vector unchanged."""
         return replace(self, parents=self.parents[:1])
 
     def without(self, run: Run) -> "Vector":
@@ -88,7 +88,7 @@ class Vector:
         return [parent.run for parent in self.parents if parent.run]
 
     def unconverged(self) -> list[str]:
-        """Return a reason for each run that is unconverged; a mix repeats the reasons of its parents."""
+        """Return the reasons why runs are unconverged. The reasons of a mix are those of its parents."""
         return [
             why if run.manifest.stage == "mix" else f"{run.path} is unconverged: {why}"
             for run in self.known_runs()
@@ -108,8 +108,8 @@ class Vector:
 def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iterable[str] = ()) -> Vector:
     """Return the vector of a name.
 
-    `preferences` and `words` are further valid names: an error then says that a preference is not trained, or suggests
-    the nearest name.
+    An error may suggest a name in `preferences` or `words`. If a name in `preferences` is not trained, the error gives
+    the command that trains it.
     """
     whole, _, layers = name.rpartition("@")
     if (span := LAYERS.fullmatch(layers)) and whole and not Path(name).exists():
@@ -123,11 +123,11 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iter
     if len(trained) == 2:
         return Vector(name, (_parent(folder / "pos", 1.0), _parent(folder / "neg", -1.0)))
     if trained:
-        done = runs.read(folder / trained[0]).manifest
+        manifest = runs.read(folder / trained[0]).manifest
         missing = "neg" if trained == ["pos"] else "pos"
-        named = f" --name {name}" if done.preference != name else ""
-        command = runs.command(f"dpo --pref {done.preference} --direction {missing}{named}", runs_dir)
-        if not LOCAL.exists() and (source := done.recipe.get("source", "")) not in ("", DEFAULT):
+        named = f" --name {name}" if manifest.preference != name else ""
+        command = runs.command(f"dpo --pref {manifest.preference} --direction {missing}{named}", runs_dir)
+        if not LOCAL.exists() and (source := manifest.recipe.get("source", "")) not in ("", DEFAULT):
             command += f" --recipe {source}"
         raise UserError(f"{name}: only {trained[0]} is trained; `{command}` trains {missing}")
     if NAME.fullmatch(name) and runs.is_run(runs_dir / "mix" / name):
@@ -162,7 +162,7 @@ def load_updates(vectors: Mapping[str, Vector]) -> tuple[dict[str, "LoraDelta"],
 
 
 def layer_groups(name: str, layers: int, count: int) -> list[str]:
-    """Return the names of `count` groups of layers of a vector, of about equal size."""
+    """Split a vector's layers into `count` groups of about equal size, and return the groups' names."""
     ends = [layers * part // count for part in range(count + 1)]
     return [f"{name}@{first}-{end - 1}" for first, end in pairwise(ends) if end > first]
 
@@ -173,7 +173,7 @@ def layer_count(update: Iterable[str]) -> int:
 
 
 def common_base(vectors: Iterable[Vector]) -> tuple[dict[str, Any] | None, str]:
-    """Return the base and the start adapter of all vectors with a manifest; refuse vectors of different ones."""
+    """Return the common base and start adapter of all vectors with a manifest. Refuse vectors whose own differ."""
     made = [run for vector in vectors for run in vector.known_runs() if run.fingerprint]
     if not made:
         return None, ""
@@ -197,7 +197,10 @@ def refuse_start_inside(vectors: Iterable[Vector], with_start: bool = True) -> N
         for run in vector.known_runs():
             if run.manifest.stage == "sft":
                 if with_start:
-                    raise UserError(f"{run.path} is the start adapter, which every mix contains with weight 1")
+                    raise UserError(
+                        f"{run.path} is the start adapter, which every mix contains with weight 1; "
+                        "leave it out of the weights"
+                    )
             elif run.manifest.contains_start:
                 raise UserError(
                     f"{run.path} contains the start adapter, which its weight would scale too; "

@@ -30,25 +30,27 @@ from lora_align.train import checkpoints
 from lora_align.train.job import Target
 
 WANT = "want_"  # prefix of the columns with a direction's weights
-BATCH = 512  # answers of a file, which a kill may cost
+BATCH = 512  # answers in one file; a kill loses at most one file
 
 
 @contextmanager
-def stored(rsf: RsfInputs, t: int, teacher: Run) -> Iterator[Shards]:
+def open_candidates(rsf: RsfInputs, t: int, teacher: Run) -> Iterator[Shards]:
     """Open the stored candidates of an iteration; refuse those of other settings, data or teacher."""
     folder = rsf.folder / f".t{t}.samples"
     if rsf.force:
         shards.delete(folder)
     with shards.opened(folder) as store:
-        settings = {f"rsf.{key}": of for key, of in asdict(rsf.settings).items() if key not in checkpoints.FREE}
+        settings = {f"rsf.{key}": of for key, of in asdict(rsf.settings).items() if key not in checkpoints.MAY_DIFFER}
         inputs = {"teacher": teacher.manifest.files, "data": rsf.answers.fingerprint}
         shards.check_settings(folder, {**inputs, **settings})
         yield store
 
 
-def collect(rsf: RsfInputs, t: int, teacher: Run, requests: Sequence[Request], store: Shards, target: Target) -> None:
-    """Sample and score the answers to every request that has none yet. The reward model is always local."""
-    settings, screen, label = rsf.settings, target.screen, f"{target.label} draws"
+def sample_and_score(
+    rsf: RsfInputs, t: int, teacher: Run, requests: Sequence[Request], store: Shards, target: Target
+) -> None:
+    """Sample and score answers to every request without answers. The reward model always runs locally."""
+    settings, screen, label = rsf.settings, target.screen, f"{target.label} sampling"
     n = sampling_requests.answers_per_request(settings, t)
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed + t)
     policies = rsf.policies(None if rsf.server else teacher)
@@ -83,14 +85,15 @@ def collect(rsf: RsfInputs, t: int, teacher: Run, requests: Sequence[Request], s
 
 
 def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[Mapping[str, float]]:
-    """Return the scores of answers: those that `score` wrote into the data, or else the reward model's."""
+    """Return the scores of answers: from the data, where `lora-align score` wrote them, else from the reward model."""
     scores: list[Mapping[str, float]] = [
         {name.removeprefix(SCORE): value for name, value in row.ratings.items() if name.startswith(SCORE)}
         for row in answers
     ]
     left = [i for i, score in enumerate(scores) if not rsf.settings.directions.keys() <= score.keys()]
     if len(left) < len(answers):
-        target.note(f"{len(answers) - len(left):,} of {count(len(answers), 'answer')} with scores of their own")
+        scored = f"{len(answers) - len(left):,} of {count(len(answers), 'answer')}"
+        target.note(f"{scored} have scores in the data, so they are not scored again")
     if left:
         policies, mine = rsf.policies(), left[processes.rank() :: processes.world_size()]
         computed = []
@@ -99,14 +102,14 @@ def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[
                 batch = [answers[i] for i in mine[begin : begin + BATCH]]
                 computed += policies.score(JUDGE, [(row.prompt, row.answer) for row in batch])
                 progress.show(begin + len(batch), {})
-        for places, found in processes.all_gather((mine, computed)):
-            for i, score in zip(places, found, strict=True):
+        for indices, found in processes.all_gather((mine, computed)):
+            for i, score in zip(indices, found, strict=True):
                 scores[i] = {name: math.nan if value is None else value for name, value in score.items()}
     return scores
 
 
 def by_request(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Candidate]]:
-    """Return the candidates of every request, in the order of their numbers."""
+    """Group rows into the candidates of each request, ordered by their numbers."""
     numbered: dict[str, list[tuple[int, Candidate]]] = {}
     for row in rows:
         rewards = {name.removeprefix(SCORE): value for name, value in row.items() if name.startswith(SCORE)}
@@ -134,7 +137,7 @@ def _scored(batch: Sequence[Request], sampled: Sequence[SampledText], policies: 
 
 
 def _with_start(rsf: RsfInputs, policy: Run, folder: Path) -> Path:
-    """Return the folder of an adapter for a server: the policy's, with the start adapter added if there is one."""
+    """Return an adapter folder for a server: the policy's own or, with a start adapter, the sum of both."""
     if rsf.start is None:
         return policy.path
     adapters = [Adapter(run.path, whole=True) for run in (rsf.start, policy)]

@@ -29,14 +29,17 @@ from lora_align.train.token_rows import Row, TokenRows
 Examples = Sequence[tuple[Prompt, Conversation]]  # a prompt as it was read, and the conversation to train on
 
 
-def replayed(settings: Rsf, half: Sequence[Rated], beside: int, t: int) -> Examples:
-    """Return original answers without a direction, so that they make up `rsf.replay` of all examples."""
-    count = min(len(half), round(beside * settings.replay / (1 - settings.replay)))
-    picked = random.Random(f"{settings.seed} replay {t}").sample(half, count)
+def sample_replay(settings: Rsf, answers: Sequence[Rated], chosen: int, t: int) -> Examples:
+    """Sample answers of the data, without a direction. They make up the share `rsf.replay` of all examples.
+
+    `chosen` is the number of the other examples.
+    """
+    wanted = min(len(answers), round(chosen * settings.replay / (1 - settings.replay)))
+    picked = random.Random(f"{settings.seed} replay {t}").sample(answers, wanted)
     return [(row.prompt, Conversation((*row.prompt, Message("assistant", row.answer)))) for row in picked]
 
 
-def supervised(rsf: RsfInputs, examples: Examples, target: Target, staging: Path, manifest: Manifest) -> Manifest:
+def train_supervised(rsf: RsfInputs, examples: Examples, target: Target, staging: Path, manifest: Manifest) -> Manifest:
     """Fine-tune the start policy on conversations. Return the manifest with the training's facts."""
     settings = rsf.settings
     counts: Counter[str] = Counter()
@@ -47,19 +50,24 @@ def supervised(rsf: RsfInputs, examples: Examples, target: Target, staging: Path
     model = start_policy.load(rsf.base, rsf.start)
     job = sft.sft_job(settings, rsf.lora, rows.train, rsf.base)
     trained = lora_trainer.train(job, model, target, _checkpoints(rsf, rows, target), staging)
-    return with_metrics(sft.describe(trained, manifest, rows.held_out), **{"cut or dropped": dict(counts)})
+    return with_metrics(sft.measure(trained, manifest, rows.held_out), **{"cut or dropped": dict(counts)})
 
 
-def by_dpo(rsf: RsfInputs, choices: Sequence[Choice], target: Target, staging: Path, manifest: Manifest) -> Manifest:
-    """Train the start policy by DPO on the best answer against the worst. Return the manifest with the facts."""
+def train_by_dpo(
+    rsf: RsfInputs, choices: Sequence[Choice], target: Target, staging: Path, manifest: Manifest
+) -> Manifest:
+    """Train the start policy by DPO, with the best answer chosen and the worst rejected.
+
+    Return the manifest with the training's facts.
+    """
     settings = rsf.settings
     counts: Counter[str] = Counter()
     longest = min(settings.max_length, rsf.base.max_length)
-    pairs = [Pair(sampling_requests.with_request(settings, of), of.best.text, of.worst.text) for of in choices]
-    unequal = [i for i, pair in enumerate(pairs) if pair.chosen != pair.rejected]
-    counts["best and worst are equal"] = len(pairs) - len(unequal)
-    token_pairs = tokenise.pairs([pairs[i] for i in unequal], rsf.base.chat, longest, counts)
-    rows = _split([choices[i].prompt for i in unequal], token_pairs, settings.held_out, target.label)
+    pairs = [Pair(sampling_requests.with_direction(settings, of), of.best.text, of.worst.text) for of in choices]
+    different = [i for i, pair in enumerate(pairs) if pair.chosen != pair.rejected]
+    counts["best and worst are equal"] = len(pairs) - len(different)
+    token_pairs = tokenise.pairs([pairs[i] for i in different], rsf.base.chat, longest, counts)
+    rows = _split([choices[i].prompt for i in different], token_pairs, settings.held_out, target.label)
     model = start_policy.load(rsf.base, rsf.start)
     shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
     dpo_settings = Dpo(**shared, beta=settings.beta)
@@ -68,7 +76,7 @@ def by_dpo(rsf: RsfInputs, choices: Sequence[Choice], target: Target, staging: P
     rows = dpo.with_references(rows, references, model, tokens, label, target.screen)
     job = dpo.dpo_job(dpo_settings, rsf.lora, rows.train, rsf.base)
     trained = lora_trainer.train(job, model, target, _checkpoints(rsf, rows, target), staging)
-    return with_metrics(dpo.describe(trained, manifest, rows.held_out), **{"cut or dropped": dict(counts)})
+    return with_metrics(dpo.measure(trained, manifest, rows.held_out), **{"cut or dropped": dict(counts)})
 
 
 def with_metrics(manifest: Manifest, **metrics: Any) -> Manifest:
@@ -84,11 +92,11 @@ def _checkpoints(rsf: RsfInputs, rows: TokenRows[Row], target: Target) -> Unfini
 
 
 def _split(prompts: Sequence[Prompt], rows: Sequence[Row | None], held_out: float, label: str) -> TokenRows[Row]:
-    sides: tuple[list[Row], list[Row]] = ([], [])
+    splits: tuple[list[Row], list[Row]] = ([], [])
     for prompt, row in zip(prompts, rows, strict=True):
         if row is not None:
-            sides[is_held_out(prompt, held_out)].append(row)
-    if not sides[0]:
-        held_out_rows = count(len(sides[1]), "row")
+            splits[is_held_out(prompt, held_out)].append(row)
+    if not splits[0]:
+        held_out_rows = count(len(splits[1]), "row")
         raise RunFailedError(f"{label}: no rows to train on (held out: {held_out_rows}); give rsf more prompts")
-    return TokenRows(*sides, facts={})
+    return TokenRows(*splits, facts={})

@@ -1,4 +1,4 @@
-"""The inputs that all policies of an `rsf` run share, read and checked before the first is trained."""
+"""The inputs that all policies of one `rsf` command share, read and checked before the first policy is trained."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_align import runs
-from lora_align.console import Screen
-from lora_align.data import forms, sources
+from lora_align.console import Screen, count
+from lora_align.data import forms, pairs, sources
 from lora_align.data.rows import Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model import base as bases
@@ -31,8 +31,8 @@ from lora_align.runs import Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
 from lora_align.train.job import Target
 
-NAME = "policy"  # of a series without --name
-STEERLM = "steerlm"  # the paper's θ₀; t1, t2 and so on follow
+NAME = "policy"  # the default name of a series of policies
+STEERLM = "steerlm"  # the name of θ₀; the later policies are t1, t2, …
 JUDGE = "reward"
 TEACHER = "teacher"
 
@@ -65,7 +65,7 @@ class RsfInputs:
         return [STEERLM, *(f"t{t}" for t in range(1, self.settings.iterations + 1))]
 
     def target(self, label: str) -> Target:
-        """Return the run that a policy becomes. An unfinished run is always continued."""
+        """Return the target of a policy's training. An unfinished policy is always continued."""
         return Target(self.folder / label, label, self.screen, self.force, resume=True)
 
     def published(self) -> dict[str, Run]:
@@ -78,7 +78,7 @@ class RsfInputs:
         return found
 
     def policies(self, policy: Run | None = None) -> PolicySet:
-        """Return the reward model, and a policy if there is one, over one base."""
+        """Return a PolicySet of the reward model and, if given, a policy."""
         vector = {TEACHER: vectors.from_folder(policy.path, TEACHER)} if policy else {}
         named = Policy(TEACHER, vector, dict.fromkeys(vector, 1.0))
         return PolicySet(self.base, [named], self.start, {JUDGE: self.judge}, self.budget)
@@ -107,7 +107,7 @@ class RsfInputs:
         )
 
     def _same_inputs(self, folder: Path, teacher: Run | None) -> Run:
-        """Return a published policy; refuse it if its inputs differ in more than the number of iterations."""
+        """Return a published policy. Refuse it if its inputs differ in more than `iterations` and rounding."""
         run = runs.read(folder)
         old = run.manifest
         before = _identity(old.recipe, old.base, old.data.get("fingerprint"))
@@ -140,22 +140,22 @@ class RatedHalves:
 def prepare(
     recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None, force: bool, endpoint: str | None
 ) -> RsfInputs:
-    """Read the inputs of a series. Everything that can be refused is refused here."""
+    """Read and check the inputs of a series, before slow work."""
     recipe.check_trains("rsf")
     settings = recipe.rsf
     assert settings is not None
     lora_trainer.check_trackers(settings)
-    sampling_requests.check(settings)
+    sampling_requests.check_settings(settings)
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
-    reward = reward_run(settings, base, runs_dir)
+    reward = find_reward_model(settings, base, runs_dir)
     answers = answers_of(settings, base)
     for warning in sources.unread_warnings(answers.unread):
         screen.warn(f"rsf: {warning}")
-    # a server gets each policy under that policy's own name
+    # each policy is later loaded on the server under its own name, such as t1
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
-    if server:  # refuse a server that cannot load adapters
+    if server:  # fail early if the server cannot load adapters
         server.load_adapter(reward.path, reward.path.name, serve_command(recipe))
     judge = judges.reward(base, runs_dir, settings.reward)
     folder = runs_dir / "rsf" / (name or NAME)
@@ -163,7 +163,7 @@ def prepare(
 
 
 def teacher_of(label: str) -> str:
-    """Return the name of the policy whose answers a policy learns from."""
+    """Return the name of a policy's teacher, or "" for θ₀, which has none."""
     return "" if label == STEERLM else STEERLM if label == "t1" else f"t{int(label[1:]) - 1}"
 
 
@@ -173,20 +173,19 @@ def _identity(recipe: Mapping[str, Any], base: Mapping[str, Any], data: str | No
     return {"rsf": {**recipe["rsf"], "lora": lora}, "base": identity, "data": data}
 
 
-def reward_run(settings: Rsf, base: Base, runs_dir: Path) -> Run:
+def find_reward_model(settings: Rsf, base: Base, runs_dir: Path) -> Run:
     """Return the reward model; refuse one that lacks an objective of the directions."""
     folder = runs_dir / "reward" / settings.reward
     if not runs.is_run(folder):
         command = runs.command("reward", runs_dir)
         raise UserError(f"no reward model {settings.reward!r} in {runs_dir}/reward: run `{command}`")
     run = runs.read(folder)
-    if run.fingerprint != base.fingerprint:
-        raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
+    run.refuse_other_base(base.fingerprint)
     known = [*Heads.load(run.path).names, *run.manifest.method["objectives"]]
     for name in settings.directions:
         if name not in known:
             raise UserError(f"rsf.directions.{name}: {run.path} has no such objective (it has: {', '.join(known)})")
-    if settings.watch not in known and settings.watch != Rsf.watch:  # the default watches where it can
+    if settings.watch not in known and settings.watch != Rsf.watch:  # the default may be missing
         raise UserError(f"rsf.watch: {run.path} has no objective {settings.watch!r} (it has: {', '.join(known)})")
     return run
 
@@ -198,7 +197,7 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
     dropped: Counter[str] = Counter()
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
-    longest_ask = max(sorted(sampling_requests.examples(settings)), key=len)
+    longest_ask = max(sorted(sampling_requests.example_messages(settings)), key=len)
     for _, answers in sources.read(settings, forms.answers, dropped):
         for answer in answers:
             prompt = with_system_prompt(longest_ask, answer.prompt)
@@ -209,12 +208,16 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
             else:
                 key = prompt_key(answer.prompt)
                 prompts.add(key)
-                halves[int(key[-1], 16) % 2].append(answer)  # the last digit, as the first ones choose held-out prompts
+                # by the last hex digit, because the first digits decide which prompts are held out
+                halves[int(key[-1], 16) % 2].append(answer)
                 digest.update(json.dumps(asdict(answer)).encode())
         if settings.limit and len(prompts) >= settings.limit:
             break
     unread = sources.pop_unread(dropped)
     if not all(halves):
-        counted = f"{len(prompts)}; dropped: {dict(dropped)}"
-        raise UserError(f"{sources.name(settings)}: too few prompts for two halves ({counted})")
+        lost = f" (dropped: {pairs.reasons(dropped)})" if dropped else ""
+        raise UserError(
+            f"{sources.name(settings)}: {count(len(prompts), 'prompt')} cannot be split into two halves{lost}; "
+            "give rsf more prompts"
+        )
     return RatedHalves(halves, dict(dropped), unread, digest.hexdigest())

@@ -19,7 +19,7 @@ from lora_align.data.rows import Conversation, Message, with_system_prompt
 from lora_align.recipe import Recipe
 from lora_align.rsf import candidates, finetune, sampling_requests
 from lora_align.rsf.inputs import STEERLM, RsfInputs, prepare, teacher_of
-from lora_align.rsf.selection import choose, fell, spread
+from lora_align.rsf.selection import choose, has_fallen, mean_and_error
 from lora_align.runs import Run
 
 SAMPLES, SCORES = "samples.parquet", "scores.json"
@@ -43,12 +43,12 @@ def train_rsf(
         if f"t{t}" not in policies:
             teacher = policies[teacher_of(f"t{t}")]
             policies[f"t{t}"] = _train_iteration(rsf, t, teacher)
-            _warn_of_a_fall(policies[f"t{t}"], [teacher, policies[STEERLM]], rsf.settings.watch, screen)
+            _warn_if_watched_fell(policies[f"t{t}"], [teacher, policies[STEERLM]], rsf.settings.watch, screen)
     return [policies[label] for label in rsf.labels]
 
 
 def _train_steerlm(rsf: RsfInputs) -> Run:
-    """Train θ₀: each answer of the second half, behind a system message that asks for that answer's own scores."""
+    """Train θ₀ on the answers of the second half. A system message requests each answer's own scores."""
     settings, target, answers = rsf.settings, rsf.target(STEERLM), rsf.answers.halves[1]
     with target.staging_folder() as staging:
         scores = candidates.scores_of(rsf, answers, target)
@@ -60,16 +60,16 @@ def _train_steerlm(rsf: RsfInputs) -> Run:
         goals = [{name: score[name] for name in settings.directions} for _, score in scored]
         examples = []
         for (answer, _), goal in zip(scored, goals, strict=True):
-            prompt = with_system_prompt(want.scores_prompt(goal, settings.steer), answer.prompt)
+            prompt = with_system_prompt(want.scores_message(goal, settings.steer), answer.prompt)
             conversation = Conversation((*prompt, Message("assistant", answer.answer)))
             examples.append((answer.prompt, conversation))
         (staging / SCORES).write_text(json.dumps(goals))
         counts = {"rows": len(scored), "score not finite": len(answers) - len(scored)}
         manifest = rsf.manifest(counts, settings.steer, None)
-        manifest = finetune.supervised(rsf, examples, target, staging, manifest)
+        manifest = finetune.train_supervised(rsf, examples, target, staging, manifest)
         watched = [score[settings.watch] for _, score in scored if settings.watch in score]
         if len(watched) > 1:
-            manifest = finetune.with_metrics(manifest, watched=spread(watched))
+            manifest = finetune.with_metrics(manifest, watched=mean_and_error(watched))
         return target.publish(staging, manifest)
 
 
@@ -84,21 +84,21 @@ def _train_iteration(rsf: RsfInputs, t: int, teacher: Run) -> Run:
         requests = sampling_requests.for_scores(settings, prompts, known_scores)
     else:
         requests = sampling_requests.for_directions(settings, prompts, t)
-    with target.staging_folder() as staging, candidates.stored(rsf, t, teacher) as store:
+    with target.staging_folder() as staging, candidates.open_candidates(rsf, t, teacher) as store:
         # 2. Sample n answers y of the teacher to every request, and compute their rewards r(x, y).
-        candidates.collect(rsf, t, teacher, requests, store, target)
+        candidates.sample_and_score(rsf, t, teacher, requests, store, target)
         answers = candidates.by_request(store.rows())
         shards.write(list(store.rows()), staging / SAMPLES)
         # 3. For every direction, choose the answer with the largest vᵀr.
         chosen = choose(sampling_requests.pools(settings, requests, answers, t), settings.watch)
-        # 4. Fine-tune the start policy on the chosen answers, behind a system message that asks for v.
-        replayed = finetune.replayed(settings, half, len(chosen.choices), t) if settings.learn == "sft" else []
+        # 4. Fine-tune the start policy on the chosen answers, each after a system message that requests v.
+        replayed = finetune.sample_replay(settings, half, len(chosen.choices), t) if settings.learn == "sft" else []
         manifest = rsf.manifest({"rows": len(chosen.choices), "replayed": len(replayed)}, "", teacher)
         if settings.learn == "dpo":
-            manifest = finetune.by_dpo(rsf, chosen.choices, target, staging, manifest)
+            manifest = finetune.train_by_dpo(rsf, chosen.choices, target, staging, manifest)
         else:
-            examples = [sampling_requests.best(settings, choice) for choice in chosen.choices]
-            manifest = finetune.supervised(rsf, [*examples, *replayed], target, staging, manifest)
+            examples = [sampling_requests.best_example(settings, choice) for choice in chosen.choices]
+            manifest = finetune.train_supervised(rsf, [*examples, *replayed], target, staging, manifest)
         watched = chosen.figures.pop("watched", None)
         manifest = finetune.with_metrics(manifest, collected=chosen.figures, watched=watched)
         run = target.publish(staging, manifest)
@@ -106,27 +106,28 @@ def _train_iteration(rsf: RsfInputs, t: int, teacher: Run) -> Run:
     return run
 
 
-def _warn_of_a_fall(run: Run, earlier: Sequence[Run], objective: str, screen: Screen) -> None:
-    """Warn if the watched objective fell since the teacher or since θ₀: the reward may not weigh it."""
+def _warn_if_watched_fell(run: Run, earlier: Sequence[Run], objective: str, screen: Screen) -> None:
+    """Warn if the watched objective fell since the teacher or θ₀. The directions may not weigh it."""
     now = run.manifest.metrics.get("watched")
     for other in earlier:
         before = other.manifest.metrics.get("watched")
-        if before and now and fell(before, now):
+        if before and now and has_fallen(before, now):
             screen.warn(
                 f"{run.path.name}: the mean {objective} of its training answers fell from {before['mean']:.1f} "
-                f"({other.path.name}) to {now['mean']:.1f}; the policy may lose what the directions do not weigh"
+                f"({other.path.name}) to {now['mean']:.1f}; the directions may weigh it too little; "
+                "add it to rsf.directions, or raise its bounds there"
             )
             return
 
 
 def summary(policies: Sequence[Run], runs_dir: Path) -> str:
-    """Return a table of the iterations: the mean value vᵀr of all sampled answers and of the chosen ones."""
+    """Return a table of the iterations with the mean value vᵀr of all sampled answers and of the chosen answers."""
     newest = policies[-1]
     collected: dict[str, dict[str, Any]] = {
         run.path.name: run.manifest.metrics["collected"] for run in policies if "collected" in run.manifest.metrics
     }
     objectives = list(next(iter(collected.values()))["kept_mean"])
-    columns = ["policy", "answers", "kept", "value drawn", "value kept", *objectives]
+    columns = ["policy", "answers", "chosen", "mean value", "mean value of chosen", *objectives]
     rows = [
         [label, f"{of['answers']:,}", f"{of['kept']:,}", f"{of['drawn_value']:.1f}", f"{of['kept_value']:.1f}"]
         + [f"{of['kept_mean'][name]:.1f}" for name in objectives]

@@ -11,13 +11,13 @@ from lora_align.recipe import Rsf
 from lora_align.rsf.selection import Candidate, Choice, Pool
 from lora_align.want import Want
 
-EXAMPLES = 20  # directions or scores that a template is checked with
+EXAMPLES = 20  # random directions or scores with which a template is checked
 Scores = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, the system message that asks for something, and the request's number among those of the prompt."""
+    """A prompt, a system message that requests a direction or scores, and the request's number among the prompt's."""
 
     prompt: Prompt
     system: str
@@ -30,48 +30,53 @@ class Request:
         return f"{prompt_key(self.prompt)} {self.number}"
 
 
-def check(settings: Rsf) -> None:
-    """Refuse settings that cannot work: one answer for DPO, an uneven bootstrap, constant templates."""
+def check_settings(settings: Rsf) -> None:
+    """Refuse one answer per request for DPO, a bootstrap that per_prompt does not divide, and constant templates."""
     if settings.learn == "dpo" and settings.samples < 2:
-        raise UserError('rsf.samples: rsf.learn = "dpo" sets one answer against another, and needs 2 or more')
-    if settings.bootstrap % settings.per_prompt:
+        raise UserError('rsf.samples: rsf.learn = "dpo" compares two answers; set rsf.samples to 2 or more')
+    if rest := settings.bootstrap % settings.per_prompt:
+        lower = settings.bootstrap - rest
+        multiples = " or ".join(str(number) for number in (lower, lower + settings.per_prompt) if number)
         raise UserError(
-            f"rsf.bootstrap: {settings.bootstrap} answers a prompt do not divide among its {settings.per_prompt} "
-            "requests (rsf.per_prompt)"
+            f"rsf.bootstrap: {settings.bootstrap} is not a multiple of rsf.per_prompt ({settings.per_prompt}); "
+            f"set it to {multiples}"
         )
-    draw = random.Random(0)
-    scores = [{name: draw.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
-    steers = {want.scores_prompt(of, settings.steer) for of in scores}
-    for key, texts in (("ask", examples(settings)), ("steer", steers)):
+    rng = random.Random(0)
+    scores = [{name: rng.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
+    steers = {want.scores_message(of, settings.steer) for of in scores}
+    for key, texts, variable in (("ask", example_messages(settings), "decimals"), ("steer", steers, "listed")):
         if len(texts) == 1:
-            raise UserError(f"rsf.{key}: says {texts.pop()!r} whatever is wanted")
+            what = "direction" if key == "ask" else "request for scores"
+            raise UserError(
+                f"rsf.{key}: the template gives {texts.pop()!r} for every {what}; use {{{{ {variable} }}}} in it"
+            )
 
 
-def examples(settings: Rsf) -> set[str]:
+def example_messages(settings: Rsf) -> set[str]:
     """Return system messages for some directions of the region."""
-    draw = random.Random(0)
-    return {want.sample_direction(settings.directions, draw).asked(settings.ask) for _ in range(EXAMPLES)}
+    rng = random.Random(0)
+    return {want.sample_direction(settings.directions, rng).system_message(settings.ask) for _ in range(EXAMPLES)}
 
 
 def prompts(settings: Rsf, half: Sequence[Rated], t: int) -> list[Prompt]:
     """Sample `rsf.prompts` of a half's prompts, in the order of the data; each iteration samples anew."""
     unique = list(dict.fromkeys(row.prompt for row in half))
-    draw = random.Random(f"{settings.seed} prompts {t}")
-    places = sorted(draw.sample(range(len(unique)), min(settings.prompts or len(unique), len(unique))))
-    return [unique[place] for place in places]
+    rng = random.Random(f"{settings.seed} prompts {t}")
+    indices = sorted(rng.sample(range(len(unique)), min(settings.prompts or len(unique), len(unique))))
+    return [unique[i] for i in indices]
 
 
 def answers_per_request(settings: Rsf, t: int) -> int:
-    """Return how many answers each request of an iteration gets; the first iteration asks θ₀."""
+    """Return the number of answers to each request of an iteration. The first iteration samples from θ₀."""
     return settings.samples if t > 1 else max(1, settings.bootstrap // settings.per_prompt)
 
 
 def for_scores(settings: Rsf, prompts: Sequence[Prompt], known: Sequence[Scores]) -> list[Request]:
-    """Return requests to θ₀. Each asks for the scores of some known answer, so that they can be reached."""
+    """Return requests to θ₀. Each requests the scores of a known answer, so that the scores are possible."""
     requests: list[Request] = []
     for prompt in prompts:
-        draw = random.Random(f"{settings.seed} targets {prompt_key(prompt)}")
-        texts = (want.scores_prompt(draw.choice(known), settings.steer) for _ in range(settings.per_prompt))
+        rng = random.Random(f"{settings.seed} targets {prompt_key(prompt)}")
+        texts = (want.scores_message(rng.choice(known), settings.steer) for _ in range(settings.per_prompt))
         requests += (Request(prompt, system, number) for number, system in enumerate(texts))
     return requests
 
@@ -79,7 +84,7 @@ def for_scores(settings: Rsf, prompts: Sequence[Prompt], known: Sequence[Scores]
 def for_directions(settings: Rsf, prompts: Sequence[Prompt], t: int) -> list[Request]:
     """Return requests to a conditioned policy, each for a sampled direction."""
     return [
-        Request(prompt, direction.asked(settings.ask), number, direction)
+        Request(prompt, direction.system_message(settings.ask), number, direction)
         for prompt in prompts
         for number, direction in enumerate(_directions(settings, prompt, t))
     ]
@@ -103,17 +108,17 @@ def pools(
     ]
 
 
-def with_request(settings: Rsf, choice: Choice) -> Prompt:
-    """Return the prompt behind the system message that asks for the direction."""
-    return with_system_prompt(choice.want.asked(settings.ask), choice.prompt)
+def with_direction(settings: Rsf, choice: Choice) -> Prompt:
+    """Return the prompt after a system message that requests the direction."""
+    return with_system_prompt(choice.want.system_message(settings.ask), choice.prompt)
 
 
-def best(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
-    """Return the prompt, and the conversation of the request and the best answer."""
-    return choice.prompt, Conversation((*with_request(settings, choice), Message("assistant", choice.best.text)))
+def best_example(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
+    """Return the prompt, and the conversation to train on: the request, then the best answer."""
+    return choice.prompt, Conversation((*with_direction(settings, choice), Message("assistant", choice.best.text)))
 
 
 def _directions(settings: Rsf, prompt: Prompt, t: int) -> list[Want]:
     """Sample a prompt's directions in an iteration."""
-    draw = random.Random(f"{settings.seed} {t} {prompt_key(prompt)}")
-    return [want.sample_direction(settings.directions, draw) for _ in range(settings.per_prompt)]
+    rng = random.Random(f"{settings.seed} {t} {prompt_key(prompt)}")
+    return [want.sample_direction(settings.directions, rng) for _ in range(settings.per_prompt)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from lora_align.data.pairs import reasons
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError
 from lora_align.want import Want
@@ -51,13 +52,13 @@ class Chosen:
 
 
 def choose(pools: Sequence[Pool], watch: str) -> Chosen:
-    """Choose the best and the worst usable candidate of each pool. Count the pools without one.
+    """Choose the best and the worst usable candidate of each pool. Skip and count pools without a usable candidate.
 
-    Candidates that several pools share are counted once.
+    A candidate list that several pools share is counted once in `answers` and `dropped`, but not in the means.
     """
     choices = []
     dropped: Counter[str] = Counter()
-    drawn, values = [], []
+    sampled, values = [], []
     lists = {id(pool.candidates): pool.candidates for pool in pools}
     usable_of = {key: usable(candidates, dropped) for key, candidates in lists.items()}
     for pool in pools:
@@ -67,82 +68,84 @@ def choose(pools: Sequence[Pool], watch: str) -> Chosen:
             continue
         best, worst = extremes(good, pool.want)
         choices.append(Choice(pool.prompt, pool.want, best, worst))
-        drawn += good
+        sampled += good
         values += [pool.want.value(candidate.rewards) for candidate in good]
     if not choices or 1 - len(choices) / len(pools) > TOO_MANY:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-        raise RunFailedError(f"{len(pools) - len(choices)} of {len(pools)} requests have no usable answer ({reasons})")
+        raise RunFailedError(
+            f"{len(pools) - len(choices)} of {len(pools)} requests have no usable answer ({reasons(dropped)}); "
+            "raise rsf.max_new_tokens or rsf.samples"
+        )
     objectives = list(choices[0].want.weights)
-    kept = [choice.best for choice in choices]
-    shown = [*objectives, *([watch] if watch in kept[0].rewards and watch not in objectives else [])]
+    chosen = [choice.best for choice in choices]
+    shown = [*objectives, *([watch] if watch in chosen[0].rewards and watch not in objectives else [])]
     figures = {
         "answers": sum(map(len, lists.values())),
-        "kept": len(kept),
+        "kept": len(chosen),
         "dropped": dict(dropped),
         "drawn_value": fmean(values),
         "kept_value": fmean(choice.want.value(choice.best.rewards) for choice in choices),
-        "drawn_mean": {name: fmean(candidate.rewards[name] for candidate in drawn) for name in shown},
-        "kept_mean": {name: fmean(candidate.rewards[name] for candidate in kept) for name in shown},
+        "drawn_mean": {name: fmean(candidate.rewards[name] for candidate in sampled) for name in shown},
+        "kept_mean": {name: fmean(candidate.rewards[name] for candidate in chosen) for name in shown},
     }
-    if watch in shown and len(kept) > 1:
-        figures["watched"] = spread([candidate.rewards[watch] for candidate in kept])
+    if watch in shown and len(chosen) > 1:
+        figures["watched"] = mean_and_error([candidate.rewards[watch] for candidate in chosen])
     return Chosen(choices, figures)
 
 
 def running_figures(pools: Sequence[Pool]) -> dict[str, str]:
-    """Return figures for the progress line: the last direction, the mean values of all and of the chosen answers.
+    """Return figures for the progress line: the last direction, and the mean value of all and of the chosen answers.
 
     `share` is the share of answers that are chosen for some direction.
     """
-    drawn = {id(pool.candidates): len(pool.candidates) for pool in pools}
+    sampled = {id(pool.candidates): len(pool.candidates) for pool in pools}
     values: list[float] = []
-    kept: list[float] = []
+    chosen: list[float] = []
     best: set[tuple[Prompt, str]] = set()
     for pool in pools:
         good = usable(pool.candidates, Counter())
         if good:
-            chosen, _ = extremes(good, pool.want)
+            highest, _ = extremes(good, pool.want)
             values += [pool.want.value(candidate.rewards) for candidate in good]
-            kept.append(pool.want.value(chosen.rewards))
-            best.add((pool.prompt, chosen.text))
-    if not kept:
+            chosen.append(pool.want.value(highest.rewards))
+            best.add((pool.prompt, highest.text))
+    if not chosen:
         return {}
     return {
-        "at": ",".join(f"{weight:.2f}" for weight in pools[-1].want.weights.values()),
-        "drawn": f"{fmean(values):.1f}",
-        "kept": f"{fmean(kept):.1f}",
-        "share": f"{len(best) / sum(drawn.values()):.0%}",
+        "v": ",".join(f"{weight:.2f}" for weight in pools[-1].want.weights.values()),
+        "sampled": f"{fmean(values):.1f}",
+        "chosen": f"{fmean(chosen):.1f}",
+        "share": f"{len(best) / sum(sampled.values()):.0%}",
     }
 
 
 def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candidate]:
-    """Return the candidates to learn from, each text once; count the others by reason."""
-    kept: dict[str, Candidate] = {}
+    """Return the candidates that can be trained on, each text once. Count the rejected candidates by reason."""
+    found: dict[str, Candidate] = {}
     for candidate in candidates:
         if not candidate.text.strip():
-            dropped["empty"] += 1
+            dropped["empty answer"] += 1
         elif not candidate.ended:
-            dropped["cut off"] += 1
+            dropped["answer not finished"] += 1
         elif not all(map(math.isfinite, candidate.rewards.values())):
             dropped["reward not finite"] += 1
-        elif candidate.text in kept:
-            dropped["said twice"] += 1
+        elif candidate.text in found:
+            dropped["duplicate answer"] += 1
         else:
-            kept[candidate.text] = candidate
-    return list(kept.values())
+            found[candidate.text] = candidate
+    return list(found.values())
 
 
 def extremes(candidates: Sequence[Candidate], want: Want) -> tuple[Candidate, Candidate]:
-    """Return the candidates with the largest and the smallest vᵀr, the first of equal ones."""
+    """Return the candidates with the largest and the smallest vᵀr. Of equal values, the first candidate counts."""
     values = [want.value(candidate.rewards) for candidate in candidates]
     return candidates[values.index(max(values))], candidates[values.index(min(values))]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def mean_and_error(values: Sequence[float]) -> dict[str, float]:
     """Return a mean and its standard error."""
     return {"mean": fmean(values), "error": stdev(values) / math.sqrt(len(values))}
 
 
-def fell(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Return whether a mean fell by more than two standard errors."""
+def has_fallen(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Return whether a mean fell by more than two standard errors of the difference."""
     return before["mean"] - now["mean"] > 2 * math.hypot(before["error"], now["error"])

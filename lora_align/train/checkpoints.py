@@ -18,11 +18,11 @@ from lora_align.model.base import Base
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
-WHO, PREFIX = "who.json", "checkpoint-"
-KEPT = 2
-# recipe keys that change a result only by rounding
-FREE = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "compile", "iterations"}
-SHOWN = 4  # differences that an error lists
+IDENTITY, PREFIX = "who.json", "checkpoint-"
+CHECKPOINTS_STORED = 2
+# recipe keys that a resumed run may change: they change rounding, logging or the number of policies, not a policy
+MAY_DIFFER = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "compile", "iterations"}
+LISTED_DIFFERENCES = 4  # differences that an error lists
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,19 @@ class Unfinished:
     """The checkpoints of a run that is not published yet."""
 
     folder: Path
-    who: Mapping[str, Any]
+    identity: Mapping[str, Any]
     restart: bool = False  # ignore existing checkpoints
     bytes_each: int = 0  # the size of a checkpoint, 0 if not known yet
 
     @classmethod
-    def of(cls, target: Path, who: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen) -> "Unfinished":
+    def of(
+        cls, target: Path, identity: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen
+    ) -> "Unfinished":
         """Return the checkpoints beside a target.
 
         Refuse existing checkpoints without --resume or --force, and those of another recipe or dataset.
         """
-        unfinished = cls(beside(target), json.loads(json.dumps(who)), restart=force)
+        unfinished = cls(checkpoint_folder(target), json.loads(json.dumps(identity)), restart=force)
         if force:
             return unfinished
         step = max((step for step, _ in unfinished._all()), default=None)
@@ -69,25 +71,21 @@ class Unfinished:
         held = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()) if staging.exists() else 0
         shutil.rmtree(staging, ignore_errors=True)
         return RunFailedError(
-            f"{staging.parent}: a checkpoint of about {self.bytes_each / 1e6:,.1f} MB broke off after "
-            f"{held / 1e6:,.1f} MB ({first_line(fault)}); {self.remaining()}"
+            f"{staging.parent}: a checkpoint could not be written ({first_line(fault)}) after {held / 1e6:,.1f} of "
+            f"about {self.bytes_each / 1e6:,.1f} MB; {self.remaining()}"
         )
 
     def remaining(self) -> str:
         """Say which checkpoint is left after a failure."""
         older = sorted((step for step, _ in self._all()), reverse=True)
-        return (
-            f"the checkpoint of step {older[0]} is intact, --resume continues from it"
-            if older
-            else "there is no checkpoint yet"
-        )
+        return f"--resume continues from the checkpoint of step {older[0]}" if older else "there is no checkpoint yet"
 
     def add(self, staging: Path, step: int) -> None:
-        """Publish a written checkpoint, and delete all but the newest KEPT."""
-        with store.new_file(self.folder / WHO) as file:
-            file.write_text(json.dumps(self.who))
+        """Publish a written checkpoint, and delete all but the newest CHECKPOINTS_STORED."""
+        with store.new_file(self.folder / IDENTITY) as file:
+            file.write_text(json.dumps(self.identity))
         store.seal(staging, self.folder / f"{PREFIX}{step}")
-        for _, old in sorted(self._all(), reverse=True)[KEPT:]:
+        for _, old in sorted(self._all(), reverse=True)[CHECKPOINTS_STORED:]:
             shutil.rmtree(old)
 
     @property
@@ -96,8 +94,8 @@ class Unfinished:
         return sum(1 for _ in self._all())
 
     @property
-    def events(self) -> Path:
-        """Return the folder for TensorBoard's files, beside the run."""
+    def tensorboard_folder(self) -> Path:
+        """Return the folder beside the run into which TensorBoard writes."""
         return self.folder.with_name(f"{self.folder.name.removeprefix('.').removesuffix('.unfinished')}.tensorboard")
 
     def clear(self) -> None:
@@ -118,14 +116,17 @@ class Unfinished:
             else:
                 yield path
 
-    def published(self, target: Path, screen: Screen) -> Run | None:
-        """Return the target's published run, or None. Refuse a run of another recipe or dataset."""
+    def find_published(self, target: Path, screen: Screen) -> Run | None:
+        """Return the target's published run, or None. Delete its leftover checkpoints.
+
+        Refuse a run of another recipe or dataset.
+        """
         if not runs.is_run(target):
             return None
         run = runs.read(target)
         old = run.manifest
-        before = {**self.who, "base": base_identity(old.base, old.recipe["base"]), "start": old.start}
-        before["recipe"] = {key: old.recipe.get(key) for key in self.who["recipe"]}
+        before = {**self.identity, "base": base_identity(old.base, old.recipe["base"]), "start": old.start}
+        before["recipe"] = {key: old.recipe.get(key) for key in self.identity["recipe"]}
         fingerprint = old.data.get("fingerprint")
         before["data"] = fingerprint or {source: facts["fingerprint"] for source, facts in old.data.items()}
         self._refuse_differences(before, f"{run.path} was made")
@@ -136,29 +137,33 @@ class Unfinished:
     def _check(self, target: Path, screen: Screen) -> None:
         """Refuse another recipe or dataset than before; warn of other library versions."""
         try:
-            before = json.loads((self.folder / WHO).read_text())
+            before = json.loads((self.folder / IDENTITY).read_text())
         except (OSError, ValueError) as fault:
-            raise UserError(f"{self.folder / WHO}: {fault}; --force starts again") from fault
-        versions = list(_changed_keys(before.pop("versions", {}), self.who["versions"]))
+            raise UserError(f"{self.folder / IDENTITY}: {fault}; --force starts again") from fault
+        versions = list(_changed_keys(before.pop("versions", {}), self.identity["versions"]))
         if versions:
             screen.warn(f"{target} was begun with " + ", ".join(f"{name} {was}" for name, was, _ in versions))
         self._refuse_differences(before, f"{target} was begun")
 
     def _refuse_differences(self, before: Mapping[str, Any], what: str) -> None:
-        now = {key: value for key, value in self.who.items() if key in before}
+        now = {key: value for key, value in self.identity.items() if key in before}
         if changed := list(differences(before, now)):
-            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-            listed = "; ".join(changed[:SHOWN])
-            raise UserError(f"{what} differently: {listed}{more}; --force starts again, --name NEW keeps both")
+            more = f" and {len(changed) - LISTED_DIFFERENCES} more" if len(changed) > LISTED_DIFFERENCES else ""
+            listed = "; ".join(changed[:LISTED_DIFFERENCES])
+            option = "--runs DIR" if self.identity["stage"] == "sft" else "--name NEW"  # sft has no --name
+            raise UserError(f"{what} differently: {listed}{more}; --force starts again, {option} keeps both")
 
 
-def beside(target: Path) -> Path:
+def checkpoint_folder(target: Path) -> Path:
     """Return the folder of a run's checkpoints."""
     return target.parent / f".{target.name}.unfinished"
 
 
 def run_identity(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:
-    """Return what must be equal for a run to resume; `data` is the fingerprint of the rows."""
+    """Return the identity of a run. `data` is the fingerprint of the rows.
+
+    A run resumes only if its identity is unchanged. Other library versions only cause a warning.
+    """
     settings = recipe.as_dict()
     return {
         "stage": stage,
@@ -171,15 +176,15 @@ def run_identity(stage: str, recipe: Recipe, base: Base, start: str, data: Any) 
 
 
 def base_identity(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what identifies a base, independent of its folder."""
+    """Return the parts of a base's identity that decide a result: all but the model's name and revision."""
     same = {name: identity.get(name) for name in ("fingerprint", "quantization", "double_quant", "chat_format")}
     return {**same, "dtype": table["dtype"]}
 
 
 def differences(before: Any, now: Any) -> Iterator[str]:
-    """Yield a sentence for each difference that may change a result."""
+    """Yield `KEY was OLD, is NEW` for each difference that may change a result."""
     for key, was, is_ in _changed_keys(before, now):
-        if key.rpartition(".")[2] not in FREE:
+        if key.rpartition(".")[2] not in MAY_DIFFER:
             yield f"{key} was {was}, is {is_}"
 
 
@@ -187,7 +192,7 @@ def _changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, A
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*before, *now)):
             if name not in before and not now[name]:
-                continue  # an older recipe lacks a key, and the new value is empty
+                continue  # a key that an older version did not have, with an empty value
             yield from _changed_keys(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now

@@ -32,27 +32,27 @@ from lora_align.train.job import DIVERGED, Job, Target
 from lora_align.train.lora_trainer import Trained
 from lora_align.train.reference_cache import ReferenceCache
 from lora_align.train.row_files import LazyRows, concat
-from lora_align.train.stepper import Part, Steps, StepTrainer
+from lora_align.train.stepper import PartLoss, StepInputs, StepTrainer
 from lora_align.train.token_rows import TokenRows
 
-TINY = 1e-4  # ‖Δ‖/‖W‖ below which an adapter has no visible effect
-HUGE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
-WORSE = -1.0  # mean margin at which the loss is about twice that of an untrained adapter
-BELOW, FAR_BELOW = -1.0, -5.0  # mean margins in nats, without β: clearly below 0, and diverged
-LAST = 10  # steps whose mean margin is the last margin
+TINY_UPDATE = 1e-4  # ‖Δ‖/‖W‖ below which an adapter has no visible effect
+HUGE_UPDATE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
+DIVERGED_MARGIN = -1.0  # mean margin at which the loss is about twice that of an untrained adapter
+LOW_MARGIN, DIVERGED_NATS = -1.0, -5.0  # mean margins in nats, without β: clearly below 0, and diverged
+LAST_STEPS = 10  # steps at the end whose mean margin is reported as `last_margin`
 
 
 class DpoStepTrainer(StepTrainer[TokenPair], DPOTrainer):
-    """TRL's DPOTrainer with our steps."""
+    """TRL's DPOTrainer with the optimizer steps of StepTrainer."""
 
 
 def _trainer(
-    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: Steps[TokenPair]
+    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: StepInputs[TokenPair]
 ) -> DpoStepTrainer:
     return DpoStepTrainer(
         steps,
         model=model,
-        args=DPOConfig(disable_dropout=False, **settings),  # True would silence lora.dropout; the base has none
+        args=DPOConfig(disable_dropout=False, **settings),  # True would turn off lora.dropout; the base has none
         processing_class=base.chat.tokenizer,
         peft_config=lora_trainer.fresh_adapter(lora, base),
     )
@@ -72,15 +72,15 @@ class DpoLoss:
     smoothing: float = 0.0
 
     def length(self, row: TokenPair) -> int:
-        """Return the tokens of both answers and of the prompt, which they may share."""
+        """Return the number of tokens that a pass over the prompt and both answers takes."""
         return self.reader.length(row.shared())
 
     def weights(self, rows: Sequence[TokenPair]) -> list[float]:
         """Return the number of pairs."""
         return [float(len(rows))]
 
-    def part(self, rows: Sequence[TokenPair], weights: Sequence[float]) -> Part:
-        """Return the loss of some pairs, divided by the pairs of the whole step."""
+    def part(self, rows: Sequence[TokenPair], weights: Sequence[float]) -> PartLoss:
+        """Return the summed loss of some pairs, divided by the number of pairs in the whole step."""
         sums, _ = self.reader.sums([row.shared() for row in rows])
         reference = torch.tensor([row.reference for row in rows], device=sums.device)
         losses, rewards = dpo_loss(sums.view(-1, 2), reference, self.beta, self.smoothing)
@@ -88,13 +88,13 @@ class DpoLoss:
         figures = torch.stack([margins, (margins > 0).float(), *rewards.T]).detach().sum(1).unbind()
         names = ("margin", "accuracy", "chosen_reward", "rejected_reward")
         count = float(len(rows))
-        return Part(
+        return PartLoss(
             losses.sum() / weights[0], {name: (total, count) for name, total in zip(names, figures, strict=True)}
         )
 
-    def quoted(self, row: TokenPair) -> str:
+    def excerpt(self, row: TokenPair) -> str:
         """Return the first words of the chosen answer."""
-        return self.chat.opening(row.chosen)
+        return self.chat.excerpt(row.chosen)
 
 
 def dpo_loss(logprobs: Tensor, reference: Tensor, beta: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -142,12 +142,12 @@ def train_dpo(
         identity = checkpoints.run_identity("dpo", recipe, base, start_policy.identity(start), fingerprint)
         unfinished[target] = target.checkpoints({**identity, "direction": direction.value})
     references = ReferenceCache.of(base, start_policy.identity(start))
-    budget = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)  # the size that fits is found once
-    referenced: dict[str, TokenRows[TokenPair]] = {}
+    budget = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)  # one for all adapters
+    with_logprobs: dict[str, TokenRows[TokenPair]] = {}
     model: PreTrainedModel | None = None
     published = []
     for (preference, direction), target in targets.items():
-        if run := target.published(unfinished[target]):
+        if run := target.find_published(unfinished[target]):
             published.append(run)
             continue
         manifest = Manifest(
@@ -162,25 +162,27 @@ def train_dpo(
         )
         with target.staging_folder() as staging:
             model = model or start_policy.load(base, start)
-            if preference not in referenced:
+            if preference not in with_logprobs:
                 tokens, label = 2 * recipe.dpo.tokens_per_batch, f"{name or preference} reference"
-                referenced[preference] = with_references(datasets[preference], references, model, tokens, label, screen)
-            rows = for_direction(referenced[preference], direction)
+                with_logprobs[preference] = with_references(
+                    datasets[preference], references, model, tokens, label, screen
+                )
+            rows = for_direction(with_logprobs[preference], direction)
             job = dpo_job(recipe.dpo, recipe.lora, rows.train, base)
             trained = lora_trainer.train(job, model, target, unfinished[target], staging, budget)
-            run = target.publish(staging, describe(trained, manifest, rows.held_out))
+            run = target.publish(staging, measure(trained, manifest, rows.held_out))
         model = lora_trainer.unwrap(trained.policy)
         published.append(run)
         held_out = run.manifest.metrics["held_out"]
         if not held_out["pairs"]:
-            screen.warn(f"{run.path}: no pair was held out, so nothing is measured; a larger dpo.limit or dpo.held_out")
+            screen.warn(f"{run.path}: no pair was held out, so nothing was measured; raise dpo.limit or dpo.held_out")
         elif "note" in held_out:
             screen.warn(f"{run.path}: {held_out['note']}")
     return published
 
 
 def dpo_job(settings: Dpo, lora: Lora, pairs: Sequence[TokenPair], base: Base) -> Job[TokenPair]:
-    """Return the job of training on pairs that have reference log-probabilities."""
+    """Return a job that trains on pairs with reference log-probabilities."""
 
     def loss(_: PreTrainedModel, reader: Reader) -> DpoLoss:
         return DpoLoss(reader, base.chat, settings.beta, settings.label_smoothing)
@@ -188,24 +190,24 @@ def dpo_job(settings: Dpo, lora: Lora, pairs: Sequence[TokenPair], base: Base) -
     return Job(base, settings, lora, pairs, loss, _trainer)
 
 
-def describe(trained: Trained[TokenPair], manifest: Manifest, held_out: Sequence[TokenPair]) -> Manifest:
+def measure(trained: Trained[TokenPair], manifest: Manifest, held_out: Sequence[TokenPair]) -> Manifest:
     """Measure the held-out margin and the adapter's size, and return the manifest with all facts about the training."""
     loss, history = cast(DpoLoss, trained.loss), trained.history
-    pairs = held_out[: lora_trainer.EVALUATE_AT_MOST]
+    pairs = held_out[: lora_trainer.MEASURE_AT_MOST]
     norm, relative_norm = lora_trainer.relative_size(trained.policy)
     metrics = {
         "first_margin": history[0]["margin"],
-        "last_margin": fmean(step["margin"] for step in history[-LAST:]),
+        "last_margin": fmean(step["margin"] for step in history[-LAST_STEPS:]),
         "norm": norm,
         "relative_norm": relative_norm,
-        "held_out": held_out_margins(trained.policy, pairs, loss.beta, 2 * trained.tokens),
+        "held_out": held_out_margins(trained.policy, pairs, loss.beta, 2 * trained.tokens_at_once),
         "tokens_per_second": history[-1]["tokens_per_second"],
     }
     return trained.describe(manifest, metrics, unconverged(metrics, loss.beta))
 
 
 def summary(run: Run) -> str:
-    """Return a line about a run."""
+    """Return one line of text about a run."""
     held_out = run.manifest.metrics["held_out"]
     if not held_out["pairs"]:
         return f"{run.path}  no pairs held out, nothing measured"
@@ -236,7 +238,7 @@ def with_references(
     screen: Screen,
 ) -> TokenRows[TokenPair]:
     """Add the start policy's log-probabilities to the pairs that are trained on or measured."""
-    rows = concat([dataset.train, dataset.held_out[: lora_trainer.EVALUATE_AT_MOST]])
+    rows = concat([dataset.train, dataset.held_out[: lora_trainer.MEASURE_AT_MOST]])
     shared = LazyRows(len(rows), lambda i: rows[i].shared())
     logprobs = references.logprobs(model, shared, tokens, label, screen)
 
@@ -253,8 +255,8 @@ def for_direction(dataset: TokenRows[TokenPair], direction: Direction) -> TokenR
     train, held_out = dataset.train, dataset.held_out
     return replace(
         dataset,
-        train=LazyRows(len(train), lambda i: train[i].facing(direction)),
-        held_out=LazyRows(len(held_out), lambda i: held_out[i].facing(direction)),
+        train=LazyRows(len(train), lambda i: train[i].for_direction(direction)),
+        held_out=LazyRows(len(held_out), lambda i: held_out[i].for_direction(direction)),
     )
 
 
@@ -276,15 +278,15 @@ def held_out_margins(policy: PeftModel, rows: Sequence[TokenPair], beta: float, 
 
 
 def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
-    """Return why a run seems to have learned nothing, or to have diverged."""
+    """Return the reasons to doubt a run: it diverged or learned nothing. Return () if there are none."""
     held_out, size = metrics["held_out"], metrics["relative_norm"]
     margins = {"held-out": held_out.get("margin", 0.0), "last training": metrics.get("last_margin", 0.0)}
     worse = [
         f"the {which} margin is {margin:.2f}"
         for which, margin in margins.items()
-        if margin < WORSE or margin / beta < FAR_BELOW
+        if margin < DIVERGED_MARGIN or margin / beta < DIVERGED_NATS
     ]
-    worse += [f"the adapter is huge, ‖Δ‖/‖W‖ = {size:.2f}"] if size > HUGE else []
+    worse += [f"the adapter is huge, ‖Δ‖/‖W‖ = {size:.2f}"] if size > HUGE_UPDATE else []
     if worse:
         return (f"{DIVERGED}{' and '.join(worse)}; lower learning_rate",)
     reasons = []
@@ -293,11 +295,11 @@ def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
         noise = 2 * math.sqrt(0.25 / held_out["pairs"])
         measured = f"held-out accuracy {accuracy:.2f} on {count(held_out['pairs'], 'pair')} is "
         if accuracy < 0.5 - noise:
-            reasons.append(f"{measured}worse than chance; lower learning_rate, or look at the labels")
-        elif accuracy < 0.5 + noise and margins["held-out"] / beta < BELOW:
-            reasons.append(f"{measured}near chance, with a margin below 0; lower learning_rate, or look at the data")
+            reasons.append(f"{measured}worse than chance; lower learning_rate, or check the labels")
+        elif accuracy < 0.5 + noise and margins["held-out"] / beta < LOW_MARGIN:
+            reasons.append(f"{measured}near chance, with a margin below 0; lower learning_rate, or check the data")
         elif accuracy < 0.5 + noise:
-            reasons.append(f"{measured}near chance; train longer, or at a higher learning_rate, or look at the data")
-    if size < TINY:
+            reasons.append(f"{measured}near chance; train longer, raise learning_rate, or check the data")
+    if size < TINY_UPDATE:
         reasons.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {size:.1e}; raise learning_rate or epochs")
     return tuple(reasons)

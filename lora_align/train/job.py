@@ -17,27 +17,27 @@ from lora_align.recipe import Lora, Training
 from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints
 from lora_align.train.checkpoints import Unfinished
-from lora_align.train.stepper import Loss, Steps, StepTrainer
+from lora_align.train.stepper import Loss, StepInputs, StepTrainer
 
 Row = TypeVar("Row")
-DIVERGED = "diverged: "  # starts the reason of a diverged run
+DIVERGED = "diverged: "  # prefix of a reason in `Manifest.unconverged` that means divergence
 
 
 @dataclass(frozen=True)
 class Job(Generic[Row]):
-    """What an adapter is trained on: a base, settings, the LoRA shape, the rows of the steps, and the loss."""
+    """A training job: the base, the settings, the LoRA shape, the rows, the loss and the trainer."""
 
     base: Base
     settings: Training
     lora: Lora
     rows: Sequence[Row]
     loss: Callable[[PreTrainedModel, Reader], Loss[Row]]
-    trainer: Callable[[PreTrainedModel, Base, Lora, dict[str, Any], Steps[Row]], StepTrainer[Row]]
+    trainer: Callable[[PreTrainedModel, Base, Lora, dict[str, Any], StepInputs[Row]], StepTrainer[Row]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """The run that a job becomes: its folder, its name on the screen, and what happens to an existing run."""
+    """The run that a job publishes: its folder, its label in messages, and the options --force and --resume."""
 
     path: Path
     label: str
@@ -45,30 +45,33 @@ class Target:
     force: bool = False
     resume: bool = False
 
-    def refuse_existing(self, keep_both: str = "--name NEW keeps both") -> None:
-        """Refuse a run that exists or is being written. Call this before slow work."""
+    def refuse_existing(self, remedy: str = "--name NEW keeps both") -> None:
+        """Refuse a run that is being written, or that exists if there is no --resume or --force.
+
+        Call this before slow work.
+        """
         runs.refuse_busy(self.path)
         if not (self.resume and runs.is_run(self.path)):
-            runs.refuse_existing(self.path, self.force, keep_both)
+            runs.refuse_existing(self.path, self.force, remedy)
 
     def checkpoints(self, identity: Mapping[str, Any]) -> Unfinished:
         """Return the checkpoints of this run; refuse those of another identity."""
         return Unfinished.of(self.path, identity, resume=self.resume, force=self.force, screen=self.screen)
 
-    def published(self, unfinished: Unfinished) -> Run | None:
+    def find_published(self, unfinished: Unfinished) -> Run | None:
         """Return the run if --resume finds it published, else None."""
-        return unfinished.published(self.path, self.screen) if self.resume else None
+        return unfinished.find_published(self.path, self.screen) if self.resume else None
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
-        """Lock the run and yield a staging folder, which collects the libraries' messages too."""
+        """Lock the run and yield a staging folder. Log messages of libraries go to a file in this folder."""
         with runs.staging_folder(self.path, self.screen, force=self.force) as staging, library_log(staging / LOG):
             yield staging
 
     def publish(self, staging: Path, manifest: Manifest) -> Run:
-        """Publish the run, delete its checkpoints, and warn if it did not converge."""
+        """Publish the run, delete its checkpoints, and warn if it diverged or did not converge."""
         run = runs.publish(staging, self.path, manifest)
-        shutil.rmtree(checkpoints.beside(self.path), ignore_errors=True)
+        shutil.rmtree(checkpoints.checkpoint_folder(self.path), ignore_errors=True)
         for reason in manifest.unconverged:
             self.screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")
         return run

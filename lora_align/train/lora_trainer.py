@@ -1,4 +1,4 @@
-"""One adapter trained by a TRL trainer: arguments, initial values, progress, signals, saving."""
+"""Train one adapter with a trainer of TRL or transformers: arguments, initial values, progress, signals, saving."""
 
 import hashlib
 import json
@@ -33,27 +33,27 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.nf4 import dense_weight
 from lora_align.recipe import Dpo, Lora, Training
 from lora_align.runs import Manifest
-from lora_align.train.checkpoints import KEPT, Unfinished
+from lora_align.train.checkpoints import CHECKPOINTS_STORED, Unfinished
 from lora_align.train.job import Job, Row, Target
-from lora_align.train.stepper import METRICS, Loss, Steps, StepTrainer, trainable, with_padding
+from lora_align.train.stepper import METRICS, Loss, StepInputs, StepTrainer, trainable, with_padding
 
-STATE_BYTES = 12  # of a trained value and Adam's two moments
+STATE_BYTES = 12  # in a checkpoint, per trained parameter: its float32 value and Adam's two moments
 # short names, because a line of progress must fit 80 columns
-SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
-RECORDED = (*SHOWN, "chosen_reward", "rejected_reward")
-EVALUATE_AT_MOST = 256  # held-out rows measured at the end of a run
-FEW_STEPS = 10  # optimiser steps below which hardly anything is learned
-TOO_LONG = "a smaller max_length, or lora.rank, may fit"
+PROGRESS_NAMES = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
+RECORDED = (*PROGRESS_NAMES, "chosen_reward", "rejected_reward")
+MEASURE_AT_MOST = 256  # held-out rows measured at the end of a run
+FEW_STEPS = 10  # optimizer steps; with fewer, an adapter learns hardly anything
+TOO_LONG = "lower max_length or lora.rank"
 
 
 def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[str, Any]:
-    """Return arguments for any TRL configuration, in place of defaults that hide a fault or write a file."""
+    """Return keyword arguments for a TRL configuration. They replace defaults that hide a fault or write a file."""
     dtype = compute_dtype(base.recipe)
     on_gpu = device().type == "cuda"
     return {
         "output_dir": str(folder / "trainer"),
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,  # of all ranks together
+        "per_device_train_batch_size": settings.batch_size,  # rows of one step over all ranks
         "remove_unused_columns": False,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
@@ -79,23 +79,22 @@ def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[
 
 
 def too_few_pairs(pairs: int) -> str:
-    """Return a message: so few held-out pairs cannot judge a run."""
+    """Return the message that there are too few held-out pairs to judge a run."""
     return (
-        f"{count(pairs, 'held-out pair')}: too few to judge a run by (at least {MIN_HELD_OUT} are needed); take more "
-        "prompts, a larger dpo.limit, or a larger dpo.held_out"
+        f"{count(pairs, 'held-out pair')}: too few to judge a run ({MIN_HELD_OUT} are needed); use more prompts, or "
+        "raise dpo.limit or dpo.held_out"
     )
 
 
 def too_few_steps(rows: int, settings: Training) -> str:
-    """Return a message if these rows make too few optimiser steps to learn from, else an empty text."""
+    """Return a warning if these rows make too few optimizer steps to learn from, else ""."""
     steps = math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
     if steps >= FEW_STEPS:
         return ""
     what = "pair" if isinstance(settings, Dpo) else "row"
     return (
-        f"{count(rows, what)} make {count(steps, 'optimiser step')}, in which little is learned: more {what}s, a "
-        f"smaller batch_size "
-        f"(now {settings.batch_size}), or more epochs (now {settings.epochs:g})"
+        f"{count(steps, 'optimizer step')} ({count(rows, what)}): too few to learn much; use more {what}s, a smaller "
+        f"batch_size (now {settings.batch_size}) or more epochs (now {settings.epochs:g})"
     )
 
 
@@ -115,7 +114,7 @@ def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
 
 @contextmanager
 def accepted_by_libraries() -> Iterator[None]:
-    """Report what TRL, PEFT or transformers refuse in a recipe as a UserError."""
+    """Turn the errors with which TRL, PEFT or transformers refuse a recipe into a UserError."""
     try:
         yield
     except (ValueError, ImportError, NotImplementedError) as fault:
@@ -136,8 +135,8 @@ def initialise(model: nn.Module, seed: int) -> str:
     """Set the adapter's initial values in float32, and return their hash.
 
     A depends only on the seed and the module's name, so every preference and direction starts from the same A.
-    Otherwise the cosine of two vectors would be noise. TRL's constructor casts the weights to bfloat16, which loses
-    small steps; float32 costs at most a few hundred megabytes.
+    Otherwise the cosine of two vectors would be noise. TRL's constructor casts the weights to bfloat16, in which
+    small updates are lost; float32 costs at most a few hundred megabytes.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(trainable(model)):
@@ -168,18 +167,18 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
 class StepRecorder(TrainerCallback):
     """Record the figures of every step, show some of them, and request checkpoints."""
 
-    def __init__(self, progress: Progress, records: Path, stop: "StopSignal", save_seconds: float) -> None:
-        self.progress, self.records, self.stop, self.save_seconds = progress, records, stop, save_seconds
+    def __init__(self, progress: Progress, metrics_file: Path, stop: "StopSignal", save_seconds: float) -> None:
+        self.progress, self.metrics_file, self.stop, self.save_seconds = progress, metrics_file, stop, save_seconds
         self.started = self.saved = time.monotonic()
-        self.stopped = 0  # the signal that stopped the run
+        self.stopped = 0  # the number of the signal that stopped the run, or 0
         self.history: list[dict[str, float]] = []
-        if records.exists():  # the steps before a checkpoint
-            self.history = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+        if metrics_file.exists():  # the steps before a checkpoint
+            self.history = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
         self.tokens_before = self.history[-1]["tokens"] if self.history else 0.0
 
     @property
     def seconds(self) -> float:
-        """Return the time since the start."""
+        """Return the seconds since this process began to train."""
         return time.monotonic() - self.started
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
@@ -200,27 +199,27 @@ class StepRecorder(TrainerCallback):
         record = {"step": state.global_step, **{name: float(logs[name]) for name in RECORDED if name in logs}}
         record |= {"learning_rate": float(logs["learning_rate"]), "tokens": tokens, "tokens_per_second": round(rate)}
         self.history.append(record)
-        with self.records.open("a", encoding="utf-8") as stream:
+        with self.metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-        shown = {short: f"{record[name]:.3f}" for name, short in SHOWN.items() if name in record}
+        shown = {short: f"{record[name]:.3f}" for name, short in PROGRESS_NAMES.items() if name in record}
         self.progress.show(state.global_step, {**shown, "tok/s": f"{rate:,.0f}"})
 
 
 class StopSignal:
-    """Note the first SIGINT or SIGTERM, so that the current step can finish. The second acts as usual."""
+    """Record the first SIGINT or SIGTERM, so that the current step can finish. A second one acts as usual."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen, self.signal = screen, 0
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         self.screen.note("finishing the current step, then saving a checkpoint; press Ctrl-C again to stop at once")
         self.__exit__()
@@ -228,7 +227,7 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class Trained(Generic[Row]):
-    """A trained adapter over its base, and the record of the training."""
+    """A trained adapter on its base, and the history of the training."""
 
     policy: PeftModel
     loss: Loss[Row]
@@ -236,7 +235,7 @@ class Trained(Generic[Row]):
     history: list[dict[str, float]]
     steps: int
     seconds: float
-    tokens: int  # that fitted into memory at once, with gradients
+    tokens_at_once: int  # that fit into memory with gradients, after any halving
 
     def describe(self, manifest: Manifest, metrics: Mapping[str, Any], unconverged: tuple[str, ...]) -> Manifest:
         """Return a manifest with the facts about this training."""
@@ -252,11 +251,11 @@ def train(
     folder: Path,
     budget: MemoryBudget | None = None,
 ) -> Trained[Row]:
-    """Train an adapter over a model and save it to a folder, from the newest checkpoint on if there is one."""
+    """Train an adapter on a model, from the newest checkpoint if there is one, and save it to a folder."""
     with accepted_by_libraries():
         loss = job.loss(model, Reader.of(model))
         budget = budget or MemoryBudget(job.settings.tokens_per_batch, TOO_LONG)
-        steps = Steps(loss, job.rows, budget, unfinished, target.note)
+        steps = StepInputs(loss, job.rows, budget, unfinished, target.note)
         settings = arguments(job.settings, job.base, folder, target.label)
         trainer = job.trainer(model, job.base, job.lora, settings, steps)
     initial = initialise(trainer.model, job.lora.init_seed)
@@ -274,23 +273,23 @@ def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRe
         trainer.loss = with_padding(trainer.loss)
     unfinished = trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
     checkpoint = unfinished.begin(target.screen)
-    needed = (KEPT + 1 - unfinished.count) * STATE_BYTES * parameters
+    needed = (CHECKPOINTS_STORED + 1 - unfinished.count) * STATE_BYTES * parameters
     store.check_free_space(unfinished.folder, needed, "--runs DIR writes elsewhere")
     done = 0
     if checkpoint:
-        shutil.copyfile(checkpoint / METRICS, trainer.records)
+        shutil.copyfile(checkpoint / METRICS, trainer.metrics_file)
         done = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
         target.note(f"continues after step {done}")
     steps = math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
     if few := too_few_steps(trainer.rows_each_epoch, settings):
         target.warn(few)
     with target.screen.progress(target.label, steps, done) as progress, StopSignal(target.screen) as stop:
-        recorder = StepRecorder(progress, trainer.records, stop, 60 * settings.save_minutes)
+        recorder = StepRecorder(progress, trainer.metrics_file, stop, 60 * settings.save_minutes)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(recorder)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(unfinished.events)
+                callback.logging_dir = str(unfinished.tensorboard_folder)
         try:
             with compiled_layers(trainer.model, wanted=settings.compile):
                 if checkpoint and done >= steps:
@@ -298,7 +297,7 @@ def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRe
                 else:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError as fault:
-            raise RunFailedError(f"{fault}; {unfinished.remaining()}") from fault
+            raise RunFailedError(f"{unfinished.folder}: {first_line(fault)}; {unfinished.remaining()}") from fault
     if recorder.stopped:
         raise Stopped(recorder.stopped)
     return recorder
@@ -309,8 +308,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     try:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     except (OSError, SafetensorError) as fault:
-        kept = "nothing was published, and --resume continues from the last checkpoint"
-        raise RunFailedError(f"{folder}: the adapter could not be written ({first_line(fault)}); {kept}") from fault
+        remedy = "nothing was published, and --resume continues from the last checkpoint"
+        raise RunFailedError(f"{folder}: the adapter could not be written ({first_line(fault)}); {remedy}") from fault
     (folder / "README.md").unlink(missing_ok=True)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
 
@@ -326,8 +325,8 @@ def unwrap(model: PeftModel) -> PreTrainedModel:
 
 
 def draw_curve(history: list[dict[str, float]], title: str, file: Path) -> None:
-    """Draw the recorded figures of a run over its steps, one panel each."""
+    """Draw each recorded figure of a run over the steps, in a panel of its own."""
     from lora_align.metrics import plots
 
-    curves = {name: [record[name] for record in history] for name in SHOWN if name in history[0]}
+    curves = {name: [record[name] for record in history] for name in PROGRESS_NAMES if name in history[0]}
     plots.training_curves(file, [record["step"] for record in history], curves, title)

@@ -1,8 +1,8 @@
-"""The cache of the start policy's log-probabilities: one sqlite table per start policy.
+"""The cache of the start policy's log-probabilities: one sqlite file per start policy, device, dtype and kernel.
 
-The key of an answer is the hash of its token ids and its prompt's. Both directions, all seeds and later runs therefore
-share entries, as do other preferences, limits and longer datasets. Any number of processes may write. A checksum guards
-every entry: a damaged entry is deleted and computed again.
+The key of an answer is a hash of the token ids of the prompt and the answer. Both directions, all seeds and later runs
+therefore share entries, as do other preferences, limits and longer datasets. Any number of processes may write. A
+checksum guards every entry: a damaged entry is deleted and computed again.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ from lora_align import processes, store
 from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError
 from lora_align.model.base import Base, compute_dtype, device
-from lora_align.model.fsdp import in_step
+from lora_align.model.fsdp import keep_in_step
 from lora_align.model.logprobs import Shared, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.train.row_files import LazyRows
 
-SAVE_EVERY = 60.0  # seconds of work that a kill may cost
-BATCH = 256  # rows between two looks at the clock
+SAVE_EVERY = 60.0  # seconds between two writes; a kill costs about this much work
+BATCH = 256  # rows computed between two checks of the time
 KEY_BYTES = 16
 LOCK_TIMEOUT = 600.0  # seconds to wait while another process writes
 Numbers = NDArray[Any]
@@ -40,13 +40,13 @@ Numbers = NDArray[Any]
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """The log-probabilities that one start policy has computed so far."""
+    """The stored log-probabilities of one start policy."""
 
     file: Path
 
     @classmethod
     def of(cls, base: Base, start: str) -> "ReferenceCache":
-        """Return the cache of a base and the start adapter over it, for this device, dtype and attention kernel."""
+        """Return the cache for a base, a start adapter ("" for none), and this device, dtype and attention kernel."""
         policy = {
             "fingerprint": base.fingerprint,
             "quantization": [base.recipe.quantization, base.recipe.double_quant],
@@ -67,18 +67,18 @@ class ReferenceCache:
         unknown: Numbers = np.empty(0, dtype=np.int64)
         if len(rows):
             unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(values), answers.starts[:-1]))
-        # another program may write between the reads of two ranks, so all ranks compute what any rank misses
+        # another program may write between the reads of two ranks; a row that any rank misses is computed again
         left = np.unique(np.concatenate(processes.all_gather(unknown)))
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {count(len(rows), 'row')} were computed before")
         longest_first = left[np.argsort(-answers.lengths[left], kind="stable")]
         mine = longest_first[processes.rank() :: processes.world_size()]
-        with in_step(model):
+        with keep_in_step(model):
             if len(mine):
                 self._compute(model, rows, answers, values, mine, MemoryBudget(tokens), label, screen)
         own = answers.of_rows(mine)
-        for places, computed in processes.all_gather((own, values[own])):
-            values[places] = computed
+        for indices, computed in processes.all_gather((own, values[own])):
+            values[indices] = computed
         values = values[answers.first]
         return LazyRows(len(rows), lambda i: tuple(values[answers.starts[i] : answers.starts[i + 1]].tolist()))
 
@@ -105,10 +105,10 @@ class ReferenceCache:
                         progress.show(before + done, {})
 
                     computed = answer_logprobs(model, [rows[i] for i in batch], budget, report)
-                    places = answers.of_rows(batch)
-                    new = np.isnan(values[places])  # a cached value stays: an earlier run was trained with it
-                    values[places[new]] = computed.numpy()[new]
-                    unsaved.append(places[new])
+                    indices = answers.of_rows(batch)
+                    new = np.isnan(values[indices])  # a cached value stays: an earlier run was trained with it
+                    values[indices[new]] = computed.numpy()[new]
+                    unsaved.append(indices[new])
                     if time.monotonic() - saved_at > SAVE_EVERY:
                         self._save(answers, values, unsaved)
                         unsaved, saved_at = [], time.monotonic()
@@ -120,20 +120,20 @@ class ReferenceCache:
         values = np.full(len(answers.first), np.nan)
         try:
             with self._open() as table:
-                table.execute("CREATE TEMP TABLE wanted (place INTEGER PRIMARY KEY, key BLOB)")
-                keys = ((place, answers.key(place)) for place in range(len(values)))
+                table.execute("CREATE TEMP TABLE wanted (answer INTEGER PRIMARY KEY, key BLOB)")
+                keys = ((index, answers.key(index)) for index in range(len(values)))
                 table.executemany("INSERT INTO wanted VALUES (?, ?)", keys)
                 damaged = []
-                for place, key, value, checksum in table.execute(
-                    "SELECT place, key, value, checksum FROM wanted JOIN logprobs USING (key)"
+                for index, key, value, checksum in table.execute(
+                    "SELECT answer, key, value, checksum FROM wanted JOIN logprobs USING (key)"
                 ):
                     if checksum == _checksum(key, value):
-                        values[place] = value
+                        values[index] = value
                     else:
                         damaged.append((key,))
                 table.executemany("DELETE FROM logprobs WHERE key = ?", damaged)
             if damaged:
-                screen.warn(f"{self.file}: {count(len(damaged), 'entry')} damaged; deleted and computed again")
+                screen.warn(f"{self.file}: {count(len(damaged), 'damaged value')} deleted and computed again")
         except sqlite3.DatabaseError as fault:
             if fault.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise
@@ -143,10 +143,10 @@ class ReferenceCache:
 
     def _save(self, answers: "_Answers", values: Numbers, which: Sequence[Numbers]) -> None:
         """Store new values. A value that another process stored in the meantime stays."""
-        places = np.unique(answers.first[np.concatenate(which)]).tolist() if which else []
-        if not places:
+        indices = np.unique(answers.first[np.concatenate(which)]).tolist() if which else []
+        if not indices:
             return
-        entries = ((answers.key(place), float(values[place])) for place in places)
+        entries = ((answers.key(index), float(values[index])) for index in indices)
         with self._open() as table:
             table.executemany(
                 "INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?)",
@@ -156,7 +156,7 @@ class ReferenceCache:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """Open the table, and commit when the block ends."""
-        remedy = "values that were stored before are intact; LORA_ALIGN_CACHE moves the cache"
+        remedy = f"values that were stored before are intact; {store.CACHE_REMEDY}"
         try:
             with store.report_write_errors(self.file, remedy):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -176,13 +176,13 @@ class _Answers:
     """The key of every answer of some rows."""
 
     keys: bytearray
-    first: Numbers  # for each answer, the first place with the same key
-    starts: Numbers  # the place of each row's first answer, and the total number of answers
+    first: Numbers  # for each answer, the index of the first one with the same key
+    starts: Numbers  # the index of each row's first answer, and the total number of answers
     lengths: Numbers  # the tokens of each row
 
     @classmethod
     def of(cls, rows: Sequence[Shared]) -> "_Answers":
-        """Read the rows once; keep about fifty bytes an answer."""
+        """Read the rows once. Store about fifty bytes per answer."""
         keys, starts, lengths = bytearray(), array("q", [0]), array("q")
         for prompt, answers in rows:
             for answer in answers:
@@ -193,17 +193,17 @@ class _Answers:
         _, first, inverse = np.unique(halves, axis=0, return_index=True, return_inverse=True)
         return cls(keys, first[inverse.ravel()], np.array(starts), np.array(lengths))
 
-    def key(self, place: int) -> bytes:
-        return bytes(self.keys[KEY_BYTES * place : KEY_BYTES * (place + 1)])
+    def key(self, index: int) -> bytes:
+        return bytes(self.keys[KEY_BYTES * index : KEY_BYTES * (index + 1)])
 
     def of_rows(self, rows: Numbers) -> Numbers:
-        """Return the places of the answers of some rows."""
+        """Return the indices of the answers of some rows."""
         parts = [np.arange(self.starts[i], self.starts[i + 1]) for i in rows]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def _device_name() -> str:
-    """Return the kind of device. Each kind rounds in its own way."""
+    """Return the name of the GPU, or the type of the device. Each one rounds in its own way."""
     where = device()
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lora_align import runs
 from lora_align.console import Screen, count
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import UserError
 from lora_align.metrics import plots
 from lora_align.model import base as bases
@@ -28,7 +29,7 @@ from lora_align.train.job import Job, Target
 from lora_align.train.lora_trainer import Trained
 from lora_align.train.reward_loss import Example, RewardLoss
 from lora_align.train.row_files import LazyRows, concat
-from lora_align.train.stepper import Steps, StepTrainer
+from lora_align.train.stepper import StepInputs, StepTrainer
 
 NAME = "reward"
 UNRATED = (50.0, 25.0)  # mean and deviation, in points, of a head without ratings
@@ -66,7 +67,7 @@ def train_reward_model(
     data = prepare(recipe, settings, base, screen)
     fingerprints = {source: facts["fingerprint"] for source, facts in data.facts.items()}
     unfinished = target.checkpoints(checkpoints.run_identity("reward", recipe, base, "", fingerprints))
-    if run := target.published(unfinished):
+    if run := target.find_published(unfinished):
         return run
     job = reward_job(settings, settings.lora or recipe.lora, data.heads, data.train, base)
     manifest = Manifest(
@@ -79,13 +80,13 @@ def train_reward_model(
     )
     with target.staging_folder() as staging:
         trained = lora_trainer.train(job, base.load(), target, unfinished, staging)
-        return target.publish(staging, describe(trained, manifest, settings, data.held_out, base, staging))
+        return target.publish(staging, measure(trained, manifest, settings, data.held_out, base, staging))
 
 
 def reward_job(
     settings: Reward, lora: Lora, heads: Mapping[str, tuple[float, float]], examples: Sequence[Example], base: Base
 ) -> Job[Example]:
-    """Return the job of training heads of these means and deviations on examples."""
+    """Return a job that trains heads, with these means and deviations, on examples."""
 
     def loss(model: PreTrainedModel, reader: Reader) -> RewardLoss:
         means, deviations = ({name: pair[i] for name, pair in heads.items()} for i in (0, 1))
@@ -96,7 +97,7 @@ def reward_job(
     return Job(base, settings, lora, examples, loss, _trainer)
 
 
-def describe(
+def measure(
     trained: Trained[Example],
     manifest: Manifest,
     settings: Reward,
@@ -108,7 +109,7 @@ def describe(
     heads = cast(RewardLoss, trained.loss).heads
     heads.save(folder)
     model = RewardModel(base, base_model_of(trained.policy).eval(), heads, settings.objectives)
-    # a sharded base cannot find out how many answers fit into memory
+    # with a sharded base the batch cannot be halved when memory runs out, so start with a size that fits
     batch = max(1, settings.tokens_per_batch // settings.max_length) if is_sharded(model.model) else MEASURE_BATCH
     report = reward_loss.measure_heads(model, reward_loss.sample_held_out(held_out), MemoryBudget(batch))
     if held_out:
@@ -117,7 +118,7 @@ def describe(
 
 
 def summary(run: Run) -> str:
-    """Return a line about a run and one about each head's accuracy on held-out prompts."""
+    """Return a line about a run, and a line per head with its rank correlation and accuracy on held-out prompts."""
     heads = run.manifest.metrics["held_out"]["heads"]
     parts = [f"{name} {_quality(figures)}" for name, figures in heads.items()]
     return "\n".join([f"{run.path}  on held-out prompts:", *(f"  {part}" for part in parts)])
@@ -127,7 +128,7 @@ def _quality(figures: Mapping[str, Any]) -> str:
     measures = {"rated": ("Spearman", "spearman", "rating"), "pairs": ("accuracy", "accuracy", "pair")}
     parts = [
         f"{title} {figures[name]:.2f} on {count(figures[number], unit)}"
-        if figures[number] >= reward_loss.ENOUGH
+        if figures[number] >= MIN_HELD_OUT
         else f"{count(figures[number], unit)}: too few to judge"
         for number, (title, name, unit) in measures.items()
         if figures[number]
@@ -139,8 +140,7 @@ def load(base: Base, run: Run) -> RewardModel:
     """Load a published reward model."""
     if run.manifest.stage != "reward":
         raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model")
-    if run.fingerprint != base.fingerprint:
-        raise UserError(f"{run.path} was trained on another base ({run.fingerprint[:12]})")
+    run.refuse_other_base(base.fingerprint)
     run.check_files()
     return RewardModel.load(base, run.path, run.manifest.method["objectives"])
 
@@ -222,14 +222,14 @@ def _heads(settings: Reward, rated: Iterable[TokenRated]) -> dict[str, tuple[flo
 
 
 class RewardStepTrainer(StepTrainer[Example], Trainer):
-    """transformers' Trainer with our steps."""
+    """transformers' Trainer with the optimizer steps of StepTrainer."""
 
 
 def _trainer(
-    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: Steps[Example]
+    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: StepInputs[Example]
 ) -> RewardStepTrainer:
     policy = get_peft_model(model, lora_trainer.fresh_adapter(lora, base))
-    policy.heads = cast(RewardLoss, steps.loss).heads  # part of the model, so that they are clipped and optimised too
+    policy.heads = cast(RewardLoss, steps.loss).heads  # gradient clipping and the optimizer see them
     if settings["gradient_checkpointing"]:
         policy.enable_input_require_grads()
     del settings["max_length"]  # only TRL's configurations have it; rows are truncated already

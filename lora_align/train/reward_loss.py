@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.metrics import score_quality
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads, RewardModel
-from lora_align.train.stepper import Part
+from lora_align.train.stepper import PartLoss
 
-ENOUGH = 20  # held-out answers below which a correlation is noise
 MEASURE_AT_MOST = 2000  # held-out examples
 
 
@@ -32,17 +32,17 @@ class Example:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return a batch: the answers, their points [answers, heads], the rated places, and the pairs with their heads."""
-    texts: list[Answered] = []
+    """Return a batch: the answers, their points [answers, heads], the known points, and the pairs with their heads."""
+    answers: list[Answered] = []
     pairs = []
     for example in examples:
         if example.head >= 0:
-            pairs.append((len(texts), len(texts) + 1, example.head))
-        texts += example.answers
+            pairs.append((len(answers), len(answers) + 1, example.head))
+        answers += example.answers
     points = [example.points for example in examples for _ in example.answers]
-    known = [(text, head) for text, of in enumerate(points) for head, value in enumerate(of) if not math.isnan(value)]
+    known = [(i, head) for i, of in enumerate(points) for head, value in enumerate(of) if not math.isnan(value)]
     return {
-        "texts": texts,
+        "answers": answers,
         "points": torch.tensor(points),
         "known": torch.tensor(known, dtype=torch.long).view(-1, 2),  # answer, head
         "compared": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # chosen answer, rejected answer, head
@@ -51,10 +51,11 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """Squared error on ratings, Bradley–Terry loss on pairs, and optionally a language-model loss on the answers.
+    """Squared error on ratings, Bradley–Terry loss on pairs, and optionally a language-model loss on answers.
 
-    The mean over all ratings and pairs of a step: (z − (points − mean)/deviation)² for a rating, and
-    −log σ(z_chosen − z_rejected) for a pair. z is a head's output at the end of an answer.
+    The first two are averaged together over all ratings and pairs of a step: (z − (points − mean)/deviation)² for a
+    rating, and −log σ(z_chosen − z_rejected) for a pair. z is a head's output at the end of an answer. The
+    language-model loss is the mean over the tokens of rated and chosen answers.
     """
 
     reader: Reader
@@ -71,15 +72,15 @@ class RewardLoss:
         labels = sum(sum(not math.isnan(points) for points in row.points) + (row.head >= 0) for row in rows)
         return [float(max(labels, 1)), float(sum(len(row.answers[0][1]) for row in rows))]
 
-    def part(self, rows: Sequence[Example], weights: Sequence[float]) -> Part:
+    def part(self, rows: Sequence[Example], weights: Sequence[float]) -> PartLoss:
         """Return the loss of some examples, divided by the whole step's `weights`."""
         batch = collate(rows)
         states = self.reader.backbone.states([_shared(row) for row in rows])
         z = self.heads(torch.stack([of[end - 1] for of, row in zip(states, rows, strict=True) for end in _ends(row)]))
-        text, head = batch["known"].T.to(z.device)
-        points = batch["points"].to(z.device)[text, head]
+        answer, head = batch["known"].T.to(z.device)
+        points = batch["points"].to(z.device)[answer, head]
         deviation = self.heads.deviation[head]
-        errors = z[text, head] - (points - self.heads.mean[head]) / deviation
+        errors = z[answer, head] - (points - self.heads.mean[head]) / deviation
         chosen, rejected, head = batch["compared"].T.to(z.device)
         margins = z[chosen, head] - z[rejected, head]
         loss = torch.cat([errors.square(), -logsigmoid(margins)]).sum() / weights[0]
@@ -92,7 +93,7 @@ class RewardLoss:
             nats = -self._token_logprobs([(of, *row.answers[0]) for of, row in zip(states, rows, strict=True)])
             figures["lm"] = (nats.detach().sum(), float(len(nats)))
             loss = loss + self.lm_weight * nats.sum() / weights[1]
-        return Part(loss, figures)
+        return PartLoss(loss, figures)
 
     def _token_logprobs(self, rows: Sequence[tuple[Tensor, Sequence[int], Sequence[int]]]) -> Tensor:
         """Return log p of every answer token. A row is (states, prompt, answer)."""
@@ -100,9 +101,9 @@ class RewardLoss:
         targets = torch.tensor([token for _, _, answer in rows for token in answer], device=states.device)
         return self.reader.head.logprobs(states, targets)[0]
 
-    def quoted(self, row: Example) -> str:
+    def excerpt(self, row: Example) -> str:
         """Return the first words of the first answer."""
-        return self.chat.opening(row.answers[0][1])
+        return self.chat.excerpt(row.answers[0][1])
 
 
 def _shared(row: Example) -> list[list[int]]:
@@ -116,17 +117,20 @@ def _ends(row: Example) -> list[int]:
 
 
 def sample_held_out(held_out: Sequence[Example]) -> Sequence[Example]:
-    """Sample at most MEASURE_AT_MOST examples, from all sources alike."""
+    """Sample at most MEASURE_AT_MOST examples uniformly over all sources."""
     return random.Random(0).sample(held_out, min(len(held_out), MEASURE_AT_MOST))
 
 
 def measure_heads(model: RewardModel, examples: Sequence[Example], budget: MemoryBudget) -> dict[str, Any]:
-    """Return each head's rank correlation, error and calibration, and its correlation with length and other heads."""
+    """Return each head's rank correlation, error, calibration and accuracy on pairs.
+
+    Return also its correlation with length and with the other heads.
+    """
     names = model.heads.names
     if not examples:
         return {"heads": {name: {"rated": 0, "pairs": 0} for name in names}, "between": []}
     batch = collate(examples)
-    rows = batch["texts"]
+    rows = batch["answers"]
     scores = model.score(rows, budget)[:, : len(names)].double()
     lengths = torch.tensor([[float(len(answer))] for _, answer in rows]).double()
     correlations = score_quality.rank_correlations(torch.cat([scores, lengths], dim=1))
@@ -168,18 +172,19 @@ def _compared_figures(margins: Tensor) -> dict[str, Any]:
 
 
 def unconverged(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the heads whose order or accuracy on held-out examples is near chance, or worse."""
+    """Return a reason for each head whose rank correlation or accuracy on held-out examples is near chance or worse."""
     reasons = []
     for name, figures in report["heads"].items():
         measured = []  # name, distance from chance, noise
-        if (rated := figures["rated"]) >= ENOUGH:
-            measured.append((f"its order on {rated} held-out answers", figures["spearman"], 2 / math.sqrt(rated)))
-        if (count := figures["pairs"]) >= ENOUGH:
+        if (rated := figures["rated"]) >= MIN_HELD_OUT:
+            what = f"rank correlation {figures['spearman']:.2f} on {rated} held-out answers"
+            measured.append((what, figures["spearman"], 2 / math.sqrt(rated)))
+        if (count := figures["pairs"]) >= MIN_HELD_OUT:
             what = f"accuracy {figures['accuracy']:.2f} on {count} held-out pairs"
             measured.append((what, figures["accuracy"] - 0.5, 1 / math.sqrt(count)))
         for what, distance, noise in measured:
             if distance < -noise:
-                reasons.append(f"{name}: {what} is worse than chance; lower learning_rate, or look at the data")
+                reasons.append(f"{name}: {what} is worse than chance; lower learning_rate, or check the data")
             elif not distance > noise:  # also nan
-                reasons.append(f"{name}: {what} is near chance")
+                reasons.append(f"{name}: {what} is near chance; train longer, raise learning_rate, or check the data")
     return tuple(reasons)

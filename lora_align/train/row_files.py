@@ -1,4 +1,4 @@
-"""The file format of token rows: memory-mapped Arrow files, and lazy sequences of rows."""
+"""Token rows in memory-mapped Arrow files, and lazy sequences of rows."""
 
 import bisect
 import hashlib
@@ -32,7 +32,7 @@ class LazyRows(Sequence[Out]):
     @overload
     def __getitem__(self, at: slice) -> "LazyRows[Out]": ...
     def __getitem__(self, at: int | slice) -> "Out | LazyRows[Out]":
-        picked = range(self.length)[at]  # raises IndexError, by which iteration ends
+        picked = range(self.length)[at]  # raises the IndexError that ends an iteration
         return self.make(picked) if isinstance(picked, int) else LazyRows(len(picked), lambda i: self.make(picked[i]))
 
 
@@ -40,11 +40,11 @@ def concat(parts: Sequence[Sequence[Out]]) -> LazyRows[Out]:
     """Concatenate sequences without reading them."""
     ends = list(accumulate(map(len, parts)))
 
-    def made(at: int) -> Out:
-        part = bisect.bisect_right(ends, at)
-        return parts[part][at - ends[part] + len(parts[part])]
+    def row_at(i: int) -> Out:
+        part = bisect.bisect_right(ends, i)
+        return parts[part][i - ends[part] + len(parts[part])]
 
-    return LazyRows(ends[-1] if ends else 0, made)
+    return LazyRows(ends[-1] if ends else 0, row_at)
 
 
 class RowWriter:
@@ -67,7 +67,7 @@ class RowWriter:
         self.stream.close()
 
     def add(self, rows: Sequence[tuple[Any, Any]]) -> None:
-        """Append rows; each comes as it was read, with its tokens or None."""
+        """Append rows: each is the row as read, and its tokens. A row without tokens is counted but not stored."""
         import pyarrow
 
         for raw, _ in rows:
@@ -83,12 +83,12 @@ def _schema(row_type: type[Any]) -> "pyarrow.Schema":
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
-    of = {
+    columns = {
         TokenPair: {"prompt": ids, "chosen": ids, "rejected": ids},
         TokenRated: {"prompt": ids, "answer": ids, "ratings": pyarrow.map_(pyarrow.string(), pyarrow.float64())},
         TokenText: {"ids": ids, "labels": ids},
     }
-    return pyarrow.schema(of[row_type])
+    return pyarrow.schema(columns[row_type])
 
 
 def rows(file: Path, row_type: type[Any]) -> LazyRows[Any]:
@@ -99,8 +99,8 @@ def rows(file: Path, row_type: type[Any]) -> LazyRows[Any]:
     # a table would search all its chunks for every row
     batches = [stored.get_batch(i) for i in range(stored.num_record_batches)]
 
-    def made(batch: "pyarrow.RecordBatch", at: int) -> Any:
-        held = {name: batch[name][at] for name in batch.schema.names}
+    def row_at(batch: "pyarrow.RecordBatch", i: int) -> Any:
+        held = {name: batch[name][i] for name in batch.schema.names}
         return row_type(
             **{
                 name: dict(value.as_py()) if name == "ratings" else value.values.to_numpy().tolist()
@@ -108,4 +108,4 @@ def rows(file: Path, row_type: type[Any]) -> LazyRows[Any]:
             }
         )
 
-    return concat([LazyRows(len(batch), partial(made, batch)) for batch in batches])
+    return concat([LazyRows(len(batch), partial(row_at, batch)) for batch in batches])

@@ -25,9 +25,9 @@ from lora_align.train import checkpoints, lora_trainer, token_rows
 from lora_align.train.job import DIVERGED, Job, Target
 from lora_align.train.lora_trainer import Trained
 from lora_align.train.row_files import LazyRows
-from lora_align.train.stepper import Part, Steps, StepTrainer
+from lora_align.train.stepper import PartLoss, StepInputs, StepTrainer
 
-RISE = 1.0  # nats a token by which the held-out loss of a diverged run rises
+DIVERGED_RISE = 1.0  # nats per token; a run whose held-out loss rises by more has diverged
 Pack = Sequence[TokenText]
 
 
@@ -45,7 +45,7 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
     token_rows.report_dropped("sft", rows.facts, screen)
     job = sft_job(settings, settings.lora or recipe.lora, rows.train, base)
     unfinished = target.checkpoints(checkpoints.run_identity("sft", recipe, base, "", rows.facts["fingerprint"]))
-    if run := target.published(unfinished):
+    if run := target.find_published(unfinished):
         return run
     manifest = Manifest(
         stage="sft",
@@ -57,11 +57,11 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
     )
     with target.staging_folder() as staging:
         trained = lora_trainer.train(job, base.load(), target, unfinished, staging)
-        return target.publish(staging, describe(trained, manifest, rows.held_out))
+        return target.publish(staging, measure(trained, manifest, rows.held_out))
 
 
 def sft_job(settings: Sft | Rsf, lora: Lora, texts: Sequence[TokenText], base: Base) -> Job[Pack]:
-    """Return the job of training on texts. If the recipe packs, a row holds several texts side by side."""
+    """Return a job that trains on texts. With `packing`, a row holds several texts."""
     packs = [[i] for i in range(len(texts))]
     if settings.packing:
         packs = tokenise.pack([len(text.ids) for text in texts], min(settings.max_length, base.max_length))
@@ -69,14 +69,14 @@ def sft_job(settings: Sft | Rsf, lora: Lora, texts: Sequence[TokenText], base: B
     return Job(base, settings, lora, rows, lambda _, reader: SftLoss(reader, base.chat), _trainer)
 
 
-def describe(trained: Trained[Pack], manifest: Manifest, held_out: Sequence[TokenText]) -> Manifest:
+def measure(trained: Trained[Pack], manifest: Manifest, held_out: Sequence[TokenText]) -> Manifest:
     """Measure the held-out loss before and after, and return the manifest with all facts about the training."""
-    loss = held_out_loss(trained.policy, held_out[: lora_trainer.EVALUATE_AT_MOST], 2 * trained.tokens)
+    loss = held_out_loss(trained.policy, held_out[: lora_trainer.MEASURE_AT_MOST], 2 * trained.tokens_at_once)
     return trained.describe(manifest, {"held_out": loss}, unconverged(loss))
 
 
 def summary(run: Run) -> str:
-    """Return a line about a run."""
+    """Return one line of text about a run."""
     held_out = run.manifest.metrics["held_out"]
     if not held_out["rows"]:
         return f"{run.path}  no rows held out, nothing measured"
@@ -85,11 +85,11 @@ def summary(run: Run) -> str:
 
 
 class SftStepTrainer(StepTrainer[Pack], SFTTrainer):
-    """TRL's SFTTrainer with our steps."""
+    """TRL's SFTTrainer with the optimizer steps of StepTrainer."""
 
 
 def _trainer(
-    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: Steps[Pack]
+    model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: StepInputs[Pack]
 ) -> SftStepTrainer:
     return SftStepTrainer(
         steps,
@@ -116,22 +116,22 @@ class SftLoss:
         labelled = (label != IGNORED for row in rows for text in row for label in text.labels[1:])
         return [float(max(sum(labelled), 1))]
 
-    def part(self, rows: Sequence[Pack], weights: Sequence[float]) -> Part:
-        """Return the loss of some packs, divided by the tokens of the whole step."""
+    def part(self, rows: Sequence[Pack], weights: Sequence[float]) -> PartLoss:
+        """Return the loss of some packs, divided by the number of labelled tokens in the whole step."""
         texts = [text for pack in rows for text in pack]
         labels = [label for text in texts for label in (*text.labels[1:], IGNORED)]
-        at = [place for place, label in enumerate(labels) if label != IGNORED]
+        at = [i for i, label in enumerate(labels) if label != IGNORED]
         states = self.reader.backbone.states([[text.ids] for text in texts])
-        logprobs, hits = self.reader.predicted(states, at, [labels[place] for place in at])
-        return Part(-logprobs.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
+        logprobs, hits = self.reader.predicted(states, at, [labels[i] for i in at])
+        return PartLoss(-logprobs.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
 
-    def quoted(self, row: Pack) -> str:
+    def excerpt(self, row: Pack) -> str:
         """Return the first words of the first text."""
-        return self.chat.opening(row[0].ids)
+        return self.chat.excerpt(row[0].ids)
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:
-    """Return the mean loss in nats a token on held-out texts, without and with the adapter."""
+    """Return the mean loss per token, in nats, of the last answers of held-out texts, without and with the adapter."""
     answered = [_split_answer(row) for row in rows]
     tokens_in_all = sum(len(answer) for _, (answer,) in answered)
     if not tokens_in_all:
@@ -144,17 +144,17 @@ def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> 
 
 
 def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
-    """Return why a run seems to have learned nothing, or to have diverged: the held-out loss did not fall."""
+    """Return the reasons to doubt a run: the held-out loss rose or did not fall. Return () if there are none."""
     if not held_out["rows"] or held_out["loss"] < held_out["loss_before"]:
         return ()
     figures = f"from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}"
-    if held_out["loss"] > held_out["loss_before"] + RISE:
-        return (f"{DIVERGED}held-out loss rose {figures}; lower learning_rate, or epochs",)
-    return (f"held-out loss did not fall: {figures}",)
+    if held_out["loss"] > held_out["loss_before"] + DIVERGED_RISE:
+        return (f"{DIVERGED}held-out loss rose {figures}; lower learning_rate or epochs",)
+    return (f"held-out loss did not fall: {figures}; train longer, or raise learning_rate",)
 
 
 def _split_answer(row: TokenText) -> tuple[list[int], list[list[int]]]:
-    """Return the tokens up to the last unlabelled one, and the answer after it."""
+    """Split a text after its last unlabelled token. Return the prompt and the answer."""
     unlearned = [i for i, label in enumerate(row.labels) if label == IGNORED]
     start = unlearned[-1] + 1 if unlearned else 1
     return row.ids[:start], [row.ids[start:]]

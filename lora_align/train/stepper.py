@@ -1,8 +1,9 @@
-"""One optimiser step, computed in parts that fit into memory, in place of a trainer's own step.
+"""Compute an optimizer step in parts that fit into memory; this replaces the step of TRL's and transformers' trainers.
 
-A trainer hands over the rows of a whole optimiser step. They are sorted by length and computed in parts of at most
+A trainer hands over the rows of a whole optimizer step. They are sorted by length and computed in parts of at most
 `tokens_per_batch` tokens. Each part's loss is normalised by the whole step, so the split changes a result only by
-rounding. If memory runs out, the step starts again with half as many tokens.
+rounding. If memory runs out, the step starts again with half as many tokens per
+part.
 """
 
 import json
@@ -30,8 +31,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from lora_align import processes
 from lora_align.errors import RunFailedError
 from lora_align.model.base import base_model_of
-from lora_align.model.fsdp import in_step, is_sharded
-from lora_align.model.logprobs import Reader, parts
+from lora_align.model.fsdp import is_sharded, keep_in_step
+from lora_align.model.logprobs import Reader, batches_by_length
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.train.checkpoints import PREFIX, Unfinished
 
@@ -41,11 +42,11 @@ Figures = Mapping[str, tuple[Tensor, float]]  # name → sum and count
 Summed = tuple[float, dict[str, tuple[float, float]]]  # a loss, and figures
 QUOTED = 3  # rows that an error quotes
 METRICS = "metrics.jsonl"
-TRAINED, SEEN = "trained.safetensors", "seen.json"  # of a checkpoint
+TRAINED, COUNTERS = "trained.safetensors", "seen.json"  # files of a checkpoint: trained tensors; tokens seen, budget
 
 
 @dataclass(frozen=True)
-class Part:
+class PartLoss:
     """The contribution of some rows to a step's loss, and figures about these rows."""
 
     loss: Tensor
@@ -64,16 +65,16 @@ class Loss(Protocol[RowIn]):
     def weights(self, rows: Sequence[RowIn]) -> list[float]:
         """Return the normalisers of the loss's terms over all rows of a step, for example the number of rows."""
 
-    def part(self, rows: Sequence[RowIn], weights: Sequence[float]) -> Part:
+    def part(self, rows: Sequence[RowIn], weights: Sequence[float]) -> PartLoss:
         """Return the loss of some rows, divided by the whole step's `weights`."""
 
-    def quoted(self, row: RowIn) -> str:
+    def excerpt(self, row: RowIn) -> str:
         """Return the first words of a row, for error messages."""
 
 
 @dataclass(frozen=True)
-class Steps(Generic[Row]):
-    """Everything about the steps of a training that TRL's trainers do not know."""
+class StepInputs(Generic[Row]):
+    """The loss, the rows, the memory budget and the checkpoints of a training, which TRL's trainers do not know."""
 
     loss: Loss[Row]
     rows: Sequence[Row]
@@ -83,11 +84,11 @@ class Steps(Generic[Row]):
 
 
 class StepTrainer(Trainer, Generic[Row]):
-    """A mixin before a trainer's class: that class gives loop, optimiser and log; the steps are computed here."""
+    """A mixin to list before a trainer's class: it computes the steps; the trainer has the loop, optimizer and log."""
 
     model: PeftModel
 
-    def __init__(self, steps: Steps[Row], **settings: Any) -> None:
+    def __init__(self, steps: StepInputs[Row], **settings: Any) -> None:
         rows = steps.rows
         self.loss, self.budget, self.unfinished, self.note = steps.loss, steps.budget, steps.unfinished, steps.note
         self.seen: dict[str, list[float]] = {}  # sum and count of each figure since the last log line
@@ -100,7 +101,10 @@ class StepTrainer(Trainer, Generic[Row]):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the same rows on every rank; accelerate would pad the last step with repeated rows."""
+        """Return a dataloader that gives every rank the same rows.
+
+        accelerate would shard the rows, and repeat some to fill the last step.
+        """
         sampler = self._get_train_sampler()
         assert self.train_dataset is not None
         loader = DataLoader(
@@ -127,7 +131,7 @@ class StepTrainer(Trainer, Generic[Row]):
         return made
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Compute the gradients of an optimiser step, summed over parts and ranks, and return its loss."""
+        """Compute the gradients of an optimizer step, summed over parts and ranks, and return its loss."""
         rows: Sequence[Row] = inputs["rows"]
         lengths = [self.loss.length(row) for row in rows]
         model.train()
@@ -148,20 +152,20 @@ class StepTrainer(Trainer, Generic[Row]):
         lengths = [self.loss.length(row) for row in rows]
         while True:
             before = self.budget.size
-            with in_step(self.accelerator.unwrap_model(model), learning=True):
+            with keep_in_step(self.accelerator.unwrap_model(model), training=True):
                 found = self.budget.attempt(
                     lambda budget: self._backward_in_parts(rows, lengths, weights, budget), max(lengths, default=1)
                 )
             if found is not None:
                 return found
-            model.zero_grad()  # an unknown share was already added
+            model.zero_grad()  # some parts have already added their gradients
             self.note(f"memory ran out at {before:,} tokens at once; continuing with {self.budget.size:,}")
 
     def _backward_in_parts(
         self, rows: Sequence[Row], lengths: Sequence[int], weights: Sequence[float], budget: int
     ) -> Summed:
         loss, figures = 0.0, dict[str, tuple[float, float]]()
-        for picked in parts(lengths, budget):
+        for picked in batches_by_length(lengths, budget):
             some = [rows[i] for i in picked]
             with self.accelerator.autocast():
                 part = self.loss.part(some, weights)
@@ -183,16 +187,16 @@ class StepTrainer(Trainer, Generic[Row]):
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not self.args.fp16 and not get_total_norm(gradients).isfinite():  # fp16 is scaled, and skips such steps
+        if not self.args.fp16 and not get_total_norm(gradients).isfinite():  # fp16's scaler skips such steps
             raise self._not_finite("gradient", rows, weights)
 
     def _not_finite(self, what: str, rows: Sequence[Row], weights: Sequence[float]) -> RunFailedError:
         found = self._not_finite_rows(rows, weights)
-        quoted = "; ".join(self.loss.quoted(row) for row in found[:QUOTED])
+        excerpts = "; ".join(self.loss.excerpt(row) for row in found[:QUOTED])
         more = f" and {len(found) - QUOTED} more" if len(found) > QUOTED else ""
         return RunFailedError(
-            f"step {self.state.global_step + 1}: the {what} is not finite; the run stops before the adapter is "
-            f"spoilt: lower learning_rate, or look at the rows: {quoted}{more}"
+            f"step {self.state.global_step + 1}: the {what} is not finite, so the run stopped before the update; lower "
+            f"learning_rate, or check these rows: {excerpts}{more}"
         )
 
     def _not_finite_rows(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
@@ -214,7 +218,7 @@ class StepTrainer(Trainer, Generic[Row]):
         return found or rows
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint completely or not at all, which transformers does not."""
+        """Write a checkpoint completely or not at all. transformers may leave a partial one."""
         step = self.state.global_step
         staging = self.unfinished.folder / f".{PREFIX}{step}.staging"
         if self.args.should_save:
@@ -225,9 +229,9 @@ class StepTrainer(Trainer, Generic[Row]):
                 tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(self.model)}
                 save_file(tensors, staging / TRAINED)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-                (staging / SEEN).write_text(json.dumps({"tokens": self.tokens_seen, "budget": self.budget.size}))
-                if self.records.exists():
-                    shutil.copyfile(self.records, staging / self.records.name)
+                (staging / COUNTERS).write_text(json.dumps({"tokens": self.tokens_seen, "budget": self.budget.size}))
+                if self.metrics_file.exists():
+                    shutil.copyfile(self.metrics_file, staging / self.metrics_file.name)
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
@@ -244,7 +248,7 @@ class StepTrainer(Trainer, Generic[Row]):
         with torch.no_grad():
             for name, parameter in trainable(self.model):
                 parameter.copy_(tensors[name])
-        seen = json.loads((folder / SEEN).read_text())
+        seen = json.loads((folder / COUNTERS).read_text())
         self.tokens_seen, self.budget.size = seen["tokens"], min(self.budget.size, seen["budget"])
 
     def restore(self, folder: Path) -> None:
@@ -253,12 +257,12 @@ class StepTrainer(Trainer, Generic[Row]):
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
     @property
-    def records(self) -> Path:
-        """Return the file of every step's figures."""
+    def metrics_file(self) -> Path:
+        """Return the path of metrics.jsonl, which has one line per step."""
         return Path(str(self.args.output_dir)).parent / METRICS
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
-        """Add the means of the figures since the last line."""
+        """Log the trainer's figures, and the means of the loss's figures since the last line."""
         if "loss" in logs:
             logs |= {name: total / count for name, (total, count) in self.seen.items() if count}
             logs["num_tokens"] = float(self.tokens_seen)
@@ -267,12 +271,12 @@ class StepTrainer(Trainer, Generic[Row]):
 
 
 def with_padding(loss: Loss[Row]) -> Loss[Row]:
-    """Return the same loss with padded rows."""
+    """Return the same loss with a reader that pads rows."""
     return replace(loss, reader=loss.reader.padded())  # type: ignore[type-var]
 
 
 def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
-    """Return the places of this rank's rows of a step: every rank gets long and short ones."""
+    """Return the indices of this rank's rows in a step. Every rank gets long and short rows."""
     if processes.world_size() == 1:
         return range(len(lengths))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -280,5 +284,5 @@ def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Return the parameters that are trained."""
+    """Yield the names and parameters that require gradients."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
-"""Training rows as token ids, from the cache or tokenised now (`row_files` has the file format).
+"""Read training rows as token ids from the cache, or tokenise and cache them (`row_files` has the file format).
 
-A million rows take no more memory than a thousand. A source is written in parts; a kill costs one part.
+A million rows take no more memory than a thousand. A source is cached in parts, so a killed program loses at most one.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
 
 BATCH = 256  # rows that are tokenised together
-UNUSED_DAYS = 30  # after which cached rows are deleted
-PART = 1 << 16  # rows of a part, which a kill may cost
+UNUSED_DAYS = 30  # cached rows that are not used for so long are deleted
+PART = 1 << 16  # rows of a part: a kill loses at most so many
 FACTS = "facts.json"
-SIDES = ("train", "held_out")
+SPLITS = ("train", "held_out")
 Row = TypeVar("Row", TokenPair, TokenRated, TokenText)
 Raw = TypeVar("Raw", Pair, Rated, Conversation)
 
@@ -54,18 +54,18 @@ class TokenRows(Generic[Row]):
 
 
 class Tokeniser(Protocol[Raw, Row]):  # type: ignore[misc]
-    """A function of `tokenise`."""
+    """A function of the module `tokenise` that tokenises one type of row."""
 
     def __call__(
         self, rows: Sequence[Raw], chat: ChatFormat, max_length: int, counts: Counter[str]
     ) -> list[Row | None]:
-        """Tokenise rows. A row is None if nothing of it is left."""
+        """Tokenise rows. Return None for a row that is dropped."""
 
 
 def read_token_pairs(
     axis: Preference, base: Base, held_out: float, limit: int | None, max_length: int, screen: Screen
 ) -> TokenRows[TokenPair]:
-    """Return a preference's pairs."""
+    """Return a preference's pairs as token ids, from the cache if they are there."""
     settings = {**asdict(axis), "held_out": held_out, "limit": limit}
     rows = _CachedRows(TokenPair, axis, settings, base, max_length, screen)
     return rows.read(partial(pairs.read_pairs, axis, held_out, limit), tokenise.pairs)
@@ -74,14 +74,17 @@ def read_token_pairs(
 def read_token_ratings(
     table: Ratings, base: Base, held_out: float, limit: int | None, max_length: int, screen: Screen
 ) -> TokenRows[TokenRated]:
-    """Return rated answers."""
+    """Return rated answers as token ids, from the cache if they are there."""
     settings = {**asdict(table), "held_out": held_out, "limit": limit}
     rows = _CachedRows(TokenRated, table, settings, base, max_length, screen)
     return rows.read(partial(ratings.read_ratings, table, held_out, limit), tokenise.rated)
 
 
 def read_token_texts(table: Sft, base: Base, screen: Screen) -> TokenRows[TokenText]:
-    """Return conversations, with labels on the assistant's part or on all tokens."""
+    """Return conversations as token ids, from the cache if they are there.
+
+    The assistant's part or all tokens are labelled.
+    """
     names = ("data", "split", "revision", "subset", "columns", "skip_bad", "held_out", "limit", "answers_only")
     settings = {name: getattr(table, name) for name in names}
     rows = _CachedRows(TokenText, table, settings, base, table.max_length, screen)
@@ -93,9 +96,9 @@ def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
     for warning in sources.unread_warnings(facts["unread"]):
         screen.warn(f"{what}: {warning}")
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
-    lost += [f"answers cut: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
+    lost += [f"answers truncated: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
     if lost:
-        rows = f"{count(facts['rows'], 'row')} to learn from, {facts['held_out']:,} held out"
+        rows = f"{count(facts['rows'], 'row')} to train on, {facts['held_out']:,} held out"
         screen.note(f"{what}: {rows}; {'; '.join(lost)}")
 
 
@@ -103,16 +106,19 @@ def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], m
     """Return the error for a source without rows to train on; `read` counts the training and held-out rows."""
     train, held_out = read
     lost = pairs.reasons(dropped)
+    name = sources.name(source)
     if train:
-        why = f"{lost}; max_length is {max_length}"
-    else:
-        aside = f"all {held_out} held out; lower held_out" if held_out else ""
-        why = ", ".join(filter(None, (aside, lost))) or "the source is empty"
-    return UserError(f"{sources.name(source)}: no rows left ({why})")
+        return UserError(
+            f"{name}: no rows to train on ({lost}); raise max_length (now {max_length}), or check the source"
+        )
+    if held_out:
+        why = ", ".join(filter(None, (f"all {held_out} held out", lost)))
+        return UserError(f"{name}: no rows to train on ({why}); lower held_out, or use more rows")
+    return UserError(f"{name}: no rows to train on ({lost or 'the source is empty'}); check the source")
 
 
 def interleave(parts: Sequence[TokenRows[Row]]) -> TokenRows[Row]:
-    """Merge several datasets into one, each spread evenly over the whole."""
+    """Interleave several datasets, so that each is spread evenly over the result."""
     if len(parts) == 1:
         return parts[0]
     facts = [part.facts for part in parts]
@@ -140,25 +146,25 @@ class _CachedRows(Generic[Row]):
     source: Source
     settings: Mapping[str, Any]
     base: Base
-    longest: int
+    recipe_max_length: int
     screen: Screen
 
     @property
     def max_length(self) -> int:
-        return min(self.longest, self.base.max_length)
+        return min(self.recipe_max_length, self.base.max_length)
 
     def read(self, rows: Callable[[Counter[str]], Split[Raw]], tokenise_rows: Tokeniser[Raw, Row]) -> TokenRows[Row]:
-        """Return the rows from the cache. Tokenise and cache them first if they are not there."""
+        """Return the rows. Tokenise and cache them first if they are not cached."""
         folder = store.cache_folder() / "tokens" / self._key()
         facts = processes.local_rank_0_first(lambda: self._cached(folder, rows, tokenise_rows))
         parts = [folder / str(number) for number in range(facts["parts"])]
         train, held_out = (
-            concat([row_files.rows(part / f"{side}.arrow", self.row_type) for part in parts]) for side in SIDES
+            concat([row_files.rows(part / f"{split}.arrow", self.row_type) for part in parts]) for split in SPLITS
         )
         return TokenRows(train, held_out, facts["rows"])
 
     def _key(self) -> str:
-        """Return a hash of the source, the settings, the chat format and this program's code."""
+        """Return a hash of the source, the settings, the chat format, and the code of this package and of plugins."""
         chat = self.base.chat
         parts = [sources.fingerprint(self.source), self.settings, self.row_type.__name__, self.max_length]
         parts += [chat.fingerprint(), sorted(chat.stop_ids), _code_hash()]
@@ -167,11 +173,11 @@ class _CachedRows(Generic[Row]):
     def _cached(
         self, folder: Path, rows: Callable[[Counter[str]], Split[Raw]], tokenise_rows: Tokeniser[Raw, Row]
     ) -> dict[str, Any]:
-        """Return the facts of the cached rows."""
+        """Return the facts of the cached rows. Tokenise and cache them first if they are missing or damaged."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process tokenises, the others wait for it
             if (facts := _intact_facts(folder)) is None:
-                remedy = "rows are cached there; LORA_ALIGN_CACHE moves the cache"
+                remedy = f"rows are cached there; {store.CACHE_REMEDY}"
                 with (
                     store.report_write_errors(folder.parent, remedy),
                     store.new_folder(folder, resume=True) as staging,  # parts that a killed program made are used
@@ -197,10 +203,10 @@ class _CachedRows(Generic[Row]):
         unread = sources.pop_unread(counts)
         dropped = sum((Counter(part.dropped) for part in parts), counts)
         truncated = dropped.pop(TRUNCATED, 0)
-        train, held_out = (sum(part.written[side] for part in parts) for side in range(2))
+        train, held_out = (sum(part.written[split] for part in parts) for split in range(2))
         if not train:
-            read, aside = (sum(part.read[side] for part in parts) for side in range(2))
-            raise no_rows_left(self.source, (read, aside), dropped, self.max_length)
+            read, read_held_out = (sum(part.read[split] for part in parts) for split in range(2))
+            raise no_rows_left(self.source, (read, read_held_out), dropped, self.max_length)
         digests = "".join(part.digest for part in parts)
         facts = {
             "source": sources.name(self.source),
@@ -217,7 +223,10 @@ class _CachedRows(Generic[Row]):
     def _write_part(
         self, folder: Path, source: Split[Raw], tokenise_rows: Tokeniser[Raw, Row], report: Callable[[int], None]
     ) -> "_Part | None":
-        """Read and write the next part; None at the end of the source. Skip the rows of a part that is there."""
+        """Write the next part and return its facts, or None at the end of the source.
+
+        A part that an earlier program completed is reused: its rows are read and skipped.
+        """
         if store.is_intact(folder):
             part = _Part(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
             for _ in islice(source, sum(part.read)):
@@ -229,15 +238,16 @@ class _CachedRows(Generic[Row]):
             return None
         dropped: Counter[str] = Counter()
         with store.new_folder(folder) as staging:
-            sides = [row_files.RowWriter(staging / f"{side}.arrow", self.row_type) for side in SIDES]
-            with sides[0], sides[1]:
+            splits = [row_files.RowWriter(staging / f"{split}.arrow", self.row_type) for split in SPLITS]
+            with splits[0], splits[1]:
                 batches = iter(lambda: list(islice(source, BATCH)), [])
                 for done, batch in enumerate(chain([first], islice(batches, PART // BATCH - 1)), 1):
                     tokens = tokenise_rows([row for row, _ in batch], self.base.chat, self.max_length, dropped)
-                    for side, held_out in zip(sides, (False, True), strict=True):
-                        side.add([(row, t) for (row, aside), t in zip(batch, tokens, strict=True) if aside == held_out])
+                    for split, wanted in zip(splits, (False, True), strict=True):
+                        rows = zip(batch, tokens, strict=True)
+                        split.add([(row, ids) for (row, held_out), ids in rows if held_out == wanted])
                     report(done * BATCH)
-            part = _Part.of(sides, dropped)
+            part = _Part.of(splits, dropped)
             (staging / FACTS).write_text(json.dumps(asdict(part)), encoding="utf-8")
         return part
 
@@ -252,8 +262,8 @@ class _Part:
     dropped: Mapping[str, int]
 
     @classmethod
-    def of(cls, sides: Sequence[RowWriter], dropped: Mapping[str, int]) -> "_Part":
-        train, held_out = sides
+    def of(cls, splits: Sequence[RowWriter], dropped: Mapping[str, int]) -> "_Part":
+        train, held_out = splits
         digest = hashlib.sha256(train.digest.digest() + held_out.digest.digest()).hexdigest()
         return cls((train.read, held_out.read), (train.written, held_out.written), digest, dict(dropped))
 
@@ -270,7 +280,7 @@ def _intact_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def _delete_unused(folder: Path) -> None:
-    """Delete rows, and parts of a killed program, that were not used for UNUSED_DAYS."""
+    """Delete cached rows, and parts that a killed program left, if they were not used for UNUSED_DAYS."""
     for facts in (*folder.glob(f"*/{FACTS}"), *folder.glob(f".*.staging/0/{FACTS}")):
         if time.time() - facts.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
             shutil.rmtree(folder / facts.relative_to(folder).parts[0], ignore_errors=True)
@@ -278,7 +288,7 @@ def _delete_unused(folder: Path) -> None:
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of the code that reads rows. Rows cached by other code are not used."""
+    """Return a hash of all code of this package, and of plugins. Rows that other code cached are not used."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

@@ -193,7 +193,7 @@ BLIND = "base.chat_template='{% for message in messages %}<|user|>Hm?<|end|>{% e
     [
         ([ALIKE] * 3, "", "3 equal answers"),
         ([{**GOOD, "chosen": " "}] * 3, "", "3 empty answer"),
-        ([GOOD] * 3, BLIND, "3 alike in the chat template"),
+        ([GOOD] * 3, BLIND, "3 equal in the chat template"),
         ([{**GOOD, "prompt": "a b c d e f g h"}] * 3, "dpo.max_length=8", "3 prompt too long"),
         ([GOOD] * 3, "dpo.held_out=0.999999", "all 3 held out"),
         ([{**GOOD, "chosen": None}, GOOD], "", "chosen is null"),
@@ -217,7 +217,7 @@ def test_data_refuses_what_dpo_refuses(
     dropped = why.removeprefix("3 ") in (
         "equal answers",
         "empty answer",
-        "alike in the chat template",
+        "equal in the chat template",
         "prompt too long",
     )
     assert (f"dropped: {why}" in done.out) == dropped, "counts are printed before the refusal"
@@ -228,6 +228,6 @@ def test_too_few_pairs_and_unread_columns_are_doubts(cli: Cli, tmp_path: Path) -
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = cli("data", "--pref", "own", "--set", 'preferences.own={data="pairs.jsonl"}')
     assert done.code == 0, done.err
-    assert "2 held-out pairs: too few to judge a run by" in done.err
-    assert "8 pairs make 1 optimiser step, in which little is learned: more pairs, a smaller batch_size" in done.err
+    assert "2 held-out pairs: too few to judge a run" in done.err
+    assert "1 optimizer step (8 pairs): too few to learn much; use more pairs, a smaller batch_size" in done.err
     assert "column 'input' is not read, though it holds something in 10 rows" in done.err

@@ -99,7 +99,7 @@ def test_chat_weighs_a_mix_that_is_no_sum_as_a_whole(workspace: Path) -> None:
     assert made.code == 0, made.err
     answer = call(workspace, "chat", "--prompt", "Tell me about rain.", "--json")
     assert answer.code == 0, answer.err
-    assert "made by tsv, so it is not a plain sum: /w scales it as a whole" in answer.err
+    assert "made by tsv and is not a plain sum, so it is used as one adapter" in answer.err
     assert json.loads(answer.out)["weights"] == {"whitened": 1.0}
 
 
@@ -188,4 +188,4 @@ def test_far_weights_without_measurements_cause_a_warning(foreign: Path, cli: Cl
     far = cli("merge", "-w", "./one=3,./two=-2.5", "--out", "far")
     assert far.code == 0, far.err
     for weight in ("./one=3", "./two=-2.5"):
-        assert f"warning: {weight} is far beyond 1, the weight of training" in far.err
+        assert f"warning: {weight} is far beyond 1, the weight in training" in far.err

@@ -133,7 +133,7 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
         ('{"chosen": "better", "rejected": "best"}', "have no common beginning, and there is no prompt column"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}', ":2: "),
         ('{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}', "better_response_id is 2"),
-        ("", "no rows left"),
+        ("", "no rows to train on"),
         ('{"prompt": [], "chosen": "b", "rejected": "c"}', ":1: prompt is an empty list of turns"),
         ('{"prompt": null, "chosen": "b", "rejected": "c"}', ":1: prompt is null; expected text"),
         ('{"prompt": "a", "chosen": null, "rejected": "c"}', ":1: chosen is null; expected text"),

@@ -75,7 +75,7 @@ def test_every_policy_is_published_with_its_samples(made: Path) -> None:
         assert not list(found[label].path.parent.glob(f".{label}.samples"))
     said = (made / "said.txt").read_text()
     assert "value kept" in said
-    assert "t2 draws" in said
+    assert "t2 sampling" in said
     assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
 
 
@@ -361,7 +361,7 @@ def test_chat_combines_want_and_weights(made: Path, workspace: Path) -> None:
         workspace, "generate", "--want", "verbosity=-1", "--prompts", "demo:conversations?rows=3", "--out", "a.jsonl"
     )
     assert live.code == 0, live.err
-    assert "was trained on helpfulness from 0.17" in live.err
+    assert "is outside the range 0.17" in live.err
     unknown = call(workspace, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
     assert unknown.code == 2
     assert "it has: helpfulness, verbosity" in unknown.err
@@ -402,7 +402,7 @@ def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
         wanted = Want({name: row[f"want_{name}"] for name in region})
         assert math.hypot(*wanted.weights.values()) == pytest.approx(1)
         assert all(low <= wanted.weights[name] <= high for name, (low, high) in region.items())
-        assert row["asked"] == wanted.asked(ask)
+        assert row["asked"] == wanted.system_message(ask)
     assert len({row["asked"] for row in rows}) > 3
 
 
@@ -413,8 +413,12 @@ def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
         ([], {"reward": '"other"'}, "no reward model 'other'"),
         ([], {"learn": '"dpo"', "samples": "1"}, "sets one answer against another, and needs 2 or more"),
         ([], {"watch": '"harmlesness"'}, "rsf.watch: runs/reward/reward has no objective 'harmlesness'"),
-        ([], {"bootstrap": "7"}, "rsf.bootstrap: 7 answers a prompt do not divide among its 2 requests"),
-        ([], {"ask": '"be nice"'}, "rsf.ask: says 'be nice' whatever is wanted"),
+        ([], {"bootstrap": "7"}, "rsf.bootstrap: 7 is not a multiple of rsf.per_prompt (2); set it to 6 or 8"),
+        (
+            [],
+            {"ask": '"be nice"'},
+            "rsf.ask: the template gives 'be nice' for every direction; use {{ decimals }}",
+        ),
         ([], {"directions.verbosity": "[0.5, -0.5]"}, "expected [low, high] from -1 to 1"),
         (["--endpoint", "localhost:1"], {}, "expected http://HOST:PORT"),
     ],
@@ -433,6 +437,6 @@ def test_policies_of_a_series_share_their_memory_budgets(made: Path) -> None:
     project = recipe.load(recipe.builtin()["demo"], ['rsf.data="demo:conversations?rows=60"'])
     series = prepare(project, made / "runs", Screen(quiet=True), name=None, force=True, endpoint=None)
     first, second = (series.policies() for _ in range(2))
-    first.sampler.room.size = 7
-    assert second.sampler.room.size == 7
+    first.sampler.budget.size = 7
+    assert second.sampler.budget.size == 7
     assert second.judges["reward"] is first.judges["reward"]

@@ -43,7 +43,7 @@ def test_unusable_candidates_are_counted_by_reason() -> None:
         candidate("odd", math.inf),
     ]
     assert usable([*candidates, candidate("good", 5), candidate("good", 5)], dropped) == [candidate("good", 5)]
-    assert dropped == {"empty": 2, "cut off": 1, "reward not finite": 2, "said twice": 1}
+    assert dropped == {"empty answer": 2, "answer not finished": 1, "reward not finite": 2, "duplicate answer": 1}
 
 
 def test_pools_without_usable_candidates_are_skipped_up_to_half() -> None:

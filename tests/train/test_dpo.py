@@ -54,9 +54,9 @@ ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
 @given(ids, ids, ids)
 def test_neg_swaps_labels_and_changes_nothing_else(prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
     pair = TokenPair(prompt, chosen, rejected)
-    assert pair.facing(Direction.pos) == pair
-    assert pair.facing(Direction.neg) == TokenPair(prompt, rejected, chosen)
-    assert pair.facing(Direction.neg).swap() == pair
+    assert pair.for_direction(Direction.pos) == pair
+    assert pair.for_direction(Direction.neg) == TokenPair(prompt, rejected, chosen)
+    assert pair.for_direction(Direction.neg).swap() == pair
 
 
 ROUNDING = 1e-5  # the reference is computed once, in other batches than the trainer's
@@ -256,7 +256,7 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.summary(run)
     (made,) = dpo.train_dpo(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     told = capsys.readouterr().err
-    assert "helpful pos: 16 pairs make 1 optimiser step, in which little is learned" in told
+    assert "helpful pos: 1 optimizer step (16 pairs): too few to learn much" in told
     assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
 
 
@@ -318,7 +318,7 @@ def test_truncated_answers_and_dropped_prompts_are_counted() -> None:
     assert cut
     assert cut.chosen == whole.chosen[:5]
     assert cut.rejected == whole.rejected[:5]
-    assert counts == {"answers cut": 1 + (len(whole.rejected) > 5)}
+    assert counts == {"answers truncated": 1 + (len(whole.rejected) > 5)}
     assert tokenise.pairs([pair], chat, len(whole.prompt), counts) == [None]
     assert counts["prompt too long"] == 1
 

@@ -98,7 +98,7 @@ def test_a_changed_value_is_deleted_and_computed_again(
         [(stored,)] = table.execute("SELECT count(*) FROM logprobs")
         table.execute("UPDATE logprobs SET value = value + 1e-9 WHERE key = (SELECT min(key) FROM logprobs)")
     assert torch.allclose(logprobs(references, model, ROWS[:3]), first, atol=1e-6)
-    assert "1 entry damaged" in capsys.readouterr().err
+    assert "1 damaged value deleted" in capsys.readouterr().err
     with closing(sqlite3.connect(references.file)) as table:
         assert table.execute("SELECT count(*) FROM logprobs").fetchall() == [(stored,)]
     logprobs(references, model, ROWS[:3])

@@ -265,14 +265,14 @@ def test_resume_refuses_another_recipe_or_dataset(changed: list[str], told: str,
 def test_resume_remembers_the_memory_budget(begun: Path) -> None:
     """A step that was halved once is not tried whole again by who goes on."""
     newest = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    assert json.loads((newest / "seen.json").read_text())["room"] == 4096
-    (newest / "seen.json").write_text(json.dumps({"tokens": 0, "room": 300}))
+    assert json.loads((newest / "seen.json").read_text())["budget"] == 4096
+    (newest / "seen.json").write_text(json.dumps({"tokens": 0, "budget": 300}))
     files = json.loads((newest / "files.json").read_text())
     (newest / "files.json").write_text(json.dumps({**files, "seen.json": store.sha256(newest / "seen.json")}))
     stopped(begun, "dpo", signal.SIGKILL, int(newest.name[11:]) + 2, "--resume")
     later = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert later != newest
-    assert json.loads((later / "seen.json").read_text())["room"] == 300
+    assert json.loads((later / "seen.json").read_text())["budget"] == 300
 
 
 def test_resume_accepts_changes_without_effect_on_results(begun: Path) -> None:
@@ -356,8 +356,8 @@ def test_a_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path: Path) -> Non
         _, said = child.communicate(timeout=60)
         assert child.returncode == 1
         assert "No space left" in said
-        assert re.search(r"a checkpoint of about [\d.,]+ MB broke off after [\d.,]+ MB \(.*No space left", said), said
-        assert "is intact, --resume continues from it" in said
+        assert re.search(r"could not be written \(.*No space left.*\) after [\d.,]+ of about [\d.,]+ MB", said), said
+        assert "--resume continues from the checkpoint of step" in said
         (disk / "filler").unlink()
         done = call(disk, *words("dpo"), "--resume")
         assert done.code == 0, done.err

@@ -186,6 +186,6 @@ def test_heads_worse_than_chance_are_reported_from_20_examples_on() -> None:
         "few": {"rated": 2, "pairs": 1, "spearman": 1.0, "accuracy": 1.0},
     }
     worse, chance = reward_loss.unconverged({"heads": heads})
-    assert worse.startswith("turned: its order on 100 held-out answers is worse than chance; lower learning_rate")
+    assert worse.startswith("turned: rank correlation -0.60 on 100 held-out answers is worse than chance; lower")
     assert chance.startswith("by chance: accuracy 0.52 on 100 held-out pairs is near chance")
     assert reward._quality(heads["few"]) == "2 ratings: too few to judge, 1 pair: too few to judge"

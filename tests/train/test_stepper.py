@@ -26,7 +26,7 @@ from lora_align.train import dpo, lora_trainer
 from lora_align.train.checkpoints import Unfinished
 from lora_align.train.dpo import DpoStepTrainer
 from lora_align.train.reference_cache import ReferenceCache
-from lora_align.train.stepper import Steps
+from lora_align.train.stepper import StepInputs
 from support import fill, small_disk
 
 QUIET = Screen(quiet=True)
@@ -50,7 +50,7 @@ def pairs(base: Base) -> list[TokenPair]:
 def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> DpoStepTrainer:
     model, job = base.load(), dpo.dpo_job(settings.dpo, settings.lora, pairs, base)
     loss, unfinished = job.loss(model, Reader.of(model)), Unfinished(folder / "unfinished", {})
-    steps = Steps(loss, pairs, MemoryBudget(tokens), unfinished, lambda text: None)
+    steps = StepInputs(loss, pairs, MemoryBudget(tokens), unfinished, lambda text: None)
     arguments = lora_trainer.arguments(settings.dpo, base, folder, "a test")
     made = cast(DpoStepTrainer, job.trainer(model, base, settings.lora, arguments, steps))
     lora_trainer.initialise(made.model, 0)
@@ -189,7 +189,7 @@ except RunFailedError as fault:
     assert int(told) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
-    assert "out of memory at the smallest batch size; a smaller max_length" in too_little
+    assert "out of memory at the smallest batch size; lower max_length" in too_little
 
 
 @pytest.mark.parametrize("budget", [1, 4096])
@@ -202,7 +202,7 @@ def test_a_not_finite_loss_stops_the_run_and_names_its_rows(
     with pytest.raises(RunFailedError) as refused:
         made.train()
     assert "the loss is not finite" in str(refused.value)
-    assert str(refused.value).endswith(f"look at the rows: {base.chat.opening(pairs[5].chosen)}")
+    assert str(refused.value).endswith(f"check these rows: {base.chat.excerpt(pairs[5].chosen)}")
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, lora_trainer.trainable(made.model), strict=True))
 
 
@@ -216,8 +216,8 @@ def test_a_not_finite_gradient_stops_the_run_and_names_rows(base: Base, pairs: l
     parameter.register_hook(spoil)
     with pytest.raises(RunFailedError, match="step 1: the gradient is not finite") as refused:
         made.train()
-    named = str(refused.value).partition("look at the rows: ")[2].split("; ")
-    assert named[0] in {base.chat.opening(pair.chosen) for pair in pairs}
+    named = str(refused.value).partition("check these rows: ")[2].split("; ")
+    assert named[0] in {base.chat.excerpt(pair.chosen) for pair in pairs}
 
 
 def test_a_full_disk_is_reported_when_the_adapter_is_saved(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:

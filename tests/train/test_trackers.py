@@ -53,7 +53,7 @@ def test_a_missing_tracker_is_refused_before_reading_data(named: str, told: str,
     assert done.code == 2
     assert "error: the recipe cannot be trained: " in done.err
     assert told in done.err
-    assert "rows to learn from" not in done.err
+    assert "rows to train on" not in done.err
     assert not list(tmp_path.glob("runs/**/*"))
 
 
