@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_align import recipe, runs
+from lora_align import recipe, store
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
@@ -151,7 +151,7 @@ def test_full_disk_while_caching_is_an_error(llama: Path, monkeypatch: pytest.Mo
         with pytest.raises(UserError, match=r"about \d+ kB will be written") as refused:
             base.load(cache_from=0)
         assert refused.value.exit_code == 2
-        monkeypatch.setattr(runs, "check_room", lambda *_: None)  # as if the disk filled up after the check
+        monkeypatch.setattr(store, "check_free_space", lambda *_: None)  # as if the disk filled up after the check
         with pytest.raises(RunFailedError, match=r"could not be cached .*LORA_ALIGN_CACHE moves the cache"):
             base.load(cache_from=0)
         assert [path for path in (disk / "bases").iterdir() if path.is_dir()] == []

@@ -256,8 +256,8 @@ def test_every_advice_is_valid_set_options(project: recipe.Recipe) -> None:
             assert words[::2] == ["--set"] * (len(words) // 2)
             recipe.load(recipe.builtin()["demo"], words[1::2])
     assert changes == [" --set lora.rank=4"]
-    with_moments = replace(
-        stage, settings=replace(settings, optimizer="adamw_torch_fused", gradient_checkpointing=True)
+    with_moments = stage.with_settings(
+        **vars(replace(settings, optimizer="adamw_torch_fused", gradient_checkpointing=True))
     )
     assert " --set dpo.optimizer=adamw_8bit --set lora.rank=4" in [
         options for options, *_ in advice._changes(with_moments)

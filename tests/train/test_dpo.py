@@ -153,7 +153,7 @@ def test_a_preference_of_two_trains_on_both_datasets(tmp_path: Path, cli: Cli) -
     assert run.manifest.data["fingerprint"] not in (one.facts["fingerprint"], other.facts["fingerprint"])
     told = cli("data", "--pref", "joint", "--set", 'preferences.joint.of=["helpful","harmless"]')
     assert told.code == 2
-    assert "look at each" in told.err
+    assert "audit each of them" in told.err
 
 
 def test_gradient_checkpointing_changes_no_result(tmp_path: Path, both: dict[str, runs.Run]) -> None:
