@@ -33,6 +33,7 @@ ASKED = {  # columns that may be part of what is asked
     "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "tools",
 }  # fmt: skip
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
+JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.S)  # strings hide the brackets inside them
 SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # in messages of `datasets`
 
 
@@ -271,10 +272,17 @@ def _json(path: Path) -> Rows:
     decoder, at, index = json.JSONDecoder(), _next(text, text.index("[") + 1), 0
     while text[at : at + 1] != "]":
         try:
-            row, at = decoder.raw_decode(text, at)
+            row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as fault:
-            raise UserError(f"{path}:{_line(text, at)}: row {index}: {_invalid(fault)}") from fault
-        yield _checked(row, f"{path}[{index}]")
+            where, found_end = f"{path}:{_line(text, at)}", _end_of_value(text, at)
+            refused = UserError(f"{where}: row {index}: {_invalid(fault)}")
+            if found_end is None:
+                raise refused from fault
+            yield where, refused
+            end = found_end
+        else:
+            yield _checked(row, f"{path}[{index}]")
+        at = end
         index, at = index + 1, _next(text, at)
         if text[at : at + 1] == ",":
             at = _next(text, at + 1)
@@ -282,6 +290,19 @@ def _json(path: Path) -> Rows:
             raise UserError(f"{path}:{_line(text, at)}: not valid JSON: expected a comma, or ] at the end of the list")
     if _next(text, at + 1) < len(text):
         raise UserError(f"{path}:{_line(text, at)}: not valid JSON: text after the list")
+
+
+def _end_of_value(text: str, at: int) -> int | None:
+    """Return the end of an object or list that cannot be decoded, by its brackets; None if they do not balance."""
+    open_ = []
+    for token in JSON_BRACKETS.finditer(text, at):
+        if token[0] in "{[":
+            open_.append("}" if token[0] == "{" else "]")
+        elif token[0] in "}]" and (not open_ or open_.pop() != token[0]):
+            return None
+        if not open_:
+            return token.end() if token[0] in "}]" else None
+    return None
 
 
 def _line(text: str, at: int) -> int:

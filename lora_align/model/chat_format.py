@@ -160,7 +160,8 @@ class ChatFormat:
         except (TemplateError, TypeError, ValueError, KeyError, *TEMPLATE_FAULTS) as fault:
             roles = ", ".join(m.role for m in messages)
             why = f"{type(fault).__name__}: {fault}".removesuffix(": ")
-            raise UserError(f"base.chat_template fails on a conversation of {roles}: {why}") from fault
+            opening = f" that begins {messages[0].content[:40]!r}" if messages else ""
+            raise UserError(f"base.chat_template fails on a conversation of {roles}{opening}: {why}") from fault
 
     def _with_stand_ins(self, message: Message, stand_ins: StandIns) -> str:
         """Return a message's text with its control tokens replaced by their stand-ins."""

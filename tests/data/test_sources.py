@@ -185,6 +185,19 @@ def test_bad_cells_are_reported_without_python_type_names(form: str, cell: objec
     assert [text for text in messages if NAMES_OF_TYPES.search(text) or len(text) > 400] == []
 
 
+def test_unparsable_rows_of_a_json_list_are_counted_with_skip_bad(tmp_path: Path) -> None:
+    good = [json.dumps({"prompt": f"Is it {i}? ]}}", "chosen": "Yes.", "rejected": "No."}) for i in range(3)]
+    deep = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    long = '{"prompt": ' + "9" * 5000 + ', "chosen": "}", "rejected": ""}'
+    file = tmp_path / "pairs.json"
+    file.write_text("[" + ",\n".join([good[0], deep, good[1], long, good[2]]) + "]")
+    found = pairs_of(Preference(str(file), skip_bad=True))
+    assert len(found.train) + len(found.held_out) == 3
+    assert found.dropped == {"invalid row": 2}
+    with pytest.raises(UserError, match=r"pairs\.json:2: row 1: nested too deeply"):
+        pairs_of(Preference(str(file)))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) -> None:
     good, deep = json.dumps(FORMS["plain"]), '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}"
