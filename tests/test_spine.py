@@ -172,7 +172,7 @@ def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
         (["dpo", "--pref", "helpful", "--direction", "up"], "pos, neg or both"),
         (
             ["dpo", "--pref", "helpful", "--direction", "pos"],
-            "--resume keeps it and goes on with what is missing, --force",
+            "--resume keeps it and trains what is missing, --force",
         ),
         (["dpo", "--pref", "helpful", "--name", "../up"], "a-z 0-9"),
         (["dpo", "--pref", "brief", "--set", "dpo.beta=-1", "--set", "dpo.x=1"], "dpo.beta"),

@@ -62,7 +62,8 @@ class Target:
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
         """Lock the run and yield a staging folder, which collects the libraries' messages too."""
-        with runs.staging_folder(self.path, self.screen, force=self.force) as staging, library_log(staging / LOG):
+        force = self.force or (self.resume and checkpoints.replaces(self.path))
+        with runs.staging_folder(self.path, self.screen, force=force) as staging, library_log(staging / LOG):
             yield staging
 
     def publish(self, staging: Path, manifest: Manifest) -> Run:

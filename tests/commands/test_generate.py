@@ -78,7 +78,8 @@ def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--share", "3/2"], "--share '3/2': expected which of how many parts"),
+        (["--share", "3/2"], "--share '3/2': expected PART/PARTS, as in 2/4"),
+        (["--share", "²/4"], "--share '²/4': expected PART/PARTS, as in 2/4"),
         (["--out", "a.txt"], "--out a.txt: expected a .jsonl or .parquet file"),
         (["--endpoint", "http://localhost:1", "--weights", "helpful=1"], "--endpoint excludes --weights and --want"),
         (["--adapter", "x", "--want", "a=1"], "--adapter excludes --weights and --want"),
