@@ -29,7 +29,7 @@ class Vector:
 
     def __init__(self, weights: Mapping[str, float], found: Mapping[str, vectors.Vector], recipe: Recipe, runs: Path):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
-        self._found, self._recipe, self._runs = found, recipe, runs
+        self._found, self._recipe, self._runs = {name: found[name] for name in self.weights}, recipe, runs
 
     @property
     def name(self) -> str:
@@ -89,7 +89,8 @@ class Vector:
         if not self.weights:
             raise UserError("this vector is zero: there is nothing to save")
         how = MergeOptions(rank=rank, keep=keep, dtype=dtype)
-        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=Path(folder)).run.path
+        out = Path(folder)
+        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=out, found=self._found).run.path
 
     def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:
         """Save at the smallest rank with this share of the energy, and load the saved adapter."""

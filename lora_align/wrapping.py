@@ -14,7 +14,7 @@ class Wrapper:
         self.too_long = False  # whether the current word exceeds a line
 
     def feed(self, text: str) -> str:
-        """Take the next piece of a text, and return the text that can be written now: all but an unfinished last word."""
+        """Take the next piece of a text. Return what can be written now: all but an unfinished last word."""
         if not self.columns:
             return text
         written = []

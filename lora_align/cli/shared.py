@@ -102,7 +102,7 @@ ByOption = Annotated[
     typer.Option(
         "--by",
         metavar="JUDGE",
-        help="Score the answers with this reward model, or by pair:PREFERENCE with a preference's two adapters; repeatable.",
+        help="Score with this reward model, or by pair:PREFERENCE with a preference's two adapters; repeatable.",
     ),
 ]
 SEEDS = {"min": 0, "max": 2**63 - 1}
