@@ -68,7 +68,7 @@ def test_saved_sum_has_the_vectors_of_both_projects(project: la.Project, tmp_pat
 
 def test_keywords_override_tables_of_any_depth(tmp_path: Path) -> None:
     prefers = {"said 🙂": {"data": tmp_path / "p.jsonl", "rank": "shorter"}}
-    with pytest.raises(la.UserError, match="keyword: preferences.said 🙂: a name has"):
+    with pytest.raises(la.UserError, match=r"keyword: preferences\.said 🙂: a name has"):
         la.Project("demo", preferences=prefers)
     made = la.Project(
         "demo",

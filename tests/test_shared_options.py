@@ -79,5 +79,5 @@ def test_training_uses_the_newest_recipe_without_overrides(folder: Path, capsys:
     assert (found.dpo.beta, found.dpo.limit) == (0.3, None)
     assert f"recipe: {file}, as for {folder}/dpo\n" in capsys.readouterr().err
     file.unlink()
-    with pytest.raises(UserError, match=r"was trained with .*mine.toml, which is not here; name a recipe"):
+    with pytest.raises(UserError, match=r"was trained with .*mine.toml, which does not exist; choose a recipe"):
         recipe_to_train(None, (), Screen(), folder)

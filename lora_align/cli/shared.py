@@ -48,7 +48,7 @@ OPTIONS = {  # parameter name → annotation and default, in the order of --help
     "name": _option(
         str | None, None, "--name", metavar="NAME", help="Publish the run under this name instead of the default one."
     ),
-    "force": _option(bool, False, "--force", help="Start again, and move an existing run of the same name aside."),
+    "force": _option(bool, False, "--force", help="Make the run again, and move an existing one aside."),
     "resume": _option(bool, False, "--resume", help="Continue a run that was stopped."),
     "limit": _option(
         int | None, None, "--limit", metavar="N", min=1, help="Use only the first N training rows or pairs."

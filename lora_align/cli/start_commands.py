@@ -18,7 +18,7 @@ from lora_align.plan.cards import card_name
 
 @takes("runs_dir", runs_dir=Path("lora-align-demo"))
 def demo(given: Given) -> None:
-    """Train, mix and measure vectors on the demo base, in minutes, without a network or a GPU.
+    """Train, mix and measure vectors on the demo base, in minutes. It needs no network and no GPU.
 
     Example: lora-align demo
     """

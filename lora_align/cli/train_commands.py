@@ -90,7 +90,7 @@ def dpo(
 
 @takes(*TRAINING, "name")
 def reward(given: Given) -> None:
-    """Train a reward model with a head for each rated attribute and for each name in [reward.pairs].
+    """Train a reward model. It has a head for each rated attribute, and for each name in [reward.pairs].
 
     Example: lora-align reward --recipe my.toml
     """

@@ -107,9 +107,8 @@ def from_dict(
     if found or recipe is None:
         origins = {override.partition("=")[0].strip(): "--set" for override in overrides}
         for name, inner in (keywords or {}).items():
-            origins |= (
-                {f"{name}.{key}": "keyword" for key in inner} if isinstance(inner, Mapping) else {name: "keyword"}
-            )
+            keys = [f"{name}.{key}" for key in inner] if isinstance(inner, Mapping) else [name]
+            origins |= dict.fromkeys(keys, "keyword")
         raise UserError(
             "\n".join(
                 f"{next((origin for key, origin in origins.items() if key in fault), source)}: {fault}"

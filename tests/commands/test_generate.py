@@ -99,5 +99,5 @@ def test_too_long_prompts_are_counted(workspace: Path) -> None:
     (workspace / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 200)
     done = call(workspace, "generate", "--prompts", "prompts.txt", "--adapter", "dpo/helpful/pos", "--out", "a.jsonl")
     assert done.code == 0, done.err
-    assert "left out, too long for the context: 1 prompt" in done.out
+    assert "1 prompt left out: too long for the context" in done.out
     assert len(_rows(workspace / "a.jsonl")) == 1
