@@ -13,14 +13,14 @@ __all__ = ["Chat", "Project", "UserError", "Vector", "load"]
 
 __version__ = "0.1.0"
 
-# These act when a library is imported, so they have to stand before any of them.
+# Libraries read these settings when they are imported, so they are set before any import.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if "OMP_WAIT_POLICY" not in os.environ:
-    # How long torch's threads wait for each other at full speed: by default so long that beside another busy program
-    # they take the time from the one that is waited for.
+    # Threads of GNU OpenMP spin while they wait. By default they spin so long that, beside another busy program, they
+    # take CPU time from the thread they wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "gemm_4bit_forward" not in record.getMessage()  # an optional kernel that is not needed here
+    lambda record: "gemm_4bit_forward" not in record.getMessage()  # about an optional kernel that is not used
 )
 _PUBLIC = {"Chat": "project", "Project": "project", "UserError": "errors", "Vector": "vector", "load": "vector"}
 

@@ -52,11 +52,11 @@ class Screen:
         """Print the command's result: the text, or with --json the data as one object."""
         if not self.as_json:
             self._out(text)
-        elif processes.rank() == 0:  # without line breaks
+        elif processes.rank() == 0:  # one line, which `write` would wrap
             print(json.dumps(data, ensure_ascii=False, default=str).translate(_JSON), flush=True)  # noqa: T201
 
     def show(self, text: str) -> None:
-        """Print a part of the result early; nothing with --json, where `result` contains it."""
+        """Print a part of the result early. With --json print nothing, because `result` prints the whole."""
         if not self.as_json:
             self._out(text)
 
@@ -82,7 +82,7 @@ class Screen:
     def progress(self, title: str, total: int | None, already: int = 0) -> Iterator["Progress"]:
         """Show progress with rate and, if the total is known, time left: a bar on a terminal, lines elsewhere.
 
-        `already` counts the work of earlier calls, which does not enter the rate.
+        `already` is the number of items that earlier calls did; the rate excludes them.
         """
         progress: Progress
         if self.quiet or processes.rank():
@@ -182,7 +182,7 @@ class _Bar(Progress):
         self._update(done, [rate(self.seconds_each(done)), *parts] if done != self.total else parts)
 
     def _update(self, done: int, parts: list[str]) -> None:
-        """Redraw with as many figures as fit beside the time left, first ones first."""
+        """Redraw the bar with as many figures as fit on the line, in their order."""
         counted = f"{done}/{self.total}" if self.total else f"{done:,}"
         width = self.bar.console.width - self.width - self.time_left - 3
         title_width = width - len(counted)

@@ -39,11 +39,11 @@ class OutOfStepError(RunFailedError):
 
 
 class Stopped(BaseException):
-    """A signal stopped the command. The exit code is 128 plus the signal's number."""
+    """A signal stopped the command. The exit code is 128 plus its number. `has_checkpoint`: a run can be resumed."""
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, has_checkpoint: bool = False) -> None:
         super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
+        self.exit_code, self.has_checkpoint = 128 + signal_number, has_checkpoint
 
 
 def first_line(fault: BaseException) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_align.chat.session import Session
     from lora_align.evaluate.compare import Comparison
 
-Answering = Vector | str  # a vector, or a word that names a policy: start, base, mix, helpful=1, a folder
+PolicyLike = Vector | str  # a vector, or a word that names a policy: start, base, mix, helpful=1, a folder
 
 
 class Project:
@@ -29,15 +29,15 @@ class Project:
         self, recipe: str | Path = recipes.DEFAULT, runs: str | Path = "runs", *, quiet: bool = False, **tables: Any
     ) -> None:
         """Read the recipe. `tables` override values: `Project("demo", dpo={"limit": 64})`."""
-        overrides = [f"{table}.{key}={_toml(value)}" for table, of in tables.items() for key, value in of.items()]
         path, _ = recipes.find(str(recipe))
-        self.recipe, self.runs, self.screen = recipes.load(path, overrides), Path(runs), Screen(quiet=quiet)
+        self.recipe, self.runs, self.screen = recipes.load(path, (), tables), Path(runs), Screen(quiet=quiet)
 
     def train(
         self, preference: str, direction: str = "both", *, resume: bool = True, force: bool = False, **settings: Any
     ) -> Vector:
-        """Train a preference by DPO and return its vector; what is trained already is not trained again.
+        """Train a preference by DPO and return its vector.
 
+        A published run of the same settings is used as it is; one of other settings is refused, unless `force`.
         `settings` are keys of the recipe's [dpo] table, such as `limit=64` or `learning_rate=1e-4`.
         """
         from lora_align.train.dpo import train_dpo
@@ -58,70 +58,71 @@ class Project:
         """Return the vectors of all preferences whose two adapters are trained."""
         return [self.vector(name) for name in vectors.trained(self.runs)]
 
-    def policy(self, answering: Answering) -> Policy:
+    def policy(self, policy: PolicyLike) -> Policy:
         """Return the policy of a vector, or of a word such as `start`, `mix` or `helpful=1,harmless=-0.5`."""
-        if isinstance(answering, Vector):
-            return answering.policy
-        return find_policy(answering, self.recipe, self.runs, self.screen)
+        if isinstance(policy, Vector):
+            return policy.policy
+        return find_policy(policy, self.recipe, self.runs, self.screen)
 
-    def chat(self, answering: Answering = "start", **sampling: Any) -> Chat:
+    def chat(self, policy: PolicyLike = "start", **sampling: Any) -> Chat:
         """Open a conversation. `sampling` takes `temperature`, `top_p`, `max_new_tokens` and `seed`."""
         from lora_align.chat.session import open_session
         from lora_align.model import base as bases
         from lora_align.model.decoding import Sampling
 
         base = bases.find(self.recipe.base)
-        policy = self.policy(answering)
-        return Chat(open_session(base, self.runs, self.recipe, policy, Sampling(**sampling), self.screen))
+        found = self.policy(policy)
+        return Chat(open_session(base, self.runs, self.recipe, found, Sampling(**sampling), self.screen))
 
     def generate(
-        self, prompts: Sequence[str], answering: Answering = "start", n: int = 1, **sampling: Any
+        self, prompts: Sequence[str], policy: PolicyLike = "start", n: int = 1, **sampling: Any
     ) -> list[list[str]]:
         """Return n answers to each prompt. `sampling` is as for `chat`, at temperature 1 and seed 0 by default."""
         from lora_align.model import base as bases
         from lora_align.model.decoding import Sampling
         from lora_align.policy.policy_set import PolicySet
 
-        policy = self.policy(answering)
-        made = PolicySet.of([policy], self.recipe, bases.find(self.recipe.base), self.runs, self.screen)
-        made.activate(policy)
-        asked: list[Prompt] = [(Message("user", text),) for text in prompts]
+        chosen = self.policy(policy)
+        policies = PolicySet.of([chosen], self.recipe, bases.find(self.recipe.base), self.runs, self.screen)
+        policies.activate(chosen)
+        conversations: list[Prompt] = [(Message("user", text),) for text in prompts]
         found: list[dict[int, str]] = [{} for _ in prompts]
-        for batch in made.sampler.draw(asked, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
+        for batch in policies.sampler.draw(conversations, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
             for answer in batch:
                 found[answer.prompt][answer.number] = answer.text
         return [[answers[number] for number in sorted(answers)] for answers in found]
 
-    def evaluate(self, answering: Sequence[Answering], by: Sequence[str] = (), **settings: Any) -> Comparison:
-        """Measure policies on the same prompts, the first against the others.
+    def evaluate(self, policies: Sequence[PolicyLike], by: Sequence[str] = (), **settings: Any) -> Comparison:
+        """Measure policies on the same prompts, and compare the first with each of the others.
 
-        `by` names judges: a reward model, or `pair:helpful`. `settings` are keys of the recipe's [eval] table.
+        `by` lists judges: names of reward models, or `pair:PREFERENCE`. `settings` are keys of the [eval] table.
         """
         from lora_align.evaluate.compare import compare_policies
         from lora_align.evaluate.measure import Evaluator
 
         project = self._with("eval", settings)
-        policies = [self.policy(one) for one in answering]
-        return compare_policies(Evaluator.of(policies, project, self.runs, self.screen, by), self.screen)
+        found = [self.policy(policy) for policy in policies]
+        return compare_policies(Evaluator.of(found, project, self.runs, self.screen, by), self.screen)
 
     def __repr__(self) -> str:
         return f"Project({self.recipe.source!r}, base {self.recipe.base.model!r}, runs {str(self.runs)!r})"
 
     def _with(self, table: str, settings: Mapping[str, Any]) -> recipes.Recipe:
-        overrides = [f"{table}.{key}={_toml(value)}" for key, value in settings.items()]
-        table_of_all = json.loads(json.dumps(self.recipe.as_dict()))
-        return recipes.from_dict(table_of_all, "keywords", overrides) if overrides else self.recipe
+        if not settings:
+            return self.recipe
+        tables = json.loads(json.dumps(self.recipe.as_dict()))
+        return recipes.from_dict(tables, self.recipe.source, keywords={table: settings})
 
 
 class Chat:
-    """A conversation with a loaded base. Call it with what you say; change `weights` between answers."""
+    """A conversation with a loaded base. Call it with a message; change `weights` between answers."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
     @property
     def weights(self) -> MutableMapping[str, float]:
-        """The weights in force; assigning one changes the next answer."""
+        """The current weights. Assign one to change it for the next answers."""
         return _Weights(self.session)
 
     @property
@@ -130,19 +131,27 @@ class Chat:
         return [{"role": turn.role, "content": turn.content} for turn in self.session.turns]
 
     def __call__(self, text: str, show: Callable[[str], None] | None = None) -> str:
-        """Answer; `show` is called with each piece of the answer as it comes."""
-        session = self.session
-        session.turns = [*session.turns, Message("user", text)]
+        """Answer a message, and return the answer. `show` gets each piece of the answer as it is sampled.
+
+        If an exception ends the answer, the conversation stays as it was before.
+        """
+        session, before = self.session, self.session.turns
+        session.turns = [*before, Message("user", text)]
         pieces = []
-        for piece in session.answer():
-            pieces.append(piece)
-            if show:
-                show(piece)
+        try:
+            for piece in session.answer():
+                pieces.append(piece)
+                if show:
+                    show(piece)
+        except BaseException:
+            session.turns = before
+            session.cache.forget()
+            raise
         session.turns = [*session.turns, Message("assistant", "".join(pieces))]
         return "".join(pieces).strip()
 
     def reset(self) -> None:
-        """Forget the conversation; weights stay."""
+        """Delete the conversation; the weights do not change."""
         self.session.turns = []
 
     def __repr__(self) -> str:
@@ -174,10 +183,6 @@ class _Weights(MutableMapping[str, float]):
 
     def __repr__(self) -> str:
         return repr(self._session.weights)
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
 def _other(side: Direction) -> str:

@@ -16,19 +16,20 @@ from lora_align.recipe import Base, Recipe
 if TYPE_CHECKING:
     from lora_align.adapters.delta import LoraDelta
 
-SAME = 1e-6  # relative distance of two equal sums, which rounding causes
+SAME = 1e-6  # largest relative difference of two equal updates, which rounding causes
 QUIET = Screen(quiet=True)
 
 
 class Vector:
     """A weighted sum of preference vectors or adapters, by name.
 
-    `+`, `-`, `*`, `/`, `==` and `sum` are exact: they combine weights, and no file is read before a number is needed.
+    `+`, `-`, `*`, `/` and `sum` are exact: they combine weights, without loading a tensor. `==` loads and compares the
+    updates.
     """
 
     def __init__(self, weights: Mapping[str, float], found: Mapping[str, vectors.Vector], recipe: Recipe, runs: Path):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
-        self._found, self._recipe, self._runs = found, recipe, runs
+        self._found, self._recipe, self._runs = {name: found[name] for name in self.weights}, recipe, runs
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class Vector:
 
     @cached_property
     def delta(self) -> LoraDelta:
-        """The factors of every module."""
+        """The factors B and A of every module, loaded on first use."""
         from lora_align.adapters.delta import LoraDelta, total
 
         loaded, _ = vectors.load_updates(self.policy.vectors)
@@ -65,7 +66,7 @@ class Vector:
 
     @property
     def unconverged(self) -> list[str]:
-        """Why training may have failed, one reason a run; empty if it did not."""
+        """The reasons why runs of this vector are unconverged; empty if all converged."""
         return [reason for vector in self.policy.vectors.values() for reason in vector.unconverged()]
 
     def inner(self, other: Vector) -> float:
@@ -79,17 +80,20 @@ class Vector:
     def save(
         self, folder: str | Path, *, rank: int | None = None, keep: float | None = None, dtype: str | None = None
     ) -> Path:
-        """Write an ordinary PEFT adapter, truncated to a rank, or to the smallest rank that keeps a share of energy."""
+        """Write an ordinary PEFT adapter. It contains the SFT adapter of the start policy, if there is one.
+
+        `rank` truncates the vector. `keep` truncates it to the smallest rank with this share of the energy."""
         from lora_align.adapters.merge_options import MergeOptions
         from lora_align.commands.merge import merge_adapters
 
         if not self.weights:
             raise UserError("this vector is zero: there is nothing to save")
         how = MergeOptions(rank=rank, keep=keep, dtype=dtype)
-        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=Path(folder)).run.path
+        out = Path(folder)
+        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=out, found=self._found).run.path
 
     def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:
-        """Save at the smallest rank that keeps a share of the energy; return the saved adapter."""
+        """Save at the smallest rank with this share of the energy, and load the saved adapter."""
         return load(self.save(folder, keep=keep))
 
     def __add__(self, other: Vector) -> Vector:

@@ -14,7 +14,7 @@ class Wrapper:
         self.too_long = False  # whether the current word exceeds a line
 
     def feed(self, text: str) -> str:
-        """Take the next piece of a text and return what can be written now: all but an unfinished word, see `flush`."""
+        """Take the next piece of a text. Return what can be written now: all but an unfinished last word."""
         if not self.columns:
             return text
         written = []
@@ -41,7 +41,7 @@ class Wrapper:
         return self.put(word) if word else ""
 
     def put(self, word: str) -> str:
-        """Return what to write for one word or one white-space character; blanks are held back until the next word."""
+        """Return the text to write for a word or a white-space character. Blanks are held back until the next word."""
         if not self.columns:
             return word
         if word == "\n":
@@ -62,7 +62,7 @@ class Wrapper:
         return self._place(blanks + word)
 
     def _place(self, text: str) -> str:
-        """Count the columns that a text uses."""
+        """Count the columns that a text uses, and return the text."""
         self.used = (self.used + cell_width(text) - 1) % self.columns + 1
         return text
 

@@ -1,5 +1,6 @@
 """The Python API, on the demo base."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,46 @@ def test_reprs_are_short(project: la.Project) -> None:
     assert repr(project).startswith("Project('demo', base 'demo', runs ")
 
 
+def test_saved_sum_has_the_vectors_of_both_projects(project: la.Project, tmp_path: Path) -> None:
+    """Both folders of runs have a vector of this name, and they differ."""
+    other = la.Project("demo", runs=tmp_path / "others", quiet=True)
+    for side in ("pos", "neg"):
+        target = other.runs / "dpo" / "harmless" / side
+        shutil.copytree(project.runs / "dpo" / "helpful" / side, target)
+    here, there = project.vector("harmless"), other.vector("harmless")
+    assert here != there
+    mix = project.vector("helpful") * 2 + there
+    assert la.load(mix.save(tmp_path / "mix")) == mix == 3 * project.vector("helpful")
+    assert here - here + there == there
+
+
+def test_keywords_override_tables_of_any_depth(tmp_path: Path) -> None:
+    prefers = {"said 🙂": {"data": tmp_path / "p.jsonl", "rank": "shorter"}}
+    with pytest.raises(la.UserError, match=r"keyword: preferences\.said 🙂: a name has"):
+        la.Project("demo", preferences=prefers)
+    made = la.Project(
+        "demo",
+        base={"chat_template_kwargs": {"enable_thinking": True, "greeting": "🙂"}},
+        preferences={"short": prefers["said 🙂"], "helpful": {"margin": 0.5}},
+        dpo={"limit": None},
+        eval={"prompts": "asked.jsonl"},
+    ).recipe
+    assert made.base.chat_template_kwargs == {"enable_thinking": True, "greeting": "🙂"}
+    assert made.preferences["short"].data == str(tmp_path / "p.jsonl")
+    assert (made.preferences["helpful"].margin, made.preferences["helpful"].rank) == (0.5, "rating:helpfulness")
+    assert made.dpo.limit is None
+    assert made.eval.prompts.data == "asked.jsonl"
+
+
+def test_bad_keywords_are_named_in_errors(project: la.Project) -> None:
+    with pytest.raises(la.UserError, match=r"\Akeyword: dpo.beta: input should be greater than 0"):
+        project.train("helpful", beta=-1)
+    with pytest.raises(la.UserError, match=r"\Akeyword: dpo.beta: .* not None"):
+        la.Project("demo", dpo={"beta": None})
+    with pytest.raises(la.UserError, match=r"\Akeyword: dpo: must be a table"):
+        la.Project("demo", dpo=3)
+
+
 def test_saved_vector_loads_as_a_peft_folder(project: la.Project, tmp_path: Path) -> None:
     mix = project.vector("helpful") - 0.5 * project.vector("harmless")
     loaded = la.load(mix.save(tmp_path / "mix"))
@@ -86,11 +127,27 @@ def test_chat_answers_and_its_weights_change(project: la.Project) -> None:
     assert repr(chat) == "Chat(helpful=-3 harmless=1, 2 messages)"
 
 
+def test_unanswered_question_does_not_stay_in_a_chat(project: la.Project) -> None:
+    chat = project.chat(policy="start", temperature=0.0, max_new_tokens=24)
+
+    def stop(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat("Tell me about rain.", show=stop)
+    assert chat.messages == []
+    with pytest.raises(la.UserError, match="the conversation fills"):
+        chat("Tell me about rain. " * 400)
+    assert chat.messages == []
+    first = chat("Tell me about the moon.")
+    assert first == project.chat("start", temperature=0.0, max_new_tokens=24)("Tell me about the moon.")
+
+
 def test_generate_and_evaluate_take_vectors_and_words(project: la.Project) -> None:
     helpful = project.vector("helpful")
-    answers = project.generate(["Tell me about rain.", "Tell me about bees."], helpful, n=2, max_new_tokens=16)
+    answers = project.generate(["Tell me about rain.", "Tell me about bees."], policy=helpful, n=2, max_new_tokens=16)
     assert [len(some) for some in answers] == [2, 2]
-    found = project.evaluate([helpful, "start"])
+    found = project.evaluate(policies=[helpful, "start"])
     assert list(found.policies) == ["helpful", "start"]
     assert found.policies["start"]["KL"].value == 0
     assert "helpful wins against start" in repr(found)

@@ -77,7 +77,7 @@ def test_training_uses_the_newest_recipe_without_overrides(folder: Path, capsys:
     publish(folder, "dpo", "dpo", recipe.load(file, ["dpo.limit=64"]))
     found = recipe_to_train(None, (), Screen(), folder)
     assert (found.dpo.beta, found.dpo.limit) == (0.3, None)
-    assert f"recipe: {file}, which {folder}/dpo was trained with\n" in capsys.readouterr().err
+    assert f"recipe: {file}, as for {folder}/dpo\n" in capsys.readouterr().err
     file.unlink()
-    with pytest.raises(UserError, match=r"was trained with .*mine.toml, which is not here; name a recipe"):
+    with pytest.raises(UserError, match=r"was trained with .*mine.toml, which does not exist; choose a recipe"):
         recipe_to_train(None, (), Screen(), folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import lora_align as la
 from lora_align import demo as demo_base
 from lora_align.errors import UserError
 from support import COMMAND, PAIRS, Cli, Terminal, call, make_base, real_data
@@ -110,7 +111,7 @@ def test_weights_accept_runs_and_folders(workspace: Path) -> None:
     assert answers == {call(workspace, "chat", "--weights", "helpful=1", *words).out}
 
 
-def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path) -> None:
+def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lora-align.toml").write_text(
         "[base]\nmodel = 'demo'\n[lora]\nrank = 4\n[preferences.brief]\ndata = 'demo:pairs'\nrank = 'shorter'\n"
         "[sft]\ndata = 'demo:conversations'\nlimit = 64\nlearning_rate = 3e-3\nmax_length = 128\n"
@@ -133,6 +134,10 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path) -> None:
     assert "start adapter: runs/sft/start, added" in added.err
     assert "start adapter: part of the mix" in contained.err
     assert added.out == contained.out == vector.out
+    project = la.Project(tmp_path / "lora-align.toml", tmp_path / "runs")
+    capsys.readouterr()
+    project.chat("base")
+    assert "start adapter" not in capsys.readouterr().err
     by_run = cli("chat", "--adapter", "mix/whole", *prompt)
     assert by_run.out == contained.out
     compressed = cli("merge", "--weights", "brief=1", "--name", "small", "--rank", "6", "--json")
@@ -172,7 +177,7 @@ def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
         (["dpo", "--pref", "helpful", "--direction", "up"], "pos, neg or both"),
         (
             ["dpo", "--pref", "helpful", "--direction", "pos"],
-            "--resume keeps it and goes on with what is missing, --force",
+            "--resume keeps it and trains what is missing, --force",
         ),
         (["dpo", "--pref", "helpful", "--name", "../up"], "a-z 0-9"),
         (["dpo", "--pref", "brief", "--set", "dpo.beta=-1", "--set", "dpo.x=1"], "dpo.beta"),
@@ -373,8 +378,8 @@ def test_chat_commands_in_a_terminal(workspace: Path) -> None:
     terminal.say("/retry")
     terminal.say("/system You are terse.")
     assert "saved 3 messages" in terminal.say("/save talk.json")
-    assert "0 turns left" in terminal.say("/undo")
-    assert "answers your last question again" in terminal.say("/retry")
+    assert "0 messages left" in terminal.say("/undo")
+    assert "/retry: no question was asked yet" in terminal.say("/retry")
     assert "/compare" in terminal.say("/help")
     assert "no command /frob" in terminal.say("/frob")
     os.write(terminal.screen, b"/quit\n")

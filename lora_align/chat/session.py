@@ -39,8 +39,8 @@ class Session:
     system: str = ""
     conditioned: Conditioned | None = None
     cache: PrefixCache = field(default_factory=PrefixCache)
-    tokens: int = 0  # in the last answer
-    retries: int = 0  # of the last question
+    tokens: int = 0  # number of tokens in the last answer
+    retries: int = 0  # number of retries of the last question
 
     @property
     def weights(self) -> dict[str, float]:
@@ -53,13 +53,13 @@ class Session:
         return dict(self.conditioned.want.weights) if self.conditioned and self.conditioned.want else None
 
     def only(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """Return these weights with 0 for all other vectors. A conditioned policy keeps its weight."""
+        """Return these weights, and 0 for every other vector except the conditioned policy."""
         conditioned = self.conditioned.name if self.conditioned else ""
         others = {name: weight if name == conditioned else 0.0 for name, weight in self.weights.items()}
         return {**others, **weights}
 
     def set_weights(self, weights: Mapping[str, float]) -> list[str]:
-        """Change weights from the next answer on, and return warnings. Vectors that are not loaded yet are loaded."""
+        """Change weights for the next answers, and return warnings. Load vectors that are not loaded yet."""
         if self.fixed:
             raise UserError("the weights are fixed: this mix contains a start adapter that is not in the runs folder")
         loaded = self.mixer.updates if self.mixer else {}
@@ -80,7 +80,7 @@ class Session:
         self.cache.forget()
         self.vectors |= new
         far = safe_ranges.warnings_beyond_reach(merged, self.vectors, self.runs_dir)
-        return [*(doubt for vector in new.values() for doubt in vector.warnings()), *far]
+        return [*(warning for vector in new.values() for warning in vector.warnings()), *far]
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the assistant's next answer piece by piece, and count its tokens in `tokens`."""
@@ -113,15 +113,16 @@ def open_session(
         _, start_id = vectors.common_base(found.values())
         start = start_policy.published(runs_dir, start_id)
         fixed = start is None
-        if start is not None:  # subtracted, so that the mix's weight does not scale it
+        if start is not None:  # subtract it from the mix, so that the weight of the mix does not scale it
             found = {name: vector.without(start) for name, vector in found.items()}
     elif policy.start:
         start = start_policy.adapter(recipe, runs_dir)
         start_id = start_policy.identity(start)
     check_stands_on(base, start_id, policy.vectors.values())
-    if recipe.sft is not None:
-        added = start is not None and not policy.contains_start
-        screen.note(f"start adapter: {start.path}, added" if start and added else "start adapter: part of the mix")
+    if policy.contains_start:
+        screen.note("start adapter: part of the mix")
+    elif start is not None:
+        screen.note(f"start adapter: {start.path}, added")
     far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
     for warning in [*policy.warnings(), *_differences(base, policy.vectors.values()), *far]:
         screen.warn(warning)
@@ -136,10 +137,10 @@ def open_session(
 def _differences(base: Base, found: Iterable[Vector]) -> list[str]:
     """Return a warning for each property of the base, except its weights, that differs from training."""
     theirs, _ = vectors.common_base(found)
-    words = {"chat_format": "chat template or tokenizer", "quantization": "quantisation"}
+    words = {"chat_format": "chat template or tokenizer", "quantization": "quantization"}
     ours = base.identity
     return [
-        f"the vectors were trained with another {name} than the recipe's; answers may be worse"
+        f"the {name} of the recipe is not that of the vectors' training; answers may be worse"
         for key, name in words.items()
         if theirs and theirs.get(key) != ours[key]
     ]

@@ -17,11 +17,11 @@ from lora_align.weights import parse_weights
 
 EXIT = ("/quit", "/exit")
 HELP = """\
-/w helpful=0.3          change a weight from the next answer on; other weights stay
+/w helpful=0.3          change a weight for the next answers; other weights stay
 /w                      show the weights
 /want a=0.8,b=-0.6      change the direction of a conditioned policy
 /compare a=1 | a=-1     answer the last question at several weights side by side
-/retry                  answer again; with --seed, from the next seed
+/retry                  answer the last question again; after `chat --seed`, with the next seed
 /undo                   remove the last question and its answer
 /system TEXT            set the system message; without text, remove it
 /save FILE              write the conversation: FILE.md as Markdown, any other as JSON
@@ -42,7 +42,7 @@ def answer_once(session: Session, prompt: str, screen: Screen) -> None:
 
 
 def run_script(session: Session, lines: Iterable[str], screen: Screen) -> None:
-    """Process lines from a pipe as on a terminal. The first error ends the script."""
+    """Process lines from a pipe as if they were typed. The first error ends the script."""
     for number, line in enumerate(map(str.strip, lines), 1):
         if line in EXIT:
             return
@@ -159,7 +159,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
         raise UserError("/compare takes two or more sets of weights: /compare helpful=1 | harmless=1")
     question = _last_question(session)
     if question is None:
-        raise UserError("/compare answers your last question again: ask one first")
+        raise UserError("/compare: no question was asked yet")
     weights_before, turns = session.weights, session.turns
     table = Table(expand=True)
     answers = []
@@ -182,7 +182,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
 def _retry(session: Session, screen: Screen) -> None:
     question = _last_question(session)
     if question is None:
-        raise UserError("/retry answers your last question again: ask one first")
+        raise UserError("/retry: no question was asked yet")
     session.retries += 1
     _stream_answer(session, session.turns[: question + 1], screen)
 
@@ -197,7 +197,7 @@ def _undo(session: Session, screen: Screen) -> None:
         raise UserError("/undo: no question was asked yet")
     while session.turns and session.turns.pop().role != "user":
         pass
-    screen.say(f"{count(len(session.turns), 'turn')} left")
+    screen.say(f"{count(len(session.turns), 'message')} left")
 
 
 def _system(session: Session, argument: str, screen: Screen) -> None:

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Anything heavy is imported by the command that needs it."""
+"""The command line: parse, call, print. A command imports heavy libraries itself, when it runs."""
 
 from lora_align.cli.app import main
 

@@ -1,6 +1,5 @@
 """The entry point: registers the commands, and turns errors and Ctrl-C into messages and exit codes."""
 
-import inspect
 import os
 import shlex
 import signal
@@ -16,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_align import __version__, processes, store
+from lora_align import __version__, processes, runs, store
 from lora_align.cli import measure_commands, mix_commands, start_commands, train_commands, use_commands
 from lora_align.console import Screen, library_log, write
 from lora_align.errors import RunFailedError, Stopped, UserError, nearest
@@ -26,7 +25,7 @@ class Grouped(TyperGroup):
     """A group of commands whose help lists them by GROUPS."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write a section for each of GROUPS."""
+        """Write a section for each group."""
         longest = max(map(len, COMMANDS))
         for title, commands in GROUPS.items():
             with formatter.section(title):
@@ -69,10 +68,9 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Share": {"push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
-CONTINUING = {"demo", "score", "generate", "eval", "sweep", "reach"}  # continue without --resume
+SAME_LINE = {"demo", "score", "generate", "eval", "sweep", "reach"}  # the same command line continues these
 SIGNALLED = 128  # exit codes above it name a signal
-RANK_0_FIRST = 30.0  # seconds that other ranks wait, so that rank 0 prints its error before the launcher ends it
-TRAINING = {"sft", "dpo", "reward", "rsf"}  # may run in several processes
+RANK_0_FIRST = 30.0  # seconds that other ranks wait, so that rank 0 can print its error before it is ended
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -116,7 +114,7 @@ def options(
         Screen().show(context.get_help())
     if debug:
         os.environ["LORA_ALIGN_DEBUG"] = "1"
-    processes.check(context.invoked_subcommand or "help", trains=context.invoked_subcommand in TRAINING)
+    processes.check(context.invoked_subcommand or "help", trains=context.invoked_subcommand in runs.TRAINING)
 
 
 @contextmanager
@@ -146,9 +144,8 @@ def main() -> None:
         _exit(str(fault), fault.exit_code)
     except Stopped as stop:
         launched = " (or under the launcher again)" if processes.world_size() > 1 else ""
-        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        how = f"; to continue: {_continuing_line()}{launched}" if command in CONTINUING | TRAINING else ""
-        _exit(f"stopped; nothing unfinished was published{how}", stop.exit_code)
+        line = _continuing_line(has_checkpoint=stop.has_checkpoint)
+        _exit(f"stopped; nothing unfinished was published{line and f'; to continue: {line}{launched}'}", stop.exit_code)
     except TyperException as fault:
         message = fault.format_message() if hasattr(fault, "format_message") else str(fault)
         _exit(f"{message.rstrip('.')} (see lora-align --help, or --help after a command)", 2)
@@ -157,11 +154,19 @@ def main() -> None:
         _exit(message, RunFailedError.exit_code)
 
 
-def _continuing_line() -> str:
-    """Return the command line that continues the stopped one: the same, with --resume if the command has it."""
-    words = [word for word in sys.argv[1:] if word not in ("--force", "--resume")]
-    resumes = any("resume" in inspect.signature(COMMANDS[word]).parameters for word in words if word in COMMANDS)
-    return f"lora-align {shlex.join([*words, *(['--resume'] if resumes else [])])}"
+def _continuing_line(*, has_checkpoint: bool) -> str:
+    """Return the command line that continues the stopped command, or an empty text if none does.
+
+    Without a checkpoint of the new run, --resume would find the run that --force was to replace, so --force stays.
+    """
+    typed = sys.argv[1:]
+    command = next((word for word in typed if not word.startswith("-")), "")
+    new = [word for word in typed if word not in ("--force", "--resume")]
+    if command == "rsf":
+        return f"lora-align {shlex.join(new)}"
+    if command in runs.TRAINING and (has_checkpoint or "--force" not in typed):
+        return f"lora-align {shlex.join([*new, '--resume'])}"
+    return f"lora-align {shlex.join(typed)}" if command in {*SAME_LINE, *runs.TRAINING} else ""
 
 
 def _exit(text: str, code: int) -> None:
@@ -170,7 +175,7 @@ def _exit(text: str, code: int) -> None:
         write(traceback.format_exc().rstrip(), sys.stderr)
     if processes.rank() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
-    elif code == RunFailedError.exit_code:  # rank 0 has the other errors as well
+    elif code == RunFailedError.exit_code:  # rank 0 has all other errors too, and prints them
         write(f"process {processes.rank()}: {text}", sys.stderr)
     if processes.rank() and code < SIGNALLED:  # a signal reaches all ranks
         time.sleep(RANK_0_FIRST)

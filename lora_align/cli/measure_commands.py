@@ -77,16 +77,19 @@ def sweep(
     given: Given,
     axes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME=FROM:TO:STEP", help="A preference and its weights, as in helpful=-1:1:0.5."),
+        typer.Argument(
+            metavar="NAME=FROM:TO:STEP",
+            help="A preference and its weights, as in helpful=-1:1:0.5. The default of STEP is 0.5.",
+        ),
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option("--also", metavar="POLICY", help="Also measure this policy, named as for `eval`; repeatable."),
+        typer.Option("--also", metavar="POLICY", help="Also measure this policy, written as for `eval`; repeatable."),
     ] = None,
     directions: Annotated[
         int,
         typer.Option(
-            "--directions", metavar="N", min=0, help="Measure this many directions of the newest policy of `rsf`."
+            "--directions", metavar="N", min=0, help="Measure the newest policy of `rsf` in this many directions."
         ),
     ] = 0,
     by: ByOption = None,
@@ -126,7 +129,10 @@ def tune(
         ),
     ],
     kl: Annotated[
-        float, typer.Option("--kl", metavar="NATS", min=1e-6, help="Maximum KL from the start policy, per token.")
+        float,
+        typer.Option(
+            "--kl", metavar="NATS", min=1e-6, help="Maximum KL(start‖mix), per token, on answers of the start policy."
+        ),
     ] = 0.2,
     loss: Annotated[
         float,
@@ -139,7 +145,7 @@ def tune(
         ),
     ] = 0.02,
     most: Annotated[
-        float, typer.Option("--most", metavar="WEIGHT", min=1e-6, help="Maximum weight of a vector.")
+        float, typer.Option("--most", metavar="WEIGHT", min=1e-6, help="Maximum absolute weight of a vector.")
     ] = 1.0,
     groups: Annotated[
         int,
@@ -148,14 +154,14 @@ def tune(
         ),
     ] = 1,
 ) -> None:
-    """Find weights by gradient on held-out pairs, without a grid. Weights stay within the bounds below.
+    """Find weights by gradient on held-out pairs, without a grid. The options bound the result.
 
     Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
     """
     aims = parse_weights(aim)
     if min(aims.values()) <= 0:
         raise UserError(
-            "--aim: a share must be above 0; for the opposite of a preference, merge it with a negative weight"
+            "--aim: a share must be above 0; for the opposite of a preference, merge its vector with a negative weight"
         )
     project = given.recipe_of_runs()
     given.check_vectors(aims, project)
@@ -189,7 +195,10 @@ def reach(
         list[str] | None, typer.Argument(metavar="NAME", help="Preferences; by default all trained ones.")
     ] = None,
     kl: Annotated[
-        float, typer.Option("--kl", metavar="NATS", min=1e-6, help="Maximum KL from the start policy, per token.")
+        float,
+        typer.Option(
+            "--kl", metavar="NATS", min=1e-6, help="Maximum KL(policy‖start), per token, on answers of the policy."
+        ),
     ] = 0.2,
     loss: Annotated[
         float,
@@ -198,13 +207,16 @@ def reach(
     share: Annotated[
         float,
         typer.Option(
-            "--share", metavar="SHARE", min=1e-6, help="Maximum relative loss of refusals and of known facts."
+            "--share",
+            metavar="SHARE",
+            min=1e-6,
+            help="Maximum change of a share for the worse, such as safe prompts refused or facts known.",
         ),
     ] = 0.1,
 ) -> None:
     """Find the largest weights before quality breaks. `merge` and `chat` warn beyond them.
 
-    Each vector is tried alone, and with each other vector.
+    Vectors are tried one by one and in pairs.
 
     Example: lora-align reach helpful harmless
     """

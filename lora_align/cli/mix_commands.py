@@ -30,7 +30,9 @@ RankOption = Annotated[
 ]
 FitOption = Annotated[
     str | None,
-    typer.Option("--fit", metavar="SERVER", help="Pad with zeros to a rank that this server reads: vllm or llama.cpp."),
+    typer.Option(
+        "--fit", metavar="SERVER", help="Pad with zeros to a rank that this server accepts: vllm or llama.cpp."
+    ),
 ]
 
 
@@ -57,7 +59,7 @@ def merge(
         ),
     ] = None,
     same_base: Annotated[
-        bool, typer.Option("--same-base", help="Merge adapters whose bases are the same under different names.")
+        bool, typer.Option("--same-base", help="Treat bases with different names as the same.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -80,7 +82,7 @@ def merge(
     check_weights(method, wanted)
     project = given.recipe_of_runs()
     given.check_vectors(wanted, project)
-    given.screen.note("adding adapters up …")
+    given.screen.note("merging adapters …")
     from lora_align.commands.merge import merge_adapters
 
     mix = merge_adapters(
@@ -109,7 +111,9 @@ def inspect(
     picture: Annotated[
         Path | None,
         typer.Option(
-            "--picture", metavar="FILE", help="Plot the norms of every vector's layers to this .png, .pdf or .svg file."
+            "--picture",
+            metavar="FILE",
+            help="Plot the norm of each layer of every vector to this .png, .pdf or .svg file.",
         ),
     ] = None,
 ) -> None:
@@ -126,8 +130,8 @@ def inspect(
     from lora_align.commands.inspect import inspect_vectors
 
     inspection = inspect_vectors(names or [], wanted, project, given.runs_dir, how, picture)
-    for doubt in inspection.doubts:
-        given.screen.warn(doubt)
+    for warning in inspection.doubts:
+        given.screen.warn(warning)
     given.show(inspection)
 
 
@@ -139,7 +143,7 @@ def push(
         str, typer.Option("--to", metavar="OWNER/NAME", help="The repository on the hub, created if it does not exist.")
     ],
     public: Annotated[
-        bool, typer.Option("--public", help="Create a public repository, or push to an existing one.")
+        bool, typer.Option("--public", help="Allow a public repository: create one, or push to an existing one.")
     ] = False,
 ) -> None:
     """Push a run to the Hugging Face hub, with a model card.

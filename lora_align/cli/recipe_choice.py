@@ -22,8 +22,10 @@ def recipe_to_train(name: str | None, overrides: Sequence[str], screen: Screen, 
     if source not in ("", recipes.DEFAULT):
         path = trained[-1].path
         if not Path(source).is_file() and source not in recipes.builtin():
-            raise UserError(f"{path} was trained with {source}, which is not here; name a recipe: --recipe FILE")
-        screen.note(f"recipe: {source}, which {path} was trained with")
+            raise UserError(
+                f"{path} was trained with {source}, which does not exist; choose a recipe with --recipe FILE"
+            )
+        screen.note(f"recipe: {source}, as for {path}")
         name = source
     return _load(name, overrides, screen)
 

@@ -26,7 +26,7 @@ def _option(kind: Any, default: Any, *names: str, **settings: Any) -> tuple[Any,
     return Annotated[kind, typer.Option(*names, **settings)], default
 
 
-OPTIONS = {  # parameter → annotation and default, in the order of --help
+OPTIONS = {  # parameter name → annotation and default, in the order of --help
     "recipe": _option(
         str | None,
         None,
@@ -48,16 +48,21 @@ OPTIONS = {  # parameter → annotation and default, in the order of --help
     "name": _option(
         str | None, None, "--name", metavar="NAME", help="Publish the run under this name instead of the default one."
     ),
-    "force": _option(bool, False, "--force", help="Move an existing run of the same name aside."),
+    "force": _option(bool, False, "--force", help="Make the run again, and move an existing one aside."),
     "resume": _option(bool, False, "--resume", help="Continue a run that was stopped."),
-    "limit": _option(int | None, None, "--limit", metavar="N", min=1, help="Train on the first N rows or pairs only."),
-    "dry_run": _option(bool, False, "--dry-run", help="Print the recipe, lengths and the plan, and train nothing."),
+    "limit": _option(
+        int | None, None, "--limit", metavar="N", min=1, help="Use only the first N training rows or pairs."
+    ),
+    "dry_run": _option(
+        bool, False, "--dry-run", help="Print the recipe, the lengths of rows and the plan; train nothing."
+    ),
     "as_json": _option(bool, False, "--json", help="Print the result as one JSON object."),
     "quiet": _option(bool, False, "--quiet", "-q", help="Print no progress and no notes, only warnings."),
 }
 RECIPE = ("recipe", "overrides")
 RUNS = (*RECIPE, "runs_dir")
 TRAINING = (*RUNS, "force", "resume", "limit", "dry_run")
+RESUME_OR_FORCE = "--resume continues a run, --force starts it again: give only one of them"
 WeightsOption = Annotated[
     str | None,
     typer.Option(
@@ -80,12 +85,15 @@ WantOption = Annotated[
 ]
 SystemOption = Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message before every prompt.")]
 TemperatureOption = Annotated[
-    float, typer.Option(metavar="NUMBER", min=0.0, help="The sampling temperature; 0 takes the likeliest token.")
+    float, typer.Option(metavar="NUMBER", min=0.0, help="The sampling temperature; 0 takes the most likely token.")
 ]
 TopPOption = Annotated[
     float,
     typer.Option(
-        metavar="SHARE", min=0.01, max=1.0, help="Sample from the likeliest tokens up to this total probability."
+        metavar="SHARE",
+        min=0.01,
+        max=1.0,
+        help="Sample from the most likely tokens up to this total probability (top-p).",
     ),
 ]
 LengthOption = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")]
@@ -94,14 +102,14 @@ ByOption = Annotated[
     typer.Option(
         "--by",
         metavar="JUDGE",
-        help="Score the answers with this reward model, or with the two adapters of pair:PREFERENCE; repeatable.",
+        help="Score with this reward model, or by pair:PREFERENCE with a preference's two adapters; repeatable.",
     ),
 ]
 SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
 class Result(Protocol):
-    """What a command computed."""
+    """The result of a command."""
 
     def summary(self) -> str:
         """Return text for the screen."""
@@ -131,7 +139,7 @@ class Given:
         if self.name is not None and not NAME.fullmatch(self.name):
             raise UserError(f"--name {self.name!r}: 1 to 64 of a-z 0-9 _ - , starting with a letter or digit")
         if self.force and self.resume:
-            raise UserError("--resume continues a run, --force starts it again: give one of them")
+            raise UserError(RESUME_OR_FORCE)
 
     def recipe_to_train(self, stage: str = "", *overrides: str) -> Recipe:
         """Return the recipe of a command that trains or plans; --limit is short for `--set STAGE.limit`."""
@@ -154,12 +162,12 @@ class Given:
             runs.refuse_existing(target, self.force, keep_both)
 
     def check_vectors(self, names: Iterable[str], project: Recipe) -> None:
-        """Refuse a name that is no preference, run or folder."""
+        """Refuse a name that is not a preference, a run or a folder."""
         for name in names:
             vectors.find(name, self.runs_dir, project.preferences)
 
     def check_judges(self, names: Iterable[str] | None, project: Recipe) -> None:
-        """Refuse a name that is no judge."""
+        """Refuse a name that is not a judge."""
         for name in names or ():
             judge_runs.check(name, project, self.runs_dir)
 

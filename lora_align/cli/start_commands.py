@@ -18,7 +18,7 @@ from lora_align.plan.cards import card_name
 
 @takes("runs_dir", runs_dir=Path("lora-align-demo"))
 def demo(given: Given) -> None:
-    """Train, mix and measure vectors on the built-in base, in minutes. No network and no GPU is needed.
+    """Train, mix and measure vectors on the demo base, in minutes. It needs no network and no GPU.
 
     Example: lora-align demo
     """
@@ -62,7 +62,7 @@ def init(
     if recipes.LOCAL.exists() and not force:
         raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
     recipes.LOCAL.write_bytes(path.read_bytes())
-    text = f"wrote ./{recipes.LOCAL} from {name}; every command here now uses it"
+    text = f"wrote ./{recipes.LOCAL} from {name}; every command in this folder now uses it"
     given.screen.result(text, {"wrote": str(recipes.LOCAL), "from": name})
 
 
@@ -87,7 +87,10 @@ def plan(
     vram: Annotated[
         float | None,
         typer.Option(
-            "--vram", metavar="GB", min=1, help="Plan for a card with this memory and the speed of an RTX 4090."
+            "--vram",
+            metavar="GB",
+            min=1,
+            help="Plan for a card with this memory, and the speed of --card or an RTX 4090.",
         ),
     ] = None,
     card: Annotated[
@@ -97,10 +100,13 @@ def plan(
         ),
     ] = "",
     cards: Annotated[
-        int, typer.Option("--cards", metavar="N", min=1, help="The number of cards that train together.")
+        int, typer.Option("--cards", metavar="N", min=1, help="The number of cards (processes) that train together.")
     ] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Base the times on one step of each stage, taken on this machine.")
+        bool,
+        typer.Option(
+            "--measure", help="Run one step of each training stage on this machine, and base the times on it."
+        ),
     ] = False,
 ) -> None:
     """Plan the memory and time of each stage before training. If a stage does not fit, name settings that help.
@@ -108,7 +114,7 @@ def plan(
     Example: lora-align plan --recipe qwen3-8b --card rtx-4090
     """
     if measure and (card or vram or cards > 1):
-        raise UserError("--measure takes a step on this machine; leave out --card, --vram and --cards")
+        raise UserError("--measure runs a step on this machine; leave out --card, --vram and --cards")
     if card:
         card_name(card)
     project = given.recipe_to_train()
@@ -126,14 +132,14 @@ def data(
     given: Given,
     pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="The preference of the recipe to audit.")],
     show: Annotated[
-        int, typer.Option("--show", metavar="N", min=0, help="The number of pairs to print as the model sees them.")
+        int, typer.Option("--show", metavar="N", min=0, help="Print this many pairs as the model sees them.")
     ] = 2,
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Plot the lengths to this .png, .pdf or .svg file."),
     ] = None,
 ) -> None:
-    """Audit a preference's pairs before training. Print examples as the model sees them, lengths, and doubts.
+    """Audit a preference's pairs before training. Print examples as the model sees them, lengths and warnings.
 
     Example: lora-align data --pref helpful --show 3
     """
@@ -146,15 +152,15 @@ def data(
 
     audit = audit_pairs(project, pref, show=show, picture=picture)
     given.show(audit)
-    for doubt in audit.doubts:
-        given.screen.warn(doubt)
+    for warning in audit.doubts:
+        given.screen.warn(warning)
     if audit.refused:
         raise UserError(audit.refused)
 
 
 @takes("runs_dir")
 def list_runs(given: Given) -> None:
-    """List runs in order of creation, with their origin and a figure.
+    """List runs in order of creation, with their origin and one metric.
 
     Example: lora-align list --runs runs
     """
@@ -177,12 +183,14 @@ def list_runs(given: Given) -> None:
 
 
 def _origin(run: runs.Run) -> str:
-    """Return what a run was made from: the terms of a mix, or the data and the base."""
+    """Return the origin of a run: the terms of a mix, or its data and base."""
     if run.manifest.stage == "mix":
         parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
         return " ".join((["start"] if run.manifest.contains_start else []) + parts)
     base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
-    measured = run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}  # of reach, of sweep
+    measured = (
+        run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}
+    )  # set by `reach`, or by `sweep`
     source = run.manifest.data.get("source") or " ".join(measured)
     return f"{source} ({base})" if source else base
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_align.cli.shared import TRAINING, Given, check_url, show_plan, takes
+from lora_align.cli.shared import RESUME_OR_FORCE, TRAINING, Given, check_url, show_plan, takes
 from lora_align.errors import UserError
 from lora_align.policy import judge_runs
 from lora_align.rankers import Direction
@@ -41,7 +41,7 @@ def dpo(
         typer.Option(
             "--direction",
             metavar="pos|neg|both",
-            help="Train towards the preference (pos), on switched labels (neg), or both.",
+            help="Train towards the preference (pos), away from it by switched labels (neg), or both.",
         ),
     ] = "both",
     every: Annotated[bool, typer.Option("--all", help="Train every preference of the recipe.")] = False,
@@ -63,7 +63,7 @@ def dpo(
     for preference in names:
         project.preference(preference)
     if given.dry_run:
-        if pref is not None:  # a preference with `of` uses the pairs of others
+        if pref is not None:  # a preference with `of` uses the pairs of other preferences
             chosen = {name: project.preferences[name] for name in project.preferences[pref].of or (pref,)}
             project = replace(project, preferences=chosen)
         show_plan(project, "dpo", given.screen, passes=len(directions))
@@ -71,7 +71,7 @@ def dpo(
     for preference in names:
         for side in directions:
             target = given.runs_dir / "dpo" / (given.name or preference) / side.value
-            given.refuse_existing(target, "--resume keeps it and goes on with what is missing")
+            given.refuse_existing(target, "--resume keeps it and trains what is missing")
     given.screen.loading(project.base.model)
     from lora_align.train.dpo import summary, train_dpo
 
@@ -90,7 +90,7 @@ def dpo(
 
 @takes(*TRAINING, "name")
 def reward(given: Given) -> None:
-    """Train a reward model with one head for each objective.
+    """Train a reward model. It has a head for each rated attribute, and for each name in [reward.pairs].
 
     Example: lora-align reward --recipe my.toml
     """
@@ -109,7 +109,7 @@ def reward(given: Given) -> None:
     given.screen.result(summary(run), run.as_json())
 
 
-@takes(*TRAINING, "name")
+@takes(*(option for option in TRAINING if option != "resume"), "name")
 def rsf(
     given: Given,
     iterations: Annotated[
@@ -118,7 +118,7 @@ def rsf(
             "--iterations",
             metavar="N",
             min=1,
-            help="The number of policies to train after the first, SteerLM-style one.",
+            help="The number of policies (t1, t2, …) to train after the SteerLM-style policy.",
         ),
     ] = None,
     endpoint: Annotated[
@@ -129,12 +129,17 @@ def rsf(
             help="Sample on this OpenAI-compatible server, which must be able to load adapters.",
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Without effect: the same command continues a stopped series.")
+    ] = False,
 ) -> None:
     """Train one policy that takes a direction, by rejection sampling. The same command continues after a stop.
 
     Example: lora-align rsf --iterations 2
     """
     check_url("--endpoint", endpoint)
+    if resume and given.force:
+        raise UserError(RESUME_OR_FORCE)
     project = given.recipe_to_train("rsf", *([f"rsf.iterations={iterations}"] if iterations is not None else []))
     project.check_trains("rsf")
     if given.dry_run:

@@ -46,7 +46,9 @@ def score(
     by: Annotated[
         str,
         typer.Option(
-            "--by", metavar="JUDGE", help="Score with this reward model, or with the two adapters of pair:PREFERENCE."
+            "--by",
+            metavar="JUDGE",
+            help="Score with this reward model, or by pair:PREFERENCE with a preference's two adapters.",
         ),
     ] = "reward",
 ) -> None:
@@ -127,7 +129,7 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", metavar="FILE|ID", help="A file of prompts (.txt: one a line), or a dataset on the hub."
+            "--prompts", metavar="FILE|ID", help="A file of prompts (.txt: one per line), or a dataset on the hub."
         ),
     ] = None,
     out: Annotated[
@@ -196,7 +198,7 @@ def generate(
 
 
 def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:
-    """Return a sampler on a server, and what identifies its model."""
+    """Return a sampler on a server, and the identity of its model."""
     from lora_align.model.endpoint import Endpoint
     from lora_align.rsf.serving import serve_command
 
@@ -207,7 +209,7 @@ def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> 
 
 
 def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
-    """Return a sampler on the base with a policy over it, what identifies both, and the policy's system message."""
+    """Return a sampler of a policy on the loaded base, the identity of both, and the policy's system message."""
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
     from lora_align.model.decoding import Sampling
@@ -223,6 +225,6 @@ def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> 
 def _part(share: str) -> tuple[int, int]:
     """Parse `2/4` as part 2 of 4."""
     number, _, parts = share.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
-        raise UserError(f"--share {share!r}: expected which of how many parts, as in 2/4")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise UserError(f"--share {share!r}: expected PART/PARTS, as in 2/4")
     return int(number), int(parts)

@@ -23,13 +23,13 @@ from lora_align.recipe import Dpo, Preference, Recipe
 from lora_align.train import lora_trainer
 from lora_align.train.token_rows import no_rows_left
 
-QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
-LENGTH_BIAS = 0.65  # share of pairs won by the longer answer, or by the shorter one, above which a doubt names it
+QUANTILES = {"shortest": 0.0, "median": 0.5, "95%": 0.95, "longest": 1.0}
+LENGTH_BIAS = 0.65  # warn if the longer, or the shorter, answer wins more than this share of pairs
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the rows of one preference hold, and what may spoil its adapters."""
+    """Facts about the rows of one preference, and warnings of what may spoil its adapters."""
 
     preference: str
     source: str
@@ -37,12 +37,12 @@ class Audit:
     read: int  # rows
     usable: int  # pairs that `dpo` would use, held-out ones included
     held_out: int
-    dropped: Mapping[str, int]  # reason → comparisons
-    unread: Mapping[str, int]  # column that nothing reads → rows in which it is filled
+    dropped: Mapping[str, int]  # reason → number of dropped comparisons
+    unread: Mapping[str, int]  # column that is not read → number of rows in which it is filled
     prompts: int
-    prompts_on_both_sides: int  # prompts that equal a held-out one but for case, spaces and punctuation
-    tokens: Mapping[str, Sequence[int]]  # side → its QUANTILES
-    histogram: Sequence[tuple[int, int, int]]  # of a prompt with its longer answer
+    prompts_on_both_sides: int  # equal to a held-out prompt except for case, spaces and punctuation
+    tokens: Mapping[str, Sequence[int]]  # side → quantiles of its lengths
+    histogram: Sequence[tuple[int, int, int]]  # lengths of a prompt with its longer answer
     max_length: int
     prompts_too_long: int
     answers_cut: int  # pairs with a truncated answer
@@ -53,7 +53,7 @@ class Audit:
     both_unsafe: int | None  # None if the data does not say which answers are safe
     agreement: Mapping[str, float]  # other preference on this source → share of pairs with the same chosen answer
     no_agreement: Mapping[str, str]  # other preference on this source → why it is not compared
-    doubts: Sequence[str]
+    doubts: Sequence[str]  # warnings
     shown: Sequence[Mapping[str, str]]  # the first pairs, as the model sees them
     picture: str | None
     refused: str | None  # why `dpo` would refuse this data
@@ -63,7 +63,7 @@ class Audit:
         return asdict(self)
 
     def summary(self) -> str:
-        """Return the first pairs, the counts, tables of lengths, and shares."""
+        """Return the first pairs, the counts, the lengths as a table and a histogram, and shares."""
         parts = ["\n".join(f"{side}: {pair[side]}" for side in SIDES) for pair in self.shown]
         parts.append(
             f"{self.source} by {self.rank}: {count(self.read, 'row')}, {count(self.usable, 'pair')} of "
@@ -76,7 +76,7 @@ class Audit:
         parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(self.histogram)]))
         lines = []
         if (wins := self.longer_wins) is not None:
-            lines.append(f"the longer answer wins {wins:.0%} of pairs, and {1 - wins:.0%} for `neg`")
+            lines.append(f"the longer answer wins {wins:.0%} of pairs of unequal length ({1 - wins:.0%} for `neg`)")
         if self.both_unsafe is not None:
             lines.append(f"both answers are unsafe: {count(self.both_unsafe, 'pair')}")
         lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in self.agreement.items()]
@@ -85,7 +85,7 @@ class Audit:
 
 
 def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> Audit:
-    """Read all rows of a preference as `dpo` would; return the first `show` pairs, counts, and doubts."""
+    """Read all rows of a preference as `dpo` would; return the first `show` pairs, counts and warnings."""
     axis = recipe.preference(preference)
     if axis.of:
         raise UserError(f"{preference} consists of the pairs of {', '.join(axis.of)}; audit each of them: --pref NAME")
@@ -133,7 +133,7 @@ def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | N
         from lora_align.metrics import plots
 
         plots.lengths(picture, audit.histogram, max_length, preference)
-    return replace(audit, doubts=_doubts(audit, recipe.dpo))
+    return replace(audit, doubts=_warnings(audit, recipe.dpo))
 
 
 def _same_source(recipe: Recipe, preference: str) -> tuple[dict[str, Preference], dict[str, str]]:
@@ -143,7 +143,7 @@ def _same_source(recipe: Recipe, preference: str) -> tuple[dict[str, Preference]
         if name == preference or sources.location(other) != sources.location(axis):
             continue
         if other.labels or other.columns != axis.columns:
-            incomparable[name] = "it uses other columns, or labels of its own"
+            incomparable[name] = "it reads other columns, or has its own `labels`"
             continue
         others[name] = other
         try:
@@ -165,34 +165,38 @@ def _as_seen(pair: Pair, base: Base, max_length: int) -> dict[str, str]:
     return dict(zip(SIDES, (decode(tokens.prompt), *answers), strict=True))
 
 
-def _doubts(audit: Audit, settings: Dpo) -> list[str]:
-    """Return what may spoil the preference's adapters, a sentence each."""
-    doubts = sources.unread_warnings(audit.unread)
+def _warnings(audit: Audit, settings: Dpo) -> list[str]:
+    """Return warnings of what may spoil the preference's adapters."""
+    warnings = sources.unread_warnings(audit.unread)
     longer = None if audit.rank in ("shorter", "longer") else audit.longer_wins
     if longer is not None and not 1 - LENGTH_BIAS <= longer <= LENGTH_BIAS:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
-        doubts.append(f"the {which} answer wins {share:.0%} of pairs: length is learned with it")
+        warnings.append(
+            f"the {which} answer wins {share:.0%} of pairs of unequal length: the adapter learns length as well"
+        )
     if audit.repeated:
-        doubts.append(f"repeated word for word: {count(audit.repeated, 'pair')}")
+        warnings.append(f"{count(audit.repeated, 'pair')} repeated word for word")
     if audit.contradicted:
-        doubts.append(f"contradicted: {count(audit.contradicted, 'pair')} (the same answers, the other one preferred)")
+        warnings.append(
+            f"{count(audit.contradicted, 'pair')} contradicted: the same two answers, with the opposite label"
+        )
     if audit.usable and not audit.held_out:
-        doubts.append("no pair is held out, so nothing will be measured; take more prompts, or a larger dpo.held_out")
+        warnings.append("no pair is held out, so nothing will be measured; add prompts, or raise dpo.held_out")
     elif 0 < audit.held_out < pairs.MIN_HELD_OUT:
-        doubts.append(lora_trainer.too_few_pairs(audit.held_out))
+        warnings.append(lora_trainer.too_few_pairs(audit.held_out))
     if audit.usable and (few_steps := lora_trainer.too_few_steps(audit.usable - audit.held_out, settings)):
-        doubts.append(few_steps)
+        warnings.append(few_steps)
     if shared := audit.prompts_on_both_sides:
-        doubts.append(f"equal to a held-out prompt but for case, spaces or punctuation: {count(shared, 'prompt')}")
+        warnings.append(f"{count(shared, 'prompt')} equal to a held-out prompt except for case, spaces or punctuation")
     if audit.both_unsafe:
-        doubts.append(f"both answers are unsafe, and one of them is learned: {count(audit.both_unsafe, 'pair')}")
+        warnings.append(f"{count(audit.both_unsafe, 'pair')} of two unsafe answers, of which the adapter learns one")
     if audit.prompts_too_long or audit.answers_cut:
-        doubts.append(
+        warnings.append(
             f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, answers of "
             f"{count(audit.answers_cut, 'pair')} truncated"
-            + (f", {audit.alike_once_cut:,} of these dropped as alike" if audit.alike_once_cut else "")
+            + (f", {audit.alike_once_cut:,} of these dropped as equal once truncated" if audit.alike_once_cut else "")
         )
-    return doubts
+    return warnings
 
 
 def _quantiles(lengths: Sequence[int]) -> list[int]:

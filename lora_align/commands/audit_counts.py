@@ -25,16 +25,16 @@ WORD = re.compile(r"\w+")
 class AuditCounts:
     """Counts over ranked comparisons, added one by one. Rows are not stored, only their lengths and hashes.
 
-    A key of `made`, `usable` and `prompts` says whether a pair is held out.
+    The keys of `made`, `usable` and `prompts` are True for held-out pairs, and False for training pairs.
     """
 
     base: Base
     max_length: int
-    others: Mapping[str, Preference]  # preferences to compare with
+    others: Mapping[str, Preference]  # other preferences on the same source, to compare with
     incomparable: dict[str, str]  # preference → why it cannot be compared
     rows: int = 0
     last_row: str = ""
-    invalid: int = 0  # comparisons that the ranker cannot read
+    invalid: int = 0  # comparisons that the ranker cannot rank
     dropped: Counter[str] = field(default_factory=Counter)
     made: Counter[bool] = field(default_factory=Counter)
     usable: Counter[bool] = field(default_factory=Counter)
@@ -55,7 +55,7 @@ class AuditCounts:
 
     def add(self, ranked: RankedComparison) -> None:
         """Count a comparison, and its pair if it has one."""
-        self.rows += ranked.where != self.last_row  # a row with several answers makes several comparisons
+        self.rows += ranked.where != self.last_row  # a row of more than two answers makes several comparisons
         self.last_row = ranked.where
         pair = ranked.pair
         if isinstance(pair, str):

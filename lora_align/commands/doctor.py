@@ -16,8 +16,8 @@ from lora_align import store
 from lora_align.console import table
 
 LIBRARIES = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-ENOUGH_DISK = 23e9  # bytes of an 8B base: its download and its 4-bit copy
-# exist if an NVIDIA driver is installed: on Linux, in WSL
+ENOUGH_DISK = 23e9  # bytes of an 8B base: its 16-bit download and its 4-bit copy
+# files that exist if an NVIDIA driver is installed: on Linux, and in WSL
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 MARKS = {"good": "✓", "warning": "!", "bad": "✗"}
 
@@ -69,7 +69,7 @@ def _system() -> Iterator[Finding]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
     if platform.system() == "Windows":
-        yield Finding("system", "bad", found, "lora-align needs the file system calls of Linux or macOS: use WSL")
+        yield Finding("system", "bad", found, "lora-align needs Linux: use WSL")
     else:
         yield Finding("system", "good", found)
 
@@ -106,10 +106,10 @@ def _device() -> Iterator[Finding]:
         return
     if any(driver.exists() for driver in DRIVERS):
         why = "this torch was built for CPUs" if torch.version.cuda is None else "the driver is older than torch's CUDA"
-        remedy = f"{why}: install one for your driver, see https://pytorch.org/get-started/locally"
+        remedy = f"{why}: install a build of torch for your driver, see https://pytorch.org/get-started/locally"
         yield Finding("device", "bad", f"an NVIDIA driver{_driver()}, but torch sees no card", remedy)
     else:
-        remedy = "the built-in demo trains in minutes; a base of billions of parameters needs a card"
+        remedy = "the demo base trains in minutes on a CPU; a base of billions of parameters needs a card"
         yield Finding("device", "warning", "no card: everything runs on the CPU", remedy)
 
 
@@ -135,9 +135,11 @@ def _four_bit() -> Iterator[Finding]:
         yield Finding("4-bit", "bad", f"{type(fault).__name__}: {fault}", "for details: python -m bitsandbytes")
         return
     if error < 0.2:
-        yield Finding("4-bit", "good", f"NF4 on {where}, {error:.0%} off")
+        yield Finding("4-bit", "good", f"NF4 on {where}, relative error {error:.0%}")
     else:
-        yield Finding("4-bit", "bad", f"NF4 on {where} is {error:.0%} off", "install a bitsandbytes for this device")
+        yield Finding(
+            "4-bit", "bad", f"NF4 on {where}, relative error {error:.0%}", "install a bitsandbytes for this device"
+        )
 
 
 def _hub() -> Iterator[Finding]:
@@ -151,21 +153,24 @@ def _hub() -> Iterator[Finding]:
             "bases and data must be in the cache or on disk",
         )
     else:
-        yield Finding("hub", "good", "logged in" if get_token() else "not logged in (gated bases: hf auth login)")
+        yield Finding("hub", "good", "logged in" if get_token() else "not logged in (gated bases need `hf auth login`)")
 
 
 def _disk(runs_dir: Path) -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    places = {"cache": store.cache_folder(), "hub's cache": Path(constants.HF_HUB_CACHE), "runs": runs_dir.resolve()}
-    for what, folder in places.items():
+    places = {  # name → folder, and what sets another one
+        "cache": (store.cache_folder(), "LORA_ALIGN_CACHE=DIR"),
+        "hub's cache": (Path(constants.HF_HUB_CACHE), "HF_HOME=DIR"),
+        "runs": (runs_dir.resolve(), "--runs DIR"),
+    }
+    for what, (folder, option) in places.items():
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         found = f"{folder}, {free / 1e9:,.0f} GB free"
         if not os.access(existing, os.W_OK):
-            remedy = "choose another folder: LORA_ALIGN_CACHE, HF_HOME or --runs"
-            yield Finding(what, "bad", f"{folder} cannot be written", remedy)
+            yield Finding(what, "bad", f"{folder} cannot be written", f"choose another folder: {option}")
         elif free < ENOUGH_DISK and what != "runs":
-            yield Finding(what, "warning", found, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB until it is in 4-bit")
+            yield Finding(what, "warning", found, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB with its 4-bit copy")
         else:
             yield Finding(what, "good", found)

@@ -14,7 +14,7 @@ from lora_align.errors import RunFailedError, UserError
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampler import SampledText, Sampler
 
-BATCH = 256  # answers of a file, which a kill may cost
+BATCH = 256  # answers in a file of answers; a kill loses at most the answers of the file being written
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GeneratedFile:
     out: str
     prompts: int
     answers: int
-    words: float  # mean of an answer
+    words: float  # mean number per answer
     ended: float  # share of answers that ended by themselves
     too_long: int  # prompts without an answer, because they fill the context
 
@@ -43,8 +43,8 @@ class GeneratedFile:
 
     def summary(self) -> str:
         """Return a line about the file."""
-        unanswered = f"; left out, too long for the context: {count(self.too_long, 'prompt')}" if self.too_long else ""
-        cut_off = f", {1 - self.ended:.0%} cut off at their longest" if self.ended < 1 else ""
+        unanswered = f"; {count(self.too_long, 'prompt')} left out: too long for the context" if self.too_long else ""
+        cut_off = f", {1 - self.ended:.0%} stopped at --max-new-tokens" if self.ended < 1 else ""
         return (
             f"{self.out}  {count(self.answers, 'answer')} to {count(self.prompts, 'prompt')}, "
             f"{count(round(self.words), 'word')} each{cut_off}{unanswered}"
@@ -65,8 +65,8 @@ def generate_file(
 ) -> GeneratedFile:
     """Sample n answers to every prompt.
 
-    `who` identifies the model; a file that another model began is refused. `share` (2, 4) selects the second of four
-    parts of the prompts, by their hash.
+    `who` is the identity of the model. A file of answers that another model began is refused. `share` (2, 4) selects
+    the second of four parts of the prompts, by their hash.
     """
     shards.check_out_file(out)
     settings = {"data": data, "model": dict(who), "n": n, "sampling": asdict(sampling), "share": list(share)}
@@ -75,8 +75,10 @@ def generate_file(
     for warning in sources.unread_warnings(unread):
         screen.warn(f"{data}: {warning}")
     fitting = [item for item in work if sampler.fits(item.prompt)]
+    if not work:
+        raise UserError(f"{data}: no prompts" + (f" in share {share[0]}/{share[1]}" if share[1] > 1 else ""))
     if not fitting:
-        raise UserError(f"{data}: no prompts to answer ({len(work)} fill the context)")
+        raise UserError(f"{data}: every prompt fills the context")
     batch_size = max(1, BATCH // n)
     with shards.shards_for(out, {**settings, "system": system}) as store:
         done = store.keys()
@@ -93,13 +95,13 @@ def generate_file(
         answers: dict[str, list[dict[str, Any]]] = {}
         for row in store.rows():
             answers.setdefault(row.pop(KEY), []).append(row)
-        fitting = [item for item in fitting if item.key in answers]  # a server refuses a long prompt only when asked
+        fitting = [item for item in fitting if item.key in answers]  # a server refuses a long prompt only on request
         if not fitting:
             raise RunFailedError(f"{data}: every prompt fills the server's context")
         rows = [{**_without_answer(item), **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
         shards.finish(rows, out)
     if n > 1 and sampling.temperature and all(len({row["response"] for row in of}) == 1 for of in answers.values()):
-        screen.warn("all answers to a prompt are equal: the model may be certain, or its server may not sample")
+        screen.warn("for every prompt, all answers are equal: the model may be certain, or the server may not sample")
     words = sum(len(row["response"].split()) for row in rows) / len(rows)
     ended = sum(row["ended"] for row in rows) / len(rows)
     return GeneratedFile(str(out), len(fitting), len(rows), words, ended, len(work) - len(fitting))
@@ -113,7 +115,7 @@ def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
 
 
 def _without_answer(item: Work) -> dict[str, Any]:
-    """Return a row's columns without an answer that it already has and that answer's ratings."""
+    """Return a row's columns. If it already has a `response`, omit columns of numbers, which are ratings of that."""
     if {"messages", "conversations"} & item.row.keys():
         return {"prompt": [{"role": turn.role, "content": turn.content} for turn in item.prompt]}
     if "response" in item.row:

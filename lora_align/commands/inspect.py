@@ -1,4 +1,4 @@
-"""The command `inspect`: norms, angles, spectra and interference of vectors, and a mix's share in each."""
+"""The command `inspect`: norms, angles, spectra and interference of vectors, and their weights in a mix."""
 
 import itertools
 import math
@@ -20,8 +20,8 @@ from lora_align.policy import vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 
-INTERFERING = 8  # directions of each vector that count in the interference (https://arxiv.org/abs/2504.20106)
-SMALL = 0.01  # share of the longest vector's norm below which a vector does nothing
+INTERFERING = 8  # singular directions of each vector that the interference compares (https://arxiv.org/abs/2504.20106)
+SMALL = 0.01  # warn of a vector whose norm is at most this share of the largest norm
 MOST_KINDS = 7  # kinds of modules that fit into a table
 MIX, START = "(mix)", "(start)"
 
@@ -33,12 +33,12 @@ class VectorFigures(Spectrum):
     norm: float
     cos_pos_neg: float | None  # cosine of a preference's two adapters; None for a single adapter
     by_place: Mapping[str, Mapping[int, float]]  # kind of module → layer → norm
-    shares_by: Mapping[str, Mapping[Any, float]]  # "kind" or "layer" → each of them → share of the energy
+    shares_by: Mapping[str, Mapping[Any, float]]  # by "kind" of module or "layer" → kind or layer → share of the energy
 
 
 @dataclass(frozen=True)
 class MixWeight:
-    """The weight of a vector as given, and as it best explains the mix (least squares)."""
+    """The requested weight of a vector, and its effective weight, which best explains the mix (least squares)."""
 
     asked: float
     held: float
@@ -66,7 +66,7 @@ class Inspection:
     agreement: Mapping[str, Sequence[float]]  # preference → cosines between the runs that were trained for it
     interference: Interference
     mix: MixFigures | None
-    doubts: Sequence[str]
+    doubts: Sequence[str]  # warnings
     picture: str | None
 
     def as_json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Inspection:
 
     def summary(self) -> str:
         """Return tables of the vectors, of their angles and of the mix."""
-        columns = ["vector", "norm", "cos(pos, neg)", "rank", "effective", "for 99 %"]
+        columns = ["vector", "norm", "cos(pos, neg)", "rank", "effective", "rank for 99%"]
         rows = [
             [name, f"{v.norm:.3g}", _number(v.cos_pos_neg), str(v.rank), f"{v.effective:.1f}", str(v.for_99)]
             for name, v in self.vectors.items()
@@ -93,13 +93,13 @@ class Inspection:
             parts.append(table(["directions shared by", "outputs", "inputs"], rows))
             parts.append(
                 f"interference (STI) {self.interference.raw:.3g}, by size {self.interference.by_size:.3f}"
-                "; a shared start of A alone makes inputs overlap"
+                "; the shared initial A makes inputs overlap"
             )
         for preference, cosines in self.agreement.items():
             parts.append(f"{preference}: cosines between its runs are {min(cosines):.3f} to {max(cosines):.3f}")
         if mix := self.mix:
             rows = [[name, f"{weight.asked:g}", _number(weight.held)] for name, weight in mix.weights.items()]
-            parts.append(table(["in the mix", "weight asked", "weight held"], rows))
+            parts.append(table(["in the mix", "requested weight", "effective weight"], rows))
             parts.append(
                 f"the mix: norm {mix.norm:.3g}, rank {mix.rank}, {mix.left_out:.2%} of its energy left out, "
                 f"cosine with the exact sum {_number(mix.cosine_with_sum)}"
@@ -147,7 +147,7 @@ def inspect_vectors(
         agreement=_agreement(found, cosines),
         interference=directions.interference(),
         mix=_measure_mix(weights, recipe, runs_dir, how) if weights else None,
-        doubts=[*_base_doubts(adapters), *_vector_doubts(found, norms)],
+        doubts=[*_base_warnings(adapters), *_vector_warnings(found, norms)],
         picture=str(picture) if picture else None,
     )
 
@@ -187,10 +187,10 @@ def _measure_mix(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, h
     job, tally = merge.prepare(weights, recipe, runs_dir, how).merge, Tally()
     mix = LoraDelta.of(dict(tally.counted(job.modules(merge.ranks(job, how)[0]))))
     parts = {**job.vectors, **({START: job.start} if len(job.start) else {})}
-    held = Geometry.of({**parts, MIX: mix}).coefficients(MIX)
+    effective = Geometry.of({**parts, MIX: mix}).coefficients(MIX)
     exact = total([job.start, *(job.vectors[name] * weight for name, weight in weights.items())])
     return MixFigures(
-        weights={name: MixWeight(weight, held[name]) for name, weight in weights.items()},
+        weights={name: MixWeight(weight, effective[name]) for name, weight in weights.items()},
         method=how.method,
         rank=tally.rank,
         norm=mix.norm(),
@@ -199,21 +199,21 @@ def _measure_mix(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, h
     )
 
 
-def _base_doubts(adapters: Sequence[Adapter]) -> list[str]:
-    """Say that the adapters name different bases. Measuring them is allowed, adding them is not."""
+def _base_warnings(adapters: Sequence[Adapter]) -> list[str]:
+    """Return a warning if the adapters name different bases. `inspect` measures them, but `merge` refuses them."""
     bases = sorted({adapter.base for adapter in adapters if adapter.base})
     return [f"these adapters name different bases ({', '.join(bases)}): angles mean little"] if len(bases) > 1 else []
 
 
-def _vector_doubts(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
-    """Name vectors that may not do what their names say, and why."""
-    longest = max(norms.values())
+def _vector_warnings(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
+    """Return warnings of vectors that may not do what their names say."""
+    largest = max(norms.values())
     small = [
-        f"{name} is too small to do anything (norm {norm:.2g}, the longest has {longest:.2g})"
+        f"{name} is too small to have an effect (norm {norm:.2g}, the largest is {largest:.2g})"
         for name, norm in norms.items()
-        if norm <= SMALL * longest
+        if norm <= SMALL * largest
     ]
-    return [*small, *(doubt for vector in found.values() for doubt in vector.warnings())]
+    return [*small, *(warning for vector in found.values() for warning in vector.warnings())]
 
 
 def _without_nan(value: Any) -> Any:

@@ -70,23 +70,27 @@ def merge_adapters(
     name: str | None = None,
     out: Path | None = None,
     force: bool = False,
+    found: Mapping[str, Vector] | None = None,
 ) -> Mix:
-    """Add the start adapter and the weighted vectors up, truncate the sum if `how` says so, and publish it."""
+    """Merge the start adapter and the weighted vectors, truncate the result if `how` sets a rank, and publish it.
+
+    `found` has the vectors; by default they are found by their names in `weights`.
+    """
     if out:
         store.refuse_missing_parent(out)
     target = out or runs_dir / "mix" / (name or default_name(weights, how))
     runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
-    ready = prepare(weights, recipe, runs_dir, how)
+    ready = prepare(weights, recipe, runs_dir, how, found)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
-    # shares of policies are not weights of vectors
+    # the weights of a soup are shares of policies, not weights of vectors
     far = [] if METHODS[how.method].of_policies else safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir)
-    for doubt in [*(doubt for vector in ready.vectors.values() for doubt in vector.warnings()), *far]:
-        screen.warn(doubt)
+    for warning in [*(warning for vector in ready.vectors.values() for warning in vector.warnings()), *far]:
+        screen.warn(warning)
     if ready.merge.cancels():
         if not ready.merge.start:
             raise UserError("--weights: the weighted sum is zero: the adapter would do nothing; change a weight")
-        screen.warn("the weighted sum is zero: this mix is the start policy alone")
+        screen.warn("the weighted sum is zero: this mix is the start adapter alone")
     tally, (rank, padded) = Tally(), ranks(ready.merge, how)
     parents_dtype = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
     dtype = getattr(torch, how.dtype) if how.dtype else parents_dtype
@@ -137,10 +141,16 @@ class MergeInputs:
     merge: Merge
 
 
-def prepare(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, how: MergeOptions) -> MergeInputs:
+def prepare(
+    weights: Mapping[str, float],
+    recipe: Recipe,
+    runs_dir: Path,
+    how: MergeOptions,
+    found: Mapping[str, Vector] | None = None,
+) -> MergeInputs:
     """Find, open and check the inputs of a merge; nothing is added yet."""
     check_weights(how.method, weights)
-    found = {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
+    found = found or {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
     if METHODS[how.method].of_policies:
         found = {key: vector.policy() for key, vector in found.items()}
     vectors.refuse_start_inside(found.values(), how.with_start)
@@ -164,7 +174,7 @@ def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:
 
 
 def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) -> int:
-    """Return about how many bytes the mix will take: the ranks of its parents add up, or are cut to `rank`."""
+    """Estimate the bytes of the mix. Its rank is the sum of its parents' ranks, but at most `rank`."""
     ranks_: Counter[str] = Counter()
     for adapter in adapters:
         ranks_.update({name: peft_config.rank(adapter.config, name) for name in adapter.shapes})
@@ -197,7 +207,7 @@ def _start(runs_dir: Path, identity: str) -> Run:
 
 
 def _base_known(vector: Vector) -> bool:
-    """Return whether manifests record the base of all parents. Other folders have its name and shapes at best."""
+    """Return whether the manifests of all parents record the base. A folder without a manifest names it at best."""
     return all(parent.run and parent.run.fingerprint for parent in vector.parents)
 
 

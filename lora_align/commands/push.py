@@ -1,4 +1,4 @@
-"""The command `push`: upload a run's adapter to the Hugging Face hub, with a model card."""
+"""The command `push`: upload the files of a run to the Hugging Face hub, with a model card."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData,
 from lora_align import __version__, runs
 from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError, UserError, first_line, inert
+from lora_align.policy.policy import takes_scores
 from lora_align.runs import Run
 
 CARD = "README.md"
@@ -23,6 +24,7 @@ ABOUT = {  # stage → first words of its card; DPO has its own
     "reward": "A reward model, with its heads in `heads.safetensors`",
     "rsf": "A policy that takes a direction in its system message",
 }
+STEERLM = "A SteerLM-style policy that takes scores in its system message"
 TEXT = """---
 {{ card_data }}
 ---
@@ -31,7 +33,7 @@ TEXT = """---
 
 {{ about }}, a LoRA adapter for {{ base_shown }}, made with lora-align {{ version }}.
 {% if needs_start %}
-**It needs another adapter below it**, which is not in this repository (sha256 of its weights: {{ start }}).
+**It needs the start adapter that it was trained on**, which is not in this repository (its sha256: {{ start }}).
 {% endif %}
 ```python
 from peft import PeftModel
@@ -56,7 +58,7 @@ Unconverged: {{ unconverged }}
 {% if curve %}
 ![Training curves]({{ curve }})
 {% endif %}
-`manifest.json` has its metrics and its recipe. Versions: {{ versions }}.
+`manifest.json` has the metrics and the recipe of the run. Versions: {{ versions }}.
 """
 
 
@@ -81,7 +83,9 @@ def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> Pushed:
     """Upload a run. A repository that does not exist is created, private unless `public`."""
     run = runs.read(path)
     if run.manifest.stage not in (DPO, *ABOUT):
-        raise UserError(f"{path} is a run of {run.manifest.stage}, a report and no adapter: nothing to push")
+        raise UserError(
+            f"{path} is a run of `{run.manifest.stage}`, which has a report and no adapter: there is nothing to push"
+        )
     run.check_files()
     if to.count("/") != 1 or not all(to.split("/")):
         raise UserError(f"--to {to!r}: expected a repository on the hub, OWNER/NAME")
@@ -141,6 +145,8 @@ def _about(run: Run) -> str:
     if manifest.stage == DPO:
         towards = "towards" if manifest.direction == "pos" else "away from"
         return f"Trained by DPO {towards} the preference {_literal(manifest.preference)}"
+    if manifest.stage == "rsf" and takes_scores(run):
+        return STEERLM
     return ABOUT[manifest.stage]
 
 

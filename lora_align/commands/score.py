@@ -23,8 +23,7 @@ from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import SCORE
 from lora_align.recipe import Recipe
 
-BATCH = 256  # rows of a file, which a kill may cost
-SIDES = (("_0", "_1"), ("_chosen", "_rejected"))
+BATCH = 256  # rows in a file of scores; a kill loses at most the rows of the file being written
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Work:
         return self.content.answers if isinstance(self.content, Comparison) else (self.content.answer,)
 
     def columns(self, objective: str) -> list[str]:
-        """Return the column of an objective's score for each answer. Suffixes follow the row's own columns."""
-        suffixes = ("",) if isinstance(self.content, Rated) else SIDES["response_0" not in self.row]
+        """Return the column of an objective's score for each answer, with suffixes that `rank = "score:…"` reads."""
+        suffixes = ("",) if isinstance(self.content, Rated) else forms.rating_suffixes(self.row)
         return [SCORE + objective + suffix for suffix in suffixes]
 
 
@@ -50,7 +49,7 @@ class ObjectiveScores:
     """The scores of one objective over a file, and how often a pair's labels agree with the higher score."""
 
     mean: float
-    deviation: float
+    deviation: float  # standard deviation
     agreement: Mapping[str, float]
 
 
@@ -69,7 +68,7 @@ class ScoredFile:
 
     def summary(self) -> str:
         """Return a line about the file and one for each objective."""
-        unscored = f", {self.too_long:,} of them unscored: the prompt fills the context" if self.too_long else ""
+        unscored = f", {self.too_long:,} without a score: the prompt fills the context" if self.too_long else ""
         lines = [f"{self.out}  {count(self.rows, 'row')}{unscored}"]
         for name, scores in self.objectives.items():
             agreed = (f"agrees with {label} {share:.0%}" for label, share in scores.agreement.items())
@@ -152,7 +151,7 @@ def _scored(items: Sequence[Work], policies: PolicySet, by: str) -> list[dict[st
 
 
 def _objective_scores(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: Judge) -> dict[str, ObjectiveScores]:
-    """Compute mean and deviation of each objective, and the agreement of pairs' labels with the higher score."""
+    """Compute mean and standard deviation of each objective, and how often labels agree with the higher score."""
     results = {}
     for name in judge.objectives:
         values = torch.tensor([row[column] for item, row in scored for column in item.columns(name)])

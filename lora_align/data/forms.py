@@ -108,6 +108,14 @@ def numbered_from(names: tuple[str, str]) -> int | None:
     return {("0", "1"): 0, ("1", "2"): 1}.get((names[0][-1:], names[1][-1:]))
 
 
+def rating_suffixes(row: Row) -> tuple[str, str]:
+    """Return the endings of the columns with a rating for each of a row's two answers, such as `_0` and `_1`."""
+    form = _form(Comparison, row)
+    numbered = (numbered_from(names) for names in ANSWER_COLUMNS if form and {*names} <= {*form.columns})
+    first = next(numbered, None)
+    return ("_chosen", "_rejected") if first is None else (f"_{first}", f"_{first + 1}")
+
+
 def _listed(found: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
@@ -150,15 +158,20 @@ def _read(shape: Any, row: Row, where: str) -> Any:
 def _two_answers(row: Row, prompt_column: str, names: tuple[str, str]) -> Comparison:
     """Read the form of PKU-SafeRLHF, PandaLM and LLMBar: two answers and label columns."""
     first = numbered_from(names) or 0
-    has_underscore = "_" in names[0]  # as in response_0; only then are ratings named like score_0
-    rated = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}") if has_underscore else {}
     return Comparison(
         prompt=cells.prompt_with_context(row, prompt_column),
         answers=(cells.text(row[names[0]], names[0]), cells.text(row[names[1]], names[1])),
         labels={name: cells.label(row[name], first) for name in _labels(row)},
-        ratings={name: both for name, both in rated.items() if f"{name}_{first}" != names[0]},
+        ratings=_numbered_ratings(row, names),
         safe=_safe(row),
     )
+
+
+def _numbered_ratings(row: Row, names: tuple[str, str]) -> dict[str, tuple[float, float]]:
+    """Read ratings such as helpfulness_1 and helpfulness_2 of the answers in two columns."""
+    first = numbered_from(names) or 0
+    found = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}")
+    return {name: both for name, both in found.items() if f"{name}_{first}" != names[0]}
 
 
 def _safe(row: Row) -> tuple[bool, bool] | None:
@@ -174,7 +187,8 @@ def _strengths(row: Row, prompt: str, first: str, second: str, strength: str) ->
         raise ValueError(f"{strength} is {value:g}; expected -3 to 3")
     winner = None if value == 0 else int(value > 0)
     answers = (cells.text(row[first], first), cells.text(row[second], second))
-    return Comparison(cells.prompt_with_context(row, prompt), answers, {strength: winner}, {strength: (0.0, value)})
+    ratings = {**_numbered_ratings(row, (first, second)), strength: (0.0, value)}
+    return Comparison(cells.prompt_with_context(row, prompt), answers, {strength: winner}, ratings)
 
 
 def _helpsteer2_pair(row: Row) -> Comparison:
@@ -268,13 +282,14 @@ def _sharegpt_pair(row: Row) -> Comparison:
 
 
 def _better_and_worse(row: Row, prompt_column: str, column: str) -> Comparison:
-    """Read LLaMA-Factory's form: [better, worse] in one column."""
+    """Read LLaMA-Factory's form: [better, worse] in one column, with ratings such as score_chosen."""
     both = row[column]
     if not isinstance(both, list | tuple) or len(both) != 2:
         found = f"a list of {len(both)}" if isinstance(both, list | tuple) else cells.kind(both)
         raise ValueError(f"{column} is {found}; expected a list of two answers, [better, worse]")
     better, worse = (cells.text(one, column) for one in both)
-    return Comparison(cells.prompt_with_context(row, prompt_column), (better, worse), {"label": 0})
+    ratings = cells.ratings(row, "{}_chosen", "{}_rejected")
+    return Comparison(cells.prompt_with_context(row, prompt_column), (better, worse), {"label": 0}, ratings)
 
 
 def _each_with_each(row: Row) -> list[Comparison]:

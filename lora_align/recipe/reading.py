@@ -68,24 +68,28 @@ def find(name: str | None) -> tuple[Path, str]:
     return builtin()[name], ""
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `table.key=value` overrides."""
+def load(path: Path, overrides: Sequence[str] = (), keywords: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file and apply `table.key=value` overrides, or keywords of the Python API."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as fault:  # invalid TOML, invalid UTF-8, or a number with thousands of digits
         raise UserError(f"{path}: not valid TOML: {fault}") from fault
     _read_template(table, path.parent)
     table["source"] = path.stem if path == builtin().get(path.stem) else str(path)
-    return from_dict(table, str(path), overrides)
+    return from_dict(table, str(path), overrides, keywords)
 
 
-def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+def from_dict(
+    table: dict[str, Any], source: str, overrides: Sequence[str] = (), keywords: Mapping[str, Any] | None = None
+) -> Recipe:
     """Apply overrides to plain data and check it against the dataclasses; one error lists every fault.
 
-    `source` names the data in errors.
+    `source` names the data in errors. `keywords` are tables of plain data, whose values replace those of `table`.
     """
     from pydantic import ValidationError
 
+    _expand_eval_sources(table)
+    _merge(table, keywords or {})
     _expand_eval_sources(table)
     for override in overrides:
         _override(table, override)
@@ -101,9 +105,15 @@ def from_dict(table: dict[str, Any], source: str, overrides: Sequence[str] = ())
     if recipe is not None:
         found += faults.recipe_faults(recipe)
     if found or recipe is None:
-        overridden = [override.partition("=")[0].strip() for override in overrides]
+        origins = {override.partition("=")[0].strip(): "--set" for override in overrides}
+        for name, inner in (keywords or {}).items():
+            keys = [f"{name}.{key}" for key in inner] if isinstance(inner, Mapping) else [name]
+            origins |= dict.fromkeys(keys, "keyword")
         raise UserError(
-            "\n".join(f"{'--set' if any(key in fault for key in overridden) else source}: {fault}" for fault in found)
+            "\n".join(
+                f"{next((origin for key, origin in origins.items() if key in fault), source)}: {fault}"
+                for fault in found
+            )
         )
     return recipe
 
@@ -157,6 +167,17 @@ def _read_template(table: dict[str, Any], folder: Path) -> None:
     if not (folder / name).is_file():
         raise UserError(f"base.chat_template: no file {folder / name}")
     base["chat_template"] = (folder / name).read_text(encoding="utf-8")
+
+
+def _merge(table: dict[str, Any], keywords: Mapping[str, Any]) -> None:
+    """Set every value of `keywords` in a table, and in the tables inside it."""
+    for key, value in keywords.items():
+        if isinstance(value, Mapping):
+            inner = table.setdefault(key, {})
+            if isinstance(inner, dict):
+                _merge(inner, value)
+                continue
+        table[key] = value
 
 
 def _override(table: dict[str, Any], override: str) -> None:

@@ -117,11 +117,11 @@ class Unfinished:
                 yield path
 
     def find_published(self, target: Path, screen: Screen) -> Run | None:
-        """Return the target's published run, or None. Delete its leftover checkpoints.
+        """Return the target's published run, and delete its leftover checkpoints.
 
-        Refuse a run of another recipe or dataset.
+        Return None if there is none, or if these checkpoints replace it. Refuse a run of another recipe or dataset.
         """
-        if not runs.is_run(target):
+        if not runs.is_run(target) or replaces(target):
             return None
         run = runs.read(target)
         old = run.manifest
@@ -157,6 +157,13 @@ class Unfinished:
 def checkpoint_folder(target: Path) -> Path:
     """Return the folder of a run's checkpoints."""
     return target.parent / f".{target.name}.unfinished"
+
+
+def replaces(target: Path) -> bool:
+    """Return whether the checkpoints beside a published run are newer: those of a run that --force began."""
+    manifest = target / runs.MANIFEST
+    published = manifest.stat().st_mtime_ns if manifest.exists() else 0
+    return any(path.stat().st_mtime_ns > published for path in checkpoint_folder(target).glob(f"{PREFIX}*"))
 
 
 def run_identity(stage: str, recipe: Recipe, base: Base, start: str, data: Any) -> dict[str, Any]:

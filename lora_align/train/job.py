@@ -65,7 +65,8 @@ class Target:
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
         """Lock the run and yield a staging folder. Log messages of libraries go to a file in this folder."""
-        with runs.staging_folder(self.path, self.screen, force=self.force) as staging, library_log(staging / LOG):
+        force = self.force or (self.resume and checkpoints.replaces(self.path))
+        with runs.staging_folder(self.path, self.screen, force=force) as staging, library_log(staging / LOG):
             yield staging
 
     def publish(self, staging: Path, manifest: Manifest) -> Run:

@@ -299,7 +299,7 @@ def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRe
         except OSError as fault:
             raise RunFailedError(f"{unfinished.folder}: {first_line(fault)}; {unfinished.remaining()}") from fault
     if recorder.stopped:
-        raise Stopped(recorder.stopped)
+        raise Stopped(recorder.stopped, has_checkpoint=True)
     return recorder
 
 

@@ -71,23 +71,23 @@ def test_opposite_preferences_and_nearly_equal_prompts_are_reported(cli: Cli, tm
     held_out = [pairs.is_held_out((Message("user", str(row["prompt"])),), 0.5) for row in rows]
     split = sum(held_out[i] != held_out[i + 1] for i in range(0, 60, 2))
     assert split > 5
-    assert f"equal to a held-out prompt but for case, spaces or punctuation: {split} prompt" in done.err
+    assert f"{split} prompts equal to a held-out prompt except for case, spaces or punctuation" in done.err
 
 
-def test_repeated_and_contradicted_pairs_are_doubts(cli: Cli, tmp_path: Path) -> None:
+def test_repeated_and_contradicted_pairs_are_warned_of(cli: Cli, tmp_path: Path) -> None:
     one = {"prompt": "Hi?", "chosen": "A long answer.", "rejected": "No."}
     rows = [one] * 4 + [{**one, "chosen": one["rejected"], "rejected": one["chosen"]}] * 2
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["data", "--pref", "own", "--set", 'preferences.own.data="pairs.jsonl"']
     done = cli(*words)
     assert done.code == 0, done.err
-    assert "repeated word for word: 4 pairs" in done.err
-    assert "contradicted: 2 pairs (the same answers, the other one preferred)" in done.err
+    assert "4 pairs repeated word for word" in done.err
+    assert "2 pairs contradicted: the same two answers, with the opposite label" in done.err
     assert "no pair is held out, so nothing will be measured" in done.err
-    assert "the longer answer wins 67% of pairs, and 33% for `neg`" in done.out
+    assert "the longer answer wins 67% of pairs of unequal length (33% for `neg`)" in done.out
     by_length = cli(*words, "--set", "preferences.own.rank=shorter")
-    assert "the longer answer wins 0% of pairs, and 100% for `neg`" in by_length.out
-    assert "length is learned with it" not in by_length.err, "the ranker asks for length"
+    assert "the longer answer wins 0% of pairs of unequal length (100% for `neg`)" in by_length.out
+    assert "the adapter learns length" not in by_length.err, "the ranker asks for length"
 
 
 def test_limit_and_held_out_count_as_in_training(cli: Cli) -> None:
@@ -128,7 +128,7 @@ def test_drops_length_bias_unsafe_pairs_and_truncation_are_reported(cli: Cli, tm
     assert done.code == 0, done.err
     assert "22 rows, 20 pairs of 20 prompts" in done.out
     assert "dropped: 1 tie, 1 invalid row" in done.out
-    assert "the longer answer wins 100% of pairs: length is learned with it" in done.err
+    assert "the longer answer wins 100% of pairs of unequal length: the adapter learns length as well" in done.err
     assert "both answers are unsafe: 15 pairs" in done.out
     assert "answers of 1 pair truncated" in done.err
 
@@ -154,7 +154,7 @@ def test_preference_with_other_columns_is_not_compared(cli: Cli, tmp_path: Path)
     ]
     done = cli("data", "--pref", "one", *(word for table in tables for word in ("--set", table)))
     assert done.code == 0, done.err
-    assert "two is not compared: it uses other columns" in done.out
+    assert "two is not compared: it reads other columns" in done.out
     assert "two prefers" not in done.out
 
 

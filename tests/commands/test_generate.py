@@ -78,7 +78,8 @@ def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--share", "3/2"], "--share '3/2': expected which of how many parts"),
+        (["--share", "3/2"], "--share '3/2': expected PART/PARTS, as in 2/4"),
+        (["--share", "²/4"], "--share '²/4': expected PART/PARTS, as in 2/4"),
         (["--out", "a.txt"], "--out a.txt: expected a .jsonl or .parquet file"),
         (["--endpoint", "http://localhost:1", "--weights", "helpful=1"], "--endpoint excludes --weights and --want"),
         (["--adapter", "x", "--want", "a=1"], "--adapter excludes --weights and --want"),
@@ -98,5 +99,5 @@ def test_too_long_prompts_are_counted(workspace: Path) -> None:
     (workspace / "prompts.txt").write_text("Tell me about rain.\n" + "Tell me about rain. " * 200)
     done = call(workspace, "generate", "--prompts", "prompts.txt", "--adapter", "dpo/helpful/pos", "--out", "a.jsonl")
     assert done.code == 0, done.err
-    assert "left out, too long for the context: 1 prompt" in done.out
+    assert "1 prompt left out: too long for the context" in done.out
     assert len(_rows(workspace / "a.jsonl")) == 1

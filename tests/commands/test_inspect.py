@@ -97,7 +97,7 @@ def test_weights_that_a_mix_holds(workspace: Path) -> None:
     assert cut["weights"]["helpful"]["held"] < 1
     assert cut["cosine_with_sum"] == pytest.approx(math.sqrt(1 - cut["left_out"]), rel=1e-3)
     text = call(workspace, "inspect", "-w", "helpful=1,harmless=0.5").out
-    assert "weight held" in text
+    assert "effective weight" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -130,7 +130,7 @@ def test_too_small_vector_is_a_doubt(workspace: Path) -> None:
     assert call(workspace, "merge", "-w", "helpful=0.001", "--name", "little").code == 0
     done = call(workspace, "inspect", "helpful", "little")
     assert done.code == 0, done.err
-    assert "little is too small to do anything" in done.err
+    assert "little is too small to have an effect" in done.err
 
 
 def test_inspect_refuses_an_empty_folder_and_a_wrong_picture(tmp_path: Path) -> None:

@@ -198,8 +198,15 @@ def test_push_refuses_a_report(tmp_path: Path) -> None:
     target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
     with runs.staging_folder(target, quiet) as staging:
         runs.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
-    with pytest.raises(UserError, match="is a run of sweep, a report and no adapter: nothing to push"):
+    with pytest.raises(UserError, match="is a run of `sweep`, which has a report and no adapter"):
         push_run(target, "me/it", public=False, screen=quiet)
+
+
+@pytest.mark.parametrize(("steer", "about"), [("", "takes a direction"), ("scores: {{ listed }}", "takes scores")])
+def test_card_says_what_a_policy_of_rsf_takes(steer: str, about: str, tmp_path: Path) -> None:
+    manifest = runs.Manifest("rsf", {"model": "demo", "fingerprint": "f"}, method={"steer": steer})
+    card = model_card(runs.Run(tmp_path, manifest), "me/it")
+    assert f"policy that {about} in its system message, a LoRA adapter" in card
 
 
 def test_recipe_text_on_a_card_is_inert(tmp_path: Path) -> None:

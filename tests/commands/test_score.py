@@ -100,7 +100,7 @@ def test_score_resumes_after_a_kill(workspace: Path) -> None:
 
 
 def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
-    """ShareGPT's pairs, UltraFeedback's answers a row each, and a prompt that leaves no room for an answer."""
+    """Pairs in named, numbered and listed columns, UltraFeedback's answers, and a prompt that fills the context."""
     rain = {"from": "human", "value": "Tell me about rain."}
     long, short = "Rain is water that falls from clouds. It wets the ground.", "Rain is wet."
     given = [
@@ -117,16 +117,23 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
             ],
         },
         {"prompt": "Tell me about rain. " * 200, "response": short},
+        {"instruction": "Tell me about rain.", "output1": long, "output2": short, "label": 1},
+        {"prompt": "Tell me about rain.", "response_1": long, "response_2": short, "preference_strength": -2},
+        {"prompt": "Tell me about rain.", "response": [long, short]},
     ]
     (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     done = call(workspace, "score", "--data", "forms.jsonl", "--by", "pair:helpful", "--out", "scored.jsonl")
     assert done.code == 0, done.err
-    assert "4 rows, 1 of them unscored: the prompt fills the context" in done.out
-    pair, first, second, full = _rows(workspace / "scored.jsonl")
-    ranked = forms.comparisons(pair, "here")[0].ranked(Ranker.parse("score:helpful"))
-    assert isinstance(ranked, Pair)
+    assert "7 rows, 1 without a score: the prompt fills the context" in done.out
+    pair, first, second, full, *numbered, listed = _rows(workspace / "scored.jsonl")
     better = pair["score_helpful_chosen"] > pair["score_helpful_rejected"]  # type: ignore[operator]
-    assert ranked.chosen == (long if better else short)
+    assert {"score_helpful_chosen", "score_helpful_rejected"} <= listed.keys()
+    for row in numbered:
+        assert {"score_helpful_1", "score_helpful_2"} <= row.keys()
+    for row in (pair, *numbered, listed):
+        ranked = forms.comparisons(row, "here")[0].ranked(Ranker.parse("score:helpful"))
+        assert isinstance(ranked, Pair)
+        assert ranked.chosen == (long if better else short)
     assert [row["score_helpful"] for row in (first, second)] == pytest.approx(
         [pair["score_helpful_chosen"], pair["score_helpful_rejected"]], abs=1e-4
     )

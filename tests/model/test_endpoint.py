@@ -148,7 +148,7 @@ def test_prompt_longer_than_the_context_is_dropped_and_counted(
         words = ["generate", "--prompts", "prompts.txt", "--endpoint", url, "--model", served]
         done = cli(*words, "--max-new-tokens", "10", "--out", "answers.jsonl")
         assert done.code == 0, done.err
-        assert "left out, too long for the context: 1 prompt" in done.out
+        assert "1 prompt left out: too long for the context" in done.out
         assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
         (tmp_path / "prompts.txt").write_text("Tell me about rain. " * 60)
         none = cli(*words, "--out", "none.jsonl")

@@ -63,7 +63,7 @@ def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
     for name, more in (("base", []), ("mix", ["--adapter", "strong"])):
         done = call(workspace, *words, *more, "--max-new-tokens", "60", "--out", f"{name}.jsonl")
         assert done.code == 0, done.err
-        assert "left out, too long for the context: 1 prompt" in done.out
+        assert "1 prompt left out: too long for the context" in done.out
         answers[name] = [
             json.loads(line)["response"] for line in (workspace / f"{name}.jsonl").read_text().splitlines()
         ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_align import store
+from lora_align import runs, store
 from lora_align.cli import app
 from lora_align.train import checkpoints
 from support import COMMAND, Done, call, fill, made_once, small_disk
@@ -208,17 +208,46 @@ def test_resume_is_bit_exact_after_a_kill(after: int, stage: str, whole: Path, t
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("typed", "line"),
     [
-        ("dpo --pref helpful --force", "lora-align dpo --pref helpful --resume"),
-        ("sft --set 'sft.data=my file.jsonl'", "lora-align sft --set 'sft.data=my file.jsonl' --resume"),
-        ("rsf --iterations 2 --force", "lora-align rsf --iterations 2 --resume"),
-        ("demo", "lora-align demo"),
+        ("--debug dpo --pref helpful", "--debug dpo --pref helpful --resume"),
+        ("sft --set 'sft.data=my file.jsonl' --resume", "sft --set 'sft.data=my file.jsonl' --resume"),
+        ("dpo --pref helpful --force", "dpo --pref helpful --force"),
+        ("rsf --iterations 2 --force --resume", "rsf --iterations 2"),
+        ("score --data a.jsonl --out b.jsonl --by reward", "score --data a.jsonl --out b.jsonl --by reward"),
+        ("sweep helpful=0:1 --force", "sweep helpful=0:1 --force"),
+        ("demo", "demo"),
     ],
 )
-def test_printed_resume_command_works(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["lora-align", *shlex.split(said)])
-    assert app._continuing_line() == told
+def test_printed_line_continues_the_command(typed: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lora-align", *shlex.split(typed)])
+    assert app._continuing_line(has_checkpoint=False) == f"lora-align {line}"
+
+
+def test_printed_line_drops_force_once_a_checkpoint_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lora-align", "dpo", "--force", "--all"])
+    assert app._continuing_line(has_checkpoint=True) == "lora-align dpo --all --resume"
+    monkeypatch.setattr("sys.argv", ["lora-align", "merge", "--weights", "helpful=1"])
+    assert app._continuing_line(has_checkpoint=False) == ""
+
+
+def test_resume_continues_a_run_that_replaces_a_published_one(tmp_path: Path) -> None:
+    """`--force` over a published run, stopped: the printed line trains on, and moves the published run aside."""
+    done = call(tmp_path, *words("dpo"), "--set", "dpo.beta=1")
+    assert done.code == 0, done.err
+    first = stopped(tmp_path, "dpo", signal.SIGINT, 0, "--force")
+    assert first.code == 130, first.err
+    typed = [*words("dpo"), "--resume"]
+    assert first.err.rstrip().endswith(f"to continue: lora-align {shlex.join(typed)}")
+    done = call(tmp_path, *typed)
+    assert done.code == 0, done.err
+    assert "continues after step" in done.err
+    target = tmp_path / "runs" / STAGES["dpo"][1]
+    [aside] = target.parent.glob("pos.old-*")
+    assert runs.read(target).manifest.recipe["dpo"]["beta"] != 1
+    assert runs.read(aside).manifest.recipe["dpo"]["beta"] == 1
+    again = call(tmp_path, *typed)
+    assert "is published already" in again.err
 
 
 @pytest.fixture
@@ -286,7 +315,7 @@ def test_resume_accepts_changes_without_effect_on_results(begun: Path) -> None:
     assert "runs/dpo/helpful/pos was made differently: recipe.dpo.beta was 1.5, is 3.0" in other.err
     both = call(begun, *words("dpo"), "--resume", "--force")
     assert both.code == 2
-    assert "give one of them" in both.err
+    assert "give only one of them" in both.err
 
 
 def test_resume_warns_of_other_library_versions(begun: Path) -> None:
