@@ -79,7 +79,7 @@ def collect(rsf: RsfInputs, t: int, teacher: Run, requests: Sequence[Request], s
             pools = sampling_requests.pools(settings, batch, by_request(rows), t)
             progress.show(begin + len(batch), running_figures(pools))
     processes.barrier()
-    store.look()
+    store.refresh()
 
 
 def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[Mapping[str, float]]:
