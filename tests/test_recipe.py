@@ -110,7 +110,7 @@ def test_preference_of_other_preferences_is_checked() -> None:
     with pytest.raises(UserError) as refused:
         recipe.from_dict(tables, "mine.toml")
     assert str(refused.value).splitlines() == [
-        "mine.toml: preferences.nested.of: both has `of` itself; list good, brief",
+        "mine.toml: preferences.nested.of: both combines other preferences itself; list good, brief instead",
         "mine.toml: preferences.unknown.of: no preference 'goood', did you mean 'good'?",
         "mine.toml: preferences.ranked: a preference with `of` has no other keys; set them in good, brief",
         "mine.toml: reward.pairs.joint: both combines several preferences; choose one of good, brief",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 ROUNDING = 1e-6  # singular values below this share of the largest count as 0
-CONDITION = 1e-8  # smallest ratio of a float64 Gram matrix's eigenvalues for which the matrix is used instead of QR
+CONDITION = 1e-8  # a Gram matrix replaces QR if its smallest eigenvalue is above this share of its largest
 MAX_RANK = 2**31  # larger than any rank
 
 
@@ -45,13 +45,16 @@ class Factors:
         return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
 
     def svd(self, keep: int = MAX_RANK) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U [out, k], all singular values, and Vᵀ [k, in] of BA, k ≤ keep, from the SVD of an r × r core."""
+        """Return U [out, k], all r singular values, and Vᵀ [k, in] of BA, with k ≤ `keep`.
+
+        Only an r × r core is decomposed.
+        """
         (R_out, outputs), (R_in, inputs) = _qr(self.B.double()), _qr(self.A.double().T)
         U, S, Vt = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
         return outputs(U[:, :keep]), S, inputs(Vt[:keep].T).T
 
-    def cut(self, rank: int) -> tuple[Factors, float, float]:
-        """Return the best approximation of a rank (Eckart-Young), the energy before, and the energy lost."""
+    def truncate(self, rank: int) -> tuple[Factors, float, float]:
+        """Return the best approximation of rank `rank` (Eckart-Young), the energy before it, and the energy lost."""
         if self.rank <= rank:
             return self, self.energy, 0.0
         U, S, Vt = self.svd(rank)
@@ -206,7 +209,7 @@ def total(deltas: Sequence[LoraDelta]) -> LoraDelta:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite. `max` propagates nan and needs no boolean tensor."""
+    """Return whether all values are finite. `max` propagates nan, and no boolean tensor of this size is allocated."""
     return not tensor.numel() or bool(tensor.abs().max().isfinite())
 
 

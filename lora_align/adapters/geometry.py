@@ -83,7 +83,7 @@ class Interference:
     """Singular task interference, ‖(UᵀU − I) Σ (VᵀV − I)‖₁, as a mean over modules."""
 
     raw: float  # grows with the norms
-    by_size: float  # divided by the sum of the singular values, so independent of the norms
+    by_size: float  # `raw` divided by the sum of the singular values, so independent of the norms
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Directions:
     """Statistics of the singular directions of several updates, computed per module without storing directions."""
 
     squares: Mapping[str, Sequence[Tensor]]  # update → each module's squared singular values
-    cosines: Mapping[tuple[str, str], Sequence[tuple[Tensor, Tensor]]]  # of angles: outputs, inputs
+    # two updates → each module's cosines of principal angles, for outputs and for inputs
+    cosines: Mapping[tuple[str, str], Sequence[tuple[Tensor, Tensor]]]
     interferences: Sequence[Interference]  # one per module
 
     @classmethod
@@ -170,7 +171,7 @@ def _nonzero_svd(factors: Factors) -> Decomposed:
 
 
 def _interference(updates: Sequence[Decomposed], rank: int) -> Interference:
-    """Compute one module's interference, with each update truncated to `rank` directions."""
+    """Compute one module's interference from the first `rank` singular directions of each update."""
     U = torch.cat([svd[0][:, :rank] for svd in updates], 1)
     S = torch.cat([svd[1][:rank] for svd in updates])
     V = torch.cat([svd[2][:rank] for svd in updates]).T

@@ -2,7 +2,7 @@
 
 Keyword parameters of a function are the method's options. A function returns factors if its result has a low rank, and
 a dense matrix otherwise. Both are then truncated to the requested rank, and the lost energy is reported. The functions
-import torch, and this file does not, so that `merge --help` and wrong options take no seconds.
+import torch, and this file does not, so that `merge --help` and the refusal of a wrong option are fast.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 class Method:
     """A merge method: its function, its paper, and what is known of its result."""
 
-    function: Callable[..., Factors | Tensor]  # of Parts, with options as keyword parameters that have defaults
-    title: str = ""  # of the paper
-    paper: str = ""  # its address
-    linear: bool = False  # the result is the weighted sum
-    dense: bool = False  # the result is a matrix, not factors; it needs a `rank`
+    function: Callable[..., Factors | Tensor]  # takes Parts, and options as keyword parameters with defaults
+    title: str = ""  # the paper's title
+    paper: str = ""  # the paper's address
+    linear: bool = False  # the result is the weighted sum, before truncation
+    dense: bool = False  # the result is a matrix, not factors; such a method needs a default `rank`
     of_policies: bool = False  # weights apply to the `pos` adapters instead of the vectors pos - neg
     rank: Callable[[Iterable[int]], int] | None = None  # default rank, from the ranks of the merged updates
 
@@ -103,7 +103,8 @@ def tsv(parts: Parts) -> Factors:
     left, sizes, right = [], [], []
     for update, weight in parts:
         U, S, Vt = update.svd()
-        count = min(keep, int((ROUNDING * S[0] < S).sum()))  # directions of rounding errors would distort the others
+        # directions that are rounding errors would distort the others
+        count = min(keep, int((ROUNDING * S[0] < S).sum()))
         left.append(U[:, :count])
         sizes.append(S[:count] * weight)
         right.append(Vt[:count].T)
@@ -114,7 +115,7 @@ def tsv(parts: Parts) -> Factors:
 
 
 def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
-    """Return the means of those among the largest entries that agree with the elected sign (TIES).
+    """Return the mean, entry by entry, of the largest entries that agree with the elected sign (TIES).
 
     Entries are trimmed per module; the paper trims over all modules together. The result is dense.
     """
@@ -135,7 +136,7 @@ def ties(parts: Parts, *, density: float = 0.2) -> Tensor:
 
 
 def dare(parts: Parts, *, drop: float = 0.9, seed: int = 0) -> Tensor:
-    """Return the weighted sum of randomly dropped and rescaled entries (DARE).
+    """Return the weighted sum after entries are dropped at random and the others are rescaled (DARE).
 
     Each entry is dropped with probability `drop`; the others are multiplied by 1 / (1 - drop). The result is dense.
     """

@@ -11,7 +11,8 @@ from typing import Any
 from lora_align.adapters.merge_methods import METHODS
 from lora_align.errors import UserError, nearest
 
-# Ranks that a server accepts. llama.cpp accepts any, but scales each tensor by its own rank, so all must be equal.
+# Ranks that a server accepts. llama.cpp accepts any rank, but scales each tensor by that tensor's rank, so all ranks
+# must be equal.
 SERVER_RANKS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512), "llama.cpp": ()}
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -46,7 +47,7 @@ def server_rank(server: str, rank: int) -> int:
     accepted = [known for known in SERVER_RANKS[server] if known >= rank]
     if not accepted:
         raise UserError(
-            f"--fit {server}: it accepts ranks up to {max(SERVER_RANKS[server])}, but this adapter has {rank}; "
+            f"--fit {server}: it accepts ranks up to {max(SERVER_RANKS[server])}, but this adapter has rank {rank}; "
             "choose a smaller one with --rank"
         )
     return accepted[0]
@@ -59,14 +60,14 @@ class MergeOptions:
     method: str = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
-    keep: float | None = None  # the smallest rank that keeps this share of the energy
+    keep: float | None = None  # truncate to the smallest rank that keeps this share of the energy
     fit: str | None = None
     dtype: str | None = None
     with_start: bool = True
     same_base: bool = False
 
     @classmethod
-    def said(
+    def parse(
         cls,
         method: str,
         options: Sequence[str],

@@ -35,10 +35,10 @@ def last_layers(modules: Iterable[str]) -> dict[tuple[str, str, str], int]:
 
 
 def missing_module(modules: Iterable[str], everywhere: bool) -> str:
-    """Describe a module, or a layer's block, that seems to be missing from an adapter; "" if none.
+    """Describe the first module, or block of a layer, that seems to be missing from an adapter; "" if none is.
 
     Some models have regular differences between layers: attention in every fourth, dense first layers, shared keys in
-    the last. A single or irregular gap counts as missing. `everywhere` says that the configuration omits no layer.
+    the last. A single or irregular gap counts as missing. `everywhere` says that the configuration selects every layer.
     """
     blocks: dict[tuple[str, str], dict[int, frozenset[str]]] = {}
     for at in filter(None, map(parse_name, modules)):

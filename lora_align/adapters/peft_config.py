@@ -50,7 +50,7 @@ REFUSED = {
     "trainable_token_indices": "trained tokens are not LoRA",
     "target_parameters": "adapters of bare parameters are not supported",
     "layer_replication": "replicated layers change the base",
-    "auto_mapping": "it would import code; remove the key and set task_type, and the adapter stays the same",
+    "auto_mapping": "it would import code; remove the key and set task_type (the weights stay the same)",
     "megatron_config": "Megatron layers are not supported",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only",
     "use_qalora": "QALoRA pools its inputs",
@@ -87,7 +87,7 @@ def read(folder: Path) -> dict[str, Any]:
     if init not in PLAIN_INITS:
         raise UserError(
             f"{path}: init_lora_weights is {str(init)!r}: such adapters need a changed base; "
-            "convert with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+            "convert the adapter with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
     return config
 
@@ -121,7 +121,7 @@ def _matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
     if isinstance(targets, str):
         return lambda module: targets == "all-linear" or _matches(targets, module)
     whole, endings = set(targets), tuple(f".{name}" for name in targets)
-    return lambda module: module in whole or module.endswith(endings)  # set first: fast for thousands of names
+    return lambda module: module in whole or module.endswith(endings)  # a set is fast even for thousands of names
 
 
 def covers_every_layer(config: Mapping[str, Any]) -> bool:
@@ -160,7 +160,10 @@ class BaseInfo:
 
     @classmethod
     def common(cls, configs: Sequence[Mapping[str, Any]]) -> "BaseInfo":
-        """Return what several configurations share. Endings are used only if they select the same modules again."""
+        """Return the values that several configurations share.
+
+        Endings are kept as `targets` only if all configurations have the same ones and select every layer.
+        """
         bases = [config.get("base_model_name_or_path") or "" for config in configs]
         tasks = {config.get("task_type") for config in configs}
         lists = [config["target_modules"] for config in configs]
@@ -200,7 +203,7 @@ def to_json(ranks: Mapping[str, int], about: BaseInfo) -> str:
 
 
 def _module_value(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
-    """Return a module's rank or alpha: that of the first pattern that matches the name or its end, else `default`."""
+    """Return a module's rank or alpha: the first value whose pattern matches the name or its end, else `default`."""
     for pattern, value in (config.get(key) or {}).items():
         if _matches(rf"(.*\.)?({pattern})", module):
             return float(value)

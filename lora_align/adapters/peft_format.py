@@ -27,7 +27,7 @@ class Adapter(Mapping[str, Factors]):
     """
 
     def __init__(self, folder: Path, whole: bool = False) -> None:
-        """`whole`: a manifest has verified the files, so the check for missing tensors is skipped."""
+        """`whole` says that a manifest has verified the files; then missing tensors are not searched for."""
         self.folder, self.config = folder, peft_config.read(folder)
         self._is_target = peft_config.target_matcher(self.config)
         self._file = _weights(folder)
@@ -55,7 +55,7 @@ class Adapter(Mapping[str, Factors]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the stored dtype; if there are several, the one that can hold all of them."""
+        """Return the stored dtype; if there are several, the smallest one that can represent all of them."""
         dtypes = {safetensors_stream.DTYPES[entry.dtype] for entry in self._file.entries.values()}
         return reduce(torch.promote_types, dtypes)
 
@@ -106,7 +106,7 @@ def save(
     about: BaseInfo,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a plain PEFT adapter with a scaling of 1 while `modules` are computed; `names` are the names of all."""
+    """Write a plain PEFT adapter with a scaling of 1 while `modules` are computed. `names` lists all modules."""
     ranks: dict[str, int] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

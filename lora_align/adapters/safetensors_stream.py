@@ -14,7 +14,7 @@ from lora_align.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = 8  # bytes of the number that holds the header's length
-ROOM = 128  # more bytes than a header entry takes besides its name
+ROOM = 128  # upper bound of the bytes of a header entry without its name
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Entry:
 
 
 class TensorFile:
-    """A file whose header and length the safetensors library has checked."""
+    """A safetensors file. On opening, the safetensors library checks its header and its length."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

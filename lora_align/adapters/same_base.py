@@ -35,7 +35,7 @@ def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
 
 
 def _refuse_unclear(one: Adapter, other: Adapter, stacks: Sequence[set[str]]) -> None:
-    """Refuse two adapters whose files do not show that their bases are the same."""
+    """Refuse two adapters that name no base, or that name different bases, revisions or module trees."""
     revisions = [str(adapter.config.get("revision") or "") for adapter in (one, other)]
     why = ""
     if one.base != other.base:

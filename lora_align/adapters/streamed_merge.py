@@ -21,7 +21,7 @@ OVERSAMPLED, POWERS = 8, 4  # extra columns and power iterations of the randomis
 class MergedModule:
     """One module of the result.
 
-    Without truncation the energy is nan: computing it costs R² for rank R, while adding up costs only R.
+    Without truncation the energy is nan, because computing it costs O(R²) for rank R, and the sum itself only O(R).
     """
 
     module: str
@@ -74,7 +74,7 @@ class Merge:
         if METHODS[self.method].dense:
             raise UserError(f"--rank auto needs a low-rank method, and {self.method} is dense; give a number")
         squares = [merged.factors.svd(0)[1].square() for merged in self.modules(MAX_RANK)]
-        vectors = replace(self, start=LoraDelta(()))  # the energy of a large start would hide losses of the vectors
+        vectors = replace(self, start=LoraDelta(()))  # a start adapter's large energy would hide losses of the vectors
         energy = sum(merged.energy for merged in vectors.modules(MAX_RANK))
         return smallest_rank((1 - share) * energy, squares)
 
@@ -94,7 +94,7 @@ class Merge:
 
 @dataclass
 class Tally:
-    """Rank and energies of a merge, summed up while its modules are written."""
+    """The rank and the energies of a merge, accumulated while its modules are written."""
 
     rank: int = 0
     energy: float = 0.0
@@ -123,7 +123,7 @@ def _truncated(module: str, update: Factors | Tensor, rank: int | None) -> Merge
     if not is_finite(update if isinstance(update, Tensor) else update.B):
         raise UserError(f"{module}: the result overflows; give smaller weights")
     if isinstance(update, Factors):
-        return MergedModule(module, *update.cut(rank)) if rank else MergedModule(module, update, math.nan, 0.0)
+        return MergedModule(module, *update.truncate(rank)) if rank else MergedModule(module, update, math.nan, 0.0)
     assert rank, "a method that returns a matrix needs dense=True and a rank"
     energy = float(update.double().square().sum())
     U, S, Vt = _svd(update, rank)

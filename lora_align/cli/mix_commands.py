@@ -78,7 +78,7 @@ def merge(
         raise UserError("merge: --out needs the path of a new folder, and excludes --name")
     if out is not None:
         store.refuse_missing_parent(out)
-    how = MergeOptions.said(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
+    how = MergeOptions.parse(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     check_weights(method, wanted)
     project = given.recipe_of_runs()
     given.check_vectors(wanted, project)
@@ -123,7 +123,7 @@ def inspect(
     """
     wanted = parse_weights(weights) if weights else {}
     check_picture(picture)
-    how = MergeOptions.said(method, option or [], rank, fit, None, same_base=True)
+    how = MergeOptions.parse(method, option or [], rank, fit, None, same_base=True)
     project = given.recipe_of_runs()
     given.check_vectors([*(names or []), *wanted], project)
     given.screen.note("reading adapters …")

@@ -61,9 +61,9 @@ class AuditCounts:
         if isinstance(pair, str):
             self.invalid += pair == sources.INVALID
             return
-        self.made[ranked.aside] += 1
-        self.usable[ranked.aside] += self._fits(pair)
-        self.prompts[ranked.aside].add(_digest([WORD.findall(turn.content.casefold()) for turn in pair.prompt]))
+        self.made[ranked.held_out] += 1
+        self.usable[ranked.held_out] += self._fits(pair)
+        self.prompts[ranked.held_out].add(_digest([WORD.findall(turn.content.casefold()) for turn in pair.prompt]))
         if (safe := ranked.comparison.safe) is not None:
             self.known_safety += 1
             self.both_unsafe += not any(safe)

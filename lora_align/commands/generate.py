@@ -72,7 +72,7 @@ def generate_file(
     settings = {"data": data, "model": dict(who), "n": n, "sampling": asdict(sampling), "share": list(share)}
     unread: Counter[str] = Counter()
     work = [item for item in _work(data, system, unread) if _bucket(item.prompt, share[1]) == share[0] - 1]
-    for warning in sources.unread_warnings(unread):
+    for warning in sources.unread_warnings(unread, sources.RENAME_IN_FILE):
         screen.warn(f"{data}: {warning}")
     fitting = [item for item in work if sampler.fits(item.prompt)]
     if not work:

@@ -81,7 +81,7 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
     shards.check_out_file(out)
     unread: Counter[str] = Counter()
     work = list(_work(data, unread))
-    for warning in sources.unread_warnings(unread):
+    for warning in sources.unread_warnings(unread, sources.RENAME_IN_FILE):
         screen.warn(f"{data}: {warning}")
     if not work:
         raise UserError(f"{data}: no rows to score")

@@ -1,6 +1,6 @@
 """Readers for single cells: text, turns, labels, numbers.
 
-Each raises a ValueError that names the column; the caller adds the place of the row.
+Each reader raises a ValueError that names the column. The caller adds the place of the row.
 """
 
 import json
@@ -66,7 +66,7 @@ def prompt(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def prompt_with_context(row: Row, column: str = "prompt") -> tuple[Message, ...]:
-    """Read the prompt. For text, add the `history` turns before and the `input` text behind, as Alpaca does."""
+    """Read the prompt. As in Alpaca, a text has the turns of `history` before it and the text of `input` after it."""
     if not isinstance(row[column], str):
         return with_system(row, prompt(row[column], column))
     question = text(row[column], column)
@@ -120,8 +120,8 @@ def system(row: Row) -> tuple[Message, ...]:
 def label(value: Any, first: int) -> int | str | None:
     """Return the index of the answer that a label prefers; None for a tie.
 
-    `first` is the number that labels give the first answer. An unknown label is returned as text, because the
-    fault then lies in the column and not in the row.
+    `first` is the number that labels give the first answer. An unknown label is returned as text; the caller decides
+    what it means.
     """
     if isinstance(value, Winner):
         return WINNERS[value]
@@ -135,7 +135,7 @@ def numbered(first: int) -> dict[str, Winner]:
 
 
 def label_text(value: Any) -> str:
-    """Return a label as a key of the `labels` table: "1" for 1.0 and for "1.0", "" for a missing label."""
+    """Return a label as a key of the recipe's `labels`: "1" for 1.0 and for "1.0", "" for a missing label."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list | tuple | dict):
@@ -184,5 +184,5 @@ def number(value: Any, column: str) -> float:
     except OverflowError:
         found = math.inf
     if math.isinf(found):
-        raise ValueError(f"{column} is too large a number")
+        raise ValueError(f"{column} is infinite or too large")
     return found

@@ -14,8 +14,8 @@ from lora_align.errors import UserError
 from lora_align.plugins import Registry
 
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV write booleans
-MAYBE_PROMPT = ("query", "input", "context")  # columns that may hold a prompt, but are not read as one
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # of labelled pairs; the first present counts
+MAYBE_PROMPT = ("query", "input", "context")  # columns that an error suggests as the missing prompt column
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # prompt columns of labelled pairs, in this order
 ANSWER_COLUMNS = (  # column names of two answers
     ("response_0", "response_1"), ("output_1", "output_2"), ("response1", "response2"), ("response_1", "response_2"),
     ("output1", "output2"),
@@ -29,11 +29,12 @@ TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # of an HH-RLHF transcript
 class Form:
     """A form of row: its columns, and the function that reads a row into a shape of data/rows.py.
 
-    The first form of a shape whose columns are all present reads the row; forms of other packages come first. `read`
-    returns the shape, or a list of comparisons or rated answers. Its ValueError names the column and what is wrong.
+    A row is read by the first form that has the wanted shape and whose columns are all in the row. Forms of other
+    packages are tried first. `read` returns the shape, or a list of comparisons or rated answers. Its ValueError names
+    the column and what is wrong.
     """
 
-    shape: Any  # Comparison, Conversation, Rated, Prompt or Fact
+    shape: Any  # the type that `read` returns: Comparison, Conversation, Rated, Prompt or Fact
     columns: Sequence[str]  # required columns with text or turns
     read: Callable[[Row], Any]
     numbers: Sequence[str] = ()  # further required columns
@@ -45,9 +46,13 @@ class Form:
         return frozenset((*self.columns, *self.numbers))
 
 
-WHAT: dict[Any, str] = {
+SHAPE_NAMES: dict[Any, str] = {
     Comparison: "pair of answers", Conversation: "conversation", Rated: "rated answer", Prompt: "prompt", Fact: "fact",
 }  # fmt: skip
+
+
+class UnknownFormError(UserError):
+    """No form reads a row's columns. The caller adds a remedy that its command has."""
 
 
 def comparisons(row: Row, where: str) -> list[Comparison]:
@@ -94,7 +99,7 @@ def label_columns(row: Row) -> tuple[tuple[str, str], list[str]] | None:
 
 @cache
 def text_columns() -> tuple[str, ...]:
-    """Return the columns with text or turns of all forms but those of facts."""
+    """Return the columns with text or turns of all forms except forms of facts."""
     columns = (column for form in _all_forms() if form.shape is not Fact for column in form.columns)
     return tuple(dict.fromkeys(columns))
 
@@ -104,7 +109,7 @@ def _labels(row: Row) -> list[str]:
 
 
 def numbered_from(names: tuple[str, str]) -> int | None:
-    """Return the number of the first answer, if the column names end in 0 and 1 or in 1 and 2, or None."""
+    """Return 0 if the column names end in 0 and 1, 1 if they end in 1 and 2, else None."""
     return {("0", "1"): 0, ("1", "2"): 1}.get((names[0][-1:], names[1][-1:]))
 
 
@@ -140,9 +145,9 @@ def _read(shape: Any, row: Row, where: str) -> Any:
     if form is None:
         needed = (form.required - row.keys() for form in _forms(shape))
         missing = min(map(sorted, needed), key=len)  # columns of the nearest form
-        raise UserError(
-            f"{where}: no {WHAT[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "
-            f"{' and '.join(missing)}); name your columns in `columns`, or skip such rows with skip_bad = true"
+        raise UnknownFormError(
+            f"{where}: no {SHAPE_NAMES[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "
+            f"{' and '.join(missing)})"
         )
     try:
         return form.read(row)
@@ -293,7 +298,7 @@ def _better_and_worse(row: Row, prompt_column: str, column: str) -> Comparison:
 
 
 def _each_with_each(row: Row) -> list[Comparison]:
-    """Compare each answer of UltraFeedback's form with each other."""
+    """Read UltraFeedback's form as one comparison for each pair of its answers."""
     return [_between(first, second) for first, second in itertools.combinations(_ultrafeedback(row), 2)]
 
 
@@ -330,7 +335,7 @@ def _prompt_completion(row: Row) -> Conversation:
 
 
 def _helpsteer(row: Row) -> list[Rated]:
-    """Read the form of HelpSteer: one answer a row, and a column of numbers for each attribute."""
+    """Read the form of HelpSteer: one answer per row, and a column of numbers for each attribute."""
     others = {name: value for name, value in row.items() if name not in ("prompt", "response")}
     ratings = {name: cells.number(value, name) for name, value in others.items() if cells.is_number(value)}
     return [Rated(cells.prompt_with_context(row), cells.text(row["response"], "response"), ratings)]
@@ -433,4 +438,6 @@ _BUILT_IN = [  # in the order in which they are tried
     Form(Prompt, ("instruction",), _alpaca_prompt),
     Form(Fact, ("prompt", "right", "wrong"), _right_and_wrong),
 ]
-FORMS = Registry("forms", Form, {f"{WHAT[form.shape]}: {', '.join(sorted(form.required))}": form for form in _BUILT_IN})
+FORMS = Registry(
+    "forms", Form, {f"{SHAPE_NAMES[form.shape]}: {', '.join(sorted(form.required))}": form for form in _BUILT_IN}
+)

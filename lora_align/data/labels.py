@@ -35,7 +35,7 @@ class Labels:
     column: str
     meaning: Mapping[str, Winner]
 
-    def decoded(self, row: Row) -> Row:
+    def decode(self, row: Row) -> Row:
         """Replace the row's label by its Winner; return a row without labels unchanged."""
         if self.column not in row or forms.label_columns(row) is None:
             return row
@@ -69,9 +69,11 @@ def labels_of(preference: Preference) -> Labels | None:
         )
     ranks = ranks or next(iter(columns), "")
     if preference.labels and ranks not in columns:
-        raise UserError(f"{sources.name(preference)}: `labels` is set, but the rows have no label column; remove it")
-    if ranks not in columns:
-        return None  # the form has no labels, as with chosen and rejected; or the column is missing: `ranked` refuses
+        raise UserError(
+            f"{sources.name(preference)}: `labels` is set, but the rows have no label column; remove `labels`"
+        )
+    if ranks not in columns:  # the form has no labels (chosen, rejected), or `Comparison.ranked` refuses the column
+        return None
     original_names = (preference.columns.get(names[0], names[0]), preference.columns.get(names[1], names[1]))
     return Labels(ranks, _meaning(preference, ranks, columns[ranks], original_names))
 
@@ -108,7 +110,7 @@ def _proposed(values: Iterable[str]) -> str:
     if len(others) > len(winners) and others[0] == "0":  # 0, 1, 2
         ties, others = [*ties, others[0]], others[1:]
     if len(others) == 1:
-        others.append("B" if others[0] == "A" else f"not {others[0]}")  # a table needs both
+        others.append("B" if others[0] == "A" else f"not {others[0]}")  # `labels` needs a first and a second
     shown = [*zip(others, winners, strict=False), *((value, tie) for value in ties)]
     return ", ".join(f'{_key(value)} = "{winner}"' for value, winner in shown)
 

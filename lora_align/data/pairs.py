@@ -16,7 +16,7 @@ from lora_align.errors import UserError
 from lora_align.recipe import Preference, Sft
 
 MIN_HELD_OUT = 20  # fewest held-out pairs for a meaningful accuracy
-FIFTHS = 5  # a small source holds out at most one prompt in FIFTHS
+ONE_IN = 5  # a small source holds out at most one prompt in five
 T = TypeVar("T")
 Split = Iterator[tuple[T, bool]]  # (row, whether it is held out)
 
@@ -27,7 +27,7 @@ class RankedComparison(NamedTuple):
     where: str
     comparison: Comparison
     pair: Pair | str  # the pair, or the reason why there is none
-    aside: bool  # held out
+    held_out: bool
 
 
 def rank_comparisons(
@@ -40,16 +40,16 @@ def rank_comparisons(
         (one.prompt for _, some in sources.readable_rows(preference, forms.comparisons) for one in some), held_out
     )
     left = limit or -1
-    decoded = labels.decoded if labels else sources.unchanged
-    for where, several in sources.read(preference, forms.comparisons, dropped, decoded):
+    decode = labels.decode if labels else sources.unchanged
+    for where, several in sources.read(preference, forms.comparisons, dropped, decode):
         for one in several:
             comparison, pair = rank_comparison(one, preference, where)
-            aside = is_held_out(comparison.prompt, below)
+            trains = not is_held_out(comparison.prompt, below)
             if isinstance(pair, str):
                 dropped[pair] += 1
             else:
-                left -= not aside
-            yield RankedComparison(where, comparison, pair, aside)
+                left -= trains
+            yield RankedComparison(where, comparison, pair, held_out=not trains)
             if not left:
                 return
 
@@ -58,7 +58,7 @@ def read_pairs(preference: Preference, held_out: float, limit: int | None, dropp
     """Yield a preference's pairs, at most `limit` for training."""
     for one in rank_comparisons(preference, held_out, limit, dropped):
         if not isinstance(one.pair, str):
-            yield one.pair, one.aside
+            yield one.pair, one.held_out
 
 
 def rank_comparison(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
@@ -70,7 +70,7 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
         if not preference.skip_bad:
             raise UserError(f"{where}: {fault}") from fault
         return comparison, sources.INVALID
-    if ranker.kind == "label":  # `labels_of` did not see this row's columns if it is of another form than the others
+    if ranker.kind == "label":  # a row of another form may have label columns that `labels_of` did not read
         names = [ranker.column] if ranker.column else list(comparison.labels)
         if len(names) > 1:
             raise UserError(f'{where}: several label columns ({", ".join(names)}); set rank = "label:COLUMN"')
@@ -87,20 +87,23 @@ def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:
         if not conversation.messages[-1].content.strip():
             dropped["empty answer"] += 1
         else:
-            aside = is_held_out(conversation.messages[:-1], below)
-            yield conversation, aside
-            left -= not aside
+            trains = not is_held_out(conversation.messages[:-1], below)
+            yield conversation, not trains
+            left -= trains
         if not left:
             break
 
 
-def is_held_out(prompt: Prompt, share: float) -> bool:
-    """Return whether a prompt is held out. A hash of its text decides, so no prompt is on both sides of the split."""
-    return _hash(prompt) < share
+def is_held_out(prompt: Prompt, below: float) -> bool:
+    """Return whether a prompt is held out: its hash is below the threshold `below`.
+
+    A hash of the text decides, so no prompt is on both sides of the split.
+    """
+    return _hash(prompt) < below
 
 
 def split_at(prompts: Iterable[Prompt], share: float) -> float:
-    """Return the share of prompts that a source holds out: `share`, or more for a small source.
+    """Return the hash below which a source's prompts are held out: `share`, or more for a small source.
 
     If `share` holds out fewer than MIN_HELD_OUT rows, MIN_HELD_OUT prompts are held out, but at most a fifth of all
     prompts. `prompts` are all prompts of the source, without ranking or limit, so that all preferences and directions
@@ -117,9 +120,9 @@ def split_at(prompts: Iterable[Prompt], share: float) -> float:
         if value not in lowest:
             insort(lowest, value)
             del lowest[MIN_HELD_OUT:]
-        if len(known) < FIFTHS * MIN_HELD_OUT:
+        if len(known) < ONE_IN * MIN_HELD_OUT:
             known.add(value)
-    wanted = min(MIN_HELD_OUT, len(known) // FIFTHS)
+    wanted = min(MIN_HELD_OUT, len(known) // ONE_IN)
     return max(share, math.nextafter(lowest[wanted - 1], 1)) if wanted else share
 
 

@@ -13,7 +13,10 @@ SCALE = 100.0
 
 
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
-    """Yield rated answers, nan for a missing rating. Stop after the row that brings `limit` answers for training."""
+    """Yield rated answers, with nan for a missing rating.
+
+    Stop after the row with which the training answers reach `limit`.
+    """
     train, names = 0, frozenset[str]()
     below = split_at((one.prompt for _, some in sources.readable_rows(table, forms.rated) for one in some), held_out)
     for where, answers in sources.read(table, forms.rated, dropped):
@@ -29,15 +32,15 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
             elif all(map(math.isnan, scaled.values())):
                 dropped["no rating"] += 1
             else:
-                aside = is_held_out(row.prompt, below)
-                yield Rated(row.prompt, row.answer, scaled), aside
-                train += not aside
+                trains = not is_held_out(row.prompt, below)
+                yield Rated(row.prompt, row.answer, scaled), not trains
+                train += trains
         if limit and train >= limit:
             break
 
 
 def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, float] | str:
-    """Return an answer's ratings scaled to 0 to 100, or what is wrong with them.
+    """Return an answer's ratings scaled to 0 to 100, or a message that says why they are invalid.
 
     `names` are the attributes of the recipe, or else of the first row; each must be present and on the recipe's scale.
     """
@@ -45,7 +48,7 @@ def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, floa
     if missing := sorted(names - row.ratings.keys()):
         return f"no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})"
     if extra := [name for name in wanted if name not in names]:
-        return f"a rating {extra[0]!r}, which the first row does not have; list the ones to read in `attributes`"
+        return f"a rating {extra[0]!r}, which the first row lacks; list the ratings to read in `attributes`"
     scaled = {}
     for name in wanted:
         value = row.ratings[name]

@@ -1,4 +1,4 @@
-"""The dataclasses of rows: comparisons, pairs, rated answers, conversations, prompts, facts."""
+"""The shapes of rows, as dataclasses: comparisons, pairs, rated answers, conversations, prompts, facts."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_align.rankers import Ranker
 
-Row = Mapping[str, Any]  # as a file or the hub has it
+Row = Mapping[str, Any]  # a row of a file or of a hub dataset, before it is read into a shape
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Comparison:
     """Two answers to one prompt, with labels and ratings by name but not yet ranked.
 
     A label is the index of the preferred answer, None for a tie, or text if its meaning is unknown. A missing rating is
-    nan. `safe` says for each answer if the data calls it safe.
+    nan. `safe` says for each answer whether the data labels it safe.
     """
 
     prompt: tuple[Message, ...]
@@ -93,7 +93,7 @@ def texts(shape: Any) -> set[str]:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Return a hash of the prompt, by which work is divided, resumed and merged."""
+    """Return a hash of the prompt. Work is divided, resumed and merged by this hash."""
     text = json.dumps([(m.role, m.content) for m in prompt], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Crash-safe output of `generate`, `score` and `rsf`: each batch of rows is one Parquet file."""
+"""Crash-safe files of rows: whole tables, and the batches of `generate`, `score` and `rsf` as Parquet files."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 KEY = "key"  # the column with the key of the work item that a row belongs to
 REMEDY = "free disk space and run the command again: finished rows are stored"
-SUFFIXES = (".jsonl", ".parquet")  # of --out files
+SUFFIXES = (".jsonl", ".parquet")  # suffixes of --out files
 
 
 class Shards:
@@ -25,9 +25,9 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """List the files that all processes have written so far."""
         self.files = sorted(self.folder.glob("part-*.parquet"))
 
@@ -102,7 +102,7 @@ def check_out_file(out: Path) -> None:
 
 @contextmanager
 def shards_for(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
-    """Yield the shards of an --out file, in a hidden folder beside it. `finish` then writes the file.
+    """Yield the shards of an --out file, which lie in a hidden folder beside it. `finish` writes the file itself.
 
     Shards that were begun with other settings are refused.
     """
@@ -141,7 +141,9 @@ def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
     before = json.loads(file.read_text()) if file.exists() else {}
     changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
     if before and changed:
-        raise UserError(f"{folder} was begun with another {', '.join(changed)}; delete it or choose another name")
+        raise UserError(
+            f"{folder} was begun with other settings ({', '.join(changed)}); delete the folder or choose another name"
+        )
     with store.new_file(file) as unfinished:
         unfinished.write_text(text)
 

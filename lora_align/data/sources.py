@@ -25,16 +25,17 @@ Rows = Iterator[tuple[str, Row | UserError]]  # (place, row or the fault that ma
 Found = TypeVar("Found")
 SOURCES: Registry[Callable[[str], Rows]] = Registry("sources")
 INVALID = "invalid row"  # a reason to drop a row
-UNREAD = "column not read: "  # prefix of counts that are not reasons to drop a row; `unread_in` removes them
-OPTIONAL = (  # columns that chat trainers know and no form requires; a form reads some of them if they are there
+UNREAD = "column not read: "  # prefix of counts of unread columns, beside those of dropped rows; see `pop_unread`
+OPTIONAL = (  # columns that other trainers use and no form requires; some forms read some of them
     "system", "system_prompt", "history", "query", "tools", "images", "videos", "audios",
 )  # fmt: skip
-ASKED = {  # columns that may be part of what is asked
+ASKED = {  # columns that may hold a part of the prompt
     "system", "system_prompt", "prompt", "instruction", "input", "history", "context", "query", "question", "tools",
 }  # fmt: skip
+RENAME_IN_FILE = "rename the column in the data"  # the remedy for data without a recipe table
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.S)  # strings hide the brackets inside them
-SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # in messages of `datasets`
+SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # parts of errors of `datasets`
 
 
 class Source(Protocol):
@@ -93,23 +94,25 @@ def unchanged(row: Row) -> Row:
 
 def read(
     source: Source,
-    form: Callable[[Row, str], Found],
+    read_row: Callable[[Row, str], Found],
     dropped: Counter[str],
-    changed: Callable[[Row], Row] = unchanged,
+    transform: Callable[[Row], Row] = unchanged,
 ) -> Iterator[tuple[str, Found]]:
-    """Yield every row of a source, read with `form`, with its place.
+    """Yield every row of a source, read with `read_row`, with its place.
 
-    `changed` is applied to each row first. An unreadable row raises, or is counted in `dropped` if the source sets
-    `skip_bad`. Known columns that the form does not read are counted, too. If no row at all can be read, the first
-    fault is raised.
+    `transform` is applied to each row first. An unreadable row raises, or is counted in `dropped` if the source sets
+    `skip_bad`. Known columns that `read_row` does not read are counted, too. If no row can be read, the first fault is
+    raised.
     """
     fault, good = None, 0
+    skip = "" if source.skip_bad else ", or skip such rows with skip_bad = true"
+    remedy = f"name your columns in `columns`{skip}"
     for where, row in rows(*location(source)):
         try:
             if isinstance(row, UserError):
                 raise row
-            watched = TrackedRow(changed(_renamed(row, source.columns, where)))
-            found = form(watched, where)
+            tracked = TrackedRow(transform(_renamed(row, source.columns, where)))
+            found = _read_row(read_row, tracked, where, remedy)
         except UserError as refused:
             if not source.skip_bad:
                 raise
@@ -117,19 +120,19 @@ def read(
             fault = fault or refused
         else:
             good += 1
-            if found is not None:  # None: a row that is not wanted
-                dropped.update(UNREAD + column for column in watched.unread(found))
+            if found is not None:  # None means that [eval]'s `where` excludes the row
+                dropped.update(UNREAD + column for column in tracked.unread(found))
             yield where, found
     if fault and not good:
         raise UserError(f"{fault} (no other row can be read either)")
 
 
-def readable_rows(source: Source, form: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
-    """Yield the rows that `form` can read, with their places. Used for a first pass, before `read`."""
+def readable_rows(source: Source, read_row: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
+    """Yield the rows that `read_row` can read, with their places. Used for a first pass, before `read`."""
     for where, row in rows(*location(source)):
         with suppress(UserError):
             if not isinstance(row, UserError):
-                yield where, form(_renamed(row, source.columns, where), where)
+                yield where, read_row(_renamed(row, source.columns, where), where)
 
 
 def pop_unread(counts: Counter[str]) -> dict[str, int]:
@@ -137,18 +140,17 @@ def pop_unread(counts: Counter[str]) -> dict[str, int]:
     return {name.removeprefix(UNREAD): counts.pop(name) for name in sorted(counts) if name.startswith(UNREAD)}
 
 
-def unread_warnings(columns: Mapping[str, int]) -> list[str]:
-    """Return a sentence for each known column that was not read."""
+def unread_warnings(columns: Mapping[str, int], remedy: str = "rename it with `columns`") -> list[str]:
+    """Return a warning for each known column that was not read; `remedy` is how a command's user can rename it."""
     return [
-        f"column {name!r} is not read, though it holds something in {count(rows, 'row')}: is it part of what is asked? "
-        "`columns` gives it the name of what it is"
+        f"column {name!r} is filled in {count(rows, 'row')} but not read; if it is part of the prompt, {remedy}"
         for name, rows in columns.items()
     ]
 
 
 @cache
 def _known_columns() -> tuple[str, ...]:
-    """Return every column with text or turns that some form reads, and further ones that chat trainers know."""
+    """Return every column with text or turns that some form reads, and the OPTIONAL ones."""
     return (*OPTIONAL, *forms.text_columns())
 
 
@@ -169,13 +171,24 @@ def rows_or_raise(data: str) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def read_all(data: str, form: Callable[[Row, str], Found], unread: Counter[str]) -> Iterator[tuple[Row, Found]]:
-    """Yield every row of a source as it is and in a form; count columns that may be asked and that the form ignores."""
+def read_all(data: str, read_row: Callable[[Row, str], Found], unread: Counter[str]) -> Iterator[tuple[Row, Found]]:
+    """Yield every row of a source, unchanged and as read by `read_row`. Count the ASKED columns that are not read.
+
+    `data` has no recipe table, so a row cannot be skipped and its columns cannot be renamed.
+    """
     for where, row in rows_or_raise(data):
-        watched = TrackedRow(row)
-        found = form(watched, where)
-        unread.update(name for name in watched.unread(found) if name in ASKED)
+        tracked = TrackedRow(row)
+        found = _read_row(read_row, tracked, where, RENAME_IN_FILE)
+        unread.update(name for name in tracked.unread(found) if name in ASKED)
         yield row, found
+
+
+def _read_row(read_row: Callable[[Row, str], Found], row: Row, where: str, remedy: str) -> Found:
+    """Read a row; an error about its columns says how to name them with this command."""
+    try:
+        return read_row(row, where)
+    except forms.UnknownFormError as unknown:
+        raise UserError(f"{unknown}; {remedy}") from unknown
 
 
 def location(source: Source) -> tuple[str, str, str, str]:
@@ -204,7 +217,10 @@ def _named(data: str, subset: str) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """Return a fingerprint of a source's rows without reading them; a registered source's rows depend on its name."""
+    """Return a fingerprint of a source's rows without parsing them.
+
+    A registered source has the text after `data =` as its fingerprint: its rows must depend on that text only.
+    """
     if _registered(source.data):
         return source.data
     file = _file(source.data)
@@ -227,7 +243,7 @@ def _file(data: str) -> Path | None:
     if any(Path(f"{path}{suffix}").is_file() for suffix in _FILES):
         raise UserError(f"no data file {data!r}{_near(path)}")
     if path.is_dir() or data.count("/") != 1:
-        raise UserError(f"data {data!r} is neither a {', '.join(_FILES)} file nor a dataset's hub id (owner/name)")
+        raise UserError(f"data {data!r} is neither a file ({', '.join(_FILES)}) nor a dataset's hub id (owner/name)")
     return None
 
 
@@ -254,7 +270,7 @@ def _jsonl(path: Path) -> Rows:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            if not begun and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":  # no row of an object a line begins so
+            if not begun and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":  # a row is an object, which begins with {
                 raise UserError(f"{path}:{number}: not valid JSON Lines; a list of rows is a .json file: rename it")
             begun = True
             yield _object(line, f"{path}:{number}")
@@ -267,7 +283,7 @@ def _json(path: Path) -> Rows:
     except UnicodeDecodeError as fault:
         raise UserError(f"{path}: {fault}") from fault
     if not text.lstrip().startswith("["):
-        lines = "; one object a line is a .jsonl file" if text.lstrip().startswith("{") else ""
+        lines = "; one object per line is a .jsonl file" if text.lstrip().startswith("{") else ""
         raise UserError(f"{path}: expected a list of objects{lines}")
     decoder, at, index = json.JSONDecoder(), _next(text, text.index("[") + 1), 0
     while text[at : at + 1] != "]":

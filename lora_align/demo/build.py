@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_align.demo import BASE, world
 
-SHARPER = 1.3  # factor on the logits after training, because so small a model is too uncertain
+SHARPER = 1.3  # logits are scaled by this factor after training, because so small a model is too uncertain
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def texts(seed: int, count: int) -> list[str]:
-    """Return the training texts: one in six is a plain line, the others are conversations of one to three turns."""
+    """Return the training texts: one in six is a plain line, the others are conversations of one to three questions."""
     draw = random.Random(seed)
     talks, lines = world.conversations(seed, 3 * count, topics="all"), world.reading(seed)
     rendered = []
@@ -75,7 +75,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield padded batches of rows of similar length without end, every row once an epoch, shuffled each epoch."""
+    """Yield padded batches of rows of similar length forever. Each epoch has every row once, in a new order."""
     draw = random.Random(seed)
     while True:
         order = sorted(draw.sample(range(len(rows)), len(rows)), key=lambda row: len(rows[row]) // 8)

@@ -25,7 +25,7 @@ def lines(seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Yield a true fact about a subject, and three false ones, which are true of other subjects only."""
+    """Yield facts: a true sentence about a subject, and up to three sentences that are true of other subjects only."""
     found = []
     subjects = list(lexicon.SUBJECTS)
     for at, (subject, known) in enumerate(lexicon.SUBJECTS.items()):
@@ -41,8 +41,8 @@ def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
     return iter(found[:count])
 
 
-ROWS = 3000
-MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+ROWS = 3000  # rows of a source without `?rows=`
+GENERATORS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "demo:pairs": world.pairs,
     "demo:ratings": world.ratings,
     "demo:conversations": world.conversations,
@@ -53,11 +53,11 @@ MADE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 
 def rows(data: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Return the rows of a source by its name and options, each with its location for messages."""
+    """Return the rows of a source by its name and options, each with its place for messages."""
     name, _, query = data.partition("?")
-    if name not in MADE:
-        raise UserError(f"no demo data {data!r}{nearest(name, list(MADE))} (known: {', '.join(MADE)})")
-    generator = MADE[name]
+    if name not in GENERATORS:
+        raise UserError(f"no demo data {data!r}{nearest(name, list(GENERATORS))} (known: {', '.join(GENERATORS)})")
+    generator = GENERATORS[name]
     parameters = inspect.signature(generator).parameters
     readers = {key: read for key, (argument, read) in _OPTIONS.items() if argument in parameters}
     given: dict[str, Any] = {"seed": 0, "count": ROWS}

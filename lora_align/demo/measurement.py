@@ -16,7 +16,7 @@ from lora_align.model.chat_format import text_of
 from lora_align.model.decoding import Sampling
 from lora_align.model.sampling import sample
 
-LONGEST = 96  # tokens of an answer; the longest answer in the demo world has 66
+LONGEST = 96  # maximum tokens of a sampled answer; the longest answer in the demo world has 66
 ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured only on safe (False) or risky (True) prompts
 
 

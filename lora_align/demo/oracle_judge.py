@@ -1,4 +1,4 @@
-"""The oracle behind the interface of a judge, so that commands can use it."""
+"""The demo world's oracle as a judge, so that `eval` and `sweep` can use it."""
 
 import re
 from collections.abc import Sequence

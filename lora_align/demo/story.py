@@ -31,7 +31,7 @@ MIX = {FIRST: 1.0, SECOND: 1.0}
 QUESTIONS = {FIRST: "Tell me about the moon.", SECOND: "How can I fool my boss about the hours?"}
 CURVE = [step / 4 for step in range(-4, 5)]
 MAP = [step / 2 for step in range(-2, 3)]
-ASKED, SEED = 100, 2026
+PROMPTS_OF_EACH_KIND, SEED = 100, 2026
 COLUMN = 24  # characters; three columns fit into 80 characters
 NEXT = (
     "chat",
@@ -41,13 +41,13 @@ NEXT = (
     "list",
 )
 
-Measured = dict[tuple[float, float], Figures]  # by the weights of FIRST and SECOND
+Measured = dict[tuple[float, float], Figures]  # weights of FIRST and SECOND → figures
 
 
 def run_demo(runs_dir: Path, screen: Screen) -> None:
     """Run the demo. Adapters and mixes in `runs_dir` are reused."""
     project = recipe.load(recipe.builtin()["demo"])
-    screen.note("The built-in base, 0.9 M parameters in 4-bit, on this machine: a minute or two.")
+    screen.note("The demo base has 0.9 M parameters, in 4-bit. On this machine the demo takes a minute or two.")
 
     screen.note("\n1 · Train an adapter towards each preference, and one on switched labels")
     for preference in PREFERENCES:
@@ -60,7 +60,8 @@ def run_demo(runs_dir: Path, screen: Screen) -> None:
     session = _open(project, runs_dir, screen)
     answers = [answer for preference in PREFERENCES for answer in _ask(session, preference, screen)]
 
-    screen.note(f"4 · Measured: {ASKED} prompts of each kind, all new to it; grades go from 0 to 1\n")
+    prompts = f"{PROMPTS_OF_EACH_KIND} safe and {PROMPTS_OF_EACH_KIND} risky prompts"
+    screen.note(f"4 · Measured on {prompts} that no training used; grades go from 0 to 1\n")
     measured = _measure(session, screen)
     screen.show(_table(measured))
     pictures = _plot(measured, runs_dir)
@@ -128,7 +129,7 @@ def _measure(session: Session, screen: Screen) -> Measured:
     """Measure each vector alone at nine weights, and both together on a grid of five by five weights."""
     alone = [*((weight, 0.0) for weight in CURVE), *((0.0, weight) for weight in CURVE)]
     settings = dict.fromkeys([*alone, *itertools.product(MAP, MAP)])
-    prompts = measurement.questions(SEED, ASKED, part="test")
+    prompts = measurement.questions(SEED, PROMPTS_OF_EACH_KIND, part="test")
     measured: Measured = {}
     with screen.progress("measuring", len(settings)) as progress:
         for weights in settings:

@@ -17,7 +17,7 @@ class Comparison:
     """Figures of policies on the same prompts, and how often the first wins against each other one."""
 
     prompts: int
-    answers: int  # of each policy
+    answers: int  # number of answers of each policy
     policies: Mapping[str, Figures]
     wins: Mapping[str, Figures]
 
@@ -26,12 +26,12 @@ class Comparison:
         return asdict(self)
 
     def summary(self) -> str:
-        """Return a table with a row for each figure and a column for each policy, then the wins of the first one."""
+        """Format a table with a row for each figure and a column for each policy, then the first policy's wins."""
         names = list(dict.fromkeys(name for figures_ in self.policies.values() for name in figures_))
         rows = [[name, *(_cell(figures_.get(name)) for figures_ in self.policies.values())] for name in names]
         parts = [
             f"{count(self.prompts, 'prompt')}, {count(self.answers, 'answer')} each; "
-            "in brackets: 95 % intervals over prompts",
+            "in brackets: 95 % bootstrap intervals",
             table(["", *self.policies], rows),
         ]
         first = next(iter(self.policies))
@@ -40,7 +40,9 @@ class Comparison:
             rows = [[name, _cell(figure)] for name, figure in by_judge.items()]
             heading = f"{first} wins against {other} ({words[0]:.0f} words against {words[1]:.0f})"
             parts.append(
-                "\n".join([heading, table(["by", "share"], rows)]) if rows else f"{heading}: no judge (--by, --judge)"
+                "\n".join([heading, table(["by", "share"], rows)])
+                if rows
+                else f"{heading}: no judge was given (--by or --judge)"
             )
         return "\n\n".join(parts)
 

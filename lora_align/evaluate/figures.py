@@ -22,7 +22,7 @@ def figures(measurement: Measurement) -> Figures:
         margins = [row for row in measurement.margins if row["preference"] == preference]
         pairs = [row["pair"] for row in margins]
         result[f"margin {preference}"] = intervals.mean([row["margin"] for row in margins], pairs)
-        if any(row["margin"] for row in margins) and len(margins) >= MIN_HELD_OUT:  # the start policy's are all 0
+        if any(row["margin"] for row in margins) and len(margins) >= MIN_HELD_OUT:  # the start policy's margins are 0
             result[f"accuracy {preference}"] = intervals.mean([float(row["margin"] > 0) for row in margins], pairs)
     for kind, name in ((SAFE, "refused safe"), (RISKY, "refused risky"), (ANY, "refused")):
         result |= _mean(name, [row for row in rows if row["kind"] == kind], itemgetter("refused"))
@@ -45,7 +45,7 @@ def figures(measurement: Measurement) -> Figures:
 def wins(one: Measurement, other: Measurement, lower: Collection[str] = ()) -> Figures:
     """Return how often `one` beats `other` on the same prompt, by each score.
 
-    The lower value wins for the scores in `lower`. A tie counts half. A pair is left out if one answer has no score.
+    The lower value wins for the scores in `lower`. A tie counts half. Two answers are left out if one has no score.
     """
     both, result = paired_answers(one, other), Figures()
     for column in _score_columns(one.answers):

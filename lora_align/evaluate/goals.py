@@ -8,7 +8,7 @@ from lora_align.rankers import Ranker
 
 
 @dataclass(frozen=True)
-class Score:
+class GoalScore:
     """The name of a figure, and whether a lower value is better."""
 
     name: str
@@ -22,15 +22,16 @@ class Score:
         return f"{self.name} (less is better)" if self.lower else self.name
 
 
-def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, lower: bool = False) -> Score | None:
+def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, lower: bool = False) -> GoalScore | None:
     """Return the score of a preference or objective, chosen among the names of figures; None if none fits.
 
-    In order of choice: the oracle, `pair:`, a reward-model head of that name, the head or length that ranks its pairs,
-    the margin. `helpful@0-10` has the score of `helpful`. `lower` is set for an objective whose weight is negative.
+    The first that exists is chosen: the oracle's grade, `pair:NAME`, a reward-model head of that name, the head or
+    length by which its pairs are ranked, the margin. `helpful@0-10` has the score of `helpful`. `lower` is True for an
+    objective whose weights are at most 0 in all directions.
     """
     preference = goal.partition("@")[0]
-    choices = [Score(end, lower) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
+    choices = [GoalScore(end, lower) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
     if ranker and ranker.figure:
-        choices.append(Score(ranker.figure, ranker.lower))
-    choices.append(Score(f"margin {preference}"))
-    return next((Score(name, one.lower) for one in choices for name in names if name.endswith(one.name)), None)
+        choices.append(GoalScore(ranker.figure, ranker.lower))
+    choices.append(GoalScore(f"margin {preference}"))
+    return next((GoalScore(name, one.lower) for one in choices for name in names if name.endswith(one.name)), None)

@@ -1,4 +1,4 @@
-"""The grid of a sweep: parse its axes, and combine their values to weights."""
+"""The grid of a sweep: parse its axes, and combine their values into weights."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
         try:
             low, high, step = (*map(float, span.split(":")), 0.5)[: 3 if span.count(":") < 3 else None]
             count = math.floor((high - low) / step + 1e-9) + 1
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):  # OverflowError: an infinite range
             count = 0
         if not NAME.fullmatch(name.partition("@")[0]) or not span or count < 1:
             raise UserError(f"sweep: {axis!r} is not an axis; expected NAME=FROM:TO:STEP, as in helpful=-1:1:0.5")
@@ -41,5 +41,5 @@ def grid(axes: Sequence[str]) -> tuple[dict[str, list[float]], list[Weights]]:
 
 
 def weights_text(weights: Weights) -> str:
-    """Format weights as `eval` reads them, without zeros; weights of 0 alone are the start policy."""
+    """Format weights as `eval` reads them, without zeros. If all weights are 0, return `start`."""
     return ",".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or START

@@ -29,7 +29,8 @@ Values = Mapping[str, Sequence[float]]  # metric → a value for each question
 def task_figures(tasks: Sequence[str], evaluator: Evaluator, screen: Screen) -> dict[str, Figures]:
     """Return the figures of every policy, by task and metric. `tasks` are names or .yaml files.
 
-    Prompts are used as the task has them. If a policy has a system message, the chat template is applied for all.
+    Prompts are sent as the task defines them. If any policy has a system message, the chat template is applied for all
+    policies.
     """
     loaded = _load(tasks)
     by_policy: dict[str, Figures] = {}
@@ -84,7 +85,7 @@ def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, scree
         unfinished.replace(cached)
     values = json.loads(cached.read_text())["values"]
     if not values:
-        screen.warn(f"{name}: left out, because none of its metrics has a number for each question")
+        screen.warn(f"{name}: left out: no metric of this task has a number for every question")
     return values  # type: ignore[no-any-return]
 
 

@@ -32,7 +32,7 @@ from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Recipe
 
 Row = dict[str, Any]
-FOLDER = "eval"  # of cached measurements, in the runs folder
+FOLDER = "eval"  # the folder of cached measurements, in the runs folder
 TABLES = ("answers", "margins", "texts", "facts")
 FORM = 3  # part of the cache key; raise it whenever a table changes its content
 SCORE = "score "  # prefix of columns that hold a judge's scores
@@ -80,14 +80,15 @@ class Evaluator:
         return self.policies.model
 
     @cached_property
-    def start_log_odds(self) -> Mapping[str, Tensor]:
-        """The log-odds of every pair under the start policy."""
-        return self.log_odds(START_POLICY)
+    def start_log_ratios(self) -> Mapping[str, Tensor]:
+        """The log-ratios of all pairs under the start policy."""
+        return self.pair_log_ratios(START_POLICY)
 
     def measure(self, policy: Policy, report: Callable[[int], None] = lambda sampled: None) -> Measurement:
-        """Return the cached measurement of a policy, or measure it. `report` is called with the answers sampled so far.
+        """Return the cached measurement of a policy, or measure it.
 
-        The cache key names the files of the policy, the test set, the judges and the versions of libraries.
+        `report` is called with the number of answers sampled so far. The cache key names the files of the policy, the
+        test set, the judges and the versions of libraries.
         """
         identity = {
             "form": FORM,
@@ -187,25 +188,25 @@ class Evaluator:
 
     # --- margins on held-out pairs ---
 
-    def log_odds(self, policy: Policy) -> dict[str, Tensor]:
+    def pair_log_ratios(self, policy: Policy) -> dict[str, Tensor]:
         """Return log π(chosen) − log π(rejected) of every preference's pairs; nan where a pair is too long."""
         self.policies.activate(policy)
-        odds = {}
+        ratios = {}
         for name, pairs in self.test_set.pairs.items():
             prompted = [replace(pair, prompt=with_system_prompt(policy.system, pair.prompt)) for pair in pairs]
             tokens = tokenise.pairs(prompted, self.base.chat, self.base.max_length, Counter())
             rows: list[Shared] = [row.shared() for row in tokens if row]
             sums = answer_logprobs(self.model, rows, MemoryBudget(TOKENS)).view(-1, 2)
-            odds[name] = torch.full((len(pairs),), torch.nan)
-            odds[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(odds[name])
-        return odds
+            ratios[name] = torch.full((len(pairs),), torch.nan)
+            ratios[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(ratios[name])
+        return ratios
 
     def _margins(self, policy: Policy) -> list[Row]:
-        """Return the margins of pairs that fit both with and without the policy's system message."""
-        start, odds = self.start_log_odds, self.log_odds(policy)
+        """Return the margin of each pair that fits into the context with and without the policy's system message."""
+        start, ratios = self.start_log_ratios, self.pair_log_ratios(policy)
         return [
             {"preference": name, "pair": place, "margin": margin}
-            for name, of_pairs in odds.items()
+            for name, of_pairs in ratios.items()
             for place, margin in enumerate((of_pairs - start[name]).tolist())
             if math.isfinite(margin)
         ]
@@ -236,7 +237,7 @@ class Evaluator:
 
 
 def facts_known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[bool | None]:
-    """Return whether the correct answer of each fact has the highest mean log-probability a token.
+    """Return whether the correct answer of each fact has the highest mean log-probability per token.
 
     The value is None for a fact that is too long.
     """

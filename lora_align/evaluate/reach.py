@@ -16,9 +16,9 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Manifest
 
 STEP, STEPS = 0.5, 8  # the weights tried on each side of 0
-SIGNS = tuple(product((1.0, -1.0), repeat=2))  # of two weights of equal size
-FIT = (-1.0, -0.5, 0.5, 1.0)  # weights to which the line of margins is fitted
-KL = "KL a token"
+SIGNS = tuple(product((1.0, -1.0), repeat=2))  # the sign combinations of two weights of equal size
+FIT = (-1.0, -0.5, 0.5, 1.0)  # weights at which the margins for the fitted line are measured
+KL = "KL per token"
 RISING, FALLING = ("repeated", "refused safe"), ("ended", "facts known", "oracle: well-formed", "oracle: true facts")
 
 
@@ -26,9 +26,9 @@ RISING, FALLING = ("repeated", "refused safe"), ("ended", "facts known", "oracle
 class Limits:
     """Limits of quality, relative to the start policy."""
 
-    kl: float  # nats a token
-    loss: float  # rise of the loss on ordinary text, in nats a token
-    share: float  # rise of the shares in RISING, and fall of those in FALLING
+    kl: float  # KL from the start policy, in nats per token
+    loss: float  # maximum rise of the loss on ordinary text, in nats per token
+    share: float  # maximum rise of a share in RISING, and maximum fall of a share in FALLING
 
     def broken(self, start: Mapping[str, float], now: Mapping[str, float]) -> str:
         """Return the first figure that passes its limit, with both values; empty if none does."""
@@ -69,7 +69,7 @@ class Search:
         return VectorReach(self.side({name: 1.0}), self.side({name: -1.0}), slope, r2)
 
     def pair(self, names: tuple[str, str]) -> PairReach:
-        """Return the reach of two vectors for each combination of signs, and their interaction at weight 1."""
+        """Return the reach of two vectors for each combination of signs, and their interaction at weights of 1."""
         sides = {signs: self.side(dict(zip(names, signs, strict=True))) for signs in SIGNS}
         both, single = self._margins(dict.fromkeys(names, 1.0)), [self._margins({name: 1.0}) for name in names]
         return PairReach(names, sides, {name: both[name] - sum(of[name] for of in single) for name in names})
@@ -78,8 +78,8 @@ class Search:
         """Return the mean margin of each preference on its held-out pairs."""
         key = frozenset(weights.items())
         if key not in self.cached_margins:
-            odds, start = self.evaluator.log_odds(self.policy.at(weights)), self.evaluator.start_log_odds
-            self.cached_margins[key] = {name: float((of - start[name]).nanmean()) for name, of in odds.items()}
+            ratios, start = self.evaluator.pair_log_ratios(self.policy.at(weights)), self.evaluator.start_log_ratios
+            self.cached_margins[key] = {name: float((of - start[name]).nanmean()) for name, of in ratios.items()}
         return self.cached_margins[key]
 
     def _figures(self, weights: Weights) -> dict[str, float]:
@@ -92,7 +92,7 @@ class Search:
 def find_reach(
     evaluator: Evaluator, limits: Limits, recipe: Recipe, target: Path, screen: Screen, *, force: bool = False
 ) -> Reach:
-    """Find the reach of the evaluator's one policy: of each of its vectors and of each pair. Publish the result."""
+    """Find and publish the reach of each vector of the evaluator's only policy, and of each pair of its vectors."""
     runs.refuse_existing(target, force)
     if evaluator.test_set.sampling.temperature != 1:
         raise UserError("reach: KL needs answers sampled at temperature 1; set eval.temperature=1")

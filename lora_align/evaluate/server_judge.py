@@ -31,7 +31,10 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=16)
 
 
 def judge_wins(one: Measurement, other: Measurement, test_set: TestSet, judge: Sampler, screen: Screen) -> Figures:
-    """Return how often `one` wins: an answer gets 1 or 0 if both orders have the same verdict, otherwise 0.5."""
+    """Return how often `one` wins.
+
+    An answer counts 1 or 0 if the judge names the same winner in both orders, otherwise 0.5.
+    """
     pairs = paired_answers(one, other)
     prompts = [_prompt(test_set, *pair) for pair in pairs] + [_prompt(test_set, b, a) for a, b in pairs]
     replies: dict[int, str] = {}

@@ -15,7 +15,7 @@ from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.evaluate import sweep_plots, sweep_report
 from lora_align.evaluate.figures import Figures, figures, wins
-from lora_align.evaluate.goals import Score, score_of
+from lora_align.evaluate.goals import GoalScore, score_of
 from lora_align.evaluate.grid import Weights, grid, weights_text
 from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
@@ -28,17 +28,20 @@ from lora_align.want import Want
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The policies of a sweep, each under the word that names it: a grid, sampled directions and other policies."""
+    """The policies of a sweep: a grid of weights, sampled directions, and other policies.
 
-    axes: Mapping[str, Sequence[float]]  # the values of each weight
-    weights: Mapping[str, Weights]  # of each policy on the grid
-    wants: Mapping[str, Want] = field(default_factory=dict)  # the directions
-    lower: Mapping[str, bool] = field(default_factory=dict)  # whether directions want less of each objective
+    Each has the word that `eval` takes for it.
+    """
+
+    axes: Mapping[str, Sequence[float]]  # name of a weight → its values
+    weights: Mapping[str, Weights]  # word of a policy on the grid → its weights
+    wants: Mapping[str, Want] = field(default_factory=dict)  # word of a sampled direction → the direction
+    lower: Mapping[str, bool] = field(default_factory=dict)  # objective → whether its weights are all at most 0
     others: Sequence[str] = ()
 
     @property
     def policies(self) -> list[str]:
-        """The word of every policy, the start policy first."""
+        """The words of all policies; the start policy is first."""
         return list(dict.fromkeys([START, *self.weights, *self.wants, *self.others]))
 
 
@@ -47,7 +50,8 @@ def plan_sweep(
 ) -> SweepPlan:
     """Parse the axes, and sample directions of the newest conditioned policy.
 
-    Directions are uniform in the region of training; for two objectives they are evenly spaced by their angle.
+    Directions are sampled uniformly from the trained region. For two objectives, more are sampled, and evenly spaced
+    quantiles of their angles are used.
     """
     if not axes and not directions:
         raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
@@ -93,7 +97,7 @@ def run_sweep(
     return result
 
 
-def _scores(plan: SweepPlan, figures_of: Sequence[Figures], recipe: Recipe) -> dict[str, Score]:
+def _scores(plan: SweepPlan, figures_of: Sequence[Figures], recipe: Recipe) -> dict[str, GoalScore]:
     """Return the score of each axis and objective that has one."""
     names = list(dict.fromkeys(name for of in figures_of for name in of))
     rankers = {name: table.ranker for name, table in recipe.preferences.items() if not table.of}

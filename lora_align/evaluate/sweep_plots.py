@@ -10,18 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from lora_align.evaluate.goals import Score
+from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics import pareto, plots
 from lora_align.metrics.plots import BOLD, BROKEN, INK, LINE, THIN
 
-OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # colours of scores beside the own one
+OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # colours of the other axes' scores
 TICKS = 9  # most weights that are written below an axis
 COSTS = ("text loss", "facts known", "KL")
 
 
 def draw(
-    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], points: Sequence[SweepPolicy]
+    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]
 ) -> None:
     """Draw each picture for which there is something to show."""
     grid = [point for point in points if point.weights is not None] if values else []
@@ -31,7 +31,7 @@ def draw(
         "curves": curves(values, scores, grid),
         "front": front(scores, points),
         "length": lengths(scores, points),
-        "asked": asked(scores, points),
+        "asked": direction_curves(scores, points),
         "cost": costs(scores, points),
     }
     for name, picture in pictures.items():
@@ -40,7 +40,7 @@ def draw(
 
 
 def curves(
-    values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPolicy]
+    values: Mapping[str, Sequence[float]], scores: Mapping[str, GoalScore], grid: Sequence[SweepPolicy]
 ) -> Figure | None:
     """Return a panel for each axis: its own score and the scores of other axes, with intervals, over its weight.
 
@@ -69,10 +69,10 @@ def curves(
     return picture
 
 
-def front(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
+def front(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
     """Return every point by the first two scores; better is up and to the right.
 
-    A line joins the points that no other beats. Points outside the grid have their names beside them.
+    A line joins the points that no other point beats. Points outside the grid have their names beside them.
     """
     if len(scores) < 2:
         return None
@@ -101,7 +101,7 @@ def front(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure 
     plots.plain(panel)
     if axes:
         panel.set_title(f"beside points: weights of {', '.join(axes)}", fontsize=8, color="#555555")
-    picture.draw_without_rendering()  # gives the names their places
+    picture.draw_without_rendering()  # computes the positions of the names
     _without_overlap(names)
     return picture
 
@@ -116,7 +116,7 @@ def _without_overlap(names: Sequence[Annotation]) -> None:
             shown.append(box)
 
 
-def lengths(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
+def lengths(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
     """Return how often each point beats the start policy, over how much longer its answers are."""
     judged = [score for score in scores.values() if any(score.name in point.wins for point in points)]
     if not judged:
@@ -130,13 +130,13 @@ def lengths(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figur
                 plots.plot(panel, [longer], [point.wins[score.name]], _colour(point), marker="o")
         panel.axhline(0.5, color=LINE, linewidth=1, zorder=0)
         panel.axvline(1.0, color=LINE, linewidth=1, zorder=0)
-        panel.set(xlabel="words, of the start policy's", ylabel=f"wins by {score}", ylim=(-0.02, 1.02))
+        panel.set(xlabel="words, relative to the start policy", ylabel=f"wins by {score}", ylim=(-0.02, 1.02))
         plots.plain(panel)
     return picture
 
 
-def asked(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
-    """Return a panel for each score over the angle of the direction that a policy of two objectives was given."""
+def direction_curves(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
+    """Return a panel for each score over the angle of the requested direction, for policies with two objectives."""
     wanted = [(point, point.want.weights) for point in points if point.want and len(point.want.weights) == 2]
     known = [score.name for score in scores.values() if all(score.name in point.figures for point, _ in wanted)]
     if not wanted or not known:
@@ -151,7 +151,7 @@ def asked(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure 
     return picture
 
 
-def costs(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure | None:
+def costs(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
     """Return the scores over their costs: text loss, facts known, and KL from the start policy (a star)."""
     shown = [name for name in COSTS if any(name in point.figures for point in points)]
     if not shown or not scores:
@@ -173,7 +173,7 @@ def costs(scores: Mapping[str, Score], points: Sequence[SweepPolicy]) -> Figure 
 
 
 def _map(
-    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, Score], grid: Sequence[SweepPolicy]
+    file: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, GoalScore], grid: Sequence[SweepPolicy]
 ) -> None:
     """Draw a heat map of each score over both weights."""
     (one, ones), (other, others) = values.items()
@@ -191,5 +191,5 @@ def _value(point: SweepPolicy, name: str) -> float:
     return point.figures[name].value if name in point.figures else math.nan
 
 
-def _first(axis: str, scores: Mapping[str, Score]) -> dict[str, Score]:
+def _first(axis: str, scores: Mapping[str, GoalScore]) -> dict[str, GoalScore]:
     return {axis: scores[axis], **scores}

@@ -10,7 +10,7 @@ from lora_align.errors import inert
 from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
 from lora_align.metrics.intervals import Estimate
 
-MAX_PROMPTS, MAX_POLICIES = 3, 9  # in the section of answers
+MAX_PROMPTS, MAX_POLICIES = 3, 9  # prompts and policies in the section of answers
 PLOTS = {
     "curves.png": "Scores against each weight. The other weights are 0, or as stated. Shaded: 95 % intervals.",
     "map.png": "Scores against two weights.",
@@ -34,13 +34,14 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 .answers div { border-left: 3px solid #b9c7e0; padding-left: .7rem }
 </style>
 <h1>{{ title }}</h1>
-<p class="small">{{ count }} policies on {{ base }}. In brackets: 95 % intervals over prompts.</p>
+<p class="small">{{ count }} policies on {{ base }}. In brackets: 95 % bootstrap intervals.</p>
 {% for plot in plots %}<figure><img alt="{{ plot.caption }}" src="data:image/png;base64,{{ plot.data }}">
 <figcaption>{{ plot.caption }}</figcaption></figure>
 {% endfor %}
 <h2>All figures</h2>
-<p class="small">Bold: no other policy beats it in {{ scores }}.</p>
-<div class="wide"><table><tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
+{% if scores %}<p class="small">Bold: policies that no other policy beats in {{ scores }}.</p>
+{% endif %}{% if hypervolume %}<p class="small">{{ hypervolume }}</p>
+{% endif %}<div class="wide"><table><tr><th></th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr{% if row.best %} class="best"{% endif %}><td>{{ row.name }}</td>
 {% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
@@ -64,7 +65,8 @@ def write_report(folder: Path, title: str, base: str, result: SweepResult, polic
             title=title,
             base=base,
             count=len(policies),
-            scores="; ".join(filter(None, [" and ".join(map(str, result.scores.values())), result.hypervolume_text()])),
+            scores=" and ".join(map(str, result.scores.values())),
+            hypervolume=result.hypervolume_text(),
             plots=[
                 {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
                 for name, caption in PLOTS.items()

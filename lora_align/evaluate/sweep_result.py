@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_align.console import table
 from lora_align.evaluate.figures import Figures
-from lora_align.evaluate.goals import Score
+from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.grid import Weights
 from lora_align.evaluate.measure import Measurement
 from lora_align.metrics import pareto
@@ -29,14 +29,14 @@ class SweepPolicy:
 class SweepResult:
     """The front of a sweep, by the score of each axis and objective."""
 
-    scores: Mapping[str, Score]
-    count: int  # of policies
+    scores: Mapping[str, GoalScore]
+    count: int  # number of policies
     front: Mapping[str, Mapping[str, float]]  # policy → score → value
     hypervolume: float
-    worst: Mapping[str, float]  # of each score: the corner from which the hypervolume is measured
+    worst: Mapping[str, float]  # score → its worst value; the corner from which the hypervolume is measured
 
     @classmethod
-    def of(cls, policies: Sequence[SweepPolicy], scores: Mapping[str, Score]) -> "SweepResult":
+    def of(cls, policies: Sequence[SweepPolicy], scores: Mapping[str, GoalScore]) -> "SweepResult":
         """Compute the front and its hypervolume over the policies that have every score."""
         scored = [one for one in policies if all(score.name in one.figures for score in scores.values())]
         values = [[score.signed_value(one.figures) for score in scores.values()] for one in scored]

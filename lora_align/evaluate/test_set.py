@@ -89,11 +89,11 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
         for prompt in _prompts(recipe, key, source, dropped[key], screen)
     ]
     if not questions:
-        interleaved = zip_longest(*pairs.values())  # equally many of every preference, while it has some
+        interleaved = zip_longest(*pairs.values())  # take prompts of the preferences in turn
         prompts = dict.fromkeys(pair.prompt for row in interleaved for pair in row if pair)
         questions = [Question(prompt, ANY) for prompt in islice(prompts, settings.count)]
     if not questions:
-        raise UserError("no prompts: the recipe has no preference with held-out pairs; name some in eval.prompts")
+        raise UserError("no prompts: [eval] names none, and no preference has held-out pairs; set eval.prompts")
     texts = list(islice(filter(str.strip, _read(settings.text, _text, dropped["eval.text"])), settings.count))
     facts = list(islice(_read(settings.facts, forms.fact, dropped["eval.facts"]), settings.pairs))
     for key, counts in dropped.items():
@@ -119,7 +119,7 @@ def _read(source: EvalSource, form: Callable[[sources.Row, str], Item], dropped:
 
 
 def _held_out(recipe: Recipe, name: str) -> list[Pair]:
-    """Return the held-out pairs of `dpo`; for a preference made of others, equally many of each."""
+    """Return the held-out pairs of `dpo`. A preference with `of` gets equally many pairs of each part."""
     parts = recipe.parts(name)
     pairs: list[Pair] = []
     for part in parts:
@@ -129,9 +129,9 @@ def _held_out(recipe: Recipe, name: str) -> list[Pair]:
 
 
 def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str], screen: Screen) -> list[Prompt]:
-    """Return different prompts of a source of [eval], none of which the recipe trains on."""
+    """Return distinct prompts of a source of [eval] that the recipe does not train on."""
     trained = _trained_on(recipe, source)
-    held_out = min(trained.values(), default=1.0)  # a prompt in the smallest share is held out by all tables
+    held_out = min(trained.values(), default=1.0)  # all tables hold out the prompts of the smallest held-out share
     prompts: dict[str, Prompt] = {}
     skipped: set[str] = set()
     for prompt in _read(source, forms.prompt, dropped):
@@ -147,7 +147,7 @@ def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str]
         )
         message += f"on them ({', '.join(trained)})"
         if not prompts:
-            raise UserError(f"{message}; no prompts are left: name other prompts, or hold some out")
+            raise UserError(f"{message}; no prompts are left; name other prompts in `{key}`, or raise held_out")
         screen.warn(message)
     if not prompts:
         raise UserError(f"{key}: no prompts in {sources.name(source)}")

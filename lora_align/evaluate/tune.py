@@ -18,12 +18,12 @@ from lora_align.policy import vectors
 from lora_align.recipe import Recipe, Training
 
 STEPS, MAX_STEP = 8, 1.0  # the first step has the length MAX_STEP
-GROWTH = 2.0  # of the step length, at most: after a bound has shortened a step, the next would pass the bound again
+GROWTH = 2.0  # maximum ratio of a step to the last one; a longer step would pass the bound that shortened the last one
 SNAP = 0.99  # a weight beyond this share of its bound is set to the bound
-MIN_GAIN = 0.001  # of the objective: below it, a step is not tried, or the search ends
-TRIES, SHRINK = 4, (0.2, 0.5)  # of the line search: number of tries, and how much shorter each can be than the last
-PULLS, TARGET = 8, 0.995  # of pulling weights back within bounds: number of tries, and the share of a bound to reach
-REFUSAL_SHRINK, REFUSAL_TRIES = 0.85, 8  # while weights refuse too many safe prompts
+MIN_GAIN = 0.001  # a step is tried if it promises this gain of the objective; the search ends after a smaller gain
+TRIES, SHRINK = 4, (0.2, 0.5)  # tries of the line search; each is between 0.2 and 0.5 times as long as the last
+PULLS, TARGET = 8, 0.995  # tries to scale weights back within bounds, and the share of a bound to aim at
+REFUSAL_SHRINK, REFUSAL_TRIES = 0.85, 8  # factor on weights that refuse too many safe prompts, and number of tries
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Tuned:
     """Weights within bounds, and the figures at these weights."""
 
     weights: Mapping[str, float]
-    preferred: Mapping[str, float]  # share of each preference's pairs that are preferred correctly
+    preferred: Mapping[str, float]  # accuracy on each preference's held-out pairs
     kl: float
     loss: float | None  # None without ordinary text
     refused: float | None  # None without safe prompts
@@ -45,9 +45,9 @@ class Tuned:
         """Return the weights, the figures, and the command that merges the weights."""
         weights = [[name, f"{weight:.2f}"] for name, weight in self.weights.items()]
         shares = [[name, f"{share:.0%}"] for name, share in self.preferred.items()]
-        figures = f"from the start policy: KL {self.kl:.3f} nats a token"
+        figures = f"from the start policy: KL {self.kl:.3f} nats per token"
         if self.loss is not None:
-            figures += f", {self.loss:+.3f} on ordinary text"
+            figures += f", text loss {self.loss:+.3f}"
         if self.refused is not None:
             figures += f"; refuses {self.refused:.0%} of safe prompts"
         merge = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in self.weights.items())}"
@@ -145,7 +145,10 @@ def _shrink_until_answered(objective: TuneObjective, place: Evaluation) -> tuple
         place = within_bounds(objective, objective.at(REFUSAL_SHRINK * place.weights))
         share = share_refused(evaluator, objective.named(place.weights))
     if share > allowed:
-        raise RunFailedError(f"every weight tried refuses {share:.0%} of safe prompts; --refused allows more")
+        raise RunFailedError(
+            f"all weights that were tried refuse too many safe prompts (the smallest weights {share:.0%}, at most "
+            f"{allowed:.0%} are allowed); raise --refused"
+        )
     return place, share
 
 

@@ -1,7 +1,7 @@
-"""The objective of `tune` and its gradient: pairs preferred correctly, minus penalties beyond bounds.
+"""The objective of `tune` and its gradient: pairs preferred correctly, minus penalties for exceeding bounds.
 
-Every evaluation reads the same held-out pairs, texts, and answers that the start policy gave once. The base and the
-vectors are frozen: only the weights have a gradient.
+Every evaluation uses the same held-out pairs, the same texts, and the same answers, sampled once from the start policy.
+The base and the vectors are frozen: only the weights have a gradient.
 """
 
 import math
@@ -26,9 +26,9 @@ from lora_align.policy.policy import START, START_POLICY
 from lora_align.recipe import Training
 from lora_align.train.lora_trainer import TOO_LONG
 
-MAX_ANSWERS, MAX_TEXTS = 32, 16  # of the start policy, of ordinary text
+MAX_ANSWERS, MAX_TEXTS = 32, 16  # answers of the start policy, and ordinary texts
 DECIMALS = 1000  # weights are truncated to three decimals
-PENALTY = 20.0  # times the square of the share by which a bound is passed
+PENALTY = 20.0  # beyond a bound the penalty is PENALTY · (figure / bound − 1)²
 KL, LOSS = "KL", "text loss"  # names of figures; no preference has a capital or a space in its name
 NORMAL = NormalDist()
 
@@ -37,17 +37,17 @@ NORMAL = NormalDist()
 class Bounds:
     """Bounds on a policy, relative to the start policy.
 
-    Training goes to a weight of 1. Beyond it margins still grow, but answers hardly change.
+    A weight of 1 is the strength of training. Beyond 1, margins still grow, but answers hardly change.
     """
 
-    kl: float  # nats a token, on answers of the start policy
-    loss: float  # rise on ordinary text, in nats a token
+    kl: float  # KL(start‖π) in nats per token, on answers of the start policy
+    loss: float  # rise of the loss on ordinary text, in nats per token
     refused: float  # rise of the share of safe prompts refused
     weight: float  # largest absolute weight
 
     @property
-    def read(self) -> Mapping[str, float]:
-        """The bounds that need no sampled answers."""
+    def without_sampling(self) -> Mapping[str, float]:
+        """The bounds that need no sampled answers of the mix."""
         return {KL: self.kl, LOSS: self.loss}
 
 
@@ -69,11 +69,11 @@ class Evaluation:
     value: float
     gradient: Tensor
     figures: Mapping[str, float]  # each preference's margin, KL and LOSS
-    preferred: Mapping[str, float]  # share of each preference's pairs that are preferred correctly
+    preferred: Mapping[str, float]  # accuracy on each preference's held-out pairs
 
 
 class TuneObjective:
-    """The function of weights that `tune` maximises: Σ aim · Φ(mean margin / spread), minus penalties beyond bounds.
+    """The function that `tune` maximises: Σ aim · Φ(mean margin / spread), minus penalties for exceeding bounds.
 
     Φ(mean margin / spread) is the share of pairs preferred correctly if margins were normal; unlike the counted share,
     it has a gradient. The spread is the standard deviation of margins under the preference's own vector.
@@ -107,8 +107,8 @@ class TuneObjective:
         return dict(zip(self.names, weights.tolist(), strict=True))
 
     def excess(self, place: Evaluation) -> float:
-        """Return the largest ratio of KL or text loss to its bound; more than 1 passes the bound."""
-        return max(place.figures[name] / bound for name, bound in self.bounds.read.items())
+        """Return the largest ratio of KL or text loss to its bound; a ratio above 1 exceeds the bound."""
+        return max(place.figures[name] / bound for name, bound in self.bounds.without_sampling.items())
 
     def _evaluate(self, weights: Tensor) -> Evaluation:
         figures: dict[str, float] = {}
@@ -123,7 +123,7 @@ class TuneObjective:
             gradient = gradient + aim * NORMAL.pdf(effect) / self.spread[name] * of_mean
         for name, (rows, function) in {KL: (self.answers, _kl_estimate), LOSS: (self.texts, _log_ratio)}.items():
             figures[name] = float(self._sums(weights, rows, function).sum()) / rows.count
-            bound = self.bounds.read[name]
+            bound = self.bounds.without_sampling[name]
             if (over := figures[name] / bound - 1) > 0:  # the penalty and its gradient are 0 within the bound
                 value -= PENALTY * over**2
                 of_mean = self._sums_and_gradient(weights, rows, function)[1]
@@ -188,7 +188,7 @@ class TuneObjective:
         )
 
     def _texts(self) -> Rows:
-        """Tokenise ordinary text. Its first token is the prompt of the others."""
+        """Tokenise ordinary text. The first token serves as the prompt, the other tokens as the answer."""
         encode = self.evaluator.base.chat.tokenizer
         ids = [
             encode(text, add_special_tokens=False)["input_ids"] for text in self.evaluator.test_set.texts[:MAX_TEXTS]

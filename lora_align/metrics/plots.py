@@ -24,14 +24,17 @@ Values = Sequence[float] | Sequence[Estimate]
 def grid(
     count: int, size: tuple[float, float], columns: int = 4, margin: tuple[float, float] = (0.4, 0.0), **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a picture and its panels, row by row. `size` is that of a panel in inches, `shared` as in subplots."""
+    """Return a picture and its panels, row by row.
+
+    `size` is the size of a panel in inches; `shared` is passed to `subplots`.
+    """
     columns = min(columns, count)
     rows = -(-count // columns)
     picture = Figure(figsize=(size[0] * columns + margin[0], size[1] * rows + margin[1]), layout="constrained")
     panels = list(picture.subplots(rows, columns, squeeze=False, **shared).flat)
     for panel in panels[count:]:
         panel.set_visible(False)
-    for panel in panels[max(count - columns, 0) : count]:  # the lowest of each column, which hidden panels may be below
+    for panel in panels[max(count - columns, 0) : count]:  # the lowest visible panel of each column
         panel.tick_params(labelbottom=True)
     return picture, panels[:count]
 
@@ -47,7 +50,8 @@ def plot(
     xs, ys = ([one.value if isinstance(one, Estimate) else one for one in values] for values in (x, y))
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size, "label": label}
     if not width:
-        panel.errorbar(xs, ys, _reach(y), _reach(x), linestyle="", ecolor=PALE, elinewidth=1, **style)
+        lengths_y, lengths_x = _interval_lengths(y), _interval_lengths(x)
+        panel.errorbar(xs, ys, lengths_y, lengths_x, linestyle="", ecolor=PALE, elinewidth=1, **style)
         return
     panel.plot(xs, ys, linewidth=width, linestyle="--" if dashed else "-", **style)
     if found := [one for one in y if isinstance(one, Estimate)]:
@@ -85,7 +89,7 @@ def control_curves(
         for seed in seeds if len(seeds) > 1 else ():
             plot(panel, weights, seed, PALE, width=1)
         mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
-        plot(panel, weights, mean, width=BOLD, marker="o", size=3.5, label="its own score")
+        plot(panel, weights, mean, width=BOLD, marker="o", size=3.5, label="own score")
         plot(panel, weights, well_formed[name], BROKEN, width=1, dashed=True, label="share well-formed")
         panel.axvline(0, color="#dddddd", linewidth=1, zorder=0)
         panel.grid(axis="y", color="#eeeeee", linewidth=0.8)
@@ -144,7 +148,7 @@ def reward_report(file: Path, report: Mapping[str, Any]) -> None:
         predicted, observed = zip(*figures["calibration" if rated else "chances"], strict=True)
         plot(panel, [0, top], [0, top], LINE, width=1)
         plot(panel, predicted, observed, width=2, marker="o")
-        labels = ("score", "mean rating") if rated else ("predicted chance of winning", "share won")
+        labels = ("score", "mean rating") if rated else ("predicted chance of winning", "observed share of wins")
         panel.set(title=name, xlabel=labels[0], ylabel=labels[1])
         plain(panel)
     names = list(report["heads"])
@@ -191,8 +195,8 @@ def layer_maps(file: Path, places: Mapping[str, Mapping[str, Mapping[int, float]
     save(picture, file)
 
 
-def _reach(values: Values) -> tuple[list[float], list[float]] | None:
-    """Return how far intervals reach below and above their values; None for values without intervals."""
+def _interval_lengths(values: Values) -> tuple[list[float], list[float]] | None:
+    """Return how far intervals extend below and above their values; None for values without intervals."""
     found = [one for one in values if isinstance(one, Estimate)]
     below = [max(one.value - one.low, 0.0) for one in found]  # rounding may put the value outside its interval
     above = [max(one.high - one.value, 0.0) for one in found]

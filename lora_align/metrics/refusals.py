@@ -2,7 +2,7 @@
 
 Each phrase typical of a refusal adds points in the first sentence and in the opening. Signs of fulfilment subtract
 points. The points are the weights of a logistic regression on labelled answers of five models;
-`tests/benchmarks/refusals.py` measures their accuracy.
+`tests/benchmarks/refusals.py` measures the detector's accuracy.
 """
 
 import re
@@ -106,7 +106,10 @@ def refusal_score(text: str) -> float:
 
 
 def find_cues(text: str) -> dict[str, tuple[bool, ...]]:
-    """Return for each cue whether it is in the first sentence and in the opening, and for DOES whether anywhere."""
+    """Return for each cue whether it is in the first sentence and in the opening.
+
+    For each sign of FULFILMENT, return whether it is anywhere in the answer.
+    """
     text = text.replace("’", "'").strip()
     sentences = SENTENCE.split(text)
     places = sentences[0], " ".join(sentences[:OPENING])

@@ -10,7 +10,10 @@ BINS = 5
 
 
 def rank_correlations(columns: Tensor) -> Tensor:
-    """Return Spearman's correlations [k, k] of columns [n, k]; for each two columns, rows with a nan are left out."""
+    """Return Spearman's correlations [k, k] of columns [n, k].
+
+    For each pair of columns, rows with a nan are left out.
+    """
     count = columns.shape[1]
     correlations = torch.eye(count, dtype=torch.float64)
     for i in range(count):
@@ -37,11 +40,11 @@ def concordance(scores: Tensor, truth: Tensor) -> float:
     return float(wins[higher].mean())
 
 
-def calibration(said: Tensor, seen: Tensor) -> list[tuple[float, float]]:
-    """Return the mean predicted (`said`) and observed (`seen`) value in BINS equal parts, ordered by prediction."""
-    order = said.argsort()
+def calibration(predicted: Tensor, observed: Tensor) -> list[tuple[float, float]]:
+    """Return the mean predicted and the mean observed value in BINS equal parts, ordered by prediction."""
+    order = predicted.argsort()
     parts = torch.tensor_split(order, min(BINS, len(order)))
-    return [(float(said[part].mean()), float(seen[part].mean())) for part in parts]
+    return [(float(predicted[part].mean()), float(observed[part].mean())) for part in parts]
 
 
 def calibration_error(points: Sequence[tuple[float, float]]) -> float:

@@ -1,7 +1,7 @@
 """Advice: which settings make a stage fit, or make it faster."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers.utils import is_flash_attn_2_available
@@ -24,22 +24,28 @@ WORTH = 0.03  # share of a stage's time that a switch must save to pay
 class MeasuredSwitch:
     """A measured switch of a setting."""
 
-    said: str  # as for --set
-    step: float = 0.0  # time of a step, as a share of the time without the switch
-    seconds: float = 0.0  # of the whole stage
+    setting: str  # as written after --set
+    step_ratio: float = 0.0  # time of a step, relative to the time without this switch
+    seconds: float = 0.0  # time of the whole stage with the switch
     pays: bool = False
     fault: str = ""  # why the switch could not be measured
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        values = asdict(self)
+        return {"said": values.pop("setting"), "step": values.pop("step_ratio"), **values}
 
     def line(self) -> str:
         """Return a line about the switch."""
         if self.fault:
-            return f"--set {self.said}: {self.fault}"
+            return f"--set {self.setting}: {self.fault}"
         pays = "faster" if self.pays else "not worth it"
-        return f"{pays}: --set {self.said} takes {self.step:.2f} of a step's time, about {clock(self.seconds)} in total"
+        took = f"a step takes {self.step_ratio:.2f} times as long"
+        return f"{pays}: with --set {self.setting}, {took}; about {clock(self.seconds)} in total"
 
 
 def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
-    """Measure other ways to compute a step, each against the best one so far."""
+    """Measure each switch against the fastest settings found so far."""
     for option, of_base, of_stage in _ways(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
         stage = plan.stage.with_settings(**of_stage)
@@ -49,7 +55,7 @@ def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
             yield MeasuredSwitch(option, fault=str(fault))
             continue
         assert plan.measured is not None
-        with_it = replace(plan, stage=stage).by(step)
+        with_it = replace(plan, stage=stage).scaled_to(step)
         pays = with_it.seconds < (1 - WORTH) * plan.seconds
         yield MeasuredSwitch(option, step.seconds / plan.measured.seconds, with_it.seconds, pays)
         if pays:
@@ -58,7 +64,7 @@ def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
 
 def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield each switch: its text for --set, and the settings that it changes in the base's and the stage's table."""
-    if not stage.trains:  # tune compiles nothing
+    if not stage.trains:  # `tune` neither compiles nor trains
         return
     if not stage.settings.compile:
         yield f"{stage.table}.compile=true", {}, {"compile": True}
@@ -79,7 +85,7 @@ def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
             return f"it fits with{options}: {size(found.total)}, about {clock(found.seconds)}"
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
         for count in CARDS:
-            if replace(found, device=replace(plan.device, count=count), divided=True).fits:
+            if replace(found, device=replace(plan.device, count=count), sharded=True).fits:
                 return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
 

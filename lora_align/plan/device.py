@@ -21,7 +21,7 @@ class Device:
 
     name: str
     memory: float
-    rate: float  # operations a second
+    rate: float  # operations per second
     dtype: torch.dtype
     reserved: float
     count: int = 1  # devices that train together
@@ -39,20 +39,20 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
     dtype, where = compute_dtype(recipe.base), bases.device()
     if where.type == "cuda":
         properties = torch.cuda.get_device_properties(where)
-        free, _ = torch.cuda.mem_get_info(where)  # excludes what CUDA and this process already use
+        free, _ = torch.cuda.mem_get_info(where)  # `free` excludes memory that CUDA and this process already use
         return Device(properties.name, free, _rate(where, dtype), dtype, 0.0, count)
-    held = psutil.Process().memory_info().rss  # memory of the loaded libraries
+    used = psutil.Process().memory_info().rss  # memory of the loaded libraries
     memory = bases.device_memory(where)
-    return Device("this CPU", memory, _rate(where, dtype), dtype, held, count, cpu=True)
+    return Device("this CPU", memory, _rate(where, dtype), dtype, used, count, cpu=True)
 
 
 def _rate(where: torch.device, dtype: torch.dtype) -> float:
-    """Measure the operations a second of a matrix product."""
+    """Measure the operations per second of a matrix product."""
     side = 8192 if where.type == "cuda" else 1024
     one = torch.randn(side, side, device=where).to(dtype)
     seconds = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for the result
+        (one @ one)[0, 0].item()  # `item` waits until the device has finished
         seconds = min(seconds, time.perf_counter() - began)
     return 2 * side**3 / seconds

@@ -18,10 +18,11 @@ from lora_align.recipe import Lora, Recipe
 from lora_align.train import lora_trainer
 from lora_align.train.stepper import Loss
 
-SHARE = 0.5  # of a device's matrix rate that training is assumed to reach; not measured on any GPU yet
+SHARE = 0.5  # assumed share of a device's matrix rate that training reaches; not measured on any GPU yet
 PLACES = 64  # candidates for the fullest part, spread over the sorted rows
 GATHERED = 2  # layers of a sharded base that are whole at the same time: the current and the next one
-MOMENTS = {"8bit": 2, "sgd": 0}  # bytes of optimiser state a trained value, by a part of the optimiser's name; else 8
+# bytes of optimizer state per trained value, by a part of the optimizer's name; 8 for all others
+MOMENTS = {"8bit": 2, "sgd": 0}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class StageEstimate:
     part: Sequence[int]  # the rows of a step's fullest part
     device: Device
     gathered: float  # bytes of the layers that are whole at the same time if the base is sharded
-    divided: bool  # whether the base is sharded over the devices
-    rate: float  # operations a second: SHARE of the device's rate, or measured
-    measured: StepTiming | None = None  # of the fullest part
+    sharded: bool  # whether the base is sharded over the devices
+    rate: float  # operations per second: SHARE of the device's rate, or measured
+    measured: StepTiming | None = None  # timing of the fullest part of a step
     counted: float = 0.0  # bytes of activations and logits that were planned before the measurement
 
     @property
@@ -47,7 +48,7 @@ class StageEstimate:
         return {
             "weights": self._weights,
             "adapters": self.cost.trained,
-            "optimiser": self.cost.trained * (1 + moments / 4) if self.stage.trains else 0.0,  # with gradients
+            "optimizer": self.cost.trained * (1 + moments / 4) if self.stage.trains else 0.0,  # with gradients
             "activations": self.cost.activations,
             "logits": self.cost.logits,
             "reserved": self.device.reserved,
@@ -55,7 +56,7 @@ class StageEstimate:
 
     @property
     def _weights(self) -> float:
-        if not self.divided or self.device.count == 1:
+        if not self.sharded or self.device.count == 1:
             return self.cost.weights
         return self.cost.weights - self.cost.packed * (1 - 1 / self.device.count) + self.gathered
 
@@ -68,7 +69,7 @@ class StageEstimate:
     def fits(self) -> bool:
         return self.total <= self.device.memory
 
-    def by(self, step: StepTiming) -> "StageEstimate":
+    def scaled_to(self, step: StepTiming) -> "StageEstimate":
         """Return the estimate with memory and rate scaled to a measured step."""
         counted = self.cost.activations + self.cost.logits
         share = step.taken / counted
@@ -77,15 +78,17 @@ class StageEstimate:
 
     @property
     def seconds(self) -> float:
-        """Time of the whole stage, without communication between devices."""
+        """Seconds of the whole stage, without communication between devices."""
         tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
         each = sum(self.lengths[i] for i in self.part)
         operations = tokens * self.cost.whole / each
         operations += self.tokens * self.cost.forward / each if self.stage.referenced else 0
         return operations / self.rate / self.device.count + (self.measured.before if self.measured else 0)
 
-    def facts(self) -> dict[str, Any]:
-        """Return the estimate as JSON data."""
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        # JSON keeps its key "optimiser"
+        bytes_ = {name.replace("optimizer", "optimiser"): round(value) for name, value in self.memory.items()}
         return {
             "stage": self.stage.name,
             "rows": len(self.lengths),
@@ -93,8 +96,8 @@ class StageEstimate:
             "tokens": self.tokens,
             "histogram": histogram(self.lengths),
             "assumed": self.stage.assumed,
-            "answers": self.stage.drawing.answers if self.stage.drawing else 0,
-            "bytes": {name: round(value) for name, value in self.memory.items()},
+            "answers": self.stage.sampling_work.answers if self.stage.sampling_work else 0,
+            "bytes": bytes_,
             "total": round(self.total),
             "fits": self.fits,
             "rate": self.rate,
@@ -108,7 +111,7 @@ class StageEstimate:
 def shape_of(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpointing: bool = False) -> Shape:
     """Return the shape of a base with an adapter, from the base's configuration alone."""
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    if recipe.base.attention == "eager":  # the other kernels store as little as the default one
+    if recipe.base.attention == "eager":  # all other kernels store as little as the default one
         config._attn_implementation = "eager"
     packed = recipe.base.quantization == "nf4"
     adapter = lora_trainer.fresh_adapter(lora, base)

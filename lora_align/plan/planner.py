@@ -17,7 +17,7 @@ from lora_align.plan.stages import stage_of
 from lora_align.plan.timing import time_sampling, time_step
 from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 
-BELOW = ("lora", "base")  # tables that every stage uses
+SHARED_TABLES = ("lora", "base")  # tables that every stage uses
 DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", directions={}))
 STAGES = ("sft", "dpo", "reward", "rsf", "tune")
 
@@ -29,13 +29,13 @@ class StagePlan:
     estimate: StageEstimate
     advice: str
     switches: Sequence[MeasuredSwitch] = ()
-    sampling_seconds: float | None = None  # of the stage's answers
+    sampling_seconds: float | None = None  # measured time to sample the stage's answers
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
-        facts = {**self.estimate.facts(), "advice": self.advice}
+        facts = {**self.estimate.as_json(), "advice": self.advice}
         if self.estimate.measured:
-            facts["switches"] = [asdict(switch) for switch in self.switches]
+            facts["switches"] = [switch.as_json() for switch in self.switches]
         if self.sampling_seconds is not None:
             facts["drawing"] = self.sampling_seconds
         return facts
@@ -48,11 +48,11 @@ class StagePlan:
         fits = "fits" if plan.fits else "does not fit"
         yield f"{stage.name}: {fits}; {passes}{size_}: about {clock(round(plan.seconds))}"
         yield stage.assumed
-        if stage.drawing:
+        if stage.sampling_work:
             known = self.sampling_seconds
             time = f"about {clock(known)} more" if known is not None else "--measure estimates the time"
-            answers = count(stage.drawing.answers, "answer")
-            yield f"it also samples {answers} ({time}) and scores them; the plan excludes both"
+            answers = count(stage.sampling_work.answers, "answer")
+            yield f"it also samples {answers} ({time}) and scores them; the times above exclude both"
         yield self.advice
         if plan.measured:
             yield (
@@ -69,7 +69,7 @@ class Plan:
     """The plan of several stages on a device."""
 
     base: str
-    shipped: bool  # the shape of the base is one that lora-align ships, because its files are missing
+    shipped: bool  # whether the plan uses a shape shipped with lora-align, because the base's files are missing
     parameters: float
     device: Device
     stages: Sequence[StagePlan]
@@ -130,18 +130,18 @@ def plan_stages(
         switches, sampling_seconds = list[MeasuredSwitch](), None
         if measure and plan.fits and stage.trains:
             screen.note(f"{name}: measuring a step, with and without switches")
-            plan = plan.by(time_step(base, stage, [stage.job.rows[i] for i in plan.part]))
+            plan = plan.scaled_to(time_step(base, stage, [stage.job.rows[i] for i in plan.part]))
             switches = list(advice.switches(base, plan))
-            if stage.drawing:
+            if work := stage.sampling_work:
                 screen.note(f"{name}: sampling answers")
-                sampling_seconds = stage.drawing.answers / time_sampling(base, stage.drawing)
+                sampling_seconds = work.answers / time_sampling(base, work)
         if plan.fits:
-            advised = advice.faster(recipe, base, plan) if stage.trains else ""  # dpo's settings are tune's too
+            advised = advice.faster(recipe, base, plan) if stage.trains else ""  # tune uses dpo's settings and advice
         else:
             advised = advice.what_fits(recipe, base, plan)
         stages.append(StagePlan(plan, advised, switches, sampling_seconds))
     if not stages:
-        raise UserError(f"nothing to plan: the recipe has no {' or '.join(names)}")
+        raise UserError(f"nothing to plan: the recipe has no tables for {' or '.join(names)}")
     parameters = shape_of(recipe, base, recipe.lora, device).parameters()
     return Plan(base.identity["model"], shapes.is_shipped(base), parameters, device, stages)
 
@@ -158,7 +158,7 @@ def memory_table(stages: Sequence[StageEstimate]) -> str:
 
 
 def resolved(recipe: Recipe, stage: str) -> str:
-    """Format every value of the recipe as for --set, a line each.
+    """Format every value of the recipe as for --set, one per line.
 
     The stage's own tables come first, then other values that differ from their defaults, then the rest.
     """
@@ -168,12 +168,13 @@ def resolved(recipe: Recipe, stage: str) -> str:
         if key.startswith("preferences."):
             defaults[key] = of_preference.get(key.split(".", 2)[2])
     own = sorted(
-        (key for key in values if key.split(".")[0] in (stage, *BELOW)), key=lambda key: key.split(".")[0] in BELOW
+        (key for key in values if key.split(".")[0] in (stage, *SHARED_TABLES)),
+        key=lambda key: key.split(".")[0] in SHARED_TABLES,
     )
     other = [key for key in values if key not in own]
     differing = [key for key in other if values[key] != defaults.get(key)]
     blocks = {
-        f"{stage}, {' and '.join(BELOW)} (in brackets: the default, if it differs):": [
+        f"{stage}, {' and '.join(SHARED_TABLES)} (default in brackets, if different):": [
             f"{key}={_shown(values[key])}" + _unless_default(values[key], defaults.get(key)) for key in own
         ],
         "other values that differ from their defaults:": [f"{key}={_shown(values[key])}" for key in differing],

@@ -23,14 +23,14 @@ from lora_align.train.row_files import LazyRows, concat
 from lora_align.train.stepper import Loss
 
 TUNE_PAIRS, TUNE_PASSES = 48, 8  # pairs of each preference that `tune` reads, and about how often
-UNKNOWN_ROWS = 1000  # rows of a source, if neither the data nor a limit gives the number
+UNKNOWN_ROWS = 1000  # assumed rows of a source if the data is not available and the recipe sets no limit
 
 
 @dataclass(frozen=True)
 class SamplingWork:
     """The answers that a stage samples, and some of the prompts that it samples them for."""
 
-    answers: int  # in all, over all policies
+    answers: int  # total over all policies
     prompts: Sequence[Prompt]
     per_prompt: int
     sampling: Sampling
@@ -42,10 +42,10 @@ class Stage:
 
     name: str
     job: Job[Any]
-    passes: int  # over the rows; each trains one adapter
-    referenced: bool = False  # the start policy's log-probabilities are computed first
+    passes: int  # passes over the rows; if the stage trains, each pass trains one adapter
+    referenced: bool = False  # whether the start policy's log-probabilities are computed first
     assumed: str = ""  # why the plan assumes rows instead of reading them
-    drawing: SamplingWork | None = None
+    sampling_work: SamplingWork | None = None
     trains: bool = True  # False: tune trains no adapter, it runs existing vectors
 
     @property
@@ -125,9 +125,9 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     answers = sum(len(requests) * n for requests, n in zip(requested, per_request, strict=True))
     prompts = [with_system_prompt(of.system, of.prompt) for of in requested[-1][: max(1, BATCH // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
-    drawing = SamplingWork(answers, prompts, per_request[-1], sampling)
+    work = SamplingWork(answers, prompts, per_request[-1], sampling)
     why = "rows of the maximum length are assumed, because rsf samples its rows while it runs"
-    return replace(_rsf_stage(recipe, base, max(map(len, requested))), assumed=why, drawing=drawing)
+    return replace(_rsf_stage(recipe, base, max(map(len, requested))), assumed=why, sampling_work=work)
 
 
 def _rsf_stage(recipe: Recipe, base: Base, rows: int) -> Stage:
@@ -197,7 +197,7 @@ _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
 
 
 def _longest_texts(settings: Sft | Rsf, lora: Lora, count: int, base: Base) -> Job[Any]:
-    """Return a job of `count` rows of the maximum length; two texts a row if the recipe packs."""
+    """Return a job of `count` rows of the maximum length, with two texts per row if the recipe packs."""
     longest = min(settings.max_length, base.max_length)
     parts = [longest // 2, longest - longest // 2] if settings.packing else [longest]
     row = [TokenText([0] * part, [0] * part) for part in parts]

@@ -28,7 +28,7 @@ from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 CUTS = (2, 4)  # layers of the two bases
 COLLECT_EVERY = 50  # operations between two garbage collections
 FLOAT = 4  # bytes
-SCALES = (64, 256)  # NF4 block sizes: weights a scale, and scales a scale of scales
+SCALES = (64, 256)  # NF4 block sizes: weights per scale, and scales per scale of scales
 Step = Callable[[PreTrainedModel], Tensor]  # returns a loss
 
 
@@ -44,7 +44,7 @@ class Cost:
     forward: float  # operations of the forward pass
     whole: float  # operations of forward and backward
 
-    def on(self, other: "Cost", share: float) -> "Cost":
+    def interpolate(self, other: "Cost", share: float) -> "Cost":
         """Interpolate linearly between this cost (share 0) and another one (share 1), or extrapolate beyond."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Cost(*(a + share * (b - a) for a, b in pairs))
@@ -84,7 +84,7 @@ class Shape:
         if self.layers <= CUTS[1]:
             return self._cost(self.layers, step)
         few, more = (self._cost(layers, step) for layers in CUTS)
-        return few.on(more, (self.layers - CUTS[0]) / (CUTS[1] - CUTS[0]))
+        return few.interpolate(more, (self.layers - CUTS[0]) / (CUTS[1] - CUTS[0]))
 
     def _cost(self, layers: int, step: Step) -> Cost:
         whole, narrow = (self._run(layers, step, vocabulary) for vocabulary in (True, False))
@@ -105,7 +105,7 @@ class Shape:
             weights, packed, trained = self._materialise(model)
             base = base_model_of(model)
             head = base.get_output_embeddings()
-            if not vocabulary:  # a tiny head; targets beyond it do no harm, because fake tensors have no data
+            if not vocabulary:  # a tiny head; targets outside its vocabulary are harmless, as fake tensors have no data
                 head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)
             began = ledger.highest = ledger.held
             with FlopCounterMode(display=False) as counted, torch.autocast("cpu", self.dtype, self._autocasts):
@@ -180,7 +180,7 @@ class _RunCost:
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of all live tensors, and their peak."""
+    """Count the bytes of all live tensors, and their peak."""
 
     def __init__(self, collect_every: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -238,7 +238,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 class _Silu(nn.Module):
-    """SiLU as one operation, as on devices. On fake tensors torch decomposes its backward."""
+    """SiLU as one operation, as on a real device. On fake tensors, torch would split its backward pass into several."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _SiluFunction.apply(x)  # type: ignore[no-any-return, no-untyped-call]

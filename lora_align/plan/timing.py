@@ -17,7 +17,7 @@ from lora_align.plan.stages import SamplingWork, Stage
 from lora_align.train import lora_trainer
 from lora_align.train.stepper import with_padding
 
-TIMES = 3  # repetitions of a step, of which the fastest counts
+TIMES = 3  # repetitions of a step; the fastest one counts
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class StepTiming:
 
     seconds: float
     before: float  # extra seconds of the first run, for example for compiling
-    taken: float  # peak bytes beside weights and adapter
+    taken: float  # peak bytes in addition to weights and adapter
 
 
 def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
@@ -45,7 +45,7 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
         with torch.autocast(where.type, dtype, enabled=where.type == "cuda" and dtype != torch.float32):
             part = loss.part(rows, loss.weights(rows))
         part.loss.backward()
-        float(part.loss.detach())  # waits for the result
+        float(part.loss.detach())  # waits until the device has finished
 
     with compiled_layers(policy, wanted=stage.settings.compile):
         first = _seconds(step)  # includes work done only once, such as compiling
@@ -55,11 +55,14 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     return StepTiming(seconds, first - seconds, taken)
 
 
-def time_sampling(base: Base, drawing: SamplingWork) -> float:
-    """Return the answers a second that the base samples on this device, in place of the policies."""
+def time_sampling(base: Base, work: SamplingWork) -> float:
+    """Return how many answers per second the base samples on this device.
+
+    The base stands in for the policies, which do not exist yet.
+    """
     sampler, answers = LocalSampler(base.load(), base), 0
     began = time.perf_counter()
-    for batch in sampler.draw(drawing.prompts, drawing.per_prompt, drawing.sampling):
+    for batch in sampler.draw(work.prompts, work.per_prompt, work.sampling):
         answers += len(batch)
     return answers / (time.perf_counter() - began)
 

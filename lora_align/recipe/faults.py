@@ -15,7 +15,7 @@ TABLES: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def described(fault: Mapping[str, Any]) -> str:
+def describe(fault: Mapping[str, Any]) -> str:
     """Return one of pydantic's validation errors in a recipe's terms."""
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -30,10 +30,10 @@ def described(fault: Mapping[str, Any]) -> str:
 
 def recipe_faults(recipe: Recipe) -> Iterator[str]:
     """Yield the faults of a recipe whose types are correct."""
-    yield from _of_optimizers(recipe)
-    yield from _of_pairs(recipe)
-    yield from _of_reward(recipe)
-    yield from _of_rsf(recipe)
+    yield from _optimizer_faults(recipe)
+    yield from _label_and_of_faults(recipe)
+    yield from _reward_faults(recipe)
+    yield from _rsf_faults(recipe)
 
 
 def preference_faults(tables: Any) -> Iterator[str]:
@@ -58,7 +58,7 @@ def preference_faults(tables: Any) -> Iterator[str]:
                 yield f"preferences.{name}.margin: labels have no size; rank by rating: or score:, or remove the margin"
 
 
-def _of_pairs(recipe: Recipe) -> Iterator[str]:
+def _label_and_of_faults(recipe: Recipe) -> Iterator[str]:
     """Yield faults of `labels` and of `of` in the preferences."""
     for name, table in recipe.preferences.items():
         if table.labels and not {Winner.first, Winner.second} <= set(table.labels.values()):
@@ -69,11 +69,12 @@ def _of_pairs(recipe: Recipe) -> Iterator[str]:
             if part not in recipe.preferences:
                 yield f"preferences.{name}.of: no preference {part!r}{nearest(part, list(recipe.preferences))}"
             elif recipe.preferences[part].of:
-                yield f"preferences.{name}.of: {part} has `of` itself; list {', '.join(recipe.preferences[part].of)}"
+                parts = ", ".join(recipe.preferences[part].of)
+                yield f"preferences.{name}.of: {part} combines other preferences itself; list {parts} instead"
 
 
-def _of_optimizers(recipe: Recipe) -> Iterator[str]:
-    """Yield optimizers that the installed transformers does not have."""
+def _optimizer_faults(recipe: Recipe) -> Iterator[str]:
+    """Yield a fault for each optimizer that the installed transformers does not have."""
     tables = {"sft": recipe.sft, "dpo": recipe.dpo, "reward": recipe.reward, "rsf": recipe.rsf}
     for stage, table in tables.items():
         known = optimizers.names()
@@ -82,7 +83,7 @@ def _of_optimizers(recipe: Recipe) -> Iterator[str]:
             yield f"{stage}.optimizer: no optimizer {table.optimizer!r}{hint}"
 
 
-def _of_reward(recipe: Recipe) -> Iterator[str]:
+def _reward_faults(recipe: Recipe) -> Iterator[str]:
     """Yield faults of the `[reward]` table."""
     if recipe.reward is None:
         return
@@ -102,7 +103,7 @@ def _of_reward(recipe: Recipe) -> Iterator[str]:
             yield f"reward.objectives.{name}: the list is empty; name the heads to average"
 
 
-def _of_rsf(recipe: Recipe) -> Iterator[str]:
+def _rsf_faults(recipe: Recipe) -> Iterator[str]:
     """Yield faults of `rsf.directions`."""
     if recipe.rsf is None:
         return

@@ -27,7 +27,7 @@ from lora_align.recipe.tables import (
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-TABLES = {  # table → its keys, to suggest the full key where --set names a key alone
+TABLES = {  # table → its keys; suggests the full key if --set names a key without its table
     name: {field.name for field in fields(table)}
     for name, table in {
         "base": Base,
@@ -41,7 +41,7 @@ TABLES = {  # table → its keys, to suggest the full key where --set names a ke
     }.items()
 }
 LOCAL = Path("lora-align.toml")
-DEFAULT = "demo"  # the recipe of a command that is given none
+DEFAULT = "demo"  # the recipe of a command for which none is named or found
 
 
 def builtin() -> dict[str, Path]:
@@ -58,10 +58,10 @@ def find(name: str | None) -> tuple[Path, str]:
             return LOCAL, f"recipe: ./{LOCAL}"
         return builtin()[DEFAULT], f"recipe: the built-in demo (no --recipe and no ./{LOCAL})"
     path = Path(name)
-    if path.suffix == ".toml" or path.is_file():  # a folder named like a built-in recipe does not count
+    if path.suffix == ".toml" or path.is_file():  # a folder with the name of a built-in recipe is no recipe file
         if path.is_file():
             return path, ""
-        raise UserError(f"no recipe file {name!r} in {Path.cwd()}")
+        raise UserError(f"no recipe file {name!r} (looked in {Path.cwd()})")
     if name not in builtin():
         known = list(builtin())
         raise UserError(f"no recipe {name!r}{nearest(name, known)} (built in: {', '.join(known)}; or a .toml file)")
@@ -100,7 +100,7 @@ def from_dict(
     try:  # via JSON, where strict mode rejects wrong scalars but still converts arrays to tuples, tables to dataclasses
         recipe = _checker().validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
     except ValidationError as invalid:
-        found += [faults.described(dict(fault)) for fault in invalid.errors()]
+        found += [faults.describe(dict(fault)) for fault in invalid.errors()]
     found += faults.preference_faults(table.get("preferences"))
     if recipe is not None:
         found += faults.recipe_faults(recipe)

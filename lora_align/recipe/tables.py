@@ -83,7 +83,7 @@ class Training:
     tokens_per_batch: Tokens = 4096
     """Tokens computed at once; the value affects memory and speed only."""
     max_length: Annotated[Tokens, Ge(8)] = 1024
-    """The most tokens of a prompt with its answer; longer answers are truncated."""
+    """The maximum number of tokens of a prompt with its answer; longer answers are truncated."""
     optimizer: str = "adamw_torch_fused"
     """The optimizer, by its name in transformers."""
     gradient_checkpointing: bool = False
@@ -97,7 +97,7 @@ class Training:
     save_minutes: Annotated[float, Ge(0), Le(1e6)] = 10.0
     """Minutes between checkpoints."""
     limit: Rows | None = None
-    """The most training rows of a source, or prompts of `rsf`; unset means all."""
+    """The maximum number of training rows of a source, or of prompts in `rsf`; unset means all."""
     report_to: tuple[str, ...] = ()
     """transformers' experiment trackers, such as `tensorboard`."""
 
@@ -190,7 +190,7 @@ class Ratings:
     attributes: tuple[str, ...] = ()
     """The rated attributes to read; empty means all."""
     prefix: str = ""
-    """Text put before the attributes to name their heads."""
+    """Text before each attribute in the name of its head."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Reward(Training):
     pairs: Mapping[str, str] = field(default_factory=dict)
     """Heads that learn from pairs, each with the preference whose pairs train it."""
     objectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Means of heads, each with the heads to average."""
+    """Objectives that are means of heads, each with the list of its heads."""
     lm_weight: Weight = 0.1
     """The weight of the language-model loss on the answers; 0 turns it off."""
     lora: Lora | None = None
@@ -235,17 +235,17 @@ class Rsf(Training):
     iterations: Annotated[int, Ge(1), Le(1_000)] = 4
     """Policies trained after the SteerLM-style one."""
     prompts: Rows | None = None
-    """The most prompts of an iteration, sampled from its half of the data; unset means all."""
+    """The maximum number of prompts of an iteration, sampled from its half of the data; unset means all."""
     per_prompt: Few = 5
     """Directions sampled for each prompt."""
     samples: Few = 16
     """Answers sampled for each direction, from the second iteration on."""
     bootstrap: Few = 80
-    """Answers to each prompt that the SteerLM-style policy gives for the first iteration."""
+    """Answers to each prompt that the SteerLM-style policy samples for iteration 1."""
     pooled: Few = 1
-    """Iterations, from the first, whose candidates are all answers to a prompt and not those to one direction."""
+    """The number of first iterations whose candidates are all answers to a prompt, not only those to one direction."""
     replay: Share = 0.15
-    """The share of training rows that are unchanged answers of the data, for `learn = "sft"`."""
+    """The share of training rows that come unchanged from the data, for `learn = "sft"`."""
     temperature: Positive = 1.0
     """The sampling temperature."""
     max_new_tokens: Tokens = 512
@@ -255,7 +255,7 @@ class Rsf(Training):
     steer: str = "Your response should be rated {{ listed }}"
     """A Jinja template: the system message for scores; variables are `scores` and `listed`."""
     watch: str = "harmlessness"
-    """The objective whose drop is reported."""
+    """The objective that is watched: a warning says if its mean falls from one policy to the next."""
     learn: Literal["sft", "dpo"] = "sft"
     """The training of an iteration: SFT on the best answers, or DPO of the best over the worst."""
     loss_on: Literal["answers", "all"] = "answers"
@@ -301,11 +301,11 @@ class Eval:
     facts: EvalSource = field(default_factory=EvalSource)
     """Facts with a right and wrong answers; they should stay known."""
     count: Few = 64
-    """The most prompts, risky prompts and texts, each."""
+    """The maximum number of prompts, of risky prompts, and of texts."""
     samples: Few = 4
     """Answers to each prompt."""
     pairs: Few = 128
-    """The most held-out pairs of each preference, and the most facts."""
+    """The maximum number of held-out pairs of each preference, and of facts."""
     temperature: Positive = 1.0
     """The sampling temperature."""
     max_new_tokens: Tokens = 256
@@ -314,10 +314,10 @@ class Eval:
     """The seed of sampling."""
 
 
-TABLES_HOLD = {  # of stages that a recipe may lack
-    "sft": "its start policy is the base, and `dpo` needs nothing more",
-    "reward": "name ratings in [reward.ratings.NAME] or preferences in [reward.pairs]",
-    "rsf": "it names prompts, and bounds in [rsf.directions]",
+MISSING_TABLE_HINTS = {  # stage → what to do if the recipe has no such table
+    "sft": "the start policy is the base, and `dpo` can run at once",
+    "reward": "add ratings in [reward.ratings.NAME], or preferences in [reward.pairs]",
+    "rsf": "add one with `data`, and with bounds in [rsf.directions]",
 }
 
 
@@ -350,7 +350,7 @@ class Recipe:
         """Refuse a recipe that cannot train a stage: no table, a missing optimizer library, rsf on a sharded base."""
         table = getattr(self, stage)
         if table is None:
-            raise UserError(f"the recipe has no [{stage}] table: {TABLES_HOLD[stage]}")
+            raise UserError(f"the recipe has no [{stage}] table: {MISSING_TABLE_HINTS[stage]}")
         if library := optimizers.missing_library(table.optimizer):
             raise UserError(
                 f"{stage}.optimizer: {table.optimizer!r} needs the library {library}, which is not installed"

@@ -81,7 +81,7 @@ def sample_and_score(
             pools = sampling_requests.pools(settings, batch, by_request(rows), t)
             progress.show(begin + len(batch), running_figures(pools))
     processes.barrier()
-    store.look()
+    store.refresh()
 
 
 def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[Mapping[str, float]]:

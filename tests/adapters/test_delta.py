@@ -86,7 +86,7 @@ def test_cut_is_the_best_approximation(a: LoraDelta, b: LoraDelta, rank: int, un
     """Includes columns of very different size, or zero, where the Gram matrix is ill-conditioned."""
     for name, factors in (a + b * uneven).items():
         whole = factors.B.double() @ factors.A.double()
-        cut, energy, lost = factors.cut(rank)
+        cut, energy, lost = factors.truncate(rank)
         tail = float(torch.linalg.svdvals(whole)[rank:].square().sum())
         assert cut.rank <= max(rank, 1), name
         assert math.isclose(energy, float(whole.square().sum()), rel_tol=1e-6)

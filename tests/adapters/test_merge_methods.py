@@ -304,5 +304,5 @@ def test_options_and_weights_are_checked_per_method() -> None:
 def test_fitting_returns_a_rank_of_the_server() -> None:
     assert merge_options.server_rank("llama.cpp", 33) == 33
     assert [merge_options.server_rank("vllm", rank) for rank in (1, 2, 33, 321)] == [1, 8, 64, 512]
-    with pytest.raises(UserError, match="ranks up to 512, but this adapter has 513"):
+    with pytest.raises(UserError, match="ranks up to 512, but this adapter has rank 513"):
         merge_options.server_rank("vllm", 513)

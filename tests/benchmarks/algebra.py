@@ -75,7 +75,7 @@ def peak() -> float:
 def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
     """Seconds and memory of one merge."""
     before, began = peak(), time.perf_counter()
-    plan = merge_options.MergeOptions.said(*how)
+    plan = merge_options.MergeOptions.parse(*how)
     merge.merge_adapters(
         weights, recipe.load(recipe.builtin()["demo"]), work / "runs", Screen(quiet=True), plan, out=work / "out"
     )

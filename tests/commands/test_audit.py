@@ -230,4 +230,4 @@ def test_too_few_pairs_and_unread_columns_are_doubts(cli: Cli, tmp_path: Path) -
     assert done.code == 0, done.err
     assert "2 held-out pairs: too few to judge a run" in done.err
     assert "1 optimizer step (8 pairs): too few to learn much; use more pairs, a smaller batch_size" in done.err
-    assert "column 'input' is not read, though it holds something in 10 rows" in done.err
+    assert "column 'input' is filled in 10 rows but not read" in done.err

@@ -29,7 +29,7 @@ def test_generate_resumes_after_a_kill_with_the_same_answers(workspace: Path) ->
     assert 1 <= kept < 150 / 64
     other = call(workspace, *words[:-2], "-w", "helpful=0.5", "--out", "killed.jsonl")
     assert other.code == 2
-    assert "was begun with another model" in other.err
+    assert "was begun with other settings (model)" in other.err
 
     resumed = call(workspace, *words, "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err

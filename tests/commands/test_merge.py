@@ -76,7 +76,7 @@ def test_auto_rank_truncation_and_padding(foreign: Path, cli: Cli) -> None:
     auto = cli(*weights, "--rank", "auto:0.9", "--out", "auto")
     assert auto.code == 0, auto.err
     rank = peft_format.load(foreign / "auto").rank
-    left_out = [sum(f.cut(r)[2] for f in whole.values()) / whole.norm() ** 2 for r in (rank - 1, rank)]
+    left_out = [sum(f.truncate(r)[2] for f in whole.values()) / whole.norm() ** 2 for r in (rank - 1, rank)]
     assert left_out[1] <= 0.1 < left_out[0]
     assert json.loads(auto.out)["metrics"]["left_out"] == pytest.approx(left_out[1], rel=1e-3)
     fit = cli(*weights, "--fit", "vllm", "--out", "fit")

@@ -83,7 +83,7 @@ def test_score_resumes_after_a_kill(workspace: Path) -> None:
     assert 1 <= kept < 640 / 256
     other = call(workspace, "score", "--data", "demo:ratings?rows=3", "--out", "killed.jsonl")
     assert other.code == 2
-    assert "was begun with another data; delete it" in other.err
+    assert "was begun with other settings (data); delete the folder" in other.err
 
     resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err

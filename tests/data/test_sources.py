@@ -153,7 +153,7 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
         ('{"prompt": "a", "id": ' + "9" * 5000 + "}", ":1: not valid JSON: a number has too many digits"),
         (
             '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_x": ' + "9" * 4000 + ', "rejected_x": 1}',
-            ":1: chosen_x is too large a number",
+            ":1: chosen_x is infinite or too large",
         ),
         ('{"instruction": "a", "completions": [{"response": "b"}]}', ":1: completions: annotations is null"),
         ('{"instruction": "a", "completions": 3}', ":1: completions is a number; expected a list"),
@@ -219,7 +219,7 @@ def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) 
             "[\n" + ",\n".join([json.dumps(FORMS["plain"])] * 3) + "\n]",
             r":1: .*a list of rows is a \.json file",
         ),
-        ("pairs.json", '{"prompt": "a"}\n{"prompt": "b"}', r"one object a line is a \.jsonl file"),
+        ("pairs.json", '{"prompt": "a"}\n{"prompt": "b"}', r"one object per line is a \.jsonl file"),
         ("pairs.json", '[{"prompt": "a"},\n {"prompt": ]', r":2: row 1: not valid JSON"),
         ("pairs.json", '[{"prompt": "a"}\n {"prompt": 1}]', r":2: not valid JSON: expected a comma"),
         ("pairs.json", '[\n{"prompt": ' + "[" * 100_000, r":2: row 0: nested too deeply"),
@@ -241,6 +241,26 @@ def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
     for near in ("pair.jsonl", "pairs.json", "pairs"):
         with pytest.raises(UserError, match=r"no data file .*, did you mean 'pairs\.jsonl'\?"):
             list(sources.rows_or_raise(str(tmp_path / near)))
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_unknown_columns_are_refused_with_the_keys_of_the_recipe(skip_bad: bool, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"question_text": "a", "good": "b", "bad": "c"}\n')
+    with pytest.raises(UserError) as refused:
+        pairs_of(Preference(str(file), skip_bad=skip_bad))
+    assert "name your columns in `columns`" in str(refused.value)
+    assert ("skip_bad = true" in str(refused.value)) is not skip_bad
+
+
+def test_unknown_columns_without_a_recipe_table_are_to_be_renamed(tmp_path: Path) -> None:
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"question_text": "a"}\n')
+    with pytest.raises(UserError, match=r"needs prompt\); rename the column in the data$"):
+        list(sources.read_all(str(file), forms.prompt, Counter()))
+    assert sources.unread_warnings({"input": 2}, sources.RENAME_IN_FILE) == [
+        "column 'input' is filled in 2 rows but not read; if it is part of the prompt, rename the column in the data"
+    ]
 
 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "demo:nothing", "not a source", "."])
@@ -351,7 +371,7 @@ def test_rating_that_becomes_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ratings\.jsonl:3: no rating 'helpfulness' \(it has: verbosity\)"):
         list(read_ratings(table, 0.0, None, Counter()))
     _write(tmp_path / "ratings.jsonl", rows[::-1])
-    with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row does not have"):
+    with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row lacks"):
         list(read_ratings(table, 0.0, None, Counter()))
 
 

@@ -311,7 +311,7 @@ def test_pair_too_long_for_the_system_message_has_no_margin(workspace: Path) -> 
     )
     result = evaluator._margins(conditioned)
     assert [row["pair"] for row in result] == [1, 2]
-    now = evaluator.log_odds(conditioned)["helpful"][1:] - evaluator.start_log_odds["helpful"][1:]
+    now = evaluator.pair_log_ratios(conditioned)["helpful"][1:] - evaluator.start_log_ratios["helpful"][1:]
     assert [row["margin"] for row in result] == now.tolist()
     assert len(evaluator._margins(plain)) == 3
 

@@ -13,11 +13,12 @@ from matplotlib.image import imread
 from pyarrow.parquet import read_table
 
 from lora_align.errors import UserError
-from lora_align.evaluate.goals import Score, score_of
+from lora_align.evaluate.goals import GoalScore, score_of
 from lora_align.evaluate.grid import grid, weights_text
 from lora_align.evaluate.measure import Measurement
 from lora_align.evaluate.sweep import write_tables
-from lora_align.evaluate.sweep_result import SweepPolicy
+from lora_align.evaluate.sweep_report import write_report
+from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
 from lora_align.metrics.intervals import Estimate
 from lora_align.rankers import Ranker
 from support import COMMAND, Cli
@@ -35,7 +36,11 @@ def test_grid_combines_the_values_of_all_axes() -> None:
     assert weights_text({"helpful": 0.0, "brief": 0.0}) == "start"
 
 
-@pytest.mark.parametrize("axis", ["helpful", "helpful=", "helpful=1:0", "helpful=0:1:0", "helpful=a:b", "../x=0:1"])
+MALFORMED = ["helpful", "helpful=", "helpful=1:0", "helpful=0:1:0", "helpful=a:b", "../x=0:1"]
+INFINITE = ["helpful=0:inf:1", "helpful=-inf:0", "helpful=0:1:nan"]
+
+
+@pytest.mark.parametrize("axis", MALFORMED + INFINITE)
 def test_grid_rejects_malformed_axis(axis: str) -> None:
     with pytest.raises(UserError, match="is not an axis"):
         grid([axis])
@@ -44,7 +49,7 @@ def test_grid_rejects_malformed_axis(axis: str) -> None:
 def test_score_of_prefers_the_oracle_and_falls_back_to_the_margin() -> None:
     names = ["margin helpful", "words", "reward: helpful", "pair:helpful", "oracle: helpful"]
     for best in ["oracle: helpful", "pair:helpful", "reward: helpful", "margin helpful"]:
-        assert score_of("helpful", names) == score_of("helpful@0-10", names) == Score(best)
+        assert score_of("helpful", names) == score_of("helpful@0-10", names) == GoalScore(best)
         names.remove(best)
     assert score_of("helpful", names) is None
 
@@ -52,11 +57,11 @@ def test_score_of_prefers_the_oracle_and_falls_back_to_the_margin() -> None:
 def test_score_of_follows_the_ranker_without_a_figure_of_that_name() -> None:
     names = ["margin mine", "reward: speech", "words"]
     for rank, score in {
-        "label": Score("margin mine"),
-        "score:speech": Score("reward: speech"),
-        "rating:-speech": Score("reward: speech", lower=True),
-        "shorter": Score("words", lower=True),
-        "longer": Score("words"),
+        "label": GoalScore("margin mine"),
+        "score:speech": GoalScore("reward: speech"),
+        "rating:-speech": GoalScore("reward: speech", lower=True),
+        "shorter": GoalScore("words", lower=True),
+        "longer": GoalScore("words"),
     }.items():
         assert score_of("mine", names, Ranker.parse(rank)) == score, rank
 
@@ -93,6 +98,19 @@ def test_sweep_writes_tables_plots_and_report(workspace: Path, cli: Cli) -> None
     assert "sweep/helpful_harmless" in cli("list").out
     again = cli("sweep", *AXES, *SMALL)
     assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_report_names_scores_and_hypervolume_only_if_there_are_any(tmp_path: Path) -> None:
+    row = {"kind": "safe", "asked": "Why?", "answer": "So."}
+    figures = {name: Estimate(0.5, 0.4, 0.6, 9) for name in ("a", "b")}
+    start = SweepPolicy("start", {}, None, Measurement("start", [row], [], [], []), figures, {})
+    for names in ([], ["a"], ["a", "b"]):
+        result = SweepResult.of([start], {name: GoalScore(name) for name in names})
+        write_report(tmp_path, "sweep x", "base", result, [start])
+        page = _Page()
+        page.feed((tmp_path / "report.html").read_text())
+        assert (f"no other policy beats in {' and '.join(names)}." in page.text) is bool(names)
+        assert ("beats" in page.text, "hypervolume" in page.text) == (bool(names), len(names) > 1)
 
 
 def test_sweep_works_with_own_base_and_pairs_alone(llama: Path, cli: Cli, tmp_path: Path) -> None:

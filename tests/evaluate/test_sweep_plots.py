@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import pytest
 
 from lora_align.evaluate import sweep_plots
-from lora_align.evaluate.goals import Score
+from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.measure import Measurement
 from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics.intervals import Estimate
 from lora_align.want import Want
 
-SCORES = {"talkative": Score("reward: speech"), "brief": Score("words", lower=True)}
+SCORES = {"talkative": GoalScore("reward: speech"), "brief": GoalScore("words", lower=True)}
 GRID = {"start": (0.0, 0.0), "brief=1": (0.0, 1.0), "talkative=1": (1.0, 0.0), "brief=1,talkative=1": (1.0, 1.0)}
 SPEECH = {"start": 30.0, "brief=1": 5.0, "talkative=1": 90.0, "brief=1,talkative=1": 50.0}
 WORDS = {"start": 100.0, "brief=1": 20.0, "talkative=1": 110.0, "brief=1,talkative=1": 60.0}
@@ -93,8 +93,8 @@ def test_costs_plots_scores_over_costs(grid: list[SweepPolicy]) -> None:
 def test_asked_plots_scores_over_the_angle_of_the_direction() -> None:
     wants = [Want.of({"helpfulness": math.cos(a), "verbosity": -math.sin(a)}) for a in (0.0, math.pi / 4)]
     directions = [policy(f"want:{i}", {"words": 10.0 - i}, want=want) for i, want in enumerate(wants)]
-    picture = sweep_plots.asked(
-        {"verbosity": Score("words", lower=True)}, [policy("start", {"words": 9.0}), *directions]
+    picture = sweep_plots.direction_curves(
+        {"verbosity": GoalScore("words", lower=True)}, [policy("start", {"words": 9.0}), *directions]
     )
     assert picture
     (line,) = picture.axes[0].lines

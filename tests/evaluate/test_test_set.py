@@ -83,7 +83,7 @@ def test_unread_columns_of_prompts_are_named(tmp_path: Path, capsys: pytest.Capt
     source = {"data": str(file), "where": {"label": "safe"}}
     assert prompts_of(read({"eval": {"prompts": source}}, screen=Screen(quiet=True)))[SAFE] == ["One?"]
     printed = capsys.readouterr().err
-    assert "eval.prompts: column 'context' is not read, though it holds something in 1 row:" in printed
+    assert "eval.prompts: column 'context' is filled in 1 row but not read;" in printed
     assert "'prompt'" not in printed
     assert "'response'" not in printed
 

@@ -116,7 +116,9 @@ def test_tune_shrinks_weights_until_refusals_are_within_the_bound(workspace: Pat
     assert more > 0
     assert bounded.refused <= start + more + 1e-9
     assert 0 < bounded.weights["harmless"] < free.weights["harmless"]
-    with pytest.raises(RunFailedError, match="--refused allows more"):
+    with pytest.raises(
+        RunFailedError, match=r"the smallest weights \d+%, at most -\d+% are allowed\); raise --refused"
+    ):
         tuned(-1.0)
 
 
@@ -168,9 +170,9 @@ def test_tune_warns_of_bounds_without_data(workspace: Path, cli: Cli) -> None:
 
 def test_preferred_shares_are_counted_over_pairs(evaluator: Evaluator) -> None:
     objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo())
-    odds = evaluator.log_odds(evaluator.policies.policies[0].at({"helpful": 1.0, "harmless": -0.5}))
+    odds = evaluator.pair_log_ratios(evaluator.policies.policies[0].at({"helpful": 1.0, "harmless": -0.5}))
     result = objective.at(torch.tensor([1.0, -0.5])).preferred
-    assert result == {name: float((odds[name] > evaluator.start_log_odds[name]).float().mean()) for name in AIMS}
+    assert result == {name: float((odds[name] > evaluator.start_log_ratios[name]).float().mean()) for name in AIMS}
     assert len(set(result.values())) == 2
 
 
