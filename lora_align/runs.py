@@ -226,7 +226,7 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
 def _lock_unless_exists(target: Path, force: bool) -> "FileLock":
     lock = _lock(target)
     try:
-        refuse_existing(target, force)
+        refuse_existing(target, force, "another name or folder keeps both")
     except UserError:
         lock.release()
         raise

@@ -50,7 +50,7 @@ def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
 
 def seal(staging: Path, target: Path) -> None:
     """Write the sha256 of a folder's files into the folder, sync it, and rename it to `target`."""
-    files = {file.name: sha256(file) for file in sorted(staging.iterdir()) if file.is_file()}
+    files = {file.name: sha256(file) for file in sorted(staging.iterdir()) if file.is_file() and file.name != DIGESTS}
     (staging / DIGESTS).write_text(json.dumps(files), encoding="utf-8")
     move(staging, target)
 

@@ -63,7 +63,7 @@ def test_check_files_detects_truncation_and_flipped_bits(tmp_path: Path) -> None
 
 def test_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
     _publish(tmp_path / "a", text="old")
-    with pytest.raises(UserError, match=r"--name NEW .* --force"):
+    with pytest.raises(UserError, match=r"another name or folder keeps both, --force"):
         _publish(tmp_path / "a")
     _publish(tmp_path / "a", force=True, text="new")
     contents = sorted(file.read_text() for file in tmp_path.glob("a*/adapter.bin"))

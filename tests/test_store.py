@@ -86,6 +86,15 @@ with store.new_folder(Path({str(tmp_path / "folder")!r})) as staging:
     assert store.is_intact(tmp_path / "folder")
 
 
+def test_a_folder_that_was_sealed_but_not_renamed_is_resumed(tmp_path: Path) -> None:
+    staging = tmp_path / ".folder.staging"
+    staging.mkdir()
+    (staging / store.DIGESTS).write_text("{}")
+    with store.new_folder(tmp_path / "folder", resume=True) as folder:
+        (folder / "part").write_text("done")
+    assert store.is_intact(tmp_path / "folder")
+
+
 def test_too_little_space_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"about .* MB will be written, .* are free; elsewhere"):
         store.check_free_space(tmp_path / "not" / "there", 10**18, "elsewhere")

@@ -100,10 +100,11 @@ def control_curves(
     save(picture, file)
 
 
-def training_curves(file: Path, steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> None:
-    """Plot figures over the steps of a run: as recorded in pale, smoothed in bold."""
+def training_curves(file: Path, curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    """Plot figures, each a list of (step, value): as recorded in pale, smoothed in bold."""
     picture, panels = grid(len(curves), (3.6, 2.8), len(curves), (0.0, 0.0))
-    for panel, (name, values) in zip(panels, curves.items(), strict=True):
+    for panel, (name, points) in zip(panels, curves.items(), strict=True):
+        steps, values = zip(*points, strict=True)
         plot(panel, steps, values, PALE, width=1)
         plot(panel, steps, _smoothed(values), width=2)
         panel.set(xlabel="step", title=name)

@@ -145,10 +145,10 @@ class Endpoint:
 
         return client, {asyncio.create_task(answers(index, prompt)) for index, prompt in enumerate(prompts)}
 
-    def load_adapter(self, folder: Path, name: str, serve: str) -> "Endpoint":
+    def load_adapter(self, folder: Path, name: str, serve_command: str) -> "Endpoint":
         """Load an adapter on the server through vLLM's API. Return an endpoint for the model with this adapter.
 
-        `serve` is a command that starts a suitable server, for the error message.
+        `serve_command` is the command that starts a suitable server; the error message shows it.
         """
 
         async def load() -> Response:
@@ -161,7 +161,7 @@ class Endpoint:
         if response.status != httpx.codes.OK:
             raise UserError(
                 f"{self.url} cannot load adapters at run time ({response.status} {response.excerpt}); "
-                f"serve the base with: {serve}"
+                f"serve the base with: {serve_command}"
             )
         return replace(self, model=name)
 

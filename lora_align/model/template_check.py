@@ -12,9 +12,9 @@ from lora_align import store
 from lora_align.errors import UserError
 
 TRIAL = Path(__file__).with_name("template_trial.py")
-TIMEOUT = 8.0  # seconds
+TIMEOUT = 30.0  # seconds, the start of Python included; the process itself limits its CPU time
 FAULTS = {
-    "MemoryError": "takes gigabytes of memory",
+    "MemoryError": "takes more than 1 GiB of memory",
     "RecursionError": "recurses without end",
     "ZeroDivisionError": "divides by zero",
     "OverflowError": "computes numbers that are too large",
@@ -40,7 +40,8 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
     except subprocess.TimeoutExpired:
         why = "does not end"
     else:
-        why = "does not end" if done.returncode < 0 else FAULTS.get(done.stderr.strip(), "")
+        fault = done.stderr.strip().rpartition("\n")[2]  # the last line, after warnings of libraries
+        why = FAULTS.get(fault, f"fails ({fault})") if done.returncode > 0 else "does not end" * (done.returncode < 0)
     if why:
         raise UserError(
             f"{whose} {why} (tested on conversations of up to {TURNS} messages); give another one in the recipe: "

@@ -84,7 +84,7 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
     """Return a reward model as a judge. Its objectives are the heads and the means of heads that it defines."""
     run = judge_runs.of_reward(name, runs_dir)
     _check(run, base)
-    heads, derived, update = Heads.load(run.path), run.manifest.method["objectives"], f"judge {name}"
+    heads, derived, update = Heads.load(run.path), run.manifest.method["objectives"], f"judge reward {name}"
     objectives = [*heads.names, *derived]
     budget = MemoryBudget(BATCH)
 
@@ -107,8 +107,10 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
                 f"{run.path} was trained on another start adapter than the one in {runs_dir}/sft; train it again, or "
                 "use its own runs folder with --runs"
             )
-    updates = {f"judge {preference} {side}": peft_format.load(run.path, whole=True) for side, run in pair_runs.items()}
-    start_update = f"judge {start_policy.NAME}"
+    updates = {
+        f"judge pair {preference} {side}": peft_format.load(run.path, whole=True) for side, run in pair_runs.items()
+    }
+    start_update = "judge start adapter"
     if start is not None:
         updates[start_update] = peft_format.load(start.path, whole=True)
     beta = pair_runs[Direction.pos.value].manifest.recipe["dpo"]["beta"]
@@ -118,7 +120,7 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
         rows = [(prompt, [answer]) for prompt, answer in (one.ids for one in answers)]
         logprobs = []
         for side in Direction:
-            mixer.set({f"judge {preference} {side.value}": 1.0, start_update: 1.0})
+            mixer.set({f"judge pair {preference} {side.value}": 1.0, start_update: 1.0})
             logprobs.append(answer_logprobs(model, rows, budget))
         return [{preference: value} for value in (beta * (logprobs[0] - logprobs[1])).tolist()]
 

@@ -231,6 +231,7 @@ def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
 
 
 def _same(vector: Vector, adapters: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a vector has the adapters of a mix's manifest, by sign and hash."""
-    lineages = [parent.lineage() for parent in vector.parents]
-    return [(a["sign"], a["sha256"]) for a in lineages] == [(a["sign"], a["sha256"]) for a in adapters]
+    """Return whether a vector has the adapters of a mix's manifest, by sign and hashes."""
+    keys = ("sign", "sha256", "config_sha256")  # the configuration holds the scaling
+    now = [parent.lineage() for parent in vector.parents]
+    return [[a[key] for key in keys] for a in now] == [[a.get(key) for key in keys] for a in adapters]

@@ -6,7 +6,6 @@ half, and so on. Every policy is trained from the start policy, not from the pol
 """
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from lora_align.data.rows import Conversation, Message, with_system_prompt
 from lora_align.recipe import Recipe
 from lora_align.rsf import candidates, finetune, sampling_requests
 from lora_align.rsf.inputs import STEERLM, RsfInputs, prepare, teacher_of
-from lora_align.rsf.selection import choose, has_fallen, mean_and_error
+from lora_align.rsf.selection import choose, has_fallen, is_finite, mean_and_error
 from lora_align.runs import Run
 
 SAMPLES, SCORES = "samples.parquet", "scores.json"
@@ -55,7 +54,7 @@ def _train_steerlm(rsf: RsfInputs) -> Run:
         scored = [
             (answer, score)
             for answer, score in zip(answers, scores, strict=True)
-            if score and all(map(math.isfinite, score.values()))
+            if score and is_finite(score, settings.directions)
         ]
         goals = [{name: score[name] for name in settings.directions} for _, score in scored]
         examples = []
@@ -67,7 +66,7 @@ def _train_steerlm(rsf: RsfInputs) -> Run:
         counts = {"rows": len(scored), "score not finite": len(answers) - len(scored)}
         manifest = rsf.manifest(counts, settings.steer, None)
         manifest = finetune.train_supervised(rsf, examples, target, staging, manifest)
-        watched = [score[settings.watch] for _, score in scored if settings.watch in score]
+        watched = [score[settings.watch] for _, score in scored if is_finite(score, [settings.watch])]
         if len(watched) > 1:
             manifest = finetune.with_metrics(manifest, watched=mean_and_error(watched))
         return target.publish(staging, manifest)

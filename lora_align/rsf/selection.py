@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -139,6 +139,11 @@ def extremes(candidates: Sequence[Candidate], want: Want) -> tuple[Candidate, Ca
     """Return the candidates with the largest and the smallest vᵀr. Of equal values, the first candidate counts."""
     values = [want.value(candidate.rewards) for candidate in candidates]
     return candidates[values.index(max(values))], candidates[values.index(min(values))]
+
+
+def is_finite(scores: Mapping[str, float], objectives: Iterable[str]) -> bool:
+    """Return whether the scores by these objectives are there and finite."""
+    return all(math.isfinite(scores.get(name, math.nan)) for name in objectives)
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:

@@ -328,5 +328,9 @@ def draw_curve(history: list[dict[str, float]], title: str, file: Path) -> None:
     """Draw each recorded figure of a run over the steps, in a panel of its own."""
     from lora_align.metrics import plots
 
-    curves = {name: [record[name] for record in history] for name in PROGRESS_NAMES if name in history[0]}
-    plots.training_curves(file, [record["step"] for record in history], curves, title)
+    curves = {}
+    for name in PROGRESS_NAMES:
+        points = [(record["step"], record[name]) for record in history if name in record]  # a step may lack a figure
+        if points:
+            curves[name] = points
+    plots.training_curves(file, curves, title)

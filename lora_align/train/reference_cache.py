@@ -123,15 +123,15 @@ class ReferenceCache:
                 table.execute("CREATE TEMP TABLE wanted (answer INTEGER PRIMARY KEY, key BLOB)")
                 keys = ((index, answers.key(index)) for index in range(len(values)))
                 table.executemany("INSERT INTO wanted VALUES (?, ?)", keys)
-                damaged = []
+                damaged: set[bytes] = set()
                 for index, key, value, checksum in table.execute(
                     "SELECT answer, key, value, checksum FROM wanted JOIN logprobs USING (key)"
                 ):
-                    if checksum == _checksum(key, value):
+                    if value is not None and checksum == _checksum(key, value):
                         values[index] = value
                     else:
-                        damaged.append((key,))
-                table.executemany("DELETE FROM logprobs WHERE key = ?", damaged)
+                        damaged.add(key)
+                table.executemany("DELETE FROM logprobs WHERE key = ?", [(key,) for key in damaged])
             if damaged:
                 screen.warn(f"{self.file}: {count(len(damaged), 'damaged value')} deleted and computed again")
         except sqlite3.DatabaseError as fault:
@@ -143,10 +143,12 @@ class ReferenceCache:
 
     def _save(self, answers: "_Answers", values: Numbers, which: Sequence[Numbers]) -> None:
         """Store new values. A value that another process stored in the meantime stays."""
-        indices = np.unique(answers.first[np.concatenate(which)]).tolist() if which else []
-        if not indices:
+        new: Numbers = np.concatenate(which) if which else np.empty(0, dtype=np.int64)
+        if not len(new):
             return
-        entries = ((answers.key(index), float(values[index])) for index in indices)
+        # the first answer with the same key may not be computed yet: take the value of one that is
+        _, at = np.unique(answers.first[new], return_index=True)
+        entries = ((answers.key(index), float(values[index])) for index in new[at].tolist())
         with self._open() as table:
             table.executemany(
                 "INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?)",
@@ -163,7 +165,7 @@ class ReferenceCache:
             with closing(sqlite3.connect(self.file, timeout=LOCK_TIMEOUT)) as connection, connection:
                 connection.execute("PRAGMA temp_store = MEMORY")
                 connection.execute(
-                    "CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value REAL, checksum INTEGER)"
+                    "CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value REAL NOT NULL, checksum INTEGER)"
                     " WITHOUT ROWID"
                 )
                 yield connection

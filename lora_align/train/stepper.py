@@ -89,7 +89,9 @@ class StepTrainer(Trainer, Generic[Row]):
     model: PeftModel
 
     def __init__(self, steps: StepInputs[Row], **settings: Any) -> None:
-        rows = steps.rows
+        rows, args = steps.rows, settings["args"]
+        if args.n_gpu > 1:  # transformers would multiply the batch by the visible GPUs, and use DataParallel
+            args._n_gpu = 1
         self.loss, self.budget, self.unfinished, self.note = steps.loss, steps.budget, steps.unfinished, steps.note
         self.seen: dict[str, list[float]] = {}  # sum and count of each figure since the last log line
         self.tokens_seen = 0
@@ -108,7 +110,7 @@ class StepTrainer(Trainer, Generic[Row]):
         sampler = self._get_train_sampler()
         assert self.train_dataset is not None
         loader = DataLoader(
-            self.train_dataset, self.args.train_batch_size, sampler=sampler, collate_fn=self.data_collator
+            self.train_dataset, self.args.per_device_train_batch_size, sampler=sampler, collate_fn=self.data_collator
         )
         prepared: DataLoader[Any] = prepare_data_loader(
             loader, num_processes=1, process_index=0, use_seedable_sampler=True

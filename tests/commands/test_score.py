@@ -153,6 +153,7 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
     [
         (["--by", "nobody"], "no reward model 'nobody' in runs/reward: run `lora-align reward`"),
         (["--by", "pair:nobody"], "nobody"),
+        (["--by", "pair:helpful@0-1"], "pair:helpful@0-1: a judge uses all layers"),
         (["--out", "scored.txt"], "--out scored.txt: expected a .jsonl or .parquet file"),
         (["--data", "demo:conversations"], "no pair of answers in columns"),
     ],

@@ -78,6 +78,6 @@ def test_compile_without_a_c_compiler_is_an_error(
     words = ["dpo", "--pref", "brief", "--limit", "24", "--set", f'base.model="{llama}"', "--set", "dpo.batch_size=8"]
     done = cli(*words, "--set", "dpo.compile=true")
     assert done.code == 1
-    assert "error: torch cannot compile the base here (InvalidCxxCompiler: No working C++ compiler found" in done.err
-    assert done.err.endswith("set compile = false\n")
+    assert "error: torch.compile failed on the base (InvalidCxxCompiler: No working C++ compiler found" in done.err
+    assert done.err.endswith("set compile = false in the stage's table\n")
     assert "Traceback" not in done.err

@@ -209,9 +209,9 @@ def test_deadline_holds_against_a_trickling_server(slow_head: bool) -> None:
 
 def test_endless_response_is_refused() -> None:
     with saying(200, b" " * (1 << 20), times=4096) as url:
-        with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: the response exceeds 16 MB"):
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/chat/completions: the response exceeds 16 MiB"):
             list(Endpoint(url, "model").draw([RAIN], 1, TOKENS))
-        with pytest.raises(RunFailedError, match=rf"^{url}/v1/models: the response exceeds 16 MB"):
+        with pytest.raises(RunFailedError, match=rf"^{url}/v1/models: the response exceeds 16 MiB"):
             Endpoint.at(url)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lora_align import store
 from lora_align.errors import UserError
+from lora_align.model import template_check
 from lora_align.model.template_check import check_template
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -17,9 +18,9 @@ DOUBLING = "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n
 HARMFUL = {
     LOOP: "does not end",
     "{{ 10 ** (10 ** 9) }}": "does not end",
-    "{{ 'x' * 10 ** 10 }}": "takes gigabytes of memory",
-    DOUBLING: "(takes gigabytes of memory|does not end)",
-    "{{ 'x' * 10 ** 8 }}": "renders megabytes from a short conversation",
+    "{{ 'x' * 10 ** 10 }}": "takes more than 1 GiB of memory",
+    DOUBLING: "(takes more than 1 GiB of memory|does not end)",
+    "{{ 'x' * 10 ** 8 }}": "renders more than 16 million characters",
     "{{ messages|length // 0 }}": "divides by zero",
     "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "recurses without end",
     "{% if messages|length > 30 %}" + LOOP + "{% endif %}": "does not end",
@@ -58,6 +59,30 @@ def test_good_chat_template_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_error_raised_by_the_template_passes_the_check(template: str) -> None:
     check_template(template, {}, "x")
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("a warning\\n' + 'ZeroDivisionError", "divides by zero"),
+        ("Traceback\\nImportError: no jinja", r"fails \(ImportError: no jinja\)"),
+    ],
+)
+def test_every_failure_of_the_trial_is_a_refusal(
+    ending: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = tmp_path / "trial.py"
+    trial.write_text(f"import sys\nsys.exit('{ending}')\n")
+    monkeypatch.setattr(template_check, "TRIAL", trial)
+    with pytest.raises(UserError, match=rf"^x {message} "):
+        check_template(GOOD, {}, "x")
+
+
+def test_warnings_of_libraries_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = tmp_path / "trial.py"
+    trial.write_text("import sys\nprint('a warning', file=sys.stderr)\n")
+    monkeypatch.setattr(template_check, "TRIAL", trial)
+    check_template(GOOD, {}, "x")
 
 
 def test_recipe_variables_reach_the_template() -> None:

@@ -71,4 +71,4 @@ def test_layer_range_has_a_lineage_of_its_own(workspace: Path) -> None:
     known = [str(policies.lineage(policy)) for policy in policies.policies]
     assert len(set(known)) == 3
     [far] = safe_ranges.warnings_beyond_reach({"helpful@0-1": 9.0}, policies.vectors, runs_dir)
-    assert "far beyond 1, the weight of training" in far
+    assert "far beyond 1, the weight in training" in far

@@ -7,7 +7,7 @@ import pytest
 
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError
-from lora_align.rsf.selection import Candidate, Pool, choose, extremes, fell, spread, usable
+from lora_align.rsf.selection import Candidate, Pool, choose, extremes, has_fallen, is_finite, mean_and_error, usable
 from lora_align.want import Want
 
 PROMPT = (Message("user", "Tell me about rain."),)
@@ -46,6 +46,13 @@ def test_unusable_candidates_are_counted_by_reason() -> None:
     assert dropped == {"empty answer": 2, "answer not finished": 1, "reward not finite": 2, "duplicate answer": 1}
 
 
+def test_scores_that_no_direction_uses_may_be_missing() -> None:
+    scores = {"helpfulness": 50.0, "verbosity": math.nan}
+    assert is_finite(scores, ["helpfulness"])
+    assert not is_finite(scores, ["helpfulness", "verbosity"])
+    assert not is_finite(scores, ["honesty"])
+
+
 def test_pools_without_usable_candidates_are_skipped_up_to_half() -> None:
     good = Pool(PROMPT, BRIEF, [candidate("a", 50, 20), candidate("b", 60, 20)])
     bad = Pool(PROMPT, BRIEF, [candidate("c", math.nan)])
@@ -60,9 +67,9 @@ def test_pools_without_usable_candidates_are_skipped_up_to_half() -> None:
 
 
 def test_fell_requires_two_standard_errors() -> None:
-    before, lower, much_lower = (spread([mean + step for step in range(-5, 6)]) for mean in (80.0, 79.0, 70.0))
+    before, lower, much_lower = (mean_and_error([mean + step for step in range(-5, 6)]) for mean in (80.0, 79.0, 70.0))
     assert before["mean"] == 80
     assert before["error"] == pytest.approx(1.0)
-    assert not fell(before, lower)
-    assert fell(before, much_lower)
-    assert not fell(much_lower, before)
+    assert not has_fallen(before, lower)
+    assert has_fallen(before, much_lower)
+    assert not has_fallen(much_lower, before)

@@ -67,6 +67,42 @@ def test_a_stored_value_does_not_change(model: PreTrainedModel, tmp_path: Path) 
     assert torch.equal(logprobs(references, model, longer), then)
 
 
+def test_a_repeated_answer_is_stored_before_its_first_row_is_computed(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest rows are computed first, so the first row with an answer may come later."""
+    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(module, "SAVE_EVERY", -1.0)
+    rows: list[Shared] = [([5, 6, 7], [[8, 9], [10]]), ([5, 6, 7], [[8, 9], [10, 11, 12]])]
+    references = ReferenceCache(tmp_path / "references.sqlite")
+    first = logprobs(references, model, rows)
+    with closing(sqlite3.connect(references.file)) as table:
+        assert table.execute("SELECT count(*), count(value) FROM logprobs").fetchall() == [(3, 3)]
+    capsys.readouterr()
+    assert torch.equal(logprobs(references, model, rows), first)
+    assert "2 of 2 rows were computed before" in capsys.readouterr().err
+
+
+def test_a_value_that_is_null_is_computed_again(
+    model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions could store NULL for NaN, with the checksum of NaN. It counts once, however often it occurs."""
+    references = ReferenceCache(tmp_path / "references.sqlite")
+    rows = [ROWS[0], ROWS[0], ROWS[1]]
+    first = logprobs(references, model, rows)
+    with closing(sqlite3.connect(references.file)) as table, table:
+        entries = table.execute("SELECT key, value FROM logprobs").fetchall()
+        table.execute("DROP TABLE logprobs")
+        table.execute("CREATE TABLE logprobs (key BLOB PRIMARY KEY, value REAL, checksum INTEGER) WITHOUT ROWID")
+        key = module._key(ROWS[0][0], ROWS[0][1][0])
+        stored = [
+            (k, None if k == key else v, module._checksum(k, float("nan") if k == key else v)) for k, v in entries
+        ]
+        table.executemany("INSERT INTO logprobs VALUES (?, ?, ?)", stored)
+    assert torch.allclose(logprobs(references, model, rows), first, atol=1e-6)
+    assert "1 damaged value deleted" in capsys.readouterr().err
+
+
 def test_an_interrupted_pass_resumes_bit_exactly(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

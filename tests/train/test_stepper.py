@@ -85,6 +85,14 @@ def test_warmup_starts_above_zero_and_ends_at_transformers_schedule(
         theirs.step()
 
 
+def test_a_step_has_batch_size_rows_whatever_gpus_are_visible(
+    base: Base, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    made = trainer(base, pairs, 4096, tmp_path, demo("dpo.batch_size=4"))
+    made.args._n_gpu = 2  # as transformers sets it on a machine with two GPUs
+    assert len(next(iter(made.get_train_dataloader()))["rows"]) == 4
+
+
 def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for _, p in lora_trainer.trainable(model)])
 
