@@ -41,7 +41,11 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
         why = "does not end"
     else:
         fault = done.stderr.strip().rpartition("\n")[2]  # the last line, after warnings of libraries
-        why = FAULTS.get(fault, f"fails ({fault})") if done.returncode > 0 else "does not end" * (done.returncode < 0)
+        why = ""
+        if done.returncode < 0:  # ended by the limit of CPU time
+            why = "does not end"
+        elif done.returncode:
+            why = FAULTS.get(fault, f"fails ({fault})")
     if why:
         raise UserError(
             f"{whose} {why} (tested on conversations of up to {TURNS} messages); give another one in the recipe: "
