@@ -148,7 +148,7 @@ def plan_stages(
 
 def memory_table(stages: Sequence[StageEstimate]) -> str:
     """Format the memory of stages by use, in MB if all stages need less than 1 GB, else in GB."""
-    unit = "MB" if max(stage.total for stage in stages) < 1e9 else "GB"
+    unit = "MB" if max(stage.total - stage.device.reserved for stage in stages) < 1e9 else "GB"
     rows = [
         [stage.stage.name, *(size(round(bytes_), unit).removesuffix(f" {unit}") for bytes_ in uses)]
         for stage in stages

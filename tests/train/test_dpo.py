@@ -228,7 +228,7 @@ def test_divergence_is_recognised_at_any_number_of_pairs(pairs: int) -> None:
         (-0.9, 0.1, "diverged: "),
         (-0.9, 0.01, "diverged: "),
         (-0.2, 0.1, "with a margin below 0; lower learning_rate"),
-        (0.02, 0.1, "train longer, or at a higher learning_rate"),
+        (0.02, 0.1, "train longer, raise learning_rate"),
     ],
 )
 def test_advice_on_learning_rate_follows_the_sign_of_the_margin(margin: float, beta: float, reason: str) -> None:
