@@ -23,7 +23,7 @@ EVAL = [
 RSF = ["rsf.data=demo:conversations?rows=60", "rsf.per_prompt=2", "rsf.samples=3", "rsf.bootstrap=6", "rsf.epochs=1"]
 COMMANDS = {
     "recipes": ["recipes"],
-    "data": ["data"],
+    "data": ["data", "--pref", "helpful"],
     "plan": ["plan"],
     "dpo helpful": ["dpo", "--pref", "helpful", *SMALL],
     "dpo harmless": ["dpo", "--pref", "harmless", *SMALL],
