@@ -182,8 +182,8 @@ def _interference(updates: Sequence[Decomposed], rank: int) -> Interference:
 
 def _mean(values: Iterable[Tensor]) -> float:
     """Return the mean; nan of no values."""
-    found = list(values)
-    return float(torch.stack(found).mean()) if found else math.nan
+    scalars = list(values)
+    return float(torch.stack(scalars).mean()) if scalars else math.nan
 
 
 def _gram(updates: Mapping[str, LoraDelta], module: str) -> Tensor:

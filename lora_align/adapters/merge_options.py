@@ -17,12 +17,12 @@ SERVER_RANKS: dict[str, tuple[int, ...]] = {"vllm": (1, 8, 16, 32, 64, 128, 256,
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def parse_options(method: str, given: Iterable[str]) -> dict[str, Any]:
+def parse_options(method: str, texts: Iterable[str]) -> dict[str, Any]:
     """Parse options such as `density=0.3` into a method's options, with the types of the defaults."""
     if method not in METHODS:
         raise UserError(f"no method {method!r}{nearest(method, list(METHODS))} (known: {', '.join(METHODS)})")
     known, options = METHODS[method].options, {}
-    for text in given:
+    for text in texts:
         name, _, value = text.partition("=")
         if name not in known:
             hint = f"known: {', '.join(known)}" if known else "it has no options"

@@ -234,7 +234,7 @@ def _pattern(text: str) -> bool:
 
 
 def _patterns(value: object, fits: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(_pattern(key) and fits(held) for key, held in value.items())
+    return isinstance(value, dict) and all(_pattern(key) and fits(number) for key, number in value.items())
 
 
 def _texts(value: object) -> bool:

@@ -40,9 +40,9 @@ class Adapter(Mapping[str, Factors]):
             sides.setdefault(match[1], set()).add(match[2])
         if not sides:
             raise UserError(f"{self._file.path}: the file has no LoRA tensors")
-        for name, found in sides.items():
-            if found != {"A", "B"}:
-                raise UserError(f"{self._file.path}: {name} has lora_{min(found)} but not the other factor")
+        for name, factors in sides.items():
+            if factors != {"A", "B"}:
+                raise UserError(f"{self._file.path}: {name} has lora_{min(factors)} but not the other factor")
             self.shapes[name] = self._shape(name)
         missing = "" if whole else peft_config.missing_module(self.config, self.shapes)
         if missing:

@@ -14,7 +14,7 @@ from lora_align.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = 8  # bytes of the number that holds the header's length
-ROOM = 128  # upper bound of the bytes of a header entry without its name
+ENTRY_BYTES = 128  # upper bound of the bytes of a header entry without its name
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class TensorFile:
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]], names: Collection[str]) -> None:
     """Write tensors while they are computed. `names` are the names of all tensors, to reserve space for the header."""
-    room = sum(len(json.dumps(name)) + ROOM for name in names) + ROOM
-    room += -(LENGTH + room) % LENGTH
+    header_bytes = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + ENTRY_BYTES
+    header_bytes += -(LENGTH + header_bytes) % LENGTH
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     with path.open("wb") as stream:
-        stream.seek(LENGTH + room)
+        stream.seek(LENGTH + header_bytes)
         at = 0
         for name, tensor in tensors:
             array = tensor.contiguous().view(torch.uint8).numpy()
@@ -75,9 +75,9 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]], names: Collection[s
             stream.write(array.data)
             at += array.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
-        assert len(text) <= room, "the header exceeds its reserved space"
+        assert len(text) <= header_bytes, "the header exceeds its reserved space"
         stream.seek(0)
-        stream.write(room.to_bytes(LENGTH, "little") + text.ljust(room))
+        stream.write(header_bytes.to_bytes(LENGTH, "little") + text.ljust(header_bytes))
 
 
 def _size(entry: dict[str, list[int]]) -> int:

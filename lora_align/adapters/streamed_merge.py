@@ -127,9 +127,9 @@ def _truncated(module: str, update: Factors | Tensor, rank: int | None) -> Merge
     assert rank, "a method that returns a matrix needs dense=True and a rank"
     energy = float(update.double().square().sum())
     U, S, Vt = _svd(update, rank)
-    root, kept = S[:rank].sqrt(), float(S[:rank].double().square().sum())
+    root, retained = S[:rank].sqrt(), float(S[:rank].double().square().sum())
     factors = Factors((U[:, :rank] * root).to(update.dtype), (Vt[:rank] * root[:, None]).to(update.dtype))
-    return MergedModule(module, factors, energy, max(energy - kept, 0.0))
+    return MergedModule(module, factors, energy, max(energy - retained, 0.0))
 
 
 def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,23 +54,23 @@ class ChatFormat:
         """Return the ids of the prompt, and of each answer up to and including its stop token."""
         return self.answered_each([(prompt, answers)])[0]
 
-    def answered_each(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[PromptWithAnswers]:
+    def answered_each(self, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[PromptWithAnswers]:
         """Return `answered` for many prompts. A fast tokenizer processes the batch on all cores."""
-        messages = [[Message("assistant", answer) for answer in answers] for _, answers in asked]
-        replaced = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(asked, messages, strict=True)]
+        messages = [[Message("assistant", answer) for answer in answers] for _, answers in rows]
+        replaced = [self._stand_ins([*prompt, *last]) for (prompt, _), last in zip(rows, messages, strict=True)]
         texts = [
             [self._render(prompt, stand_ins, generation=True)]
             + [self._render([*prompt, one], stand_ins, generation=False) for one in last]
-            for (prompt, _), last, stand_ins in zip(asked, messages, replaced, strict=True)
+            for (prompt, _), last, stand_ins in zip(rows, messages, replaced, strict=True)
         ]
         plain = [text for some, stand_ins in zip(texts, replaced, strict=True) for text in some if not stand_ins]
         ids = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
-        found = []
+        encoded = []
         for last, some, stand_ins in zip(messages, texts, replaced, strict=True):
             before, *wholes = [self._encode(text, stand_ins) if stand_ins else next(ids) for text in some]
             answers = [self._answer(before, *of, stand_ins) for of in zip(last, wholes, strict=True)]
-            found.append((before, answers))
-        return found
+            encoded.append((before, answers))
+        return encoded
 
     def _answer(self, before: list[int], answer: Message, whole: list[int], stand_ins: StandIns) -> list[int]:
         """Return the ids of the answer, up to and including its stop token.

@@ -48,14 +48,14 @@ class Response:
     def json_object(self) -> dict[str, Any]:
         """Parse the response as a JSON object. Otherwise raise an error that names the server."""
         try:
-            found = json.loads(self.content)
+            parsed = json.loads(self.content)
         except (ValueError, RecursionError) as fault:
             raise RunFailedError(
                 f"{self.url}: the response is not JSON ({first_line(fault)}): {self.excerpt}"
             ) from fault
-        if not isinstance(found, dict):
+        if not isinstance(parsed, dict):
             raise RunFailedError(f"{self.url}: the response is not a JSON object: {self.excerpt}")
-        return found
+        return parsed
 
     def models(self) -> list[str]:
         """Return the model names in a response to /v1/models."""
@@ -70,12 +70,14 @@ class Response:
             choices = self.json_object()["choices"]
             if not isinstance(choices, list):
                 raise TypeError
-            found = [(_text(choice["message"]["content"]), choice.get("finish_reason") == "stop") for choice in choices]
+            answers = [
+                (_text(choice["message"]["content"]), choice.get("finish_reason") == "stop") for choice in choices
+            ]
         except (KeyError, TypeError, AttributeError) as fault:
             raise RunFailedError(f"{self.url}: the response is not a chat completion: {self.excerpt}") from fault
-        if not found:
+        if not answers:
             raise RunFailedError(f"{self.url}: the response has no choices: {self.excerpt}")
-        return found
+        return answers
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,12 @@ class Endpoint:
     ) -> list[SampledText]:
         """Return n answers, or none if the prompt does not fit. Repeat the request if the server ignores `n`."""
         until = time.monotonic() + self.deadline
-        found: list[SampledText] = []
-        while len(found) < n:
+        answers: list[SampledText] = []
+        while len(answers) < n:
             body: dict[str, Any] = {
                 "model": self.model,
                 "messages": [{"role": m.role, "content": m.content} for m in prompt],
-                "n": n - len(found),
+                "n": n - len(answers),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_tokens": sampling.max_new_tokens,
@@ -183,15 +185,15 @@ class Endpoint:
             if self.template:
                 body["chat_template_kwargs"] = dict(self.template)
             if sampling.seed is not None:
-                body["seed"] = (sampling.seed + 1_000_003 * index + len(found)) % 2**31
+                body["seed"] = (sampling.seed + 1_000_003 * index + len(answers)) % 2**31
             response = await self._send(client, "/v1/chat/completions", body, until)
             if response.status in REFUSED and "context" in response.text.lower():
                 return []
             if response.status != httpx.codes.OK:
                 raise RunFailedError(f"{response.url}: {response.status} {response.excerpt}")
-            for text, ended in response.choices()[: n - len(found)]:
-                found.append(SampledText(index, len(found), text.strip(), ended))
-        return found
+            for text, ended in response.choices()[: n - len(answers)]:
+                answers.append(SampledText(index, len(answers), text.strip(), ended))
+        return answers
 
     async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Response:
         """Post a request. While the server is busy or down, retry with growing pauses until the deadline."""

@@ -18,7 +18,7 @@ from lora_align.model.packing import Backbone, tolerance
 
 Answered = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 Shared = tuple[list[int], Sequence[list[int]]]  # a prompt and several answers to it
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 TOKENS = 8192  # tokens computed at once by default
 MAX_LOGITS = 2**24  # logits computed at once: positions × vocabulary
 
@@ -65,8 +65,8 @@ class Head:
         if frozen:
             return _Logprobs.apply(states, self.layer.weight, targets, self.scale, self.cap)  # type: ignore[no-any-return, no-untyped-call]
         logits = self.logits(states)
-        found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return found, logits.argmax(-1) == targets
+        logprobs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return logprobs, logits.argmax(-1) == targets
 
     def _dtype(self, states: Tensor) -> torch.dtype:
         weight = getattr(self.layer, "weight", None)
@@ -90,7 +90,7 @@ class _Logprobs(torch.autograd.Function):
         scale: float,
         cap: float,
     ) -> tuple[Tensor, Tensor]:
-        found = torch.empty(len(states), dtype=torch.float32, device=states.device)
+        logprobs = torch.empty(len(states), dtype=torch.float32, device=states.device)
         likeliest = torch.empty(len(states), dtype=torch.bool, device=states.device)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         rows = max(1, min(len(states), MAX_LOGITS // len(weight)))
@@ -104,7 +104,7 @@ class _Logprobs(torch.autograd.Function):
                 logits = cap * (logits.float() / cap).tanh_()
             p = torch.softmax(logits, -1, dtype=torch.float32, out=p_buffer[: len(wanted)])
             highest, target = logits.amax(-1).float(), logits.gather(-1, wanted)[:, 0].float()
-            found[part] = target - highest + p.amax(-1).log_()
+            logprobs[part] = target - highest + p.amax(-1).log_()
             likeliest[part] = target == highest
             if slopes is not None:
                 wanted_row = weight[wanted[:, 0]]
@@ -115,7 +115,7 @@ class _Logprobs(torch.autograd.Function):
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(likeliest)
-        return found, likeliest
+        return logprobs, likeliest
 
     @staticmethod
     def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
@@ -194,19 +194,19 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]
 
 
 def in_parts(
-    lengths: Sequence[int], budget: MemoryBudget, work: Callable[[list[int]], Found]
-) -> Iterator[tuple[list[int], Found]]:
+    lengths: Sequence[int], budget: MemoryBudget, work: Callable[[list[int]], Result]
+) -> Iterator[tuple[list[int], Result]]:
     """Call `work` on rows in parts. Yield each part and its result. If memory runs out, halve `budget` and retry."""
     left = list(range(len(lengths)))
     while left:
         done: set[int] = set()
         for picked in batches_by_length([lengths[i] for i in left], budget.size):
             part = [left[i] for i in picked]
-            found = budget.attempt(lambda _: (work(part),), smallest=lengths[part[0]])  # noqa: B023 - called in this iteration
-            if found is None:  # the part was too large: regroup the remaining rows
+            result = budget.attempt(lambda _: (work(part),), smallest=lengths[part[0]])  # noqa: B023 - called in this iteration
+            if result is None:  # the part was too large: regroup the remaining rows
                 break
             done.update(part)
-            yield part, found[0]
+            yield part, result[0]
         left = [i for i in left if i not in done]
 
 
@@ -224,15 +224,15 @@ def answer_logprobs(
     if not rows:
         return torch.empty(0)
     reader = Reader.of(model)
-    found: dict[int, Tensor] = {}
+    logprobs: dict[int, Tensor] = {}
 
     def some(part: list[int]) -> Tensor:
         return reader.sums([rows[i] for i in part])[0].cpu()
 
     for part, sums in in_parts([reader.length(row) for row in rows], budget, some):
-        found.update(zip(part, sums.split([len(rows[i][1]) for i in part]), strict=True))
-        report(len(found))
-    return torch.cat([found[i] for i in range(len(rows))])
+        logprobs.update(zip(part, sums.split([len(rows[i][1]) for i in part]), strict=True))
+        report(len(logprobs))
+    return torch.cat([logprobs[i] for i in range(len(rows))])
 
 
 def _not_finite(model: PreTrainedModel) -> UserError:

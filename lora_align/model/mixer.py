@@ -25,7 +25,7 @@ class Mixer:
             module: {name: update[module] for name, update in self.updates.items() if module in update}
             for module in names
         }
-        fitting = {module: _fitting(layers.get(module), module, found) for module, found in parts.items()}
+        fitting = {module: _fitting(layers.get(module), module, factors) for module, factors in parts.items()}
         self.branches = [
             _Branch(layer, parts[module]) for module, layer in fitting.items()
         ]  # registers hooks, so after all fit
@@ -92,13 +92,13 @@ class _Branch:
 
 def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -> nn.Linear:
     """Return the layer if the updates fit, else raise an error that names the difference."""
-    found = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else ()
+    shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else ()
     for factors in parts.values():
         wanted = (factors.B.shape[0], factors.A.shape[1])
-        if not isinstance(layer, nn.Linear) or found != wanted:
+        if not isinstance(layer, nn.Linear) or shape != wanted:
             raise UserError(
                 f"the adapter was made for another base: its update of {name} is {'×'.join(map(str, wanted))}, the "
-                f"base's layer is {'×'.join(map(str, found)) or 'missing'}; name the adapter's own base or recipe"
+                f"base's layer is {'×'.join(map(str, shape)) or 'missing'}; name the adapter's own base or recipe"
             )
     assert isinstance(layer, nn.Linear)
     return layer

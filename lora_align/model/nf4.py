@@ -21,8 +21,8 @@ def _compile_when_called(function: Callable[..., Any] | None = None, **options: 
         return torch.compile(function, **options)
 
     @wraps(function)
-    def called(*given: Any, **named: Any) -> Any:
-        return compiled()(*given, **named)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
 
     return called
 

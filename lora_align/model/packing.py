@@ -44,10 +44,10 @@ class Backbone:
         with torch.no_grad():
             expected = torch.cat(padded.states(TEST_ROWS))
             try:
-                found = torch.cat(packed.states(TEST_ROWS))
+                states = torch.cat(packed.states(TEST_ROWS))
             except (RuntimeError, ValueError, TypeError):  # the model's attention takes no `segments`
                 return padded
-        return packed if torch.allclose(found, expected, atol=tolerance(model, expected)) else padded
+        return packed if torch.allclose(states, expected, atol=tolerance(model, expected)) else padded
 
     @classmethod
     def unchecked(cls, model: PreTrainedModel) -> "Backbone":
@@ -73,11 +73,11 @@ class Backbone:
         if processes.base_is_sharded and len(packed) < len(rows):  # a sharded base: one pass per part
             packed = []
         left = [i for i in range(len(rows)) if i not in set(packed)]
-        found: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
         for read, which in ((self._packed, packed), (self._padded, left)):
             if which:
-                found |= zip(which, read([rows[i] for i in which]), strict=True)
-        return [found[i] for i in range(len(rows))]
+                states |= zip(which, read([rows[i] for i in which]), strict=True)
+        return [states[i] for i in range(len(rows))]
 
     def _packed(self, rows: Sequence[Row]) -> list[Tensor]:
         """Compute the states of rows as one sequence without padding."""
@@ -98,13 +98,13 @@ class Backbone:
         texts = [torch.tensor([*row[0], *answer]) for row in rows for answer in (row[1:] or [[]])]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.model.device)
         states = iter(self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-        found = []
+        row_states = []
         for prompt, *answers in rows:
             first = next(states)
             pieces = [first[: len(prompt) + sum(map(len, answers[:1]))]]
             pieces += [next(states)[len(prompt) : len(prompt) + len(answer)] for answer in answers[1:]]
-            found.append(torch.cat(pieces))
-        return found
+            row_states.append(torch.cat(pieces))
+        return row_states
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,21 @@ def _attention(
 
 
 def _in_segments(
-    attend: Callable[..., tuple[Tensor, Any]], module: nn.Module, given: tuple[Tensor, ...], segments: Segments
+    attend: Callable[..., tuple[Tensor, Any]], module: nn.Module, inputs: tuple[Tensor, ...], segments: Segments
 ) -> tuple[Tensor, None]:
     """Attend within each segment of query, key and value [1, heads, t, d]; return [1, t, heads, d]."""
     flat = [length for row in segments.lengths for length in row]
-    pieces = zip(*(tensor.split(flat, dim=2) for tensor in given), strict=True)
-    found = []
+    pieces = zip(*(tensor.split(flat, dim=2) for tensor in inputs), strict=True)
+    outputs = []
     for row in segments.lengths:
         prompt, *answers = (next(pieces) for _ in row)
         if not answers:
-            found.append(attend(module, *prompt, _mask(module, row[0], given[0]))[0])
+            outputs.append(attend(module, *prompt, _mask(module, row[0], inputs[0]))[0])
         for number, answer in enumerate(answers):
             both = [torch.cat(of, dim=2) for of in zip(prompt, answer, strict=True)]
-            seen = attend(module, *both, _mask(module, both[0].shape[2], given[0]))[0]
-            found.append(seen[:, row[0] :] if number else seen)
-    return torch.cat(found, dim=1), None
+            output = attend(module, *both, _mask(module, both[0].shape[2], inputs[0]))[0]
+            outputs.append(output[:, row[0] :] if number else output)
+    return torch.cat(outputs, dim=1), None
 
 
 def _mask(module: Any, length: int, like: Tensor) -> Tensor | None:
@@ -167,10 +167,10 @@ def _mask(module: Any, length: int, like: Tensor) -> Tensor | None:
     return torch.full((length, length), lowest, dtype=like.dtype, device=like.device).triu(1)[None, None]
 
 
-def _eager(module: nn.Module, *given: Any, **settings: Any) -> tuple[Tensor, Any]:
+def _eager(module: nn.Module, *inputs: Any, **settings: Any) -> tuple[Tensor, Any]:
     """Call the eager attention function of the model's own module."""
     own: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
-    return own(module, *given, **settings)
+    return own(module, *inputs, **settings)
 
 
 def _window(model: PreTrainedModel) -> int:

@@ -90,20 +90,20 @@ class RewardModel:
     def score(
         self, rows: Sequence[Answered], budget: MemoryBudget, report: Callable[[int], None] = lambda done: None
     ) -> Tensor:
-        """Return the points of tokenised answers: [n, objectives], float32, on the CPU."""
+        """Return the scores of tokenised answers in points: [n, objectives], float32, on the CPU."""
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         backbone = Backbone.of(self.model)
-        points = torch.empty(len(rows), len(self.heads.names))
+        scores = torch.empty(len(rows), len(self.heads.names))
         todo = order
 
         def batch(count: int) -> int:
             picked = todo[:count]
             states = backbone.states([rows[i] for i in picked])
-            points[picked] = self.heads.points(self.heads(torch.stack([of[-1] for of in states]))).cpu()
+            scores[picked] = self.heads.points(self.heads(torch.stack([of[-1] for of in states]))).cpu()
             return len(picked)
 
         while todo:
             todo = todo[budget.attempt(batch) or 0 :]
             report(len(order) - len(todo))
-        means = [points[:, [self.heads.names.index(head) for head in heads]].mean(1) for heads in self.derived.values()]
-        return torch.cat([points, *(mean[:, None] for mean in means)], dim=1)
+        means = [scores[:, [self.heads.names.index(head) for head in heads]].mean(1) for heads in self.derived.values()]
+        return torch.cat([scores, *(mean[:, None] for mean in means)], dim=1)

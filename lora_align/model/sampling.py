@@ -119,9 +119,10 @@ def _batch(
         if not running.any():
             break
         if running.sum() <= RETIRE_AT * len(rows):
-            kept = running.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            rows, mask, tokens, running = rows[kept], mask[kept], tokens[kept], running[kept]
+            unfinished = running.nonzero()[:, 0]
+            cache.batch_select_indices(unfinished)
+            rows, mask = rows[unfinished], mask[unfinished]
+            tokens, running = tokens[unfinished], running[unfinished]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         logits = model(
             input_ids=tokens[:, None],

@@ -65,33 +65,33 @@ def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Count
 
 def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, counts: Counter[str]) -> TokenPair | None:
     """Truncate two answers at `max_length`. Return None, and count the reason, for a pair that is dropped."""
-    room = max_length - len(prompt)
-    chosen, rejected = (ids[: max(room, 0)] for ids in answers)
-    if room < 1:
+    limit = max_length - len(prompt)
+    chosen, rejected = (ids[: max(limit, 0)] for ids in answers)
+    if limit < 1:
         counts["prompt too long"] += 1
     elif answers[0] == answers[1]:
         counts["equal in the chat template"] += 1
     elif chosen == rejected:
         counts["equal after truncation"] += 1
     else:
-        counts[TRUNCATED] += sum(len(ids) > room for ids in answers)
+        counts[TRUNCATED] += sum(len(ids) > limit for ids in answers)
         return TokenPair(prompt, chosen, rejected)
     return None
 
 
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
     """Tokenise rated answers and truncate them at `max_length`. Return None if the prompt fills it."""
-    found: list[TokenRated | None] = []
+    tokenised: list[TokenRated | None] = []
     tokens = chat.answered_each(truncate_texts(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
-        room = max_length - len(prompt)
-        if room < 1:
+        limit = max_length - len(prompt)
+        if limit < 1:
             counts["prompt too long"] += 1
-            found.append(None)
+            tokenised.append(None)
         else:
-            counts[TRUNCATED] += len(answer) > room
-            found.append(TokenRated(prompt, answer[:room], row.ratings))
-    return found
+            counts[TRUNCATED] += len(answer) > limit
+            tokenised.append(TokenRated(prompt, answer[:limit], row.ratings))
+    return tokenised
 
 
 def texts(
@@ -101,42 +101,40 @@ def texts(
 
     Return None for a conversation whose earlier messages fill max_length.
     """
-    found: list[TokenText | None] = []
+    tokenised: list[TokenText | None] = []
     split = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)
     tokens = chat.answered_each(truncate_texts(split, chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
         if len(prompt) >= max_length:
             counts["prompt too long"] += 1
-            found.append(None)
+            tokenised.append(None)
             continue
         ids = prompt + answer
         labels = list(ids)
         if answers_only:
             labels[: len(prompt)] = _earlier_answers(row, chat, prompt)
         counts[TRUNCATED] += len(ids) > max_length
-        found.append(TokenText(ids[:max_length], labels[:max_length]))
-    return found
+        tokenised.append(TokenText(ids[:max_length], labels[:max_length]))
+    return tokenised
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Pack rows into packs of at most `width` tokens by best-fit decreasing. Return the row indices of each pack."""
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack index), sorted
+    open_packs: list[tuple[int, int]] = []  # (free tokens, pack index), sorted
     for row, length in sorted(enumerate(lengths), key=lambda of: -of[1]):
-        at = bisect.bisect_left(room, (length, -1))
-        if at < len(room):
-            left, number = room.pop(at)
+        at = bisect.bisect_left(open_packs, (length, -1))
+        if at < len(open_packs):
+            left, number = open_packs.pop(at)
             packs[number].append(row)
         else:
             left, number = max(width, length), len(packs)
             packs.append([row])
-        bisect.insort(room, (left - length, number))
+        bisect.insort(open_packs, (left - length, number))
     return packs
 
 
-def truncate_texts(
-    asked: Iterable[MessagesWithAnswers], chat: ChatFormat, max_length: int
-) -> list[MessagesWithAnswers]:
+def truncate_texts(rows: Iterable[MessagesWithAnswers], chat: ChatFormat, max_length: int) -> list[MessagesWithAnswers]:
     """Truncate each text to a length that surely exceeds `max_length`, so that huge rows do not exhaust memory."""
     most = (max_length + 1) * chat.longest_token
     return [
@@ -146,7 +144,7 @@ def truncate_texts(
         )
         if max(map(len, (*(message.content for message in prompt), *answers))) > most
         else (prompt, answers)
-        for prompt, answers in asked
+        for prompt, answers in rows
     ]
 
 

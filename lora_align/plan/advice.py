@@ -77,15 +77,15 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
 
 def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return the first change of settings, or number of cards, that makes the stage fit."""
-    found, options = plan, ""
+    estimate, options = plan, ""
     for options, settings, lora in _changes(plan.stage):
         changed = plan.stage.with_settings(lora, **vars(settings))
-        found = replace(estimate_stage(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
-        if found.fits:
-            return f"it fits with{options}: {size(found.total)}, about {clock(found.seconds)}"
+        estimate = replace(estimate_stage(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
+        if estimate.fits:
+            return f"it fits with{options}: {size(estimate.total)}, about {clock(estimate.seconds)}"
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
         for count in CARDS:
-            if replace(found, device=replace(plan.device, count=count), sharded=True).fits:
+            if replace(estimate, device=replace(plan.device, count=count), sharded=True).fits:
                 return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
 
@@ -95,11 +95,11 @@ def faster(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     if not plan.stage.settings.gradient_checkpointing:
         return ""
     without = plan.stage.with_settings(gradient_checkpointing=False)
-    found = replace(estimate_stage(recipe, base, without, plan.device, plan.lengths), rate=plan.rate)
-    if not found.fits:
+    estimate = replace(estimate_stage(recipe, base, without, plan.device, plan.lengths), rate=plan.rate)
+    if not estimate.fits:
         return ""
     options = f"--set {plan.stage.table}.gradient_checkpointing=false"
-    return f"faster, and it still fits, with {options}: {size(found.total)}, about {clock(found.seconds)}"
+    return f"faster, and it still fits, with {options}: {size(estimate.total)}, about {clock(estimate.seconds)}"
 
 
 def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:

@@ -44,7 +44,7 @@ NO_BFLOAT16 = ("rtx-2080-ti", "t4", "v100")
 def card_name(card: str) -> str:
     """Return the table's name of a card: "4090" and "NVIDIA GeForce RTX 4090" both give "rtx-4090"."""
     short = re.sub(r"nvidia|geforce|tesla|rtx|[^a-z0-9]", "", card.lower())
-    found = [name for name in CARDS if name.removeprefix("rtx-").replace("-", "") == short]
-    if not found:
+    names = [name for name in CARDS if name.removeprefix("rtx-").replace("-", "") == short]
+    if not names:
         raise UserError(f"--card {card!r}: unknown card{nearest(card, list(CARDS))} (known: {', '.join(CARDS)})")
-    return found[0]
+    return names[0]

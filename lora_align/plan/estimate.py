@@ -73,8 +73,8 @@ class StageEstimate:
         """Return the estimate with memory and rate scaled to a measured step."""
         counted = self.cost.activations + self.cost.logits
         share = step.taken / counted
-        taken = replace(self.cost, activations=share * self.cost.activations, logits=share * self.cost.logits)
-        return replace(self, cost=taken, counted=counted, measured=step, rate=self.cost.whole / step.seconds)
+        cost = replace(self.cost, activations=share * self.cost.activations, logits=share * self.cost.logits)
+        return replace(self, cost=cost, counted=counted, measured=step, rate=self.cost.whole / step.seconds)
 
     @property
     def seconds(self) -> float:
@@ -156,5 +156,5 @@ def fullest(lengths: Sequence[int], budget: int, batch: int) -> list[int]:
     """Return the rows of a step's fullest part: rows of similar length with the most tokens within `budget`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     starts = sorted({len(order) * place // PLACES for place in range(PLACES)})
-    found = (order[at : at + max(1, min(batch, budget // max(lengths[order[at]], 1)))] for at in starts)
-    return max(found, key=lambda part: sum(lengths[i] for i in part))
+    parts = (order[at : at + max(1, min(batch, budget // max(lengths[order[at]], 1)))] for at in starts)
+    return max(parts, key=lambda part: sum(lengths[i] for i in part))

@@ -107,7 +107,7 @@ class Shape:
             head = base.get_output_embeddings()
             if not vocabulary:  # a tiny head; targets outside its vocabulary are harmless, as fake tensors have no data
                 head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)
-            began = ledger.highest = ledger.held
+            began = ledger.highest = ledger.live_bytes
             with FlopCounterMode(display=False) as counted, torch.autocast("cpu", self.dtype, self._autocasts):
                 loss = step(base)
                 forward = counted.get_total_flops()
@@ -140,20 +140,20 @@ class Shape:
         frozen = packed = trained = 0.0
         filled: dict[nn.Parameter, nn.Parameter] = {}  # embeddings and output head may be tied
         for module in model.modules():
-            for name, given in module._parameters.items():
-                if given is None:
+            for name, meta in module._parameters.items():
+                if meta is None:
                     continue
                 if isinstance(module, Linear4bit) and name == "weight":
-                    held = torch.empty(given.numel() // 2, dtype=torch.uint8)
-                    frozen += self._scales(given.numel())
-                    packed += held.nbytes
+                    fake = torch.empty(meta.numel() // 2, dtype=torch.uint8)
+                    frozen += self._scales(meta.numel())
+                    packed += fake.nbytes
                     if isinstance(module, DequantisedLinear4bit):
-                        module.dense = torch.empty(given.shape, dtype=self.dtype)
+                        module.dense = torch.empty(meta.shape, dtype=self.dtype)
                         frozen += module.dense.nbytes
                 else:
-                    held = torch.empty(given.shape, dtype=torch.float32 if given.requires_grad else given.dtype)
-                filled.setdefault(given, nn.Parameter(held, given.requires_grad))
-                module._parameters[name] = filled[given]
+                    fake = torch.empty(meta.shape, dtype=torch.float32 if meta.requires_grad else meta.dtype)
+                filled.setdefault(meta, nn.Parameter(fake, meta.requires_grad))
+                module._parameters[name] = filled[meta]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -184,7 +184,7 @@ class _Ledger(TorchDispatchMode):
 
     def __init__(self, collect_every: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = self.highest = 0.0
+        self.live_bytes = self.highest = 0.0
         self.known: dict[int, int] = {}
         self.collect_every, self.operations = collect_every, 0
 
@@ -200,29 +200,29 @@ class _Ledger(TorchDispatchMode):
         self.operations += 1
         if self.collect_every and not self.operations % self.collect_every:
             gc.collect()  # with checkpointing, fake tensors form reference cycles
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
                     self.known[storage._cdata] = storage.nbytes()
-                    self.held += storage.nbytes()
-                    self.highest = max(self.highest, self.held)
+                    self.live_bytes += storage.nbytes()
+                    self.highest = max(self.highest, self.live_bytes)
                     weakref.finalize(storage, self._gone, storage._cdata)
-        return found
+        return result
 
     def _gone(self, storage: int) -> None:
-        self.held -= self.known.pop(storage, 0)
+        self.live_bytes -= self.known.pop(storage, 0)
 
 
 class _Packed(Linear4bit):
     """A stand-in for a 4-bit layer that takes the same memory: it unpacks, uses and frees its weight in each pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        given, weight = x.to(self.compute_dtype), self._parameters["weight"]
-        found = _Unpacked.apply(given, weight, self.out_features)  # type: ignore[no-untyped-call]
-        found = found if self.bias is None else found + self.bias
-        return found.to(x.dtype)  # type: ignore[no-any-return]
+        inputs, weight = x.to(self.compute_dtype), self._parameters["weight"]
+        output = _Unpacked.apply(inputs, weight, self.out_features)  # type: ignore[no-untyped-call]
+        output = output if self.bias is None else output + self.bias
+        return output.to(x.dtype)  # type: ignore[no-any-return]
 
 
 class _Unpacked(torch.autograd.Function):

@@ -50,9 +50,9 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     with compiled_layers(policy, wanted=stage.settings.compile):
         first = _seconds(step)  # includes work done only once, such as compiling
         policy.zero_grad()
-        taken = peak_bytes(step)
+        peak = peak_bytes(step)
         seconds = min(_seconds(step) for _ in range(TIMES))
-    return StepTiming(seconds, first - seconds, taken)
+    return StepTiming(seconds, first - seconds, peak)
 
 
 def time_sampling(base: Base, work: SamplingWork) -> float:
@@ -79,11 +79,11 @@ def peak_bytes(work: Callable[[], None]) -> float:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         work()
-    held = most = 0
+    live_bytes = most = 0
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+        live_bytes += event.nbytes()
+        most = max(most, live_bytes)
     return float(most)
 
 

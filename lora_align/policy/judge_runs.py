@@ -39,10 +39,10 @@ def of_reward(name: str, runs_dir: Path) -> Run:
 
 def of_pair(preference: str, recipe: Recipe, runs_dir: Path) -> dict[str, Run]:
     """Return a preference's two runs, by direction."""
-    found = vectors.find(preference, runs_dir, recipe.preferences)
-    if found.layers:
+    vector = vectors.find(preference, runs_dir, recipe.preferences)
+    if vector.layers:
         raise UserError(f"{PAIR}{preference}: a judge uses all layers; name the preference without @")
-    pair_runs = {run.manifest.direction: run for run in found.known_runs()}
+    pair_runs = {run.manifest.direction: run for run in vector.known_runs()}
     if set(pair_runs) != {direction.value for direction in Direction}:
         raise UserError(
             f"{PAIR}{preference}: a judge needs a preference with both adapters, pos and neg; this name has none"

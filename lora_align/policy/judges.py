@@ -90,8 +90,8 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
 
     def score(model: PreTrainedModel, mixer: Mixer, answers: Sequence[JudgedAnswer]) -> list[Scores]:
         mixer.set({update: 1.0})
-        points = RewardModel(base, model, heads.to(model.device), derived).score([one.ids for one in answers], budget)
-        return [dict(zip(objectives, row, strict=True)) for row in points.tolist()]
+        scores = RewardModel(base, model, heads.to(model.device), derived).score([one.ids for one in answers], budget)
+        return [dict(zip(objectives, row, strict=True)) for row in scores.tolist()]
 
     return Judge(objectives, {update: peft_format.load(run.path, whole=True)}, _identity(run), score)
 

@@ -102,8 +102,8 @@ def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[
                 batch = [answers[i] for i in mine[begin : begin + BATCH]]
                 computed += policies.score(JUDGE, [(row.prompt, row.answer) for row in batch])
                 progress.show(begin + len(batch), {})
-        for indices, found in processes.all_gather((mine, computed)):
-            for i, score in zip(indices, found, strict=True):
+        for indices, rank_scores in processes.all_gather((mine, computed)):
+            for i, score in zip(indices, rank_scores, strict=True):
                 scores[i] = {name: math.nan if value is None else value for name, value in score.items()}
     return scores
 

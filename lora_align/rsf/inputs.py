@@ -70,12 +70,12 @@ class RsfInputs:
 
     def published(self) -> dict[str, Run]:
         """Return the policies that are published already; refuse those made from other inputs."""
-        found: dict[str, Run] = {}
+        published: dict[str, Run] = {}
         for label in self.labels if not self.force else ():
             if runs.is_run(self.folder / label):
-                found[label] = self._same_inputs(self.folder / label, found.get(teacher_of(label)))
+                published[label] = self._same_inputs(self.folder / label, published.get(teacher_of(label)))
                 self.screen.note(f"{self.folder / label} is published already")
-        return found
+        return published
 
     def policies(self, policy: Run | None = None) -> PolicySet:
         """Return a PolicySet of the reward model and, if given, a policy."""

@@ -34,8 +34,8 @@ def check_settings(settings: Rsf) -> None:
     """Refuse one answer per request for DPO, a bootstrap that per_prompt does not divide, and constant templates."""
     if settings.learn == "dpo" and settings.samples < 2:
         raise UserError('rsf.samples: rsf.learn = "dpo" compares two answers; set rsf.samples to 2 or more')
-    if rest := settings.bootstrap % settings.per_prompt:
-        lower = settings.bootstrap - rest
+    if remainder := settings.bootstrap % settings.per_prompt:
+        lower = settings.bootstrap - remainder
         multiples = " or ".join(str(number) for number in (lower, lower + settings.per_prompt) if number)
         raise UserError(
             f"rsf.bootstrap: {settings.bootstrap} is not a multiple of rsf.per_prompt ({settings.per_prompt}); "

@@ -120,7 +120,7 @@ def running_figures(pools: Sequence[Pool]) -> dict[str, str]:
 
 def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candidate]:
     """Return the candidates that can be trained on, each text once. Count the rejected candidates by reason."""
-    found: dict[str, Candidate] = {}
+    by_text: dict[str, Candidate] = {}
     for candidate in candidates:
         if not candidate.text.strip():
             dropped["empty answer"] += 1
@@ -128,11 +128,11 @@ def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candi
             dropped["answer not finished"] += 1
         elif not all(map(math.isfinite, candidate.rewards.values())):
             dropped["reward not finite"] += 1
-        elif candidate.text in found:
+        elif candidate.text in by_text:
             dropped["duplicate answer"] += 1
         else:
-            found[candidate.text] = candidate
-    return list(found.values())
+            by_text[candidate.text] = candidate
+    return list(by_text.values())
 
 
 def extremes(candidates: Sequence[Candidate], want: Want) -> tuple[Candidate, Candidate]:

@@ -68,10 +68,10 @@ class Unfinished:
 
     def write_error(self, staging: Path, fault: Exception) -> RunFailedError:
         """Delete a checkpoint that could not be written and return the error; earlier checkpoints are unchanged."""
-        held = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()) if staging.exists() else 0
+        written = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()) if staging.exists() else 0
         shutil.rmtree(staging, ignore_errors=True)
         return RunFailedError(
-            f"{staging.parent}: a checkpoint could not be written ({first_line(fault)}) after {held / 1e6:,.1f} of "
+            f"{staging.parent}: a checkpoint could not be written ({first_line(fault)}) after {written / 1e6:,.1f} of "
             f"about {self.bytes_each / 1e6:,.1f} MB; {self.remaining()}"
         )
 

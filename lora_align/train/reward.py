@@ -38,7 +38,7 @@ MEASURE_BATCH = 32  # answers scored at once after training
 
 @dataclass(frozen=True)
 class RewardData:
-    """Examples of all sources, the heads they train (mean and deviation of the points), and the manifest's facts."""
+    """Examples of all sources, the heads they train (mean and deviation of the ratings), and the manifest's facts."""
 
     heads: Mapping[str, tuple[float, float]]
     train: Sequence[Example]
@@ -199,13 +199,13 @@ def _heads(settings: Reward, rated: Iterable[TokenRated]) -> dict[str, tuple[flo
 
     Refuse derived objectives that name no head.
     """
-    given: dict[str, list[float]] = {}
+    ratings: dict[str, list[float]] = {}
     for row in rated:
-        for name, points in row.ratings.items():
-            if not math.isnan(points):
-                given.setdefault(name, []).append(points)
+        for name, rating in row.ratings.items():
+            if not math.isnan(rating):
+                ratings.setdefault(name, []).append(rating)
     heads = {}
-    for name, values in given.items():
+    for name, values in ratings.items():
         mean = sum(values) / len(values)
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
         heads[name] = (mean, deviation or 1.0)

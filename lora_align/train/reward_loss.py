@@ -24,26 +24,26 @@ MEASURE_AT_MOST = 2000  # held-out examples
 
 @dataclass(frozen=True)
 class Example:
-    """A rated answer with points for each head (nan if unrated), or a chosen and a rejected answer for one head."""
+    """A rated answer with a rating for each head (nan if unrated), or a chosen and a rejected answer for one head."""
 
     answers: tuple[Answered, ...]
-    points: tuple[float, ...]
+    ratings: tuple[float, ...]
     head: int = -1
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return a batch: the answers, their points [answers, heads], the known points, and the pairs with their heads."""
+    """Return a batch: answers, ratings [answers, heads], indices of the known ratings, and pairs with their heads."""
     answers: list[Answered] = []
     pairs = []
     for example in examples:
         if example.head >= 0:
             pairs.append((len(answers), len(answers) + 1, example.head))
         answers += example.answers
-    points = [example.points for example in examples for _ in example.answers]
-    known = [(i, head) for i, of in enumerate(points) for head, value in enumerate(of) if not math.isnan(value)]
+    ratings = [example.ratings for example in examples for _ in example.answers]
+    known = [(i, head) for i, of in enumerate(ratings) for head, value in enumerate(of) if not math.isnan(value)]
     return {
         "answers": answers,
-        "points": torch.tensor(points),
+        "ratings": torch.tensor(ratings),
         "known": torch.tensor(known, dtype=torch.long).view(-1, 2),  # answer, head
         "compared": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # chosen answer, rejected answer, head
     }
@@ -53,7 +53,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 class RewardLoss:
     """Squared error on ratings, Bradley–Terry loss on pairs, and optionally a language-model loss on answers.
 
-    The first two are averaged together over all ratings and pairs of a step: (z − (points − mean)/deviation)² for a
+    The first two are averaged together over all ratings and pairs of a step: (z − (rating − mean)/deviation)² for a
     rating, and −log σ(z_chosen − z_rejected) for a pair. z is a head's output at the end of an answer. The
     language-model loss is the mean over the tokens of rated and chosen answers.
     """
@@ -69,7 +69,7 @@ class RewardLoss:
 
     def weights(self, rows: Sequence[Example]) -> list[float]:
         """Return the number of ratings and pairs, and the tokens of the language-model loss."""
-        labels = sum(sum(not math.isnan(points) for points in row.points) + (row.head >= 0) for row in rows)
+        labels = sum(sum(not math.isnan(rating) for rating in row.ratings) + (row.head >= 0) for row in rows)
         return [float(max(labels, 1)), float(sum(len(row.answers[0][1]) for row in rows))]
 
     def part(self, rows: Sequence[Example], weights: Sequence[float]) -> PartLoss:
@@ -78,9 +78,9 @@ class RewardLoss:
         states = self.reader.backbone.states([_shared(row) for row in rows])
         z = self.heads(torch.stack([of[end - 1] for of, row in zip(states, rows, strict=True) for end in _ends(row)]))
         answer, head = batch["known"].T.to(z.device)
-        points = batch["points"].to(z.device)[answer, head]
+        ratings = batch["ratings"].to(z.device)[answer, head]
         deviation = self.heads.deviation[head]
-        errors = z[answer, head] - (points - self.heads.mean[head]) / deviation
+        errors = z[answer, head] - (ratings - self.heads.mean[head]) / deviation
         chosen, rejected, head = batch["compared"].T.to(z.device)
         margins = z[chosen, head] - z[rejected, head]
         loss = torch.cat([errors.square(), -logsigmoid(margins)]).sum() / weights[0]
@@ -136,7 +136,7 @@ def measure_heads(model: RewardModel, examples: Sequence[Example], budget: Memor
     correlations = score_quality.rank_correlations(torch.cat([scores, lengths], dim=1))
     heads = {}
     for k, name in enumerate(names):
-        truth = batch["points"][:, k].double()
+        truth = batch["ratings"][:, k].double()
         known = ~truth.isnan()
         pairs = batch["compared"][batch["compared"][:, 2] == k]
         heads[name] = {"rated": int(known.sum()), "pairs": len(pairs), "length": float(correlations[k, -1])}
@@ -148,12 +148,12 @@ def measure_heads(model: RewardModel, examples: Sequence[Example], budget: Memor
     return {"heads": heads, "between": correlations[:-1, :-1].tolist()}
 
 
-def _rated_figures(predicted: Tensor, given: Tensor) -> dict[str, Any]:
-    curve = score_quality.calibration(predicted, given)
+def _rated_figures(predicted: Tensor, ratings: Tensor) -> dict[str, Any]:
+    curve = score_quality.calibration(predicted, ratings)
     return {
-        "spearman": float(score_quality.rank_correlations(torch.stack([predicted, given], 1))[0, 1]),
-        "ordered": score_quality.concordance(predicted, given),
-        "error": float((predicted - given).square().mean().sqrt()),
+        "spearman": float(score_quality.rank_correlations(torch.stack([predicted, ratings], 1))[0, 1]),
+        "ordered": score_quality.concordance(predicted, ratings),
+        "error": float((predicted - ratings).square().mean().sqrt()),
         "calibration": curve,
         "calibration_error": score_quality.calibration_error(curve),
     }

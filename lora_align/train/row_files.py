@@ -100,11 +100,11 @@ def rows(file: Path, row_type: type[Any]) -> LazyRows[Any]:
     batches = [stored.get_batch(i) for i in range(stored.num_record_batches)]
 
     def row_at(batch: "pyarrow.RecordBatch", i: int) -> Any:
-        held = {name: batch[name][i] for name in batch.schema.names}
+        values = {name: batch[name][i] for name in batch.schema.names}
         return row_type(
             **{
                 name: dict(value.as_py()) if name == "ratings" else value.values.to_numpy().tolist()
-                for name, value in held.items()
+                for name, value in values.items()
             }
         )
 

@@ -142,8 +142,8 @@ class StepTrainer(Trainer, Generic[Row]):
         self._reduce_gradients(model, rows, weights)
         self.tokens_seen += sum(lengths)
         losses, figures = zip(*summed, strict=True)
-        for found in figures:
-            for name, (total, count) in found.items():
+        for rank_figures in figures:
+            for name, (total, count) in rank_figures.items():
                 sums = self.seen.setdefault(name, [0.0, 0.0])
                 sums[0] += total
                 sums[1] += count
@@ -155,11 +155,11 @@ class StepTrainer(Trainer, Generic[Row]):
         while True:
             before = self.budget.size
             with keep_in_step(self.accelerator.unwrap_model(model), training=True):
-                found = self.budget.attempt(
+                summed = self.budget.attempt(
                     lambda budget: self._backward_in_parts(rows, lengths, weights, budget), max(lengths, default=1)
                 )
-            if found is not None:
-                return found
+            if summed is not None:
+                return summed
             model.zero_grad()  # some parts have already added their gradients
             self.note(f"memory ran out at {before:,} tokens at once; continuing with {self.budget.size:,}")
 
@@ -193,9 +193,9 @@ class StepTrainer(Trainer, Generic[Row]):
             raise self._not_finite("gradient", rows, weights)
 
     def _not_finite(self, what: str, rows: Sequence[Row], weights: Sequence[float]) -> RunFailedError:
-        found = self._not_finite_rows(rows, weights)
-        excerpts = "; ".join(self.loss.excerpt(row) for row in found[:QUOTED])
-        more = f" and {len(found) - QUOTED} more" if len(found) > QUOTED else ""
+        bad_rows = self._not_finite_rows(rows, weights)
+        excerpts = "; ".join(self.loss.excerpt(row) for row in bad_rows[:QUOTED])
+        more = f" and {len(bad_rows) - QUOTED} more" if len(bad_rows) > QUOTED else ""
         return RunFailedError(
             f"step {self.state.global_step + 1}: the {what} is not finite, so the run stopped before the update; lower "
             f"learning_rate, or check these rows: {excerpts}{more}"
@@ -208,7 +208,7 @@ class StepTrainer(Trainer, Generic[Row]):
         """
         if is_sharded(base_model_of(self.model)):
             return rows
-        found = []
+        bad_rows = []
         for row in rows:
             self.model.zero_grad()
             with self.accelerator.autocast():
@@ -216,8 +216,8 @@ class StepTrainer(Trainer, Generic[Row]):
             loss.backward()
             norm = get_total_norm([p.grad for _, p in trainable(self.model) if p.grad is not None])
             if not (loss.isfinite() and norm.isfinite()):
-                found.append(row)
-        return found or rows
+                bad_rows.append(row)
+        return bad_rows or rows
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint completely or not at all. transformers may leave a partial one."""

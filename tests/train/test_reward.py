@@ -124,14 +124,14 @@ def test_sources_with_different_attributes_share_a_model(tmp_path: Path, base: B
     assert project.reward is not None
     material = reward.prepare(project, project.reward, base, QUIET)
     assert list(material.heads) == ["verbosity", "their_warmth", "shorter"]
-    points = torch.tensor([example.points for example in material.train])
-    known = ~points.isnan()
+    ratings = torch.tensor([example.ratings for example in material.train])
+    known = ~ratings.isnan()
     assert known.sum(1).max() == 1
     assert known.sum(0)[2] == 0
     mean, deviation = material.heads["their_warmth"]
-    assert float(points[known[:, 1], 1].mean()) == pytest.approx(mean, rel=1e-5)
-    assert float(points[known[:, 1], 1].std(correction=0)) == pytest.approx(deviation, rel=1e-5)
-    assert 0 <= points[known].min() <= points[known].max() <= 100
+    assert float(ratings[known[:, 1], 1].mean()) == pytest.approx(mean, rel=1e-5)
+    assert float(ratings[known[:, 1], 1].std(correction=0)) == pytest.approx(deviation, rel=1e-5)
+    assert 0 <= ratings[known].min() <= ratings[known].max() <= 100
     assert set(material.facts) == {"ratings demo", "ratings others", "pairs shorter"}
 
 
@@ -140,8 +140,8 @@ def test_reward_loss_equals_its_formula(base: Base, model: RewardModel) -> None:
     a, b, other = _answers(base, 3)
     c = (b[0], other[1])
     k = len(model.heads.names)
-    points = tuple(math.nan if i % 2 else 10.0 * i for i in range(k))
-    rows = [Example((a,), points), Example((b, c), (math.nan,) * k, head=k - 1)]
+    ratings = tuple(math.nan if i % 2 else 10.0 * i for i in range(k))
+    rows = [Example((a,), ratings), Example((b, c), (math.nan,) * k, head=k - 1)]
     objective = RewardLoss(Reader.of(model.model), model.heads, 0.0, base.chat)
     with torch.no_grad():
         parts = [objective.part(some, objective.weights(rows)).loss for some in (rows, rows[:1], rows[1:])]
