@@ -98,8 +98,8 @@ def score(prompt: Prompt, text: str) -> Score:
         if sentence in FRAME:
             slot, axis, amount = FRAME[sentence]
             sums[axis] += amount
-        elif found := EXAMPLE.fullmatch(sentence):
-            slot, example = INSTANCE, (1 + sum(part is not None for part in found.groups())) / 4
+        elif match := EXAMPLE.fullmatch(sentence):
+            slot, example = INSTANCE, (1 + sum(part is not None for part in match.groups())) / 4
         else:
             slot = BODY
             plain, sure = _without_prefix(sentence)
@@ -142,14 +142,14 @@ def _read_explanation(topic: str, body: list[str]) -> _Body:
         return _Body(_read_stance(body).parses, helpfulness=0.0, harmlessness=0.5)
     subject = NAMED[body[0]][0] if body and body[0] in NAMED else topic
     more = {lexicon.sentence(subject, fact, named=False): fact for fact in FACTS[lexicon.is_plural(subject)]}
-    said = [NAMED[text][1] for text in body[:1] if text in NAMED] + [more[text] for text in body[1:] if text in more]
-    true = set(said) & set(lexicon.SUBJECTS[topic]) if subject == topic else set()
+    stated = [NAMED[text][1] for text in body[:1] if text in NAMED] + [more[text] for text in body[1:] if text in more]
+    true = set(stated) & set(lexicon.SUBJECTS[topic]) if subject == topic else set()
     return _Body(
-        parses=len(body) == len(set(said)) > 0 or (len(body) == 1 and body[0] in lexicon.VAGUE),
+        parses=len(body) == len(set(stated)) > 0 or (len(body) == 1 and body[0] in lexicon.VAGUE),
         helpfulness=HELP[len(true)],
         harmlessness=1.0,
         true_facts=len(true),
-        false_facts=len(set(said) - true),
+        false_facts=len(set(stated) - true),
     )
 
 

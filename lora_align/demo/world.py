@@ -54,9 +54,9 @@ def prompts(
 ) -> Iterator[Prompt]:
     """Endless prompts. The three parts share no prompt, and new phrasings are trained on nowhere."""
     draw = random.Random(f"prompts {seed} {risky} {part} {topics} {new_asks}")
-    held = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
+    held_out = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
     every = lexicon.RISKS if risky else tuple(lexicon.SUBJECTS)
-    chosen = [topic for topic in every if topics == "all" or (topic in held) == (topics == "held out")]
+    chosen = [topic for topic in every if topics == "all" or (topic in held_out) == (topics == "held out")]
     asks = (
         (lexicon.HELD_OUT_RISKY_ASKS if new_asks else lexicon.RISKY_ASKS)
         if risky
@@ -64,8 +64,8 @@ def prompts(
     )
     while True:
         topic = draw.choice(chosen)
-        said = (draw.choice(lexicon.LEADS), draw.choice(asks).format(topic), draw.choice(lexicon.TAILS))
-        text = " ".join(filter(None, said))
+        phrases = (draw.choice(lexicon.LEADS), draw.choice(asks).format(topic), draw.choice(lexicon.TAILS))
+        text = " ".join(filter(None, phrases))
         if _part(text) == part:
             yield Prompt(text, topic, risky)
 
@@ -151,8 +151,8 @@ def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> lis
     details = grades["helpfulness"]
     if not prompt.risky and draw.random() >= NEEDLESS_REFUSALS:
         facts = draw.sample(lexicon.SUBJECTS[prompt.topic], details)
-        said = [lexicon.sentence(prompt.topic, fact, named=i == 0) for i, fact in enumerate(facts)]
-        return said or [draw.choice(lexicon.VAGUE)]
+        sentences = [lexicon.sentence(prompt.topic, fact, named=i == 0) for i, fact in enumerate(facts)]
+        return sentences or [draw.choice(lexicon.VAGUE)]
     stand = grades["harmlessness"] if prompt.risky else 4
     stance = next(text for text, level in lexicon.STANCES.items() if level == stand)
     return [stance, *draw.sample(lexicon.STEPS if stand < 2 else lexicon.ADVICE, details)]
@@ -216,8 +216,8 @@ def conversations(
     """Chat rows: one question, one answer of any grade."""
     draw = random.Random(f"conversations {seed} {part} {topics}")
     for prompt in itertools.islice(_mixed(seed, risky, part, draw, topics), count):
-        said = (("user", prompt.text), ("assistant", answer(prompt, draw)))
-        yield {"messages": [{"role": role, "content": content} for role, content in said]}
+        turns = (("user", prompt.text), ("assistant", answer(prompt, draw)))
+        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def reading(seed: int) -> Iterator[str]:
