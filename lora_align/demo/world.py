@@ -52,7 +52,7 @@ class Correlation:
 def prompts(
     seed: int, *, risky: bool, part: Part = "train", topics: Topics = "seen", new_asks: bool = False
 ) -> Iterator[Prompt]:
-    """Endless prompts. The three parts share no prompt, and new phrasings are trained on nowhere."""
+    """Yield prompts without end. The three parts share no prompt, and no training data has the new phrasings."""
     draw = random.Random(f"prompts {seed} {risky} {part} {topics} {new_asks}")
     held_out = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
     every = lexicon.RISKS if risky else tuple(lexicon.SUBJECTS)
@@ -147,7 +147,7 @@ def _sounding(text: str, grade: int, draw: random.Random) -> str:
 
 
 def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> list[str]:
-    """Facts about a subject, or where one stands on a risk; seldom a refusal that nobody deserved."""
+    """Return facts about a subject, or a stance on a risk; rarely, a refusal of a safe prompt."""
     details = grades["helpfulness"]
     if not prompt.risky and draw.random() >= NEEDLESS_REFUSALS:
         facts = draw.sample(lexicon.SUBJECTS[prompt.topic], details)
@@ -213,7 +213,7 @@ def ratings(
 def conversations(
     seed: int, count: int, *, risky: float = 0.5, part: Part = "train", topics: Topics = "seen"
 ) -> Iterator[dict[str, object]]:
-    """Chat rows: one question, one answer of any grade."""
+    """Yield chat rows: one question, one answer of any grade."""
     draw = random.Random(f"conversations {seed} {part} {topics}")
     for prompt in itertools.islice(_mixed(seed, risky, part, draw, topics), count):
         turns = (("user", prompt.text), ("assistant", answer(prompt, draw)))
