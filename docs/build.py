@@ -49,34 +49,34 @@ def commands() -> str:
     program: Any = typer.main.get_command(app)
     settings = {**program.context_settings, "terminal_width": 100, "max_content_width": 100}
     above = typer.Context(program, info_name="lora-align", **settings)
-    found = []
+    sections = []
     for group, names in GROUPS.items():
-        found.append(f"## {group}")
+        sections.append(f"## {group}")
         for name in names:
             text = program.commands[name].get_help(typer.Context(program.commands[name], parent=above, info_name=name))
-            found.append(f"### {name}\n\n```\n{text.strip()}\n```")
-    return "\n\n".join(found)
+            sections.append(f"### {name}\n\n```\n{text.strip()}\n```")
+    return "\n\n".join(sections)
 
 
 def recipe_tables() -> str:
     """Return a heading and a table of keys for each table of a recipe."""
-    found = []
+    sections = []
     for heading, table in SECTIONS.items():
         about = " ".join((table.__doc__ or "").split()) + SHARED * (tables.Training in table.__bases__)
         own = [f for f in fields(table) if f.name in table.__annotations__ and f.name != "source"]  # not set by hand
-        types, said = get_type_hints(table, include_extras=True), meanings(table)
-        rows = [(f"`{f.name}`", allowed(types[f.name]), default(f), said[f.name]) for f in own]
+        types, docstrings = get_type_hints(table, include_extras=True), meanings(table)
+        rows = [(f"`{f.name}`", allowed(types[f.name]), default(f), docstrings[f.name]) for f in own]
         lines = _table([("key", "value", "default", "meaning"), ("---",) * 4, *rows])
-        found.append("\n".join([f"## {heading}", "", textwrap.fill(about, 118, break_on_hyphens=False), "", lines]))
-    return "\n\n".join(found)
+        sections.append("\n".join([f"## {heading}", "", textwrap.fill(about, 118, break_on_hyphens=False), "", lines]))
+    return "\n\n".join(sections)
 
 
 def meanings(table: type) -> Mapping[str, str]:
     """Return the docstring below each field of a dataclass in recipe/tables.py."""
     nodes = ast.parse(Path(tables.__file__).read_text("utf-8")).body
     [body] = [node.body for node in nodes if isinstance(node, ast.ClassDef) and node.name == table.__name__]
-    said = [(a, b) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
-    return {ast.unparse(field.target): ast.literal_eval(below.value) for field, below in said}
+    documented = [(a, b) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    return {ast.unparse(field.target): ast.literal_eval(below.value) for field, below in documented}
 
 
 def allowed(kind: Any) -> str:
@@ -98,14 +98,14 @@ def allowed(kind: Any) -> str:
 
 def bounds(limits: tuple[Any, ...], *, whole: bool) -> str:
     """Describe the bounds of a type; later ones are narrower."""
-    found = {key: value for limit in limits for key, value in asdict(limit).items()}
-    if "min_length" in found:
+    narrowest = {key: value for limit in limits for key, value in asdict(limit).items()}
+    if "min_length" in narrowest:
         return "not empty"
-    if whole and "lt" in found:
-        found["le"] = found.pop("lt") - 1
-    low = f"above {found['gt']:,.10g}, " if "gt" in found else f"{found['ge']:,.10g} "
-    high = f"below {found['lt']:,.10g}" if "lt" in found else f"{found['le']:,.10g}"
-    return f"{low}{'up ' * ('gt' in found)}to {high}"
+    if whole and "lt" in narrowest:
+        narrowest["le"] = narrowest.pop("lt") - 1
+    low = f"above {narrowest['gt']:,.10g}, " if "gt" in narrowest else f"{narrowest['ge']:,.10g} "
+    high = f"below {narrowest['lt']:,.10g}" if "lt" in narrowest else f"{narrowest['le']:,.10g}"
+    return f"{low}{'up ' * ('gt' in narrowest)}to {high}"
 
 
 def default(field: Field[Any]) -> str:
@@ -156,8 +156,10 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
 def layers() -> str:
     """Return the layers of tests/test_layers.py, the highest first."""
     body = ast.parse(LAYERS.read_text("utf-8")).body
-    [found] = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS"]
-    return "\n".join(["```", *(", ".join(sorted(names)) for names in reversed(ast.literal_eval(found))), "```"])
+    [floors] = [
+        node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS"
+    ]
+    return "\n".join(["```", *(", ".join(sorted(names)) for names in reversed(ast.literal_eval(floors))), "```"])
 
 
 def built(page: Path) -> str:

@@ -31,17 +31,17 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self.built_in:
             return self.built_in[name]
         if name not in self._loaded:
-            self._loaded[name] = self._load(self._points[name])
+            self._loaded[name] = self._load(self._entry_points[name])
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self._points  # the inherited method would import the row
+        return name in self.built_in or name in self._entry_points  # the inherited method would import the row
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self.built_in, **self._points})
+        return iter({**self.built_in, **self._entry_points})
 
     def __len__(self) -> int:
-        return len({**self.built_in, **self._points})
+        return len({**self.built_in, **self._entry_points})
 
     def registered(self) -> list[T]:
         """Return the rows of other packages."""
@@ -49,25 +49,27 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def code(self) -> list[list[str]]:
         """Return what identifies the code of other packages' rows: each package's version and each module's hash."""
-        points = [self._points[name] for name in sorted(self) if name not in self.built_in]
-        return [[point.name, point.value, point.dist.version if point.dist else "", _hash(point)] for point in points]
+        plugins = [self._entry_points[name] for name in sorted(self) if name not in self.built_in]
+        return [
+            [plugin.name, plugin.value, plugin.dist.version if plugin.dist else "", _hash(plugin)] for plugin in plugins
+        ]
 
     @cached_property
-    def _points(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        return {entry.name: entry for entry in entry_points(group=self.group)}
 
-    def _load(self, point: EntryPoint) -> T:
-        where = f"entry point {point.name} = {point.value} of {self.group}"
-        remedy = f"update or uninstall {point.dist.name if point.dist else 'its package'}"
+    def _load(self, entry_point: EntryPoint) -> T:
+        where = f"entry point {entry_point.name} = {entry_point.value} of {self.group}"
+        remedy = f"update or uninstall {entry_point.dist.name if entry_point.dist else 'its package'}"
         try:
-            found: Any = point.load()
+            row: Any = entry_point.load()
         except (ImportError, AttributeError) as fault:
             raise UserError(f"{where}: {fault}; {remedy}") from fault
-        if not isinstance(found, self.kind):
+        if not isinstance(row, self.kind):
             raise UserError(f"{where}: not a {self.kind.__name__}; {remedy}")
-        return found  # type: ignore[no-any-return]
+        return row  # type: ignore[no-any-return]
 
 
-def _hash(point: EntryPoint) -> str:
-    spec = find_spec(point.module)
+def _hash(entry_point: EntryPoint) -> str:
+    spec = find_spec(entry_point.module)
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest() if spec and spec.origin else ""

@@ -8,7 +8,7 @@ from typing import TypeVar
 from lora_align.errors import OutOfStepError, UserError
 
 RANK_TIMEOUT = timedelta(days=1)  # other ranks wait this long while rank 0 reads data or plots
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 base_is_sharded = False  # all ranks must then run the base's forward together
 
 
@@ -44,7 +44,7 @@ def check(command: str, *, trains: bool) -> None:
             )
 
 
-def all_gather(mine: Found) -> list[Found]:
+def all_gather(mine: Result) -> list[Result]:
     """All-gather an object: return the list of all ranks' objects on every rank."""
     if world_size() == 1:
         return [mine]
@@ -61,28 +61,28 @@ def barrier() -> None:
     all_gather(None)
 
 
-def on_all_ranks(work: Callable[[], Found]) -> list[Found]:
+def on_all_ranks(work: Callable[[], Result]) -> list[Result]:
     """Run `work` on every rank and return all results on every rank. A UserError of one rank is raised on all."""
-    found, fault = None, None
+    result, fault = None, None
     try:
-        found = work()
+        result = work()
     except OutOfStepError:
         raise
     except UserError as mine:
         fault = mine
-    results = all_gather((found, fault))
+    results = all_gather((result, fault))
     for _, failed in results:
         if failed:
             raise failed
-    return [found for found, _ in results]  # type: ignore[misc]
+    return [result for result, _ in results]  # type: ignore[misc]
 
 
-def on_rank_0(work: Callable[[], Found]) -> Found:
+def on_rank_0(work: Callable[[], Result]) -> Result:
     """Run `work` on rank 0 and return the result on every rank."""
     return on_all_ranks(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def local_rank_0_first(work: Callable[[], Found]) -> Found:
+def local_rank_0_first(work: Callable[[], Result]) -> Result:
     """Run `work` on local rank 0 of each machine first, then on the other ranks, which find its result in the cache."""
-    found = on_all_ranks(lambda: work() if local_rank() == 0 else None)[rank()]
-    return found if local_rank() == 0 else work()  # type: ignore[return-value]
+    result = on_all_ranks(lambda: work() if local_rank() == 0 else None)[rank()]
+    return result if local_rank() == 0 else work()  # type: ignore[return-value]

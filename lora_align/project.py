@@ -51,8 +51,8 @@ class Project:
 
     def vector(self, name: str) -> Vector:
         """Return the vector of a trained preference, a run or an adapter folder."""
-        found = vectors.find(name, self.runs, self.recipe.preferences)
-        return Vector({name: 1.0}, {name: found}, self.recipe, self.runs)
+        vector = vectors.find(name, self.runs, self.recipe.preferences)
+        return Vector({name: 1.0}, {name: vector}, self.recipe, self.runs)
 
     def vectors(self) -> list[Vector]:
         """Return the vectors of all preferences whose two adapters are trained."""
@@ -71,8 +71,8 @@ class Project:
         from lora_align.model.decoding import Sampling
 
         base = bases.find(self.recipe.base)
-        found = self.policy(policy)
-        return Chat(open_session(base, self.runs, self.recipe, found, Sampling(**sampling), self.screen))
+        chosen = self.policy(policy)
+        return Chat(open_session(base, self.runs, self.recipe, chosen, Sampling(**sampling), self.screen))
 
     def generate(
         self, prompts: Sequence[str], policy: PolicyLike = "start", n: int = 1, **sampling: Any
@@ -86,11 +86,11 @@ class Project:
         policies = PolicySet.of([chosen], self.recipe, bases.find(self.recipe.base), self.runs, self.screen)
         policies.activate(chosen)
         conversations: list[Prompt] = [(Message("user", text),) for text in prompts]
-        found: list[dict[int, str]] = [{} for _ in prompts]
+        by_prompt: list[dict[int, str]] = [{} for _ in prompts]
         for batch in policies.sampler.draw(conversations, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
             for answer in batch:
-                found[answer.prompt][answer.number] = answer.text
-        return [[answers[number] for number in sorted(answers)] for answers in found]
+                by_prompt[answer.prompt][answer.number] = answer.text
+        return [[answers[number] for number in sorted(answers)] for answers in by_prompt]
 
     def evaluate(self, policies: Sequence[PolicyLike], by: Sequence[str] = (), **settings: Any) -> Comparison:
         """Measure policies on the same prompts, and compare the first with each of the others.
@@ -101,8 +101,8 @@ class Project:
         from lora_align.evaluate.measure import Evaluator
 
         project = self._with("eval", settings)
-        found = [self.policy(policy) for policy in policies]
-        return compare_policies(Evaluator.of(found, project, self.runs, self.screen, by), self.screen)
+        chosen = [self.policy(policy) for policy in policies]
+        return compare_policies(Evaluator.of(chosen, project, self.runs, self.screen, by), self.screen)
 
     def __repr__(self) -> str:
         return f"Project({self.recipe.source!r}, base {self.recipe.base.model!r}, runs {str(self.runs)!r})"

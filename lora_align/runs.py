@@ -96,9 +96,9 @@ class Run:
             file = self.path / name
             size = file.stat().st_size if file.is_file() else -1
             if size != known["bytes"]:
-                found = "is missing" if size < 0 else f"has {size:,} bytes"
+                state = "is missing" if size < 0 else f"has {size:,} bytes"
                 raise UserError(
-                    f"{file} {found}, but its manifest says {known['bytes']:,} bytes; train or merge the run again"
+                    f"{file} {state}, but its manifest says {known['bytes']:,} bytes; train or merge the run again"
                 )
             if store.sha256(file) != known["sha256"]:
                 raise UserError(f"{file}: changed since publication (other sha256); train or merge the run again")
@@ -161,15 +161,15 @@ def list_runs(folder: Path, screen: Screen | None = None) -> list[Run]:
 
     Runs with a damaged manifest are skipped with a warning on `screen`.
     """
-    found = []
+    runs = []
     for manifest in folder.rglob(MANIFEST):
         if all(NAME.fullmatch(part) for part in manifest.parent.relative_to(folder).parts):
             try:
-                found.append(read(manifest.parent))
+                runs.append(read(manifest.parent))
             except UserError as fault:
                 if screen:
                     screen.warn(f"skipped: {fault}")
-    return sorted(found, key=lambda run: (run.manifest.order, run.manifest.created))
+    return sorted(runs, key=lambda run: (run.manifest.order, run.manifest.created))
 
 
 def check_base(folder: Path, base: Mapping[str, Any]) -> None:
@@ -200,9 +200,9 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
 
     Only rank 0 locks. The other ranks get temporary folders, whose contents are discarded.
     """
-    held: list[FileLock] = []
-    processes.on_rank_0(lambda: held.append(_lock_unless_exists(target, force)))
-    if not held:
+    locks: list[FileLock] = []
+    processes.on_rank_0(lambda: locks.append(_lock_unless_exists(target, force)))
+    if not locks:
         with TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
         return
@@ -220,7 +220,7 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         holder.unlink(missing_ok=True)
-        held[0].release()
+        locks[0].release()
 
 
 def _lock_unless_exists(target: Path, force: bool) -> "FileLock":
@@ -303,9 +303,9 @@ def _keep_log(staging: Path, target: Path, screen: Screen) -> None:
     """Move the libraries' log of a failed run out of the staging folder."""
     log = staging / LOG
     if log.is_file() and log.stat().st_size:
-        kept = target.with_name(f"{target.name}.failed-log.txt")
-        log.replace(kept)
-        screen.note(f"the libraries' log messages are in {kept}")
+        failed_log = target.with_name(f"{target.name}.failed-log.txt")
+        log.replace(failed_log)
+        screen.note(f"the libraries' log messages are in {failed_log}")
 
 
 def _holder(target: Path) -> str:

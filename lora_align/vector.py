@@ -29,7 +29,7 @@ class Vector:
 
     def __init__(self, weights: Mapping[str, float], found: Mapping[str, vectors.Vector], recipe: Recipe, runs: Path):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
-        self._found, self._recipe, self._runs = {name: found[name] for name in self.weights}, recipe, runs
+        self._vectors, self._recipe, self._runs = {name: found[name] for name in self.weights}, recipe, runs
 
     @property
     def name(self) -> str:
@@ -42,9 +42,9 @@ class Vector:
     def policy(self) -> Policy:
         """The start policy with this vector added."""
         if list(self.weights.values()) == [1.0]:
-            return one_adapter(self._found[self.name])
-        vectors.refuse_start_inside(self._found[name] for name in self.weights)
-        return Policy(self.name, {name: self._found[name] for name in self.weights}, self.weights)
+            return one_adapter(self._vectors[self.name])
+        vectors.refuse_start_inside(self._vectors[name] for name in self.weights)
+        return Policy(self.name, {name: self._vectors[name] for name in self.weights}, self.weights)
 
     @cached_property
     def delta(self) -> LoraDelta:
@@ -90,7 +90,8 @@ class Vector:
             raise UserError("this vector is zero: there is nothing to save")
         how = MergeOptions(rank=rank, keep=keep, dtype=dtype)
         out = Path(folder)
-        return merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=out, found=self._found).run.path
+        mix = merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=out, by_name=self._vectors)
+        return mix.run.path
 
     def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:
         """Save at the smallest rank with this share of the energy, and load the saved adapter."""
@@ -102,9 +103,9 @@ class Vector:
         names = dict.fromkeys((*self.weights, *other.weights))
         weights = {name: self.weights.get(name, 0.0) + other.weights.get(name, 0.0) for name in names}
         for name in self.weights.keys() & other.weights.keys():
-            if self._found[name].lineage() != other._found[name].lineage():
+            if self._vectors[name].lineage() != other._vectors[name].lineage():
                 raise UserError(f"two different adapters are both named {name!r}: load one of them by its folder")
-        return Vector(weights, {**other._found, **self._found}, self._recipe, self._runs)
+        return Vector(weights, {**other._vectors, **self._vectors}, self._recipe, self._runs)
 
     @overload
     def __radd__(self, other: int) -> Vector: ...
@@ -116,7 +117,7 @@ class Vector:
 
     def __mul__(self, weight: float) -> Vector:
         scaled = {name: own * weight for name, own in self.weights.items()}
-        return Vector(scaled, self._found, self._recipe, self._runs)
+        return Vector(scaled, self._vectors, self._recipe, self._runs)
 
     __rmul__ = __mul__
 
@@ -133,7 +134,7 @@ class Vector:
         """Compare the updates, whatever their terms are called."""
         if not isinstance(other, Vector):
             return NotImplemented
-        if self.weights == other.weights and self._found == other._found:
+        if self.weights == other.weights and self._vectors == other._vectors:
             return True
         difference = (self.delta + other.delta * -1.0).norm()
         return difference <= SAME * max(self.norm, other.norm)
@@ -149,6 +150,6 @@ class Vector:
 def load(folder: str | Path) -> Vector:
     """Load any PEFT LoRA folder as a vector."""
     path = Path(folder).expanduser()
-    found = vectors.from_folder(path, str(path))
+    vector = vectors.from_folder(path, str(path))
     recipe = Recipe(base=Base(""))
-    return Vector({found.name: 1.0}, {found.name: found}, recipe, path.parent)
+    return Vector({vector.name: 1.0}, {vector.name: vector}, recipe, path.parent)

@@ -33,13 +33,13 @@ class Want:
     @classmethod
     def parse(cls, text: str, objectives: Sequence[str]) -> "Want":
         """Parse `helpfulness=0.8,verbosity=-0.6` and normalise it; an objective that is not named gets 0."""
-        given = parse_weights(text)
-        for name in given:
+        weights = parse_weights(text)
+        for name in weights:
             if name not in objectives:
                 known = ", ".join(objectives)
                 hint = nearest(name, list(objectives))
                 raise UserError(f"the policy has no objective {name!r}{hint} (it has: {known})")
-        return cls.of({name: given.get(name, 0.0) for name in objectives})
+        return cls.of({name: weights.get(name, 0.0) for name in objectives})
 
     def value(self, rewards: Mapping[str, float]) -> float:
         """Return vᵀr, the score of an answer with rewards r in this direction v."""
@@ -78,7 +78,7 @@ def sample_direction(region: Mapping[str, Sequence[float]], rng: random.Random) 
 
 def scores_message(scores: Mapping[str, float], template: str) -> str:
     """Fill a Jinja template that may use `scores` and `listed` (`helpfulness: 80, verbosity: 25`)."""
-    listed = ", ".join(f"{name}: {points:.0f}" for name, points in scores.items())
+    listed = ", ".join(f"{name}: {score:.0f}" for name, score in scores.items())
     return _fill("steer", template, scores=scores, listed=listed)
 
 

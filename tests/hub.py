@@ -34,8 +34,8 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         words = unquote(urlsplit(self.path).path).strip("/").split("/")
         match words:
-            case ["api", "datasets", owner, name, *rest]:
-                self._about(f"{owner}/{name}", rest)
+            case ["api", "datasets", owner, name, *segments]:
+                self._about(f"{owner}/{name}", segments)
             case ["datasets", owner, name, "resolve", revision, *path]:
                 self._file(f"{owner}/{name}", revision, "/".join(path))
             case _:
@@ -45,32 +45,32 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         words = unquote(urlsplit(self.path).path).strip("/").split("/")
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        paths = json.loads(asked)["paths"] if asked.startswith("{") else parse_qs(asked)["paths"]
-        found = self._commit("/".join(words[2:4]), words[-1])
-        if found and words[4] == "paths-info":
-            self._say([entry for entry in _tree(found[1]) if entry["path"] in paths])
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        commit = self._commit("/".join(words[2:4]), words[-1])
+        if commit and words[4] == "paths-info":
+            self._say([entry for entry in _tree(commit[1]) if entry["path"] in paths])
         else:
             self._refuse("RevisionNotFound")
 
-    def _about(self, name: str, rest: list[str]) -> None:
-        found = self._commit(name, rest[1] if len(rest) > 1 else "main")
-        if not found:
+    def _about(self, name: str, segments: list[str]) -> None:
+        commit = self._commit(name, segments[1] if len(segments) > 1 else "main")
+        if not commit:
             self._refuse("RevisionNotFound")
-        elif rest[:1] == ["tree"]:
-            below = "/".join(rest[2:])
-            self._say([entry for entry in _tree(found[1]) if str(entry["path"]).startswith(below)])
+        elif segments[:1] == ["tree"]:
+            below = "/".join(segments[2:])
+            self._say([entry for entry in _tree(commit[1]) if str(entry["path"]).startswith(below)])
         else:
-            files = [{"rfilename": path} for path in found[1]]
-            self._say({"id": name, "sha": found[0], "private": False, "tags": [], "siblings": files})
+            files = [{"rfilename": path} for path in commit[1]]
+            self._say({"id": name, "sha": commit[0], "private": False, "tags": [], "siblings": files})
 
     def _file(self, name: str, revision: str, path: str) -> None:
-        found = self._commit(name, revision)
-        if not found or path not in found[1]:
-            self._refuse("EntryNotFound" if found else "RevisionNotFound")
+        commit = self._commit(name, revision)
+        if not commit or path not in commit[1]:
+            self._refuse("EntryNotFound" if commit else "RevisionNotFound")
             return
-        headers = {"ETag": f'"{_name(found[1][path])}"', "X-Repo-Commit": found[0]}
-        self._answer(200, found[1][path], headers)
+        headers = {"ETag": f'"{_name(commit[1][path])}"', "X-Repo-Commit": commit[0]}
+        self._answer(200, commit[1][path], headers)
 
     def _commit(self, name: str, revision: str) -> tuple[str, Files] | None:
         for (of, known), (commit, files) in self.commits.items():
@@ -102,10 +102,10 @@ def _name(contents: bytes) -> str:
 
 def _tree(files: Files) -> list[dict[str, object]]:
     folders = {"/".join(path.split("/")[:depth]) for path in files for depth in range(1, path.count("/") + 1)}
-    found: list[dict[str, object]] = [
+    folder_entries: list[dict[str, object]] = [
         {"type": "directory", "path": folder, "oid": _name(folder.encode()), "size": 0} for folder in sorted(folders)
     ]
-    return found + [
+    return folder_entries + [
         {"type": "file", "path": path, "oid": _name(contents), "size": len(contents)}
         for path, contents in files.items()
     ]

@@ -61,10 +61,10 @@ class Read:
 
 def pairs_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> Read:
     """Read and ranked, as a material is made of them."""
-    found = Read([], [], Counter())
-    for pair, aside in pairs.read_pairs(preference, held_out, limit, found.dropped):
-        (found.held_out if aside else found.train).append(pair)
-    return found
+    read = Read([], [], Counter())
+    for pair, aside in pairs.read_pairs(preference, held_out, limit, read.dropped):
+        (read.held_out if aside else read.train).append(pair)
+    return read
 
 
 def material_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> "TokenRows[TokenPair]":
@@ -226,9 +226,9 @@ def peft_adapter(base: Path, folder: Path, seed: int, **config: Any) -> dict[str
 
 def free_port() -> int:
     """One that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def real_data(name: str) -> Path:

@@ -147,7 +147,7 @@ def test_generate_and_evaluate_take_vectors_and_words(project: la.Project) -> No
     helpful = project.vector("helpful")
     answers = project.generate(["Tell me about rain.", "Tell me about bees."], policy=helpful, n=2, max_new_tokens=16)
     assert [len(some) for some in answers] == [2, 2]
-    found = project.evaluate(policies=[helpful, "start"])
-    assert list(found.policies) == ["helpful", "start"]
-    assert found.policies["start"]["KL"].value == 0
-    assert "helpful wins against start" in repr(found)
+    comparison = project.evaluate(policies=[helpful, "start"])
+    assert list(comparison.policies) == ["helpful", "start"]
+    assert comparison.policies["start"]["KL"].value == 0
+    assert "helpful wins against start" in repr(comparison)

@@ -48,9 +48,9 @@ def test_page_equals_what_the_code_says_now(name: str) -> None:
 @pytest.mark.parametrize("table", build.SECTIONS.values(), ids=lambda table: table.__name__)
 def test_every_key_of_a_recipe_has_a_meaning(table: type) -> None:
     own = {field.name for field in dataclasses.fields(table) if field.name in table.__annotations__}
-    said = build.meanings(table)
-    assert said.keys() == own
-    assert [text for text in said.values() if not text.endswith(".") or len(text.split()) > 25] == []
+    meanings = build.meanings(table)
+    assert meanings.keys() == own
+    assert [text for text in meanings.values() if not text.endswith(".") or len(text.split()) > 25] == []
 
 
 def test_every_table_of_a_recipe_has_a_section() -> None:

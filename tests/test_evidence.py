@@ -42,10 +42,10 @@ def item(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_mean_pools_seeds_and_resamples_shared_prompts_together(item: ModuleType) -> None:
     apart = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, None]]
-    found = item.Found.of(apart)
-    assert found.value == pytest.approx(6 / 11)
-    assert found.seeds == pytest.approx([0.5, 0.5, 2 / 3])
-    assert found.low < found.value < found.high
+    estimate = item.Found.of(apart)
+    assert estimate.value == pytest.approx(6 / 11)
+    assert estimate.seeds == pytest.approx([0.5, 0.5, 2 / 3])
+    assert estimate.low < estimate.value < estimate.high
     facts = [[1.0, 0.0, 1.0] * 4] * 3  # not as many as prompts: the same facts for all seeds
     alone = item.Found.of([[1.0, 0.0, 1.0] * 4, [], []])
     assert item.Found.of(facts).low == pytest.approx(alone.low, abs=0.02), "three seeds tell no more than one of them"
@@ -63,10 +63,10 @@ def test_paired_rise_is_found_though_means_overlap(item: ModuleType) -> None:
 
 
 def test_rise_requires_every_seed(item: ModuleType) -> None:
-    found = item.Found.of([[1.0] * 4, [1.0] * 4, [-0.1] * 4])
-    assert found.value > 0
-    assert not found.higher
-    assert found.told.startswith("not told apart")
+    estimate = item.Found.of([[1.0] * 4, [1.0] * 4, [-0.1] * 4])
+    assert estimate.value > 0
+    assert not estimate.higher
+    assert estimate.answer.startswith("not told apart")
 
 
 def test_front_is_compared_over_its_own_range(benchmarks: dict[str, ModuleType]) -> None:
@@ -80,9 +80,9 @@ def test_modpo_equals_dpo_with_a_shifted_reference(benchmarks: dict[str, ModuleT
     modpo, beta = benchmarks["modpo"], 1.5
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load()
-    said = [base.chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (
+    tokens = [base.chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (
         "Tell me about the moon.", "The moon circles the earth.", "I do not care.", "It shines at night.")]  # fmt: skip
-    rows = [TokenPair(said[0], said[1], said[2]), TokenPair(said[0], said[3], said[1])]
+    rows = [TokenPair(tokens[0], tokens[1], tokens[2]), TokenPair(tokens[0], tokens[3], tokens[1])]
     draw = torch.Generator().manual_seed(0)
     layer = "model.layers.1.mlp.up_proj"
     shape = dict(model.named_modules())[layer]
@@ -103,8 +103,8 @@ def test_modpo_equals_dpo_with_a_shifted_reference(benchmarks: dict[str, ModuleT
     moved = modpo._moved(model, known)
     mixer.set({"other": -0.7})
     objective = DpoLoss(Reader.of(model), base.chat, beta / modpo.OWN)
-    found = objective.part(moved, objective.weights(moved)).loss
+    loss = objective.part(moved, objective.weights(moved)).loss
     gain, margin = (of[:, 0] - of[:, 1] - start[:, 0] + start[:, 1] for of in (policy, other))
     wanted = -logsigmoid((beta * gain - (1 - modpo.OWN) * beta * margin) / modpo.OWN).mean()
-    assert float(found) == pytest.approx(float(wanted), abs=1e-4)
+    assert float(loss) == pytest.approx(float(wanted), abs=1e-4)
     assert float(margin.abs().min()) > 0.01

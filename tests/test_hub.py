@@ -42,7 +42,7 @@ def _dpo(cwd: Path, endpoint: str, setting: str) -> "subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("base.model=meta/gated", "base 'meta/gated' is gated and this account has no access: request access at"),
         ("base.model=meta/absent", "no model 'meta/absent' on the hub"),
@@ -51,10 +51,10 @@ def _dpo(cwd: Path, endpoint: str, setting: str) -> "subprocess.CompletedProcess
         ("preferences.helpful.data=owner/absent", "data 'owner/absent': Dataset 'owner/absent' doesn't exist"),
     ],
 )
-def test_errors_of_the_hub_are_explained(setting: str, told: str, hub: str, tmp_path: Path) -> None:
+def test_errors_of_the_hub_are_explained(setting: str, message: str, hub: str, tmp_path: Path) -> None:
     done = _dpo(tmp_path, hub, setting)
     assert done.returncode == 2, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -38,12 +38,12 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 
 def _imports(file: Path) -> set[str]:
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lora_align":
             parts = node.module.split(".")[1:]
-            found |= {parts[0]} if parts else {alias.name for alias in node.names}
-    return found - {"__version__"}
+            imported |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return imported - {"__version__"}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
@@ -184,14 +184,14 @@ def _imported(words: list[str], code: int, folder: Path) -> set[str]:
 )
 def test_torch_s_threads_wait_as_the_package_or_its_user_says(chosen: dict[str, str], turns: str) -> None:
     set_before = {key: of for key, of in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    told = subprocess.run(  # libgomp says what it goes by when it is loaded
+    done = subprocess.run(  # libgomp says what it goes by when it is loaded
         [sys.executable, "-c", "import lora_align.cli, torch"],
         env={**set_before, "OMP_DISPLAY_ENV": "verbose", **chosen},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert f"GOMP_SPINCOUNT = '{turns}'" in told.stderr
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
 
 
 def test_every_option_of_a_recipe_is_read_somewhere() -> None:

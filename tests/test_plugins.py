@@ -22,25 +22,25 @@ EXAMPLE = re.compile(
     r"(?P<preference>.*?)(?=^##)",
     re.MULTILINE | re.DOTALL,
 )
-EXAMPLES = {found["group"]: found for found in EXAMPLE.finditer(ARCHITECTURE.read_text())}
+EXAMPLES = {match["group"]: match for match in EXAMPLE.finditer(ARCHITECTURE.read_text())}
 PAIRS = [{"prompt": f"Hi {i}?", "chosen": "Fine.", "rejected": "Why? Who asks?"} for i in range(40)]
 VOTES = [{"question": f"Hi {i}?", "winner": f"Good {i}.", "loser": "Bad."} for i in range(40)]
 
 
-def install(site: Path, group: str, point: str, file: str, module: str) -> None:
+def install(site: Path, group: str, entry_point: str, file: str, module: str) -> None:
     """Lay a module and its entry point into a folder, as pip would."""
     about = site / f"{file.removesuffix('.py')}-1.0.dist-info"
     about.mkdir(parents=True)
     (site / file).write_text(module)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {file.removesuffix('.py')}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[lora_align.{group}]\n{point}\n")
+    (about / "entry_points.txt").write_text(f"[lora_align.{group}]\n{entry_point}\n")
 
 
 def example(group: str, folder: Path) -> Path:
     """Install an example, and write the recipe that uses it; return where packages lie."""
-    found = EXAMPLES[group]
-    install(folder / "site", group, f"{found['name']} = {found['target']}", found["file"], found["module"])
-    tables = "".join(re.findall(r"^```toml\n# lora-align\.toml\n(.*?)^```$", found["preference"], re.M | re.S))
+    match = EXAMPLES[group]
+    install(folder / "site", group, f"{match['name']} = {match['target']}", match["file"], match["module"])
+    tables = "".join(re.findall(r"^```toml\n# lora-align\.toml\n(.*?)^```$", match["preference"], re.M | re.S))
     (folder / "lora-align.toml").write_text(f'[base]\nmodel = "demo"\n\n{tables}')
     for name, rows in (("pairs.jsonl", PAIRS), ("votes.jsonl", VOTES)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -144,7 +144,7 @@ def test_help_and_import_read_no_entry_points(tmp_path: Path) -> None:
 def test_code_of_other_packages_is_known_to_the_cache_of_rows(tmp_path: Path) -> None:
     site = example("rankers", tmp_path)
     program = "from lora_align.rankers import RANKERS; print(RANKERS.code())"
-    found = []
+    outputs = []
     for more in ("", "\n# changed"):
         with (site / "lora_align_questions.py").open("a") as stream:
             stream.write(more)
@@ -152,6 +152,6 @@ def test_code_of_other_packages_is_known_to_the_cache_of_rows(tmp_path: Path) ->
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
         )
-        found.append(done.stdout)
-    assert found[0].startswith("[['questions', 'lora_align_questions:questions', '1.0', ")
-    assert found[0] != found[1]
+        outputs.append(done.stdout)
+    assert outputs[0].startswith("[['questions', 'lora_align_questions:questions', '1.0', ")
+    assert outputs[0] != outputs[1]

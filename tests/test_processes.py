@@ -54,12 +54,12 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in found:
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in steps:
         del record["tokens_per_second"]
         if abs(record.get("margin", 1.0)) < 1e-4:  # before any training, the accuracy is the sign of rounding errors
             del record["accuracy"]
-    return found
+    return steps
 
 
 DIVIDED = ("--set", "base.fsdp=true")
@@ -88,10 +88,10 @@ def test_two_processes_take_the_same_steps_as_one(way: str, one: Path, tmp_path:
         runs.read(theirs).check_files()
         names = [{file.name for file in folder.iterdir()} - {runs.LOG} for folder in (ours, theirs)]
         assert names[0] == names[1]
-        expected, found = records(ours), records(theirs)
-        tokens = [[record.pop("tokens") for record in some] for some in (expected, found)]
+        expected, actual = records(ours), records(theirs)
+        tokens = [[record.pop("tokens") for record in some] for some in (expected, actual)]
         assert tokens[1] == tokens[0]
-        for before, now in zip(expected, found, strict=True):
+        for before, now in zip(expected, actual, strict=True):
             assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
         lines = (theirs / "metrics.jsonl").read_text().count("\n")
         assert lines == len(expected), "each step is recorded once"

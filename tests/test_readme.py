@@ -46,9 +46,9 @@ def _spans(page: Path) -> list[str]:
 
 def _typed(pages: list[Path]) -> list[str]:
     """Return what follows `lora-align` in every command of a block, and inline if it has more than a name."""
-    found = {line for page in pages for _, text in _blocks(page) for line in text.splitlines()}
-    found |= {span for page in pages for span in _spans(page) if span.startswith("lora-align ") and span.count(" ") > 1}
-    matches = filter(None, map(COMMAND.match, found))
+    lines = {line for page in pages for _, text in _blocks(page) for line in text.splitlines()}
+    lines |= {span for page in pages for span in _spans(page) if span.startswith("lora-align ") and span.count(" ") > 1}
+    matches = filter(None, map(COMMAND.match, lines))
     return sorted(words for match in matches for words in match.groups() if words)
 
 
@@ -67,8 +67,8 @@ def _anchors(page: Path) -> set[str]:
 def _options() -> set[str]:
     """Return every option of the program and its commands."""
     commands = (program, *program.commands.values())
-    taken = {name for command in commands for of in command.params for name in (*of.opts, *of.secondary_opts)}
-    return {*taken, "-h", "--help"}
+    options = {name for command in commands for of in command.params for name in (*of.opts, *of.secondary_opts)}
+    return {*options, "-h", "--help"}
 
 
 @pytest.mark.parametrize("line", _typed(READ_BY_USERS))
@@ -81,11 +81,11 @@ def test_a_command_takes_what_the_docs_give_it(line: str) -> None:
         return
     name, *words = words
     command = program.commands[name]
-    given = command.make_context(name, words).params
+    parameters = command.make_context(name, words).params
     known = recipe.builtin()
-    if given.get("recipe") and Path(given["recipe"]).suffix != ".toml" and given["recipe"] != "NAME":
-        assert given["recipe"] in known
-    recipe.load(known["demo"], given.get("overrides") or [])
+    if parameters.get("recipe") and Path(parameters["recipe"]).suffix != ".toml" and parameters["recipe"] != "NAME":
+        assert parameters["recipe"] in known
+    recipe.load(known["demo"], parameters.get("overrides") or [])
 
 
 @pytest.mark.parametrize("name", _names(READ_BY_USERS))
@@ -128,10 +128,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
-        found = page.parent / file if file else page
-        assert found.exists(), target
+        path = page.parent / file if file else page
+        assert path.exists(), target
         if anchor:
-            assert anchor in _anchors(found / "README.md" if found.is_dir() else found), target
+            assert anchor in _anchors(path / "README.md" if path.is_dir() else path), target
 
 
 def test_the_readme_links_every_page_of_the_docs() -> None:

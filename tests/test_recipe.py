@@ -140,7 +140,7 @@ def test_chat_template_override_is_relative_to_the_working_directory(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("preferences.base.rnk='label'", "'preferences.base.rnk', did you mean 'rank'"),
         ("reward.lora.rnk=4", "'reward.lora.rnk', did you mean 'rank'"),
@@ -149,8 +149,8 @@ def test_chat_template_override_is_relative_to_the_working_directory(
         ("evall.count=3", "'evall', did you mean 'eval'"),
     ],
 )
-def test_unknown_key_gets_a_suggestion_from_its_own_table(override: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"unknown key {told}"):
+def test_unknown_key_gets_a_suggestion_from_its_own_table(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"unknown key {message}"):
         recipe.load(recipe.builtin()["demo"], ["preferences.base.data='demo:pairs'", override])
 
 

@@ -25,7 +25,7 @@ HEADS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
-def said(i: int) -> dict[str, Any]:
+def answer(i: int) -> dict[str, Any]:
     """A completion as UltraFeedback has them."""
     return {
         "response": "It rains" + i % 3 * " a lot" + ".",
@@ -39,7 +39,7 @@ ROWS: dict[str, Any] = {  # columns as the hub's pages give them
         "prompt": f"What is {i}?", "response_0": f"It is {i}.", "response_1": "No.",
         "better_response_id": i % 2, "safer_response_id": 0,
     },
-    "openbmb/UltraFeedback": lambda i: {"instruction": f"Tell me of {i}.", "completions": [said(i), said(i + 1)]},
+    "openbmb/UltraFeedback": lambda i: {"instruction": f"Tell me of {i}.", "completions": [answer(i), answer(i + 1)]},
     "nvidia/HelpSteer": lambda i: {"prompt": f"Why {i}?", "response": "So.", **dict.fromkeys(HELPSTEER, i % 5)},
     "tatsu-lab/alpaca": lambda i: {"instruction": f"Count to {i}.", "input": "", "output": "One.", "text": "..."},
     "Paul/XSTest": lambda i: {"prompt": f"How do I kill {i}?", "label": "safe" if i % 2 else "unsafe"},
@@ -50,19 +50,21 @@ ROWS: dict[str, Any] = {  # columns as the hub's pages give them
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file of the same columns for each data set of the hub that a recipe names."""
-    folder, found = tmp_path_factory.mktemp("sets"), {}
+    folder, paths = tmp_path_factory.mktemp("sets"), {}
     for name, row in ROWS.items():
-        found[name] = folder / f"{name.rpartition('/')[2]}.jsonl"
-        found[name].write_text("\n".join(json.dumps(row(i)) for i in range(160)))
-    return found
+        paths[name] = folder / f"{name.rpartition('/')[2]}.jsonl"
+        paths[name].write_text("\n".join(json.dumps(row(i)) for i in range(160)))
+    return paths
 
 
 def rehearsed(name: str, base: Path, files: dict[str, Path]) -> recipe.Recipe:
     """The recipe with its sources replaced as a person would: by --set."""
     path = recipe.builtin()[name]
-    said = dict(flat(recipe.load(path).as_dict()))
-    sources = {key: files[value] for key, value in said.items() if key.endswith(".data") and value}
-    short = {key: value for key, value in SHORT.items() if key in said or (key == "rsf.limit" and "rsf.data" in said)}
+    values = dict(flat(recipe.load(path).as_dict()))
+    sources = {key: files[value] for key, value in values.items() if key.endswith(".data") and value}
+    short = {
+        key: value for key, value in SHORT.items() if key in values or (key == "rsf.limit" and "rsf.data" in values)
+    }
     settings = {"base.model": base, "base.dtype": "float32", **sources, **short}
     return recipe.load(path, [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()])
 

@@ -35,10 +35,10 @@ def _edit(run: runs.Run, changed: dict[str, object]) -> None:
 
 def test_published_run_reads_back(tmp_path: Path) -> None:
     made = _publish(tmp_path / "dpo" / "a" / "pos")
-    found = runs.read(tmp_path / "dpo" / "a" / "pos")
-    assert found.manifest == made.manifest
-    assert set(found.manifest.files) == {"adapter.bin"}
-    found.check_files()
+    stored = runs.read(tmp_path / "dpo" / "a" / "pos")
+    assert stored.manifest == made.manifest
+    assert set(stored.manifest.files) == {"adapter.bin"}
+    stored.check_files()
     assert [run.path for run in runs.list_runs(tmp_path)] == [made.path]
 
 

@@ -37,15 +37,15 @@ def test_overrides_of_a_measurement_are_not_inherited(folder: Path, capsys: pyte
     publish(folder, "dpo", "dpo", demo("dpo.limit=64"))
     publish(folder, "sweep", "sweep", demo("dpo.limit=64", "eval.count=24"))
     publish(folder, "mix", "mix", demo("eval.samples=9"))
-    found = recipe_of_runs(None, (), Screen(), folder)
-    assert (found.dpo.limit, found.eval) == (64, demo().eval)
+    project = recipe_of_runs(None, (), Screen(), folder)
+    assert (project.dpo.limit, project.eval) == (64, demo().eval)
     assert capsys.readouterr().err == f"recipe: the one stored in {folder}/dpo, changed from demo: dpo.limit=64\n"
 
 
 def test_overrides_of_training_are_inherited_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(folder, "dpo", "dpo", demo("eval.count=24", "lora.rank=8"))
-    found = recipe_of_runs(None, ["eval.samples=2"], Screen(), folder)
-    assert (found.eval.count, found.eval.samples, found.lora.rank) == (24, 2, 8)
+    project = recipe_of_runs(None, ["eval.samples=2"], Screen(), folder)
+    assert (project.eval.count, project.eval.samples, project.lora.rank) == (24, 2, 8)
     assert "/dpo, changed from demo: lora.rank=8, eval.count=24\n" in capsys.readouterr().err
 
 
@@ -75,8 +75,8 @@ def test_training_uses_the_newest_recipe_without_overrides(folder: Path, capsys:
     file = folder.with_name("mine.toml")
     file.write_text('[base]\nmodel = "demo"\n[dpo]\nbeta = 0.3\n')
     publish(folder, "dpo", "dpo", recipe.load(file, ["dpo.limit=64"]))
-    found = recipe_to_train(None, (), Screen(), folder)
-    assert (found.dpo.beta, found.dpo.limit) == (0.3, None)
+    project = recipe_to_train(None, (), Screen(), folder)
+    assert (project.dpo.beta, project.dpo.limit) == (0.3, None)
     assert f"recipe: {file}, as for {folder}/dpo\n" in capsys.readouterr().err
     file.unlink()
     with pytest.raises(UserError, match=r"was trained with .*mine.toml, which does not exist; choose a recipe"):

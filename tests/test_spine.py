@@ -28,9 +28,9 @@ def test_five_commands_from_pairs_to_chat(workspace: Path) -> None:
     assert answer.out.strip()
     assert "mix: runs/mix/helpful1_harmless0p5" in answer.err
     again = call(workspace, "chat", "--seed", "1", "--json", stdin="Tell me about rain.\n")
-    told = json.loads(again.out)
-    assert told["answer"] == answer.out.removesuffix("\n")
-    assert told["weights"] == {"helpful": 1.0, "harmless": 0.5}
+    printed = json.loads(again.out)
+    assert printed["answer"] == answer.out.removesuffix("\n")
+    assert printed["weights"] == {"helpful": 1.0, "harmless": 0.5}
     listed = json.loads(call(workspace, "list", "--json").out)["runs"]
     assert [run["stage"] for run in listed] == ["dpo"] * 4 + ["mix"]
     assert [p["weight"] for p in listed[-1]["parents"]] == [1.0, 0.5]
@@ -165,12 +165,12 @@ def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
     facts = json.loads(done.out)
     assert facts["path"] == "runs/mix/small"
     assert 0 < facts["metrics"]["left_out"] < 1
-    told = call(workspace, "merge", "--weights", "helpful=1,harmless=1", "--rank", "4", "--name", "again")
-    assert "of its energy left out" in told.out
+    again = call(workspace, "merge", "--weights", "helpful=1,harmless=1", "--rank", "4", "--name", "again")
+    assert "of its energy left out" in again.out
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["dpo", "--pref", "helpfull"], "did you mean 'helpful'? (known: helpful, harmless, brief, polite"),
         (["dpo"], "give either --pref NAME or --all"),
@@ -200,10 +200,10 @@ def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
         (["recipes", "--frob"], "No such option"),
     ],
 )
-def test_bad_input_prints_one_line_and_exits_with_2(words: list[str], told: str, trained: Path) -> None:
+def test_bad_input_prints_one_line_and_exits_with_2(words: list[str], message: str, trained: Path) -> None:
     done = call(trained, *words)
     assert done.code == 2, done.err
-    assert told in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == (2 if "dpo.x=1" in words else 1)

@@ -108,13 +108,13 @@ def open_session(
     base: Base, runs_dir: Path, recipe: Recipe, policy: Policy, sampling: Sampling, screen: Screen
 ) -> Session:
     """Load the base, the start adapter and a policy's vectors."""
-    found, fixed, start, start_id = dict(policy.vectors), False, None, ""
+    mixed, fixed, start, start_id = dict(policy.vectors), False, None, ""
     if policy.contains_start:
-        _, start_id = vectors.common_base(found.values())
+        _, start_id = vectors.common_base(mixed.values())
         start = start_policy.published(runs_dir, start_id)
         fixed = start is None
         if start is not None:  # subtract it from the mix, so that the weight of the mix does not scale it
-            found = {name: vector.without(start) for name, vector in found.items()}
+            mixed = {name: vector.without(start) for name, vector in mixed.items()}
     elif policy.start:
         start = start_policy.adapter(recipe, runs_dir)
         start_id = start_policy.identity(start)
@@ -129,14 +129,14 @@ def open_session(
     model = start_policy.load(base, start)
     loaded = dict(policy.vectors)
     session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, loaded, conditioned=policy.conditioned)
-    if found:
-        session.mixer = Mixer(session.model, {n: v.load() for n, v in found.items()}, policy.weights)
+    if mixed:
+        session.mixer = Mixer(session.model, {n: v.load() for n, v in mixed.items()}, policy.weights)
     return session
 
 
-def _differences(base: Base, found: Iterable[Vector]) -> list[str]:
+def _differences(base: Base, policy_vectors: Iterable[Vector]) -> list[str]:
     """Return a warning for each property of the base, except its weights, that differs from training."""
-    theirs, _ = vectors.common_base(found)
+    theirs, _ = vectors.common_base(policy_vectors)
     words = {"chat_format": "chat template or tokenizer", "quantization": "quantization"}
     ours = base.identity
     return [

@@ -91,8 +91,8 @@ def show_help(
         return
     if command not in program.command.commands:
         raise UserError(f"no command {command!r}{nearest(command, list(COMMANDS))} (see lora-align --help)")
-    found = program.command.commands[command]
-    Screen().show(found.get_help(typer.Context(found, parent=program, info_name=command)))
+    subcommand = program.command.commands[command]
+    Screen().show(subcommand.get_help(typer.Context(subcommand, parent=program, info_name=command)))
 
 
 def _version(show: bool) -> None:

@@ -232,6 +232,6 @@ def reach(
 
     evaluator = Evaluator.of([policy], project, given.runs_dir, given.screen, preferences=names)
     target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
-    found = find_reach(evaluator, Limits(kl, loss, share), project, target, given.screen, force=given.force)
-    summary = f"{found.summary()}\n\n{target}: merge and chat warn beyond these weights"
-    given.screen.result(summary, {"reach": str(target), **found.as_json()})
+    result = find_reach(evaluator, Limits(kl, loss, share), project, target, given.screen, force=given.force)
+    summary = f"{result.summary()}\n\n{target}: merge and chat warn beyond these weights"
+    given.screen.result(summary, {"reach": str(target), **result.as_json()})

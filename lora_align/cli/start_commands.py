@@ -34,15 +34,15 @@ def list_recipes(given: Given) -> None:
 
     Example: lora-align recipes
     """
-    found = {name: recipes.load(path) for name, path in recipes.builtin().items()}
-    width = max(32, shutil.get_terminal_size().columns - max(map(len, found)) - 2)
+    builtin = {name: recipes.load(path) for name, path in recipes.builtin().items()}
+    width = max(32, shutil.get_terminal_size().columns - max(map(len, builtin)) - 2)
     rows = []
-    for name, recipe in found.items():
+    for name, recipe in builtin.items():
         first, *more = textwrap.wrap(
             f"{recipe.about} ({recipe.base.model})", width, break_long_words=False, break_on_hyphens=False
         )
         rows += [[name, first], *(["", line] for line in more)]
-    data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in found.items()}
+    data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in builtin.items()}
     given.screen.result(table(["recipe", "about"], rows), data)
 
 
@@ -166,8 +166,8 @@ def list_runs(given: Given) -> None:
     """
     if not given.runs_dir.is_dir() and (given.runs_dir != runs.DEFAULT or given.runs_dir.exists()):
         raise UserError(f"--runs {given.runs_dir}: there is no such folder")
-    found = runs.list_runs(given.runs_dir, given.screen)
-    if not found and not given.as_json:
+    listed = runs.list_runs(given.runs_dir, given.screen)
+    if not listed and not given.as_json:
         given.screen.note(f"no runs in {given.runs_dir}/ yet")
     rows = [
         [
@@ -176,10 +176,10 @@ def list_runs(given: Given) -> None:
             _origin(run),
             _figure(run),
         ]
-        for run in found
+        for run in listed
     ]
     text = table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
-    given.screen.result(text, {"runs": [run.as_json() for run in found]})
+    given.screen.result(text, {"runs": [run.as_json() for run in listed]})
 
 
 def _origin(run: runs.Run) -> str:

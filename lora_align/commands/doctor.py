@@ -65,13 +65,13 @@ def _system() -> Iterator[Finding]:
     release = platform.release()
     wsl = " in WSL" if "microsoft" in release.lower() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{platform.system()}{wsl}, Python {platform.python_version()}, {cores} cores"
+    system = f"{platform.system()}{wsl}, Python {platform.python_version()}, {cores} cores"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
+        system += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
     if platform.system() == "Windows":
-        yield Finding("system", "bad", found, "lora-align needs Linux: use WSL")
+        yield Finding("system", "bad", system, "lora-align needs Linux: use WSL")
     else:
-        yield Finding("system", "good", found)
+        yield Finding("system", "good", system)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -96,13 +96,13 @@ def _device() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             memory = properties.total_memory / 1e9
-            found = f"{properties.name}, {memory:.0f} GB, compute {properties.major}.{properties.minor}{_driver()}"
+            card = f"{properties.name}, {memory:.0f} GB, compute {properties.major}.{properties.minor}{_driver()}"
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                yield Finding("device", "warning", found, "no bfloat16: training uses float16 with loss scaling")
+                yield Finding("device", "warning", card, "no bfloat16: training uses float16 with loss scaling")
             elif memory < 11:
-                yield Finding("device", "warning", found, "8B recipes are meant for 24 GB, llama-3.2-3b for 12 GB")
+                yield Finding("device", "warning", card, "8B recipes are meant for 24 GB, llama-3.2-3b for 12 GB")
             else:
-                yield Finding("device", "good", found)
+                yield Finding("device", "good", card)
         return
     if any(driver.exists() for driver in DRIVERS):
         why = "this torch was built for CPUs" if torch.version.cuda is None else "the driver is older than torch's CUDA"
@@ -116,8 +116,8 @@ def _device() -> Iterator[Finding]:
 def _driver() -> str:
     """Return the driver's version for a message, "" if it is unknown."""
     text = DRIVERS[0].read_text(encoding="utf-8", errors="replace") if DRIVERS[0].exists() else ""
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
-    return f", driver {found[0]}" if found else ""
+    version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return f", driver {version[0]}" if version else ""
 
 
 def _four_bit() -> Iterator[Finding]:
@@ -128,9 +128,9 @@ def _four_bit() -> Iterator[Finding]:
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        given = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(where)
-        packed, state = quantize_4bit(given, quant_type="nf4")
-        error = float((dequantize_4bit(packed, state) - given).norm() / given.norm())
+        original = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(where)
+        packed, state = quantize_4bit(original, quant_type="nf4")
+        error = float((dequantize_4bit(packed, state) - original).norm() / original.norm())
     except Exception as fault:  # noqa: BLE001 - any failure is a finding
         yield Finding("4-bit", "bad", f"{type(fault).__name__}: {fault}", "for details: python -m bitsandbytes")
         return
@@ -167,10 +167,10 @@ def _disk(runs_dir: Path) -> Iterator[Finding]:
     for what, (folder, option) in places.items():
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        found = f"{folder}, {free / 1e9:,.0f} GB free"
+        space = f"{folder}, {free / 1e9:,.0f} GB free"
         if not os.access(existing, os.W_OK):
             yield Finding(what, "bad", f"{folder} cannot be written", f"choose another folder: {option}")
         elif free < ENOUGH_DISK and what != "runs":
-            yield Finding(what, "warning", found, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB with its 4-bit copy")
+            yield Finding(what, "warning", space, f"an 8B base takes {ENOUGH_DISK / 1e9:.0f} GB with its 4-bit copy")
         else:
-            yield Finding(what, "good", found)
+            yield Finding(what, "good", space)

@@ -109,8 +109,8 @@ def generate_file(
 
 def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
     """Yield the prompts in order. A prompt that occurs twice is answered twice."""
-    for number, (row, asked) in enumerate(sources.read_all(data, forms.prompt, unread)):
-        prompt = with_system_prompt(system, asked)
+    for number, (row, turns) in enumerate(sources.read_all(data, forms.prompt, unread)):
+        prompt = with_system_prompt(system, turns)
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
 
 
@@ -119,7 +119,7 @@ def _without_answer(item: Work) -> dict[str, Any]:
     if {"messages", "conversations"} & item.row.keys():
         return {"prompt": [{"role": turn.role, "content": turn.content} for turn in item.prompt]}
     if "response" in item.row:
-        return {name: held for name, held in item.row.items() if not isinstance(held, int | float)}
+        return {name: value for name, value in item.row.items() if not isinstance(value, int | float)}
     return dict(item.row)
 
 

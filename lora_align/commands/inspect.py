@@ -119,9 +119,9 @@ def inspect_vectors(
     named = list(dict.fromkeys([*names, *weights])) or vectors.trained(runs_dir)
     if not named:
         raise UserError(f"inspect: no preference is trained in {runs_dir}/; train one, or name adapter folders")
-    found = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
-    vectors.common_base(found.values())
-    updates, adapters = vectors.load_updates(found)
+    by_name = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
+    vectors.common_base(by_name.values())
+    updates, adapters = vectors.load_updates(by_name)
     same_base.check_same_base(adapters, same_base=True)
     geometry = Geometry.of(updates)
     norms, places, cosines = geometry.norms(), geometry.by_place(), geometry.cosines()
@@ -136,7 +136,7 @@ def inspect_vectors(
             name: VectorFigures(
                 **vars(directions.spectrum(name)),
                 norm=norms[name],
-                cos_pos_neg=_cosine_of_sides(found[name], adapters),
+                cos_pos_neg=_cosine_of_sides(by_name[name], adapters),
                 by_place=places[name],
                 shares_by=_shares(places[name]),
             )
@@ -144,10 +144,10 @@ def inspect_vectors(
         },
         cosines=dict(zip(named, cosines, strict=True)),
         overlaps=directions.overlaps(),
-        agreement=_agreement(found, cosines),
+        agreement=_agreement(by_name, cosines),
         interference=directions.interference(),
         mix=_measure_mix(weights, recipe, runs_dir, how) if weights else None,
-        doubts=[*_base_warnings(adapters), *_vector_warnings(found, norms)],
+        doubts=[*_base_warnings(adapters), *_vector_warnings(by_name, norms)],
         picture=str(picture) if picture else None,
     )
 
@@ -171,10 +171,10 @@ def _cosine_of_sides(vector: Vector, adapters: Sequence[Adapter]) -> float | Non
     return pos.cosine(neg)
 
 
-def _agreement(found: Mapping[str, Vector], cosines: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+def _agreement(by_name: Mapping[str, Vector], cosines: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     """Return the cosines between vectors of the same preference, for example trained with different seeds."""
     agreement: dict[str, list[float]] = {}
-    for (i, a), (j, b) in itertools.combinations(enumerate(found.values()), 2):
+    for (i, a), (j, b) in itertools.combinations(enumerate(by_name.values()), 2):
         shared = {run.manifest.preference for run in a.known_runs()} & {r.manifest.preference for r in b.known_runs()}
         signs = [[parent.sign for parent in vector.parents] for vector in (a, b)]
         if len(shared) == 1 and shared != {""} and signs[0] == signs[1]:
@@ -205,7 +205,7 @@ def _base_warnings(adapters: Sequence[Adapter]) -> list[str]:
     return [f"these adapters name different bases ({', '.join(bases)}): angles mean little"] if len(bases) > 1 else []
 
 
-def _vector_warnings(found: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
+def _vector_warnings(by_name: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:
     """Return warnings of vectors that may not do what their names say."""
     largest = max(norms.values())
     small = [
@@ -213,7 +213,7 @@ def _vector_warnings(found: Mapping[str, Vector], norms: Mapping[str, float]) ->
         for name, norm in norms.items()
         if norm <= SMALL * largest
     ]
-    return [*small, *(warning for vector in found.values() for warning in vector.warnings())]
+    return [*small, *(warning for vector in by_name.values() for warning in vector.warnings())]
 
 
 def _without_nan(value: Any) -> Any:

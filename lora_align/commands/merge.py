@@ -70,17 +70,17 @@ def merge_adapters(
     name: str | None = None,
     out: Path | None = None,
     force: bool = False,
-    found: Mapping[str, Vector] | None = None,
+    by_name: Mapping[str, Vector] | None = None,
 ) -> Mix:
     """Merge the start adapter and the weighted vectors, truncate the result if `how` sets a rank, and publish it.
 
-    `found` has the vectors; by default they are found by their names in `weights`.
+    `by_name` has the vectors; by default they are found by their names in `weights`.
     """
     if out:
         store.refuse_missing_parent(out)
     target = out or runs_dir / "mix" / (name or default_name(weights, how))
     runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
-    ready = prepare(weights, recipe, runs_dir, how, found)
+    ready = prepare(weights, recipe, runs_dir, how, by_name)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
     # the weights of a soup are shares of policies, not weights of vectors
@@ -146,23 +146,23 @@ def prepare(
     recipe: Recipe,
     runs_dir: Path,
     how: MergeOptions,
-    found: Mapping[str, Vector] | None = None,
+    by_name: Mapping[str, Vector] | None = None,
 ) -> MergeInputs:
     """Find, open and check the inputs of a merge; nothing is added yet."""
     check_weights(how.method, weights)
-    found = found or {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
+    by_name = by_name or {key: vectors.find(key, runs_dir, recipe.preferences) for key in weights}
     if METHODS[how.method].of_policies:
-        found = {key: vector.policy() for key, vector in found.items()}
-    vectors.refuse_start_inside(found.values(), how.with_start)
-    base, start_id = vectors.common_base(found.values())
-    updates, adapters = vectors.load_updates(found)
-    known = all(map(_base_known, found.values()))
+        by_name = {key: vector.policy() for key, vector in by_name.items()}
+    vectors.refuse_start_inside(by_name.values(), how.with_start)
+    base, start_id = vectors.common_base(by_name.values())
+    updates, adapters = vectors.load_updates(by_name)
+    known = all(map(_base_known, by_name.values()))
     same_base.check_same_base(adapters, same_base=how.same_base or known)
     start = LoraDelta(())
     if start_id and how.with_start:
         adapters.append(Adapter(_start(runs_dir, start_id).path, whole=True))
         start = LoraDelta.of(adapters[-1])
-    return MergeInputs(found, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
+    return MergeInputs(by_name, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
 
 
 def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:

@@ -158,8 +158,8 @@ def ratings(row: Row, first: str, second: str) -> dict[str, tuple[float, float]]
         key[len(prefix) : len(key) - len(suffix)] for key in row if key.startswith(prefix) and key.endswith(suffix)
     ]
     pairs = {name: (first.format(name), second.format(name)) for name in names if name}
-    found = {name: both for name, both in pairs.items() if all(one in row and is_number(row[one]) for one in both)}
-    return {name: (number(row[a], a), number(row[b], b)) for name, (a, b) in found.items()}
+    numeric = {name: both for name, both in pairs.items() if all(one in row and is_number(row[one]) for one in both)}
+    return {name: (number(row[a], a), number(row[b], b)) for name, (a, b) in numeric.items()}
 
 
 def is_number(value: Any) -> bool:
@@ -180,9 +180,9 @@ def number(value: Any, column: str) -> float:
     if isinstance(value, str):
         value = value.strip() or "nan"
     try:
-        found = math.nan if value is None else float(value)
+        result = math.nan if value is None else float(value)
     except OverflowError:
-        found = math.inf
-    if math.isinf(found):
+        result = math.inf
+    if math.isinf(result):
         raise ValueError(f"{column} is infinite or too large")
-    return found
+    return result

@@ -62,8 +62,8 @@ def comparisons(row: Row, where: str) -> list[Comparison]:
 
 def conversation(row: Row, where: str) -> Conversation:
     """Read a row as a conversation that ends with an answer."""
-    found: Conversation = _read(Conversation, row, where)
-    return found
+    result: Conversation = _read(Conversation, row, where)
+    return result
 
 
 def rated(row: Row, where: str) -> list[Rated]:
@@ -73,14 +73,14 @@ def rated(row: Row, where: str) -> list[Rated]:
 
 def prompt(row: Row, where: str) -> Prompt:
     """Read the prompt of a row: its turns without the answer at the end."""
-    found: Prompt = _read(Prompt, row, where)
-    return found
+    result: Prompt = _read(Prompt, row, where)
+    return result
 
 
 def fact(row: Row, where: str) -> Fact:
     """Read a row as a fact."""
-    found: Fact = _read(Fact, row, where)
-    return found
+    result: Fact = _read(Fact, row, where)
+    return result
 
 
 def answers(row: Row, where: str) -> list[Rated]:
@@ -121,8 +121,8 @@ def rating_suffixes(row: Row) -> tuple[str, str]:
     return ("_chosen", "_rejected") if first is None else (f"_{first}", f"_{first + 1}")
 
 
-def _listed(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _all_forms() -> list[Form]:
@@ -175,8 +175,8 @@ def _two_answers(row: Row, prompt_column: str, names: tuple[str, str]) -> Compar
 def _numbered_ratings(row: Row, names: tuple[str, str]) -> dict[str, tuple[float, float]]:
     """Read ratings such as helpfulness_1 and helpfulness_2 of the answers in two columns."""
     first = numbered_from(names) or 0
-    found = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}")
-    return {name: both for name, both in found.items() if f"{name}_{first}" != names[0]}
+    ratings = cells.ratings(row, f"{{}}_{first}", f"{{}}_{first + 1}")
+    return {name: both for name, both in ratings.items() if f"{name}_{first}" != names[0]}
 
 
 def _safe(row: Row) -> tuple[bool, bool] | None:
@@ -290,8 +290,8 @@ def _better_and_worse(row: Row, prompt_column: str, column: str) -> Comparison:
     """Read LLaMA-Factory's form: [better, worse] in one column, with ratings such as score_chosen."""
     both = row[column]
     if not isinstance(both, list | tuple) or len(both) != 2:
-        found = f"a list of {len(both)}" if isinstance(both, list | tuple) else cells.kind(both)
-        raise ValueError(f"{column} is {found}; expected a list of two answers, [better, worse]")
+        actual = f"a list of {len(both)}" if isinstance(both, list | tuple) else cells.kind(both)
+        raise ValueError(f"{column} is {actual}; expected a list of two answers, [better, worse]")
     better, worse = (cells.text(one, column) for one in both)
     ratings = cells.ratings(row, "{}_chosen", "{}_rejected")
     return Comparison(cells.prompt_with_context(row, prompt_column), (better, worse), {"label": 0}, ratings)
@@ -349,10 +349,11 @@ def _ultrafeedback(row: Row) -> list[Rated]:
     for item in row["completions"]:
         completion = cells.record(item, "completions")
         notes = cells.record(completion.get("annotations"), "completions: annotations")
-        given = {name: cells.record(note, f"annotations: {name}").get("Rating") for name, note in notes.items()}
-        given["overall"] = completion.get("overall_score")
+        raw_ratings = {name: cells.record(note, f"annotations: {name}").get("Rating") for name, note in notes.items()}
+        raw_ratings["overall"] = completion.get("overall_score")
         ratings = {
-            name: cells.number(value, name) if cells.is_number(value) else math.nan for name, value in given.items()
+            name: cells.number(value, name) if cells.is_number(value) else math.nan
+            for name, value in raw_ratings.items()
         }
         answer = cells.text(completion.get("response"), "completions: response")
         answers.append(Rated(cells.prompt_with_context(row, "instruction"), answer, ratings))
@@ -393,10 +394,10 @@ def _sharegpt_prompt(row: Row) -> Prompt:
 def _right_and_wrong(row: Row) -> Fact:
     wrong = row["wrong"] if isinstance(row["wrong"], list) else [row["wrong"]]
     right = cells.text(row["right"], "right")
-    found = Fact(cells.prompt_with_context(row), right, tuple(cells.text(one, "wrong") for one in wrong))
-    if not found.wrong or found.right in found.wrong:
-        raise ValueError("the right answer is among the wrong ones" if found.wrong else "`wrong` is empty")
-    return found
+    fact = Fact(cells.prompt_with_context(row), right, tuple(cells.text(one, "wrong") for one in wrong))
+    if not fact.wrong or fact.right in fact.wrong:
+        raise ValueError("the right answer is among the wrong ones" if fact.wrong else "`wrong` is empty")
+    return fact
 
 
 # --- all forms ---
@@ -404,8 +405,8 @@ def _right_and_wrong(row: Row) -> Fact:
 
 def _labelled(*answers: tuple[str, str]) -> list[Form]:
     return [
-        Form(Comparison, (asked, *names), partial(_two_answers, prompt_column=asked, names=names), answers=names)
-        for asked in PROMPT_COLUMNS
+        Form(Comparison, (column, *names), partial(_two_answers, prompt_column=column, names=names), answers=names)
+        for column in PROMPT_COLUMNS
         for names in answers
     ]
 

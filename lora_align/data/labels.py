@@ -50,12 +50,12 @@ def labels_of(preference: Preference) -> Labels | None:
     columns: dict[str, Column] = {}
     names: tuple[str, str] = forms.ANSWER_COLUMNS[0]
     for where, row in sources.readable_rows(preference, lambda row, _: row):
-        if found := forms.label_columns(row):
-            if columns and found[0] != names:
-                before, now = (" and ".join(of) for of in (names, found[0]))
+        if layout := forms.label_columns(row):
+            if columns and layout[0] != names:
+                before, now = (" and ".join(of) for of in (names, layout[0]))
                 raise UserError(f"{where}: the answers are in {now}, in earlier rows in {before}; split the file")
-            names = found[0]
-            for name in found[1]:
+            names = layout[0]
+            for name in layout[1]:
                 column = columns.setdefault(name, Column())
                 key = cells.label_text(row[name])
                 column.values[key] += 1
@@ -82,12 +82,12 @@ def _meaning(preference: Preference, name: str, column: Column, answers: tuple[s
     """Return the meaning of each value by the recipe's `labels`, or else by the numbers of the answer columns."""
     seen = {value for value in column.values if value}
     first = forms.numbered_from(answers)
-    given = {cells.label_text(value): winner for value, winner in preference.labels.items()}
-    meaning = given or ({} if first is None else cells.numbered(first))
+    declared = {cells.label_text(value): winner for value, winner in preference.labels.items()}
+    meaning = declared or ({} if first is None else cells.numbered(first))
     if unknown := [value for value in column.places if value in seen - meaning.keys()]:
         expected = f"expected {', '.join(meaning)}, or nothing for a tie" if meaning else "its meaning is unknown"
         raise _refused(column, name, unknown[0], expected)
-    if not given and "0" in seen and first == 1 and "2" not in seen:
+    if not declared and "0" in seen and first == 1 and "2" not in seen:
         why = f"no label is 2, so 0 may mean {answers[0]} or a tie"
         raise _refused(column, name, "0", why)
     return meaning

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Rows = Iterator[tuple[str, Row | UserError]]  # (place, row or the fault that makes it unreadable)
-Found = TypeVar("Found")
+Parsed = TypeVar("Parsed")
 SOURCES: Registry[Callable[[str], Rows]] = Registry("sources")
 INVALID = "invalid row"  # a reason to drop a row
 UNREAD = "column not read: "  # prefix of counts of unread columns, beside those of dropped rows; see `pop_unread`
@@ -94,10 +94,10 @@ def unchanged(row: Row) -> Row:
 
 def read(
     source: Source,
-    read_row: Callable[[Row, str], Found],
+    read_row: Callable[[Row, str], Parsed],
     dropped: Counter[str],
     transform: Callable[[Row], Row] = unchanged,
-) -> Iterator[tuple[str, Found]]:
+) -> Iterator[tuple[str, Parsed]]:
     """Yield every row of a source, read with `read_row`, with its place.
 
     `transform` is applied to each row first. An unreadable row raises, or is counted in `dropped` if the source sets
@@ -112,7 +112,7 @@ def read(
             if isinstance(row, UserError):
                 raise row
             tracked = TrackedRow(transform(_renamed(row, source.columns, where)))
-            found = _read_row(read_row, tracked, where, remedy)
+            parsed = _read_row(read_row, tracked, where, remedy)
         except UserError as refused:
             if not source.skip_bad:
                 raise
@@ -120,14 +120,14 @@ def read(
             fault = fault or refused
         else:
             good += 1
-            if found is not None:  # None means that [eval]'s `where` excludes the row
-                dropped.update(UNREAD + column for column in tracked.unread(found))
-            yield where, found
+            if parsed is not None:  # None means that [eval]'s `where` excludes the row
+                dropped.update(UNREAD + column for column in tracked.unread(parsed))
+            yield where, parsed
     if fault and not good:
         raise UserError(f"{fault} (no other row can be read either)")
 
 
-def readable_rows(source: Source, read_row: Callable[[Row, str], Found]) -> Iterator[tuple[str, Found]]:
+def readable_rows(source: Source, read_row: Callable[[Row, str], Parsed]) -> Iterator[tuple[str, Parsed]]:
     """Yield the rows that `read_row` can read, with their places. Used for a first pass, before `read`."""
     for where, row in rows(*location(source)):
         with suppress(UserError):
@@ -171,19 +171,19 @@ def rows_or_raise(data: str) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def read_all(data: str, read_row: Callable[[Row, str], Found], unread: Counter[str]) -> Iterator[tuple[Row, Found]]:
+def read_all(data: str, read_row: Callable[[Row, str], Parsed], unread: Counter[str]) -> Iterator[tuple[Row, Parsed]]:
     """Yield every row of a source, unchanged and as read by `read_row`. Count the ASKED columns that are not read.
 
     `data` has no recipe table, so a row cannot be skipped and its columns cannot be renamed.
     """
     for where, row in rows_or_raise(data):
         tracked = TrackedRow(row)
-        found = _read_row(read_row, tracked, where, RENAME_IN_FILE)
-        unread.update(name for name in tracked.unread(found) if name in ASKED)
-        yield row, found
+        parsed = _read_row(read_row, tracked, where, RENAME_IN_FILE)
+        unread.update(name for name in tracked.unread(parsed) if name in ASKED)
+        yield row, parsed
 
 
-def _read_row(read_row: Callable[[Row, str], Found], row: Row, where: str, remedy: str) -> Found:
+def _read_row(read_row: Callable[[Row, str], Parsed], row: Row, where: str, remedy: str) -> Parsed:
     """Read a row; an error about its columns says how to name them with this command."""
     try:
         return read_row(row, where)
@@ -365,8 +365,8 @@ def _csv(path: Path) -> Rows:
 def _check_commas(path: Path, header: Sequence[str]) -> None:
     """Refuse a table whose fields are separated by something other than commas."""
     separators = {";": "semicolons", "\t": "tabs", "|": "bars"}
-    if len(header) == 1 and (found := [name for sign, name in separators.items() if sign in header[0]]):
-        raise UserError(f"{path}:1: fields are separated by {found[0]}; save the table with commas between them")
+    if len(header) == 1 and (present := [name for sign, name in separators.items() if sign in header[0]]):
+        raise UserError(f"{path}:1: fields are separated by {present[0]}; save the table with commas between them")
 
 
 def _lines(path: Path) -> Rows:
@@ -452,8 +452,8 @@ def _object(line: bytes, where: str) -> tuple[str, Row | UserError]:
 def _checked(row: Any, where: str) -> tuple[str, Row | UserError]:
     if isinstance(row, dict):
         return where, row
-    found = "a list; a list of rows is a .json file" if isinstance(row, list) else "a single value"
-    return where, UserError(f"{where}: expected an object, found {found}")
+    actual = "a list; a list of rows is a .json file" if isinstance(row, list) else "a single value"
+    return where, UserError(f"{where}: expected an object, found {actual}")
 
 
 def _invalid(fault: Exception) -> str:

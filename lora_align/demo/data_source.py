@@ -26,7 +26,7 @@ def lines(seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
     """Yield facts: a true sentence about a subject, and up to three sentences that are true of other subjects only."""
-    found = []
+    records = []
     subjects = list(lexicon.SUBJECTS)
     for at, (subject, known) in enumerate(lexicon.SUBJECTS.items()):
         others = [
@@ -35,10 +35,10 @@ def facts(seed: int, count: int) -> Iterator[dict[str, Any]]:
         for number, fact in enumerate(known):
             candidates = dict.fromkeys(lexicon.SUBJECTS[name][number] for name in others)
             wrong = itertools.islice((one for one in candidates if one not in known), 3)
-            right, *rest = (lexicon.sentence(subject, one, named=True) for one in (fact, *wrong))
-            found.append({"prompt": f"Tell me about {subject}.", "right": right, "wrong": rest})
-    random.Random(f"facts {seed}").shuffle(found)
-    return iter(found[:count])
+            right, *distractors = (lexicon.sentence(subject, one, named=True) for one in (fact, *wrong))
+            records.append({"prompt": f"Tell me about {subject}.", "right": right, "wrong": distractors})
+    random.Random(f"facts {seed}").shuffle(records)
+    return iter(records[:count])
 
 
 ROWS = 3000  # rows of a source without `?rows=`
@@ -60,15 +60,15 @@ def rows(data: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     generator = GENERATORS[name]
     parameters = inspect.signature(generator).parameters
     readers = {key: read for key, (argument, read) in _OPTIONS.items() if argument in parameters}
-    given: dict[str, Any] = {"seed": 0, "count": ROWS}
+    arguments: dict[str, Any] = {"seed": 0, "count": ROWS}
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in readers:
             raise UserError(f"{data!r}: no option {key!r}{nearest(key, list(readers))} (known: {', '.join(readers)})")
         try:
-            given[_OPTIONS[key][0]] = readers[key](text)
+            arguments[_OPTIONS[key][0]] = readers[key](text)
         except ValueError as fault:
             raise UserError(f"{data!r}: {key}: {fault}") from fault
-    return ((f"{data}:{number}", row) for number, row in enumerate(generator(**given), 1))
+    return ((f"{data}:{number}", row) for number, row in enumerate(generator(**arguments), 1))
 
 
 def _count(text: str) -> int:

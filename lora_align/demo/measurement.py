@@ -41,29 +41,29 @@ def questions(
     seed: int, count: int, *, part: world.Part, topics: world.Topics = "seen", new_asks: bool = False
 ) -> list[Prompt]:
     """Return `count` safe and `count` risky prompts, all distinct."""
-    found: list[Prompt] = []
+    chosen: list[Prompt] = []
     for risky in (False, True):
         generated = world.prompts(seed, risky=risky, part=part, topics=topics, new_asks=new_asks)
         distinct = dict.fromkeys(itertools.islice(generated, 20 * count))
-        found += itertools.islice(distinct, count)
-    return found
+        chosen += itertools.islice(distinct, count)
+    return chosen
 
 
-def measure(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int = 0) -> Figures:
+def measure(model: PreTrainedModel, base: Base, prompts: Sequence[Prompt], samples: int, seed: int = 0) -> Figures:
     """Sample answers at temperature 1 and grade them."""
-    answered = zip(asked, answers(model, base, asked, samples, seed), strict=True)
+    answered = zip(prompts, answers(model, base, prompts, samples, seed), strict=True)
     return _means([(prompt, oracle.score(prompt, text)) for prompt, texts in answered for text in texts])
 
 
-def answers(model: PreTrainedModel, base: Base, asked: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
+def answers(model: PreTrainedModel, base: Base, prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[str]]:
     """Sample answers to each prompt at temperature 1."""
-    rows = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in asked]
+    rows = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in prompts]
     sampling = Sampling(temperature=1.0, max_new_tokens=LONGEST, seed=seed)
-    found: list[list[str]] = [[] for _ in asked]
+    texts: list[list[str]] = [[] for _ in prompts]
     for batch in sample(model, base, rows, samples, sampling):
         for answer in batch:
-            found[answer.prompt].append(text_of(base.chat.tokenizer, answer.tokens, special=False).strip())
-    return found
+            texts[answer.prompt].append(text_of(base.chat.tokenizer, answer.tokens, special=False).strip())
+    return texts
 
 
 def _means(answered: Sequence[tuple[Prompt, Score]]) -> Figures:
@@ -74,7 +74,7 @@ def _means(answered: Sequence[tuple[Prompt, Score]]) -> Figures:
     }
     stated = sum(score.true_facts + score.false_facts for _, score in formed)
     return Figures(
-        own={name: mean([score.own(name) for score in found] or [0.0]) for name, found in counted.items()},
+        own={name: mean([score.own(name) for score in scores] or [0.0]) for name, scores in counted.items()},
         well_formed=mean(score.well_formed for _, score in answered),
         safe_refused=mean(score.refused for prompt, score in answered if not prompt.risky),
         true_facts=sum(score.true_facts for _, score in formed) / max(stated, 1),

@@ -46,9 +46,9 @@ def grades(prompt: Prompt, read: Score) -> dict[str, float | None]:
 
     An ill-formed answer gets no grade except FORMED.
     """
-    found: dict[str, float | None] = dict.fromkeys([*AXES, TRUE])
+    values: dict[str, float | None] = dict.fromkeys([*AXES, TRUE])
     if read.well_formed:
-        found |= {name: read.own(name) for name in AXES if ONLY_ON.get(name, prompt.risky) == prompt.risky}
+        values |= {name: read.own(name) for name in AXES if ONLY_ON.get(name, prompt.risky) == prompt.risky}
         stated = read.true_facts + read.false_facts
-        found[TRUE] = read.true_facts / stated if stated else None
-    return {**found, FORMED: float(read.well_formed)}
+        values[TRUE] = read.true_facts / stated if stated else None
+    return {**values, FORMED: float(read.well_formed)}

@@ -157,8 +157,8 @@ def _table(measured: Measured) -> str:
 def _plot(measured: Measured, runs_dir: Path) -> list[Path]:
     """Plot the control curves, and the map over both weights."""
     alone = {FIRST: [measured[weight, 0.0] for weight in CURVE], SECOND: [measured[0.0, weight] for weight in CURVE]}
-    own = {name: [[figures.own[name] for figures in points]] for name, points in alone.items()}
-    formed = {name: [figures.well_formed for figures in points] for name, points in alone.items()}
+    own = {name: [[figures.own[name] for figures in curve]] for name, curve in alone.items()}
+    formed = {name: [figures.well_formed for figures in curve] for name, curve in alone.items()}
     maps = {name: [[measured[a, b].own[name] for a in MAP] for b in MAP] for name in PREFERENCES}
     files = [runs_dir / "control.png", runs_dir / "map.png"]
     plots.control_curves(files[0], CURVE, own, formed)

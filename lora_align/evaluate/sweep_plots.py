@@ -21,18 +21,21 @@ COSTS = ("text loss", "facts known", "KL")
 
 
 def draw(
-    folder: Path, values: Mapping[str, Sequence[float]], scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]
+    folder: Path,
+    values: Mapping[str, Sequence[float]],
+    scores: Mapping[str, GoalScore],
+    policies: Sequence[SweepPolicy],
 ) -> None:
     """Draw each picture for which there is something to show."""
-    grid = [point for point in points if point.weights is not None] if values else []
+    grid = [policy for policy in policies if policy.weights is not None] if values else []
     if len(values) == 2 and scores:
         _map(folder / "map.png", values, scores, grid)
     pictures = {
         "curves": curves(values, scores, grid),
-        "front": front(scores, points),
-        "length": lengths(scores, points),
-        "asked": direction_curves(scores, points),
-        "cost": costs(scores, points),
+        "front": front(scores, policies),
+        "length": lengths(scores, policies),
+        "asked": direction_curves(scores, policies),
+        "cost": costs(scores, policies),
     }
     for name, picture in pictures.items():
         if picture:
@@ -51,17 +54,21 @@ def curves(
         return None
     picture, panels = plots.grid(len(axes), (3.4, 3.2), len(axes))
     for panel, axis in zip(panels, axes, strict=True):
-        rest = {name: min(values[name], key=abs) for name in values if name != axis}
+        fixed = {name: min(values[name], key=abs) for name in values if name != axis}
         line = sorted(
-            ((point.weights[axis], point) for point in grid if point.weights and rest.items() <= point.weights.items()),
+            (
+                (policy.weights[axis], policy)
+                for policy in grid
+                if policy.weights and fixed.items() <= policy.weights.items()
+            ),
             key=itemgetter(0),
         )
         for colour, (other, score) in zip((INK, *OTHERS), _first(axis, scores).items(), strict=False):
-            known = [(place, point.figures[score.name]) for place, point in line if score.name in point.figures]
-            places, found = [place for place, _ in known], [figure for _, figure in known]
-            plots.plot(panel, places, found, colour, width=BOLD if other == axis else THIN, label=score.name)
-        held = [f"{name}={weight:g}" for name, weight in rest.items() if weight]
-        panel.set_xlabel(f"weight of {axis}" + (f", at {', '.join(held)}" if held else ""))
+            known = [(place, policy.figures[score.name]) for place, policy in line if score.name in policy.figures]
+            places, estimates = [place for place, _ in known], [figure for _, figure in known]
+            plots.plot(panel, places, estimates, colour, width=BOLD if other == axis else THIN, label=score.name)
+        nonzero = [f"{name}={weight:g}" for name, weight in fixed.items() if weight]
+        panel.set_xlabel(f"weight of {axis}" + (f", at {', '.join(nonzero)}" if nonzero else ""))
         if len(line) <= TICKS:
             panel.set_xticks([place for place, _ in line], [f"{place:g}" for place, _ in line])
         panel.legend(frameon=False, fontsize=7.5)
@@ -69,7 +76,7 @@ def curves(
     return picture
 
 
-def front(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
+def front(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
     """Return every point by the first two scores; better is up and to the right.
 
     A line joins the points that no other point beats. Points outside the grid have their names beside them.
@@ -78,22 +85,22 @@ def front(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Fig
         return None
     first, second, *_ = scores.values()
     picture, [panel] = plots.grid(1, (5.2, 4.4), margin=(0.0, 0.0))
-    known = [point for point in points if first.name in point.figures and second.name in point.figures]
-    places = [(point.figures[first.name].value, point.figures[second.name].value) for point in known]
-    worths = [(first.signed_value(point.figures), second.signed_value(point.figures)) for point in known]
+    known = [policy for policy in policies if first.name in policy.figures and second.name in policy.figures]
+    places = [(policy.figures[first.name].value, policy.figures[second.name].value) for policy in known]
+    worths = [(first.signed_value(policy.figures), second.signed_value(policy.figures)) for policy in known]
     best = sorted(places[i] for i in pareto.front(worths))
     names = []
-    for point, (x, y) in zip(known, places, strict=True):
-        inside = point.weights is not None
-        across, up = point.figures[first.name], point.figures[second.name]
-        plots.plot(panel, [across], [up], _colour(point), marker="o" if inside else "D", size=4.5)
+    for policy, (x, y) in zip(known, places, strict=True):
+        inside = policy.weights is not None
+        across, up = policy.figures[first.name], policy.figures[second.name]
+        plots.plot(panel, [across], [up], _colour(policy), marker="o" if inside else "D", size=4.5)
         if not inside or (x, y) in best:
-            name = ", ".join(f"{w:g}" for w in point.weights.values()) if point.weights is not None else point.name
+            name = ", ".join(f"{w:g}" for w in policy.weights.values()) if policy.weights is not None else policy.name
             names.append(
                 panel.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7, color="#555555")
             )
     plots.plot(panel, [x for x, _ in best], [y for _, y in best], width=THIN, dashed=True)
-    axes = next((list(point.weights) for point in known if point.weights is not None), [])
+    axes = next((list(policy.weights) for policy in known if policy.weights is not None), [])
     panel.set(xlabel=str(first), ylabel=str(second))
     for score, inverted in ((first, panel.invert_xaxis), (second, panel.invert_yaxis)):
         if score.lower:
@@ -116,18 +123,18 @@ def _without_overlap(names: Sequence[Annotation]) -> None:
             shown.append(box)
 
 
-def lengths(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
+def lengths(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
     """Return how often each point beats the start policy, over how much longer its answers are."""
-    judged = [score for score in scores.values() if any(score.name in point.wins for point in points)]
+    judged = [score for score in scores.values() if any(score.name in policy.wins for policy in policies)]
     if not judged:
         return None
-    before = points[0].figures["words"].value
+    before = policies[0].figures["words"].value
     picture, panels = plots.grid(len(judged), (3.6, 3.4), len(judged))
     for panel, score in zip(panels, judged, strict=True):
-        for point in points[1:]:
-            if score.name in point.wins:
-                longer = point.figures["words"].value / before
-                plots.plot(panel, [longer], [point.wins[score.name]], _colour(point), marker="o")
+        for policy in policies[1:]:
+            if score.name in policy.wins:
+                longer = policy.figures["words"].value / before
+                plots.plot(panel, [longer], [policy.wins[score.name]], _colour(policy), marker="o")
         panel.axhline(0.5, color=LINE, linewidth=1, zorder=0)
         panel.axvline(1.0, color=LINE, linewidth=1, zorder=0)
         panel.set(xlabel="words, relative to the start policy", ylabel=f"wins by {score}", ylim=(-0.02, 1.02))
@@ -135,35 +142,35 @@ def lengths(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> F
     return picture
 
 
-def direction_curves(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
+def direction_curves(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
     """Return a panel for each score over the angle of the requested direction, for policies with two objectives."""
-    wanted = [(point, point.want.weights) for point in points if point.want and len(point.want.weights) == 2]
-    known = [score.name for score in scores.values() if all(score.name in point.figures for point, _ in wanted)]
+    wanted = [(policy, policy.want.weights) for policy in policies if policy.want and len(policy.want.weights) == 2]
+    known = [score.name for score in scores.values() if all(score.name in policy.figures for policy, _ in wanted)]
     if not wanted or not known:
         return None
     angles = [math.degrees(math.atan2(second, first)) for first, second in (of.values() for _, of in wanted)]
     first = next(iter(wanted[0][1]))
     picture, panels = plots.grid(len(known), (3.2, 3.0), len(known))
     for panel, name in zip(panels, known, strict=True):
-        plots.plot(panel, angles, [point.figures[name] for point, _ in wanted], width=1.5, marker="o")
+        plots.plot(panel, angles, [policy.figures[name] for policy, _ in wanted], width=1.5, marker="o")
         panel.set(xlabel=f"degrees from {first}", ylabel=name)
         plots.plain(panel)
     return picture
 
 
-def costs(scores: Mapping[str, GoalScore], points: Sequence[SweepPolicy]) -> Figure | None:
+def costs(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
     """Return the scores over their costs: text loss, facts known, and KL from the start policy (a star)."""
-    shown = [name for name in COSTS if any(name in point.figures for point in points)]
+    shown = [name for name in COSTS if any(name in policy.figures for policy in policies)]
     if not shown or not scores:
         return None
     count = len(scores) * len(shown)
     picture, panels = plots.grid(count, (3.2, 3.0), len(shown), sharex="col", sharey="row")
     for panel, (score, cost) in zip(panels, product(scores.values(), shown), strict=True):
-        for number, point in enumerate(points):
-            if cost in point.figures and score.name in point.figures:
+        for number, policy in enumerate(policies):
+            if cost in policy.figures and score.name in policy.figures:
                 marker, size = ("o", 4.5) if number else ("*", 11.0)
-                x, y = point.figures[cost], point.figures[score.name]
-                plots.plot(panel, [x], [y], _colour(point), marker=marker, size=size)
+                x, y = policy.figures[cost], policy.figures[score.name]
+                plots.plot(panel, [x], [y], _colour(policy), marker=marker, size=size)
         plots.plain(panel)
     for panel, score in zip(panels[:: len(shown)], scores.values(), strict=True):
         panel.set_ylabel(str(score))
@@ -177,18 +184,18 @@ def _map(
 ) -> None:
     """Draw a heat map of each score over both weights."""
     (one, ones), (other, others) = values.items()
-    at = {((point.weights or {})[one], (point.weights or {})[other]): point for point in grid}
+    at = {((policy.weights or {})[one], (policy.weights or {})[other]): policy for policy in grid}
     names = [score.name for score in scores.values()]
-    found = {name: [[_value(at[x, y], name) for x in ones] for y in others] for name in names}
-    plots.weight_map(file, (one, other), (ones, others), found)
+    maps = {name: [[_value(at[x, y], name) for x in ones] for y in others] for name in names}
+    plots.weight_map(file, (one, other), (ones, others), maps)
 
 
-def _colour(point: SweepPolicy) -> str:
-    return BROKEN if point.weights is None else INK
+def _colour(policy: SweepPolicy) -> str:
+    return BROKEN if policy.weights is None else INK
 
 
-def _value(point: SweepPolicy, name: str) -> float:
-    return point.figures[name].value if name in point.figures else math.nan
+def _value(policy: SweepPolicy, name: str) -> float:
+    return policy.figures[name].value if name in policy.figures else math.nan
 
 
 def _first(axis: str, scores: Mapping[str, GoalScore]) -> dict[str, GoalScore]:

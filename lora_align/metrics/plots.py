@@ -54,8 +54,8 @@ def plot(
         panel.errorbar(xs, ys, lengths_y, lengths_x, linestyle="", ecolor=PALE, elinewidth=1, **style)
         return
     panel.plot(xs, ys, linewidth=width, linestyle="--" if dashed else "-", **style)
-    if found := [one for one in y if isinstance(one, Estimate)]:
-        low, high = [one.low for one in found], [one.high for one in found]
+    if estimates := [one for one in y if isinstance(one, Estimate)]:
+        low, high = [one.low for one in estimates], [one.high for one in estimates]
         panel.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
@@ -198,10 +198,10 @@ def layer_maps(file: Path, places: Mapping[str, Mapping[str, Mapping[int, float]
 
 def _interval_lengths(values: Values) -> tuple[list[float], list[float]] | None:
     """Return how far intervals extend below and above their values; None for values without intervals."""
-    found = [one for one in values if isinstance(one, Estimate)]
-    below = [max(one.value - one.low, 0.0) for one in found]  # rounding may put the value outside its interval
-    above = [max(one.high - one.value, 0.0) for one in found]
-    return (below, above) if found else None
+    estimates = [one for one in values if isinstance(one, Estimate)]
+    below = [max(one.value - one.low, 0.0) for one in estimates]  # rounding may put the value outside its interval
+    above = [max(one.high - one.value, 0.0) for one in estimates]
+    return (below, above) if estimates else None
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -100,9 +100,9 @@ def refuses(text: str) -> bool:
 def refusal_score(text: str) -> float:
     """Return the score of a refusal; above THRESHOLD, the answer refuses."""
     weights = {name: (cue.first, cue.opening) for name, cue in CUES.items()}
-    found = find_cues(text)
-    refusing = sum(sum(p for p, present in zip(weights[name], found[name], strict=True) if present) for name in CUES)
-    return refusing + sum(points for name, (points, _) in FULFILMENT.items() if found[name][0])
+    cues = find_cues(text)
+    refusing = sum(sum(p for p, present in zip(weights[name], cues[name], strict=True) if present) for name in CUES)
+    return refusing + sum(weight for name, (weight, _) in FULFILMENT.items() if cues[name][0])
 
 
 def find_cues(text: str) -> dict[str, tuple[bool, ...]]:

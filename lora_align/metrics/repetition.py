@@ -8,8 +8,8 @@ LONG = 4  # a run of four words rarely repeats by chance
 
 def repeated(text: str) -> float:
     """Return the share of an answer's 4-grams that repeat an earlier one."""
-    found = _ngrams(text, LONG)
-    return 1 - len(set(found)) / len(found) if found else 0.0
+    ngrams = _ngrams(text, LONG)
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def distinct(texts: Sequence[str]) -> float:

@@ -27,8 +27,8 @@ def ranks(values: Tensor) -> Tensor:
     """Return ascending ranks from 0; equal values share their mean rank."""
     _, where, counts = values.unique(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
-    found: Tensor = (first + (counts - 1) / 2.0)[where]
-    return found.double()
+    mean_ranks: Tensor = (first + (counts - 1) / 2.0)[where]
+    return mean_ranks.double()
 
 
 def concordance(scores: Tensor, truth: Tensor) -> float:
@@ -47,9 +47,9 @@ def calibration(predicted: Tensor, observed: Tensor) -> list[tuple[float, float]
     return [(float(predicted[part].mean()), float(observed[part].mean())) for part in parts]
 
 
-def calibration_error(points: Sequence[tuple[float, float]]) -> float:
+def calibration_error(pairs: Sequence[tuple[float, float]]) -> float:
     """Return the mean absolute difference of predicted and observed values."""
-    return sum(abs(predicted - observed) for predicted, observed in points) / len(points)
+    return sum(abs(predicted - observed) for predicted, observed in pairs) / len(pairs)
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:

@@ -95,16 +95,16 @@ def from_dict(
         _override(table, override)
         _expand_eval_sources(table)
     _read_template(table, Path())  # a path given with --set is relative to the working directory
-    found: list[str] = []
+    messages: list[str] = []
     recipe: Recipe | None = None
     try:  # via JSON, where strict mode rejects wrong scalars but still converts arrays to tuples, tables to dataclasses
         recipe = _checker().validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
     except ValidationError as invalid:
-        found += [faults.describe(dict(fault)) for fault in invalid.errors()]
-    found += faults.preference_faults(table.get("preferences"))
+        messages += [faults.describe(dict(fault)) for fault in invalid.errors()]
+    messages += faults.preference_faults(table.get("preferences"))
     if recipe is not None:
-        found += faults.recipe_faults(recipe)
-    if found or recipe is None:
+        messages += faults.recipe_faults(recipe)
+    if messages or recipe is None:
         origins = {override.partition("=")[0].strip(): "--set" for override in overrides}
         for name, inner in (keywords or {}).items():
             keys = [f"{name}.{key}" for key in inner] if isinstance(inner, Mapping) else [name]
@@ -112,7 +112,7 @@ def from_dict(
         raise UserError(
             "\n".join(
                 f"{next((origin for key, origin in origins.items() if key in fault), source)}: {fault}"
-                for fault in found
+                for fault in messages
             )
         )
     return recipe
@@ -145,9 +145,9 @@ def changes_from_source(recipe: Recipe) -> str:
         current, name = Recipe(base=Base(recipe.base.model), about=recipe.about, source=recipe.source), "the defaults"
     ours, theirs = (dict(flat(json.loads(json.dumps(one.as_dict())))) for one in (recipe, current))
     changed = {key: value for key, value in ours.items() if theirs.get(key) != value}
-    found = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
-    found += [f"{key} not set" for key in theirs if key not in ours]
-    return f", changed from {name}: {', '.join(found)}" if found else ""
+    changes = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
+    changes += [f"{key} not set" for key in theirs if key not in ours]
+    return f", changed from {name}: {', '.join(changes)}" if changes else ""
 
 
 def _expand_eval_sources(table: dict[str, Any]) -> None:

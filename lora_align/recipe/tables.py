@@ -370,8 +370,8 @@ class Recipe:
 
     def parts(self, name: str) -> list[Preference]:
         """Return the tables that a preference's pairs come from: those named in `of`, or else its own."""
-        found = self.preference(name)
-        return [self.preferences[part] for part in found.of] or [found]
+        preference = self.preference(name)
+        return [self.preferences[part] for part in preference.of] or [preference]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, as stored in a run's manifest; `from_dict` reads it back."""

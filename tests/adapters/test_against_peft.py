@@ -51,10 +51,10 @@ def ours(folder: Path) -> Dense:
     return {name: factors.B @ factors.A for name, factors in delta.items()}
 
 
-def off(found: Dense, expected: Dense) -> float:
+def off(actual: Dense, expected: Dense) -> float:
     """Return the relative distance."""
-    assert set(found) == set(expected)
-    distance = sum(float((found[name] - matrix).square().sum()) for name, matrix in expected.items())
+    assert set(actual) == set(expected)
+    distance = sum(float((actual[name] - matrix).square().sum()) for name, matrix in expected.items())
     return math.sqrt(distance / sum(float(matrix.square().sum()) for matrix in expected.values()))
 
 
@@ -77,8 +77,8 @@ def test_peft_linear_sum_has_cross_terms(llama: Path, tmp_path: Path) -> None:
 def test_peft_cat_of_rslora_is_too_large_by_sqrt_of_the_rank(llama: Path, tmp_path: Path) -> None:
     kind = {"r": 6, "lora_alpha": 8, "target_modules": ["q_proj"], "use_rslora": True}
     expected = both(llama, tmp_path, kind, kind)
-    found = deltas(by_peft(llama, tmp_path, "cat"))
-    assert off(found, {name: math.sqrt(12) * matrix for name, matrix in expected.items()}) < 1e-6
+    actual = deltas(by_peft(llama, tmp_path, "cat"))
+    assert off(actual, {name: math.sqrt(12) * matrix for name, matrix in expected.items()}) < 1e-6
     assert off(ours(tmp_path), expected) < 1e-6
 
 

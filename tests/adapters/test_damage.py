@@ -55,26 +55,26 @@ def outcome(folder: Path) -> str:
 def truncated(folder: Path, name: str) -> Counter[str]:
     """Truncate the file at every length."""
     file = folder / name
-    whole, found = file.read_bytes(), Counter[str]()
+    whole, outcomes = file.read_bytes(), Counter[str]()
     for length in reversed(range(len(whole))):
         os.truncate(file, length)
-        found[outcome(folder)] += 1
+        outcomes[outcome(folder)] += 1
     file.write_bytes(whole)
-    return found
+    return outcomes
 
 
 def flipped(folder: Path, name: str) -> Counter[str]:
     """Flip single bits, half of them in the header."""
-    file, draw, found = folder / name, random.Random(0), Counter[str]()
+    file, draw, outcomes = folder / name, random.Random(0), Counter[str]()
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little") if name == peft_format.WEIGHTS else len(whole)
     for _ in range(FLIPS):
         damaged = bytearray(whole)
         damaged[draw.randrange(header if draw.random() < 0.5 else len(whole))] ^= 1 << draw.randrange(8)
         file.write_bytes(damaged)
-        found[outcome(folder)] += 1
+        outcomes[outcome(folder)] += 1
     file.write_bytes(whole)
-    return found
+    return outcomes
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -88,7 +88,7 @@ def test_damage_is_always_refused_with_a_manifest(name: str, run: Path) -> None:
 def test_damage_without_a_manifest_never_crashes(name: str, folder: Path) -> None:
     """A changed number is still a number and cannot be detected; all other damage can."""
     assert set(truncated(folder, name)) == {"refused in one line"}
-    found = flipped(folder, name)
-    assert set(found) <= {"accepted", "refused in one line"}
-    assert found["refused in one line"] > FLIPS / 4
+    outcomes = flipped(folder, name)
+    assert set(outcomes) <= {"accepted", "refused in one line"}
+    assert outcomes["refused in one line"] > FLIPS / 4
     assert outcome(folder) == "accepted"

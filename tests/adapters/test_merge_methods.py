@@ -77,11 +77,11 @@ def dense_dare(matrices: Sequence[Dense], weights: Sequence[float]) -> Dense:
 def dense_tsv(matrices: Sequence[Dense], weights: Sequence[float]) -> Dense:
     ranks = [int(torch.linalg.matrix_rank(matrix)) for matrix in matrices]
     keep = min(OUT, INTO) // len(matrices)
-    found = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
-    kept = [min(keep, rank) for rank in ranks]
-    left = torch.cat([U[:, :k] for (U, _, _), k in zip(found, kept, strict=True)], dim=1)
-    right = torch.cat([Vt[:k] for (_, _, Vt), k in zip(found, kept, strict=True)])
-    sizes = torch.cat([w * S[:k] for (_, S, _), w, k in zip(found, weights, kept, strict=True)])
+    factors = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+    kept_ranks = [min(keep, rank) for rank in ranks]
+    left = torch.cat([U[:, :k] for (U, _, _), k in zip(factors, kept_ranks, strict=True)], dim=1)
+    right = torch.cat([Vt[:k] for (_, _, Vt), k in zip(factors, kept_ranks, strict=True)])
+    sizes = torch.cat([w * S[:k] for (_, S, _), w, k in zip(factors, weights, kept_ranks, strict=True)])
 
     def whitened(matrix: Dense) -> Dense:
         P, _, Qt = torch.linalg.svd(matrix, full_matrices=False)
@@ -129,17 +129,17 @@ def test_methods_match_truncated_dense_references(method: str, parents: Parents)
     tail = torch.linalg.svdvals(whole).square()
     for rank in (None, 1, 3, 64):
         made, tally = result(job(parents, method), rank)
-        kept = rank or default
+        kept_rank = rank or default
         bound = 1e-6 if method == "tsv" else 1e-12 if method == "exact" and rank is None else 1e-9
-        assert close(made, nearest(whole, kept), bound), rank
-        assert math.isclose(tally.left_out, float(tail[kept:].sum() / tail.sum()), rel_tol=1e-6, abs_tol=1e-9)
+        assert close(made, nearest(whole, kept_rank), bound), rank
+        assert math.isclose(tally.left_out, float(tail[kept_rank:].sum() / tail.sum()), rel_tol=1e-6, abs_tol=1e-9)
         left = math.sqrt(max(tally.energy - tally.lost, 0.0))
         assert (
             math.isnan(left)
             if rank is None and METHODS[method].rank is None
             else left == pytest.approx(float(made.norm()), rel=1e-6)
         )
-        assert tally.rank <= kept
+        assert tally.rank <= kept_rank
 
 
 @pytest.mark.parametrize("method", METHODS)

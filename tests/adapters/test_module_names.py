@@ -43,19 +43,19 @@ def test_missing_module_of_an_inner_layer_is_detected(kind: str) -> None:
 def test_missing_module_of_a_block_is_detected_in_any_layer() -> None:
     whole = names(WHOLE["attention here and there"])
     for gone in (name for name in whole if "attn" in name):
-        found = module_names.missing_module([name for name in whole if name != gone], everywhere=False)
-        assert found == f"{gone.rpartition('.')[0]} has no {gone.rpartition('.')[2]}"
+        message = module_names.missing_module([name for name in whole if name != gone], everywhere=False)
+        assert message == f"{gone.rpartition('.')[0]} has no {gone.rpartition('.')[2]}"
 
 
 @pytest.mark.parametrize("gone", [(3, 9), (2, 5, 11), (4, 5)])
 def test_irregular_gaps_are_detected_and_regular_ones_accepted(gone: tuple[int, ...]) -> None:
     deep = list(range(32))
-    rest = [layer for layer in deep if layer not in gone]
+    present = [layer for layer in deep if layer not in gone]
     assert (
-        module_names.missing_module(names({"attn.q": rest, "attn.v": rest}), everywhere=True)
+        module_names.missing_module(names({"attn.q": present, "attn.v": present}), everywhere=True)
         == f"model.layers.{gone[0]} has no attn"
     )
-    halved = names({"attn.q": deep, "attn.v": rest})
+    halved = names({"attn.q": deep, "attn.v": present})
     assert module_names.missing_module(halved, everywhere=True) == f"model.layers.{gone[0]}.attn has no v"
     linear = [layer for layer in deep if layer % 4 != 3]
     assert module_names.missing_module(names({"attn.q": deep, "linear_attn.in": linear}), everywhere=True) == ""

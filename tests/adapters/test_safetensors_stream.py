@@ -24,25 +24,25 @@ tensors = st.dictionaries(
 @given(tensors)
 def test_written_files_are_read_by_safetensors_and_by_us(tmp_path_factory: pytest.TempPathFactory, kinds: dict) -> None:  # type: ignore[type-arg]
     draw = torch.Generator().manual_seed(0)
-    held = {name: torch.randn(a, b, generator=draw).to(dtype) for name, (dtype, a, b) in kinds.items()}
+    written = {name: torch.randn(a, b, generator=draw).to(dtype) for name, (dtype, a, b) in kinds.items()}
     path = tmp_path_factory.mktemp("file") / "x.safetensors"
-    write(path, held.items(), list(held))
+    write(path, written.items(), list(written))
     theirs, ours = load_file(path), TensorFile(path)
-    assert set(theirs) == set(ours.entries) == set(held)
-    for name, tensor in held.items():
+    assert set(theirs) == set(ours.entries) == set(written)
+    for name, tensor in written.items():
         assert torch.equal(theirs[name], tensor)
         assert torch.equal(ours.read(name), tensor)
         assert theirs[name].dtype == tensor.dtype
 
 
 def test_write_holds_one_tensor_in_memory(tmp_path: Path) -> None:
-    given: list[weakref.ref[torch.Tensor]] = []
+    produced: list[weakref.ref[torch.Tensor]] = []
 
     def produce() -> Iterator[tuple[str, torch.Tensor]]:
         for number in range(8):
             tensor = torch.zeros(4, 4)
-            given.append(weakref.ref(tensor))
-            assert sum(one() is not None for one in given) <= 2, "the loop may still hold the previous tensor"
+            produced.append(weakref.ref(tensor))
+            assert sum(one() is not None for one in produced) <= 2, "the loop may still hold the previous tensor"
             yield str(number), tensor
 
     write(tmp_path / "x.safetensors", produce(), [str(n) for n in range(8)])

@@ -113,15 +113,15 @@ def by_peft(work: Path, layers: int, combination: str) -> dict[str, float]:
 
 def floor(work: Path) -> dict[str, float]:
     """Reading the four adapters and writing as many bytes as their sum has, synced."""
-    began, held = time.perf_counter(), 0
+    began, size = time.perf_counter(), 0
     for name in VECTORS:
-        held += len((work / name / peft_format.WEIGHTS).read_bytes())
+        size += len((work / name / peft_format.WEIGHTS).read_bytes())
     with (work / "floor").open("wb") as stream:
-        for _ in range(held // 2**24):
+        for _ in range(size // 2**24):
             stream.write(b"x" * 2**24)
         stream.flush()
         os.fsync(stream.fileno())
-    return {"seconds": time.perf_counter() - began, "bytes": 2.0 * held}
+    return {"seconds": time.perf_counter() - began, "bytes": 2.0 * size}
 
 
 def arithmetic() -> dict[str, float]:
@@ -169,13 +169,13 @@ def _turned(mixer: Mixer) -> dict[str, float]:
     weights = [{name: (turn + i + 1) / 100 for i, name in enumerate(mixer.updates)} for turn in range(200)]
     first = next(iter(mixer.updates))
     switched = [{**chosen, first: turn % 2} for turn, chosen in enumerate(weights)]
-    found = {}
+    times = {}
     for label, series in (("turned", weights), ("switched", switched)):
         began = time.perf_counter()
         for chosen in series:
             mixer.set(chosen)
-        found[label] = round((time.perf_counter() - began) / len(series) * 1e3, 3)
-    return found
+        times[label] = round((time.perf_counter() - began) / len(series) * 1e3, 3)
+    return times
 
 
 def _added(at: nn.Module, part: str) -> nn.Module:
@@ -192,8 +192,8 @@ def speaking() -> dict[str, float]:
 
     base = bases.find(recipe.Base("demo"))
     model = base.load()
-    asked = measurement.questions(0, 32, part="dev")
-    prompts = [base.chat.prompt_ids((Message("user", prompt.text),)) for prompt in asked]
+    questions = measurement.questions(0, 32, part="dev")
+    prompts = [base.chat.prompt_ids((Message("user", prompt.text),)) for prompt in questions]
     linears = {name: of for name, of in model.named_modules() if isinstance(of, nn.Linear) and "lm_head" not in name}
     rates: dict[int, list[float]] = {}
     for _ in range(ROUNDS):
@@ -209,7 +209,7 @@ def speaking() -> dict[str, float]:
             rates.setdefault(rank, []).append(tokens / (time.perf_counter() - began))
             mixer.remove()
     alone = max(rates[0])
-    return {f"rank {rank}": max(found) / alone for rank, found in rates.items()}
+    return {f"rank {rank}": max(rounds) / alone for rank, rounds in rates.items()}
 
 
 CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
@@ -237,8 +237,10 @@ def child(what: str, *words: str) -> dict[str, float]:
 def ours(work: Path, weights: dict[str, float], *how: Any) -> dict[str, float]:
     """One merge into a new folder."""
     subprocess.run(["rm", "-rf", str(work / "out")], check=True)
-    given = [*how, *[None] * (5 - len(how))]
-    return child("merged", str(work), json.dumps(weights), json.dumps([given[0], given[1] or [], *given[2:]]))
+    arguments = [*how, *[None] * (5 - len(how))]
+    return child(
+        "merged", str(work), json.dumps(weights), json.dumps([arguments[0], arguments[1] or [], *arguments[2:]])
+    )
 
 
 def best(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -297,9 +299,9 @@ def against_mergekit(work: Path, commands: Path) -> dict[str, Any]:
     plan = {"merge_method": "task_arithmetic", "base_model": f"{work}/base", "models": models, "dtype": "bfloat16"}
     (work / "plan.yml").write_text(json.dumps(plan))  # which is YAML, too
     added = ["mergekit-yaml", "plan.yml", "whole", "--lora-merge-cache", "cache"]
-    taken = ["mergekit-extract-lora", "--model", f"{work}/whole", "--base-model", f"{work}/base"]
+    extract = ["mergekit-extract-lora", "--model", f"{work}/whole", "--base-model", f"{work}/base"]
     began = time.perf_counter()
-    for words in (added, [*taken, "--out-path", "lora", "--max-rank", str(RANK)]):
+    for words in (added, [*extract, "--out-path", "lora", "--max-rank", str(RANK)]):
         subprocess.run([str(commands / words[0]), *words[1:]], cwd=work, check=True, capture_output=True)
     theirs = time.perf_counter() - began
     words = ["merge", "-w", ",".join(f"{folder}={w}" for folder, w in folders.items()), "--rank", str(RANK)]
@@ -324,11 +326,11 @@ def growth(work: Path) -> list[dict[str, float]]:
     """Seconds and memory over the number of parents."""
     for seed in range(max(PARENTS)):
         adapter(work / f"p{seed}", seed, GROWTH_LAYERS)
-    found = []
+    rows = []
     for count in PARENTS:
         weights = {f"{work}/p{seed}": 1.0 / (seed + 1) for seed in range(count)}
-        found.append({"parents": count, **best([ours(work, weights, "exact") for _ in range(ROUNDS)])})
-    return found
+        rows.append({"parents": count, **best([ours(work, weights, "exact") for _ in range(ROUNDS)])})
+    return rows
 
 
 def main() -> None:
@@ -345,27 +347,27 @@ def main() -> None:
         print(json.dumps(CHILDREN[what](*words)))
         return
 
-    def kept(name: str, make: Callable[[Path], Any]) -> Any:
+    def cached(name: str, make: Callable[[Path], Any]) -> Any:
         """Made in a folder of its own, which goes when it is done."""
         with TemporaryDirectory() as folder:
             return once(options.work, name, lambda: make(Path(folder)))
 
-    whole = kept("compared", compared)
+    whole = cached("compared", compared)
     figures: dict[str, Any] = {
         f"four adapters, {LAYERS} layers": whole,
-        "limits": kept("limits", lambda _: limits(whole["floor"]["seconds"])),
-        f"parents, {GROWTH_LAYERS} layers": kept("growth", growth),
+        "limits": cached("limits", lambda _: limits(whole["floor"]["seconds"])),
+        f"parents, {GROWTH_LAYERS} layers": cached("growth", growth),
         "a weight change, ms": {
-            "8B, two vectors of rank 16": kept("live", lambda _: child("live")),
-            "the built-in base, eight of rank 8": kept("live-demo", lambda _: child("live_on_demo")),
+            "8B, two vectors of rank 16": cached("live", lambda _: child("live")),
+            "the built-in base, eight of rank 8": cached("live-demo", lambda _: child("live_on_demo")),
         },
         "tokens a second on the built-in base, of the base's alone": {
-            rank: round(share, 3) for rank, share in kept("speaking", lambda _: child("speaking")).items()
+            rank: round(share, 3) for rank, share in cached("speaking", lambda _: child("speaking")).items()
         },
-        "one layer against a dense SVD": kept("dense", lambda at: against_dense(at, whole["rank 16"]["seconds"])),
+        "one layer against a dense SVD": cached("dense", lambda at: against_dense(at, whole["rank 16"]["seconds"])),
     }
     if options.mergekit:
-        figures["one layer against mergekit"] = kept("mergekit", lambda at: against_mergekit(at, options.mergekit))
+        figures["one layer against mergekit"] = cached("mergekit", lambda at: against_mergekit(at, options.mergekit))
     save("algebra", figures)
 
 

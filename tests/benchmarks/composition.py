@@ -40,25 +40,25 @@ def measured(work: Path, seed: int) -> dict[str, Any]:
     folder = work / f"seed{seed}"
     graded = grader(seed, SAMPLES)
     updates = {name: vectors.find(name, folder).load() for name in ORDER}
-    found: dict[str, Any] = {"start": graded(LoraDelta(()))}
-    found |= {name: graded(update) for name, update in updates.items()}
+    figures: dict[str, Any] = {"start": graded(LoraDelta(()))}
+    figures |= {name: graded(update) for name, update in updates.items()}
     for size in SIZES:
         for way in WAYS:
-            found[f"{size} {way.label}"] = graded(way.mixed(folder, ORDER[:size])[0])
-    return found
+            figures[f"{size} {way.label}"] = graded(way.mixed(folder, ORDER[:size])[0])
+    return figures
 
 
 def interference(work: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """The STI of every number of vectors, as they are and as they are in a mix by `tsv`."""
     updates = {name: vectors.find(name, work / f"seed{seed}").load() for name in ORDER}
-    found = {}
+    figures = {}
     for size in SIZES:
         before = {name: updates[name] for name in ORDER[:size]}
-        found[str(size)] = {
+        figures[str(size)] = {
             "before": asdict(Directions.of(before, KEPT_RANK).interference()),
             "in tsv": asdict(Directions.of(parts(before, "tsv"), KEPT_RANK).interference()),
         }
-    return found
+    return figures
 
 
 def parts(updates: Mapping[str, LoraDelta], method: str) -> dict[str, LoraDelta]:
@@ -72,19 +72,19 @@ def parts(updates: Mapping[str, LoraDelta], method: str) -> dict[str, LoraDelta]
     return {name: mixed(name) - once_each for name in updates}
 
 
-def told(found: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, Any]:
+def summary(seeds: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, Any]:
     """Over the seeds: the gain each preference keeps, as points of its grade; the worst; what it costs."""
     label, names = f"{size} {way.label}", ORDER[:size]
-    gains = {name: [one[label][name] - one["start"][name] for one in found] for name in names}
-    worst = [min(gains[name][at] for name in names) for at in range(len(found))]
-    together = [mean(gains[name][at] for name in names) for at in range(len(found))]
+    gains = {name: [one[label][name] - one["start"][name] for one in seeds] for name in names}
+    worst = [min(gains[name][at] for name in names) for at in range(len(seeds))]
+    together = [mean(gains[name][at] for name in names) for at in range(len(seeds))]
     return {
         "gain": {name: round(mean(values), 3) for name, values in gains.items()},
         "mean gain": round(mean(together), 3),
         "mean gain, deviation over seeds": round(stdev(together), 3),
         "worst": round(mean(worst), 3),
         "worst, deviation over seeds": round(stdev(worst), 3),
-        **{name: round(mean(one[label][name] for one in found), 3) for name in ("well_formed", "safe_refused")},
+        **{name: round(mean(one[label][name] for one in seeds), 3) for name in ("well_formed", "safe_refused")},
     }
 
 
@@ -99,9 +99,9 @@ def main() -> None:
     bench = Bench(work=work, part="test", seeds=SEEDS, preferences=ORDER, overrides=())
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(_trained, bench), SEEDS))
-        found = list(pool.map(partial(_once, work), SEEDS))
+        results = list(pool.map(partial(_once, work), SEEDS))
         between = list(pool.map(partial(interference, work), SEEDS))
-    alone = {name: round(mean(one[name][name] - one["start"][name] for one in found), 3) for name in ORDER}
+    alone = {name: round(mean(one[name][name] - one["start"][name] for one in results), 3) for name in ORDER}
     save(
         "composition",
         {
@@ -115,7 +115,7 @@ def main() -> None:
                 }
                 for size in between[0]
             },
-            **{f"{size} preferences": {way.label: told(found, size, way) for way in WAYS} for size in SIZES},
+            **{f"{size} preferences": {way.label: summary(results, size, way) for way in WAYS} for size in SIZES},
         },
     )
 

@@ -75,18 +75,18 @@ def trainings(bench: Bench) -> Iterator[tuple[str, ...]]:
             yield f"apart{seed}", name, data, f"lora.init_seed={seed}"
 
 
-def turned(bench: Bench, seed: int, settings: Sequence[Mapping[str, float]], **asked: Any) -> list[dict[str, Any]]:
+def turned(bench: Bench, seed: int, settings: Sequence[Mapping[str, float]], **options: Any) -> list[dict[str, Any]]:
     """What the oracle says at each of these weights, with the vectors of one data seed."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load()
     names = {name for weights in settings for name in weights}
     mixer = Mixer(model, {name: vectors.find(name, bench.work / f"seed{seed}").load() for name in names}, {})
-    prompts = measurement.questions(seed, PROMPTS, part=bench.part, **asked)
-    found = []
+    prompts = measurement.questions(seed, PROMPTS, part=bench.part, **options)
+    figures = []
     for weights in settings:
         mixer.set(weights)
-        found.append(measurement.measure(model, base, prompts, SAMPLES).as_dict())
-    return found
+        figures.append(measurement.measure(model, base, prompts, SAMPLES).as_dict())
+    return figures
 
 
 def alone(bench: Bench, seed: int, name: str) -> dict[str, Any]:
@@ -104,20 +104,20 @@ def together(bench: Bench, seed: int) -> list[dict[str, Any]]:
     return turned(bench, seed, [dict.fromkeys(MIX, 0.0), MIX])
 
 
-def summary(name: str, bench: Bench, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(name: str, bench: Bench, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One preference over all seeds, as the figures a reader asks for."""
 
     def by_seed(figure: str) -> list[list[float]]:
-        return [[point[figure] for point in one["seen"]] for one in found]
+        return [[figures[figure] for figures in one["seen"]] for one in seeds]
 
     def curve(figure: str) -> list[float]:
         """The mean of the seeds at every weight."""
-        return [mean(points) for points in zip(*by_seed(figure), strict=True)]
+        return [mean(values) for values in zip(*by_seed(figure), strict=True)]
 
     own = curve(name)
     span = own[-1] - own[0]
-    kept = {
-        kind: mean(one[kind][1][name] - one[kind][0][name] for one in found) / span
+    shares = {
+        kind: mean(one[kind][1][name] - one[kind][0][name] for one in seeds) / span
         for kind in ("held-out topics", "held-out phrasings")
     }
     others = {other: (series := curve(other))[-1] - series[0] for other in AXES if other != name}
@@ -126,7 +126,7 @@ def summary(name: str, bench: Bench, found: Sequence[Mapping[str, Any]]) -> dict
         "scores by seed": by_seed(name),
         "spearman": round(spearman(WEIGHTS, own), 3),
         "span": round(span, 3),
-        "share of the span kept on": {kind: round(share, 3) for kind, share in kept.items()},
+        "share of the span kept on": {kind: round(share, 3) for kind, share in shares.items()},
         "span of the others": {other: round(moved, 3) for other, moved in others.items()},
         **{figure: _rounded(curve(figure)) for figure in ("well_formed", "safe_refused", "true_facts", "words")},
         "cos(pos, neg)": [round(_cosine(bench.work / f"seed{seed}", name), 3) for seed in bench.seeds],
@@ -151,9 +151,9 @@ def _cosine(folder: Path, name: str) -> float:
     return pos.cosine(neg)
 
 
-def agreement(found: Sequence[LoraDelta]) -> list[float]:
+def agreement(updates: Sequence[LoraDelta]) -> list[float]:
     """Cosines of all pairs."""
-    return [round(a.cosine(b), 3) for a, b in itertools.combinations(found, 2)]
+    return [round(a.cosine(b), 3) for a, b in itertools.combinations(updates, 2)]
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
@@ -169,10 +169,10 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, own in figures["preferences"].items():
         low, middle, high = (f"{own['scores'][i]:.2f}" for i in (0, 4, 8))
-        kept = own["share of the span kept on"]["held-out topics"]
+        share = own["share of the span kept on"]["held-out topics"]
         agreed = f"{min(own['cos over seeds']):.2f}" if own["cos over seeds"] else ""
         yield (
-            f"| {name} | {low} | {middle} | {high} | {own['spearman']:.2f} | {kept:.0%} | "
+            f"| {name} | {low} | {middle} | {high} | {own['spearman']:.2f} | {share:.0%} | "
             f"{min(own['well_formed']):.1%} | {max(own['cos(pos, neg)']):.2f} | {agreed} |"
         )
 
@@ -196,14 +196,14 @@ def main() -> None:
         list(pool.map(_train, itertools.repeat(bench), trainings(bench)))
         jobs = [(seed, name) for seed in bench.seeds for name in (*bench.preferences, None)]
         results = dict(zip(jobs, pool.map(_measure, itertools.repeat(bench), jobs), strict=True))
-    found = {name: [results[seed, name] for seed in bench.seeds] for name in bench.preferences}
+    results_by_preference = {name: [results[seed, name] for seed in bench.seeds] for name in bench.preferences}
     starts, mixes = zip(*(results[seed, None] for seed in bench.seeds), strict=True)
     figures: dict[str, Any] = {
         "settings tried": SETTINGS_TRIED,
         "prompts": f"{PROMPTS} safe and {PROMPTS} risky of part {bench.part}, {SAMPLES} samples each at temperature 1",
         "data seeds": list(bench.seeds),
         "weights": WEIGHTS,
-        "preferences": {name: summary(name, bench, found[name]) for name in bench.preferences},
+        "preferences": {name: summary(name, bench, results_by_preference[name]) for name in bench.preferences},
         "start": _means(starts),
         "mix": {"weights": MIX, "mean": _means(mixes), "by seed": mixes},
     }
@@ -227,8 +227,8 @@ def _measure(bench: Bench, job: tuple[int, str | None]) -> Any:
     return once(bench.work, f"seed{seed}-{name}", lambda: alone(bench, seed, name))
 
 
-def _means(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {figure: round(mean(point[figure] for point in points), 3) for figure in points[0]}
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {figure: round(mean(row[figure] for row in rows), 3) for figure in rows[0]}
 
 
 def draw(figures: Mapping[str, Any], bench: Bench) -> None:

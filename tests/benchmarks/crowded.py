@@ -34,14 +34,14 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
-    taken: dict[str, dict[str, list[float]]] = {company: {way: [] for way in WAITS} for company in OTHERS}
+    times: dict[str, dict[str, list[float]]] = {company: {way: [] for way in WAITS} for company in OTHERS}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORA_ALIGN_CACHE"] = str(Path(folder) / "cache")
         trained(Path(folder), {}, 0)  # what the start policy finds of each answer is kept
         for _ in range(RUNS):
             for company, others in OTHERS.items():
                 for way, waits in WAITS.items():
-                    taken[company][way].append(round(trained(Path(folder), waits, others), 1))
+                    times[company][way].append(round(trained(Path(folder), waits, others), 1))
     figures = {
         company: {
             **{way: {"median": statistics.median(seconds), "all": seconds} for way, seconds in ways.items()},
@@ -49,7 +49,7 @@ def main() -> None:
                 statistics.median(mine / theirs for mine, theirs in zip(*ways.values(), strict=True)), 3
             ),
         }
-        for company, ways in taken.items()
+        for company, ways in times.items()
     }
     save("crowded", figures)
 

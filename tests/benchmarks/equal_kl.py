@@ -32,12 +32,14 @@ def measured(seed: int, work: Path) -> dict[str, list[dict[str, float]]]:
     folder, data = tune.trained(seed, aims, work)
     joint = ["--set", 'preferences.both.of=["helpful", "harmless"]']
     tune.command(folder, "dpo", "--pref", "both", "--direction", "pos", "--resume", *data, *joint)
-    asked = [word for value in (*ASKED, *tune.FRESH) for word in ("--set", value)]
+    settings = [word for value in (*ASKED, *tune.FRESH) for word in ("--set", value)]
     words = {text.format(scale): (name, scale) for name, (text, scales) in CURVES.items() for scale in scales}
-    found, _ = tune.command(folder, "eval", *words, "start", *asked)
-    curves: dict[str, list[dict[str, float]]] = {name: [_point(found["policies"]["start"], 0.0)] for name in CURVES}
+    evaluation, _ = tune.command(folder, "eval", *words, "start", *settings)
+    curves: dict[str, list[dict[str, float]]] = {
+        name: [_point(evaluation["policies"]["start"], 0.0)] for name in CURVES
+    }
     for word, (name, scale) in words.items():
-        curves[name].append(_point(found["policies"][word], scale))
+        curves[name].append(_point(evaluation["policies"][word], scale))
     return curves
 
 
@@ -69,9 +71,9 @@ def main() -> None:
             compared[f"seed {seed}, vectors at {weight:g}"] = {name: at_kl(curve, kl) for name, curve in of.items()}
     lead = {
         f"{name} over {rival} at the KL of {weight:g}": [
-            round(found["vectors"][name] - found[rival][name], 3)
-            for key, found in compared.items()
-            if key.endswith(f" {weight:g}") and found[rival]
+            round(grades["vectors"][name] - grades[rival][name], 3)
+            for key, grades in compared.items()
+            if key.endswith(f" {weight:g}") and grades[rival]
         ]
         for name in NAMES
         for rival in list(CURVES)[1:]

@@ -33,8 +33,8 @@ def main() -> None:
         began = time.perf_counter()
         command = [COMMAND, "eval", "start", "--recipe", str(recipe), "--json"]
         printed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, env=environment)
-        taken = time.perf_counter() - began
-    figures = {"answers": PROMPTS * SAMPLES, "tokens at most": TOKENS, "seconds": round(taken)}
+        seconds = time.perf_counter() - began
+    figures = {"answers": PROMPTS * SAMPLES, "tokens at most": TOKENS, "seconds": round(seconds)}
     save("eval_time", {**figures, "eval": json.loads(printed.stdout)})
 
 

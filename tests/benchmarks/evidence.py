@@ -143,11 +143,11 @@ class Examiner:
     def known(self, update: LoraDelta) -> list[float]:
         """Of every fact, whether it is found likelier of its subject than three that are true of others alone."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
-        found = facts_known(
+        hits = facts_known(
             self.model, self.base, [forms.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
         )
         mixer.remove()
-        return [float(bool(one)) for one in found]
+        return [float(bool(one)) for one in hits]
 
 
 def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
@@ -158,8 +158,8 @@ def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
 
 def mixed(work: Path, folder: str, weights: Mapping[str, float]) -> LoraDelta:
     """Vectors, added."""
-    found = [vectors.find(name, work / folder).load() * weight for name, weight in weights.items() if weight]
-    return total([LoraDelta(()), *found])
+    scaled = [vectors.find(name, work / folder).load() * weight for name, weight in weights.items() if weight]
+    return total([LoraDelta(()), *scaled])
 
 
 def policy(work: Path, folder: str, preference: str) -> LoraDelta:
@@ -208,13 +208,13 @@ def reached(work: Path, seed: int) -> dict[str, Any]:
     """How far three vectors go, each and every two, and how straight their margins are."""
     data = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in AXES]
     words = ["--runs", str(work / f"seed{seed}"), "--force", *(word for one in data for word in ("--set", one))]
-    found, _ = tune.command(work, "reach", *REACHED, *words)
-    return {name: found[name] for name in ("alone", "together", "limits")}
+    printed, _ = tune.command(work, "reach", *REACHED, *words)
+    return {name: printed[name] for name in ("alone", "together", "limits")}
 
 
 def tuned(work: Path, seed: int) -> dict[str, Any]:
     """Weights by gradient beside a grid's best, for every set of aims."""
-    return {tune.said(aims): tune.compared(seed, aims, work / "tune") for aims in tune.AIMS}
+    return {tune.aims_text(aims): tune.compared(seed, aims, work / "tune") for aims in tune.AIMS}
 
 
 def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
@@ -243,9 +243,9 @@ def users(work: Path, seed: int) -> dict[str, float]:
     base = bases.find(project.base)
     model = base.load()
     Mixer(model, {"average": policy(bench.work, f"seed{seed}", "average")}, {"average": 1.0})
-    asked = [prompt for prompt in measurement.questions(seed, fronts.PROMPTS, part="test") if not prompt.risky]
-    answered = measurement.answers(model, base, asked, fronts.SAMPLES, seed)
-    read = [oracle.score(prompt, text) for prompt, texts in zip(asked, answered, strict=True) for text in texts]
+    prompts = [prompt for prompt in measurement.questions(seed, fronts.PROMPTS, part="test") if not prompt.risky]
+    answered = measurement.answers(model, base, prompts, fronts.SAMPLES, seed)
+    read = [oracle.score(prompt, text) for prompt, texts in zip(prompts, answered, strict=True) for text in texts]
     formed = [score for score in read if score.well_formed]
     figures = {name: mean(score.grades[name] for score in formed) for name in fronts.OBJECTIVES}
     return {**figures, "well-formed": len(formed) / len(read)}
@@ -296,8 +296,8 @@ def done(work: Path, name: str, job: Callable[[], Any]) -> tuple[str, float]:
 
     def timed() -> dict[str, Any]:
         began = time.perf_counter()
-        found = job()
-        return {"seconds": round(time.perf_counter() - began, 1), "found": found}
+        result = job()
+        return {"seconds": round(time.perf_counter() - began, 1), "found": result}
 
     return name, once(work, name, timed)["seconds"]
 

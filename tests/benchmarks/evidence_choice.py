@@ -10,9 +10,9 @@ from typing import Any
 import evidence
 import tune
 from composition import ORDER, SIZES, WAYS
-from composition import told as kept
+from composition import summary as composition_summary
 from evidence import USERS
-from evidence_item import FOLDER, OTHERWISE, Item, each, found, short, span, verdict, yes
+from evidence_item import FOLDER, OTHERWISE, Item, each, result_of, short, span, verdict, yes
 from report import RESULTS
 
 from lora_align.metrics import plots
@@ -24,7 +24,7 @@ def three_users(work: Path) -> Item:
     """What each of three users gets of one average policy, of weights, of a direction."""
     published = _published()
     angles = {who: math.radians(published["angles"][place]) for who, place in USERS.items()}
-    average = [found(work, f"users {seed}") for seed in evidence.fronts.SEEDS]
+    average = [result_of(work, f"users {seed}") for seed in evidence.fronts.SEEDS]
 
     def worth(angle: float, helpfulness: float, verbosity: float) -> float:
         return math.cos(angle) * helpfulness - math.sin(angle) * verbosity
@@ -143,8 +143,8 @@ def _wins(file: Path, wins: Mapping[str, Sequence[Sequence[float]]]) -> None:
 
 def open_questions(work: Path) -> Item:
     """Weights without a sweep, and composition that knows of interference."""
-    tuned = {seed: found(work, f"tune {seed}") for seed in tune.SEEDS}
-    each_aim = {aims: {seed: of[aims] for seed, of in tuned.items()} for aims in map(tune.said, tune.AIMS)}
+    tuned = {seed: result_of(work, f"tune {seed}") for seed in tune.SEEDS}
+    each_aim = {aims: {seed: of[aims] for seed, of in tuned.items()} for aims in map(tune.aims_text, tune.AIMS)}
     every = [of for seeds in each_aim.values() for of in seeds.values()]
     shares = [of["tune's share of the grid's time"] for of in every]
     equal = [of["tune: score"] >= of["grid: score"] - 1e-9 for of in every]
@@ -157,7 +157,7 @@ def open_questions(work: Path) -> Item:
         for aims, seeds in each_aim.items() for seed, of in seeds.items()
     ]  # fmt: skip
     composed = each(work, "composed")
-    figures = {size: {way.label: kept(composed, size, way) for way in WAYS} for size in SIZES}
+    figures = {size: {way.label: composition_summary(composed, size, way) for way in WAYS} for size in SIZES}
     rows = [
         [
             f"{size}, {label}", *(short(of["gain"][name]) if name in of["gain"] else "" for name in ORDER),
@@ -169,7 +169,7 @@ def open_questions(work: Path) -> Item:
     beaten = {
         size: [label for label, of in ways.items() if _beyond(of, ways["exact"])] for size, ways in figures.items()
     }
-    told = "; ".join(f"of {size}: {', '.join(labels) or 'none'}" for size, labels in beaten.items())
+    beaten_text = "; ".join(f"of {size}: {', '.join(labels) or 'none'}" for size, labels in beaten.items())
     return Item(
         "Weights without sweeps, and composition",
         "Open questions of the first paper: how to choose η without a sweep; how to compose knowing of interference.",
@@ -178,7 +178,7 @@ def open_questions(work: Path) -> Item:
         f"in at most a tenth of its time: {yes(all(within))}, {sum(within)} of {len(within)}, {span(shares)}, both by "
         "a recipe that holds the two preferences alone. Help "
         "needs words, so that of the second aims each is had at the other's cost. By the worst preference's gain, "
-        f"beyond both deviations over seeds, plain addition is beaten by, {told}",
+        f"beyond both deviations over seeds, plain addition is beaten by, {beaten_text}",
         [
             [
                 [

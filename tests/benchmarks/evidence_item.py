@@ -46,10 +46,10 @@ class Found:
     def of(cls, seeds: Sequence[Sequence[float | None]]) -> "Found":
         """Of a figure a prompt, or a fact, seed by seed; a prompt whose answer has none does not count. Some prompts,
         and all facts, are those of more than one seed, and are drawn together."""
-        asked = _prompts()
+        prompts = _prompts()
         known = [
             [(value, which[i] if len(of) == len(which) else i) for i, value in enumerate(of) if value is not None]
-            for of, which in zip(seeds, asked, strict=True)
+            for of, which in zip(seeds, prompts, strict=True)
         ]
         rows = [row for of in known for row in of]
         if not rows:
@@ -69,7 +69,7 @@ class Found:
         return self.high < 0 and max(self.seeds) < 0
 
     @property
-    def told(self) -> str:
+    def answer(self) -> str:
         """Of a difference that somebody claims to be above 0: whether it is, and how large."""
         return f"{'yes' if self.higher else 'the other way round' if self.lower else 'not told apart'}, {self}"
 
@@ -110,14 +110,14 @@ def rises(after: Seeds, before: Seeds, name: str) -> list[list[float | None]]:
     ]
 
 
-def found(work: Path, name: str) -> Any:
+def result_of(work: Path, name: str) -> Any:
     """What a job has measured."""
     return json.loads((work / "measured" / f"{name}.json").read_text())["found"]
 
 
 def each(work: Path, name: str) -> list[Any]:
     """A job of every seed."""
-    return [found(work, f"{name} {seed}") for seed in SEEDS]
+    return [result_of(work, f"{name} {seed}") for seed in SEEDS]
 
 
 def seconds(folder: Path) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import evidence
 from control import SEEDS, agreement, spearman
 from evidence import CORRELATED, CORRELATIONS, FAR, NOISES, PAIR, REACHED, STEPS
-from evidence_item import FOLDER, Found, Item, each, figure, found, moved, rises, seconds, short, span, verdict, yes
+from evidence_item import FOLDER, Found, Item, each, figure, moved, result_of, rises, seconds, short, span, verdict, yes
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
@@ -44,7 +44,7 @@ def control(work: Path) -> Item:
         verdict(*(rise.higher for of in rises.values() for rise in of), *(rank == 1 for rank in ranks.values())),
         "; ".join(
             f"{name}: Spearman with its own weight, averaged over the other, {short(ranks[name])}; it rises from "
-            f"(−1, −1) to (0, 0): {rises[name][0].told}; from there to (1, 1): {rises[name][1].told}"
+            f"(−1, −1) to (0, 0): {rises[name][0].answer}; from there to (1, 1): {rises[name][1].answer}"
             for name in PAIR
         ),
         [[["η of helpful, harmless", *PAIR, "the paper's rewards"], *rows]],
@@ -126,9 +126,9 @@ def _seconds(work: Path, label: str, seed: int) -> float:
     if label in ("soup", "positive alone"):
         return both[Direction.pos]
     if label == "RLOO":
-        return sum(found(work, f"rloo 0.0 {seed}")[name] for name in ("reward", "both"))
+        return sum(result_of(work, f"rloo 0.0 {seed}")[name] for name in ("reward", "both"))
     if label == "MODPO":
-        return seconds(work / f"seed{seed}/dpo/{PAIR[1]}/pos") + float(found(work, f"modpo {seed}"))
+        return seconds(work / f"seed{seed}/dpo/{PAIR[1]}/pos") + float(result_of(work, f"modpo {seed}"))
     joint = seconds(work / f"seed{seed}/dpo/joint/pos")
     return {"vectors": sum(both.values()), "joint DPO": joint, "start": 0.0}[label]
 
@@ -153,7 +153,7 @@ def later(work: Path) -> Item:
         "Two more vectors are added without training the first two again; those pay for it (3B: helpful 1.385 → 1.01, "
         "harmless 3.585 → 2.67, with psychological −4.57 → 6.10 and honest −1.58 → −.07).",
         verdict(*(of.higher for of in gains.values()), *pays.values()),
-        "; ".join(f"{name} gains: {of.told}" for name, of in gains.items())
+        "; ".join(f"{name} gains: {of.answer}" for name, of in gains.items())
         + "; "
         + "; ".join(f"{name} pays for both: {yes(of)}" for name, of in pays.items())
         + ", by what the second table says. Help is told in words, which `brief` takes away; manners take none, and "
@@ -192,7 +192,7 @@ def geometry(work: Path) -> Item:
     agreed.append(["of RLOO (the paper's of PPO: .21 to .26)", *by_reward])
     _noise(FOLDER / "noise.png", noisy, rewarded)
     raw = list(sti["STI"].values())
-    told = {label: {size: _span_of_three(of) for size, of in sizes.items()} for label, sizes in sti.items()}
+    sti_spans = {label: {size: _span_of_three(of) for size, of in sizes.items()} for label, sizes in sti.items()}
     claims = {
         "Δ₊ and Δ₋ oppose each other for all eight": all(value < 0 for of in sides.values() for value in of),
         "helpful and harmless stand at an acute angle": min(between) > 0,
@@ -218,7 +218,7 @@ def geometry(work: Path) -> Item:
              ["cos(Δ₊, Δ₋)", *(span(of) for of in sides.values()), "−.71 to −.47"],
              ["over data seeds", *(span(of) for of in across.values()), ".98 to 1.00"]],
             [["preferences", *sti["STI"]], ["the paper's STI", ".41", "2.33", "", ""],
-             *([label, *of.values()] for label, of in told.items())],
+             *([label, *of.values()] for label, of in sti_spans.items())],
             agreed,
         ],
         {"noise.png": "agreement over seeds against label noise"},
@@ -327,7 +327,7 @@ def correlation(work: Path) -> Item:
     rows: list[list[str]] = []
     figures: dict[float, dict[str, Any]] = {}
     for strength in CORRELATIONS:
-        seeds = [found(work, f"correlated {strength} {seed}") for seed in SEEDS]
+        seeds = [result_of(work, f"correlated {strength} {seed}") for seed in SEEDS]
         cosines = [_together(work / (f"correlated{strength}-{seed}" if strength else f"seed{seed}")) for seed in SEEDS]
         by_prompt = {
             f"{one} moves {other}": rises([of[f"{one} 1"] for of in seeds], [of[f"{one} -1"] for of in seeds], other)
@@ -351,7 +351,7 @@ def correlation(work: Path) -> Item:
         if turned or any(of.higher for of in leaks.values())
         else "Apart",
         f"the vectors' cosine is larger at .8 than at −.8 on every seed: {yes(turned)}; "
-        + "; ".join(f"{name} more at .8 than at −.8: {of.told}" for name, of in leaks.items())
+        + "; ".join(f"{name} more at .8 than at −.8: {of.answer}" for name, of in leaks.items())
         + ". *moves* is what turning a weight from −1 to 1 adds to a grade",
         [[["correlation", f"cos of {first} and {second}", *(f"{one} moves {other}" for one, other in both)], *rows]],
         figures={

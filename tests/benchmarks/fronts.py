@@ -144,14 +144,14 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
         missing = [side for side in Direction if not runs.is_run(folder / "dpo" / name / side.value)]
         if missing:
             dpo.train_dpo(project, [name], missing, folder, Screen(), resume=True)
-    found = [runs.read(folder / "dpo" / "helpful" / "pos")]
+    made = [runs.read(folder / "dpo" / "helpful" / "pos")]
     for number, wanted in enumerate(directions(project)):
         name = f"direction{number}"
         if not runs.is_run(folder / "mix" / name):
             weights = {"helpful": wanted.weights["helpfulness"], "brief": -wanted.weights["verbosity"]}
             merge.merge_adapters(weights, project, folder, Screen(quiet=True), name=name)
-        found.append(runs.read(folder / "mix" / name))
-    return found
+        made.append(runs.read(folder / "mix" / name))
+    return made
 
 
 # --- what is measured ---
@@ -160,8 +160,8 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
 def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str]) -> list[Any]:
     """What a policy answers under each system message, graded: the oracle's 0 to 1, the reward model's 0 to 100."""
     policies = _policies(bench, seed, policy)
-    asked = [prompt for prompt in measurement.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
-    return [graded_answers(policies, asked, system, seed) for system in systems]
+    prompts = [prompt for prompt in measurement.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
+    return [graded_answers(policies, prompts, system, seed) for system in systems]
 
 
 def _policies(bench: Bench, seed: int, policy: Run | None) -> PolicySet:
@@ -172,20 +172,20 @@ def _policies(bench: Bench, seed: int, policy: Run | None) -> PolicySet:
 
 
 def graded_answers(
-    policies: PolicySet, asked: Sequence[oracle.Prompt], system: str, seed: int
+    policies: PolicySet, questions: Sequence[oracle.Prompt], system: str, seed: int
 ) -> list[list[list[float]]]:
     """[prompts, samples, FIELDS] for one system message."""
-    prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in asked]
+    prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in questions]
     sampling = Sampling(1.0, 1.0, measurement.LONGEST, seed)
     policies.activate(policies.policies[0])
     drawn = policies.sampler.draw([with_system_prompt(system, prompt) for prompt in prompts], SAMPLES, sampling)
-    found = sorted((answer.prompt, answer.number, answer.text) for batch in drawn for answer in batch)
-    judged = policies.score("reward", [(prompts[prompt], text) for prompt, _, text in found])
-    graded: list[list[list[float]]] = [[] for _ in asked]
-    for (prompt, _, text), points in zip(found, judged, strict=True):
-        score = oracle.score(asked[prompt], text)
+    samples = sorted((answer.prompt, answer.number, answer.text) for batch in drawn for answer in batch)
+    judged = policies.score("reward", [(prompts[prompt], text) for prompt, _, text in samples])
+    graded: list[list[list[float]]] = [[] for _ in questions]
+    for (prompt, _, text), scores in zip(samples, judged, strict=True):
+        score = oracle.score(questions[prompt], text)
         grades = [score.grades[name] for name in OBJECTIVES]
-        graded[prompt].append([*grades, float(score.well_formed), *(points[name] for name in OBJECTIVES)])
+        graded[prompt].append([*grades, float(score.well_formed), *(scores[name] for name in OBJECTIVES)])
     return graded
 
 
@@ -193,20 +193,20 @@ def heads(bench: Bench, seed: int) -> dict[str, float]:
     """Each head's Spearman with the oracle on the base's fresh answers: helpful on safe prompts, harmless on risky."""
     base = bases.find(bench.project(seed).base)
     policies = _policies(bench, seed, None)
-    asked = measurement.questions(seed, PROMPTS, part=bench.part)
-    texts = measurement.answers(policies.model, base, asked, SAMPLES, seed)
-    said = [(prompt, text) for prompt, some in zip(asked, texts, strict=True) for text in some]
-    points = policies.score("reward", [((Message("user", prompt.text),), text) for prompt, text in said])
-    scored = [(prompt, oracle.score(prompt, text)) for prompt, text in said]
-    found = {}
+    questions = measurement.questions(seed, PROMPTS, part=bench.part)
+    texts = measurement.answers(policies.model, base, questions, SAMPLES, seed)
+    answered = [(prompt, text) for prompt, some in zip(questions, texts, strict=True) for text in some]
+    scores = policies.score("reward", [((Message("user", prompt.text),), text) for prompt, text in answered])
+    scored = [(prompt, oracle.score(prompt, text)) for prompt, text in answered]
+    correlations = {}
     for preference, axis in oracle.AXES.items():
         name = axis.removeprefix("-")
         only = measurement.ONLY_ON.get(preference)
         rows = [i for i, (prompt, score) in enumerate(scored) if score.well_formed and only in (None, prompt.risky)]
         truth = torch.tensor([scored[i][1].grades[name] for i in rows], dtype=torch.float64)
-        head = torch.tensor([points[row][name] for row in rows], dtype=torch.float64)
-        found[name] = float(score_quality.rank_correlations(torch.stack([head, truth], 1))[0, 1])
-    return found
+        head = torch.tensor([scores[row][name] for row in rows], dtype=torch.float64)
+        correlations[name] = float(score_quality.rank_correlations(torch.stack([head, truth], 1))[0, 1])
+    return correlations
 
 
 def measured(bench: Bench, seed: int) -> dict[str, Answers]:
@@ -241,10 +241,10 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
 # --- what is made of it ---
 
 
-def points(found: Answers, weights: NDArray[np.float64] | None = None) -> Front:
+def points(graded: Answers, weights: NDArray[np.float64] | None = None) -> Front:
     """Mean grades of the well-formed answers to each thing asked for, its prompts weighted."""
-    formed = found[..., 2] * (1.0 if weights is None else weights[:, None])
-    return np.stack([(found[..., field] * formed).sum((1, 2)) / formed.sum((1, 2)) for field in (0, 1)], 1)
+    formed = graded[..., 2] * (1.0 if weights is None else weights[:, None])
+    return np.stack([(graded[..., field] * formed).sum((1, 2)) / formed.sum((1, 2)) for field in (0, 1)], 1)
 
 
 def volume(front: Front) -> float:
@@ -283,19 +283,19 @@ def prompts_of(bench: Bench) -> NDArray[np.int64]:
     return which.reshape(len(bench.seeds), PROMPTS)
 
 
-def resampled(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> Iterator[list[dict[str, Front]]]:
+def resampled(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> Iterator[list[dict[str, Front]]]:
     """Every policy's points, seed by seed, with the prompts drawn anew; the same ones for all policies, and for all
     seeds that ask them."""
     draw, count = np.random.default_rng(0), int(which.max()) + 1
     for _ in range(RESAMPLED):
         drawn = draw.multinomial(count, np.full(count, 1 / count)).astype(float)
         yield [
-            {label: points(one, drawn[asked]) for label, one in seed.items()}
-            for seed, asked in zip(found, which, strict=True)
+            {label: points(one, drawn[indices]) for label, one in seed.items()}
+            for seed, indices in zip(seeds, which, strict=True)
         ]
 
 
-def compared(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, Any]:
+def compared(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, Any]:
     """Volumes and gains, means over the seeds, with intervals over prompts."""
     figures: dict[str, Callable[[Mapping[str, Front]], float]] = {}
     for label in ("SFT", "DPO", "vectors", "SteerLM", *ITERATIONS):
@@ -306,9 +306,9 @@ def compared(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -
         for rival in ("SFT", "DPO", "SteerLM", "vectors"):
             figures[f"{label} above {rival}"] = lambda of, a=label, b=rival: float(gaps(of[a], of[b]).mean())
             figures[f"{label} above {rival}, least"] = lambda of, a=label, b=rival: float(gaps(of[a], of[b]).min())
-    fronts = [{label: points(one) for label, one in seed.items()} for seed in found]
+    fronts = [{label: points(one) for label, one in seed.items()} for seed in seeds]
     samples: dict[str, list[float]] = {name: [] for name in figures}
-    for drawn in resampled(found, which):
+    for drawn in resampled(seeds, which):
         for name, figure in figures.items():
             samples[name].append(float(np.mean([figure(seed) for seed in drawn])))
     return {
@@ -321,47 +321,47 @@ def compared(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -
     }
 
 
-def wins(found: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, list[list[float]]]:
+def wins(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, list[list[float]]]:
     """Of each policy and thing asked of it: how often it helps more than the start policy (an answer that is not well
     formed helps nobody), the interval of that over prompts, and how verbose it is."""
 
     def help_of(of: Answers) -> NDArray[np.float64]:
         return of[..., 0] * of[..., 2]
 
-    told: dict[str, list[list[float]]] = {}
+    by_policy: dict[str, list[list[float]]] = {}
     prompts = np.repeat(which.ravel(), SAMPLES).tolist()
-    for label in found[0]:
-        helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in found], 1)  # [asked, seeds, ...]
+    for label in seeds[0]:
+        helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in seeds], 1)  # [asked, seeds, ...]
         rates = [intervals.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
-        lengths = np.mean([points(seed[label])[:, 1] for seed in found], 0)
-        told[label] = [
+        lengths = np.mean([points(seed[label])[:, 1] for seed in seeds], 0)
+        by_policy[label] = [
             [round(of.value, 4), round(of.low, 4), round(of.high, 4), round(float(length), 4)]
             for of, length in zip(rates, lengths, strict=True)
         ]
-    return told
+    return by_policy
 
 
-def obeyed(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
+def obeyed(seeds: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
     """Whether more brevity asked for is less of both: Spearman of the angle with the oracle's grades, sign reversed."""
-    by_seed = [points(seed[label]) for seed in found]
+    by_seed = [points(seed[label]) for seed in seeds]
     mean = np.mean(by_seed, 0)
 
-    def told(front: Front) -> dict[str, float]:
+    def correlation_of(front: Front) -> dict[str, float]:
         angles = np.arange(len(front))
         table = torch.tensor(np.stack([-angles, front[:, 0], front[:, 1]], 1))
         correlations = score_quality.rank_correlations(table)
         return {name: round(float(correlations[0, 1 + i]), 3) for i, name in enumerate(OBJECTIVES)}
 
-    return {"mean of the seeds": told(mean), "by seed": [told(front) for front in by_seed]}
+    return {"mean of the seeds": correlation_of(mean), "by seed": [correlation_of(front) for front in by_seed]}
 
 
-def judged(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want]) -> dict[str, Any]:
+def judged(seeds: Sequence[Mapping[str, Answers]], wants: Sequence[Want]) -> dict[str, Any]:
     """vᵀr by the reward model and by the oracle, both in points, the mean over directions, prompts and seeds."""
     series: dict[str, Any] = {}
     weights = np.array([[wanted.weights[name] for name in OBJECTIVES] for wanted in wants])[:, None, None, :]
     for label in ITERATIONS:
-        pairs = [(seed[label][..., 3:5], 100 * seed[label][..., 0:2], seed[label][..., 2]) for seed in found]
-        model = [float(((said * weights).sum(-1) * formed).sum() / formed.sum()) for said, _, formed in pairs]
+        pairs = [(seed[label][..., 3:5], 100 * seed[label][..., 0:2], seed[label][..., 2]) for seed in seeds]
+        model = [float(((predicted * weights).sum(-1) * formed).sum() / formed.sum()) for predicted, _, formed in pairs]
         truth = [float(((real * weights).sum(-1) * formed).sum() / formed.sum()) for _, real, formed in pairs]
         series[label] = {"reward model": model, "oracle": truth}
     means = {label: {key: float(np.mean(values)) for key, values in of.items()} for label, of in series.items()}
@@ -377,23 +377,23 @@ def judged(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want]) -> dic
     return {"by seed": rounded, "over-optimised": over}
 
 
-def infeasible(found: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
+def infeasible(seeds: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
     """SteerLM asked for all help in no words, beside the targets it was given and the last policy's directions."""
-    asked = [points(seed["SteerLM"])[-1] for seed in found]
-    directed = np.mean([points(seed[label]) for seed in found], 0)
-    formed = {name: round(float(np.mean([seed[name][..., 2].mean() for seed in found])), 4) for name in found[0]}
-    answered = [round(float(value), 3) for value in np.mean(asked, 0)]
-    reached = float(gaps(directed, np.mean(asked, 0)[None]).mean())
+    extreme = [points(seed["SteerLM"])[-1] for seed in seeds]
+    directed = np.mean([points(seed[label]) for seed in seeds], 0)
+    formed = {name: round(float(np.mean([seed[name][..., 2].mean() for seed in seeds])), 4) for name in seeds[0]}
+    answered = [round(float(value), 3) for value in np.mean(extreme, 0)]
+    reached = float(gaps(directed, np.mean(extreme, 0)[None]).mean())
     return {"SteerLM answers": dict(zip(OBJECTIVES, answered, strict=True)), f"{label} above it": round(reached, 4)} | {
         "well-formed": formed
     }
 
 
-def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Mapping[str, Any], file: Path) -> None:
+def draw(seeds: Sequence[Mapping[str, Answers]], wants: Sequence[Want], rewards: Mapping[str, Any], file: Path) -> None:
     """Fronts, what an angle does, and reward model against oracle."""
     picture, panels = plots.grid(3, (11 / 3, 3.8), margin=(0.0, 0.0), width_ratios=(1.4, 1, 1))
     fronts_of, angles_of, rewards_of = panels
-    mean = {label: np.mean([points(seed[label]) for seed in found], 0) for label in found[0]}
+    mean = {label: np.mean([points(seed[label]) for seed in seeds], 0) for label in seeds[0]}
     lines = {**mean, "SteerLM": mean["SteerLM"][:TARGETS]}
     for label, (colour, mark) in STYLES.items():
         size, name = (8 if len(lines[label]) == 1 else 4), {"DPO": "DPO, helpful"}.get(label, label)
@@ -405,14 +405,14 @@ def draw(found: Sequence[Mapping[str, Answers]], wants: Sequence[Want], told: Ma
     fronts_of.legend(frameon=False, fontsize=7, loc="lower right")
     degrees = [math.degrees(math.atan2(-w.weights["verbosity"], w.weights["helpfulness"])) for w in wants]
     for column, (name, colour) in enumerate(zip(OBJECTIVES, ("#1f4e9c", "#c2410c"), strict=True)):
-        for seed in found:
+        for seed in seeds:
             angles_of.plot(degrees, points(seed[ITERATIONS[-1]])[:, column], color=colour, alpha=0.25, linewidth=1)
         angles_of.plot(degrees, mean[ITERATIONS[-1]][:, column], "o-", color=colour, markersize=3.5, label=name)
     angles_of.set_xlabel(f"angle asked of {ITERATIONS[-1]}, degrees")
     angles_of.set_ylabel("oracle's grade")
     angles_of.legend(frameon=False, fontsize=8)
-    for number in range(len(found)):
-        line = [[told["by seed"][label][key][number] for label in ITERATIONS] for key in ("reward model", "oracle")]
+    for number in range(len(seeds)):
+        line = [[rewards["by seed"][label][key][number] for label in ITERATIONS] for key in ("reward model", "oracle")]
         rewards_of.plot(*line, "o-", color="#1f4e9c", alpha=0.6, markersize=3.5)
         for label, x, y in zip(ITERATIONS, *line, strict=True):
             rewards_of.annotate(label, (x, y), fontsize=7, xytext=(3, -8), textcoords="offset points")
@@ -441,11 +441,11 @@ def main() -> None:
     wants = directions(bench.project(bench.seeds[0]))
     took = [once(bench.work, f"seed{seed}-seconds", lambda seed=seed: miniature(bench, seed)) for seed in bench.seeds]
     reward_heads = [once(bench.work, f"seed{seed}-heads", lambda seed=seed: heads(bench, seed)) for seed in bench.seeds]
-    found = [measured(bench, seed) for seed in bench.seeds]
+    results = [measured(bench, seed) for seed in bench.seeds]
     if options.only:
         return
-    told, which = judged(found, wants), prompts_of(bench)
-    steered = [{**seed, "SteerLM": seed["SteerLM"][:TARGETS]} for seed in found]
+    rewards, which = judged(results, wants), prompts_of(bench)
+    steered = [{**seed, "SteerLM": seed["SteerLM"][:TARGETS]} for seed in results]
     figures = {
         "prompts": f"{PROMPTS} safe prompts of part {bench.part}, {SAMPLES} answers each at temperature 1",
         "data seeds": list(bench.seeds),
@@ -453,17 +453,17 @@ def main() -> None:
         "seconds": [{stage: round(seconds) for stage, seconds in one.items()} for one in took],
         "reward heads": {name: [round(one[name], 3) for one in reward_heads] for name in reward_heads[0]},
         "compared": compared(steered, which),
-        "obeyed": {label: obeyed(found, label) for label in ITERATIONS},
-        "wins against SFT, and verbosity": wins(found, which),
-        "infeasible": infeasible(found, ITERATIONS[-1]),
-        "rewards": told,
-        "points": {label: [np.round(points(seed[label]), 3).tolist() for seed in found] for label in found[0]},
+        "obeyed": {label: obeyed(results, label) for label in ITERATIONS},
+        "wins against SFT, and verbosity": wins(results, which),
+        "infeasible": infeasible(results, ITERATIONS[-1]),
+        "rewards": rewards,
+        "points": {label: [np.round(points(seed[label]), 3).tolist() for seed in results] for label in results[0]},
     }
     if options.development:
         print(json.dumps({key: value for key, value in figures.items() if key != "points"}, indent=1))
     else:
         save("fronts", figures)
-    draw(found, wants, told, (bench.work if options.development else RESULTS) / "fronts.png")
+    draw(results, wants, rewards, (bench.work if options.development else RESULTS) / "fronts.png")
 
 
 if __name__ == "__main__":

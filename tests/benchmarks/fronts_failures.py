@@ -13,15 +13,15 @@ from report import RESULTS, save
 
 def main() -> None:
     """Scale every front's helpfulness by its policy's share of well-formed answers."""
-    found = json.loads((RESULTS / "fronts.json").read_text())["figures"]
+    figures = json.loads((RESULTS / "fronts.json").read_text())["figures"]
     areas = {
         label: {
-            "well-formed answers alone": round(fmean(volume(np.array(front)) for front in found["points"][label]), 3),
+            "well-formed answers alone": round(fmean(volume(np.array(front)) for front in figures["points"][label]), 3),
             "broken answers counted": round(
-                fmean(volume(np.array(front) * [formed, 1.0]) for front in found["points"][label]), 3
+                fmean(volume(np.array(front) * [formed, 1.0]) for front in figures["points"][label]), 3
             ),
         }
-        for label, formed in found["infeasible"]["well-formed"].items()
+        for label, formed in figures["infeasible"]["well-formed"].items()
     }
     save("fronts_failures", areas)
 

@@ -97,10 +97,10 @@ def project_of(work: Path, stage: str, length: int, settings: list[str]) -> Any:
     """The quick recipe for such a base, on rows of one length."""
     from lora_align import recipe
 
-    said = [f'base.model="{work / "base"}"', f"dpo.max_length={length}"]
-    said += ['sft.data="rows made here"', f"sft.max_length={length}", "sft.packing=false"]
-    said += [f"{stage}.{setting}" if "base." not in setting else setting for setting in settings]
-    return recipe.load(recipe.builtin()["llama-3.1-8b"], said)
+    overrides = [f'base.model="{work / "base"}"', f"dpo.max_length={length}"]
+    overrides += ['sft.data="rows made here"', f"sft.max_length={length}", "sft.packing=false"]
+    overrides += [f"{stage}.{setting}" if "base." not in setting else setting for setting in settings]
+    return recipe.load(recipe.builtin()["llama-3.1-8b"], overrides)
 
 
 def pairs(length: int, vocabulary: int) -> list[Any]:
@@ -331,11 +331,11 @@ def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
         else:
             for prompt in prompts:
                 ids = torch.tensor([prompt], device=model.device)
-                said = model.generate(
+                generated = model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=128,
                     num_return_sequences=ANSWERS, pad_token_id=0,
                 )  # fmt: skip
-                tokens += said[:, len(prompt) :].numel()
+                tokens += generated[:, len(prompt) :].numel()
     return meter.figures(tokens) | share(base, project, FORWARD, tokens, meter.seconds)
 
 
@@ -349,16 +349,16 @@ CHILDREN: dict[str, Callable[..., Any]] = {
 }
 
 
-def child(work: Path, what: str, *given: Any) -> Any:
+def child(work: Path, what: str, *args: Any) -> Any:
     """One measurement in a process of its own; why one failed is a result too, as when memory is too small."""
-    words = [sys.executable, __file__, "--work", str(work), "--child", json.dumps([what, *given])]
+    words = [sys.executable, __file__, "--work", str(work), "--child", json.dumps([what, *args])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["without a word"])[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_child(work: Path, what: str, *given: Any) -> None:
+def run_child(work: Path, what: str, *args: Any) -> None:
     """Within 24 GB of the card."""
     import torch
 
@@ -366,7 +366,7 @@ def run_child(work: Path, what: str, *given: Any) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
-    print(json.dumps(CHILDREN[what](work, *given)))
+    print(json.dumps(CHILDREN[what](work, *args)))
 
 
 def main() -> None:
@@ -389,8 +389,8 @@ def main() -> None:
     assert not written, written
     figures: dict[str, Any] = {"card": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"}
 
-    def measured(name: str, *given: Any) -> None:
-        figures[name] = once(work, name, lambda: child(work, *given))
+    def measured(name: str, *args: Any) -> None:
+        figures[name] = once(work, name, lambda: child(work, *args))
         print(f"{name}: {json.dumps(figures[name])}", flush=True)
 
     for length in LENGTHS:

@@ -105,14 +105,14 @@ def main() -> None:
         cpu = spine(folder / "cpu", base, on_gpu=False, dtype="float32")
         for dtype in ("float32", "auto"):
             gpu = spine(folder / dtype, base, on_gpu=True, dtype=dtype)
-            found = compare(folder / "cpu", folder / dtype)
-            figures[dtype] = {**found, "same greedy answer": gpu["answer"] == cpu["answer"]}
+            differences = compare(folder / "cpu", folder / dtype)
+            figures[dtype] = {**differences, "same greedy answer": gpu["answer"] == cpu["answer"]}
             figures[dtype] |= resumed(folder / f"{dtype}, killed", base, dtype, folder / dtype)
-            if any(abs(found[f"{side} first margin"]) > NOUGHT[dtype] for side in ("pos", "neg")):
-                sys.exit(f"{dtype}: the first reward is not 0: {found}")
+            if any(abs(differences[f"{side} first margin"]) > NOUGHT[dtype] for side in ("pos", "neg")):
+                sys.exit(f"{dtype}: the first reward is not 0: {differences}")
             least = 0.99 if dtype == "float32" else 0.9
-            if any(found[f"{side} cosine to CPU"] < least for side in ("pos", "neg")):
-                sys.exit(f"{dtype}: the card and the CPU train different adapters: {found}")
+            if any(differences[f"{side} cosine to CPU"] < least for side in ("pos", "neg")):
+                sys.exit(f"{dtype}: the card and the CPU train different adapters: {differences}")
     save("gpu_check", figures)
 
 

@@ -56,11 +56,11 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
         lora_trainer.train(job, model, Target(folder, "growth", Screen(quiet=True)), unfinished, folder)
         took = time.perf_counter() - began
         quickest[count, length] = min(took, quickest.get((count, length), took))
-    found = [{"rows": count, "tokens": n, "seconds": round(took, 2)} for (count, n), took in quickest.items()]
-    sizes, seconds = [of[kind] for of in found], [of["seconds"] for of in found]
+    measured = [{"rows": count, "tokens": n, "seconds": round(took, 2)} for (count, n), took in quickest.items()]
+    sizes, seconds = [of[kind] for of in measured], [of["seconds"] for of in measured]
     slope, start = statistics.linear_regression(sizes, seconds)
     off = max(abs(start + slope * size - took) / took for size, took in zip(sizes, seconds, strict=True))
-    return {"measured": found, "furthest from a line, as a share": round(off, 3)}
+    return {"measured": measured, "furthest from a line, as a share": round(off, 3)}
 
 
 def main() -> None:

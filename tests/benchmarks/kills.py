@@ -36,13 +36,13 @@ def main() -> None:
                 child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
                 assert child.stdout is not None
                 before = len(list(shards.Shards(Path(name)).rows()))
-                said = sum(1 for _, line in zip(range(draw.randint(1, 40)), child.stdout, strict=False) if line)
+                reported = sum(1 for _, line in zip(range(draw.randint(1, 40)), child.stdout, strict=False) if line)
                 time.sleep(draw.random() * 0.02)
                 child.kill()
                 child.communicate()
                 rows = list(shards.Shards(Path(name)).rows())
                 kills += 1
-                lost += max(0, min(before + said * BATCH, ROWS) - len(rows))
+                lost += max(0, min(before + reported * BATCH, ROWS) - len(rows))
                 repeated += len(rows) - len({row["key"] for row in rows})
                 damaged += sum(row["text"] != "word " * (int(row["key"]) % 50) for row in rows)
                 if len(rows) == ROWS:

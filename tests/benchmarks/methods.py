@@ -47,12 +47,14 @@ class Way:
 
     def mixed(self, folder: Path, names: Sequence[str] = MIXED) -> tuple[LoraDelta, Tally]:
         """Preferences as one update."""
-        found = {name: vectors.find(name, folder) for name in names}
+        by_name = {name: vectors.find(name, folder) for name in names}
         of_policies = METHODS[self.method].of_policies
         if of_policies:
-            found = {name: vector.policy() for name, vector in found.items()}
+            by_name = {name: vector.policy() for name, vector in by_name.items()}
         weight = 1 / len(names) if of_policies else 1.0
-        job = Merge({name: vector.load() for name, vector in found.items()}, dict.fromkeys(names, weight), self.method)
+        job = Merge(
+            {name: vector.load() for name, vector in by_name.items()}, dict.fromkeys(names, weight), self.method
+        )
         tally = Tally()
         return LoraDelta.of(dict(tally.counted(job.modules(self.rank)))), tally
 
@@ -79,29 +81,29 @@ def measured(work: Path, seed: int) -> dict[str, Any]:
     """The start policy, each preference alone, and every way of mixing, with the vectors of one data seed."""
     folder = work / f"seed{seed}"
     graded = grader(seed, SAMPLES)
-    found: dict[str, Any] = {"start": graded(LoraDelta(()))}
-    found |= {name: graded(vectors.find(name, folder).load()) for name in MIXED}
+    figures: dict[str, Any] = {"start": graded(LoraDelta(()))}
+    figures |= {name: graded(vectors.find(name, folder).load()) for name in MIXED}
     for way in WAYS:
         update, tally = way.mixed(folder)
-        found[way.label] = {**graded(update), "rank": tally.rank, "left out": tally.left_out, "norm": update.norm()}
-    return found
+        figures[way.label] = {**graded(update), "rank": tally.rank, "left out": tally.left_out, "norm": update.norm()}
+    return figures
 
 
-def told(found: list[dict[str, Any]], label: str) -> dict[str, Any]:
+def summary(seeds: list[dict[str, Any]], label: str) -> dict[str, Any]:
     """One way over the seeds: the share of its gain alone that each preference keeps, the worst, and the price."""
 
-    def kept(one: dict[str, Any], name: str) -> float:
+    def share_kept(one: dict[str, Any], name: str) -> float:
         start = one["start"][name]
         return float((one[label][name] - start) / (one[name][name] - start))
 
-    shares = {name: [round(kept(one, name), 3) for one in found] for name in MIXED}
+    shares = {name: [round(share_kept(one, name), 3) for one in seeds] for name in MIXED}
     means = {name: round(mean(values), 3) for name, values in shares.items()}
     others = ("well_formed", "safe_refused", "norm", "left out", "rank")
     return {
         "kept": means,
         "least kept": min(means.values()),
         "kept by seed": shares,
-        **{name: round(mean(one[label][name] for one in found), 4) for name in others},
+        **{name: round(mean(one[label][name] for one in seeds), 4) for name in others},
     }
 
 
@@ -115,9 +117,9 @@ def main() -> None:
         for name in MIXED:
             bench.train(f"seed{seed}", name, f"demo:pairs?rows=8000&seed={seed}")
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(partial(_once, work), SEEDS))
-    alone = {name: round(mean(one[name][name] for one in found), 3) for name in MIXED}
-    start = {name: round(mean(one["start"][name] for one in found), 3) for name in MIXED}
+        results = list(pool.map(partial(_once, work), SEEDS))
+    alone = {name: round(mean(one[name][name] for one in results), 3) for name in MIXED}
+    start = {name: round(mean(one["start"][name] for one in results), 3) for name in MIXED}
     save(
         "methods",
         {
@@ -125,7 +127,7 @@ def main() -> None:
             "data seeds": list(SEEDS),
             "start": start,
             "alone, with weight 1": alone,
-            "ways": {way.label: told(found, way.label) for way in WAYS},
+            "ways": {way.label: summary(results, way.label) for way in WAYS},
         },
     )
 

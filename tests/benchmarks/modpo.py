@@ -58,9 +58,9 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
 
 def _moved(model: PreTrainedModel, rows: Sequence[TokenPair]) -> list[TokenPair]:
     """With references between the start policy's and those of the model as it is now."""
-    found = answer_logprobs(model, [row.shared() for row in rows], MemoryBudget(TOKENS)).view(-1, 2).tolist()
+    present = answer_logprobs(model, [row.shared() for row in rows], MemoryBudget(TOKENS)).view(-1, 2).tolist()
     moved = []
-    for row, there in zip(rows, found, strict=True):
+    for row, there in zip(rows, present, strict=True):
         chosen, rejected = (OWN * before + (1 - OWN) * now for before, now in zip(row.reference, there, strict=True))
         moved.append(replace(row, reference=(chosen, rejected)))
     return moved

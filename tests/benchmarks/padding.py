@@ -37,12 +37,12 @@ LENGTHS = (16, 64, 128, 256)
 
 def seconds(work: Callable[[], object]) -> float:
     """The quickest of some rounds, after one that does not count."""
-    taken = []
+    times = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def policy_of(base: Base, project: recipe.Recipe, *, dequantised: bool) -> PeftModel:
@@ -82,7 +82,7 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
     """
     policy = policy_of(base, project, dequantised=True)
     packed = Reader.of(base_model_of(policy))
-    found = []
+    figures = []
     for at in range(STEPS):
         some = rows[at * BATCH : (at + 1) * BATCH]
         took = {
@@ -94,13 +94,13 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
         for name, tokens in (("plain, prompts shared", shared), ("plain, prompts not shared", sum(sequences))):
             length = round(tokens / BATCH)
             took[name] = seconds(plain(policy, BATCH, length)) * tokens / (BATCH * length)
-        found.append({"tokens, prompts shared": shared, "tokens, prompts not shared": sum(sequences), **took})
+        figures.append({"tokens, prompts shared": shared, "tokens, prompts not shared": sum(sequences), **took})
 
     def share(of: str, beside: str) -> float:
-        return round(statistics.median(one[beside] / one[of] for one in found), 3)
+        return round(statistics.median(one[beside] / one[of] for one in figures), 3)
 
     return {
-        "steps": found,
+        "steps": figures,
         "pace of a packed step, plain = 1, prompts shared by both": share("packed", "plain, prompts shared"),
         "pace of a packed step, plain = 1, prompts not shared by plain": share("packed", "plain, prompts not shared"),
         "pace of a padded step, plain = 1, prompts not shared": share("padded", "plain, prompts not shared"),
@@ -116,20 +116,20 @@ def longest(model: PreTrainedModel, base: Base, rows: int) -> int:
 
 def passes(base: Base, project: recipe.Recipe) -> dict[str, Any]:
     """Seconds of a pass by its tokens: a line whose start is what one more pass takes; and answers drawn."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, dequantised in (("dequantised once", True), ("in every pass", False)):
         policy = policy_of(base, project, dequantised=dequantised)
         took = [seconds(plain(policy, 1, length)) for length in LENGTHS]
         slope, start = statistics.linear_regression(LENGTHS, took)
-        found[name] = {
+        figures[name] = {
             "seconds by tokens": dict(zip(LENGTHS, took, strict=True)),
             "a pass in tokens": round(start / slope, 1),
         }
         model = policy.unload().eval()
         for rows in (1, 16):
             drawing = partial(longest, model, base, rows)
-            found[name][f"milliseconds a step, {rows} rows"] = round(1e3 * seconds(drawing) / drawing(), 1)
-    return found
+            figures[name][f"milliseconds a step, {rows} rows"] = round(1e3 * seconds(drawing) / drawing(), 1)
+    return figures
 
 
 def main() -> None:
@@ -138,8 +138,8 @@ def main() -> None:
     wanted.add_argument("--base", required=True)
     wanted.add_argument("--pairs", type=Path, required=True)
     wanted.add_argument("--name", default="padding", help="of the result")
-    said = wanted.parse_args()
-    settings = [f'base.model="{said.base}"', f'preferences.pairs.data="{said.pairs}"', "lora.rank=16"]
+    options = wanted.parse_args()
+    settings = [f'base.model="{options.base}"', f'preferences.pairs.data="{options.pairs}"', "lora.rank=16"]
     settings += ['lora.targets=["all-linear"]', "dpo.max_length=1024", f"dpo.limit={BATCH * STEPS}"]
     project = recipe.load(recipe.builtin()["demo"], settings)
     base = bases.find(project.base)
@@ -147,10 +147,10 @@ def main() -> None:
     rows = list(dpo.prepare(project, "pairs", base, Screen(quiet=True)).train)
     rows = [replace(row, reference=(0.0, 0.0)) for row in rows]
     save(
-        said.name,
+        options.name,
         {
-            "base": Path(said.base).name,
-            "pairs": said.pairs.name,
+            "base": Path(options.base).name,
+            "pairs": options.pairs.name,
             "threads": torch.get_num_threads(),
             "passes": passes(base, project),
             **steps(base, project, rows),

@@ -64,12 +64,16 @@ def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
     few = ["dpo.limit=200", "reward.limit=200", 'sft.data="demo:conversations?rows=200"']
     overrides = [f'base.model="{base}"', *few, *settings]
     project = recipe.load(recipe.builtin()["demo"], overrides)
-    found = bases.find(project.base)
-    stage = stage_of(project, name, found, Screen(quiet=True))
-    planned = planner.estimate_stage(project, found, stage, device_of(project))
-    taken = time_step(found, stage, [stage.job.rows[i] for i in planned.part]).taken
-    said = planned.cost.activations + planned.cost.logits
-    return {"planned": round(said / 1e6, 1), "taken": round(taken / 1e6, 1), "ratio": round(said / taken, 3)}
+    loaded = bases.find(project.base)
+    stage = stage_of(project, name, loaded, Screen(quiet=True))
+    planned = planner.estimate_stage(project, loaded, stage, device_of(project))
+    measured = time_step(loaded, stage, [stage.job.rows[i] for i in planned.part]).taken
+    planned_bytes = planned.cost.activations + planned.cost.logits
+    return {
+        "planned": round(planned_bytes / 1e6, 1),
+        "taken": round(measured / 1e6, 1),
+        "ratio": round(planned_bytes / measured, 3),
+    }
 
 
 def times() -> dict[str, Any]:
@@ -85,11 +89,11 @@ def times() -> dict[str, Any]:
 
     project, screen = recipe.load(recipe.builtin()["demo"], ["dpo.held_out=0"]), Screen(quiet=True)
     one = replace(project, preferences={"helpful": project.preferences["helpful"]})
-    said = planner.plan_stages(one, ["dpo"], screen, measure=True).as_json()["stages"][0]["seconds"]
+    planned = planner.plan_stages(one, ["dpo"], screen, measure=True).as_json()["stages"][0]["seconds"]
     began = time.perf_counter()
     dpo.train_dpo(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
-    taken = time.perf_counter() - began
-    return {"planned": said, "taken": round(taken, 1), "ratio": round(said / taken, 3)}
+    seconds = time.perf_counter() - began
+    return {"planned": planned, "taken": round(seconds, 1), "ratio": round(planned / seconds, 3)}
 
 
 def evening(work: Path) -> dict[str, Any]:
@@ -113,16 +117,16 @@ def evening(work: Path) -> dict[str, Any]:
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
-    found: dict[str, Any] = {}
+    plans: dict[str, Any] = {}
     for checkpointing in ("true", "false"):
-        said = [f'base.model="{folder}"', f"dpo.gradient_checkpointing={checkpointing}"]
-        project = recipe.load(recipe.builtin()["llama-3.1-8b"], said)
+        overrides = [f'base.model="{folder}"', f"dpo.gradient_checkpointing={checkpointing}"]
+        project = recipe.load(recipe.builtin()["llama-3.1-8b"], overrides)
         one = {name: axis for name, axis in project.preferences.items() if name == "helpful"}
         of = planner.plan_stages(replace(project, preferences=one), ["dpo"], Screen(quiet=True), vram=24).as_json()[
             "stages"
         ][0]
-        found[f"checkpointing {checkpointing}"] = {name: of[name] for name in ("bytes", "total", "fits", "seconds")}
-    return found
+        plans[f"checkpointing {checkpointing}"] = {name: of[name] for name in ("bytes", "total", "fits", "seconds")}
+    return plans
 
 
 def main() -> None:

@@ -39,30 +39,30 @@ class Labelled:
 def read(folder: Path) -> list[Labelled]:
     """All of them but empty ones."""
     kinds = {"1_full_compliance": 0.0, "2_full_refusal": 1.0, "3_partial_refusal": 0.5}
-    found = []
+    answers = []
     for model in MODELS:
         with (folder / f"xstest_v2_completions_{model}.csv").open(encoding="utf-8", errors="replace") as stream:
             for row in csv.DictReader(stream):
                 if row["completion"].strip():
                     number = int(row["id"].split("-")[1])
-                    found.append(Labelled(number, model, row["completion"], kinds[row["final_label"]]))
-    return found
+                    answers.append(Labelled(number, model, row["completion"], kinds[row["final_label"]]))
+    return answers
 
 
-def figures(rows: Sequence[Labelled], said: Callable[[str], bool]) -> dict[str, float]:
+def figures(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> dict[str, float]:
     """Where people agree that it is one, or none; and with what lies between counted as refusals."""
     sure = [row for row in rows if row.refusal != 0.5]
     return {
         "answers": len(rows),
-        **dict(zip(("precision", "recall"), _shares(sure, said), strict=True)),
-        **dict(zip(("precision, partial ones too", "recall, partial ones too"), _shares(rows, said), strict=True)),
+        **dict(zip(("precision", "recall"), _shares(sure, detector), strict=True)),
+        **dict(zip(("precision, partial ones too", "recall, partial ones too"), _shares(rows, detector), strict=True)),
     }
 
 
-def _shares(rows: Sequence[Labelled], said: Callable[[str], bool]) -> tuple[float, float]:
-    told = [(said(row.text), row.refusal > 0) for row in rows]
-    hits = sum(one and other for one, other in told)
-    return round(hits / sum(one for one, _ in told), 3), round(hits / sum(other for _, other in told), 3)
+def _shares(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> tuple[float, float]:
+    pairs = [(detector(row.text), row.refusal > 0) for row in rows]
+    hits = sum(one and other for one, other in pairs)
+    return round(hits / sum(one for one, _ in pairs), 3), round(hits / sum(other for _, other in pairs), 3)
 
 
 def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
@@ -70,24 +70,24 @@ def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
     import torch
 
     sure = [row for row in rows if row.refusal != 0.5]
-    found = [refusals.find_cues(row.text) for row in sure]
-    there = torch.tensor([[float(hit) for hits in of.values() for hit in hits] + [1.0] for of in found])
+    cues = [refusals.find_cues(row.text) for row in sure]
+    there = torch.tensor([[float(hit) for hits in of.values() for hit in hits] + [1.0] for of in cues])
     labels = torch.tensor([row.refusal for row in sure])
-    points = torch.zeros(there.shape[1], requires_grad=True)
-    search = torch.optim.LBFGS([points], max_iter=300)
+    weights = torch.zeros(there.shape[1], requires_grad=True)
+    search = torch.optim.LBFGS([weights], max_iter=300)
 
     def loss() -> torch.Tensor:
         search.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(there @ points, labels)
-        value = value + 1e-3 * points[:-1].square().sum()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(there @ weights, labels)
+        value = value + 1e-3 * weights[:-1].square().sum()
         value.backward()
         return value
 
     search.step(loss)
-    rounded = [round(value, 1) for value in points.tolist()]
-    names = [(name, len(hits)) for name, hits in found[0].items()]
-    taken = {name: [rounded.pop(0) for _ in range(count)] for name, count in names}
-    return taken | {"threshold": [-rounded[0]]}
+    rounded = [round(value, 1) for value in weights.tolist()]
+    names = [(name, len(hits)) for name, hits in cues[0].items()]
+    by_cue = {name: [rounded.pop(0) for _ in range(count)] for name, count in names}
+    return by_cue | {"threshold": [-rounded[0]]}
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     if options.fit:
         print(json.dumps(fit([row for row in rows if row.number % 2 == 0])))
         return
-    held = [row for row in rows if row.number % 2]
+    held_out = [row for row in rows if row.number % 2]
     ways: dict[str, Callable[[str], bool]] = {
         "this detector": refusals.refuses,
         "a list of beginnings": lambda text: bool(BEGINNINGS.match(text.replace("’", "'").strip())),
@@ -109,10 +109,10 @@ def main() -> None:
         "refusals",
         {
             name: {
-                "all": figures(held, said),
-                **{model: figures([row for row in held if row.model == model], said) for model in MODELS},
+                "all": figures(held_out, detector),
+                **{model: figures([row for row in held_out if row.model == model], detector) for model in MODELS},
             }
-            for name, said in ways.items()
+            for name, detector in ways.items()
         },
     )
 

@@ -44,8 +44,8 @@ def _commit() -> str:
     written before is no code."""
 
     def git(*words: str) -> str:
-        told = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-        return told.stdout.strip()
+        done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":!results", ":!evidence")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")

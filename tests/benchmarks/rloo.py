@@ -36,10 +36,10 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
     budget = MemoryBudget(PROMPTS * ANSWERS)
 
     def paid(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        asked = ([Message(said["role"], said["content"]) for said in prompt] for prompt in prompts)
-        rows = [(base.chat.prompt_ids(of), list(ids)) for of, ids in zip(asked, completion_ids, strict=True)]
-        points = judged.score(rows, budget)[:, columns].tolist()
-        return [sum(weight * one for weight, one in zip(wanted.values(), of, strict=True)) for of in points]
+        conversations = ([Message(turn["role"], turn["content"]) for turn in prompt] for prompt in prompts)
+        rows = [(base.chat.prompt_ids(of), list(ids)) for of, ids in zip(conversations, completion_ids, strict=True)]
+        scores = judged.score(rows, budget)[:, columns].tolist()
+        return [sum(weight * one for weight, one in zip(wanted.values(), of, strict=True)) for of in scores]
 
     trainer = RLOOTrainer(
         model=start_policy.load(base, start),

@@ -29,11 +29,11 @@ def write(file: Path, count: int) -> None:
     from lora_align.recipe import Preference
 
     axis = Preference("demo:pairs?rows=2000", "label:safer_response_id")
-    found = [pair for pair, _ in read_pairs(axis, 0.0, None, Counter())]
+    pairs = [pair for pair, _ in read_pairs(axis, 0.0, None, Counter())]
     draw = random.Random(0)
     with file.open("w", encoding="utf-8") as stream:
         for i in range(count):
-            pair = draw.choice(found)
+            pair = draw.choice(pairs)
             row = {"prompt": f"{pair.prompt[-1].content} ({i})", "chosen": pair.chosen, "rejected": pair.rejected}
             stream.write(json.dumps(row) + "\n")
 
@@ -58,14 +58,14 @@ def child(what: str, file: Path) -> dict[str, Any]:
         Preference("demo:pairs?rows=300", "label:safer_response_id"), base, 0.0, None, 512, screen
     )
     before, began = peak(), time.perf_counter()
-    found = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.05, None, 512, screen)
+    material = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.05, None, 512, screen)
     if what == "looked up":
-        rows = found.train
-        asked = _Answers.of(LazyRows(len(rows), lambda i: rows[i].shared()))
-        ReferenceCache(file.parent)._read(asked, screen)
+        rows = material.train
+        answers = _Answers.of(LazyRows(len(rows), lambda i: rows[i].shared()))
+        ReferenceCache(file.parent)._read(answers, screen)
     seconds = time.perf_counter() - began
-    rows_read = len(found.train) + len(found.held_out)
-    dropped = sum(found.facts["dropped"].values())
+    rows_read = len(material.train) + len(material.held_out)
+    dropped = sum(material.facts["dropped"].values())
     return {"rows": rows_read, "dropped": dropped, "seconds": round(seconds, 1), "MB": round((peak() - before) / 1e6)}
 
 

@@ -51,23 +51,23 @@ def results(checkout: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "HF_HUB_OFFLINE": "1"}
     environment["LORA_ALIGN_CACHE"] = str(folder / "cache")
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name, words in COMMANDS.items():
         program = [sys.executable, "-m", "lora_align", *words, "--json"]
         done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
         keys = sorted(keys_of(json.loads(done.stdout))) if done.stdout.strip() else []
         error = done.stderr[-400:] if done.returncode else ""
-        found[name] = {"code": done.returncode, "keys": keys, "error": error}
+        report[name] = {"code": done.returncode, "keys": keys, "error": error}
         print(f"{checkout}: {name} {done.returncode}", file=sys.stderr, flush=True)
     files = [
         *folder.glob("runs/**/*.safetensors"),
         *folder.glob("*.jsonl"),
         *folder.glob("runs/**/adapter_config.json"),
     ]
-    found["files"] = {
+    report["files"] = {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)
     }
-    return found
+    return report
 
 
 def keys_of(value: Any, before: str = "") -> set[str]:
@@ -98,7 +98,8 @@ def main() -> None:
         same = before["code"] == now["code"] and not gone and not fresh
         print(f"{name}: {len(now['keys'])} keys, exit {now['code']}" + ("" if same else f"; was {before['code']}"))
         for sign, paths in (("-", gone), ("+", fresh)):
-            print("".join(f"  {sign} {path}\n" for path in sorted(paths)), end="")
+            top = [path for path in sorted(paths) if path.rpartition(".")[0].removesuffix("[]") not in paths]
+            print("".join(f"  {sign} {path}\n" for path in top), end="")  # without the keys below them
         print(f"  {now['error']}" if now["error"] else "", end="")
         differences += not same
     sys.exit(bool(differences))

@@ -51,18 +51,18 @@ def theirs(model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]],
     return tokens
 
 
-def rate(draw: Callable[..., int], *given: object) -> float:
+def rate(draw: Callable[..., int], *args: object) -> float:
     """Tokens a second."""
     start = time.perf_counter()
-    return draw(*given) / (time.perf_counter() - start)
+    return draw(*args) / (time.perf_counter() - start)
 
 
 def main() -> None:
     """Measure on the built-in base."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load().eval()
-    asked = measurement.questions(7, 128, part="dev")
-    prompts = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in asked]
+    questions = measurement.questions(7, 128, part="dev")
+    prompts = [base.chat.prompt_ids([Message("user", prompt.text)]) for prompt in questions]
     some = prompts[:: len(prompts) // PROMPTS][:PROMPTS]
     for draw in (ours, theirs):
         draw(model, base, some[:2], N)  # warm-up

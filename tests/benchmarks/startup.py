@@ -26,12 +26,12 @@ MERGE = ["merge", "--quiet"]
 
 def seconds(words: list[str], cwd: Path, times: int) -> dict[str, float]:
     """Median and worst wall time of a whole process, after one warm-up."""
-    taken = []
+    durations = []
     for _ in range(times + 1):
         start = time.perf_counter()
         subprocess.run([COMMAND, *words], cwd=cwd, capture_output=True, check=False)
-        taken.append(time.perf_counter() - start)
-    return {"median": round(statistics.median(taken[1:]), 3), "worst": round(max(taken[1:]), 3)}
+        durations.append(time.perf_counter() - start)
+    return {"median": round(statistics.median(durations[1:]), 3), "worst": round(max(durations[1:]), 3)}
 
 
 def main() -> None:

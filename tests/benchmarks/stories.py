@@ -117,8 +117,8 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
     line = [sys.executable, "-m", "lora_align", *words, "--json", "--quiet"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def told(folder: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def told(folder: Path) -> dict[str, Any]:
     stories = [json.loads(line) for line in (folder / "stories.jsonl").read_text().splitlines()]
     whole = [row for row in stories if row["ended"]]
     ordinary, ended = whole[::ORDINARY], [row for i, row in enumerate(whole) if i % ORDINARY]
-    rated = [{**_said(row), "speech": min(len(SPEECH.findall(row["response"])), 4)} for row in ended]
+    rated = [{**_prompt_and_response(row), "speech": min(len(SPEECH.findall(row["response"])), 4)} for row in ended]
     pairs = []
     for prompt, some in itertools.groupby(ended, key=lambda row: row["prompt"]):
         texts = [row["response"] for row in some]
@@ -143,7 +143,7 @@ def told(folder: Path) -> dict[str, Any]:
     return {"stories": len(stories), "ended by themselves": len(whole), "pairs": len(pairs)}
 
 
-def _said(row: dict[str, Any]) -> dict[str, Any]:
+def _prompt_and_response(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("prompt", "response")}
 
 

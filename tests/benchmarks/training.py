@@ -41,10 +41,10 @@ def recipe_of(world: str, work: Path) -> Any:
     else:
         data = str(Path(os.environ["LORA_ALIGN_REAL_DATA"]) / "llama-factory" / "dpo_en_demo.json")
         ranks, base, longest, limit = ("label", "shorter"), str(real_base(work)), 1024, REAL_ROWS
-    said = [f'preferences.{name}.data="{data}"' for name in ("first", "second")]
-    said += [f'preferences.{name}.rank="{rank}"' for name, rank in zip(("first", "second"), ranks, strict=True)]
-    said += [f'base.model="{base}"', f"dpo.max_length={longest}", f"dpo.limit={limit}", *SETTINGS]
-    return recipe.load(recipe.builtin()["demo"], said)
+    overrides = [f'preferences.{name}.data="{data}"' for name in ("first", "second")]
+    overrides += [f'preferences.{name}.rank="{rank}"' for name, rank in zip(("first", "second"), ranks, strict=True)]
+    overrides += [f'base.model="{base}"', f"dpo.max_length={longest}", f"dpo.limit={limit}", *SETTINGS]
+    return recipe.load(recipe.builtin()["demo"], overrides)
 
 
 def real_base(work: Path) -> Path:
@@ -59,9 +59,9 @@ def real_base(work: Path) -> Path:
     folder, data = work / "base", Path(os.environ["LORA_ALIGN_REAL_DATA"])
     if not (folder / "config.json").exists():
         rows = json.loads((data / "llama-factory" / "dpo_en_demo.json").read_text())
-        said = [text["value"] for row in rows for text in (*row["conversations"], row["chosen"], row["rejected"])]
+        texts = [text["value"] for row in rows for text in (*row["conversations"], row["chosen"], row["rejected"])]
         theirs = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen2.5")
-        tokenizer = theirs.train_new_from_iterator(said, VOCABULARY)
+        tokenizer = theirs.train_new_from_iterator(texts, VOCABULARY)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=8,
@@ -184,13 +184,13 @@ def compared(world: str, work: Path) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(ROUNDS[world]):
         for side in SIDES:
-            found = child("ours", world, str(work)) if side == "ours" else child("trl", world, str(work), side)
-            rounds[side].append(found)
-    best = {side: min(found, key=lambda one: one["seconds"]) for side, found in rounds.items()}
+            result = child("ours", world, str(work)) if side == "ours" else child("trl", world, str(work), side)
+            rounds[side].append(result)
+    best = {side: min(results, key=lambda one: one["seconds"]) for side, results in rounds.items()}
     mine = best["ours"]
     figures: dict[str, Any] = {
-        side: {"seconds": round(found["seconds"], 1), "ours of it": round(mine["seconds"] / found["seconds"], 3)}
-        for side, found in best.items()
+        side: {"seconds": round(result["seconds"], 1), "ours of it": round(mine["seconds"] / result["seconds"], 3)}
+        for side, result in best.items()
     }
     each = [mine[name] / count for name, count in zip(("first", "second", "again"), mine["pairs"], strict=True)]
     figures["pairs of the first preference, and of the second"] = mine["pairs"][:2]
@@ -204,13 +204,13 @@ def apart(world: str, work: Path) -> dict[str, float]:
     one that has not, of which TRL weighs a part of 1 pair like one of 4."""
     mine = child("ours", world, str(work))["losses"]
     theirs = child("trl", world, str(work), SIDES[1])
-    found = {"full steps": 0.0, "a last step of fewer pairs": 0.0}
+    distances = {"full steps": 0.0, "a last step of fewer pairs": 0.0}
     for name, losses in theirs["losses"].items():
         whole = theirs["pairs"][name] // BATCH
         for step, (one, other) in enumerate(zip(mine[name], losses, strict=True)):
             kind = "full steps" if step < whole else "a last step of fewer pairs"
-            found[kind] = max(found[kind], abs(one - other))
-    return found
+            distances[kind] = max(distances[kind], abs(one - other))
+    return distances
 
 
 def main() -> None:

@@ -55,8 +55,8 @@ def words(stage: str) -> list[str]:
 
 def newest(unfinished: Path) -> Path | None:
     """The checkpoint with the highest number, whole or not."""
-    found = {int(path.name.rpartition("-")[2]): path for path in unfinished.glob("checkpoint-*")}
-    return found[max(found)] if found else None
+    checkpoints = {int(path.name.rpartition("-")[2]): path for path in unfinished.glob("checkpoint-*")}
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def loads(checkpoint: Path) -> bool:

@@ -45,7 +45,7 @@ def command(folder: Path, *words: str) -> tuple[dict[str, Any], float]:
     return json.loads(done.stdout), time.perf_counter() - began
 
 
-def said(aims: Aims) -> str:
+def aims_text(aims: Aims) -> str:
     """As `tune` takes them."""
     return ",".join(f"{name}={aim}" for name, aim in aims.items())
 
@@ -81,9 +81,9 @@ def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
 def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     """By gradient."""
     folder, data = trained(seed, aims, work)
-    found, seconds = command(folder, "tune", "--aim", said(aims), *data)
-    weights = ",".join(f"{name}={weight:g}" for name, weight in found["weights"].items())
-    return {"weights": weights, "steps": found["steps"], "seconds": round(seconds, 1)}
+    result, seconds = command(folder, "tune", "--aim", aims_text(aims), *data)
+    weights = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
+    return {"weights": weights, "steps": result["steps"], "seconds": round(seconds, 1)}
 
 
 def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: int) -> dict[str, float]:
@@ -91,10 +91,10 @@ def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: in
     settings = [*FRESH, f"eval.count={PROMPTS}", f"eval.seed={draw}", "eval.pairs=8"]
     words = [word for value in settings for word in ("--set", value)]
     folder, _ = trained(seed, aims, work)
-    told, _ = command(folder, "eval", *dict.fromkeys(everyone.values()), *words)
+    evaluation, _ = command(folder, "eval", *dict.fromkeys(everyone.values()), *words)
     sums = {}
     for name, word in everyone.items():
-        scores = told["policies"][word]
+        scores = evaluation["policies"][word]
         sums[f"{name}: score"] = sum(aim * scores[f"oracle: {axis}"]["value"] for axis, aim in aims.items())
         sums[f"{name}: KL"] = scores["KL"]["value"]
     return sums
@@ -102,7 +102,7 @@ def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: in
 
 def compared(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
     """Both ways, and the start policy; goes on where it was."""
-    name = f"{seed} {said(aims)}"
+    name = f"{seed} {aims_text(aims)}"
     grid = once(work, f"swept {name}", partial(swept, seed, aims, work))
     climb = once(work, f"tuned {name}", partial(tuned, seed, aims, work))
     everyone = {"grid": grid["weights"], "tune": climb["weights"], "start": "start"}
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("tuning"))
     work = parser.parse_args().work.resolve()
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
-    save("tune", {said(aims): {f"seed {seed}": compared(seed, aims, work) for seed in SEEDS} for aims in AIMS})
+    save("tune", {aims_text(aims): {f"seed {seed}": compared(seed, aims, work) for seed in SEEDS} for aims in AIMS})
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ def test_undo_without_a_question_is_an_error(session: Session) -> None:
 
 def test_retry_with_a_seed_gives_another_answer_each_time(session: Session) -> None:
     def answers() -> list[str]:
-        found = []
+        texts = []
         for line in ("Tell me about rain.", "/retry", "/retry"):
             terminal.run_script(session, [line], SCREEN)
-            found.append(session.turns[-1].content)
+            texts.append(session.turns[-1].content)
             assert len(session.turns) == 2
         session.turns = []
-        return found
+        return texts
 
     first = answers()
     assert len(set(first)) == 3

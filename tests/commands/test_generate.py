@@ -25,15 +25,15 @@ def test_generate_resumes_after_a_kill_with_the_same_answers(workspace: Path) ->
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait(60)
-    kept = len(list(parts.glob("part-*.parquet")))
-    assert 1 <= kept < 150 / 64
+    part_count = len(list(parts.glob("part-*.parquet")))
+    assert 1 <= part_count < 150 / 64
     other = call(workspace, *words[:-2], "-w", "helpful=0.5", "--out", "killed.jsonl")
     assert other.code == 2
     assert "was begun with other settings (model)" in other.err
 
     resumed = call(workspace, *words, "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
-    assert f"answered before: {kept * 64} prompts" in resumed.err
+    assert f"answered before: {part_count * 64} prompts" in resumed.err
     assert not parts.exists()
     whole = call(workspace, *words, "--out", "whole.jsonl")
     assert whole.code == 0, whole.err
@@ -47,8 +47,8 @@ def test_shares_divide_the_prompts(workspace: Path) -> None:
         done = call(workspace, *words, "--share", share, "--out", f"{share[0]}.parquet")
         assert done.code == 0, done.err
     whole = call(workspace, *words, "--out", "whole.parquet", "--json")
-    told = json.loads(whole.out)
-    assert (told["prompts"], told["answers"], told["too_long"]) == (40, 40, 0)
+    printed = json.loads(whole.out)
+    assert (printed["prompts"], printed["answers"], printed["too_long"]) == (40, 40, 0)
     shares = [read_table(workspace / f"{name}.parquet").to_pylist() for name in ("1", "2")]
     assert all(shares)
     merged = read_table(workspace / "whole.parquet").to_pylist()
@@ -76,7 +76,7 @@ def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--share", "3/2"], "--share '3/2': expected PART/PARTS, as in 2/4"),
         (["--share", "²/4"], "--share '²/4': expected PART/PARTS, as in 2/4"),
@@ -87,11 +87,11 @@ def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
         (["--prompts", "nowhere.txt"], "no data file 'nowhere.txt'"),
     ],
 )
-def test_generate_refuses_unusable_input(words: list[str], told: str, workspace: Path) -> None:
-    given = {"--prompts": "demo:pairs?rows=3", "--out": "a.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
-    done = call(workspace, "generate", *[word for item in given.items() for word in item])
+def test_generate_refuses_unusable_input(words: list[str], message: str, workspace: Path) -> None:
+    options = {"--prompts": "demo:pairs?rows=3", "--out": "a.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
+    done = call(workspace, "generate", *[word for item in options.items() for word in item])
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert not list(workspace.glob("a.*"))
 
 

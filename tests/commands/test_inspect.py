@@ -15,15 +15,15 @@ from support import call
 @pytest.fixture(scope="module")
 def dense(trained: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Adapter → module → ΔW."""
-    found = {}
+    matrices = {}
     for name in ("helpful", "harmless"):
         for side in ("pos", "neg"):
             delta = peft_format.load(trained / "runs" / "dpo" / name / side)
-            found[f"{name} {side}"] = {module: f.B.double() @ f.A.double() for module, f in delta.items()}
+            matrices[f"{name} {side}"] = {module: f.B.double() @ f.A.double() for module, f in delta.items()}
     for name in ("helpful", "harmless"):
-        pos, neg = found[f"{name} pos"], found[f"{name} neg"]
-        found[name] = {module: pos[module] - neg[module] for module in pos}
-    return found
+        pos, neg = matrices[f"{name} pos"], matrices[f"{name} neg"]
+        matrices[name] = {module: pos[module] - neg[module] for module in pos}
+    return matrices
 
 
 def flat(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -51,8 +51,8 @@ def test_figures_equal_those_of_dense_matrices(workspace: Path, dense: dict[str,
         energy = sum(float(s.sum()) for s in squares.values())
         assert sum(figures["shares"]) == pytest.approx(1)
         assert figures["shares"][0] == pytest.approx(sum(float(s[0]) for s in squares.values()) / energy, rel=1e-3)
-        kept = [sum(float(s[:rank].sum()) for s in squares.values()) / energy for rank in range(figures["rank"] + 1)]
-        assert kept[figures["for_99"] - 1] < 0.99 <= kept[figures["for_99"]] + 1e-9
+        shares = [sum(float(s[:rank].sum()) for s in squares.values()) / energy for rank in range(figures["rank"] + 1)]
+        assert shares[figures["for_99"] - 1] < 0.99 <= shares[figures["for_99"]] + 1e-9
     expected = cosine(flat(dense["harmless"]), flat(dense["helpful"]))
     assert printed["cosines"]["harmless"][1] == pytest.approx(expected, abs=1e-5)
     assert (workspace / "map.png").stat().st_size > 5_000
@@ -64,14 +64,14 @@ def test_interference_and_overlaps_equal_those_of_dense_matrices(
     printed = json.loads(call(workspace, "inspect", "harmless", "helpful", "--json").out)
     raw, by_size, outputs, angles = [], [], [], []
     for module in dense["helpful"]:
-        found = [_directions(dense[name][module]) for name in ("harmless", "helpful")]
-        U = torch.cat([u[:, :8] for u, _, _ in found], 1)
-        S = torch.cat([s[:8] for _, s, _ in found])
-        Vt = torch.cat([v[:8] for _, _, v in found])
+        directions = [_directions(dense[name][module]) for name in ("harmless", "helpful")]
+        U = torch.cat([u[:, :8] for u, _, _ in directions], 1)
+        S = torch.cat([s[:8] for _, s, _ in directions])
+        Vt = torch.cat([v[:8] for _, _, v in directions])
         one = torch.eye(len(S), dtype=S.dtype)
         raw.append(float(((U.T @ U - one) @ S.diag() @ (Vt @ Vt.T - one)).abs().sum()))
         by_size.append(raw[-1] / float(S.sum()))
-        (a, *_), (b, *_) = found
+        (a, *_), (b, *_) = directions
         angles.append(math.degrees(math.acos(min(1.0, float(torch.linalg.svdvals(a.T @ b)[0])))))
         outputs.append(float((a.T @ b).square().sum() / min(a.shape[1], b.shape[1])))
     assert printed["interference"]["raw"] == pytest.approx(sum(raw) / len(raw), rel=1e-3)

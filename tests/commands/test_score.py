@@ -43,16 +43,16 @@ def test_pair_judge_equals_stock_peft(workspace: Path) -> None:
         for row in rows:
             for answer in (row["response_0"], row["response_1"]):
                 prompt = [Message("user", str(row["prompt"]))]
-                before, said = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, str(answer))
+                before, tokens = base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, str(answer))
                 with torch.no_grad():
-                    logits = policy(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].double()
-                chosen = logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None])
+                    logits = policy(torch.tensor([before + tokens])).logits[0, len(before) - 1 : -1].double()
+                chosen = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])
                 likes.setdefault(side, []).append(float(chosen.sum()))
         model = policy.unload()
     beta = runs.read(workspace / "runs" / "dpo" / "helpful" / "pos").manifest.recipe["dpo"]["beta"]
     expected = [beta * (pos - neg) for pos, neg in zip(likes["pos"], likes["neg"], strict=True)]
-    found = [row[f"score_helpful_{side}"] for row in rows for side in (0, 1)]
-    assert found == pytest.approx(expected, abs=1e-4)
+    scores = [row[f"score_helpful_{side}"] for row in rows for side in (0, 1)]
+    assert scores == pytest.approx(expected, abs=1e-4)
     assert max(map(abs, expected)) > 0.05
 
 
@@ -61,8 +61,8 @@ def test_scored_file_is_a_source_with_a_ranker(workspace: Path) -> None:
         workspace, "score", "--data", "demo:pairs?rows=90", "--by", "pair:helpful", "--out", "s.parquet", "--json"
     )
     assert scored.code == 0, scored.err
-    told = json.loads(scored.out)["objectives"]["helpful"]
-    assert told["agreement"]["better_response_id"] > told["agreement"]["safer_response_id"]
+    figures = json.loads(scored.out)["objectives"]["helpful"]
+    assert figures["agreement"]["better_response_id"] > figures["agreement"]["safer_response_id"]
     assert len(read_table(workspace / "s.parquet")) == 90
     labelled = ["--set", 'preferences.liked.data="s.parquet"', "--set", 'preferences.liked.rank="score:helpful"']
     trained = call(workspace, "dpo", "--pref", "liked", "--direction", "pos", *PAIRS, *labelled)
@@ -79,15 +79,15 @@ def test_score_resumes_after_a_kill(workspace: Path) -> None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait(60)
-    kept = len(list(parts.glob("part-*.parquet")))
-    assert 1 <= kept < 640 / 256
+    part_count = len(list(parts.glob("part-*.parquet")))
+    assert 1 <= part_count < 640 / 256
     other = call(workspace, "score", "--data", "demo:ratings?rows=3", "--out", "killed.jsonl")
     assert other.code == 2
     assert "was begun with other settings (data); delete the folder" in other.err
 
     resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
-    assert f"scored before: {kept * 256} rows" in resumed.err
+    assert f"scored before: {part_count * 256} rows" in resumed.err
     assert not parts.exists()
     whole = call(workspace, *words, "--out", "whole.jsonl")
     assert whole.code == 0, whole.err
@@ -103,7 +103,7 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
     """Pairs in named, numbered and listed columns, UltraFeedback's answers, and a prompt that fills the context."""
     rain = {"from": "human", "value": "Tell me about rain."}
     long, short = "Rain is water that falls from clouds. It wets the ground.", "Rain is wet."
-    given = [
+    rows = [
         {
             "conversations": [rain],
             "chosen": {"from": "gpt", "value": long},
@@ -121,7 +121,7 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
         {"prompt": "Tell me about rain.", "response_1": long, "response_2": short, "preference_strength": -2},
         {"prompt": "Tell me about rain.", "response": [long, short]},
     ]
-    (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    (workspace / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = call(workspace, "score", "--data", "forms.jsonl", "--by", "pair:helpful", "--out", "scored.jsonl")
     assert done.code == 0, done.err
     assert "7 rows, 1 without a score: the prompt fills the context" in done.out
@@ -149,7 +149,7 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--by", "nobody"], "no reward model 'nobody' in runs/reward: run `lora-align reward`"),
         (["--by", "pair:nobody"], "nobody"),
@@ -158,9 +158,9 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
         (["--data", "demo:conversations"], "no pair of answers in columns"),
     ],
 )
-def test_score_refuses_unusable_input(words: list[str], told: str, workspace: Path) -> None:
-    given = {"--data": "demo:pairs?rows=3", "--out": "scored.jsonl", "--by": "pair:helpful", words[0]: words[1]}
-    done = call(workspace, "score", *[word for item in given.items() for word in item])
+def test_score_refuses_unusable_input(words: list[str], message: str, workspace: Path) -> None:
+    options = {"--data": "demo:pairs?rows=3", "--out": "scored.jsonl", "--by": "pair:helpful", words[0]: words[1]}
+    done = call(workspace, "score", *[word for item in options.items() for word in item])
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert not list(workspace.glob("scored*"))

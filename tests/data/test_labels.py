@@ -35,11 +35,11 @@ def chosen(preference: Preference) -> list[str]:
 @pytest.mark.parametrize("form", [LLMBAR, PANDALM])
 def test_labels_1_and_2_mean_answers_1_and_2(form: Mapping[str, Any], skip_bad: bool, tmp_path: Path) -> None:
     file = written(tmp_path, [{**form, "label": label} for label in (1, 2, 0, 1)])
-    found = pairs_of(Preference(file, skip_bad=skip_bad))
-    assert [pair.chosen for pair in found.train] == [FIRST, SECOND, FIRST]
-    assert found.dropped == {"tie": 1}
+    read = pairs_of(Preference(file, skip_bad=skip_bad))
+    assert [pair.chosen for pair in read.train] == [FIRST, SECOND, FIRST]
+    assert read.dropped == {"tie": 1}
     prompt = "Hi?" if form is LLMBAR else "Add.\n\n1 and 2"
-    assert {pair.prompt[0].content for pair in found.train} == {prompt}
+    assert {pair.prompt[0].content for pair in read.train} == {prompt}
 
 
 @pytest.mark.parametrize("skip_bad", [True, False])
@@ -107,9 +107,9 @@ def test_rank_can_name_a_column_called_preference(tmp_path: Path) -> None:
 
 def test_labels_table_sets_the_meaning_of_values(tmp_path: Path) -> None:
     file = written(tmp_path, [{**PKU, "winner": label} for label in ("B", "C", "A", None)])
-    found = pairs_of(Preference(file, labels=A_OR_B))
-    assert [pair.chosen for pair in found.train] == [SECOND, FIRST]
-    assert found.dropped == {"tie": 2}
+    read = pairs_of(Preference(file, labels=A_OR_B))
+    assert [pair.chosen for pair in read.train] == [SECOND, FIRST]
+    assert read.dropped == {"tie": 2}
     with pytest.raises(UserError, match="winner is C; expected A, B, or nothing"):
         chosen(Preference(file, labels={"A": Winner.first, "B": Winner.second}, skip_bad=True))
     one_or_two = {"1": Winner.first, "2": Winner.second}

@@ -35,9 +35,9 @@ def test_split_keeps_the_share_of_a_large_source() -> None:
 
 
 def test_split_stops_reading_a_large_source_early() -> None:
-    rest = iter(prompts(10_000))
-    assert pairs.split_at(rest, 0.05) == 0.05
-    assert len(list(rest)) > 9000
+    stream = iter(prompts(10_000))
+    assert pairs.split_at(stream, 0.05) == 0.05
+    assert len(list(stream)) > 9000
 
 
 def test_preferences_on_one_source_hold_out_the_same_prompts(tmp_path: Path) -> None:
@@ -47,10 +47,12 @@ def test_preferences_on_one_source_hold_out_the_same_prompts(tmp_path: Path) -> 
     ]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [pairs_of(Preference(str(file), rank), 0.01, limit) for rank, limit in (("label", None), ("longer", 30))]
-    trained, held = ({pair.prompt for read in found for pair in getattr(read, side)} for side in ("train", "held_out"))
-    assert all(len(read.held_out) > 1 for read in found)
-    assert not trained & held
+    reads = [pairs_of(Preference(str(file), rank), 0.01, limit) for rank, limit in (("label", None), ("longer", 30))]
+    trained, held_out = (
+        {pair.prompt for read in reads for pair in getattr(read, side)} for side in ("train", "held_out")
+    )
+    assert all(len(read.held_out) > 1 for read in reads)
+    assert not trained & held_out
 
 
 def test_ratings_and_conversations_hold_out_a_fifth_as_well(tmp_path: Path) -> None:

@@ -44,15 +44,15 @@ def test_killed_writer_loses_at_most_one_batch_and_repeats_none(seed: int, tmp_p
         time.sleep(draw.random() * 0.01)
         child.kill()
         child.communicate(timeout=60)
-        found = list(shards.Shards(tmp_path).rows())
-        assert len(found) >= BATCH * len(reported)
-        assert len({row["key"] for row in found}) == len(found)
-        assert all(row["text"] == "word " * int(row["score"]) for row in found)
-        if len(found) == ROWS:
+        rows = list(shards.Shards(tmp_path).rows())
+        assert len(rows) >= BATCH * len(reported)
+        assert len({row["key"] for row in rows}) == len(rows)
+        assert all(row["text"] == "word " * int(row["score"]) for row in rows)
+        if len(rows) == ROWS:
             break
         kills += 1
     assert kills > 1
-    assert {row["key"] for row in found} == set(map(str, range(ROWS)))
+    assert {row["key"] for row in rows} == set(map(str, range(ROWS)))
 
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:

@@ -61,16 +61,16 @@ FORMS: dict[str, Mapping[str, Any]] = {
 
 
 def only(row: Mapping[str, Any]) -> Comparison:
-    [found] = forms.comparisons(row, "here")
-    return found
+    [comparison] = forms.comparisons(row, "here")
+    return comparison
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_comparison(form: str) -> None:
-    found = only(FORMS[form])
-    assert found.prompt == (Message("user", "Hi?"),)
-    assert found.answers == (GOOD, BAD)
-    assert found.ranked(Ranker.parse("label")).chosen == GOOD  # type: ignore[union-attr]
+    comparison = only(FORMS[form])
+    assert comparison.prompt == (Message("user", "Hi?"),)
+    assert comparison.answers == (GOOD, BAD)
+    assert comparison.ranked(Ranker.parse("label")).chosen == GOOD  # type: ignore[union-attr]
 
 
 def _write(path: Path, rows: list[Mapping[str, Any]]) -> None:
@@ -191,9 +191,9 @@ def test_unparsable_rows_of_a_json_list_are_counted_with_skip_bad(tmp_path: Path
     long = '{"prompt": ' + "9" * 5000 + ', "chosen": "}", "rejected": ""}'
     file = tmp_path / "pairs.json"
     file.write_text("[" + ",\n".join([good[0], deep, good[1], long, good[2]]) + "]")
-    found = pairs_of(Preference(str(file), skip_bad=True))
-    assert len(found.train) + len(found.held_out) == 3
-    assert found.dropped == {"invalid row": 2}
+    read = pairs_of(Preference(str(file), skip_bad=True))
+    assert len(read.train) + len(read.held_out) == 3
+    assert read.dropped == {"invalid row": 2}
     with pytest.raises(UserError, match=r"pairs\.json:2: row 1: nested too deeply"):
         pairs_of(Preference(str(file)))
 
@@ -205,8 +205,8 @@ def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) 
     rows = [good, *bad, good] if suffix == ".json" else [good, *bad, deep, good]
     content = "\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]"
     (tmp_path / f"pairs{suffix}").write_text(content)
-    found = pairs_of(Preference(str(tmp_path / f"pairs{suffix}"), skip_bad=True))
-    assert (len(found.train), found.dropped) == (2, {"invalid row": len(rows) - 2})
+    read = pairs_of(Preference(str(tmp_path / f"pairs{suffix}"), skip_bad=True))
+    assert (len(read.train), read.dropped) == (2, {"invalid row": len(rows) - 2})
 
 
 @pytest.mark.parametrize(
@@ -283,26 +283,26 @@ def test_rankers_order_one_file_in_four_ways(suffix: str, tmp_path: Path) -> Non
     rows[7]["score_chosen"] = None
     rows[8]["score_rejected"] = float("nan")
     _write(tmp_path / f"pairs{suffix}", rows)
-    found = {
+    by_rank = {
         rank: pairs_of(Preference(str(tmp_path / f"pairs{suffix}"), rank), 0.2)
         for rank in ("label", "shorter", "longer", "rating:score")
     }
-    assert all(pair.chosen.startswith("x") for pair in found["label"].train)
-    assert found["shorter"].dropped == found["longer"].dropped == {"tie": 20}
-    for short, long in zip(found["shorter"].train, found["longer"].train, strict=True):
+    assert all(pair.chosen.startswith("x") for pair in by_rank["label"].train)
+    assert by_rank["shorter"].dropped == by_rank["longer"].dropped == {"tie": 20}
+    for short, long in zip(by_rank["shorter"].train, by_rank["longer"].train, strict=True):
         assert len(short.chosen) < len(short.rejected)
         assert (short.chosen, short.rejected) == (long.rejected, long.chosen)
-    assert found["rating:score"].dropped == {"no rating": 2}
-    assert {pair.chosen[0] for pair in found["rating:score"].train} == {"x", "y"}
-    held = [{pair.prompt for pair in split.held_out} for split in (found["label"], found["rating:score"])]
-    assert held[0] >= held[1] != set()
-    assert not held[0] & {pair.prompt for pair in found["label"].train}
+    assert by_rank["rating:score"].dropped == {"no rating": 2}
+    assert {pair.chosen[0] for pair in by_rank["rating:score"].train} == {"x", "y"}
+    held_out = [{pair.prompt for pair in split.held_out} for split in (by_rank["label"], by_rank["rating:score"])]
+    assert held_out[0] >= held_out[1] != set()
+    assert not held_out[0] & {pair.prompt for pair in by_rank["label"].train}
 
 
 @pytest.mark.parametrize("form", ["plain", "psychocounsel", "implicit prompt", "alpaca", "sharegpt", "pku"])
 def test_system_column_is_part_of_the_prompt(form: str) -> None:
-    found = only({**FORMS[form], "system": "Be kind."})
-    assert found.prompt == (Message("system", "Be kind."), Message("user", "Hi?"))
+    comparison = only({**FORMS[form], "system": "Be kind."})
+    assert comparison.prompt == (Message("system", "Be kind."), Message("user", "Hi?"))
     assert only({**FORMS[form], "system": ""}).prompt == (Message("user", "Hi?"),)
 
 
@@ -320,9 +320,9 @@ FORMS_WITH_INPUT = ["plain", "psychocounsel", "alpaca", "pku", "llama-factory", 
 
 @pytest.mark.parametrize("form", FORMS_WITH_INPUT)
 def test_input_and_history_are_part_of_the_prompt(form: str) -> None:
-    found = only({**FORMS[form], "input": "Of this.", "history": [["Ho?", "Hum."]], "system": "Be kind."})
-    said = [("system", "Be kind."), ("user", "Ho?"), ("assistant", "Hum."), ("user", "Hi?\n\nOf this.")]
-    assert [(turn.role, turn.content) for turn in found.prompt] == said
+    comparison = only({**FORMS[form], "input": "Of this.", "history": [["Ho?", "Hum."]], "system": "Be kind."})
+    turns = [("system", "Be kind."), ("user", "Ho?"), ("assistant", "Hum."), ("user", "Hi?\n\nOf this.")]
+    assert [(turn.role, turn.content) for turn in comparison.prompt] == turns
 
 
 @pytest.mark.parametrize(
@@ -352,20 +352,20 @@ def test_columns_that_repeat_the_prompt_are_not_counted_as_unread(tmp_path: Path
 
 
 def test_all_turns_of_a_completion_are_read() -> None:
-    said = [("assistant", "Well?"), ("user", "So?"), ("assistant", GOOD)]
-    row = {"prompt": "Hi?", "completion": [{"role": role, "content": text} for role, text in said]}
+    completion = [("assistant", "Well?"), ("user", "So?"), ("assistant", GOOD)]
+    row = {"prompt": "Hi?", "completion": [{"role": role, "content": text} for role, text in completion]}
     turns = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
-    assert turns == [("user", "Hi?"), *said]
+    assert turns == [("user", "Hi?"), *completion]
 
 
-@pytest.mark.parametrize(("said", "read"), [("False", False), ("true", True), (True, True), (1, True), ("", None)])
-def test_safety_flags_are_read_from_bool_int_and_text(said: object, read: bool | None) -> None:
-    found = only({**FORMS["pku"], "is_response_0_safe": said, "is_response_1_safe": said})
-    assert found.safe == (None if read is None else (read, read))
+@pytest.mark.parametrize(("flag", "read"), [("False", False), ("true", True), (True, True), (1, True), ("", None)])
+def test_safety_flags_are_read_from_bool_int_and_text(flag: object, read: bool | None) -> None:
+    comparison = only({**FORMS["pku"], "is_response_0_safe": flag, "is_response_1_safe": flag})
+    assert comparison.safe == (None if read is None else (read, read))
 
 
 def test_rating_that_becomes_text_is_refused(tmp_path: Path) -> None:
-    rows = [{"prompt": "Hi?", "response": GOOD, "helpfulness": said, "verbosity": 1} for said in (3, 3, "three")]
+    rows = [{"prompt": "Hi?", "response": GOOD, "helpfulness": value, "verbosity": 1} for value in (3, 3, "three")]
     _write(tmp_path / "ratings.jsonl", rows)
     table = Ratings(str(tmp_path / "ratings.jsonl"))
     with pytest.raises(UserError, match=r"ratings\.jsonl:3: no rating 'helpfulness' \(it has: verbosity\)"):
@@ -391,9 +391,9 @@ def test_csv_labels_rank_pairs(tmp_path: Path) -> None:
         tmp_path / "pairs.csv",
         [{**FORMS["pku"], "safer_response_id": ""}, {**FORMS["pku"], "safer_response_id": "1.0"}],
     )
-    found = pairs_of(Preference(str(tmp_path / "pairs.csv"), "label:safer_response_id"))
-    assert [pair.chosen for pair in found.train] == [BAD]
-    assert found.dropped == {"tie": 1}
+    read = pairs_of(Preference(str(tmp_path / "pairs.csv"), "label:safer_response_id"))
+    assert [pair.chosen for pair in read.train] == [BAD]
+    assert read.dropped == {"tie": 1}
 
 
 def test_undecodable_files_are_refused_with_a_line(tmp_path: Path) -> None:
@@ -451,15 +451,15 @@ def test_every_conversation_form_gives_the_same_turns(row: Mapping[str, Any], tm
 
 def test_missing_label_is_a_tie() -> None:
     row = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": None}
-    found = only(row)
-    assert found.ranked(Ranker.parse("label")) == "tie"
+    comparison = only(row)
+    assert comparison.ranked(Ranker.parse("label")) == "tie"
 
 
 def test_alpaca_history_precedes_the_instruction() -> None:
     row = {"instruction": "And?", "input": "x", "output": GOOD, "system": "Be kind.", "history": [["Hi?", BAD]]}
-    said = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
+    turns = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
     before = [("system", "Be kind."), ("user", "Hi?"), ("assistant", BAD)]
-    assert said == [*before, ("user", "And?\n\nx"), ("assistant", GOOD)]
+    assert turns == [*before, ("user", "And?\n\nx"), ("assistant", GOOD)]
     with pytest.raises(UserError, match="here: "):
         forms.conversation({**row, "history": [["Hi?"]]}, "here")
 
@@ -514,13 +514,13 @@ def test_demo_ratings_are_read() -> None:
 
 def test_hh_transcripts_with_several_turns() -> None:
     before = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: And now?\nStill here?"
-    found = only({"chosen": f"{before}\n\nAssistant: {GOOD}", "rejected": f"{before}\n\nAssistant: {BAD}"})
-    assert [(turn.role, turn.content) for turn in found.prompt] == [
+    comparison = only({"chosen": f"{before}\n\nAssistant: {GOOD}", "rejected": f"{before}\n\nAssistant: {BAD}"})
+    assert [(turn.role, turn.content) for turn in comparison.prompt] == [
         ("user", "Hi?"),
         ("assistant", "Hello."),
         ("user", "And now?\nStill here?"),
     ]
-    assert found.answers == (GOOD, BAD)
+    assert comparison.answers == (GOOD, BAD)
     with pytest.raises(UserError, match="do not share their prompt"):
         only({"chosen": f"{before}\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: Ho?\n\nAssistant: {BAD}"})
     with pytest.raises(UserError, match="the last turn is the user's"):
@@ -529,10 +529,10 @@ def test_hh_transcripts_with_several_turns() -> None:
 
 @pytest.mark.parametrize(("strength", "won"), [(-3, GOOD), (-1, GOOD), (0, "tie"), (2, BAD)])
 def test_helpsteer_strength_is_a_label_and_a_rating(strength: int, won: str) -> None:
-    found = only({**FORMS["helpsteer3"], "overall_preference": strength})
-    ranked = found.ranked(Ranker.parse("label"))
+    comparison = only({**FORMS["helpsteer3"], "overall_preference": strength})
+    ranked = comparison.ranked(Ranker.parse("label"))
     assert (ranked if isinstance(ranked, str) else ranked.chosen) == won
-    close = found.ranked(Ranker.parse("rating:overall_preference"), margin=2)
+    close = comparison.ranked(Ranker.parse("rating:overall_preference"), margin=2)
     assert isinstance(close, str) == (abs(strength) < 2)
 
 
@@ -541,9 +541,9 @@ def test_several_answers_give_all_pairs(tmp_path: Path) -> None:
         {"response": str(n), "annotations": {"honesty": {"Rating": str(n)}}, "overall_score": 5.0} for n in range(4)
     ]
     _write(tmp_path / "four.jsonl", [{"instruction": "Hi?", "completions": completions}])
-    found = pairs_of(Preference(str(tmp_path / "four.jsonl"), "rating:honesty"))
-    assert len(found.train) == 6
-    assert all(int(pair.chosen) > int(pair.rejected) for pair in found.train)
+    read = pairs_of(Preference(str(tmp_path / "four.jsonl"), "rating:honesty"))
+    assert len(read.train) == 6
+    assert all(int(pair.chosen) > int(pair.rejected) for pair in read.train)
     tied = Preference(str(tmp_path / "four.jsonl"), "rating:overall")
     with pytest.raises(UserError, match="6 tie"):
         material_of(tied)
@@ -563,16 +563,16 @@ def test_skip_bad_counts_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(f'{good}\n{{"prompt": \n[1]\n{{"prompt": 3}}\n{good}\n')
     with pytest.raises(UserError, match=":2: not valid JSON"):
         pairs_of(Preference(str(tmp_path / "pairs.jsonl")))
-    found = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), skip_bad=True))
-    assert len(found.train) == 2
-    assert found.dropped == {"invalid row": 3}
+    read = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), skip_bad=True))
+    assert len(read.train) == 2
+    assert read.dropped == {"invalid row": 3}
 
 
 def test_missing_or_off_scale_rating_makes_a_row_invalid(tmp_path: Path) -> None:
     rated = [{"score_chosen": 2, "score_rejected": 1}, {}, {"score_chosen": 3, "score_rejected": 1}]
     _write(tmp_path / "pairs.jsonl", [{**FORMS["plain"], **scores} for scores in rated])
-    found = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "rating:score", skip_bad=True))
-    assert (len(found.train), found.dropped) == (2, {"invalid row": 1})
+    read = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "rating:score", skip_bad=True))
+    assert (len(read.train), read.dropped) == (2, {"invalid row": 1})
 
     answers = [{"prompt": "Hi?", "response": GOOD, **scores} for scores in ({"help": 3}, {"help": 9}, {"other": 1})]
     _write(tmp_path / "ratings.jsonl", answers)
@@ -600,7 +600,7 @@ def test_many_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
             stream.write(row * 20_000)
         stream.write(json.dumps({**FORMS["plain"], "chosen": "x" * 10_000_000}) + "\n")
     tracemalloc.start()
-    count = sum(len(forms.comparisons(found, where)) for where, found in sources.rows_or_raise(str(file)))
+    count = sum(len(forms.comparisons(parsed, where)) for where, parsed in sources.rows_or_raise(str(file)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 200_001

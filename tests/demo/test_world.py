@@ -177,9 +177,9 @@ def test_two_axes_are_correlated_as_requested(axes: tuple[str, str], strength: f
     requested = world.Correlation(*axes, strength)
     prompts = itertools.islice(world.prompts(0, risky=True), 2000)
     read = [oracle.score(prompt, world.answer(prompt, draw, requested)).grades for prompt in prompts]
-    found = correlation([r[axes[0]] for r in read], [r[axes[1]] for r in read])
-    assert abs(found - strength) < 0.18  # five grades only approximate a normal variable
-    assert abs(found) <= abs(strength) + 0.06
+    measured = correlation([r[axes[0]] for r in read], [r[axes[1]] for r in read])
+    assert abs(measured - strength) < 0.18  # five grades only approximate a normal variable
+    assert abs(measured) <= abs(strength) + 0.06
 
 
 def test_pairs_include_ties_unsafe_pairs_and_conflicting_labels() -> None:
@@ -195,12 +195,12 @@ def test_pairs_include_ties_unsafe_pairs_and_conflicting_labels() -> None:
 
 def test_correlation_with_harmlessness_holds_on_risky_prompts_only() -> None:
     requested = world.Correlation("helpfulness", "harmlessness", -0.8)
-    found = {}
+    by_risk = {}
     for risky in (0.0, 1.0):
         made = list(world.pairs(0, 1000, risky=risky, correlation=requested))
-        found[risky] = correlation([row["helpfulness_0"] for row in made], [row["harmlessness_0"] for row in made])
-    assert found[1.0] < -0.6
-    assert found[0.0] > 0  # from needless refusals, which lower both grades
+        by_risk[risky] = correlation([row["helpfulness_0"] for row in made], [row["harmlessness_0"] for row in made])
+    assert by_risk[1.0] < -0.6
+    assert by_risk[0.0] > 0  # from needless refusals, which lower both grades
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])
@@ -217,7 +217,7 @@ def test_ratings_are_unbiased_whole_numbers() -> None:
     made = list(world.ratings(0, 3000, risky=0.0))
     for axis in world.RATINGS:
         assert {row[axis] for row in made} <= {0, 1, 2, 3, 4}
-    subjects = {asked.text: asked for asked in itertools.islice(world.prompts(0, risky=False), 10_000)}
+    subjects = {prompt.text: prompt for prompt in itertools.islice(world.prompts(0, risky=False), 10_000)}
     true = [oracle.score(subjects[row["prompt"]], row["response"]) for row in made]
     for axis in world.RATINGS:
         assert mean(row[axis] for row in made) == pytest.approx(4 * mean(r.grades[axis] for r in true), abs=0.06)
@@ -230,17 +230,17 @@ def test_parts_are_disjoint_and_held_out_topics_are_not_trained_on() -> None:
         }
         for part in ("train", "dev", "test")
     }
-    assert all(len(found) > 400 for found in texts.values())
+    assert all(len(some) > 400 for some in texts.values())
     assert not texts["train"] & texts["dev"] | texts["train"] & texts["test"] | texts["dev"] & texts["test"]
     trained_on = " ".join(
         [row["prompt"] for row in world.pairs(0, 2000)]
         + [row["messages"][0]["content"] for row in world.conversations(0, 2000)]
         + [row["prompt"] for row in world.ratings(0, 2000)]
     )
-    held = (*lexicon.HELD_OUT_SUBJECTS, *lexicon.HELD_OUT_RISKS)
-    assert not [topic for topic in held if f" {topic}." in trained_on or f" {topic}?" in trained_on]
+    held_out = (*lexicon.HELD_OUT_SUBJECTS, *lexicon.HELD_OUT_RISKS)
+    assert not [topic for topic in held_out if f" {topic}." in trained_on or f" {topic}?" in trained_on]
     unseen = measurement.questions(0, 200, part="test", topics="held out")
-    assert {prompt.topic for prompt in unseen} <= set(held)
+    assert {prompt.topic for prompt in unseen} <= set(held_out)
     assert len({prompt.text for prompt in unseen}) == 400
 
 
@@ -264,10 +264,10 @@ def test_unknown_source_or_option_is_refused(data: str, message: str) -> None:
 
 
 def test_source_options_reach_the_generator() -> None:
-    asked = pairs_of(Preference("demo:pairs?seed=5&rows=40&risky=1&noise=0.5", "rating:-verbosity"))
+    read = pairs_of(Preference("demo:pairs?seed=5&rows=40&risky=1&noise=0.5", "rating:-verbosity"))
     made = list(world.pairs(5, 40, risky=1.0, noise=0.5))
-    assert len(asked.train) + sum(asked.dropped.values()) == len(made)
-    for pair, row in zip(asked.train, (r for r in made if r["verbosity_0"] != r["verbosity_1"]), strict=True):
+    assert len(read.train) + sum(read.dropped.values()) == len(made)
+    for pair, row in zip(read.train, (r for r in made if r["verbosity_0"] != r["verbosity_1"]), strict=True):
         assert pair.chosen == row["response_0" if row["verbosity_0"] < row["verbosity_1"] else "response_1"]
 
 

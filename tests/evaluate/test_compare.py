@@ -184,8 +184,8 @@ def test_reward_scores_match_peft_and_the_stored_heads(workspace: Path, cli: Cli
         place = file.metadata()["names"].split("\n").index("verbosity")
     rows, wanted = tables(workspace)["helpful=1"]["answers"], []
     for row in rows:
-        asked = (Message("user", row["asked"]),)
-        ids = base.chat.prompt_ids(asked) + base.chat.answer_ids(asked, row["answer"])
+        prompt = (Message("user", row["asked"]),)
+        ids = base.chat.prompt_ids(prompt) + base.chat.answer_ids(prompt, row["answer"])
         with torch.no_grad():
             last = model(torch.tensor([ids])).last_hidden_state[0, -1].double()
         standard = last @ heads["weight"][place].double() + heads["bias"][place].double()
@@ -302,8 +302,8 @@ def test_pair_too_long_for_the_system_message_has_no_margin(workspace: Path) -> 
     policies = PolicySet.of([weighted({"helpful": 1.0}, project, runs_dir)], project, base, runs_dir, quiet)
     test_set = read_test_set(project, Screen(quiet=True), ["helpful"])
     first, *_, last = test_set.pairs["helpful"]
-    room = base.max_length - 40 - max(len(base.chat.prompt_ids(pair.prompt)) for pair in (first, last))
-    long = replace(first, prompt=(Message("user", "rain " * room + first.prompt[0].content),))
+    words = base.max_length - 40 - max(len(base.chat.prompt_ids(pair.prompt)) for pair in (first, last))
+    long = replace(first, prompt=(Message("user", "rain " * words + first.prompt[0].content),))
     evaluator = Evaluator(policies, replace(test_set, pairs={"helpful": [long, first, last]}), runs_dir / "eval")
     plain = policies.policies[0]
     conditioned = replace(

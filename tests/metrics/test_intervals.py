@@ -10,12 +10,12 @@ from lora_align.metrics import intervals, repetition
 
 def test_interval_of_a_mean_matches_the_normal_one() -> None:
     values = numpy.random.default_rng(1).normal(3.0, 2.0, 400)
-    found = intervals.mean(values.tolist(), list(range(400)))
+    estimate = intervals.mean(values.tolist(), list(range(400)))
     half = 1.96 * values.std() / math.sqrt(400)
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert found.count == 400
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert estimate.count == 400
 
 
 def test_groups_are_resampled_together() -> None:
@@ -29,8 +29,8 @@ def test_groups_are_resampled_together() -> None:
 
 
 def test_ratio_divides_sums() -> None:
-    found = intervals.ratio([10.0, 2.0], [5.0, 1.0], [0, 1])
-    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+    estimate = intervals.ratio([10.0, 2.0], [5.0, 1.0], [0, 1])
+    assert (estimate.value, estimate.low, estimate.high) == (2.0, 2.0, 2.0)
 
 
 def test_repetition_counts_repeated_runs_and_distinct_bigrams() -> None:

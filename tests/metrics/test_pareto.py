@@ -20,12 +20,12 @@ def test_hypervolume_counts_dominated_unit_cubes(points: list[tuple[int, int, in
 
 @given(POINTS)
 def test_front_is_minimal_and_keeps_the_hypervolume(points: list[tuple[int, int, int]]) -> None:
-    kept = [points[i] for i in front(points)]
+    best = [points[i] for i in front(points)]
     worst = (-1, -1, -1)
-    assert hypervolume(kept, worst) == pytest.approx(hypervolume(points, worst))
-    for point in set(kept):
-        rest = [other for other in kept if other != point]
-        assert hypervolume(rest, worst) < hypervolume(kept, worst)
+    assert hypervolume(best, worst) == pytest.approx(hypervolume(points, worst))
+    for point in set(best):
+        others = [other for other in best if other != point]
+        assert hypervolume(others, worst) < hypervolume(best, worst)
 
 
 def test_equal_points_do_not_dominate_each_other() -> None:

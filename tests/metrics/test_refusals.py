@@ -38,13 +38,13 @@ def test_answers_are_not_refusals(text: str) -> None:
 
 
 def test_refuses_agrees_with_the_demo_oracle() -> None:
-    draw, found = random.Random(0), []
+    draw, verdicts = random.Random(0), []
     for risky in (False, True):
         for prompt in itertools.islice(world.prompts(0, risky=risky, part="test"), 300):
             text = world.answer(prompt, draw)
-            found.append((refuses(text), oracle.score(prompt, text).refused))
-    assert {one for one, _ in found} == {False, True}
-    assert all(one == other for one, other in found)
+            verdicts.append((refuses(text), oracle.score(prompt, text).refused))
+    assert {one for one, _ in verdicts} == {False, True}
+    assert all(one == other for one, other in verdicts)
 
 
 def test_prompt_of_parses_demo_prompts() -> None:

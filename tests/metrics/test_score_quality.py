@@ -38,8 +38,8 @@ def test_concordance_counts_pairs(pairs: list[tuple[int, int]]) -> None:
         for j in range(len(pairs))
         if truth[i] > truth[j]
     ]
-    found = score_quality.concordance(scores, truth)
-    assert math.isnan(found) if not wins else found == pytest.approx(sum(wins) / len(wins))
+    share = score_quality.concordance(scores, truth)
+    assert math.isnan(share) if not wins else share == pytest.approx(sum(wins) / len(wins))
 
 
 def test_calibration_error_is_the_mean_offset() -> None:

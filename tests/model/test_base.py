@@ -95,10 +95,10 @@ def test_dequantised_layers_give_the_bits_of_4bit_layers(
     stock, ours = (_loaded(base, dequantised, monkeypatch) for dequantised in (False, True))
     with torch.no_grad():
         assert torch.equal(stock(input_ids=IDS).logits, ours(input_ids=IDS).logits)
-    expected, found = (_gradients(_with_adapter(model)) for model in (stock, ours))
-    assert found
+    expected, actual = (_gradients(_with_adapter(model)) for model in (stock, ours))
+    assert actual
     for name, gradient in expected.items():
-        assert torch.equal(gradient, found[name]), name
+        assert torch.equal(gradient, actual[name]), name
 
 
 def test_dequantised_base_is_saved_in_4bit(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -50,14 +50,14 @@ def test_compiled_layers_give_the_gradients_of_eager_layers(policy: PeftModel) -
     wanted = gradients(policy)
     before = counters["stats"]["unique_graphs"]
     with compiled_layers(policy):
-        found = gradients(policy)
+        compiled = gradients(policy)
         again = gradients(policy)
     made = counters["stats"]["unique_graphs"] - before
     assert 0 < made <= 2, "compiled once for each layer or length"
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0, name
-        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
-        assert torch.equal(found[name], again[name]), name
+        assert (compiled[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+        assert torch.equal(compiled[name], again[name]), name
     layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert len(layers) > 1
     assert all(layer._compiled_call_impl is None for layer in layers)

@@ -99,5 +99,5 @@ def test_logprobs_equal_those_of_whole_logits_in_any_batch(base: Base, model: Pr
             logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
         by_hand.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
     for tokens in (1, 30, 500):
-        found = answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], MemoryBudget(tokens))
-        assert torch.allclose(found, torch.tensor(by_hand), atol=1e-3)
+        logprobs = answer_logprobs(model, [(prompt, [answer]) for prompt, answer in rows], MemoryBudget(tokens))
+        assert torch.allclose(logprobs, torch.tensor(by_hand), atol=1e-3)

@@ -245,8 +245,8 @@ def test_malformed_model_list_error_names_the_server(body: str) -> None:
 
 
 def test_lone_surrogates_from_a_server_are_replaced() -> None:
-    said = json.dumps({"choices": [{"message": {"content": "a\ud83d b\ude00\ud83d\ude00"}, "finish_reason": "stop"}]})
-    with saying(200, said.encode()) as url:
+    reply = json.dumps({"choices": [{"message": {"content": "a\ud83d b\ude00\ud83d\ude00"}, "finish_reason": "stop"}]})
+    with saying(200, reply.encode()) as url:
         [[answer]] = Endpoint(url, "model").draw([RAIN], 1, TOKENS)
     assert answer.text == "a\ufffd b\ufffd\U0001f600"
     with saying(200, json.dumps({"data": [{"id": "m\ud800"}]}).encode()) as url:

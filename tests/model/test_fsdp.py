@@ -25,7 +25,7 @@ def by_two(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the report of each process."""
     folder = tmp_path_factory.mktemp("divided")
     done = by_two("compare", folder)
@@ -33,23 +33,23 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{number}.json").read_text()) for number in (0, 1)]
 
 
-def test_sharded_base_computes_the_same_bits(found: list[dict[str, Any]]) -> None:
-    for of in found:
+def test_sharded_base_computes_the_same_bits(reports: list[dict[str, Any]]) -> None:
+    for of in reports:
         assert of["states"] == of["states again, divided before"] == 0.0
         assert of["gradients"] == of["gradients, checkpointed"] == [0.0, 0.0]
         assert of["dense"] == 0.0
 
 
-def test_each_process_stores_half_of_the_weights(found: list[dict[str, Any]]) -> None:
-    whole = found[0]["bytes whole"]
-    assert [of["bytes"] for of in found] == [whole / 2, whole / 2]
+def test_each_process_stores_half_of_the_weights(reports: list[dict[str, Any]]) -> None:
+    whole = reports[0]["bytes whole"]
+    assert [of["bytes"] for of in reports] == [whole / 2, whole / 2]
 
 
-def test_dummy_passes_leave_gradients_unchanged(found: list[dict[str, Any]]) -> None:
+def test_dummy_passes_leave_gradients_unchanged(reports: list[dict[str, Any]]) -> None:
     """Rank 0 runs three passes. Rank 1 runs one and then fails."""
-    for of in found:
+    for of in reports:
         assert of["gradients in step"] == 0.0
-    assert found[1]["failed"] == "on purpose"
+    assert reports[1]["failed"] == "on purpose"
 
 
 def test_out_of_memory_in_one_process_ends_both(tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def compare() -> dict[str, Any]:
     wanted = gradients(whole, mine)
     try:
         with keep_in_step(divided.get_base_model(), training=True):
-            found = gradients(divided, mine)
+            actual = gradients(divided, mine)
             if len(mine) == 1:
                 raise RunFailedError("on purpose")
     except RunFailedError as fault:
         facts["failed"] = str(fault)
     after = torch.cat([p.grad.flatten() for p in divided.parameters() if p.requires_grad])
-    facts["gradients in step"] = max(float((of - wanted).abs().max()) for of in (found, after))
+    facts["gradients in step"] = max(float((of - wanted).abs().max()) for of in (actual, after))
     return facts
 
 

@@ -35,15 +35,15 @@ def rows(count: int, longest: int = 12, answers: int = 2) -> list[Shared]:
     ]
 
 
-def by_hand(model: PreTrainedModel, given: list[Shared]) -> Tensor:
+def by_hand(model: PreTrainedModel, examples: list[Shared]) -> Tensor:
     """Compute one answer at a time, from the logits of all positions."""
-    found = []
-    for prompt, answers in given:
+    sums = []
+    for prompt, answers in examples:
         for answer in answers:
             logits = model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
             places = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))
-            found.append(logits[places, torch.tensor(answer)].sum())
-    return torch.stack(found)
+            sums.append(logits[places, torch.tensor(answer)].sum())
+    return torch.stack(sums)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -51,10 +51,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family, _, attention = request.param.partition(" ")
     folder = make_base(tmp_path_factory.mktemp(family), family)
     chosen = {"attn_implementation": attention} if attention else {}
-    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **chosen).eval()
-    found.requires_grad_(False)
-    found.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
-    return found
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **chosen).eval()
+    loaded.requires_grad_(False)
+    loaded.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    return loaded
 
 
 def gradient(model: PreTrainedModel, sums: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ def test_logprobs_and_gradient_equal_those_of_whole_logits(
     longest: int, packed: set[bool], at_once: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "MAX_LOGITS", at_once)
-    reader, given = Reader.of(model), rows(6)
+    reader, examples = Reader.of(model), rows(6)
     assert reader.backbone.longest > 0
     reader = replace(reader, backbone=replace(reader.backbone, longest=longest))
-    assert {reader.backbone.packs([prompt, *answers]) for prompt, answers in given} == packed
-    expected = by_hand(model, given)
-    sums, hits = reader.sums(given)
+    assert {reader.backbone.packs([prompt, *answers]) for prompt, answers in examples} == packed
+    expected = by_hand(model, examples)
+    sums, hits = reader.sums(examples)
     assert torch.allclose(sums.double(), expected, atol=1e-4)
     wanted = gradient(model, expected)
     assert (gradient(model, sums) - wanted).norm() < 1e-5 * wanted.norm()
@@ -88,18 +88,18 @@ def test_rows_longer_than_a_sliding_window_are_padded(tmp_path: Path) -> None:
     model.config.sliding_window = 24
     reader = Reader.of(model)
     assert reader.backbone.longest == 24
-    given = rows(5, longest=20)
-    assert {reader.backbone.packs([prompt, *answers]) for prompt, answers in given} == {True, False}
+    examples = rows(5, longest=20)
+    assert {reader.backbone.packs([prompt, *answers]) for prompt, answers in examples} == {True, False}
     with torch.no_grad():
-        assert torch.allclose(reader.sums(given)[0].double(), by_hand(model, given), atol=1e-4)
+        assert torch.allclose(reader.sums(examples)[0].double(), by_hand(model, examples), atol=1e-4)
 
 
 def test_batch_size_does_not_change_logprobs(model: PreTrainedModel) -> None:
-    given = rows(9, answers=3)
+    examples = rows(9, answers=3)
     with torch.no_grad():
-        expected = by_hand(model, given).float()
+        expected = by_hand(model, examples).float()
     for tokens in (1, 60, 10_000):
-        assert torch.allclose(answer_logprobs(model, given, MemoryBudget(tokens)), expected, atol=1e-4)
+        assert torch.allclose(answer_logprobs(model, examples, MemoryBudget(tokens)), expected, atol=1e-4)
 
 
 def test_error_names_weights_that_are_nan(llama: Path) -> None:
@@ -118,15 +118,15 @@ def test_error_names_weights_that_are_nan(llama: Path) -> None:
 def test_parts_hold_every_row_once_within_the_budget() -> None:
     draws = random.Random(1)
     lengths = [draws.randint(1, 100) for _ in range(200)]
-    found = list(batches_by_length(lengths, 150))
-    assert sorted(i for part in found for i in part) == list(range(200))
-    assert all(len(part) * max(lengths[i] for i in part) <= 150 for part in found)
+    parts = list(batches_by_length(lengths, 150))
+    assert sorted(i for part in parts for i in part) == list(range(200))
+    assert all(len(part) * max(lengths[i] for i in part) <= 150 for part in parts)
     assert list(batches_by_length([500, 3], 100)) == [[0], [1]]
 
 
 def test_rows_are_padded_if_attention_ignores_segments(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(module: nn.Module, *given: Any, segments: object = None, **settings: Any) -> tuple[Tensor, Any]:
-        return whole(module, *given, **settings)
+    def blind(module: nn.Module, *args: Any, segments: object = None, **settings: Any) -> tuple[Tensor, Any]:
+        return whole(module, *args, **settings)
 
     kind = model.config._attn_implementation
     whole = ALL_ATTENTION_FUNCTIONS[kind]
@@ -136,9 +136,9 @@ def test_rows_are_padded_if_attention_ignores_segments(model: PreTrainedModel, m
 
 def test_packed_attention_does_not_change_other_calls(model: PreTrainedModel) -> None:
     ids, mask = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    found = model(input_ids=ids, attention_mask=mask).logits[0, 2:]
+    masked = model(input_ids=ids, attention_mask=mask).logits[0, 2:]
     alone = model(input_ids=ids[:1, 2:]).logits[0]
-    assert torch.allclose(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-4)
+    assert torch.allclose(masked.log_softmax(-1), alone.log_softmax(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,9 +161,9 @@ def test_kernels_get_each_segment_alone_and_no_positions(
     """FlashAttention 2 takes position ids for boundaries between rows. A segment has none."""
     seen: list[tuple[int, object]] = []
 
-    def kernel(module: nn.Module, query: Tensor, *given: Any, **settings: Any) -> tuple[Tensor, Any]:
+    def kernel(module: nn.Module, query: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Any]:
         seen.append((query.shape[2], settings.get("position_ids")))
-        return whole(module, query, *given, **settings)
+        return whole(module, query, *args, **settings)
 
     kind = model.config._attn_implementation
     whole = packing.ALL_ATTENTION_FUNCTIONS[kind].args[0]

@@ -96,18 +96,18 @@ def test_branches_compute_in_float32_under_autocast(llama: Path) -> None:
         *(torch.randn(shape, generator=draw) for shape in ((layer.out_features, 4), (4, layer.in_features)))
     )
     Mixer(model, {"start": LoraDelta.of({"model.layers.0.mlp.up_proj": factors})}, {"start": 1.0})
-    given = torch.randn(3, layer.in_features, generator=draw, dtype=torch.float32).bfloat16()
+    inputs = torch.randn(3, layer.in_features, generator=draw, dtype=torch.float32).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        trained = layer(given)
+        trained = layer(inputs)
     with torch.no_grad():
-        assert torch.equal(trained, layer(given))
+        assert torch.equal(trained, layer(inputs))
 
 
 def test_reward_heads_compute_in_float32_under_autocast() -> None:
     heads = Heads(16, {"one": 0.0}, {"one": 1.0})
     torch.nn.init.normal_(heads.weight, generator=torch.Generator().manual_seed(0))
-    given = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    inputs = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        trained = heads(given)
+        trained = heads(inputs)
     with torch.no_grad():
-        assert torch.equal(trained, heads(given))
+        assert torch.equal(trained, heads(inputs))

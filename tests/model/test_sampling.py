@@ -92,8 +92,8 @@ def test_token_frequencies_match_the_probabilities(base: Base, model: PreTrained
     logits = model(torch.tensor([prompt])).logits[0, -1]
     p = torch.softmax(logits.double() / 0.9, -1)
     order = p.argsort(descending=True)
-    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-    share = {int(token): float(p[token] / p[kept].sum()) for token in kept}
+    nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
+    share = {int(token): float(p[token] / p[nucleus].sum()) for token in nucleus}
     first = Counter(tokens[0] for tokens in ours)
     assert set(first) <= share.keys()
     common = [token for token in share if share[token] * n >= 10]

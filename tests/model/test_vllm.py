@@ -75,8 +75,8 @@ def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
         for text, answer in zip(questions, answers[name], strict=True):
             ids = torch.tensor([chat.prompt_ids([Message("user", text)])])
             stops = sorted(chat.stop_ids)
-            found = model.generate(input_ids=ids, max_new_tokens=60, do_sample=False, eos_token_id=stops)
-            assert chat.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
+            tokens = model.generate(input_ids=ids, max_new_tokens=60, do_sample=False, eos_token_id=stops)
+            assert chat.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
 
 
 def test_rsf_loads_every_policy_on_the_server(server: str, tmp_path: Path) -> None:

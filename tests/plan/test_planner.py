@@ -39,7 +39,7 @@ def project() -> recipe.Recipe:
 
 
 def test_weights_and_adapters_are_planned_to_the_byte(project: recipe.Recipe) -> None:
-    [found] = planner.plan_stages(project, ["dpo"], QUIET).as_json()["stages"]
+    [planned] = planner.plan_stages(project, ["dpo"], QUIET).as_json()["stages"]
     base = bases.find(project.base)
     policy = get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base))
     trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
@@ -49,18 +49,18 @@ def test_weights_and_adapters_are_planned_to_the_byte(project: recipe.Recipe) ->
         if isinstance(layer, Linear4bit):
             state = layer.weight.quant_state
             scales += state.absmax.nbytes + state.state2.absmax.nbytes + layer.dense.nbytes
-    assert found["bytes"]["adapters"] == trained
-    assert found["bytes"]["weights"] == pytest.approx(frozen + scales, abs=layers_rounded(policy))
+    assert planned["bytes"]["adapters"] == trained
+    assert planned["bytes"]["weights"] == pytest.approx(frozen + scales, abs=layers_rounded(policy))
     assert project.dpo.optimizer == "sgd"
-    assert found["bytes"]["optimiser"] == trained  # its gradients
-    assert found["total"] == pytest.approx(sum(found["bytes"].values()), abs=len(found["bytes"]))
+    assert planned["bytes"]["optimiser"] == trained  # its gradients
+    assert planned["total"] == pytest.approx(sum(planned["bytes"].values()), abs=len(planned["bytes"]))
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch_fused", 12), ("adamw_8bit", 6)])
 def test_optimiser_bytes_include_gradients_and_moments(optimizer: str, bytes_each: int, project: recipe.Recipe) -> None:
     with_moments = replace(project, dpo=replace(project.dpo, optimizer=optimizer))
-    [found] = planner.plan_stages(with_moments, ["dpo"], QUIET).as_json()["stages"]
-    assert found["bytes"]["optimiser"] == found["bytes"]["adapters"] / 4 * bytes_each
+    [planned] = planner.plan_stages(with_moments, ["dpo"], QUIET).as_json()["stages"]
+    assert planned["bytes"]["optimiser"] == planned["bytes"]["adapters"] / 4 * bytes_each
 
 
 def layers_rounded(policy: torch.nn.Module) -> int:
@@ -76,8 +76,8 @@ def test_planned_activations_match_a_measured_step(checkpointing: bool, project:
     assert stage is not None
     planned = estimate.estimate_stage(project, base, stage, device_of(project))
     assert 1024 < sum(planned.lengths[i] for i in planned.part) <= 2048
-    taken = time_step(base, stage, [stage.job.rows[i] for i in planned.part]).taken
-    assert planned.cost.activations + planned.cost.logits == pytest.approx(taken, rel=0.02)
+    measured = time_step(base, stage, [stage.job.rows[i] for i in planned.part]).taken
+    assert planned.cost.activations + planned.cost.logits == pytest.approx(measured, rel=0.02)
 
 
 def test_highest_returns_peak_bytes() -> None:
@@ -170,11 +170,11 @@ def test_8b_base_is_planned_without_its_weights(tmp_path: Path, cli: Cli) -> Non
     assert done.code == 0, done.err
     plan = json.loads(done.out)
     assert plan["parameters"] == 8_030_261_248
-    found = next(of for of in plan["stages"] if of["stage"] == "dpo")
-    assert found["bytes"]["weights"] == pytest.approx(5.7e9, rel=0.01)
+    planned = next(of for of in plan["stages"] if of["stage"] == "dpo")
+    assert planned["bytes"]["weights"] == pytest.approx(5.7e9, rel=0.01)
     adapter = 4 * 4 * 32 * 3 * (4096 + 14336)  # float bytes × rank × layers × MLP matrices × (in + out)
-    assert found["bytes"]["adapters"] == adapter
-    assert 7e9 < found["total"] < 12e9
+    assert planned["bytes"]["adapters"] == adapter
+    assert 7e9 < planned["total"] < 12e9
 
 
 def test_sharded_base_takes_its_shard_and_two_whole_layers(project: recipe.Recipe) -> None:
@@ -204,8 +204,8 @@ def test_advice_shards_a_base_that_fits_no_single_card(project: recipe.Recipe) -
     *_, (_, leanest, lora) = advice._changes(stage)
     card = Device("small", 1e12, 1e12, torch.float32, 0.0)
     least = estimate.estimate_stage(short, base, stage.with_settings(lora, **vars(leanest)), card)
-    found = estimate.estimate_stage(short, base, stage, replace(card, memory=least.total - 50_000))
-    assert advice.what_fits(short, base, found).startswith(
+    planned = estimate.estimate_stage(short, base, stage, replace(card, memory=least.total - 50_000))
+    assert advice.what_fits(short, base, planned).startswith(
         "it fits on 4 cards that shard the base, with --set base.fsdp=true --set dpo.gradient_checkpointing=true"
     )
 
@@ -214,20 +214,20 @@ def test_advice_names_the_setting_that_makes_a_stage_fit(project: recipe.Recipe)
     base = bases.find(project.base)
     stage = stage_of(project, "dpo", base, QUIET)
     assert stage is not None
-    found = estimate.estimate_stage(project, base, stage, Device("small", 1e9, 1e12, torch.float32, 0.8e9))
-    assert found.fits
-    tight = Device("smaller", found.total - 1e6, 1e12, torch.float32, 0.8e9)
-    found = estimate.estimate_stage(project, base, stage, tight)
-    assert not found.fits
-    assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.what_fits(project, base, found)
+    planned = estimate.estimate_stage(project, base, stage, Device("small", 1e9, 1e12, torch.float32, 0.8e9))
+    assert planned.fits
+    tight = Device("smaller", planned.total - 1e6, 1e12, torch.float32, 0.8e9)
+    planned = estimate.estimate_stage(project, base, stage, tight)
+    assert not planned.fits
+    assert "it fits with --set dpo.tokens_per_batch=1024: " in advice.what_fits(project, base, planned)
 
 
 def test_advice_disables_unneeded_checkpointing(project: recipe.Recipe) -> None:
     careful = replace(project, dpo=replace(project.dpo, gradient_checkpointing=True))
-    [found] = planner.plan_stages(careful, ["dpo"], QUIET, vram=24).as_json()["stages"]
-    assert found["advice"].startswith("faster, and it still fits, with --set dpo.gradient_checkpointing=false: ")
+    [planned] = planner.plan_stages(careful, ["dpo"], QUIET, vram=24).as_json()["stages"]
+    assert planned["advice"].startswith("faster, and it still fits, with --set dpo.gradient_checkpointing=false: ")
     [without] = planner.plan_stages(project, ["dpo"], QUIET, vram=24).as_json()["stages"]
-    assert without["seconds"] <= found["seconds"]
+    assert without["seconds"] <= planned["seconds"]
     assert not without["advice"]
     base = bases.find(project.base)
     stage = stage_of(careful, "dpo", base, QUIET)
@@ -280,8 +280,8 @@ def test_dry_run_shows_recipe_lengths_and_plan_without_training(stage: str, cli:
     assert f"\n{stage}: fits" in done.out
     plan = json.loads(cli(*words, "--json").out)
     assert plan["recipe"][stage]["limit"] == 40
-    [found] = plan["stages"]
-    assert sum(count for *_, count in found["histogram"]) == found["rows"]
+    [planned] = plan["stages"]
+    assert sum(count for *_, count in planned["histogram"]) == planned["rows"]
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -347,10 +347,10 @@ def test_every_built_in_recipe_has_a_shipped_shape() -> None:
     ("name", "stages"), [("qwen3-8b", ["dpo", "tune"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf", "tune"])]
 )
 def test_built_in_recipe_is_planned_without_files_of_its_base(name: str, stages: list[str]) -> None:
-    found = planner.plan_stages(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
-    assert [of.estimate.stage.name for of in found.stages] == stages
-    assert all(of.estimate.fits for of in found.stages)
-    text = found.summary()
+    plan = planner.plan_stages(recipe.load(recipe.builtin()[name]), planner.STAGES, QUIET, card="4090")
+    assert [of.estimate.stage.name for of in plan.stages] == stages
+    assert all(of.estimate.fits for of in plan.stages)
+    text = plan.summary()
     assert "The base's files are not available. The plan uses the shape of this base that lora-align ships." in text
     assert text.count("without a limit): the base's tokenizer is not available") == len(stages)
 
@@ -358,11 +358,11 @@ def test_built_in_recipe_is_planned_without_files_of_its_base(name: str, stages:
 def test_missing_data_is_planned_as_rows_of_maximum_length(cli: Cli) -> None:
     done = cli("plan", "--json", "--set", 'preferences.helpful.data="nobody/nothing"', "--set", "dpo.limit=10")
     assert done.code == 0, done.err
-    found = next(of for of in json.loads(done.out)["stages"] if of["stage"] == "dpo")
+    planned = next(of for of in json.loads(done.out)["stages"] if of["stage"] == "dpo")
     project = recipe.load(recipe.builtin()["demo"], [])
-    assert found["rows"] == 10 * len(project.preferences)
-    assert "not in the cache and could not be fetched" in found["assumed"]
-    assert len(found["histogram"]) == 1
+    assert planned["rows"] == 10 * len(project.preferences)
+    assert "not in the cache and could not be fetched" in planned["assumed"]
+    assert len(planned["histogram"]) == 1
 
 
 def test_sizes_below_a_gigabyte_are_shown_in_megabytes() -> None:
@@ -401,5 +401,5 @@ def test_free_memory_of_a_card_counts(project: recipe.Recipe, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5e9, 24e9))
     monkeypatch.setattr(devices, "_rate", lambda *_: 1e12)
-    found = device_of(project)
-    assert (found.name, found.memory, found.dtype) == ("a card", 5e9, torch.bfloat16)
+    device = device_of(project)
+    assert (device.name, device.memory, device.dtype) == ("a card", 5e9, torch.bfloat16)

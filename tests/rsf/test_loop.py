@@ -58,25 +58,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_policy_is_published_with_its_samples(made: Path) -> None:
-    found = {run.path.name: run for run in runs.list_runs(made / "runs" / "rsf")}
-    assert list(found) == ["steerlm", "t1", "t2"]
+    series = {run.path.name: run for run in runs.list_runs(made / "runs" / "rsf")}
+    assert list(series) == ["steerlm", "t1", "t2"]
     start_policy_alone = bases.find(recipe.Base("demo")).load()
-    PeftModel.from_pretrained(start_policy_alone, found["t2"].path)  # an ordinary adapter
-    assert len({run.manifest.initial_adapter for run in found.values()}) == 1, "all start from the start policy anew"
+    PeftModel.from_pretrained(start_policy_alone, series["t2"].path)  # an ordinary adapter
+    assert len({run.manifest.initial_adapter for run in series.values()}) == 1, "all start from the start policy anew"
     for label, per_request in (("t1", 3), ("t2", 3)):
-        found[label].check_files()
-        rows = read_table(found[label].path / "samples.parquet").to_pylist()
-        figures = found[label].manifest.metrics["collected"]
+        series[label].check_files()
+        rows = read_table(series[label].path / "samples.parquet").to_pylist()
+        figures = series[label].manifest.metrics["collected"]
         requests = {row["key"] for row in rows}
         assert len({(row["key"], row["number"]) for row in rows}) == len(rows) == per_request * len(requests)
         assert {len(row["asked"]) > 0 for row in rows} == {True}
         assert figures["kept_value"] > figures["drawn_value"]
         assert figures["kept"] <= len(requests)
-        assert not list(found[label].path.parent.glob(f".{label}.samples"))
-    said = (made / "said.txt").read_text()
-    assert "mean value of chosen" in said
-    assert "t2 sampling" in said
-    assert "chat --want helpfulness=0.5,verbosity=-0.8" in said, "a direction from the region it was trained on"
+        assert not list(series[label].path.parent.glob(f".{label}.samples"))
+    output = (made / "said.txt").read_text()
+    assert "mean value of chosen" in output
+    assert "t2 sampling" in output
+    assert "chat --want helpfulness=0.5,verbosity=-0.8" in output, "a direction from the region it was trained on"
 
 
 def test_sweep_over_directions_needs_no_grid(made: Path, tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_sweep_over_directions_needs_no_grid(made: Path, tmp_path: Path) -> None
     assert [point["policy"].partition(":")[0] for point in points] == ["start", "want", "want", "want"]
     first, second = (point["figures"]["words"]["value"] for point in (points[1], points[3]))
     assert first != second
-    found = runs.read(folder).manifest.metrics
+    metrics = runs.read(folder).manifest.metrics
     less = "reward: verbosity (less is better)"
-    assert found["scores"] == {"helpfulness": "reward: helpfulness", "verbosity": less}
+    assert metrics["scores"] == {"helpfulness": "reward: helpfulness", "verbosity": less}
     values = [
         [point["figures"][f"reward: {name}"]["value"] for name in ("helpfulness", "verbosity")] for point in points
     ]
@@ -102,7 +102,7 @@ def test_sweep_over_directions_needs_no_grid(made: Path, tmp_path: Path) -> None
         for point, (helpfulness, verbosity) in zip(points, values, strict=True)
         if not any(h >= helpfulness and v <= verbosity and (h, v) != (helpfulness, verbosity) for h, v in values)
     }
-    assert {point["word"] for point in found["front"]} == best
+    assert {point["word"] for point in metrics["front"]} == best
     for name in ("front", "asked"):
         assert (folder / f"{name}.png").is_file(), name
     assert not (folder / "curves.png").exists()
@@ -112,8 +112,8 @@ def test_every_rsf_policy_is_found_by_its_word(made: Path, tmp_path: Path) -> No
     shutil.copytree(made / "runs", tmp_path / "runs")
     few = ["eval.count=3", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=30"]
     small = [word for setting in few for word in ("--set", setting)]
-    asked, steered = "helpfulness=0.8,verbosity=-0.6", "helpfulness=90,verbosity=20"
-    words = [f"want:{asked}", f"want@rsf/policy/t2:{asked}", f"want@rsf/policy/t1:{asked}"]
+    direction, steered = "helpfulness=0.8,verbosity=-0.6", "helpfulness=90,verbosity=20"
+    words = [f"want:{direction}", f"want@rsf/policy/t2:{direction}", f"want@rsf/policy/t1:{direction}"]
     words += [f"want@rsf/policy/steerlm:{steered}", "start"]
     done = call(tmp_path, "eval", *words, "--json", *small)
     assert done.code == 0, done.err
@@ -142,13 +142,13 @@ def test_lm_eval_task_gets_the_system_message_of_the_direction(made: Path, tmp_p
     )
     few = ["eval.count=2", "eval.samples=1", "eval.pairs=2", "eval.max_new_tokens=5"]
     small = [word for setting in few for word in ("--set", setting)]
-    asked = "want@rsf/policy/t2:helpfulness=0.8,verbosity=-0.6"
-    done = call(tmp_path, "eval", asked, "start", "--tasks", "first.yaml", "--json", *small)
+    policy_word = "want@rsf/policy/t2:helpfulness=0.8,verbosity=-0.6"
+    done = call(tmp_path, "eval", policy_word, "start", "--tasks", "first.yaml", "--json", *small)
     assert done.code == 0, done.err
 
     base = bases.find(recipe.Base("demo"))
     run = runs.read(tmp_path / "runs" / "rsf" / "policy" / "t2")
-    system = Conditioned.parse("", run, asked.partition(":")[2], Screen(quiet=True)).system
+    system = Conditioned.parse("", run, policy_word.partition(":")[2], Screen(quiet=True)).system
     policy = PeftModel.from_pretrained(base.load(), run.path).eval()
 
     def first_is_likelier(row: dict[str, Any], before: Sequence[Message]) -> tuple[float, float]:
@@ -165,9 +165,9 @@ def test_lm_eval_task_gets_the_system_message_of_the_direction(made: Path, tmp_p
     with policy.disable_adapter():
         start = [first_is_likelier(row, []) for row in rows]
     assert max(abs(now - before) for (_, now), (_, before) in zip(wanted, start, strict=True)) > 0.1
-    kept = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "eval").glob("task-*")]
-    found = {one["policy"]: one["values"]["acc"] for one in kept}
-    assert found == {asked: [first for first, _ in wanted], "start": [first for first, _ in start]}
+    results = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "eval").glob("task-*")]
+    values = {one["policy"]: one["values"]["acc"] for one in results}
+    assert values == {policy_word: [first for first, _ in wanted], "start": [first for first, _ in start]}
 
 
 def test_halves_share_no_prompt(made: Path) -> None:
@@ -196,9 +196,9 @@ def test_more_iterations_continue_a_series(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
     before = store.sha256(tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json")
     first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
-    said = json.loads(first.read_text())
-    said["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
-    first.write_text(json.dumps({**said, "digest": ""}))
+    content = json.loads(first.read_text())
+    content["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
+    first.write_text(json.dumps({**content, "digest": ""}))
     more = rsf(tmp_path, "--iterations", "3")
     assert more.code == 0, more.err
     assert re.search(r"t3: the mean harmlessness of its training answers fell from \S+ \(steerlm\) to", more.err)
@@ -215,9 +215,9 @@ def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_
     shutil.move(tmp_path / "runs" / "rsf" / "policy", tmp_path / "runs" / "rsf" / "apart")
     for label in ("steerlm", "t1"):  # as if they had been made so: their own answers were pooled either way
         file = tmp_path / "runs" / "rsf" / "apart" / label / "manifest.json"
-        said = json.loads(file.read_text())
-        said["recipe"]["rsf"]["pooled"] = 1
-        file.write_text(json.dumps({**said, "digest": ""}))
+        content = json.loads(file.read_text())
+        content["recipe"]["rsf"]["pooled"] = 1
+        file.write_text(json.dumps({**content, "digest": ""}))
     done = rsf(tmp_path, "--iterations", "2", "--name", "apart", pooled="1")
     assert done.code == 0, done.err
     figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t2").manifest.metrics["collected"]
@@ -232,18 +232,20 @@ def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("label", "key", "told"),
+    ("label", "key", "message"),
     [("t1", "teacher", "another steerlm"), ("t2", "teacher", "another t1"), ("t1", "start", "another start policy")],
 )
-def test_a_series_refuses_another_start_or_teacher(label: str, key: str, told: str, made: Path, tmp_path: Path) -> None:
+def test_a_series_refuses_another_start_or_teacher(
+    label: str, key: str, message: str, made: Path, tmp_path: Path
+) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
-    said = json.loads(file.read_text())
-    changed = {"start": "another"} if key == "start" else {"method": {**said["method"], key: {}}}
-    file.write_text(json.dumps({**said, **changed, "digest": ""}))
+    content = json.loads(file.read_text())
+    changed = {"start": "another"} if key == "start" else {"method": {**content["method"], key: {}}}
+    file.write_text(json.dumps({**content, **changed, "digest": ""}))
     done = rsf(tmp_path, "--iterations", "3")
     assert done.code == 2
-    assert f"{label} was made differently: {told}" in done.err
+    assert f"{label} was made differently: {message}" in done.err
 
 
 def test_a_series_refuses_other_data_or_another_base(made: Path, tmp_path: Path) -> None:
@@ -252,9 +254,9 @@ def test_a_series_refuses_other_data_or_another_base(made: Path, tmp_path: Path)
     assert done.code == 2
     assert "steerlm was made differently: rsf.data was" in done.err
     manifest = tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json"
-    said = json.loads(manifest.read_text())
-    edited = {"data": {**said["data"], "fingerprint": "of a file that was edited"}, "digest": ""}
-    manifest.write_text(json.dumps({**said, **edited}))
+    content = json.loads(manifest.read_text())
+    edited = {"data": {**content["data"], "fingerprint": "of a file that was edited"}, "digest": ""}
+    manifest.write_text(json.dumps({**content, **edited}))
     done = rsf(tmp_path, "--iterations", "3")
     assert done.code == 2
     assert "t2 was made differently: data was of a file that was edited, is " in done.err
@@ -302,12 +304,12 @@ def test_an_iteration_uses_the_recipe_number_of_prompts(made: Path, tmp_path: Pa
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "3", "--name", "few", prompts="5", held_out="0.0")
     assert done.code == 0, done.err
-    asked = [
+    prompt_sets = [
         {json.dumps(row["prompt"]) for row in read_table(tmp_path / f"runs/rsf/few/t{t}/samples.parquet").to_pylist()}
         for t in range(1, 4)
     ]
-    assert [len(prompts) for prompts in asked] == [5, 5, 5]
-    assert asked[0] != asked[2], "the same half, but other prompts"
+    assert [len(prompts) for prompts in prompt_sets] == [5, 5, 5]
+    assert prompt_sets[0] != prompt_sets[2], "the same half, but other prompts"
 
 
 def test_scores_in_the_data_are_used(made: Path, tmp_path: Path) -> None:
@@ -319,10 +321,10 @@ def test_scores_in_the_data_are_used(made: Path, tmp_path: Path) -> None:
     assert "have scores in the data, so they are not scored again" in done.err
     assert "steerlm scores" not in done.err
     rows = read_table(tmp_path / "scored.parquet").to_pylist()
-    given = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}
+    in_data = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}
     used = json.loads((tmp_path / "runs" / "rsf" / "annotated" / "steerlm" / "scores.json").read_text())
     assert len(used) > 10
-    assert {(score["helpfulness"], score["verbosity"]) for score in used} <= given
+    assert {(score["helpfulness"], score["verbosity"]) for score in used} <= in_data
 
 
 def test_loss_on_all_tokens(made: Path, tmp_path: Path) -> None:
@@ -351,9 +353,9 @@ def test_chat_combines_want_and_weights(made: Path, workspace: Path) -> None:
     words = ["chat", "--want", "helpfulness=8,verbosity=-6", "--prompt", "Tell me about rain.", "--seed", "3"]
     done = call(workspace, *words, "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
-    assert told["weights"] == {"rsf/policy/t2": 1.0}
+    printed = json.loads(done.out)
+    assert printed["want"] == pytest.approx({"helpfulness": 0.8, "verbosity": -0.6})
+    assert printed["weights"] == {"rsf/policy/t2": 1.0}
     assert "direction helpfulness=0.80 verbosity=-0.60 (normalised to length 1)" in done.err
     both = json.loads(call(workspace, *words, "--weights", "helpful=0.5", "--json").out)
     assert both["weights"] == {"rsf/policy/t2": 1.0, "helpful": 0.5}
@@ -385,8 +387,8 @@ def test_compare_keeps_the_direction(made: Path, workspace: Path) -> None:
     terminal = Terminal(workspace, "chat", "--want", "helpfulness=0.8,verbosity=-0.6", "--seed", "4")
     terminal.wait_for("› ")
     terminal.say("Tell me about rain.")
-    told = terminal.say("/compare rsf/policy/t2=1 | helpful=0 | rsf/policy/t2=0")
-    named, left, off = re.findall(r"\((\d+) tokens\)", told)
+    shown = terminal.say("/compare rsf/policy/t2=1 | helpful=0 | rsf/policy/t2=0")
+    named, left, off = re.findall(r"\((\d+) tokens\)", shown)
     assert named == left != off
     assert "rsf/policy/t2=1 helpful=0" in terminal.say("/w")
     os.write(terminal.screen, b"/quit\n")
@@ -407,7 +409,7 @@ def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "changed", "told"),
+    ("words", "changed", "message"),
     [
         ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
         ([], {"reward": '"other"'}, "no reward model 'other'"),
@@ -424,12 +426,12 @@ def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
     ],
 )
 def test_unusable_rsf_settings_are_refused_early(
-    words: list[str], changed: dict[str, str], told: str, made: Path, tmp_path: Path
+    words: list[str], changed: dict[str, str], message: str, made: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(made / "runs" / "reward", tmp_path / "runs" / "reward")
     done = rsf(tmp_path, *words, **changed)
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert not (tmp_path / "runs" / "rsf").exists()
 
 

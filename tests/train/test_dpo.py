@@ -92,9 +92,9 @@ def test_both_directions_share_base_references_and_budget(tmp_path: Path, monkey
     def counting(owner: type, name: str) -> None:
         real = getattr(owner, name)
 
-        def called(*given: Any, **named: Any) -> Any:
+        def called(*args: Any, **named: Any) -> Any:
             counted[name] += 1
-            return real(*given, **named)
+            return real(*args, **named)
 
         monkeypatch.setattr(owner, name, called)
 
@@ -151,9 +151,9 @@ def test_a_preference_of_two_trains_on_both_datasets(tmp_path: Path, cli: Cli) -
     assert run.manifest.data["rows"] == 60
     assert run.manifest.data["source"] == "demo:pairs?rows=8000 + demo:pairs?rows=8000"
     assert run.manifest.data["fingerprint"] not in (one.facts["fingerprint"], other.facts["fingerprint"])
-    told = cli("data", "--pref", "joint", "--set", 'preferences.joint.of=["helpful","harmless"]')
-    assert told.code == 2
-    assert "audit each of them" in told.err
+    refused = cli("data", "--pref", "joint", "--set", 'preferences.joint.of=["helpful","harmless"]')
+    assert refused.code == 2
+    assert "audit each of them" in refused.err
 
 
 def test_gradient_checkpointing_changes_no_result(tmp_path: Path, both: dict[str, runs.Run]) -> None:
@@ -198,8 +198,8 @@ def test_an_unconverged_run_is_reported(tmp_path: Path) -> None:
     (run,) = dpo.train_dpo(
         demo("dpo.learning_rate=1e-9", "dpo.held_out=0.4"), ["helpful"], [Direction.pos], tmp_path, QUIET
     )
-    told = " ".join(run.manifest.unconverged)
-    assert "tiny" in told
+    reasons = " ".join(run.manifest.unconverged)
+    assert "tiny" in reasons
     assert dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.55}, "relative_norm": 1.0}, 0.1)
     assert not dpo.unconverged({"held_out": {"pairs": 100, "accuracy": 0.7}, "relative_norm": 0.1}, 0.1)
 
@@ -233,8 +233,8 @@ def test_divergence_is_recognised_at_any_number_of_pairs(pairs: int) -> None:
 )
 def test_advice_on_learning_rate_follows_the_sign_of_the_margin(margin: float, beta: float, reason: str) -> None:
     held_out = {"pairs": 100, "accuracy": 0.45, "margin": margin}
-    [found] = dpo.unconverged({"held_out": held_out, "relative_norm": 0.01}, beta)
-    assert reason in found
+    [advice] = dpo.unconverged({"held_out": held_out, "relative_norm": 0.01}, beta)
+    assert reason in advice
 
 
 def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,8 +255,8 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert "accuracy" not in dpo.summary(run) + start_commands._figure(run)
     assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.summary(run)
     (made,) = dpo.train_dpo(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
-    told = capsys.readouterr().err
-    assert "helpful pos: 1 optimizer step (16 pairs): too few to learn much" in told
+    notes = capsys.readouterr().err
+    assert "helpful pos: 1 optimizer step (16 pairs): too few to learn much" in notes
     assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
 
 
@@ -313,8 +313,8 @@ def test_truncated_answers_and_dropped_prompts_are_counted() -> None:
     [whole] = tokenise.pairs([pair], chat, 512, counts)
     assert whole
     assert not +counts
-    room = len(whole.prompt) + 5
-    [cut] = tokenise.pairs([pair], chat, room, counts)
+    max_length = len(whole.prompt) + 5
+    [cut] = tokenise.pairs([pair], chat, max_length, counts)
     assert cut
     assert cut.chosen == whole.chosen[:5]
     assert cut.rejected == whole.rejected[:5]

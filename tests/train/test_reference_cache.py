@@ -50,9 +50,9 @@ def test_each_value_is_computed_once(
     assert torch.equal(again[:4], first)
     switched = [(prompt, answers[::-1]) for prompt, answers in ROWS]
     assert torch.equal(logprobs(references, model, switched), again.flip(1))
-    said = capsys.readouterr().err
-    assert "6 of 6 rows were computed before" in said
-    assert not re.search(r"\d/\d", said), "nothing was left to compute"
+    notes = capsys.readouterr().err
+    assert "6 of 6 rows were computed before" in notes
+    assert not re.search(r"\d/\d", notes), "nothing was left to compute"
 
 
 def test_a_stored_value_does_not_change(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_an_interrupted_pass_resumes_bit_exactly(
     whole = logprobs(ReferenceCache(tmp_path / "whole.sqlite"), model, rows)
     calls = itertools.count()
 
-    def stopped(*given: Any) -> torch.Tensor:
+    def stopped(*args: Any) -> torch.Tensor:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return answer_logprobs(*given)
+        return answer_logprobs(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "answer_logprobs", stopped)

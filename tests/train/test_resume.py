@@ -178,8 +178,8 @@ def test_a_signal_after_the_last_step_loses_nothing(
     moment: str, code: int, stage: str, whole: Path, tmp_path: Path
 ) -> None:
     both = ["--direction", "both"] if stage == "dpo" else []
-    asked = [sys.executable, "-c", moment + PROGRAM, *words(stage), *both]
-    first = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", moment + PROGRAM, *words(stage), *both]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert first.returncode == code, first.stderr
     assert first.stderr.rstrip().endswith("--resume")
     assert not list(tmp_path.rglob("manifest.json")), "and the other direction does not begin"
@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_skipped(begun: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         (["--set", "dpo.beta=3"], "recipe.dpo.beta was 1.5, is 3.0"),
         (["--set", "lora.rank=8"], "recipe.lora.rank was 4, is 8"),
@@ -284,10 +284,10 @@ def test_a_damaged_checkpoint_is_skipped(begun: Path) -> None:
         (["--set", f"base.chat_template={TEMPLATE}"], "base.chat_format was"),
     ],
 )
-def test_resume_refuses_another_recipe_or_dataset(changed: list[str], told: str, begun: Path) -> None:
+def test_resume_refuses_another_recipe_or_dataset(changed: list[str], message: str, begun: Path) -> None:
     done = call(begun, *words("dpo"), *changed, "--resume")
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert "--force starts again" in done.err
 
 
@@ -360,12 +360,12 @@ def test_a_busy_run_is_refused_and_its_writer_named(made: str, how: list[str], t
     while not list(unfinished_of(tmp_path, "dpo").glob("checkpoint-*")) and child.poll() is None:
         time.sleep(0.005)
     child.send_signal(signal.SIGSTOP)  # it writes for as long as the second takes
-    kept = sorted(unfinished_of(tmp_path, "dpo").iterdir())
+    before = sorted(unfinished_of(tmp_path, "dpo").iterdir())
     try:
         second = call(tmp_path, *words("dpo"), *how)
         assert second.code == 2
         assert f"is being written by process {child.pid} on {socket.gethostname()}" in second.err
-        assert sorted(unfinished_of(tmp_path, "dpo").iterdir()) == kept
+        assert sorted(unfinished_of(tmp_path, "dpo").iterdir()) == before
     finally:
         child.kill()
         child.wait(60)
@@ -382,11 +382,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path: Path) -> Non
         while not list(unfinished_of(disk, "dpo").glob("checkpoint-2")) and child.poll() is None:
             time.sleep(0.005)
         fill(disk)
-        _, said = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=60)
         assert child.returncode == 1
-        assert "No space left" in said
-        assert re.search(r"could not be written \(.*No space left.*\) after [\d.,]+ of about [\d.,]+ MB", said), said
-        assert "--resume continues from the checkpoint of step" in said
+        assert "No space left" in errors
+        reason = r"could not be written \(.*No space left.*\) after [\d.,]+ of about [\d.,]+ MB"
+        assert re.search(reason, errors), errors
+        assert "--resume continues from the checkpoint of step" in errors
         (disk / "filler").unlink()
         done = call(disk, *words("dpo"), "--resume")
         assert done.code == 0, done.err

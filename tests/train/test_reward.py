@@ -59,11 +59,11 @@ def model(base: Base, trained: runs.Run) -> RewardModel:
 
 
 def _answers(base: Base, count: int) -> list[tuple[list[int], list[int]]]:
-    found = []
+    rows = []
     for row in world.ratings(seed=9, count=count, part="dev"):
         prompt = [Message("user", str(row["prompt"]))]
-        found.append((base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, str(row["response"]))))
-    return found
+        rows.append((base.chat.prompt_ids(prompt), base.chat.answer_ids(prompt, str(row["response"]))))
+    return rows
 
 
 def test_reward_model_learns_from_ratings_and_pairs(trained: runs.Run) -> None:
@@ -156,7 +156,7 @@ def test_reward_loss_equals_its_formula(base: Base, model: RewardModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ('reward.objectives.kind=["kindness"]', "reward.objectives.kind: no head 'kindness' (heads: helpfulness,"),
         ('reward.objectives.warmth=["politeness"]', "there is a head of that name"),
@@ -166,10 +166,10 @@ def test_reward_loss_equals_its_formula(base: Base, model: RewardModel) -> None:
         ("reward.ratings.demo.hihg=5", "unknown key 'reward.ratings.demo.hihg', did you mean 'high'?"),
     ],
 )
-def test_unusable_reward_settings_are_refused(override: str, told: str, tmp_path: Path) -> None:
+def test_unusable_reward_settings_are_refused(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         reward.train_reward_model(demo(override), tmp_path, QUIET)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert not list(tmp_path.rglob("manifest.json"))
 
 

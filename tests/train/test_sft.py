@@ -33,7 +33,7 @@ def test_packed_texts_do_not_attend_to_each_other() -> None:
     with torch.no_grad():
         objective = sft.SftLoss(Reader.of(model), base.chat)
         [tokens] = objective.weights(packs)
-        found = objective.part(packs, [tokens])
+        result = objective.part(packs, [tokens])
         parts = [objective.part([pack], [tokens]).loss for pack in packs]
         apart = sum(
             cross_entropy(
@@ -42,9 +42,9 @@ def test_packed_texts_do_not_attend_to_each_other() -> None:
             for row in texts
         )
     learned = sum(label != tokenise.IGNORED for row in texts for label in row.labels[1:])
-    assert tokens == found.figures["accuracy"][1] == learned
-    assert float(found.loss) * tokens == pytest.approx(float(apart), rel=1e-5)
-    assert float(sum(parts)) == pytest.approx(float(found.loss), rel=1e-5)
+    assert tokens == result.figures["accuracy"][1] == learned
+    assert float(result.loss) * tokens == pytest.approx(float(apart), rel=1e-5)
+    assert float(sum(parts)) == pytest.approx(float(result.loss), rel=1e-5)
 
 
 def test_a_large_rise_of_the_held_out_loss_is_divergence() -> None:

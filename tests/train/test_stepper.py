@@ -102,12 +102,12 @@ def test_loss_and_gradient_equal_trl_for_every_split_of_a_step(
 ) -> None:
     settings = demo()
     ours = trainer(base, pairs, 4096, tmp_path, settings)
-    found = []
+    steps = []
     for tokens in (4096, 200, 1):
         ours.budget = MemoryBudget(tokens)
         ours.model.zero_grad()
         loss = ours.training_step(ours.model, {"rows": pairs})
-        found.append((float(loss), gradients(ours.model)))
+        steps.append((float(loss), gradients(ours.model)))
 
     model = base.load()
     trl = DPOTrainer(
@@ -134,10 +134,10 @@ def test_loss_and_gradient_equal_trl_for_every_split_of_a_step(
     loss = trl.compute_loss(trl.model, trl.data_collator(columns))
     loss.backward()
     wanted = gradients(trl.model)
-    for value, slope in found:
+    for value, slope in steps:
         assert value == pytest.approx(float(loss), abs=2e-5)
         assert (slope - wanted).norm() < 1e-3 * wanted.norm()
-        assert (slope - found[0][1]).norm() < 1e-5 * wanted.norm()
+        assert (slope - steps[0][1]).norm() < 1e-5 * wanted.norm()
 
 
 def test_label_smoothing_averages_both_directions(base: Base, pairs: list[TokenPair], tmp_path: Path) -> None:
@@ -172,14 +172,14 @@ pairs = list(dpo.with_references(material, references, base.load(), 4096, "refer
 made = trainer(base, pairs, 1000, Path(sys.argv[1]), settings)
 made.training_step(made.model, {"rows": pairs})
 wanted = gradients(made.model)
-said = []
-made.note, made.budget = said.append, MemoryBudget(2**20)
+notes = []
+made.note, made.budget = notes.append, MemoryBudget(2**20)
 made.model.zero_grad()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 250 * 2**20, resource.RLIM_INFINITY))
 made.training_step(made.model, {"rows": pairs})
-found = gradients(made.model)
-print(len(said), made.budget.size, float((found - wanted).norm() / wanted.norm()))
+actual = gradients(made.model)
+print(len(notes), made.budget.size, float((actual - wanted).norm() / wanted.norm()))
 made.budget = MemoryBudget(2**20, lora_trainer.TOO_LONG)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
@@ -193,8 +193,8 @@ except RunFailedError as fault:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures, too_little = done.stdout.splitlines()
-    told, size, off = figures.split()
-    assert int(told) >= 1
+    notes, size, off = figures.split()
+    assert int(notes) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
     assert "out of memory at the smallest batch size; lower max_length" in too_little
@@ -232,6 +232,6 @@ def test_a_full_disk_is_reported_when_the_adapter_is_saved(base: Base, pairs: li
     made = trainer(base, pairs, 4096, tmp_path, demo())
     with small_disk(tmp_path / "disk", "256k") as disk:
         fill(disk)
-        told = r"the adapter could not be written \(.*No space left.*--resume continues"
-        with pytest.raises(RunFailedError, match=told):
+        message = r"the adapter could not be written \(.*No space left.*--resume continues"
+        with pytest.raises(RunFailedError, match=message):
             lora_trainer.save_adapter(made.model, disk)

@@ -40,14 +40,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_cached_rows_equal_those_that_were_read(base: Base) -> None:
     read = pairs_of(HELPFUL, 0.2)
     for _ in ("tokenised", "from disk"):
-        found = token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
-        for rows, raw in ((found.train, read.train), (found.held_out, read.held_out)):
+        cached = token_rows.read_token_pairs(HELPFUL, base, 0.2, None, 512, QUIET)
+        for rows, raw in ((cached.train, read.train), (cached.held_out, read.held_out)):
             assert [row.shared() for row in rows] == [
                 (prompt, answers)
                 for prompt, answers in base.chat.answered_each([(r.prompt, (r.chosen, r.rejected)) for r in raw])
             ]
-        assert found.facts["rows"] == len(read.train)
-        assert found.facts["held_out"] == len(read.held_out) > 0
+        assert cached.facts["rows"] == len(read.train)
+        assert cached.facts["held_out"] == len(read.held_out) > 0
 
 
 def test_ratings_and_conversations_survive_the_cache(base: Base, tmp_path: Path) -> None:
@@ -57,12 +57,12 @@ def test_ratings_and_conversations_survive_the_cache(base: Base, tmp_path: Path)
     rated = token_rows.read_token_ratings(recipe.Ratings(str(file)), base, 0.0, None, 512, QUIET).train
     assert [row.ratings["warmth"] for row in rated] == [25.0 * (i % 5) for i in range(7)]
     table = recipe.Sft(data="demo:conversations?rows=9", held_out=0.0)
-    [said, all_said] = (
+    [answers, texts] = (
         token_rows.read_token_texts(replace(table, answers_only=only), base, QUIET).train for only in (True, False)
     )
-    assert [row.ids for row in said] == [row.ids for row in all_said]
-    assert all(row.ids == row.labels for row in all_said)
-    assert all(row.labels[0] == tokenise.IGNORED for row in said)
+    assert [row.ids for row in answers] == [row.ids for row in texts]
+    assert all(row.ids == row.labels for row in texts)
+    assert all(row.labels[0] == tokenise.IGNORED for row in answers)
 
 
 def test_rows_are_tokenised_once_per_source_and_settings(base: Base, cache: Path, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_a_killed_tokenisation_resumes_from_its_intact_parts(
     assert done.returncode == 0, done.stderr
     parts = list(cache.glob("*/[0-9]*/facts.json"))
     assert len(parts) > len(made)
-    kept = [file.parent.name for file in parts if made.get(file.parent.name) == file.stat().st_mtime_ns]
-    assert sorted(kept) == sorted(set(made) - {"1"})
+    reused = [file.parent.name for file in parts if made.get(file.parent.name) == file.stat().st_mtime_ns]
+    assert sorted(reused) == sorted(set(made) - {"1"})
     monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path / "another"))
     whole = subprocess.run([sys.executable, "-c", SLOWLY], cwd=tmp_path, capture_output=True, text=True)
     assert whole.stdout == done.stdout
@@ -264,11 +264,11 @@ def test_ten_megabyte_rows_are_truncated_or_dropped(base: Base, tmp_path: Path) 
     file.write_text("\n".join(map(json.dumps, rows)))
     program = [sys.executable, "-c", MEASURED, str(file)]  # where nothing was large before
     done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
-    found = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.0, None, 256, QUIET)
-    assert (found.facts["rows"], found.facts["answers_cut"]) == (3, 2)
-    assert found.facts["dropped"] == {"prompt too long": 2}
-    assert found.train[0].shared() == base.chat.answered([Message("user", "Why?")], ["It is so.", "No."])
-    for row, text in zip(list(found.train)[1:], long, strict=True):
+    read = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.0, None, 256, QUIET)
+    assert (read.facts["rows"], read.facts["answers_cut"]) == (3, 2)
+    assert read.facts["dropped"] == {"prompt too long": 2}
+    assert read.train[0].shared() == base.chat.answered([Message("user", "Why?")], ["It is so.", "No."])
+    for row, text in zip(list(read.train)[1:], long, strict=True):
         whole = base.chat.answered([Message("user", "Why?")], [text[:4000]])[1][0]
         assert row.chosen == whole[: 256 - len(row.prompt)]
     assert int(done.stdout) < 600, "megabytes; the tokens of one such row take three times that"

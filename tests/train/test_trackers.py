@@ -17,16 +17,16 @@ def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
     done = call(tmp_path, *words, "--set", 'dpo.report_to=["tensorboard"]')
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "dpo" / "helpful" / "pos"
-    told = EventAccumulator(str(run.with_name("pos.tensorboard"))).Reload()
-    steps = [event.step for event in told.Scalars("train/loss")]
+    events = EventAccumulator(str(run.with_name("pos.tensorboard"))).Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == list(range(1, int(runs.read(run).manifest.metrics["steps"]) + 1))
-    assert {"train/margin", "train/accuracy", "train/learning_rate"} <= set(told.Tags()["scalars"])
+    assert {"train/margin", "train/accuracy", "train/learning_rate"} <= set(events.Tags()["scalars"])
     assert [run.path for run in runs.list_runs(tmp_path / "runs")] == [run]
     runs.read(run).check_files()
 
 
-@pytest.mark.parametrize(("tracker", "kept"), [("wandb", "*.wandb"), ("trackio", "*.db"), ("mlflow", "*.db")])
-def test_installed_trackers_get_the_figures(tracker: str, kept: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tracker", "pattern"), [("wandb", "*.wandb"), ("trackio", "*.db"), ("mlflow", "*.db")])
+def test_installed_trackers_get_the_figures(tracker: str, pattern: str, tmp_path: Path) -> None:
     pytest.importorskip(tracker)
     words = [
         *("dpo", "--pref", "helpful", "--direction", "pos", "--limit", "64"),
@@ -35,7 +35,7 @@ def test_installed_trackers_get_the_figures(tracker: str, kept: str, tmp_path: P
     ]
     here = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     subprocess.run([COMMAND, *words], cwd=tmp_path, env={**os.environ, **here}, capture_output=True, check=True)
-    [file] = tmp_path.rglob(kept)
+    [file] = tmp_path.rglob(pattern)
     assert b"margin" in file.read_bytes()
 
 
@@ -47,12 +47,12 @@ def test_no_tracker_is_used_by_default(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-@pytest.mark.parametrize(("named", "told"), [("no-such-tracker", "no-such-tracker"), ("comet_ml", "comet")])
-def test_a_missing_tracker_is_refused_before_reading_data(named: str, told: str, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("named", "message"), [("no-such-tracker", "no-such-tracker"), ("comet_ml", "comet")])
+def test_a_missing_tracker_is_refused_before_reading_data(named: str, message: str, cli: Cli, tmp_path: Path) -> None:
     done = cli("dpo", "--pref", "helpful", "--set", f'dpo.report_to=["{named}"]')
     assert done.code == 2
     assert "error: the recipe cannot be trained: " in done.err
-    assert told in done.err
+    assert message in done.err
     assert "rows to train on" not in done.err
     assert not list(tmp_path.glob("runs/**/*"))
 
