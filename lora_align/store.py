@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from lora_align.errors import RunFailedError, UserError, first_line
 
 UNFINISHED = ".unfinished"  # suffix of a file's temporary name
 CACHE_REMEDY = "LORA_ALIGN_CACHE moves the cache"
+HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
 DIGESTS = "files.json"  # the sha256 of every other file of a sealed folder
 
 
@@ -48,6 +49,26 @@ def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
         raise
 
 
+def fill_once(folder: Path, what: str, fill: Callable[[Path], None]) -> None:
+    """Make a cache folder with `fill`, which gets the staging folder, unless the folder exists.
+
+    One process makes it, the others wait. `what` names its contents in the error for a full disk.
+    """
+    from filelock import FileLock
+    from safetensors import SafetensorError
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return
+        try:
+            with new_folder(folder) as staging:
+                fill(staging)
+        except (OSError, SafetensorError) as fault:
+            why = f"{what} could not be cached ({first_line(fault)})"
+            raise RunFailedError(f"{folder.parent}: {why}; {CACHE_REMEDY}") from fault
+
+
 def seal(staging: Path, target: Path) -> None:
     """Write the sha256 of a folder's files into the folder, sync it, and rename it to `target`."""
     files = {file.name: sha256(file) for file in sorted(staging.iterdir()) if file.is_file() and file.name != DIGESTS}
@@ -81,6 +102,22 @@ def sha256(file: Path) -> str:
     """Return the sha256 of a file's contents."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def known_sha256(file: Path) -> str:
+    """Return a file's sha256. The hash of a large file is cached under its path, size and modification time."""
+    real = file.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:
+        return real.name  # the hub's cache names a blob by its sha256
+    status = real.stat()
+    if status.st_size < HASH_ONCE_FROM:
+        return sha256(real)
+    key = hashlib.sha256(f"{real}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
+    known = cache_folder() / "hashes" / key
+    if not known.is_file():
+        with new_file(known) as fresh:
+            fresh.write_text(sha256(real))
+    return known.read_text()
 
 
 def sync(path: Path) -> None:

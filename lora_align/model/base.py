@@ -3,7 +3,8 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,10 @@ import psutil
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_align import processes, recipe, store
-from lora_align.errors import RunFailedError, UserError, first_line
+from lora_align.errors import UserError, first_line
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 BASES: Registry[Callable[[], Path]] = Registry("bases")
+GGUF = ".gguf"  # suffix of base.model
 CACHE_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
-HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
 
 transformers.utils.logging.disable_default_handler()
 transformers.utils.logging.enable_propagation()
@@ -83,7 +83,8 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
 
     With `outline`, the weights are neither fetched nor hashed, and they may be missing.
     """
-    folder = _folder(base, outline)
+    file = _gguf_file(base)
+    folder = _converted(file) if file else _folder(base, outline)
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
     if base.fsdp and base.quantization != "nf4":
@@ -109,7 +110,8 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
         )
     whose = "base.chat_template" if base.chat_template else f"the chat template of base.model {base.model!r}"
     check_template(template, {**tokenizer.special_tokens_map, **base.chat_template_kwargs}, whose)
-    digest = hashlib.sha256("".join(_weights_hash(file) for file in weights).encode())
+    hashed = [file] if file else weights
+    digest = hashlib.sha256("".join(map(store.known_sha256, hashed)).encode())
     return Base(
         folder=folder,
         recipe=base,
@@ -161,21 +163,53 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     if folder := local_folder(base.model):
         return folder
     if base.model.count("/") != 1 or base.model.startswith((".", "/", "~")):
-        raise UserError(f"base.model {base.model!r} is neither a folder nor a hub id (owner/name)")
-    return _from_hub(base.model, base.revision or None, outline)
+        raise UserError(
+            f"base.model {base.model!r} is neither a folder, nor a GGUF file, nor a hub id (owner/name or "
+            "owner/name/file.gguf)"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = [*CONFIG_FILES, *([] if outline else ["*.safetensors"])]
+    # consolidated*: Mistral's repositories store every weight a second time, in another format
+    unwanted = ["original/*", "consolidated*"]
+    revision = base.revision or None
+    with _report_hub_errors(base.model, revision, "".join(f" --include '{files}'" for files in wanted if outline)):
+        return Path(snapshot_download(base.model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
 
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration, tokenizer and templates
 
 
-def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
+def _gguf_file(base: recipe.Base) -> Path | None:
+    """Return the GGUF file that base.model names, fetched from the hub if necessary. None for other bases."""
+    if not base.model.endswith(GGUF):
+        return None
+    file = Path(base.model).expanduser()
+    if file.is_file():
+        return file
+    owner, _, name = base.model.partition("/")
+    name, _, path = name.partition("/")
+    if not path or base.model.startswith((".", "/", "~")):
+        raise UserError(f"no file {base.model}; base.model may also be a file on the hub: owner/name/file.gguf")
+    from huggingface_hub import hf_hub_download
 
-    wanted = [*CONFIG_FILES, *([] if outline else ["*.safetensors"])]
+    with _report_hub_errors(f"{owner}/{name}", base.revision or None, f" {path}"):
+        return Path(hf_hub_download(f"{owner}/{name}", path, revision=base.revision or None))
+
+
+def _converted(file: Path) -> Path:
+    from lora_align.model import gguf_file
+
+    return gguf_file.folder_of(file, store.known_sha256(file))
+
+
+@contextmanager
+def _report_hub_errors(name: str, revision: str | None, files: str) -> Iterator[None]:
+    """Turn the hub's errors into UserErrors. `files` completes the command `hf download NAME`."""
+    from huggingface_hub import errors
+
     try:
-        # consolidated*: Mistral's repositories store every weight a second time, in another format
-        unwanted = ["original/*", "consolidated*"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        yield
     except errors.GatedRepoError as fault:
         raise UserError(
             f"base {name!r} is gated and this account has no access: request access at "
@@ -185,13 +219,14 @@ def _from_hub(name: str, revision: str | None, outline: bool) -> Path:
         raise UserError(f"no model {name!r} on the hub; if it is private, run `hf auth login`") from fault
     except errors.RevisionNotFoundError as fault:
         raise UserError(f"model {name!r} has no revision {revision!r}") from fault
+    except errors.RemoteEntryNotFoundError as fault:
+        raise UserError(f"model {name!r} has no file{files} on the hub") from fault
     except errors.HFValidationError as fault:
         raise UserError(f"base.model {name!r} is not a valid hub id: {fault}") from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
-        only = "".join(f" --include '{files}'" for files in CONFIG_FILES) if outline else ""
         raise UserError(
             f"base {name!r} is not in the cache and the hub cannot be reached; with a network, run "
-            f"`hf download {name}{only}`, or set base.model to a local folder"
+            f"`hf download {name}{files}`, or set base.model to a local folder"
         ) from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise UserError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault
@@ -241,18 +276,13 @@ def _quantized(base: Base) -> Path:
     folder = store.cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
     if _comes_quantized(base.folder):
         return base.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process quantises, the others wait
-        if not folder.is_dir():
-            where = torch.device("cpu") if base.recipe.fsdp else device()
-            model = _load(base.folder, base.recipe, where)
-            store.check_free_space(folder.parent, model.get_memory_footprint(), store.CACHE_REMEDY)
-            try:
-                with store.new_folder(folder) as staging:
-                    model.save_pretrained(staging)
-            except (OSError, SafetensorError) as fault:
-                why = f"the 4-bit base could not be cached ({first_line(fault)})"
-                raise RunFailedError(f"{folder.parent}: {why}; {store.CACHE_REMEDY}") from fault
+
+    def quantise(staging: Path) -> None:
+        model = _load(base.folder, base.recipe, torch.device("cpu") if base.recipe.fsdp else device())
+        store.check_free_space(staging.parent, model.get_memory_footprint(), store.CACHE_REMEDY)
+        model.save_pretrained(staging)
+
+    store.fill_once(folder, "the 4-bit base", quantise)
     return folder
 
 
@@ -282,19 +312,3 @@ def _stops(folder: Path, eos: int | None) -> frozenset[int]:
     named = settings.get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     return frozenset(i for i in [*ids, eos] if isinstance(i, int))
-
-
-def _weights_hash(file: Path) -> str:
-    """Return a file's sha256. The hash of a large file is cached under its path, size and modification time."""
-    real = file.resolve()
-    if real.parent.name == "blobs" and len(real.name) == 64:
-        return real.name  # the hub's cache names a blob by its sha256
-    status = real.stat()
-    if status.st_size < HASH_ONCE_FROM:
-        return store.sha256(real)
-    key = hashlib.sha256(f"{real}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
-    known = store.cache_folder() / "hashes" / key
-    if not known.is_file():
-        with store.new_file(known) as fresh:
-            fresh.write_text(store.sha256(real))
-    return known.read_text()

@@ -27,7 +27,7 @@ class Base:
     """The `[base]` table: the frozen base model."""
 
     model: str
-    """A hub id (`owner/name`), a local folder, or a registered base such as `demo`."""
+    """A hub id (`owner/name`), a local folder, a GGUF file (local or `owner/name/file.gguf`), or `demo`."""
     revision: str = ""
     """A branch, tag or commit of the model on the hub; empty means its default branch."""
     quantization: Literal["nf4", "none"] = "nf4"

@@ -26,7 +26,7 @@ from lora_align import processes, store
 from lora_align.console import Progress, Screen, count
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
-from lora_align.model.base import Base, compute_dtype, device
+from lora_align.model.base import GGUF, Base, compute_dtype, device
 from lora_align.model.compiled_layers import compiled_layers
 from lora_align.model.logprobs import Reader
 from lora_align.model.memory_budget import MemoryBudget
@@ -101,7 +101,9 @@ def too_few_steps(rows: int, settings: Training) -> str:
 def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
     """Return the configuration of a new adapter; `initialise` sets its values."""
     targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
-    name = base.recipe.model if "/" in base.recipe.model else str(base.folder)
+    name = base.recipe.model
+    if "/" not in name or name.endswith(GGUF):
+        name = str(base.folder)  # PEFT loads a folder, but neither a registered base nor a GGUF file
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
