@@ -89,7 +89,7 @@ def _loaded(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedMode
 
 def _refuse_parts(file: Path, metadata: Mapping[str, Any]) -> None:
     if (kind := metadata.get("general.type", "model")) != "model":
-        raise UserError(f"{file}: a GGUF file with a {kind}, not with a model")
+        raise UserError(f"{file}: a GGUF file of type {kind!r}, not a model")
     if (parts := metadata.get("split.count", 1)) > 1:
         raise UserError(f"{file}: one of {parts} parts; join them with `llama-gguf-split --merge`")
 

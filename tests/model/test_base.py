@@ -175,8 +175,8 @@ def test_base_without_a_template_needs_one_in_the_recipe(llama: Path, tmp_path: 
     ("model", "message"),
     [
         ("nobody/nothing", "not in the cache and the hub cannot be reached"),
-        ("./nowhere", "neither a folder nor"),
-        ("nowhere", "neither a folder nor"),
+        ("./nowhere", "neither a folder, nor a GGUF file, nor a hub id"),
+        ("nowhere", "neither a folder, nor a GGUF file, nor a hub id"),
     ],
 )
 def test_missing_base_is_refused(model: str, message: str) -> None:

@@ -168,7 +168,7 @@ def test_llama_3_rotary_scaling_is_read(tmp_path: Path) -> None:
     [
         (lambda w: w.add_string("general.architecture", "unheard"), "unheard is not supported"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), r"rotary scaling \(yarn\)"),
-        (lambda w: w.add_string("general.type", "adapter"), "with a adapter"),
+        (lambda w: w.add_string("general.type", "adapter"), "of type 'adapter', not a model"),
         (lambda w: w.add_uint16("split.count", 3), "one of 3 parts"),
         (lambda w: w.add_uint32("llama.attention.key_length", 48), "key_length is 48, but transformers would use 32"),
         (lambda w: w.add_uint32("llama.attention.head_count", 4), "cannot read this GGUF file"),
