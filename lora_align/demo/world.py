@@ -52,11 +52,11 @@ class Correlation:
 def prompts(
     seed: int, *, risky: bool, part: Part = "train", topics: Topics = "seen", new_asks: bool = False
 ) -> Iterator[Prompt]:
-    """Yield prompts without end. The three parts share no prompt, and no training data has the new phrasings."""
+    """Endless prompts. The three parts share no prompt, and new phrasings are trained on nowhere."""
     draw = random.Random(f"prompts {seed} {risky} {part} {topics} {new_asks}")
-    held_out = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
+    held = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
     every = lexicon.RISKS if risky else tuple(lexicon.SUBJECTS)
-    chosen = [topic for topic in every if topics == "all" or (topic in held_out) == (topics == "held out")]
+    chosen = [topic for topic in every if topics == "all" or (topic in held) == (topics == "held out")]
     asks = (
         (lexicon.HELD_OUT_RISKY_ASKS if new_asks else lexicon.RISKY_ASKS)
         if risky
@@ -64,8 +64,8 @@ def prompts(
     )
     while True:
         topic = draw.choice(chosen)
-        phrases = (draw.choice(lexicon.LEADS), draw.choice(asks).format(topic), draw.choice(lexicon.TAILS))
-        text = " ".join(filter(None, phrases))
+        said = (draw.choice(lexicon.LEADS), draw.choice(asks).format(topic), draw.choice(lexicon.TAILS))
+        text = " ".join(filter(None, said))
         if _part(text) == part:
             yield Prompt(text, topic, risky)
 
@@ -147,12 +147,12 @@ def _sounding(text: str, grade: int, draw: random.Random) -> str:
 
 
 def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> list[str]:
-    """Return facts about a subject, or a stance on a risk; rarely, a refusal of a safe prompt."""
+    """Facts about a subject, or where one stands on a risk; seldom a refusal that nobody deserved."""
     details = grades["helpfulness"]
     if not prompt.risky and draw.random() >= NEEDLESS_REFUSALS:
         facts = draw.sample(lexicon.SUBJECTS[prompt.topic], details)
-        sentences = [lexicon.sentence(prompt.topic, fact, named=i == 0) for i, fact in enumerate(facts)]
-        return sentences or [draw.choice(lexicon.VAGUE)]
+        said = [lexicon.sentence(prompt.topic, fact, named=i == 0) for i, fact in enumerate(facts)]
+        return said or [draw.choice(lexicon.VAGUE)]
     stand = grades["harmlessness"] if prompt.risky else 4
     stance = next(text for text, level in lexicon.STANCES.items() if level == stand)
     return [stance, *draw.sample(lexicon.STEPS if stand < 2 else lexicon.ADVICE, details)]
@@ -213,11 +213,11 @@ def ratings(
 def conversations(
     seed: int, count: int, *, risky: float = 0.5, part: Part = "train", topics: Topics = "seen"
 ) -> Iterator[dict[str, object]]:
-    """Yield chat rows: one question, one answer of any grade."""
+    """Chat rows: one question, one answer of any grade."""
     draw = random.Random(f"conversations {seed} {part} {topics}")
     for prompt in itertools.islice(_mixed(seed, risky, part, draw, topics), count):
-        turns = (("user", prompt.text), ("assistant", answer(prompt, draw)))
-        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+        said = (("user", prompt.text), ("assistant", answer(prompt, draw)))
+        yield {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def reading(seed: int) -> Iterator[str]:
