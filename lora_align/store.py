@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_align.errors import RunFailedError, UserError, first_line
 
+WINDOWS = os.name == "nt"
 UNFINISHED = ".unfinished"  # suffix of a file's temporary name
 CACHE_REMEDY = "LORA_ALIGN_CACHE moves the cache"
 HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
@@ -121,8 +122,10 @@ def known_sha256(file: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk with fsync."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's entries, to disk with fsync. Windows opens no folder, and writes entries by itself."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

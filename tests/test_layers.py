@@ -220,3 +220,21 @@ def test_every_option_of_a_recipe_is_read_somewhere() -> None:
             assert any((holder, field.name) in read for holder in holders), (
                 f"nothing reads {table.__name__}.{field.name}"
             )
+
+
+def test_package_imports_without_modules_that_windows_lacks() -> None:
+    program = """
+import builtins, importlib, pkgutil, lora_align
+original = builtins.__import__
+def hide(name, globals=None, *others):
+    if name in {"fcntl", "grp", "pwd", "readline", "resource", "termios", "tty"}:
+        if str((globals or {}).get("__name__")).startswith("lora_align"):
+            raise ImportError(name)
+    return original(name, globals, *others)
+builtins.__import__ = hide
+for module in pkgutil.walk_packages(lora_align.__path__, "lora_align."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

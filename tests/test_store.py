@@ -106,3 +106,19 @@ def test_write_errors_name_folder_cause_and_remedy(tmp_path: Path) -> None:
         store.report_write_errors(tmp_path, "try again", 2000),
     ):
         (tmp_path / "no" / "file").write_text("x")
+
+
+def test_windows_syncs_files_but_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_ = os.open
+
+    def as_on_windows(path: Path, flags: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(path)
+        assert flags & os.O_RDWR, "Windows syncs only what may be written"
+        return open_(path, flags)
+
+    monkeypatch.setattr(os, "open", as_on_windows)
+    monkeypatch.setattr(store, "WINDOWS", True)
+    with store.new_folder(tmp_path / "folder") as staging:
+        (staging / "file").write_text("text")
+    assert store.is_intact(tmp_path / "folder")
