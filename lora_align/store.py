@@ -122,7 +122,7 @@ def known_sha256(file: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk with fsync. Windows opens no folder, and writes entries by itself."""
+    """Flush a file, or a folder's entries, to disk with fsync. Windows writes entries by itself."""
     if WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)

@@ -226,11 +226,11 @@ def test_package_imports_without_modules_that_windows_lacks() -> None:
     program = """
 import builtins, importlib, pkgutil, lora_align
 original = builtins.__import__
-def hide(name, globals=None, *others):
+def hide(name, globals=None, *others, **more):
     if name in {"fcntl", "grp", "pwd", "readline", "resource", "termios", "tty"}:
         if str((globals or {}).get("__name__")).startswith("lora_align"):
             raise ImportError(name)
-    return original(name, globals, *others)
+    return original(name, globals, *others, **more)
 builtins.__import__ = hide
 for module in pkgutil.walk_packages(lora_align.__path__, "lora_align."):
     if not module.name.endswith("__main__"):
