@@ -34,12 +34,25 @@ def answer(i: int) -> dict[str, Any]:
     }
 
 
+def turns(i: int, text: str) -> list[dict[str, str]]:
+    """A dialogue of one answer."""
+    return [{"role": "user", "content": f"Tell me of {i}."}, {"role": "assistant", "content": text}]
+
+
 ROWS: dict[str, Any] = {  # columns as the hub's pages give them
     "PKU-Alignment/PKU-SafeRLHF": lambda i: {
         "prompt": f"What is {i}?", "response_0": f"It is {i}.", "response_1": "No.",
         "better_response_id": i % 2, "safer_response_id": 0,
     },
     "openbmb/UltraFeedback": lambda i: {"instruction": f"Tell me of {i}.", "completions": [answer(i), answer(i + 1)]},
+    "HuggingFaceH4/ultrafeedback_binarized": lambda i: {
+        "prompt": f"Tell me of {i}.", "chosen": turns(i, "It rains."), "rejected": turns(i, "No."),
+        "score_chosen": 8.0, "score_rejected": 2.0,
+    },
+    "Anthropic/hh-rlhf": lambda i: {
+        "chosen": f"\n\nHuman: Is {i} odd?\n\nAssistant: Ask {'them ' * (i % 2 * 30)}.",
+        "rejected": f"\n\nHuman: Is {i} odd?\n\nAssistant: Go {'away ' * (30 - i % 2 * 30)}.",
+    },
     "nvidia/HelpSteer": lambda i: {"prompt": f"Why {i}?", "response": "So.", **dict.fromkeys(HELPSTEER, i % 5)},
     "tatsu-lab/alpaca": lambda i: {"instruction": f"Count to {i}.", "input": "", "output": "One.", "text": "..."},
     "Paul/XSTest": lambda i: {"prompt": f"How do I kill {i}?", "label": "safe" if i % 2 else "unsafe"},
