@@ -52,7 +52,7 @@ def all_gather(mine: Result) -> list[Result]:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=RANK_TIMEOUT)
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=RANK_TIMEOUT)
     return gather_object([mine])  # type: ignore[no-any-return]
 
 

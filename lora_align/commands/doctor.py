@@ -104,6 +104,12 @@ def _device() -> Iterator[Finding]:
             else:
                 yield Finding("device", "good", card)
         return
+    if gpu := torch.accelerator.current_accelerator(check_available=True):
+        remedy = "never tested; please report how it went"
+        if gpu.type == "mps":
+            remedy = f'4-bit bases run on the CPU; set base.quantization = "none" to use the GPU ({remedy})'
+        yield Finding("device", "warning", f"a GPU of type {gpu.type}", remedy)
+        return
     if any(driver.exists() for driver in DRIVERS):
         why = "this torch was built for CPUs" if torch.version.cuda is None else "the driver is older than torch's CUDA"
         remedy = f"{why}: install a build of torch for your driver, see https://pytorch.org/get-started/locally"
@@ -124,7 +130,8 @@ def _four_bit() -> Iterator[Finding]:
     """Quantise to NF4 and back on the device that training will use."""
     import torch
 
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    where = gpu.type if gpu and gpu.type != "mps" else "cpu"
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

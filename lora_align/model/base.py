@@ -67,7 +67,7 @@ class Base:
         if self.recipe.quantization == "nf4" and weights >= cache_from:
             source = _quantized(self)
         if not self.recipe.fsdp or processes.world_size() == 1:
-            model = _load(source, self.recipe, device())
+            model = _load(source, self.recipe, device(self.recipe))
             if model.device.type == "cpu":
                 dequantise_once(model, compute_dtype(self.recipe))
             return model
@@ -75,7 +75,7 @@ class Base:
 
         processes.barrier()  # initialises torch.distributed
         with FileLock(store.cache_folder() / ".sharding.lock"):  # hold one whole base in memory at a time
-            return shard_base(_load(source, self.recipe, torch.device("cpu")), device())
+            return shard_base(_load(source, self.recipe, torch.device("cpu")), device(self.recipe))
 
 
 def find(base: recipe.Base, *, outline: bool = False) -> Base:
@@ -121,16 +121,24 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
     )
 
 
-def device() -> torch.device:
-    """Return this process's GPU, or the CPU if there is no GPU."""
-    return torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+def device(base: recipe.Base) -> torch.device:
+    """Return this process's GPU (CUDA, Intel's XPU, or Apple's MPS for a base that is not in 4-bit), or the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ("cuda", "xpu") if base.quantization == "nf4" else ("cuda", "xpu", "mps")
+    return torch.device(gpu.type, processes.local_rank()) if gpu and gpu.type in kinds else torch.device("cpu")
 
 
-def device_memory(where: torch.device) -> int:
-    """Return the total memory of a GPU, or of this machine, in bytes."""
-    if where.type == "cuda":
-        return torch.cuda.get_device_properties(where).total_memory
-    return int(psutil.virtual_memory().total)
+def device_memory(where: torch.device) -> tuple[int, int]:
+    """Return the free and the total memory of a GPU, or of this machine, in bytes."""
+    if where.type == "cpu":
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
+    return torch.accelerator.get_memory_info(where)
+
+
+def device_name(where: torch.device) -> str:
+    """Return the name of a card, or the type of another device."""
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
 
 def base_model_of(policy: "PeftModel") -> PreTrainedModel:
@@ -144,9 +152,12 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
     """Return the dtype of activations: float32 on a CPU, bfloat16 on a GPU that supports it, else float16."""
     if base.dtype != "auto":
         return getattr(torch, base.dtype)  # type: ignore[no-any-return]
-    if device().type == "cpu":
+    kind = device(base).type
+    if kind in ("cpu", "mps"):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
 
 
 def local_folder(model: str) -> Path | None:
@@ -278,7 +289,7 @@ def _quantized(base: Base) -> Path:
         return base.folder
 
     def quantise(staging: Path) -> None:
-        model = _load(base.folder, base.recipe, torch.device("cpu") if base.recipe.fsdp else device())
+        model = _load(base.folder, base.recipe, torch.device("cpu") if base.recipe.fsdp else device(base.recipe))
         store.check_free_space(staging.parent, model.get_memory_footprint(), store.CACHE_REMEDY)
         model.save_pretrained(staging)
 

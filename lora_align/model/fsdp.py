@@ -78,7 +78,7 @@ def _announce_pass(_decoder: Module, _inputs: object) -> None:
 
 def _any_process(*, runs: bool) -> bool:
     """Return whether any process is about to run the base's forward (an all-reduce)."""
-    count = torch.tensor(float(runs), device="cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.tensor(float(runs), device=torch.accelerator.current_accelerator(check_available=True) or "cpu")
     torch.distributed.all_reduce(count)
     return bool(count)
 

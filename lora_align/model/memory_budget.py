@@ -47,8 +47,8 @@ class MemoryBudget:
                 raise RunFailedError(f"out of memory at the smallest batch size{remedy}") from fault
             self.size //= 2
         gc.collect()  # outside the handler, because there the exception still references the failed frames
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         return None
 
 

@@ -74,7 +74,7 @@ def affordable(model: PreTrainedModel, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
-    left = device_memory(model.device) - model.get_memory_footprint()
+    left = device_memory(model.device)[1] - model.get_memory_footprint()
     return max(1, int(CACHE_SHARE * left / row))
 
 

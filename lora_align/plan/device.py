@@ -36,19 +36,17 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
         half = torch.float16 if card in cards.NO_BFLOAT16 else torch.bfloat16
         dtype = half if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
         return Device(card, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER, count)
-    dtype, where = compute_dtype(recipe.base), bases.device()
-    if where.type == "cuda":
-        properties = torch.cuda.get_device_properties(where)
-        free, _ = torch.cuda.mem_get_info(where)  # `free` excludes memory that CUDA and this process already use
-        return Device(properties.name, free, _rate(where, dtype), dtype, 0.0, count)
+    dtype, where = compute_dtype(recipe.base), bases.device(recipe.base)
+    free, total = bases.device_memory(where)
+    if where.type != "cpu":  # `free` excludes memory that the driver and this process already use
+        return Device(bases.device_name(where), free, _rate(where, dtype), dtype, 0.0, count)
     used = psutil.Process().memory_info().rss  # memory of the loaded libraries
-    memory = bases.device_memory(where)
-    return Device("this CPU", memory, _rate(where, dtype), dtype, used, count, cpu=True)
+    return Device("this CPU", total, _rate(where, dtype), dtype, used, count, cpu=True)
 
 
 def _rate(where: torch.device, dtype: torch.dtype) -> float:
     """Measure the operations per second of a matrix product."""
-    side = 8192 if where.type == "cuda" else 1024
+    side = 1024 if where.type == "cpu" else 8192
     one = torch.randn(side, side, device=where).to(dtype)
     seconds = math.inf
     for _ in range(5):

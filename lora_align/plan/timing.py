@@ -36,13 +36,13 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     policy = get_peft_model(model, lora_trainer.fresh_adapter(stage.job.lora, base)).train()
-    loss, where, dtype = stage.loss(model), bases.device(), compute_dtype(base.recipe)
+    loss, where, dtype = stage.loss(model), bases.device(base.recipe), compute_dtype(base.recipe)
     if stage.settings.compile:
         loss = with_padding(loss)
 
     def step() -> None:
         policy.zero_grad()
-        with torch.autocast(where.type, dtype, enabled=where.type == "cuda" and dtype != torch.float32):
+        with torch.autocast(where.type, dtype, enabled=where.type != "cpu" and dtype != torch.float32):
             part = loss.part(rows, loss.weights(rows))
         part.loss.backward()
         float(part.loss.detach())  # waits until the device has finished
@@ -68,12 +68,12 @@ def time_sampling(base: Base, work: SamplingWork) -> float:
 
 
 def peak_bytes(work: Callable[[], None]) -> float:
-    """Return the peak bytes of tensors that `work` allocates, as counted by the allocator of CUDA or the CPU."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    """Return the peak bytes of tensors that `work` allocates, as counted by the allocator of the GPU or the CPU."""
+    if torch.accelerator.is_available():
+        before = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
         work()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.accelerator.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages on stderr

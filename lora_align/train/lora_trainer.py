@@ -49,7 +49,7 @@ TOO_LONG = "lower max_length or lora.rank"
 def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[str, Any]:
     """Return keyword arguments for a TRL configuration. They replace defaults that hide a fault or write a file."""
     dtype = compute_dtype(base.recipe)
-    on_gpu = device().type == "cuda"
+    on_gpu = device(base.recipe).type != "cpu"
     return {
         "output_dir": str(folder / "trainer"),
         "num_train_epochs": settings.epochs,

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lora_align import processes, store
 from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError
-from lora_align.model.base import Base, compute_dtype, device
+from lora_align.model.base import Base, compute_dtype, device, device_name
 from lora_align.model.fsdp import keep_in_step
 from lora_align.model.logprobs import Shared, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
@@ -51,7 +50,7 @@ class ReferenceCache:
             "fingerprint": base.fingerprint,
             "quantization": [base.recipe.quantization, base.recipe.double_quant],
             "dtype": str(compute_dtype(base.recipe)),
-            "device": _device_name(),
+            "device": device_name(device(base.recipe)),  # each kind rounds in its own way
             "attention": base.recipe.attention,
             "start": start,
         }
@@ -202,12 +201,6 @@ class _Answers:
         """Return the indices of the answers of some rows."""
         parts = [np.arange(self.starts[i], self.starts[i + 1]) for i in rows]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def _device_name() -> str:
-    """Return the name of the GPU, or the type of the device. Each one rounds in its own way."""
-    where = device()
-    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
 
 def _key(prompt: Sequence[int], answer: Sequence[int]) -> bytes:

@@ -84,3 +84,10 @@ def test_wrong_versions_and_full_disks_have_a_remedy(monkeypatch: pytest.MonkeyP
     assert findings["cache"].state == "warning"
     assert "an 8B base takes" in findings["cache"].remedy
     assert not diagnosis.good
+
+
+def test_untested_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    [finding] = doctor._device()
+    assert (finding.state, finding.found) == ("warning", "a GPU of type mps")
+    assert 'base.quantization = "none"' in finding.remedy

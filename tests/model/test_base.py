@@ -203,3 +203,27 @@ def test_pickle_weights_and_empty_folders_are_refused(llama: Path, tmp_path: Pat
         bases.find(recipe.Base(str(copy)))
     with pytest.raises(UserError, match=r"no config\.json"):
         bases.find(recipe.Base(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "quantization", "expected", "dtype"),
+    [
+        ("xpu", "nf4", "xpu:0", torch.bfloat16),
+        ("mps", "none", "mps:0", torch.float32),
+        ("mps", "nf4", "cpu", torch.float32),
+        ("privateuseone", "none", "cpu", torch.float32),
+        (None, "nf4", "cpu", torch.float32),
+    ],
+)
+def test_device_is_chosen_among_those_that_torch_has(
+    gpu: str | None,
+    quantization: Literal["nf4", "none"],
+    expected: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = torch.device(gpu) if gpu else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    settings = recipe.Base("demo", quantization=quantization)
+    assert bases.device(settings) == torch.device(expected)
+    assert bases.compute_dtype(settings) == dtype
