@@ -33,6 +33,9 @@ def figures(measurement: Measurement) -> Figures:
         answers.setdefault(row["prompt"], []).append(row["answer"])
     result["distinct"] = intervals.mean([repetition.distinct(several) for several in answers.values()], list(answers))
     result |= _mean("KL", rows, lambda row: row.get("kl"))
+    if measured := [row for row in rows if row.get("kl") is not None]:
+        kl, tokens, prompts = ([row[name] for row in measured] for name in ("kl", "tokens", "prompt"))
+        result["KL per token"] = intervals.ratio(kl, tokens, prompts)
     if measurement.texts:
         nats, tokens = ([row[name] for row in measurement.texts] for name in ("nats", "tokens"))
         result["text loss"] = intervals.ratio(nats, tokens, [row["text"] for row in measurement.texts])

@@ -34,7 +34,7 @@ from lora_align.recipe import Recipe
 Row = dict[str, Any]
 FOLDER = "eval"  # the folder of cached measurements, in the runs folder
 TABLES = ("answers", "margins", "texts", "facts")
-FORM = 3  # part of the cache key; raise it whenever a table changes its content
+FORM = 4  # part of the cache key; raise it whenever a table changes its content
 SCORE = "score "  # prefix of columns that hold a judge's scores
 
 
@@ -154,16 +154,19 @@ class Evaluator:
             "number": sampled.number,
             "answer": sampled.text,
             "ended": sampled.ended,
+            "ids": list(sampled.ids),
             "words": len(sampled.text.split()),
             "repeated": repetition.repeated(sampled.text),
             "refused": refusals.refuses(sampled.text),
         }
 
     def _add_kl(self, policy: Policy, rows: Sequence[Row]) -> None:
-        """Add log π − log π_start of each answer.
+        """Add log π − log π_start of the sampled tokens of each answer.
 
-        Answers at temperature 1 are samples of π, so the mean estimates KL(π‖π_start).
+        Answers at temperature 1 are samples of π, so the mean estimates KL(π‖π_start). The text is not tokenised again:
+        other tokens may spell it, too. An empty answer, to a prompt that fills the context, has none.
         """
+        rows = [row for row in rows if row["ids"]]
         logprobs = []
         for one in (policy, START_POLICY):
             self.policies.activate(one)
@@ -171,8 +174,7 @@ class Evaluator:
             for row in rows:
                 prompt = with_system_prompt(one.system, self.test_set.questions[row["prompt"]].prompt)
                 ids = self.base.chat.prompt_ids(prompt)
-                answer = self.base.chat.answer_ids(prompt, row["answer"], ended=row["ended"])
-                answer = answer[: max(1, self.base.max_length - len(ids))]
+                answer = row["ids"][: max(1, self.base.max_length - len(ids))]
                 tokenised.append((ids, [answer]))
                 row["tokens"] = len(answer)
             logprobs.append(answer_logprobs(self.model, tokenised, MemoryBudget(TOKENS)))

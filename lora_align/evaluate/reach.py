@@ -83,10 +83,8 @@ class Search:
         return self.cached_margins[key]
 
     def _figures(self, weights: Weights) -> dict[str, float]:
-        measurement = self.evaluator.measure(self.policy.at(weights, weights_text(weights)))
-        tokens = sum(row["tokens"] for row in measurement.answers)
-        kl = sum(row["kl"] for row in measurement.answers) / max(tokens, 1)
-        return {**{name: figure.value for name, figure in figures(measurement).items()}, KL: kl}
+        measured = figures(self.evaluator.measure(self.policy.at(weights, weights_text(weights))))
+        return {name: figure.value for name, figure in measured.items()} | {KL: measured["KL per token"].value}
 
 
 def find_reach(

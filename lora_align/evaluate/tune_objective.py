@@ -179,10 +179,7 @@ class TuneObjective:
         prompts = [question.prompt for question in evenly_spaced(test_set.questions, MAX_ANSWERS)]
         self.policies.activate(START_POLICY)
         sampled = [one for batch in self.policies.sampler.draw(prompts, 1, test_set.sampling) for one in batch]
-        rows = [
-            (chat.prompt_ids(prompts[one.prompt]), chat.answer_ids(prompts[one.prompt], one.text, ended=one.ended))
-            for one in sampled
-        ]
+        rows = [(chat.prompt_ids(prompts[one.prompt]), list(one.ids)) for one in sampled if one.ids]
         return self._with_start(
             [(ids, answer[: self.max_length - len(ids)]) for ids, answer in rows if len(ids) < self.max_length]
         )

@@ -25,6 +25,7 @@ class SampledText:
     number: int  # among the answers to the prompt
     text: str
     ended: bool
+    ids: Sequence[int] = ()  # what was sampled, with the stop token; a server does not tell
 
 
 class Sampler(Protocol):
@@ -55,4 +56,8 @@ class LocalSampler:
         rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
         for batch in sample(self.model, self.base, rows, n, sampling, self.budget):
             texts = (text_of(self.base.chat.tokenizer, answer.tokens, special=False).strip() for answer in batch)
-            yield [SampledText(a.prompt, a.number, text, a.ended) for a, text in zip(batch, texts, strict=True)]
+            ids = ([*a.tokens, *([] if a.stop is None else [a.stop])] for a in batch)
+            yield [
+                SampledText(a.prompt, a.number, text, a.ended, sampled)
+                for a, text, sampled in zip(batch, texts, ids, strict=True)
+            ]

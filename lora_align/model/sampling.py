@@ -25,12 +25,17 @@ CACHE_SHARE = 0.5  # the largest share of the memory beside the base for keys an
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """One answer to a prompt: its tokens without the stop token. `ended` says whether it reached the stop token."""
+    """One answer to a prompt: its tokens without the stop token, and the stop token if the answer reached one."""
 
     prompt: int
     number: int
     tokens: list[int]
-    ended: bool
+    stop: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer reached a stop token."""
+        return self.stop is not None
 
 
 def sample(
@@ -104,14 +109,14 @@ def _batch(
 
     sampled = torch.zeros(len(wanted), max(int(limit.max()), 0), dtype=torch.long, device=where)
     count = torch.zeros(len(wanted), dtype=torch.long, device=where)  # tokens of each answer
-    ended = torch.zeros(len(wanted), dtype=torch.bool, device=where)
+    stop = torch.full((len(wanted),), -1, device=where)  # the stop token of each answer
     rows = torch.arange(len(wanted), device=where)  # the answer index of each row of the cache
     running = limit > 0  # for each row of the cache
     padded = not bool(mask.all())
     for step in range(sampled.shape[1]):
         tokens = _pick(logits, sampling, uniforms[rows, step])
         stopped = torch.isin(tokens, stops)
-        ended[rows[running & stopped]] = True
+        stop[rows[running & stopped]] = tokens[running & stopped]
         running = running & ~stopped
         sampled[rows[running], step] = tokens[running]
         count[rows[running]] = step + 1
@@ -132,8 +137,10 @@ def _batch(
             use_cache=True,
         ).logits[:, -1]
     answers = [row[:end] for row, end in zip(sampled.tolist(), count.tolist(), strict=True)]
-    finished = zip(wanted, answers, ended.tolist(), strict=True)
-    return [SampledTokens(prompt, number, tokens, end) for (prompt, number), tokens, end in finished]
+    finished = zip(wanted, answers, stop.tolist(), strict=True)
+    return [
+        SampledTokens(prompt, number, tokens, None if stop < 0 else stop) for (prompt, number), tokens, stop in finished
+    ]
 
 
 def _prefill(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: DynamicCache) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from lora_align.evaluate.measure import Evaluator, Measurement, facts_known
 from lora_align.evaluate.test_set import read_test_set
 from lora_align.model import base as bases
 from lora_align.model.base import Base
+from lora_align.model.chat_format import text_of
 from lora_align.policy.policy import Conditioned, weighted
 from lora_align.policy.policy_set import PolicySet
 from support import Cli, call, made_once
@@ -162,11 +163,20 @@ def test_kl_and_pair_score_match_peft(evaluated: dict[str, Any], tmp_path: Path)
         log_ratios = [now - start for now, start in zip(sampled, logprobs(cut=True), strict=True)]
     assert {row["ended"] for row in rows} == {True, False}, "some answers were cut before the stop token"
     assert [row["kl"] for row in rows] == pytest.approx(log_ratios, abs=1e-4)
+    stop = {token for row in rows for token in row["ids"] if token in base.chat.stop_ids}
+    assert [[*row["ids"][:-1]] if row["ended"] else row["ids"] for row in rows] == [
+        [token for token in row["ids"] if token not in stop] for row in rows
+    ], "the stop token, if any, is the last"
+    assert [text_of(base.chat.tokenizer, row["ids"], special=False).strip() for row in rows] == [
+        row["answer"] for row in rows
+    ]
     scores = [project.dpo.beta * (pos - neg) for pos, neg in zip(by_adapter["pos"], by_adapter["neg"], strict=True)]
     assert [row["score pair:helpful"] for row in rows] == pytest.approx(scores, abs=1e-4)
     assert min(max(map(abs, log_ratios)), max(map(abs, scores))) > 0.01
     reported = evaluated["policies"]["dpo/helpful/pos"]
     assert reported["KL"]["value"] == pytest.approx(sum(log_ratios) / len(log_ratios), abs=1e-4)
+    tokens = sum(len(row["ids"]) for row in rows)
+    assert reported["KL per token"]["value"] == pytest.approx(sum(log_ratios) / tokens, abs=1e-5)
     assert reported["pair:helpful"]["value"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
 
 
