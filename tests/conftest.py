@@ -10,8 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several test processes share the machine
 
 import pytest
+from hypothesis import settings
 
 from support import PAIRS, Cli, call, made_once, make_base
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
