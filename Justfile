@@ -18,7 +18,7 @@ types:
 fmt:
     .venv/bin/ruff check --fix && .venv/bin/ruff format
 
-# Write the generated parts of docs/cli.md, docs/recipes.md and docs/architecture.md.
+# Write the generated parts of the pages in docs/.
 docs:
     .venv/bin/python docs/build.py
 
