@@ -299,7 +299,7 @@ class Eval:
     text: EvalSource = field(default_factory=EvalSource)
     """Ordinary text; its loss should not rise."""
     facts: EvalSource = field(default_factory=EvalSource)
-    """Facts with a right and wrong answers; they should stay known."""
+    """Facts, each with a right answer and wrong ones; they should stay known."""
     count: Few = 64
     """The maximum number of prompts, of risky prompts, and of texts."""
     samples: Few = 4
