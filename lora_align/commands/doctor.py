@@ -100,7 +100,7 @@ def _device() -> Iterator[Finding]:
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 yield Finding("device", "warning", card, "no bfloat16: training uses float16 with loss scaling")
             elif memory < 11:
-                yield Finding("device", "warning", card, "8B recipes are meant for 24 GB, llama-3.2-3b for 12 GB, qwen3-4b for 8 GB")
+                yield Finding("device", "warning", card, "8B recipes need 24 GB, llama-3.2-3b 12 GB, qwen3-4b 8 GB")
             else:
                 yield Finding("device", "good", card)
         return
