@@ -27,9 +27,9 @@ class Vector:
     updates.
     """
 
-    def __init__(self, weights: Mapping[str, float], found: Mapping[str, vectors.Vector], recipe: Recipe, runs: Path):
+    def __init__(self, weights: Mapping[str, float], named: Mapping[str, vectors.Vector], recipe: Recipe, runs: Path):
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
-        self._vectors, self._recipe, self._runs = {name: found[name] for name in self.weights}, recipe, runs
+        self._vectors, self._recipe, self._runs = {name: named[name] for name in self.weights}, recipe, runs
 
     @property
     def name(self) -> str:
