@@ -1,11 +1,14 @@
-"""Fixtures: trained runs, a workspace to spoil, a tiny base. Real NF4, real trainers, the installed command."""
+"""Define the fixtures: trained runs, a workspace to spoil, a tiny base.
+
+Tests use real NF4, real trainers and the installed command.
+"""
 
 import os
 import shutil
 import signal
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that tests in the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT in background jobs
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several test processes share the machine
 
@@ -30,7 +33,7 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which two preferences were trained on a few pairs, by the commands a person types."""
+    """Train two preferences on a few pairs, by the commands a user types."""
 
     def make(folder: Path) -> None:
         for words in (["helpful", "pos"], ["helpful", "neg"], ["harmless", "both"]):
@@ -42,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained folder that a test may spoil."""
+    """Copy the trained folder, so that a test may spoil it."""
     shutil.copytree(trained / "runs", tmp_path / "runs")
     return tmp_path
 

@@ -1,6 +1,7 @@
-"""The command in a process forked from one that has loaded its libraries: the same code, without seconds of imports.
+"""Run the command in a process forked from one that has loaded its libraries.
 
-What is asked of the installed program itself (its start, its signals, its terminal) is asked of the program itself.
+The code is the same, without seconds of imports. Tests of the program's start, signals and terminal run the installed
+program itself.
 """
 
 import multiprocessing
@@ -13,14 +14,14 @@ from tempfile import TemporaryDirectory
 LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.demo.story", "lora_align.rsf.loop")
 PATIENCE = 300.0  # seconds
 
-os.environ["PYTHONSAFEPATH"] = "1"  # what is installed is tested, and not what lies in the current folder
-os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # one that is forked may have no thread but its own
+os.environ["PYTHONSAFEPATH"] = "1"  # test the installed package, not the current folder
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a forked process may have no thread but its own
 _loaded = multiprocessing.get_context("forkserver")
 _loaded.set_forkserver_preload([*LOADED])
 
 
 def run(program: Path, cwd: Path, words: Sequence[str], stdin: str) -> tuple[int, str, str]:
-    """Its exit code, and what it wrote to stdout and to stderr."""
+    """Run the command; return its exit code, stdout and stderr."""
     with TemporaryDirectory() as folder:
         streams = tuple(Path(folder) / name for name in ("in", "out", "err"))
         streams[0].write_text(stdin, encoding="utf-8")
@@ -41,7 +42,7 @@ def _obey(words: list[str], cwd: Path, environment: Mapping[str, str], streams: 
     os.chdir(cwd)
     for number, stream in enumerate(streams):
         os.dup2(os.open(stream, os.O_RDWR | os.O_CREAT), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as the process lives
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the process ends
     sys.argv = words
     from lora_align.cli import main
 

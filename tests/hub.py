@@ -1,4 +1,4 @@
-"""A hub on this machine: data sets by their commits, told over HTTP as the hub's own libraries ask for them."""
+"""Serve datasets by their commits from this machine, over the HTTP requests of the hub's own libraries."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ Files = Mapping[str, bytes]  # path → contents
 
 @contextmanager
 def serving(sets: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
-    """Data sets by name and revision, under an address for HF_ENDPOINT."""
+    """Serve datasets by name and revision; yield the address for HF_ENDPOINT."""
 
     class Hub(_Hub):
         commits: ClassVar = {

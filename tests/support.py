@@ -1,4 +1,4 @@
-"""What tests share: the installed command, tiny random bases of several families, real material."""
+"""Provide what tests share: the installed command, tiny random bases of several families, real data."""
 
 import codecs
 import fcntl
@@ -52,7 +52,7 @@ Cli = Callable[..., Done]
 
 @dataclass(frozen=True)
 class Read:
-    """A preference's pairs, all of them at once."""
+    """Hold all of a preference's pairs."""
 
     train: "list[Pair]"
     held_out: "list[Pair]"
@@ -60,7 +60,7 @@ class Read:
 
 
 def pairs_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> Read:
-    """Read and ranked, as a material is made of them."""
+    """Read and rank the pairs, as training does."""
     read = Read([], [], Counter())
     for pair, aside in pairs.read_pairs(preference, held_out, limit, read.dropped):
         (read.held_out if aside else read.train).append(pair)
@@ -68,7 +68,7 @@ def pairs_of(preference: Preference, held_out: float = 0.0, limit: int | None = 
 
 
 def material_of(preference: Preference, held_out: float = 0.0, limit: int | None = None) -> "TokenRows[TokenPair]":
-    """Tokenised for the built-in base, and kept."""
+    """Read the pairs as tokens for the demo base, and cache them."""
     from lora_align import recipe
     from lora_align.model import base
     from lora_align.train import token_rows
@@ -86,7 +86,7 @@ def call(cwd: Path, *words: str, stdin: str | None = None) -> Done:
 
 @contextmanager
 def listening(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """A server on this machine, and its address."""
+    """Run a server on this machine; yield its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -96,14 +96,14 @@ def listening(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one test process fills and all of them read."""
+    """Return a folder that one test process fills and all test processes read."""
     shared = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
     folder, done = shared / name, shared / f"{name}.done"
     with FileLock(shared / f"{name}.lock"):
         if not done.exists():
-            if folder.exists():  # another process failed to fill it; its reader shall see why, too
+            if folder.exists():  # another process failed; try again, so that this test shows the cause, too
                 shutil.rmtree(folder)
             folder.mkdir()
             make(folder)
@@ -113,7 +113,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A real one that is soon full; only root may mount it."""
+    """Mount a small disk that is soon full. Only root may mount it."""
     folder.mkdir()
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small disk")
@@ -127,13 +127,13 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """To the last byte."""
+    """Fill the disk to the last byte."""
     filled = subprocess.run(["dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k"], capture_output=True, text=True)
     assert "No space left" in filled.stderr
 
 
 class Terminal:
-    """A person at a real terminal."""
+    """Simulate a user at a real terminal."""
 
     def __init__(self, cwd: Path, *words: str, columns: int = 0, program: str | Path = COMMAND) -> None:
         self.screen, child = pty.openpty()
@@ -153,7 +153,7 @@ class Terminal:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def wait_for(self, what: str, start: int | None = None) -> str:
-        """The screen from `start` (by default: from now) until something is on it."""
+        """Wait until `what` is on the screen; return the screen from `start` (by default: from now)."""
         end, start = time.monotonic() + 60, len(self.text) if start is None else start
         while what not in self.text[start:]:
             assert time.monotonic() < end, f"{what!r} did not come:\n{self.text}"
@@ -162,16 +162,16 @@ class Terminal:
         return self.text[start:]
 
     def rest(self) -> str:
-        """The screen from now until the program ends."""
+        """Return the screen from now until the program ends."""
         start = len(self.text)
-        with suppress(OSError):  # which is how the other side's end shows
+        with suppress(OSError):  # reading fails when the program has closed the terminal
             while shown := os.read(self.screen, 65536):
                 self.text += self.decoder.decode(shown)
         self.process.wait(timeout=60)
         return self.text[start:]
 
     def say(self, line: str) -> str:
-        """Type a line; what the screen shows until the next prompt."""
+        """Type a line; return the screen until the next prompt."""
         start = len(self.text)
         os.write(self.screen, f"{line}\n".encode())
         echoed = start + len(self.wait_for("\n", start).split("\n")[0])
@@ -179,7 +179,7 @@ class Terminal:
 
 
 def make_base(folder: Path, family: str = "llama", positions: int = 256) -> Path:
-    """A tiny random base of a family, with the built-in tokenizer and template."""
+    """Make a tiny random base of a family, with the demo tokenizer and template."""
     import torch
     import transformers
 
@@ -208,7 +208,7 @@ def make_base(folder: Path, family: str = "llama", positions: int = 256) -> Path
 
 
 def peft_adapter(base: Path, folder: Path, seed: int, **config: Any) -> dict[str, "Tensor"]:
-    """Let PEFT make and save an adapter; returns its own idea of every ΔW."""
+    """Let PEFT make and save an adapter; return PEFT's own ΔW of every module."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -225,14 +225,14 @@ def peft_adapter(base: Path, folder: Path, seed: int, **config: Any) -> dict[str
 
 
 def free_port() -> int:
-    """One that nobody listens at."""
+    """Return a port that no process listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def real_data(name: str) -> Path:
-    """Real material from the folder LORA_ALIGN_REAL_DATA names; the test is skipped where that is not set."""
+    """Return a path in the folder that LORA_ALIGN_REAL_DATA names; skip the test if the variable is not set."""
     folder = os.environ.get("LORA_ALIGN_REAL_DATA")
     if not folder:
         pytest.skip("LORA_ALIGN_REAL_DATA is not set")

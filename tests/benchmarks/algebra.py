@@ -1,7 +1,9 @@
-"""Adding adapters with the shapes of Llama-3.1-8B: time, memory, growth, beside PEFT and beside the machine's limits.
+"""Measure the time, the memory and the growth of adding adapters with the shapes of Llama-3.1-8B.
 
-Every figure comes from a process of its own. A merge's seconds run from four folders to a published, synced one, after
-the imports; its memory is what the process peaked at above the imports. The floor is reading and writing as many bytes.
+Each figure comes from a process of its own. A merge's time runs from four adapter folders to a published, synced
+folder, without the imports. Its memory is the process's peak minus the memory after the imports. Each merge is compared
+with PEFT and with the machine's limits. The floor is the time to read the adapters and to write as many bytes as their
+sum has.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from lora_align.data.rows import Message
 from lora_align.model.mixer import Mixer
 
 RANK, LAYERS, ROUNDS = 16, 32, 3
-SHAPES = {  # of one layer, [out, in]
+SHAPES = {  # shapes of one layer, [out, in]
     "self_attn.q_proj": (4096, 4096),
     "self_attn.k_proj": (1024, 4096),
     "self_attn.v_proj": (1024, 4096),
@@ -48,7 +50,7 @@ VECTORS = {"helpful pos": 1.0, "helpful neg": -1.0, "harmless pos": 0.5, "harmle
 
 
 def adapter(folder: Path, seed: int, layers: int) -> Path:
-    """A synthetic LoRA of those shapes in bfloat16."""
+    """Write a synthetic LoRA adapter of those shapes in bfloat16."""
     draw = torch.Generator().manual_seed(seed)
 
     def modules() -> Any:
@@ -64,16 +66,16 @@ def adapter(folder: Path, seed: int, layers: int) -> Path:
 
 
 def peak() -> float:
-    """What this process held at most, in MB. (`ru_maxrss` would count what its parent held.)"""
+    """Return this process's peak memory in MB. (`ru_maxrss` would include the parent's peak.)"""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
 
 
-# --- each in a process of its own ---
+# --- measurements, each in a process of its own ---
 
 
 def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, float]:
-    """Seconds and memory of one merge."""
+    """Return the seconds and the memory of one merge."""
     before, began = peak(), time.perf_counter()
     plan = merge_options.MergeOptions.parse(*how)
     merge.merge_adapters(
@@ -83,14 +85,14 @@ def merged(work: Path, weights: dict[str, float], how: list[Any]) -> dict[str, f
 
 
 def by_peft(work: Path, layers: int, combination: str) -> dict[str, float]:
-    """PEFT's `add_weighted_adapter` of the same folders, on a base that has these layers and no values."""
+    """Run PEFT's `add_weighted_adapter` on the same folders, over a base of these layers without values."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("llama", **SHAPE, num_hidden_layers=layers, vocab_size=8)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    base = base.to_empty(device="cpu")  # PEFT asks for a device; memory that nobody writes to is not taken
+    base = base.to_empty(device="cpu")  # PEFT needs a device; memory that is never written is never allocated
     before, began = peak(), time.perf_counter()
     model = None
     for name in VECTORS:
@@ -112,7 +114,7 @@ def by_peft(work: Path, layers: int, combination: str) -> dict[str, float]:
 
 
 def floor(work: Path) -> dict[str, float]:
-    """Reading the four adapters and writing as many bytes as their sum has, synced."""
+    """Read the four adapters and write as many bytes as their sum has, synced."""
     began, size = time.perf_counter(), 0
     for name in VECTORS:
         size += len((work / name / peft_format.WEIGHTS).read_bytes())
@@ -125,7 +127,7 @@ def floor(work: Path) -> dict[str, float]:
 
 
 def arithmetic() -> dict[str, float]:
-    """Floating-point operations a second of this machine's float64 matrix product: what no product can outrun."""
+    """Return the FLOP/s of this machine's float64 matrix product, the upper limit of every product here."""
     size, rounds = 1536, 8
     a = torch.randn(size, size, dtype=torch.float64)
     a @ a
@@ -136,7 +138,7 @@ def arithmetic() -> dict[str, float]:
 
 
 def live_on_demo() -> dict[str, float]:
-    """Milliseconds of one weight change over the built-in base, eight vectors of rank 8 on every linear layer."""
+    """Return the milliseconds of one weight change on the demo base: eight vectors of rank 8, all linear layers."""
     from lora_align.model import base as bases
 
     model = bases.find(recipe.Base("demo")).load()
@@ -149,7 +151,10 @@ def live_on_demo() -> dict[str, float]:
 
 
 def live() -> dict[str, float]:
-    """The same over layers of an 8B model's shapes, whose values nobody reads, and two vectors of rank 16."""
+    """Return the milliseconds of one weight change on layers of an 8B model's shapes, with two vectors of rank 16.
+
+    The layers' values are never read.
+    """
     root, update = nn.Module(), {}
     for layer in range(LAYERS):
         for kind, (out, into) in SHAPES.items():
@@ -165,7 +170,7 @@ def live() -> dict[str, float]:
 
 
 def _turned(mixer: Mixer) -> dict[str, float]:
-    """Of two hundred changes to some weights of all vectors, and of as many that take the first in or leave it out."""
+    """Time 200 changes of all vectors' weights, and 200 changes that also add or remove the first vector."""
     weights = [{name: (turn + i + 1) / 100 for i, name in enumerate(mixer.updates)} for turn in range(200)]
     first = next(iter(mixer.updates))
     switched = [{**chosen, first: turn % 2} for turn, chosen in enumerate(weights)]
@@ -184,7 +189,10 @@ def _added(at: nn.Module, part: str) -> nn.Module:
 
 
 def speaking() -> dict[str, float]:
-    """Tokens a second on the demo base under mixes of several total ranks, as shares of the base's alone; in turns."""
+    """Return the tokens a second on the demo base under mixes of several total ranks, as shares of the base's alone.
+
+    The mixes take turns.
+    """
     from lora_align.demo import measurement
     from lora_align.model import base as bases
     from lora_align.model.decoding import Sampling
@@ -225,17 +233,17 @@ CHILDREN: dict[str, Callable[..., dict[str, float]]] = {
 
 
 def child(what: str, *words: str) -> dict[str, float]:
-    """Run one of the above in a process of its own."""
+    """Run one of the measurements above in a process of its own."""
     done = subprocess.run([sys.executable, __file__, what, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-# --- what is measured ---
+# --- comparisons ---
 
 
 def ours(work: Path, weights: dict[str, float], *how: Any) -> dict[str, float]:
-    """One merge into a new folder."""
+    """Run one merge into a new folder."""
     subprocess.run(["rm", "-rf", str(work / "out")], check=True)
     arguments = [*how, *[None] * (5 - len(how))]
     return child(
@@ -244,13 +252,13 @@ def ours(work: Path, weights: dict[str, float], *how: Any) -> dict[str, float]:
 
 
 def best(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The quickest of several, rounded: the others met with somebody else's work. Of memory the most that one held."""
+    """Return the rounded figures of the quickest round, the least disturbed one, with the highest memory of all."""
     quickest = {key: round(value, 3) for key, value in min(rounds, key=lambda one: one["seconds"]).items()}
     return {**quickest, "MB": round(max(one["MB"] for one in rounds), 1)} if "MB" in quickest else quickest
 
 
 def compared(work: Path) -> dict[str, Any]:
-    """Four whole adapters: ours in turns with the floor and with PEFT's `cat`."""
+    """Merge four whole adapters, in turns with the floor and with PEFT's `cat`."""
     for seed, name in enumerate(VECTORS):
         adapter(work / name, seed, LAYERS)
     weights = {f"{work}/{name}": weight for name, weight in VECTORS.items()}
@@ -265,9 +273,9 @@ def compared(work: Path) -> dict[str, Any]:
 
 
 def limits(floor_seconds: float) -> dict[str, float]:
-    """What this way of doing it cannot undercut here: the bytes through the disk, and for a rank the products.
+    """Return the lower limits of this method: the time to read and write the bytes, and the time of the products.
 
-    Of a stack of rank r: 2mr² operations for each factor's Gram matrix, and 2mrk to turn its columns into k of them.
+    A stack of rank r takes 2mr² operations for each factor's Gram matrix, and 2mrk to reduce its columns to k.
     """
     stacked = RANK * len(VECTORS)
     operations = LAYERS * sum(2 * (out + into) * stacked * (stacked + RANK) for out, into in SHAPES.values())
@@ -281,7 +289,7 @@ def limits(floor_seconds: float) -> dict[str, float]:
 
 
 def against_dense(work: Path, ours_of_all: float) -> dict[str, Any]:
-    """One layer by PEFT's dense SVD to rank 16; how many times longer than ours all layers would take, if each did."""
+    """Merge one layer by PEFT's dense SVD to rank 16; extrapolate its time to all layers, in multiples of ours."""
     for seed, name in enumerate(VECTORS):
         adapter(work / name, seed, 1)
     dense = child("peft", str(work), "1", "svd")
@@ -290,14 +298,14 @@ def against_dense(work: Path, ours_of_all: float) -> dict[str, Any]:
 
 
 def against_mergekit(work: Path, commands: Path) -> dict[str, Any]:
-    """One layer: mergekit adds the same four to a whole base and takes a LoRA of rank 16 out of it; whole commands."""
+    """Let mergekit add the same adapters to a base of one layer and extract a LoRA of rank 16; time the commands."""
     child("base", str(work / "base"))
     for seed, name in enumerate(VECTORS):
         adapter(work / name.replace(" ", "-"), seed, 1)
     folders = {str(work / name.replace(" ", "-")): weight for name, weight in VECTORS.items()}
     models = [{"model": f"{work}/base+{folder}", "parameters": {"weight": w}} for folder, w in folders.items()]
     plan = {"merge_method": "task_arithmetic", "base_model": f"{work}/base", "models": models, "dtype": "bfloat16"}
-    (work / "plan.yml").write_text(json.dumps(plan))  # which is YAML, too
+    (work / "plan.yml").write_text(json.dumps(plan))  # JSON is valid YAML
     added = ["mergekit-yaml", "plan.yml", "whole", "--lora-merge-cache", "cache"]
     extract = ["mergekit-extract-lora", "--model", f"{work}/whole", "--base-model", f"{work}/base"]
     began = time.perf_counter()
@@ -312,7 +320,7 @@ def against_mergekit(work: Path, commands: Path) -> dict[str, Any]:
 
 
 def small_base(folder: Path) -> dict[str, float]:
-    """One layer of those shapes with random values, and a tokenizer."""
+    """Write a base of one layer of those shapes, with random values and a tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from lora_align.demo import BASE as DEMO
@@ -323,7 +331,7 @@ def small_base(folder: Path) -> dict[str, float]:
 
 
 def growth(work: Path) -> list[dict[str, float]]:
-    """Seconds and memory over the number of parents."""
+    """Return seconds and memory for each number of parents."""
     for seed in range(max(PARENTS)):
         adapter(work / f"p{seed}", seed, GROWTH_LAYERS)
     rows = []
@@ -334,7 +342,7 @@ def growth(work: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Measure all, save. What was measured before into --work is not measured again."""
+    """Measure and save every figure. Figures stored in --work are not measured again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("algebra"))
     parser.add_argument(
@@ -348,7 +356,7 @@ def main() -> None:
         return
 
     def cached(name: str, make: Callable[[Path], Any]) -> Any:
-        """Made in a folder of its own, which goes when it is done."""
+        """Return the stored figures, or measure them in a temporary folder."""
         with TemporaryDirectory() as folder:
             return once(options.work, name, lambda: make(Path(folder)))
 

@@ -1,4 +1,4 @@
-"""What comparisons with TRL's trainer share: the same token ids on both sides, so that nothing but training differs."""
+"""Give TRL's trainer the same token ids as ours, so that the comparisons differ in training alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from lora_align.model.tokenise import TokenPair
 
 
 def tokenised() -> Any:
-    """TRL's trainer for rows that are token ids."""
+    """Return a subclass of TRL's trainer for rows of token ids."""
     from datasets import Dataset
     from trl import DPOTrainer
 
@@ -19,5 +19,5 @@ def tokenised() -> Any:
 
 
 def columns(rows: Sequence[TokenPair]) -> list[dict[str, list[int]]]:
-    """As TRL names them."""
+    """Return the rows under TRL's column names."""
     return [{"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected} for row in rows]

@@ -1,7 +1,7 @@
-"""Two, four, six and eight preferences mixed at once: what each keeps of its gain alone, by plain addition and by the
-methods that know of interference; and how much of that there is (STI).
+"""Mix two, four, six and eight preferences at once, and measure how much of its gain alone each preference retains.
 
-Test prompts, graded by the oracle. Nothing is chosen by these figures: weights are 1, methods at their defaults.
+The mixes use plain addition and the methods that reduce interference. Interference is measured as STI. The oracle
+grades answers to test prompts. No setting is chosen by these figures: weights are 1, and methods use their defaults.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from lora_align.policy import vectors
 ORDER = ("helpful", "harmless", "polite", "brief", "certain", "warm", "formal", "concrete")
 SIZES = (2, 4, 6, 8)
 WAYS = [Way("exact"), Way("tsv"), Way("ties"), Way("dare")]
-KEPT_RANK = 8  # directions of a vector that count as its own in the STI
+KEPT_RANK = 8  # number of a vector's directions that the STI counts
 SAMPLES = 1
 
 
 def measured(work: Path, seed: int) -> dict[str, Any]:
-    """The start policy, every preference alone, and every number of them mixed in every way, of one data seed."""
+    """Grade the start policy, each preference alone, and every mix by every method, for one data seed."""
     folder = work / f"seed{seed}"
     graded = grader(seed, SAMPLES)
     updates = {name: vectors.find(name, folder).load() for name in ORDER}
@@ -49,7 +49,7 @@ def measured(work: Path, seed: int) -> dict[str, Any]:
 
 
 def interference(work: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """The STI of every number of vectors, as they are and as they are in a mix by `tsv`."""
+    """Return the STI of the vectors for every mix size, before merging and within a mix by `tsv`."""
     updates = {name: vectors.find(name, work / f"seed{seed}").load() for name in ORDER}
     figures = {}
     for size in SIZES:
@@ -62,7 +62,7 @@ def interference(work: Path, seed: int) -> dict[str, dict[str, dict[str, float]]
 
 
 def parts(updates: Mapping[str, LoraDelta], method: str) -> dict[str, LoraDelta]:
-    """What each vector is in a mix by a method that adds up: the mix with twice as much of it, less the mix."""
+    """Return each vector's part in a mix by an additive method: the mix with its weight doubled, minus the mix."""
 
     def mixed(twice: str = "") -> LoraDelta:
         weights = {name: 2.0 if name == twice else 1.0 for name in updates}
@@ -73,7 +73,7 @@ def parts(updates: Mapping[str, LoraDelta], method: str) -> dict[str, LoraDelta]
 
 
 def summary(seeds: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, Any]:
-    """Over the seeds: the gain each preference keeps, as points of its grade; the worst; what it costs."""
+    """Summarise one mix over the seeds: each preference's gain in points of its grade, the lowest, and the cost."""
     label, names = f"{size} {way.label}", ORDER[:size]
     gains = {name: [one[label][name] - one["start"][name] for one in seeds] for name in names}
     worst = [min(gains[name][at] for name in names) for at in range(len(seeds))]
@@ -89,7 +89,7 @@ def summary(seeds: Sequence[dict[str, Any]], size: int, way: Way) -> dict[str, A
 
 
 def main() -> None:
-    """Train what is missing, mix, measure, save."""
+    """Train missing vectors, mix them, measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("composition"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())

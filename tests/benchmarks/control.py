@@ -1,7 +1,7 @@
-"""What a weight does in the built-in world: every preference turned from -1 to 1, graded by the oracle.
+"""Measure what a preference's weight does in the demo world: weights from -1 to 1, graded by the oracle.
 
-Published figures come from test prompts and from data seeds that were not used while settings were chosen
-(`--development` uses others). Runs and measurements are kept in --work, so that it can be stopped and gone on with.
+Published figures use test prompts and data seeds that were not used while settings were chosen (`--development` uses
+others). Runs and measurements are stored in --work, so that a stopped run continues where it stopped.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # many small jobs: a process a core gets through them faster than a thread a core
+os.environ["OMP_NUM_THREADS"] = "1"  # many small jobs: one process a core is faster than one thread a core
 
 from report import RESULTS, once, save
 
@@ -36,13 +36,13 @@ from lora_align.train import dpo
 WEIGHTS = [step / 4 for step in range(-4, 5)]
 MIX = {"helpful": 1.0, "harmless": 1.0}
 PROMPTS, SAMPLES = 200, 2
-SEEDS, DEVELOPMENT_SEEDS = (104, 105, 106), (1, 2)  # 101 to 103 were used for an earlier run, whose settings fell short
-SETTINGS_TRIED = 45  # of rank, layers, optimiser, learning rate, β, pairs, their margin and the base's sharpness
+SEEDS, DEVELOPMENT_SEEDS = (104, 105, 106), (1, 2)  # 101 to 103 served an earlier run, whose settings fell short
+SETTINGS_TRIED = 45  # combinations of rank, layers, optimiser, learning rate, β, pairs, margin and the base's sharpness
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things are kept, and which prompts are asked."""
+    """Hold the work folder, the prompts' part, the seeds, the preferences and the overrides."""
 
     work: Path
     part: world.Part
@@ -51,7 +51,7 @@ class Bench:
     overrides: Sequence[str]
 
     def train(self, folder: str, preference: str, data: str, *more: str) -> None:
-        """Both directions of a preference on these data, unless they are there."""
+        """Train missing directions of a preference on these data."""
         overrides = [*self.overrides, f'preferences.{preference}.data="{data}"', *more]
         project = recipe.load(recipe.builtin()["demo"], overrides)
         target = self.work / folder
@@ -60,12 +60,12 @@ class Bench:
             dpo.train_dpo(project, [preference], missing, target, Screen(), resume=True)
 
     def vectors(self, kind: str, name: str) -> list[LoraDelta]:
-        """One preference's vector from each data seed."""
+        """Load a preference's vector from each data seed."""
         return [vectors.find(name, self.work / f"{kind}{seed}").load() for seed in self.seeds]
 
 
 def trainings(bench: Bench) -> Iterator[tuple[str, ...]]:
-    """What has to be trained: every preference, and for two of them what agreement over seeds is compared with."""
+    """Yield every training job: all preferences, and for two of them the controls of the agreement over seeds."""
     for seed in bench.seeds:
         data = f"demo:pairs?rows=8000&seed={seed}"
         for name in bench.preferences:
@@ -76,7 +76,7 @@ def trainings(bench: Bench) -> Iterator[tuple[str, ...]]:
 
 
 def turned(bench: Bench, seed: int, settings: Sequence[Mapping[str, float]], **options: Any) -> list[dict[str, Any]]:
-    """What the oracle says at each of these weights, with the vectors of one data seed."""
+    """Return the oracle's figures at each of these weights, with the vectors of one data seed."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load()
     names = {name for weights in settings for name in weights}
@@ -90,7 +90,7 @@ def turned(bench: Bench, seed: int, settings: Sequence[Mapping[str, float]], **o
 
 
 def alone(bench: Bench, seed: int, name: str) -> dict[str, Any]:
-    """One preference of one data seed at every weight, and at both ends on what its data never held."""
+    """Measure one preference of one data seed at every weight, and at both ends on held-out topics and phrasings."""
     ends = [{name: -1.0}, {name: 1.0}]
     return {
         "seen": turned(bench, seed, [{name: weight} for weight in WEIGHTS]),
@@ -100,18 +100,18 @@ def alone(bench: Bench, seed: int, name: str) -> dict[str, Any]:
 
 
 def together(bench: Bench, seed: int) -> list[dict[str, Any]]:
-    """The start policy, and the mix of two."""
+    """Measure the start policy and the mix of two preferences."""
     return turned(bench, seed, [dict.fromkeys(MIX, 0.0), MIX])
 
 
 def summary(name: str, bench: Bench, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One preference over all seeds, as the figures a reader asks for."""
+    """Summarise one preference over all seeds."""
 
     def by_seed(figure: str) -> list[list[float]]:
         return [[figures[figure] for figures in one["seen"]] for one in seeds]
 
     def curve(figure: str) -> list[float]:
-        """The mean of the seeds at every weight."""
+        """Return the mean over the seeds at every weight."""
         return [mean(values) for values in zip(*by_seed(figure), strict=True)]
 
     own = curve(name)
@@ -135,7 +135,7 @@ def summary(name: str, bench: Bench, seeds: Sequence[Mapping[str, Any]]) -> dict
 
 
 def controls(bench: Bench, name: str) -> dict[str, list[float]]:
-    """What agreement over data seeds is worth: the same with labels drawn by lot, and with another A for each run."""
+    """Return the controls of the agreement over data seeds: random labels, and an independent A for each run."""
     return {
         "labels drawn by lot": agreement(bench.vectors("shuffled", name)),
         "A initialised independently": agreement(bench.vectors("apart", name)),
@@ -152,12 +152,12 @@ def _cosine(folder: Path, name: str) -> float:
 
 
 def agreement(updates: Sequence[LoraDelta]) -> list[float]:
-    """Cosines of all pairs."""
+    """Return the cosine of every pair."""
     return [round(a.cosine(b), 3) for a, b in itertools.combinations(updates, 2)]
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Correlation of ranks; there are no ties to mind among means."""
+    """Return the rank correlation. Means have no ties, so that ties are not handled."""
     count = len(first)
     ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
     return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (count * (count**2 - 1))
@@ -178,7 +178,7 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Train, turn, measure, save, draw."""
+    """Train, measure at every weight, save and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--development", action="store_true")
@@ -232,7 +232,7 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def draw(figures: Mapping[str, Any], bench: Bench) -> None:
-    """The curves of all preferences."""
+    """Plot the curves of all preferences."""
     plots.control_curves(
         RESULTS / "control.png",
         WEIGHTS,

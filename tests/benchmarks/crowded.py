@@ -1,5 +1,7 @@
-"""Training beside other busy programs, one on each core, and alone: as torch's threads wait for each other in this
-program, and as they would by libgomp's own setting (300,000 turns of a loop)."""
+"""Time training alone and beside other busy programs, one on each core.
+
+Compare this program's wait setting for torch's threads with libgomp's default (300,000 iterations of a spin loop).
+"""
 
 import os
 import statistics
@@ -19,7 +21,7 @@ RUNS = 5
 
 
 def trained(cwd: Path, waits: dict[str, str], others: int) -> float:
-    """Seconds of a command that trains one adapter, all of them."""
+    """Return the wall time of a command that trains one adapter."""
     with ExitStack() as busy:
         for _ in range(others):
             busy.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
@@ -30,14 +32,14 @@ def trained(cwd: Path, waits: dict[str, str], others: int) -> float:
 
 
 def main() -> None:
-    """Each way in turn, so that none has the better hour."""
+    """Run the settings in turns, so that the machine's load affects both alike."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
     times: dict[str, dict[str, list[float]]] = {company: {way: [] for way in WAITS} for company in OTHERS}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORA_ALIGN_CACHE"] = str(Path(folder) / "cache")
-        trained(Path(folder), {}, 0)  # what the start policy finds of each answer is kept
+        trained(Path(folder), {}, 0)  # caches the start policy's log-probabilities of the answers
         for _ in range(RUNS):
             for company, others in OTHERS.items():
                 for way, waits in WAITS.items():

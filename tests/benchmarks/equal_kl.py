@@ -1,8 +1,8 @@
-"""Vectors beside the positive adapters and joint DPO at equal distance from the start policy, in the demo world.
+"""Compare vectors with positive adapters and joint DPO at equal distance from the start policy, in the demo world.
 
 Every method is a curve over its scale: grades by the oracle against KL(π‖start), per answer. Methods are compared at
-the KL that vectors reach with both weights at 0.5 and at 1, by interpolation within a curve, never beyond its end. A
-broken answer counts as a failure: a grade is the mean over well-formed answers times their share.
+the KL that vectors reach with both weights at 0.5 and at 1. Values are interpolated within a curve and never
+extrapolated. A broken answer counts as a failure: a grade is the mean over well-formed answers times their share.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import tune
 from report import once, save
 
 NAMES = ("helpful", "harmless")
-SEEDS = (411, 412)  # used for nothing else
-AT = (0.5, 1.0)  # weights of the vectors that give the KL to compare at
+SEEDS = (411, 412)  # no other benchmark uses these seeds
+AT = (0.5, 1.0)  # the vectors' weights whose KL is the KL of the comparison
 CURVES = {
     "vectors": ("helpful={0},harmless={0}", (0.25, 0.5, 0.75, 1.0)),
     "positive adapters": ("dpo/helpful/pos={0},dpo/harmless/pos={0}", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),

@@ -1,5 +1,7 @@
-"""How long `eval` takes for 400 answers of at most 100 tokens on a real base: a folder in Hugging Face form, and a file
-of prompts."""
+"""Time `eval` for 400 answers of at most 100 tokens on a real base.
+
+Takes a base folder in Hugging Face form and a file of prompts.
+"""
 
 import argparse
 import json
@@ -17,7 +19,7 @@ PROMPTS, SAMPLES, TOKENS = 100, 4, 100
 
 
 def main() -> None:
-    """Measure the start policy once, from the shell, with nothing cached."""
+    """Measure the start policy once, from the shell, with an empty cache."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)

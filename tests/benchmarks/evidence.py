@@ -1,7 +1,8 @@
-"""Both papers in miniature, on the built-in world: `just evidence`. Trains, measures, and writes evidence/README.md.
+"""Reproduce both papers in miniature in the demo world (`just evidence`): train, measure and write evidence/README.md.
 
-Three data seeds; the oracle grades answers to test prompts that nothing was chosen by. What --work holds already is not
-made again, also when it comes from `control.py` or `composition.py`. A process a core, a thread each.
+There are three data seeds. The oracle grades answers to test prompts that chose no setting. Results stored in --work
+are not computed again, including those of `control.py` and `composition.py`. One process runs on each core, with one
+thread.
 """
 
 import argparse
@@ -49,35 +50,35 @@ from lora_align.train import dpo, reward
 PAIR = ("helpful", "harmless")
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 FAR = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-NOISES = (0.15, 0.3, 0.5)  # how often a label is exchanged; .5 is drawing by lot
+NOISES = (0.15, 0.3, 0.5)  # share of labels that are swapped; at 0.5 labels are random
 REWARD_NOISES = (0.0, 0.3)
 CORRELATED = ("helpful", "polite")
 REACHED = (*PAIR, "brief")
 CORRELATIONS = (-0.8, -0.4, 0.0, 0.4, 0.8)
 ASKED_OF_RLOO = {"pos": {"helpful": 1.0}, "neg": {"helpful": -1.0}, "both": {"helpful": 1.0, "harmless": 1.0}}
-Answers = dict[str, list[float | None]]  # a figure of every prompt's answer; None where it has none
+Answers = dict[str, list[float | None]]  # one value for each prompt's answer; None where the answer has none
 Job = tuple[str, Callable[[], Any]]
 
 
-# --- what is trained ---
+# --- training ---
 
 
 def world_of(seed: int, *more: str, **options: object) -> Recipe:
-    """The demo's recipe on pairs of one data seed."""
+    """Load the demo's recipe with pairs of one data seed."""
     query = "&".join(f"{key}={value}" for key, value in {"rows": 8000, "seed": seed, **options}.items())
     data = [f'preferences.{name}.data="demo:pairs?{query}"' for name in AXES]
     return recipe.load(recipe.builtin()["demo"], [*data, *more])
 
 
 def adapters(work: Path, folder: str, preference: str, project: Recipe, sides: Sequence[Direction]) -> None:
-    """A preference's adapters, unless they are there."""
+    """Train the missing adapters of a preference."""
     missing = [side for side in sides if not runs.is_run(work / folder / "dpo" / preference / side.value)]
     if missing:
         dpo.train_dpo(project, [preference], missing, work / folder, Screen(quiet=True), resume=True)
 
 
 def trainings(work: Path) -> Iterator[Job]:
-    """Vectors of every preference, and those that some item compares them with."""
+    """Yield training jobs: vectors of every preference, and the adapters that some items compare them with."""
     both = list(Direction)
     for seed in SEEDS:
         plain = world_of(seed)
@@ -98,7 +99,7 @@ def trainings(work: Path) -> Iterator[Job]:
 
 
 def rewarded(work: Path, seed: int, noise: float) -> dict[str, float]:
-    """A reward model from the pairs that vectors learn from, and what RLOO makes of it; seconds for each."""
+    """Train a reward model on the vectors' pairs and RLOO policies by its scores; return the seconds of each."""
     heads = [f"reward.pairs={{{', '.join(f'{name}={json.dumps(name)}' for name in PAIR)}}}", "reward.ratings={}"]
     project = world_of(seed, *heads, "reward.limit=1200", noise=noise)
     folder = work / f"rloo{noise}-{seed}"
@@ -115,17 +116,17 @@ def rewarded(work: Path, seed: int, noise: float) -> dict[str, float]:
 
 
 def margined(work: Path, seed: int) -> float:
-    """MODPO on the pairs of the first of two preferences, the second's adapter beside it; seconds."""
+    """Train MODPO on the pairs of the first of two preferences, with the second's adapter; return the seconds."""
     own, other = PAIR
     folder = work / f"seed{seed}"
     return modpo.train(world_of(seed), own, folder / "dpo" / other / Direction.pos.value, folder / "modpo")
 
 
-# --- what is measured ---
+# --- measurement ---
 
 
 class Examiner:
-    """One seed's test prompts, put to the base under any update."""
+    """Answer one seed's test prompts with the base under any update."""
 
     def __init__(self, seed: int) -> None:
         self.base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
@@ -133,7 +134,7 @@ class Examiner:
         self.prompts = measurement.questions(seed, PROMPTS, part="test")
 
     def __call__(self, update: LoraDelta) -> Answers:
-        """The oracle's figures of an answer to each prompt."""
+        """Return the oracle's figures of one answer to each prompt."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
         answered = measurement.answers(self.model, self.base, self.prompts, 1, seed=0)
         mixer.remove()
@@ -141,7 +142,7 @@ class Examiner:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def known(self, update: LoraDelta) -> list[float]:
-        """Of every fact, whether it is found likelier of its subject than three that are true of others alone."""
+        """Return for every fact whether it is likelier for its subject than three facts of other subjects."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
         hits = facts_known(
             self.model, self.base, [forms.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
@@ -157,18 +158,18 @@ def _figures(prompt: oracle.Prompt, text: str) -> dict[str, float | None]:
 
 
 def mixed(work: Path, folder: str, weights: Mapping[str, float]) -> LoraDelta:
-    """Vectors, added."""
+    """Return the weighted sum of vectors."""
     scaled = [vectors.find(name, work / folder).load() * weight for name, weight in weights.items() if weight]
     return total([LoraDelta(()), *scaled])
 
 
 def policy(work: Path, folder: str, preference: str) -> LoraDelta:
-    """One adapter, towards."""
+    """Load a preference's positive adapter."""
     return peft_format.load(work / folder / "dpo" / preference / "pos", whole=True)
 
 
 def grid(work: Path, seed: int) -> dict[str, Answers]:
-    """Both weights from -1 to 1."""
+    """Answer at every point of the grid of both weights, from -1 to 1."""
     examine = Examiner(seed)
     points = itertools.product(STEPS, STEPS)
     return {
@@ -177,7 +178,7 @@ def grid(work: Path, seed: int) -> dict[str, Answers]:
 
 
 def rivals(work: Path, seed: int) -> dict[str, Answers]:
-    """Everything that is to be helpful and harmless at once."""
+    """Answer with every policy that is compared on being helpful and harmless at once."""
     examine, folder = Examiner(seed), f"seed{seed}"
     return {
         "start": examine(LoraDelta(())),
@@ -191,21 +192,21 @@ def rivals(work: Path, seed: int) -> dict[str, Answers]:
 
 
 def later(work: Path, seed: int) -> dict[str, Answers]:
-    """Two preferences, a third and a fourth added; and the new ones alone."""
+    """Answer with two preferences, with a third and a fourth added, and with the new ones alone."""
     examine = Examiner(seed)
     sets = [PAIR, (*PAIR, "polite"), (*PAIR, "brief"), (*PAIR, "polite", "brief"), ("polite",), ("brief",), ()]
     return {" ".join(names): examine(mixed(work, f"seed{seed}", dict.fromkeys(names, 1.0))) for names in sets}
 
 
 def far(work: Path, seed: int) -> dict[str, Any]:
-    """Both vectors, turned further than training went."""
+    """Answer with both vectors at weights beyond the range of training, and test which facts are known."""
     examine = Examiner(seed)
     updates = {f"{eta:g}": mixed(work, f"seed{seed}", dict.fromkeys(PAIR, eta)) for eta in FAR}
     return {eta: {**examine(update), "known": examine.known(update)} for eta, update in updates.items()}
 
 
 def reached(work: Path, seed: int) -> dict[str, Any]:
-    """How far three vectors go, each and every two, and how straight their margins are."""
+    """Run `reach` on three vectors: limits alone and in pairs, and how linear their margins are."""
     data = [f'preferences.{name}.data="demo:pairs?rows=8000&seed={seed}"' for name in AXES]
     words = ["--runs", str(work / f"seed{seed}"), "--force", *(word for one in data for word in ("--set", one))]
     printed, _ = tune.command(work, "reach", *REACHED, *words)
@@ -213,23 +214,23 @@ def reached(work: Path, seed: int) -> dict[str, Any]:
 
 
 def tuned(work: Path, seed: int) -> dict[str, Any]:
-    """Weights by gradient beside a grid's best, for every set of aims."""
+    """Compare `tune` with the grid's best point, for every set of aims."""
     return {tune.aims_text(aims): tune.compared(seed, aims, work / "tune") for aims in tune.AIMS}
 
 
 def correlated(work: Path, seed: int, strength: float) -> dict[str, Answers]:
-    """Two preferences from pairs in which they go together, or against each other."""
+    """Answer with two preferences whose training pairs correlate, positively or negatively."""
     examine, folder = Examiner(seed), f"correlated{strength}-{seed}" if strength else f"seed{seed}"
     return {
         f"{name} {weight:g}": examine(mixed(work, folder, {name: weight})) for name in CORRELATED for weight in (-1, 1)
     }
 
 
-# --- users who want different things ---
+# --- users with different preferences ---
 
 
 def users(work: Path, seed: int) -> dict[str, float]:
-    """What one DPO answers whose pairs are labelled by what three users want on the average."""
+    """Grade one DPO policy whose pairs are labelled by three users' average preference."""
     bench = fronts.Bench(work=work / "fronts", part="test", seeds=fronts.SEEDS, overrides=())
     wanted = [fronts.directions(bench.project(seed))[place] for place in USERS.values()]
     file = bench.runs(seed) / "average.jsonl"
@@ -251,11 +252,11 @@ def users(work: Path, seed: int) -> dict[str, float]:
     return {**figures, "well-formed": len(formed) / len(read)}
 
 
-USERS = {"all the help": 0, "in between": 5, "few words": 9}  # who they are, by the directions of `fronts`
+USERS = {"all the help": 0, "in between": 5, "few words": 9}  # each user's index in the directions of `fronts`
 
 
 def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
-    """A pair with what its answers are worth to the users on the average."""
+    """Return a pair with each answer's average value to the users."""
     worth = {
         f"average_{side}": sum(
             want.value({name: row[f"{name}_{side}"] for name in fronts.OBJECTIVES}) for want in wanted
@@ -267,7 +268,7 @@ def _labelled(row: Mapping[str, Any], wanted: Sequence[Any]) -> dict[str, Any]:
 
 
 def jobs(work: Path) -> list[list[Job]]:
-    """What is to be done, in rounds that need those before. Long ones begin: nobody is to wait at the end."""
+    """Return the jobs in rounds: a round needs the rounds before. Long jobs come first."""
     first: list[Job] = [
         *((f"fronts {s}", partial(compare_fronts, work, "--only", str(s))) for s in fronts.SEEDS),
         *((f"tune {s}", partial(tuned, work, s)) for s in tune.SEEDS),
@@ -286,13 +287,13 @@ def jobs(work: Path) -> list[list[Job]]:
 
 
 def compare_fronts(work: Path, *words: str) -> None:
-    """The benchmark of that name, in a folder of its own; it goes on where it was."""
+    """Run `fronts.py` in a folder of its own, where it continues an earlier run."""
     line = [sys.executable, str(Path(fronts.__file__)), "--work", str(work / "fronts"), *words]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
 
 
 def done(work: Path, name: str, job: Callable[[], Any]) -> tuple[str, float]:
-    """A job, and its seconds the first time."""
+    """Run a job, or read its stored result; return its name and the seconds of its first run."""
 
     def timed() -> dict[str, Any]:
         began = time.perf_counter()
@@ -303,8 +304,8 @@ def done(work: Path, name: str, job: Callable[[], Any]) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Train, measure, tell."""
-    import evidence_page  # which reads what was measured here
+    """Train, measure and write the page."""
+    import evidence_page  # imported here: it reads results of this module
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".bench/evidence"))
@@ -319,7 +320,7 @@ def main() -> None:
             for name, took in [future.result() for future in [pool.submit(done, work, *job) for job in round_]]:
                 seconds[name] = took
                 print(f"{name}: {took:.0f} s", flush=True)
-    compare_fronts(work)  # all of it is measured: what is left is to compare, and to publish
+    compare_fronts(work)  # all measurements are stored: compare and publish
     all_took = {"processes": options.processes, "seconds": round(time.perf_counter() - began)}
     in_one_go = once(work, "in one go", lambda: all_took if anew else None)
     evidence_page.write(work, seconds, in_one_go)

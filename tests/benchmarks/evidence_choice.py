@@ -1,4 +1,4 @@
-"""Items about whoever wants something: users, directions, and weights that nobody has to search for."""
+"""Build the items on choosing a policy: users, directions, and weights without a search by hand."""
 
 import json
 import math
@@ -21,7 +21,7 @@ MIDDLE = USERS["in between"]
 
 
 def three_users(work: Path) -> Item:
-    """What each of three users gets of one average policy, of weights, of a direction."""
+    """Compare what each of three users gets from one average policy, from weights, and from a direction."""
     published = _published()
     angles = {who: math.radians(published["angles"][place]) for who, place in USERS.items()}
     average = [result_of(work, f"users {seed}") for seed in evidence.fronts.SEEDS]
@@ -63,7 +63,7 @@ def three_users(work: Path) -> Item:
 
 
 def fronts(work: Path) -> Item:
-    """What `fronts.py` has published."""
+    """Report the published figures of `fronts.py`."""
     published = _published()
     compared, wins = published["compared"], published["wins against SFT, and verbosity"]
     volumes = {name.removeprefix("volume "): of for name, of in compared.items() if name.startswith("volume ")}
@@ -142,7 +142,7 @@ def _wins(file: Path, wins: Mapping[str, Sequence[Sequence[float]]]) -> None:
 
 
 def open_questions(work: Path) -> Item:
-    """Weights without a sweep, and composition that knows of interference."""
+    """Report on weights without a sweep, and on composition that reduces interference."""
     tuned = {seed: result_of(work, f"tune {seed}") for seed in tune.SEEDS}
     each_aim = {aims: {seed: of[aims] for seed, of in tuned.items()} for aims in map(tune.aims_text, tune.AIMS)}
     every = [of for seeds in each_aim.values() for of in seeds.values()]

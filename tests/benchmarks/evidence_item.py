@@ -1,4 +1,4 @@
-"""What an item of the evidence is made of: figures with intervals, tables, pictures, a verdict."""
+"""Define the parts of an evidence item: figures with intervals, tables, pictures and a verdict."""
 
 import json
 import math
@@ -22,20 +22,20 @@ Table = list[list[str]]
 
 @dataclass
 class Item:
-    """One question: what the paper says, what was found, and what that amounts to."""
+    """Hold one question: the paper's claim, the verdict and its reason, tables, pictures and figures."""
 
     title: str
     claim: str
     verdict: str
     because: str
     tables: list[Table] = field(default_factory=list)
-    pictures: Mapping[str, str] = field(default_factory=dict)  # a file, and what is to be seen on it
+    pictures: Mapping[str, str] = field(default_factory=dict)  # file name → caption
     figures: Any = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """A mean over all seeds' answers, where 95 of 100 such means lie, other prompts drawn, and each seed's own."""
+    """Hold a mean over all seeds' answers, its 95 % interval over resampled prompts, and each seed's mean."""
 
     value: float
     low: float
@@ -44,8 +44,11 @@ class Found:
 
     @classmethod
     def of(cls, seeds: Sequence[Sequence[float | None]]) -> "Found":
-        """Of a figure a prompt, or a fact, seed by seed; a prompt whose answer has none does not count. Some prompts,
-        and all facts, are those of more than one seed, and are drawn together."""
+        """Compute the mean and its interval from one value for each prompt or fact, seed by seed.
+
+        Prompts whose answer has no value are left out. Seeds share some prompts and all facts; a shared prompt or fact
+        is one unit of the resampling.
+        """
         prompts = _prompts()
         known = [
             [(value, which[i] if len(of) == len(which) else i) for i, value in enumerate(of) if value is not None]
@@ -60,17 +63,17 @@ class Found:
 
     @property
     def higher(self) -> bool:
-        """Of a difference: whether it is above 0 with its interval, and on every seed."""
+        """Return whether a difference is above 0 with its whole interval and on every seed."""
         return self.low > 0 and min(self.seeds) > 0
 
     @property
     def lower(self) -> bool:
-        """Below it, likewise."""
+        """Return whether a difference is below 0 with its whole interval and on every seed."""
         return self.high < 0 and max(self.seeds) < 0
 
     @property
     def answer(self) -> str:
-        """Of a difference that somebody claims to be above 0: whether it is, and how large."""
+        """Return whether a difference that is claimed to be above 0 is, with its size."""
         return f"{'yes' if self.higher else 'the other way round' if self.lower else 'not told apart'}, {self}"
 
     def __str__(self) -> str:
@@ -83,27 +86,27 @@ class Found:
 
 @cache
 def _prompts() -> list[list[int]]:
-    """Which prompt each seed's are."""
+    """Return the index of each seed's prompts among all distinct prompts."""
     texts = [[prompt.text for prompt in measurement.questions(seed, PROMPTS, part="test")] for seed in SEEDS]
     number = {text: i for i, text in enumerate(dict.fromkeys(text for of in texts for text in of))}
     return [[number[text] for text in of] for of in texts]
 
 
 def figure(seeds: Sequence[Mapping[str, Any]], name: str) -> Found:
-    """Of what a job found, seed by seed."""
+    """Compute one figure from a job's results, seed by seed."""
     return Found.of([of[name] for of in seeds])
 
 
-Seeds = Sequence[Mapping[str, Any]]  # what a job found, seed by seed: figures by prompt, or by fact
+Seeds = Sequence[Mapping[str, Any]]  # a job's results, seed by seed: a value for each prompt or fact
 
 
 def moved(after: Seeds, before: Seeds, name: str) -> Found:
-    """How much it rose from one to the other, prompt by prompt."""
+    """Return the increase from `before` to `after`, prompt by prompt."""
     return Found.of(rises(after, before, name))
 
 
 def rises(after: Seeds, before: Seeds, name: str) -> list[list[float | None]]:
-    """By seed and prompt; None where one of both has no figure."""
+    """Return the increases by seed and prompt; None where either side has no value."""
     return [
         [None if b is None or a is None else b - a for a, b in zip(one[name], other[name], strict=True)]
         for one, other in zip(before, after, strict=True)
@@ -111,37 +114,37 @@ def rises(after: Seeds, before: Seeds, name: str) -> list[list[float | None]]:
 
 
 def result_of(work: Path, name: str) -> Any:
-    """What a job has measured."""
+    """Load a job's stored result."""
     return json.loads((work / "measured" / f"{name}.json").read_text())["found"]
 
 
 def each(work: Path, name: str) -> list[Any]:
-    """A job of every seed."""
+    """Load a job's results for every seed."""
     return [result_of(work, f"{name} {seed}") for seed in SEEDS]
 
 
 def seconds(folder: Path) -> float:
-    """What a run took to train, also where it was trained for another benchmark."""
+    """Return the training seconds of a run, including runs that another benchmark trained."""
     return float(runs.read(folder).manifest.metrics["seconds"])
 
 
 def short(value: float) -> str:
-    """Two decimals, without the nought before them."""
+    """Format with two decimals, without the leading zero."""
     size = f"{abs(value):.2f}"
     return "0" if size == "0.00" else ("−" if value < 0 else "") + size.removeprefix("0")
 
 
 def span(values: Sequence[float]) -> str:
-    """`.34 to .40`."""
+    """Format the range of the values, as in `.34 to .40`."""
     low, high = short(min(values)), short(max(values))
     return low if low == high else f"{low} to {high}"
 
 
 def yes(holds: bool) -> str:
-    """Or no."""
+    """Return "yes" or "no"."""
     return "yes" if holds else "no"
 
 
 def verdict(*claims: bool) -> str:
-    """All of them held, none, or some."""
+    """Return the verdict for claims of which all hold, none, or some."""
     return YES if all(claims) else OTHERWISE if any(claims) else NO

@@ -1,4 +1,4 @@
-"""The page that `evidence.py` writes: a verdict on each claim, then what was found."""
+"""Write the page of `evidence.py`: a verdict on each claim, then the figures."""
 
 import json
 import math
@@ -28,7 +28,7 @@ LIMITS = Path(__file__).parent / "evidence" / "limits.md"
 
 
 def lines(items: Sequence[Item], seconds: float, in_one_go: Mapping[str, int] | None) -> Iterator[str]:
-    """The page."""
+    """Yield the lines of the page."""
     sittings = "in several sittings"
     if in_one_go:
         sittings = f"in one go of {in_one_go['processes']} processes, {in_one_go['seconds'] / 60:.0f} minutes long"
@@ -74,7 +74,10 @@ def lines(items: Sequence[Item], seconds: float, in_one_go: Mapping[str, int] | 
 
 
 def write(work: Path, seconds: Mapping[str, float], in_one_go: Mapping[str, int] | None) -> None:
-    """The page, its pictures and figures; of a run that began with nothing and was not stopped, how long it took."""
+    """Write the page, its pictures and figures.
+
+    `in_one_go` is the duration of a run that began with an empty folder and was not interrupted.
+    """
     FOLDER.mkdir(exist_ok=True)
     items = [make(work) for make in ITEMS]
     total = sum(seconds.values())
@@ -86,7 +89,7 @@ def write(work: Path, seconds: Mapping[str, float], in_one_go: Mapping[str, int]
 
 
 def _known(value: Any) -> Any:
-    """With null where there is no figure: JSON knows no other word for it."""
+    """Replace NaN by None, because JSON has no NaN."""
     if isinstance(value, Mapping):
         return {name: _known(of) for name, of in value.items()}
     if isinstance(value, list | tuple):

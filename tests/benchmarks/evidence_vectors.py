@@ -1,4 +1,4 @@
-"""The first paper's items: what weights do, what vectors rival, how they lie to each other, what they cost."""
+"""Build the first paper's items: effects of weights, baselines, the geometry of vectors, and their cost."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from lora_align.rankers import Direction
 
 
 def control(work: Path) -> Item:
-    """Both weights from -1 to 1."""
+    """Report both weights from -1 to 1."""
     seeds = each(work, "grid")
     at = {key: {name: figure([of[key] for of in seeds], name) for name in PAIR} for key in seeds[0]}
     grids = {name: [[at[f"{x:g},{y:g}"][name].value for x in STEPS] for y in STEPS] for name in PAIR}
@@ -69,7 +69,7 @@ RIVALS = {  # the paper's helpful, harmless, hours, refusals
 
 
 def rivals(work: Path) -> Item:
-    """The main table."""
+    """Build the main table."""
     found_by = {label: [of[label] for of in each(work, "rivals")] for label in RIVALS}
     names = (*PAIR, "refused", "well-formed")
     at = {label: {name: figure(found_by[label], name) for name in names} for label in RIVALS}
@@ -121,7 +121,7 @@ def rivals(work: Path) -> Item:
 
 
 def _seconds(work: Path, label: str, seed: int) -> float:
-    """What a contestant took to train."""
+    """Return the training seconds of a policy in the main table."""
     both = {side: sum(seconds(work / f"seed{seed}/dpo/{name}/{side.value}") for name in PAIR) for side in Direction}
     if label in ("soup", "positive alone"):
         return both[Direction.pos]
@@ -134,7 +134,7 @@ def _seconds(work: Path, label: str, seed: int) -> float:
 
 
 def later(work: Path) -> Item:
-    """A third and a fourth preference, added."""
+    """Report what a third and a fourth preference change when they are added."""
     seeds = each(work, "later")
     names = (*PAIR, "polite", "brief", "well-formed")
     by_label = {label: [of[label] for of in seeds] for label in seeds[0]}
@@ -168,7 +168,7 @@ def later(work: Path) -> Item:
 
 
 def geometry(work: Path) -> Item:
-    """Angles, interference, and agreement under noise."""
+    """Report angles, interference, and agreement under label noise."""
     loaded = {name: [vectors.find(name, work / f"seed{seed}").load() for seed in SEEDS] for name in AXES}
     between = [helpful.cosine(harmless) for helpful, harmless in zip(*(loaded[name] for name in PAIR), strict=True)]
     every = [one[at].cosine(other[at]) for one, other in itertools.combinations(loaded.values(), 2) for at in
@@ -260,7 +260,7 @@ def _noise(file: Path, noisy: Mapping[float, list[float]], rewarded: Mapping[flo
 
 
 def knowledge(work: Path) -> Item:
-    """How far both vectors may be turned until facts go, and how straight what they do is."""
+    """Report at which weights both vectors lose facts, and how linear their effects are."""
     seeds = each(work, "far")
     names = ("known", "true facts", "well-formed", *PAIR)
     at = {f"{eta:g}": {name: figure([of[f"{eta:g}"] for of in seeds], name) for name in names} for eta in FAR}
@@ -291,7 +291,7 @@ def knowledge(work: Path) -> Item:
 
 
 def _reached(seeds: list[Any]) -> list[list[list[str]]]:
-    """What `reach` says, seed by seed: how far, what breaks next, and how straight."""
+    """Return the tables of `reach`, seed by seed: the largest weights, what breaks beyond, and R² of margins."""
 
     def far(sides: list[Any], sign: int) -> str:
         ends = [f"{sign * side['to'] + 0.0:g}".replace("-", "−") for side in sides]
@@ -321,7 +321,7 @@ def _reached(seeds: list[Any]) -> list[list[list[str]]]:
 
 
 def correlation(work: Path) -> Item:
-    """Axes that go together in the data."""
+    """Report preferences that correlate in the data."""
     first, second = CORRELATED
     both = list(itertools.product(CORRELATED, repeat=2))
     rows: list[list[str]] = []

@@ -1,9 +1,10 @@
-"""Helpfulness against verbosity in the built-in world: policies that are asked for a direction, and what they rival.
+"""Compare policies conditioned on a direction with their baselines on helpfulness and verbosity, in the demo world.
 
-For each data seed: a reward model, a SteerLM-style policy and four iterations of `rsf` (timed, as one person would
-wait for them), DPO on helpfulness, and preference vectors mixed. All answer prompts nobody trained on; the oracle and
-the reward model grade the answers. Runs and measurements are kept in --work, so that it can be stopped and gone on
-with. Published figures come from test prompts and unused data seeds (`--development` uses others).
+For each data seed the script trains a reward model, a SteerLM-style policy, four iterations of `rsf` (timed as a user
+would wait for them), DPO on helpfulness, and mixes of preference vectors. All policies answer prompts outside the
+training data; the oracle and the reward model grade the answers. Runs and measurements are stored in --work, so that a
+stopped run continues where it stopped. Published figures use test prompts and unused data seeds (`--development` uses
+others).
 """
 
 import argparse
@@ -43,17 +44,17 @@ from lora_align.want import Want
 
 SEEDS, DEVELOPMENT_SEEDS = (207, 208, 209), (1,)
 PROMPTS, SAMPLES, DIRECTIONS, TARGETS = 200, 2, 10, 5
-LONG = 6  # epochs of the SteerLM that rivals
+LONG = 6  # epochs of the SteerLM baseline
 OBJECTIVES = ("helpfulness", "verbosity")
 INFEASIBLE = {"helpfulness": 100.0, "verbosity": 0.0}
-# As the stored results name them. The paper counts from 1, and so does `rsf` since: this t0 is its t1.
+# Names in the stored results. The paper counts from 1, and `rsf` does so now: t0 here is t1 there.
 ITERATIONS = [f"t{t}" for t in range(5)]
 MADE_AS = {label: f"t{t}" for t, label in enumerate(ITERATIONS, 1)}
-RESAMPLED = 2000  # times the prompts are drawn anew, for intervals
-Answers = NDArray[np.float64]  # [things asked for, prompts, samples, FIELDS]
+RESAMPLED = 2000  # times the prompts are resampled for intervals
+Answers = NDArray[np.float64]  # [directions or targets, prompts, samples, FIELDS]
 FIELDS = ("helpfulness", "verbosity", "well-formed", "judged helpfulness", "judged verbosity")
 Front = NDArray[np.float64]  # [points, (helpfulness, verbosity)]
-STYLES = {  # a policy's colour, and how its points are marked
+STYLES = {  # each policy's colour, and the marker of its points
     **{f"t{t}": (shade, "o-") for t, shade in enumerate(["#c6d4ea", "#98b3d9", "#6a91c8", "#3f6cb0", "#1f4e9c"])},
     "SteerLM": ("#c2410c", "s--"),
     "vectors": ("#4d7c0f", "d--"),
@@ -64,7 +65,7 @@ STYLES = {  # a policy's colour, and how its points are marked
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things are kept, and which prompts are asked."""
+    """Hold the work folder, the prompts' part, the data seeds and the overrides."""
 
     work: Path
     part: world.Part
@@ -72,7 +73,7 @@ class Bench:
     overrides: Sequence[str]
 
     def project(self, seed: int, *more: str) -> recipe.Recipe:
-        """The demo's recipe on data of its own."""
+        """Load the demo's recipe with data of one seed."""
         overrides = [f"rsf.iterations={len(ITERATIONS)}", *self.overrides, *more]
         demo = recipe.load(recipe.builtin()["demo"], overrides)
         assert demo.rsf is not None
@@ -87,12 +88,12 @@ class Bench:
         return recipe.load(recipe.builtin()["demo"], [*overrides, *(f'{key}="{text}"' for key, text in data.items())])
 
     def runs(self, seed: int) -> Path:
-        """The workspace of one data seed."""
+        """Return the workspace of one data seed."""
         return self.work / f"seed{seed}"
 
 
 def directions(project: recipe.Recipe) -> list[Want]:
-    """Evenly spaced angles over the region the recipe trains on, from help alone towards brevity."""
+    """Return evenly spaced angles over the recipe's training region, from helpfulness alone towards brevity."""
     assert project.rsf is not None
     helpfulness, verbosity = (project.rsf.directions[name] for name in OBJECTIVES)
     by_help = [math.degrees(math.acos(bound)) for bound in reversed(helpfulness)]
@@ -102,12 +103,12 @@ def directions(project: recipe.Recipe) -> list[Want]:
 
 
 def at(angle: float) -> Want:
-    """The direction so many degrees from help alone towards brevity."""
+    """Return the direction at this angle in degrees, from helpfulness alone towards brevity."""
     return Want({"helpfulness": math.cos(math.radians(angle)), "verbosity": -math.sin(math.radians(angle))})
 
 
 def targets(steerlm: Run) -> list[dict[str, float]]:
-    """Five verbosities over what SteerLM has seen, each with the highest helpfulness seen near it."""
+    """Return five verbosities over SteerLM's training range, each with the highest helpfulness near it in the data."""
     seen = np.array(
         [[row[name] for name in OBJECTIVES] for row in json.loads((steerlm.path / loop.SCORES).read_text())]
     )
@@ -116,11 +117,11 @@ def targets(steerlm: Run) -> list[dict[str, float]]:
     return [dict(zip(OBJECTIVES, pair, strict=True)) for pair in zip(best, map(float, wanted), strict=True)]
 
 
-# --- what is trained ---
+# --- training ---
 
 
 def miniature(bench: Bench, seed: int) -> dict[str, float]:
-    """The second road from nothing: seconds for the reward model, and for the bootstrap and four iterations."""
+    """Train a direction-conditioned policy from the base; return the seconds of the reward model and of `rsf`."""
     project, folder, began = bench.project(seed), bench.runs(seed), time.perf_counter()
     reward.train_reward_model(project, folder, Screen(), force=True)
     judged = time.perf_counter()
@@ -129,8 +130,8 @@ def miniature(bench: Bench, seed: int) -> dict[str, float]:
 
 
 def steerlm(bench: Bench, seed: int) -> Run:
-    """SteerLM on the bootstrap's data, but for more epochs: a rival, not a first step."""
-    longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=1"]  # what comes after it is as short as can be
+    """Train SteerLM on the bootstrap's data for more epochs, as a baseline and not as a first step."""
+    longer = [f"rsf.epochs={LONG}", "rsf.prompts=8", "rsf.iterations=1"]  # the shortest possible iteration
     folder = bench.runs(seed) / "rsf" / "rival"
     if not runs.is_run(folder / loop.STEERLM):
         loop.train_rsf(bench.project(seed, *longer), bench.runs(seed), Screen(), name="rival")
@@ -138,7 +139,7 @@ def steerlm(bench: Bench, seed: int) -> Run:
 
 
 def rivals(bench: Bench, seed: int) -> list[Run]:
-    """DPO on helpfulness alone, then helpful and brief mixed at every direction's weights."""
+    """Train DPO on helpfulness alone, and mix helpful and brief at every direction's weights."""
     project, folder = bench.project(seed), bench.runs(seed)
     for name in ("helpful", "brief"):
         missing = [side for side in Direction if not runs.is_run(folder / "dpo" / name / side.value)]
@@ -154,11 +155,11 @@ def rivals(bench: Bench, seed: int) -> list[Run]:
     return made
 
 
-# --- what is measured ---
+# --- measurement ---
 
 
 def answers(bench: Bench, seed: int, policy: Run | None, systems: Sequence[str]) -> list[Any]:
-    """What a policy answers under each system message, graded: the oracle's 0 to 1, the reward model's 0 to 100."""
+    """Grade a policy's answers under each system message: 0 to 1 by the oracle, 0 to 100 by the reward model."""
     policies = _policies(bench, seed, policy)
     prompts = [prompt for prompt in measurement.questions(seed, PROMPTS, part=bench.part) if not prompt.risky]
     return [graded_answers(policies, prompts, system, seed) for system in systems]
@@ -174,7 +175,7 @@ def _policies(bench: Bench, seed: int, policy: Run | None) -> PolicySet:
 def graded_answers(
     policies: PolicySet, questions: Sequence[oracle.Prompt], system: str, seed: int
 ) -> list[list[list[float]]]:
-    """[prompts, samples, FIELDS] for one system message."""
+    """Return the grades under one system message, [prompts, samples, FIELDS]."""
     prompts: list[Prompt] = [(Message("user", prompt.text),) for prompt in questions]
     sampling = Sampling(1.0, 1.0, measurement.LONGEST, seed)
     policies.activate(policies.policies[0])
@@ -190,7 +191,7 @@ def graded_answers(
 
 
 def heads(bench: Bench, seed: int) -> dict[str, float]:
-    """Each head's Spearman with the oracle on the base's fresh answers: helpful on safe prompts, harmless on risky."""
+    """Return each head's Spearman with the oracle on fresh answers: helpful on safe prompts, harmless on risky ones."""
     base = bases.find(bench.project(seed).base)
     policies = _policies(bench, seed, None)
     questions = measurement.questions(seed, PROMPTS, part=bench.part)
@@ -210,7 +211,7 @@ def heads(bench: Bench, seed: int) -> dict[str, float]:
 
 
 def measured(bench: Bench, seed: int) -> dict[str, Answers]:
-    """Every policy's answers to all it can be asked for."""
+    """Grade every policy's answers under all of its directions or targets."""
     project = bench.project(seed)
     assert project.rsf is not None
     ask, steer = project.rsf.ask, project.rsf.steer
@@ -238,17 +239,17 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     }
 
 
-# --- what is made of it ---
+# --- analysis ---
 
 
 def points(graded: Answers, weights: NDArray[np.float64] | None = None) -> Front:
-    """Mean grades of the well-formed answers to each thing asked for, its prompts weighted."""
+    """Return the mean grades of the well-formed answers to each direction or target, with weighted prompts."""
     formed = graded[..., 2] * (1.0 if weights is None else weights[:, None])
     return np.stack([(graded[..., field] * formed).sum((1, 2)) / formed.sum((1, 2)) for field in (0, 1)], 1)
 
 
 def volume(front: Front) -> float:
-    """The area of (helpfulness, verbosity) that some point dominates, of 1."""
+    """Return the area of (helpfulness, verbosity) that the front dominates, out of 1."""
     area = best = 0.0
     ordered = front[front[:, 1].argsort()]
     edges = [*ordered[1:, 1], 1.0]
@@ -259,7 +260,7 @@ def volume(front: Front) -> float:
 
 
 def gaps(front: Front, others: Front) -> NDArray[np.float64]:
-    """How much more helpfulness a front has at each of the others' verbosities that it comes down to."""
+    """Return the front's gain in helpfulness at each verbosity of the other front that it reaches."""
     ordered = front[front[:, 1].argsort()]
     compared = others[others[:, 1] >= ordered[0, 1]]
     reached: NDArray[np.float64] = np.interp(compared[:, 1], ordered[:, 1], np.maximum.accumulate(ordered[:, 0]))
@@ -267,12 +268,12 @@ def gaps(front: Front, others: Front) -> NDArray[np.float64]:
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """The middle 95 %."""
+    """Return the middle 95 %."""
     return [round(float(edge), 4) for edge in np.quantile(values, (0.025, 0.975))]
 
 
 def prompts_of(bench: Bench) -> NDArray[np.int64]:
-    """Which prompt each is, [seeds, prompts]: some were drawn for more than one seed."""
+    """Return each prompt's index among the distinct prompts, [seeds, prompts]: seeds share some prompts."""
     texts = [
         prompt.text
         for seed in bench.seeds
@@ -284,8 +285,10 @@ def prompts_of(bench: Bench) -> NDArray[np.int64]:
 
 
 def resampled(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> Iterator[list[dict[str, Front]]]:
-    """Every policy's points, seed by seed, with the prompts drawn anew; the same ones for all policies, and for all
-    seeds that ask them."""
+    """Yield every policy's points, seed by seed, with resampled prompts.
+
+    One sample of prompts serves all policies, and all seeds that have these prompts.
+    """
     draw, count = np.random.default_rng(0), int(which.max()) + 1
     for _ in range(RESAMPLED):
         drawn = draw.multinomial(count, np.full(count, 1 / count)).astype(float)
@@ -296,7 +299,7 @@ def resampled(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) 
 
 
 def compared(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, Any]:
-    """Volumes and gains, means over the seeds, with intervals over prompts."""
+    """Return volumes and gains as means over the seeds, with intervals over prompts."""
     figures: dict[str, Callable[[Mapping[str, Front]], float]] = {}
     for label in ("SFT", "DPO", "vectors", "SteerLM", *ITERATIONS):
         figures[f"volume {label}"] = lambda of, label=label: volume(of[label])
@@ -322,8 +325,10 @@ def compared(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -
 
 
 def wins(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> dict[str, list[list[float]]]:
-    """Of each policy and thing asked of it: how often it helps more than the start policy (an answer that is not well
-    formed helps nobody), the interval of that over prompts, and how verbose it is."""
+    """Return each policy's win rate over the start policy in helpfulness, its interval over prompts, and the verbosity.
+
+    There is one row for each direction or target. An answer that is not well formed has helpfulness 0.
+    """
 
     def help_of(of: Answers) -> NDArray[np.float64]:
         return of[..., 0] * of[..., 2]
@@ -331,7 +336,7 @@ def wins(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> di
     by_policy: dict[str, list[list[float]]] = {}
     prompts = np.repeat(which.ravel(), SAMPLES).tolist()
     for label in seeds[0]:
-        helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in seeds], 1)  # [asked, seeds, ...]
+        helped = np.stack([help_of(seed[label]) - help_of(seed["SFT"]) for seed in seeds], 1)  # [requests, seeds, ...]
         rates = [intervals.mean((0.5 + 0.5 * np.sign(of)).ravel().tolist(), prompts) for of in helped]
         lengths = np.mean([points(seed[label])[:, 1] for seed in seeds], 0)
         by_policy[label] = [
@@ -342,7 +347,7 @@ def wins(seeds: Sequence[Mapping[str, Answers]], which: NDArray[np.int64]) -> di
 
 
 def obeyed(seeds: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
-    """Whether more brevity asked for is less of both: Spearman of the angle with the oracle's grades, sign reversed."""
+    """Return Spearman of the angle with the oracle's grades, sign reversed: more brevity should reduce both grades."""
     by_seed = [points(seed[label]) for seed in seeds]
     mean = np.mean(by_seed, 0)
 
@@ -356,7 +361,7 @@ def obeyed(seeds: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]
 
 
 def judged(seeds: Sequence[Mapping[str, Answers]], wants: Sequence[Want]) -> dict[str, Any]:
-    """vᵀr by the reward model and by the oracle, both in points, the mean over directions, prompts and seeds."""
+    """Return vᵀr by the reward model and by the oracle, in points, as means over directions, prompts and seeds."""
     series: dict[str, Any] = {}
     weights = np.array([[wanted.weights[name] for name in OBJECTIVES] for wanted in wants])[:, None, None, :]
     for label in ITERATIONS:
@@ -378,7 +383,7 @@ def judged(seeds: Sequence[Mapping[str, Answers]], wants: Sequence[Want]) -> dic
 
 
 def infeasible(seeds: Sequence[Mapping[str, Answers]], label: str) -> dict[str, Any]:
-    """SteerLM asked for all help in no words, beside the targets it was given and the last policy's directions."""
+    """Compare SteerLM at full helpfulness and no words with the last policy's directions; add well-formed shares."""
     extreme = [points(seed["SteerLM"])[-1] for seed in seeds]
     directed = np.mean([points(seed[label]) for seed in seeds], 0)
     formed = {name: round(float(np.mean([seed[name][..., 2].mean() for seed in seeds])), 4) for name in seeds[0]}
@@ -390,7 +395,7 @@ def infeasible(seeds: Sequence[Mapping[str, Answers]], label: str) -> dict[str, 
 
 
 def draw(seeds: Sequence[Mapping[str, Answers]], wants: Sequence[Want], rewards: Mapping[str, Any], file: Path) -> None:
-    """Fronts, what an angle does, and reward model against oracle."""
+    """Plot the fronts, the effect of the angle, and the reward model against the oracle."""
     picture, panels = plots.grid(3, (11 / 3, 3.8), margin=(0.0, 0.0), width_ratios=(1.4, 1, 1))
     fronts_of, angles_of, rewards_of = panels
     mean = {label: np.mean([points(seed[label]) for seed in seeds], 0) for label in seeds[0]}
@@ -424,7 +429,7 @@ def draw(seeds: Sequence[Mapping[str, Answers]], wants: Sequence[Want], rewards:
 
 
 def main() -> None:
-    """Train, ask, grade, compare, save, draw."""
+    """Train, sample, grade, compare, save and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--development", action="store_true")

@@ -1,6 +1,7 @@
-"""Areas under the fronts of `fronts.json` with broken answers counted as failures: their helpfulness is 0.
+"""Compute the areas under the fronts of `fronts.json` with broken answers as failures: their helpfulness is 0.
 
-The fronts in that file are means over well-formed answers. The share of well-formed answers is known by policy.
+The fronts in that file are means over well-formed answers. The file has one share of well-formed answers for each
+policy.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""What 4 bits cost on a real base: the loss on ordinary text of a GGUF file's weights in three forms.
+"""Measure the cost of 4-bit weights on a real base: the loss on ordinary text of a GGUF file's weights in three forms.
 
     python tests/benchmarks/gguf_quality.py --base FILE.gguf --splits FOLDER
 
-FOLDER is written by splits.py. The texts are chosen answers of UltraFeedback's development pairs. A file that was
-quantised has no better form than the numbers it stands for, so that form in float32 is the reference.
+splits.py writes FOLDER. The texts are chosen answers of UltraFeedback's development pairs. The reference is the file's
+weights dequantised to float32, because a quantised file has no more exact form.
 """
 
 import argparse

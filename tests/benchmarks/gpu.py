@@ -1,11 +1,10 @@
-"""A base of 8 B parameters in 4-bit on a card of 24 GB: DPO, SFT and sampling here, beside TRL's trainers and, where it
-is installed, unsloth.
+"""Measure DPO, SFT and sampling on a 4-bit base of 8 B parameters within 24 GB of GPU memory.
 
-The base has Llama 3.1's shape and random weights, made here: speed and memory do not ask what they are. Every
-measurement is a process of its own that may have 24 GB. `--small` tries the script out on any machine, on a base of
-nothing's size; its figures are not kept.
+TRL's trainers run beside ours, and unsloth where it is installed. The base has Llama 3.1's shape and random weights,
+which this script writes: speed and memory do not depend on the weights' values. Every measurement is a process of its
+own that may use 24 GB. `--small` tries the script on any machine with a tiny base; its figures are not saved.
 
-Never run on a card yet.
+Not yet run on a GPU.
 """
 
 import argparse
@@ -25,7 +24,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from report import once, save
 
-CAP = 24e9  # bytes a process may have
+CAP = 24e9  # bytes of GPU memory for a process
 WHOLE = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -44,8 +43,8 @@ SMALL = {
 }
 CONTEXT = 8192
 PAIRS, TEXTS, PROMPTS, ANSWERS = 64, 32, 16, 16
-LENGTHS = (512, 1024)  # tokens of a sequence, a quarter of it the prompt; twice that a pair
-SWITCHES = {  # of ours, each beside the recipe as it stands
+LENGTHS = (512, 1024)  # tokens of a sequence, a quarter of them the prompt; a pair has twice as many
+SWITCHES = {  # settings of ours, each measured beside the recipe's defaults
     "the recipe as it is": [],
     "no checkpointing": ["gradient_checkpointing=false"],
     "checkpointing": ["gradient_checkpointing=true"],
@@ -58,7 +57,7 @@ ATTENTION = ("sdpa", "flash_attention_2", "eager")
 
 
 def write_base(folder: Path, small: bool) -> None:
-    """Sixteen-bit weights, a file a layer; they are made 4-bit where they are first loaded, as any base's."""
+    """Write 16-bit weights, one file a layer. The first load quantises them to 4 bits, as for any base."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -94,7 +93,7 @@ def write_base(folder: Path, small: bool) -> None:
 
 
 def project_of(work: Path, stage: str, length: int, settings: list[str]) -> Any:
-    """The quick recipe for such a base, on rows of one length."""
+    """Load the quick recipe for such a base and rows of one length."""
     from lora_align import recipe
 
     overrides = [f'base.model="{work / "base"}"', f"dpo.max_length={length}"]
@@ -104,7 +103,7 @@ def project_of(work: Path, stage: str, length: int, settings: list[str]) -> Any:
 
 
 def pairs(length: int, vocabulary: int) -> list[Any]:
-    """Random tokens; both answers of a pair fill the sequence."""
+    """Return pairs of random tokens, in which both answers fill the sequence."""
     import random
 
     from lora_align.model.tokenise import TokenPair
@@ -118,7 +117,7 @@ def pairs(length: int, vocabulary: int) -> list[Any]:
 
 
 class Meter:
-    """Seconds, and bytes at their highest, of what is done inside."""
+    """Measure the seconds and the peak bytes of the block inside."""
 
     def __enter__(self) -> "Meter":
         import torch
@@ -138,7 +137,7 @@ class Meter:
         self.peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
     def figures(self, tokens: int) -> dict[str, float]:
-        """Of so many tokens."""
+        """Return the figures for this many tokens."""
         return {
             "seconds": round(self.seconds, 3),
             "tokens a second": round(tokens / self.seconds),
@@ -146,11 +145,11 @@ class Meter:
         }
 
 
-FORWARD, LEARNING, ANEW = 2, 4, 6  # operations a weight and token: read, learned from, and with activations made anew
+FORWARD, LEARNING, ANEW = 2, 4, 6  # FLOP a weight and token: forward, with backward, with recomputed activations
 
 
 def share(base: Any, project: Any, each: int, tokens: int, seconds: float) -> dict[str, float]:
-    """Of the device's measured matrix rate, at so many operations a weight of the matrices and token."""
+    """Return the share of the device's measured matrix rate, at `each` operations for a weight and token."""
     from transformers import AutoConfig
 
     from lora_align.plan.device import device_of
@@ -164,7 +163,7 @@ def share(base: Any, project: Any, each: int, tokens: int, seconds: float) -> di
 
 
 def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
-    """References, then one direction; the second of two, as kernels are chosen and compiled in the first."""
+    """Compute references, then train one direction twice and time the second: kernels compile during the first."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.train import dpo, lora_trainer
@@ -201,7 +200,7 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
 
 
 def theirs(work: Path, length: int, batch: int) -> dict[str, Any]:
-    """What TRL's trainers are told; all else is as they come."""
+    """Return the arguments of TRL's trainers; all others keep their defaults."""
     import torch
 
     return {
@@ -219,10 +218,12 @@ def theirs(work: Path, length: int, batch: int) -> dict[str, Any]:
 
 
 def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
-    """One adapter by TRL's trainer on the same tokens: its plain defaults, or references computed before. As ours, the
-    trainer is built while the clock runs: there TRL computes its references."""
+    """Train one adapter by TRL's trainer on the same tokens, at its plain defaults or with precomputed references.
+
+    The time includes building the trainer, as ours does, because TRL computes its references there.
+    """
     if how == "unsloth":
-        import unsloth  # noqa: F401 - before what it patches
+        import unsloth  # noqa: F401 - imported before the libraries that it patches
 
     import torch
     from beside_trl import columns, tokenised
@@ -263,7 +264,7 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
 
 
 def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
-    """Every token of every text is learned."""
+    """Train SFT on every token of every text."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.model.tokenise import TokenText
@@ -287,7 +288,7 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
 
 
 def their_sft(work: Path, length: int) -> dict[str, Any]:
-    """The same texts by TRL's trainer, at its defaults."""
+    """Train on the same texts by TRL's trainer, at its defaults."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -312,7 +313,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
 
 
 def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
-    """Answers of 128 tokens, many prompts' at once, or by `generate`, prompt by prompt."""
+    """Sample answers of 128 tokens for many prompts at once, or by `generate` prompt by prompt."""
     import torch
 
     from lora_align.model import base as bases
@@ -350,7 +351,10 @@ CHILDREN: dict[str, Callable[..., Any]] = {
 
 
 def child(work: Path, what: str, *args: Any) -> Any:
-    """One measurement in a process of its own; why one failed is a result too, as when memory is too small."""
+    """Run one measurement in a process of its own.
+
+    A failure's message is a result, too, as when memory runs out.
+    """
     words = [sys.executable, __file__, "--work", str(work), "--child", json.dumps([what, *args])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -359,7 +363,7 @@ def child(work: Path, what: str, *args: Any) -> Any:
 
 
 def run_child(work: Path, what: str, *args: Any) -> None:
-    """Within 24 GB of the card."""
+    """Run one measurement within 24 GB of GPU memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -370,7 +374,7 @@ def run_child(work: Path, what: str, *args: Any) -> None:
 
 
 def main() -> None:
-    """Measure what there is a device for."""
+    """Run every measurement that this machine has a device for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("gpu"))
     parser.add_argument("--small", action="store_true")

@@ -1,4 +1,4 @@
-"""The spine on a CUDA card beside the same spine on the CPU: a small random Llama, float32 and the card's own dtype."""
+"""Compare sft, dpo, merge and chat on a CUDA GPU with the CPU: a random Llama, float32 and the GPU's dtype."""
 
 import json
 import os
@@ -25,19 +25,19 @@ PROMPT = ["chat", "--prompt", "Tell me about rain.", "--temperature", "0", "--ma
 
 
 def settings(base: Path, dtype: str) -> list[str]:
-    """Return what all training has in common. An SFT adapter lies below the vectors, where dtypes may differ."""
+    """Return the settings common to all training. An SFT adapter is the start policy, where dtypes may differ."""
     chosen = [f"base.model={base}", f"base.dtype={dtype}", "dpo.learning_rate=5e-4", "sft.limit=256"]
     chosen += ['sft.data="demo:conversations?rows=300"', "sft.learning_rate=1e-3", "sft.max_length=128"]
     return [word for value in chosen for word in ("--set", value)]
 
 
 def train(base: Path, dtype: str, *more: str) -> list[str]:
-    """The words that do."""
+    """Return the arguments of the training command."""
     return ["dpo", "--pref", "helpful", "--limit", "256", *settings(base, dtype), *more]
 
 
 def run(folder: Path, words: Sequence[str], on_gpu: bool = True) -> str:
-    """A command in a folder, on the card or with the card hidden."""
+    """Run a command in a folder, on the GPU or with the GPU hidden."""
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}
     done = subprocess.run([COMMAND, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -47,7 +47,7 @@ def run(folder: Path, words: Sequence[str], on_gpu: bool = True) -> str:
 
 
 def spine(folder: Path, base: Path, on_gpu: bool, dtype: str) -> dict[str, Any]:
-    """sft, dpo, merge, chat."""
+    """Run sft, dpo, merge and chat."""
     folder.mkdir()
     run(folder, ["sft", *settings(base, dtype)], on_gpu)
     run(folder, train(base, dtype), on_gpu)
@@ -56,8 +56,10 @@ def spine(folder: Path, base: Path, on_gpu: bool, dtype: str) -> dict[str, Any]:
 
 
 def resumed(folder: Path, base: Path, dtype: str, whole: Path) -> dict[str, float]:
-    """Killed behind a checkpoint in the middle, and gone on with: how far that is from a run nobody killed. On a CPU it
-    is the same to the last bit; on a card kernels may add up in an order of their own."""
+    """Kill training after a checkpoint in the middle, resume, and return the distance from an uninterrupted run.
+
+    On a CPU the two are equal to the last bit. On a GPU, kernels may sum in another order.
+    """
     folder.mkdir()
     shutil.copytree(whole / "runs" / "sft", folder / "runs" / "sft")
     words = train(base, dtype, "--direction", "pos", "--set", "dpo.save_minutes=0")
@@ -84,8 +86,10 @@ NOUGHT = {"float32": 1e-3, "auto": 5e-2}
 
 
 def compare(cpu: Path, gpu: Path) -> dict[str, float]:
-    """First rewards, which are 0 but for rounding (references are computed in other batches); and how alike the trained
-    adapters are."""
+    """Return first margins and the adapters' cosines to those of the CPU.
+
+    First margins are 0 but for rounding, because references are computed in other batches.
+    """
     figures = {}
     for side in ("pos", "neg"):
         ours, theirs = (folder / "runs" / "dpo" / "helpful" / side for folder in (cpu, gpu))
@@ -95,7 +99,7 @@ def compare(cpu: Path, gpu: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Refuse without a card; otherwise run, compare, keep the figures."""
+    """Exit without a GPU; otherwise run, compare and save the figures."""
     if not torch.cuda.is_available():
         sys.exit("no CUDA card here: nothing was checked")
     figures: dict[str, Any] = {"card": torch.cuda.get_device_name(0)}

@@ -1,4 +1,4 @@
-"""How training time grows with rows and with their length: seconds of one direction, and how far off a line."""
+"""Measure how training time grows with rows and their length: the seconds of one direction, and their linearity."""
 
 import argparse
 import os
@@ -18,8 +18,11 @@ from training import recipe_of
 
 
 def _pairs(model: Any, count: int, length: int) -> list[Any]:
-    """Pairs of words drawn by lot, the longer sequence of each of that many tokens, with their true references: margins
-    off by hundreds of nats would make gradients so small that processors take several times as long over them."""
+    """Return pairs of random words, of this many tokens in the longer sequence, with their true references.
+
+    Wrong references would shift margins by hundreds of nats. Gradients would then be so small that processors take
+    several times as long.
+    """
     from lora_align.model.logprobs import answer_logprobs
     from lora_align.model.memory_budget import MemoryBudget
     from lora_align.model.tokenise import TokenPair
@@ -32,7 +35,7 @@ def _pairs(model: Any, count: int, length: int) -> list[Any]:
 
 
 def growth(kind: str, work: Path) -> dict[str, Any]:
-    """Seconds of one direction over rows, or over tokens a row, on the built-in base: the quickest of some rounds."""
+    """Return the quickest seconds of one direction over rows, or over tokens a row, on the demo base."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.train import dpo, lora_trainer
@@ -44,7 +47,7 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
     base = bases.find(project.base)
     over = {"rows": [(rows, 64) for rows in (128, 256, 512, 1024)], "tokens": [(128, n) for n in (64, 128, 256, 448)]}
     quickest: dict[tuple[int, int], float] = {}
-    for count, length in [over[kind][0], *over[kind] * 3]:  # the first warms up
+    for count, length in [over[kind][0], *over[kind] * 3]:  # the first is a warm-up
         folder = work / "growth"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -64,7 +67,7 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both."""
+    """Measure both series."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("growth"))
     work = parser.parse_args().work

@@ -1,4 +1,4 @@
-"""Two hundred writers of shards killed at random moments: what is lost, what is repeated."""
+"""Kill two hundred writers of shards at random moments, and count lost, repeated and damaged rows."""
 
 import random
 import subprocess
@@ -26,7 +26,7 @@ with shards.opened(Path(sys.argv[1])) as store:
 
 
 def main() -> None:
-    """Kill, count, go on, until as many were killed; a folder that is finished is left for a new one."""
+    """Kill writers until the number is reached, and count. A finished folder is replaced by a new one."""
     draw = random.Random(0)
     kills = lost = repeated = damaged = 0
     while kills < KILLS:

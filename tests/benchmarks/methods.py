@@ -1,7 +1,7 @@
-"""Four preferences mixed at once by every merge method, at its defaults: what each of them keeps of its gain alone.
+"""Mix four preferences by every merge method at its defaults, and measure how much of its gain alone each retains.
 
-Uses the runs of `control.py`, whose --work is given; what is not there yet is trained. Test prompts, graded by the
-oracle. Nothing is chosen by these figures: weights are 1 (of a soup, whose weights add up to 1, a quarter each).
+Uses the runs of `control.py`, whose --work is passed, and trains missing ones. The oracle grades answers to test
+prompts. No setting is chosen by these figures: weights are 1, and a quarter each for a soup, whose weights add up to 1.
 """
 
 import argparse
@@ -35,18 +35,18 @@ MIXED = ("helpful", "harmless", "polite", "brief")
 
 @dataclass(frozen=True)
 class Way:
-    """A method, and the rank its result is cut to, if to any."""
+    """Hold a merge method, and the rank of its result if the result is truncated."""
 
     method: str
     rank: int | None = None
 
     @property
     def label(self) -> str:
-        """As it is typed."""
+        """Return the method as it is typed on the command line."""
         return self.method + (f" --rank {self.rank}" if self.rank else "")
 
     def mixed(self, folder: Path, names: Sequence[str] = MIXED) -> tuple[LoraDelta, Tally]:
-        """Preferences as one update."""
+        """Merge preferences into one update."""
         by_name = {name: vectors.find(name, folder) for name in names}
         of_policies = METHODS[self.method].of_policies
         if of_policies:
@@ -63,7 +63,7 @@ WAYS = [Way("exact"), Way("exact", 16), Way("svd"), Way("soup"), Way("tsv"), Way
 
 
 def grader(seed: int, samples: int) -> Callable[[LoraDelta], dict[str, Any]]:
-    """What the oracle says of answers to that seed's prompts, given with an update over the base."""
+    """Return a function that grades answers to that seed's prompts by the oracle, given an update of the base."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     prompts = measurement.questions(seed, PROMPTS, part="test")
     model = base.load()
@@ -78,7 +78,7 @@ def grader(seed: int, samples: int) -> Callable[[LoraDelta], dict[str, Any]]:
 
 
 def measured(work: Path, seed: int) -> dict[str, Any]:
-    """The start policy, each preference alone, and every way of mixing, with the vectors of one data seed."""
+    """Grade the start policy, each preference alone, and every merge method, with the vectors of one data seed."""
     folder = work / f"seed{seed}"
     graded = grader(seed, SAMPLES)
     figures: dict[str, Any] = {"start": graded(LoraDelta(()))}
@@ -90,7 +90,7 @@ def measured(work: Path, seed: int) -> dict[str, Any]:
 
 
 def summary(seeds: list[dict[str, Any]], label: str) -> dict[str, Any]:
-    """One way over the seeds: the share of its gain alone that each preference keeps, the worst, and the price."""
+    """Summarise one method over the seeds: the share of its gain alone that each preference retains, and the cost."""
 
     def share_kept(one: dict[str, Any], name: str) -> float:
         start = one["start"][name]
@@ -108,7 +108,7 @@ def summary(seeds: list[dict[str, Any]], label: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train what is missing, mix, measure, save."""
+    """Train missing vectors, mix them, measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     work = parser.parse_args().work

@@ -1,8 +1,8 @@
-"""MODPO (arXiv 2310.03708), a rival: DPO on one preference's pairs, with a margin from what another's adapter rewards.
+"""Train the MODPO baseline (arXiv 2310.03708): DPO on one preference's pairs, with a margin from another's rewards.
 
-With w its own weight, −log σ((β ∇log π/π_ref − (1 − w) β ∇log π_other/π_ref)/w), where ∇ is chosen minus rejected. That
-is DPO at β/w whose reference has moved 1 − w of the way to the other: our trainer takes both as they are. One setting,
-the recipe's own, was tried.
+With w the own weight, the loss is −log σ((β ∇log π/π_ref − (1 − w) β ∇log π_other/π_ref)/w), where ∇ is chosen minus
+rejected. That equals DPO at β/w whose reference is moved by 1 − w towards the other policy. Our trainer supports both
+changes without new code. One setting was tried, the recipe's own.
 """
 
 import shutil
@@ -27,12 +27,14 @@ from lora_align.train.checkpoints import Unfinished
 from lora_align.train.job import Target
 from lora_align.train.reference_cache import ReferenceCache
 
-OWN = 0.5  # the weight of the preference whose pairs it learns from; the other one has the rest
+OWN = 0.5  # the weight of the preference whose pairs are trained on; the other preference has the rest
 
 
 def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
-    """An adapter in a folder, from one preference's pairs and another's adapter; seconds it took to train, and to find
-    what the other makes of the pairs."""
+    """Train an adapter from one preference's pairs and another's adapter.
+
+    Return the seconds of training and of computing the other adapter's log-probabilities.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base, screen = bases.find(project.base), Screen(quiet=True)
@@ -57,7 +59,7 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
 
 
 def _moved(model: PreTrainedModel, rows: Sequence[TokenPair]) -> list[TokenPair]:
-    """With references between the start policy's and those of the model as it is now."""
+    """Return the rows with references between the start policy's and those of the current model."""
     present = answer_logprobs(model, [row.shared() for row in rows], MemoryBudget(TOKENS)).view(-1, 2).tolist()
     moved = []
     for row, there in zip(rows, present, strict=True):

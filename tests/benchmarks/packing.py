@@ -1,4 +1,4 @@
-"""How far a mix's logits lie from the dense sum's: in stock PEFT on NF4, with bitsandbytes' CPU packing off and on."""
+"""Compare a mix's logits with the dense sum's in stock PEFT on NF4, with bitsandbytes' CPU packing off and on."""
 
 import os
 import tempfile
@@ -28,13 +28,13 @@ WEIGHTS = {"helpful": 1.0, "brief": 0.5}
 
 
 def stock() -> PreTrainedModel:
-    """The built-in base in NF4 as transformers loads it."""
+    """Load the demo base in NF4 as transformers does."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=settings, dtype=torch.float32)
 
 
 def dense(runs_dir: Path) -> torch.Tensor:
-    """Logits of the base with every 4-bit weight spelled out and the sum of ΔW added to it."""
+    """Return logits of the base with every 4-bit weight dequantised and the sum of ΔW added."""
     quantised, twin = stock(), AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     layers = dict(twin.named_modules())
     for name, module in quantised.named_modules():
@@ -48,12 +48,12 @@ def dense(runs_dir: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    """Of a fixed batch."""
+    """Return the logits of a fixed batch."""
     return model.eval()(IDS).logits
 
 
 def main() -> None:
-    """Train two small vectors, mix them, and compare three ways of running the mix."""
+    """Train two small vectors, mix them, and compare three ways to run the mix."""
     project = recipe.load(recipe.builtin()["demo"], ["dpo.limit=256"])
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = Path(folder)

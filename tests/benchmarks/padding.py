@@ -1,6 +1,7 @@
-"""What a DPO step on a CPU takes beside plain forward and backward passes over as many tokens without padding.
+"""Time a DPO step on a CPU beside plain forward and backward passes over as many tokens without padding.
 
-Also: what dequantising 4-bit weights once saves. Takes a base, a folder in Hugging Face form, and a file of pairs.
+Also time how much it saves to dequantise 4-bit weights once. Takes a base folder in Hugging Face form and a file of
+pairs.
 """
 
 import argparse
@@ -36,7 +37,7 @@ LENGTHS = (16, 64, 128, 256)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The quickest of some rounds, after one that does not count."""
+    """Return the quickest of several rounds, after a warm-up."""
     times = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
@@ -46,13 +47,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def policy_of(base: Base, project: recipe.Recipe, *, dequantised: bool) -> PeftModel:
-    """The base with a fresh adapter, its 4-bit weights dequantised once or in every pass."""
+    """Return the base with a fresh adapter; its 4-bit weights are dequantised once or in every pass."""
     nf4.SHARE = 1.0 if dequantised else 0.0
     return get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base)).train()
 
 
 def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:
-    """One forward and backward pass over rows of one length."""
+    """Return a function that runs one forward and backward pass over rows of one length."""
     ids = torch.randint(5, 900, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def work() -> None:
@@ -63,7 +64,7 @@ def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:
 
 
 def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair]) -> Callable[[], None]:
-    """A step's gradients, as the trainer computes them."""
+    """Return a function that computes a step's gradients, as the trainer does."""
     objective = dpo.DpoLoss(reader, base.chat, 0.1)
     lengths, weights = [objective.length(row) for row in rows], objective.weights(rows)
 
@@ -76,9 +77,9 @@ def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair
 
 
 def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict[str, Any]:
-    """Steps whose rows stand side by side, and ones whose rows are padded, beside plain passes over as many tokens.
+    """Time packed steps and padded steps beside plain passes over as many tokens.
 
-    A plain pass is over as many rows of one length, so that nothing is padded; it makes no logits.
+    The rows of a plain pass have one length, so that nothing is padded. A plain pass computes no logits.
     """
     policy = policy_of(base, project, dequantised=True)
     packed = Reader.of(base_model_of(policy))
@@ -109,13 +110,13 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
 
 
 def longest(model: PreTrainedModel, base: Base, rows: int) -> int:
-    """Draw answers to one prompt; the tokens of the longest."""
+    """Sample answers to one prompt, and return the number of tokens of the longest."""
     drawn = sample(model, base, [list(range(5, 45))], rows, Sampling(1.0, 1.0, 32, 0))
     return max(len(answer.tokens) for some in drawn for answer in some) or 1
 
 
 def passes(base: Base, project: recipe.Recipe) -> dict[str, Any]:
-    """Seconds of a pass by its tokens: a line whose start is what one more pass takes; and answers drawn."""
+    """Time passes by their tokens, fit a line whose intercept is the cost of one more pass, and time sampling."""
     figures: dict[str, Any] = {}
     for name, dequantised in (("dequantised once", True), ("in every pass", False)):
         policy = policy_of(base, project, dequantised=dequantised)

@@ -1,7 +1,7 @@
-"""What `plan` says a step takes in memory beside what it takes: tensors' bytes at their highest, on this device.
+"""Compare the memory that `plan` predicts for a step with the memory it takes: peak bytes of tensors on this device.
 
-On a CPU they are those that torch's allocator reports to its profiler, on a card what CUDA's allocator counts. Weights
-and adapters are subtracted from both: they are known to the byte, and would hide errors of the rest.
+On a CPU, torch's allocator reports them to its profiler; on a GPU, CUDA's allocator counts them. Weights and adapters
+are subtracted from both sides: their bytes are exact and would hide errors of the rest.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 from report import save
 
-CASES = [  # stage, base (layers, width; none: the built-in one), what is set
+CASES = [  # stage, base (layers and width; None: the demo base), overrides
     ("dpo", None, []),
     ("dpo", None, ["dpo.tokens_per_batch=1024"]),
     ("dpo", None, ["dpo.gradient_checkpointing=true"]),
@@ -31,7 +31,7 @@ CASES = [  # stage, base (layers, width; none: the built-in one), what is set
 
 
 def base_of(size: tuple[int, int] | None, work: Path) -> str:
-    """The built-in base, or a random Llama of that many layers and that width with its tokenizer."""
+    """Return the demo base, or a random Llama of these layers and this width with the demo tokenizer."""
     if size is None:
         return "demo"
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -52,7 +52,7 @@ def base_of(size: tuple[int, int] | None, work: Path) -> str:
 
 
 def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
-    """Plan the fullest part of a stage's step, then take it: bytes beside weights and adapters, at their highest."""
+    """Plan the largest part of a stage's step, then run it; return peak bytes beyond weights and adapters."""
     from lora_align import recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
@@ -77,10 +77,10 @@ def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
 
 
 def times() -> dict[str, Any]:
-    """One preference of the demo recipe: what `plan --measure` says of its time, and what `dpo` then takes."""
+    """Compare the time that `plan --measure` predicts for one preference of the demo recipe with the time of `dpo`."""
     import tempfile
 
-    os.environ["LORA_ALIGN_CACHE"] = tempfile.mkdtemp()  # where no reference is known yet
+    os.environ["LORA_ALIGN_CACHE"] = tempfile.mkdtemp()  # no reference is cached
     from lora_align import recipe
     from lora_align.console import Screen
     from lora_align.plan import planner
@@ -97,9 +97,9 @@ def times() -> dict[str, Any]:
 
 
 def evening(work: Path) -> dict[str, Any]:
-    """One preference by the quick recipe on a 24 GB card, every pair as long as it may be: a base of Llama 3.1's shape.
+    """Plan one preference by the quick recipe on a 24 GB GPU, for a base of Llama 3.1's shape and full-length pairs.
 
-    The pairs' own lengths play no part, nor their tokenizer.
+    The pairs' own lengths and their tokenizer have no influence.
     """
     import shutil
 
@@ -130,7 +130,7 @@ def evening(work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Each case in a process of its own."""
+    """Run each case in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("planning"))
     parser.add_argument("--child", nargs="*")

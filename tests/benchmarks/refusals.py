@@ -1,9 +1,9 @@
-"""How far `evaluate.refusals` can be believed: precision and recall on answers that people have labelled.
+"""Measure precision and recall of `evaluate.refusals` on answers that people have labelled.
 
 The answers are those of five models to XSTest's 450 prompts (github.com/paul-rottger/exaggerated-safety, CC-BY-4.0, in
-`model_completions`), each labelled by two people as compliance, refusal, or in between. The detector's points were
-fitted on prompts of even numbers (`--fit` does it again) and are measured on those of odd ones, beside the list of
-beginnings that refusals are usually told by.
+`model_completions`). Two people labelled each answer as compliance, refusal, or partial refusal. The detector's points
+were fitted on prompts of even numbers (`--fit` repeats the fit) and are measured on prompts of odd numbers. The
+baseline is the usual list of beginnings of refusals.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BEGINNINGS = re.compile(
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer, and whether it is a refusal (1), compliance (0), or in between (0.5)."""
+    """Hold an answer and its label: refusal (1), compliance (0), or partial refusal (0.5)."""
 
     number: int
     model: str
@@ -37,7 +37,7 @@ class Labelled:
 
 
 def read(folder: Path) -> list[Labelled]:
-    """All of them but empty ones."""
+    """Read all answers but empty ones."""
     kinds = {"1_full_compliance": 0.0, "2_full_refusal": 1.0, "3_partial_refusal": 0.5}
     answers = []
     for model in MODELS:
@@ -50,7 +50,7 @@ def read(folder: Path) -> list[Labelled]:
 
 
 def figures(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> dict[str, float]:
-    """Where people agree that it is one, or none; and with what lies between counted as refusals."""
+    """Return precision and recall without partial refusals, and with partial refusals as refusals."""
     sure = [row for row in rows if row.refusal != 0.5]
     return {
         "answers": len(rows),
@@ -66,7 +66,7 @@ def _shares(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> tuple[
 
 
 def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
-    """Points by logistic regression, and the threshold."""
+    """Fit the points by logistic regression, and choose the threshold."""
     import torch
 
     sure = [row for row in rows if row.refusal != 0.5]
@@ -91,7 +91,7 @@ def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measure, save."""
+    """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="exaggerated-safety/model_completions")
     parser.add_argument("--fit", action="store_true", help="print the points that fit the even prompts")

@@ -1,4 +1,4 @@
-"""Results as JSON beside the machine and the versions they came from."""
+"""Save results as JSON, with the machine and the versions that produced them."""
 
 import json
 import os
@@ -15,14 +15,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save(name: str, figures: dict[str, Any]) -> None:
-    """Print and keep one benchmark's figures."""
+    """Print and save one benchmark's figures."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record(figures), indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 
 def record(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures beside where, when and by which code they were measured."""
+    """Return the figures with the place, the time and the commit of their measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     machine = {
@@ -40,8 +40,10 @@ def record(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the code that was measured, where it is known; of what a resumed benchmark ended with. What benchmarks have
-    written before is no code."""
+    """Return the commit of the measured code, or of the last code for a resumed benchmark.
+
+    Changes in the benchmarks' own output do not count as changes of the code.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
@@ -52,7 +54,7 @@ def _commit() -> str:
 
 
 def once(work: Path, name: str, make: Callable[[], Any]) -> Any:
-    """What was measured before under that name, or what is measured now: a long benchmark goes on where it was."""
+    """Return the stored figures of that name, or measure and store them, so that a long benchmark can be resumed."""
     file = work / "measured" / f"{name}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""An online-RL contestant: TRL's RLOO from the start policy, paid by a reward model's objectives, each with its weight.
+"""Train the online-RL baseline: TRL's RLOO from the start policy, with a weighted sum of a reward model's objectives.
 
-The result is an ordinary adapter, which `eval` and `merge` take like any other. A rival that this script trains, and no
-command: who wants a policy of a reward model has `rsf`.
+The result is an ordinary adapter for `eval`, `merge` and the other commands. This script alone trains RLOO; no command
+does. To train a policy against a reward model, use `rsf`.
 """
 
 import time
@@ -22,13 +22,13 @@ from lora_align.recipe import Recipe
 from lora_align.train import lora_trainer, reward
 
 # the second of two settings tried on another seed: 60 steps at 1e-2 broke the language
-STEPS, PROMPTS, ANSWERS = 40, 16, 4  # steps, prompts a step, answers to each
+STEPS, PROMPTS, ANSWERS = 40, 16, 4  # steps, prompts a step, answers to each prompt
 LEARNING_RATE = 4e-3
-NAT = 1.0  # what a nat of distance from the start policy costs, in the reward model's points
+NAT = 1.0  # the KL penalty for each nat from the start policy, in the reward model's points
 
 
 def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Sequence[str], folder: Path) -> float:
-    """An adapter in a folder; seconds it took to train, reward model aside."""
+    """Train an adapter into a folder; return the training seconds without the reward model's."""
     base = bases.find(project.base)
     start = start_policy.adapter(project, folder.parent)
     judged = reward.load(base, runs.read(judge))

@@ -1,6 +1,6 @@
-"""A million pairs: read, tokenised and kept; mapped again; and looked for among references, of which none is kept.
+"""Read, tokenise and cache a million pairs; memory-map them again; look them up in an empty cache of references.
 
-Each is a process of its own. Its peak above what the libraries take tells whether memory grows with the rows.
+Each is a process of its own. Its peak above the libraries' memory shows whether memory grows with the rows.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SIZES = (10_000, 100_000, 1_000_000)
 
 
 def write(file: Path, count: int) -> None:
-    """Pairs of the built-in world's words, each with a number of its own."""
+    """Write pairs of the demo world's words, each with a number of its own."""
     from lora_align.data.pairs import read_pairs
     from lora_align.recipe import Preference
 
@@ -39,12 +39,12 @@ def write(file: Path, count: int) -> None:
 
 
 def peak() -> float:
-    """Bytes this process had at most."""
+    """Return this process's peak memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def child(what: str, file: Path) -> dict[str, Any]:
-    """Seconds, and bytes above what was there before, at most; files that are mapped count as long as they fit."""
+    """Return the seconds and the peak bytes above the memory before. Mapped files count while they fit into memory."""
     from lora_align import recipe
     from lora_align.console import Screen
     from lora_align.model import base as bases
@@ -70,7 +70,7 @@ def child(what: str, file: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Growing files."""
+    """Measure files of growing size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("rows"))
     parser.add_argument("--child", nargs=2)

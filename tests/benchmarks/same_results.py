@@ -1,8 +1,8 @@
-"""Two checkouts side by side: the JSON keys of every command, and the bytes of every adapter on fixed seeds.
+"""Compare two checkouts: the JSON keys of every command, and the bytes of every adapter on fixed seeds.
 
     python tests/benchmarks/same_results.py OLD_CHECKOUT NEW_CHECKOUT --work FOLDER
 
-Run it after a change of structure that must not change a result. It prints every difference and ends with 1 if there
+Run the script after a refactoring that must not change results. It prints every difference. It exits with 1 if there
 is one.
 """
 
@@ -71,7 +71,7 @@ def results(checkout: Path, folder: Path) -> dict[str, Any]:
 
 
 def keys_of(value: Any, before: str = "") -> set[str]:
-    """Return the path of every key; places in lists are left out."""
+    """Return the path of every key, without list indices."""
     if isinstance(value, dict):
         return {path for key, of in value.items() for path in {f"{before}.{key}", *keys_of(of, f"{before}.{key}")}}
     if isinstance(value, list):

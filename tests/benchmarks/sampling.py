@@ -1,4 +1,4 @@
-"""Many answers a prompt: ours beside one `generate` call a prompt, in turns, and how time grows with n and prompts."""
+"""Compare sampling many answers a prompt with one `generate` call a prompt, in turns; vary n and the prompts."""
 
 import os
 import statistics
@@ -24,13 +24,13 @@ SAMPLING = Sampling(temperature=1.0, max_new_tokens=measurement.LONGEST, seed=0)
 
 
 def ours(model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int) -> int:
-    """Tokens drawn, stop tokens left out."""
+    """Return the number of sampled tokens without stop tokens."""
     return sum(len(answer.tokens) for batch in sample(model, base, prompts, n, SAMPLING) for answer in batch)
 
 
 @torch.inference_mode()
 def theirs(model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], n: int) -> int:
-    """The same by `generate` with `num_return_sequences`, as it comes."""
+    """Sample with `generate` and `num_return_sequences`; return the number of tokens without stop tokens."""
     stops = sorted(base.chat.stop_ids)
     tokens = 0
     for prompt in prompts:
@@ -52,13 +52,13 @@ def theirs(model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]],
 
 
 def rate(draw: Callable[..., int], *args: object) -> float:
-    """Tokens a second."""
+    """Return tokens a second."""
     start = time.perf_counter()
     return draw(*args) / (time.perf_counter() - start)
 
 
 def main() -> None:
-    """Measure on the built-in base."""
+    """Measure on the demo base."""
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     model = base.load().eval()
     questions = measurement.questions(7, 128, part="dev")

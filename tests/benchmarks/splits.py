@@ -4,8 +4,8 @@
 
 FOLDER of --data holds hh-harmless, ultrafeedback, xstest and refusals. Rows with the same group go to the same split:
 a dialogue's first message, an instruction, XSTest's `focus` (a safe prompt and its unsafe twin share it), a request.
-The split follows from a hash of the group, so that more rows of the same kind never move a row. Settings, detectors and
-recipes are chosen on train and development alone; test is read once, by the evidence that is published.
+The split follows from a hash of the group, so that new rows never move a row to another split. Settings,
+detectors and recipes are chosen on train and development alone. Only the published evidence reads test, once.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long a person waits for light commands (aim: 0.3 s), an answer (6 s) and merges (3 s, and 5 s of 8B shapes)."""
+"""Time light commands (target: 0.3 s), an answer (6 s) and merges (3 s, and 5 s for 8B shapes)."""
 
 import os
 import resource
@@ -25,7 +25,7 @@ MERGE = ["merge", "--quiet"]
 
 
 def seconds(words: list[str], cwd: Path, times: int) -> dict[str, float]:
-    """Median and worst wall time of a whole process, after one warm-up."""
+    """Return the median and the longest wall time of a whole process, after one warm-up."""
     durations = []
     for _ in range(times + 1):
         start = time.perf_counter()
@@ -35,7 +35,7 @@ def seconds(words: list[str], cwd: Path, times: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure in a folder that holds a small trained workspace."""
+    """Measure in a folder with a small trained workspace."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         cwd = Path(folder)
@@ -50,8 +50,8 @@ def main() -> None:
         figures["merge, four adapters of 8B shapes"] = seconds(four, cwd, 5)
         shutil.rmtree(cwd / "merged")
         figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
-        os.environ["LORA_ALIGN_CACHE"] = str(cwd / "cache")  # nothing is known yet, as on a first day
-        os.environ["PATH"] = f"{Path(COMMAND).parent}{os.pathsep}{os.environ['PATH']}"  # as the commands it proposes
+        os.environ["LORA_ALIGN_CACHE"] = str(cwd / "cache")  # an empty cache, as on a first day
+        os.environ["PATH"] = f"{Path(COMMAND).parent}{os.pathsep}{os.environ['PATH']}"  # for suggested commands
         start = time.perf_counter()
         story = subprocess.run([COMMAND, "demo"], cwd=cwd, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kilobytes on Linux

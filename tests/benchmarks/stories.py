@@ -1,7 +1,7 @@
-"""The page that `sweep` makes, on a real trained Llama: 260,032 parameters that tell small stories.
+"""Make the page of `sweep` on a real trained Llama: 260,032 parameters that write small stories.
 
-Its pairs are its own stories, two to each beginning, ranked by which is shorter and by a reward model that has learned
-to count who speaks. Everything is typed as anyone would type it; the page goes to evidence/stories.html.
+The pairs are the base's own stories, two to each beginning. They are ranked by length and by a reward model that was
+trained to count quotations. Every step is a command that a user could type. The page goes to evidence/stories.html.
 """
 
 import argparse
@@ -94,8 +94,8 @@ GOES_ON = (
     "said",
     "was playing",
 )
-STORIES, LONGEST = 4, 320  # told to each beginning, and their tokens
-ORDINARY = 20  # one story of so many is ordinary text, which nothing learns from
+STORIES, LONGEST = 4, 320  # stories for each beginning, and their largest number of tokens
+ORDINARY = 20  # one story in this many is ordinary text, which is not trained on
 SPEECH = re.compile(r'"[^"]+"')
 NAME = "stories"
 TOLD = ("reward: speech", "words", "ended", "distinct", "KL", "text loss")
@@ -103,7 +103,7 @@ GRID = ["brief=-1:1:0.5", "talkative=-1:1:0.5"]
 
 
 def beginnings() -> tuple[list[str], list[str]]:
-    """To learn from, and fresh ones."""
+    """Return beginnings for training, and fresh beginnings."""
     made = [
         f"{start.format(who=who, name=name, they=they)} {on}"
         for start, (who, (they, names)), on in itertools.product(STARTS, WHO.items(), GOES_ON)
@@ -113,7 +113,7 @@ def beginnings() -> tuple[list[str], list[str]]:
 
 
 def command(folder: Path, *words: str) -> dict[str, Any]:
-    """What a command says as JSON."""
+    """Return a command's JSON output."""
     line = [sys.executable, "-m", "lora_align", *words, "--json", "--quiet"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -122,7 +122,7 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
 
 
 def told(folder: Path) -> dict[str, Any]:
-    """Stories to every beginning, rated and in pairs."""
+    """Sample stories for every beginning, rate them and write pairs."""
     learned, fresh = beginnings()
     (folder / "learned.txt").write_text("\n".join(learned) + "\n")
     (folder / "fresh.txt").write_text("\n".join(fresh) + "\n")
@@ -152,7 +152,7 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """The reward model, and what it says of all pairs."""
+    """Train the reward model, and score all pairs with it."""
     made = command(folder, "reward", "--force")
     (folder / "scored.jsonl").unlink(missing_ok=True)
     command(folder, "score", "--data", "pairs.jsonl", "--out", "scored.jsonl")
@@ -161,14 +161,16 @@ def judged(folder: Path) -> dict[str, Any]:
 
 
 def trained(folder: Path) -> list[dict[str, Any]]:
-    """Both directions of both."""
+    """Train both directions of both preferences."""
     made = command(folder, "dpo", "--all", "--force")
     return [{**run["metrics"]["held_out"], "run": Path(run["path"]).as_posix()} for run in made["runs"]]
 
 
 def swept(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The grid: of each point some figures, mean and interval; and how often somebody speaks in its stories, counted.
-    Its page is copied."""
+    """Run the grid; return each point's figures with intervals, and its mean number of quotations.
+
+    The page of the sweep is copied.
+    """
     report = folder / "runs" / "sweep" / NAME
     command(folder, "sweep", *GRID, "--also", "base", "--by", "reward", "--name", NAME, "--force")
     page = (report / "report.html").read_text(encoding="utf-8")
@@ -190,7 +192,7 @@ def _mean(figure: Mapping[str, float]) -> list[float]:
 
 
 def main() -> None:
-    """One after the other; goes on where it was."""
+    """Run all steps in turn; a stopped run continues where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("stories"))
     work = parser.parse_args().work.resolve()

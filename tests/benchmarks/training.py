@@ -1,8 +1,8 @@
-"""DPO here beside TRL's trainer: wall time for two preferences in both directions over the same pairs.
+"""Time DPO here and by TRL's trainer: two preferences in both directions over the same pairs.
 
-Float32 on a CPU, the same tokens, LoRA, optimiser, batches and order on both sides; checkpointing off but where TRL's
-plain defaults are measured. A side is one process: seconds from its first load of the base to the last adapter on disk,
-without its imports. TRL trains the four adapters one after the other, each on a base loaded for it.
+Both sides use float32 on a CPU, the same tokens, LoRA, optimiser, batches and order. Gradient checkpointing is off
+except for TRL's plain defaults. Each side is one process. Its time runs from the first load of the base to the last
+adapter on disk, without imports. TRL trains the four adapters one after the other and loads a base for each.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from report import once, save
 
 ROUNDS = {"demo": 2, "real": 1}
 REAL_ROWS, DEMO_ROWS = 24, 400
-VOCABULARY = 4096  # of the base for real pairs
-BATCH, MICRO = 8, 4  # pairs a step, and pairs that TRL computes at once
+VOCABULARY = 4096  # vocabulary of the base for real pairs
+BATCH, MICRO = 8, 4  # pairs in a step, and pairs that TRL computes at once
 SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", f"dpo.batch_size={BATCH}", "dpo.beta=0.1"]
 SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
 SETTINGS += ['lora.targets=["all-linear"]']
@@ -32,7 +32,7 @@ SIDES = ("ours", "TRL, online reference", "TRL, precomputed", "TRL, plain defaul
 
 
 def recipe_of(world: str, work: Path) -> Any:
-    """Two preferences over the same pairs: by label and by another, on the built-in base or on one that fits."""
+    """Load a recipe of two preferences over the same pairs, on the demo base or on a base made for real pairs."""
     from lora_align import recipe
 
     if world == "demo":
@@ -48,10 +48,10 @@ def recipe_of(world: str, work: Path) -> Any:
 
 
 def real_base(work: Path) -> Path:
-    """A random Llama of 8 M parameters whose vocabulary was made of the very conversations, in Qwen 2.5's form.
+    """Make a random Llama of 8 M parameters with a vocabulary from the same conversations, in Qwen 2.5's form.
 
-    Of its matrices an eighth is the vocabulary's, as in bases of some billions of parameters; with a vocabulary of
-    theirs, so small a base would do little but compute logits.
+    An eighth of its matrices belongs to the vocabulary, as in bases of some billions of parameters. With such a base's
+    vocabulary, so small a base would mostly compute logits.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -74,7 +74,7 @@ def real_base(work: Path) -> Path:
 
 
 def ours(world: str, work: Path) -> dict[str, Any]:
-    """All four adapters as `dpo` trains them, nothing known before; then the same once more on another seed."""
+    """Train all four adapters as `dpo` does with an empty cache; then train them again with another seed."""
     from dataclasses import replace
 
     from lora_align.console import Screen
@@ -107,7 +107,7 @@ def ours(world: str, work: Path) -> dict[str, Any]:
 
 
 def trl(world: str, work: Path, how: str) -> dict[str, Any]:
-    """The same four by TRL's trainer."""
+    """Train the same four adapters by TRL's trainer."""
     import torch
     from beside_trl import columns, tokenised
     from datasets import Dataset
@@ -173,14 +173,14 @@ CHILDREN: dict[str, Callable[..., Any]] = {
 
 
 def child(what: str, *words: str) -> Any:
-    """Run one of the above in a process of its own."""
+    """Run one of the sides above in a process of its own."""
     done = subprocess.run([sys.executable, __file__, what, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compared(world: str, work: Path) -> dict[str, Any]:
-    """All sides in turns, the quickest round of each; and how far the loss curves lie apart."""
+    """Run all sides in turns; return each side's quickest time, and those of a second preference and a new seed."""
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(ROUNDS[world]):
         for side in SIDES:
@@ -200,8 +200,10 @@ def compared(world: str, work: Path) -> dict[str, Any]:
 
 
 def apart(world: str, work: Path) -> dict[str, float]:
-    """How far the loss curves lie apart, TRL's with an online reference: where a step has all its pairs, and in a last
-    one that has not, of which TRL weighs a part of 1 pair like one of 4."""
+    """Return the largest differences between the loss curves, for TRL with an online reference.
+
+    The last step has fewer pairs and is counted apart: there TRL weighs a part of 1 pair like a part of 4.
+    """
     mine = child("ours", world, str(work))["losses"]
     theirs = child("trl", world, str(work), SIDES[1])
     distances = {"full steps": 0.0, "a last step of fewer pairs": 0.0}
@@ -214,7 +216,7 @@ def apart(world: str, work: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all, save."""
+    """Measure and save every figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training"))
     parser.add_argument("child", nargs="*")

@@ -1,8 +1,8 @@
-"""Training killed with −9 at two hundred random moments: does the newest checkpoint load, and does the run that goes on
-come to the weights of one that nobody killed?
+"""Kill training with SIGKILL at two hundred random moments, and check checkpoints and final weights.
 
-Every round is the command, in a process forked from one that has imported torch: begun, or gone on with, until it is
-killed or done. What is done is compared bit for bit, and begun anew.
+The newest checkpoint must load, and a resumed run must end with the weights of an uninterrupted run. Each round starts
+or resumes the command in a process forked from one that has imported torch, until it is killed or finished. A finished
+run is compared bit for bit and then started again.
 """
 
 import argparse
@@ -21,7 +21,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from report import save
 
 KILLS = 200
-NOISE = ["--set", "lora.dropout=0.1"]  # so that the order of chance counts, too
+NOISE = ["--set", "lora.dropout=0.1"]  # so that the random generator's state is tested, too
 STAGES = {
     "dpo": (
         ["dpo", "--pref", "helpful", "--direction", "pos", "--limit", "192", "--set", "dpo.optimizer=adamw_torch"],
@@ -37,7 +37,7 @@ TENSORS = ("adapter_model.safetensors", "heads.safetensors")
 
 
 def command(folder: str, words: list[str]) -> None:
-    """The command in a folder, its output in a file there."""
+    """Run the command in a folder, with its output in a file there."""
     from lora_align.cli import main
 
     os.chdir(folder)
@@ -49,18 +49,18 @@ def command(folder: str, words: list[str]) -> None:
 
 
 def words(stage: str) -> list[str]:
-    """What every round types, with a checkpoint after each step."""
+    """Return the arguments of every round, with a checkpoint after each step."""
     return [*STAGES[stage][0], *NOISE, "--set", f"{stage}.save_minutes=0"]
 
 
 def newest(unfinished: Path) -> Path | None:
-    """The checkpoint with the highest number, whole or not."""
+    """Return the checkpoint with the highest number, complete or not."""
     checkpoints = {int(path.name.rpartition("-")[2]): path for path in unfinished.glob("checkpoint-*")}
     return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def loads(checkpoint: Path) -> bool:
-    """Whether it is the one that work goes on from, and every tensor of it can be read."""
+    """Return whether training would resume from this checkpoint and every tensor in it can be read."""
     import torch
     from safetensors.torch import load_file
 
@@ -76,7 +76,7 @@ def loads(checkpoint: Path) -> bool:
 
 
 def main() -> None:
-    """Kill and go on until as many were killed; then let the last one finish."""
+    """Kill and resume until the number of kills is reached; then let the last run finish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training-kills"))
     work = parser.parse_args().work.resolve()
@@ -88,7 +88,7 @@ def main() -> None:
     for stage in STAGES:
         control = work / f"control-{stage}"
         control.mkdir(parents=True)
-        for _ in range(2):  # the first one tokenises, computes references and starts the server
+        for _ in range(2):  # the first run tokenises, computes references and starts the server
             shutil.rmtree(control / "runs", ignore_errors=True)
             began = time.monotonic()
             child = context.Process(target=command, args=(str(control), words(stage)))

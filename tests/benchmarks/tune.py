@@ -1,9 +1,9 @@
-"""Weights by gradient beside the best of a grid: `tune` and `sweep` on the built-in world, by a recipe that holds the
-preferences at hand and nothing else, so that the grid takes no time for what `tune` would not look at.
+"""Compare `tune` with the best point of `sweep`'s grid in the demo world.
 
-Each seed has vectors of its own, from its own pairs. Both ways choose by one part of the prompts; what they chose
-answers another, and the oracle grades it: Σ aim · its score. Of the first two preferences both can be had whole; help
-needs words, so that of the others more of one is less of the other.
+The recipe contains only the preferences at hand, so that the grid spends no time on preferences that `tune` ignores.
+Each seed has its own vectors from its own pairs. Both methods choose weights on one part of the prompts. The chosen
+policies answer another part, and the oracle grades them: Σ aim · score. The first two preferences can both be reached
+in full. The other two conflict: help needs words.
 """
 
 import argparse
@@ -33,11 +33,11 @@ SEEDS = (401, 402, 403)  # settings were chosen on 301, but tune.LONGER and tune
 KINDS = ("eval.prompts", "eval.risky")
 TO_CHOOSE_BY = [f'{key}="demo:prompts?risky={risky}&part=dev"' for risky, key in enumerate(KINDS)]
 FRESH = [f'{key}="demo:prompts?risky={risky}&part=test"' for risky, key in enumerate(KINDS)]  # parts share no prompt
-PROMPTS, TRIED = 256, 3  # of each kind, and seeds that the fresh answers are drawn with
+PROMPTS, TRIED = 256, 3  # prompts of each kind, and number of sampling seeds for the fresh answers
 
 
 def command(folder: Path, *words: str) -> tuple[dict[str, Any], float]:
-    """What a command says as JSON, and its seconds, all of them."""
+    """Return a command's JSON output and its wall time."""
     began = time.perf_counter()
     line = [sys.executable, "-m", "lora_align", *words, "--json", "--quiet"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
@@ -46,12 +46,12 @@ def command(folder: Path, *words: str) -> tuple[dict[str, Any], float]:
 
 
 def aims_text(aims: Aims) -> str:
-    """As `tune` takes them."""
+    """Format aims as `tune` takes them."""
     return ",".join(f"{name}={aim}" for name, aim in aims.items())
 
 
 def trained(seed: int, aims: Aims, work: Path) -> tuple[Path, list[str]]:
-    """A folder with vectors of that seed, and what commands there are told of their pairs."""
+    """Return a folder with vectors of that seed, and the arguments that set its pairs and prompts."""
     folder = work / f"{seed}-{'-'.join(aims)}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / recipe.LOCAL).write_text(_recipe_with(aims))
@@ -63,14 +63,14 @@ def trained(seed: int, aims: Aims, work: Path) -> tuple[Path, list[str]]:
 
 
 def _recipe_with(names: Iterable[str]) -> str:
-    """The demo's, without other preferences and without facts."""
+    """Return the demo's recipe without other preferences and without facts."""
     tables = re.split(r"^(?=\[)", recipe.builtin()["demo"].read_text(), flags=re.MULTILINE)
     others = tuple(f"[preferences.{name}]" for name in AXES if name not in names)
     return "".join(table for table in tables if not table.startswith(others)).replace('facts = "demo:facts"\n', "")
 
 
 def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
-    """The best point of the grid, with nothing known before."""
+    """Return the best point of the grid, computed with an empty cache."""
     folder, data = trained(seed, aims, work)
     made, seconds = command(folder, "sweep", *(f"{name}=-1:1:0.5" for name in aims), "--force", *data)
     points = list(csv.DictReader((folder / made["sweep"] / "points.csv").open(encoding="utf-8")))
@@ -79,7 +79,7 @@ def swept(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
 
 
 def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
-    """By gradient."""
+    """Return the weights that `tune` chooses by gradient."""
     folder, data = trained(seed, aims, work)
     result, seconds = command(folder, "tune", "--aim", aims_text(aims), *data)
     weights = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
@@ -87,7 +87,7 @@ def tuned(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
 
 
 def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: int) -> dict[str, float]:
-    """Σ aim · oracle of what each way has chosen, on fresh prompts; and how far that is from the start policy."""
+    """Grade each method's choice on fresh prompts: Σ aim · oracle score, and the KL from the start policy."""
     settings = [*FRESH, f"eval.count={PROMPTS}", f"eval.seed={draw}", "eval.pairs=8"]
     words = [word for value in settings for word in ("--set", value)]
     folder, _ = trained(seed, aims, work)
@@ -101,7 +101,7 @@ def graded(seed: int, aims: Aims, work: Path, everyone: dict[str, str], draw: in
 
 
 def compared(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
-    """Both ways, and the start policy; goes on where it was."""
+    """Compare both methods and the start policy; a stopped run continues where it stopped."""
     name = f"{seed} {aims_text(aims)}"
     grid = once(work, f"swept {name}", partial(swept, seed, aims, work))
     climb = once(work, f"tuned {name}", partial(tuned, seed, aims, work))
@@ -117,7 +117,7 @@ def compared(seed: int, aims: Aims, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Seed by seed."""
+    """Compare all seeds in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("tuning"))
     work = parser.parse_args().work.resolve()
