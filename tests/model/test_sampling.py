@@ -156,7 +156,7 @@ def test_sampling_starts_with_a_batch_that_fits_memory(
 ) -> None:
     config, tokens = model.config, 100
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 4
-    monkeypatch.setattr(sampling_module, "device_memory", lambda _: model.get_memory_footprint() + 6 * row)
+    monkeypatch.setattr(sampling_module, "device_memory", lambda _: (0, model.get_memory_footprint() + 6 * row))
     assert affordable(model, tokens) == 3
     budget = MemoryBudget(512)
     prompt = [5] * (tokens - 8)

@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,7 +320,9 @@ PARAMETERS = {  # counted from the published weights
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "HuggingFaceH4/mistral-7b-sft-beta": 7_241_732_096,
+    "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
     "Qwen/Qwen3-32B": 32_762_123_264,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
@@ -395,11 +396,10 @@ def test_tune_is_planned_with_dpo_settings_and_no_optimiser(project: recipe.Reci
 
 
 def test_free_memory_of_a_card_counts(project: recipe.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(name="a card", total_memory=24e9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda _: (5e9, 24e9))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5e9, 24e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(devices, "_rate", lambda *_: 1e12)
     device = device_of(project)
     assert (device.name, device.memory, device.dtype) == ("a card", 5e9, torch.bfloat16)

@@ -164,5 +164,5 @@ def test_cache_depends_on_device_and_attention_kernel(base: Base, monkeypatch: p
     here = ReferenceCache.of(base, "").file
     eager = replace(base, recipe=replace(base.recipe, attention="eager"))
     assert ReferenceCache.of(eager, "").file != here
-    monkeypatch.setattr(module, "_device_name", lambda: "another card")
+    monkeypatch.setattr(module, "device_name", lambda where: "another card")
     assert ReferenceCache.of(base, "").file != here
