@@ -55,7 +55,7 @@ def server_rank(server: str, rank: int) -> int:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How vectors become one adapter: method, rank, server, dtype."""
+    """Hold how vectors become one adapter: method, rank, server, dtype."""
 
     method: str = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -61,7 +61,7 @@ class Source(Protocol):
 
     @property
     def skip_bad(self) -> bool:
-        """Whether unreadable rows are counted and skipped instead of refused."""
+        """Return whether unreadable rows are counted and skipped instead of refused."""
 
 
 class TrackedRow(dict[str, Any]):

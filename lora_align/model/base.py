@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BASES: Registry[Callable[[], Path]] = Registry("bases")
 GGUF = ".gguf"  # suffix of base.model
+CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration, tokenizer and templates
 CACHE_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
 
 transformers.utils.logging.disable_default_handler()
@@ -149,7 +150,7 @@ def base_model_of(policy: "PeftModel") -> PreTrainedModel:
 
 
 def compute_dtype(base: recipe.Base) -> torch.dtype:
-    """Return the dtype of activations: float32 on a CPU, bfloat16 on a GPU that supports it, else float16."""
+    """Return the dtype of activations: float32 on a CPU and on MPS; on other GPUs bfloat16, or else float16."""
     if base.dtype != "auto":
         return getattr(torch, base.dtype)  # type: ignore[no-any-return]
     kind = device(base).type
@@ -186,9 +187,6 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     revision = base.revision or None
     with _report_hub_errors(base.model, revision, "".join(f" --include '{files}'" for files in wanted if outline)):
         return Path(snapshot_download(base.model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-
-
-CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration, tokenizer and templates
 
 
 def _gguf_file(base: recipe.Base) -> Path | None:

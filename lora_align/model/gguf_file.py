@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_align import store
+from lora_align.console import count
 from lora_align.errors import UserError, first_line
 
 FLOAT32_UP_TO = 1 << 30  # weights; a larger base is stored in bfloat16, to halve memory and disk
@@ -97,10 +98,10 @@ def _refuse_parts(file: Path, metadata: Mapping[str, Any]) -> None:
 def _check_weights(file: Path, model: PreTrainedModel, loaded: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """Refuse a file if transformers left weights of the model random, or weights of the file unused."""
     if missing := sorted(loaded["missing_keys"]):
-        raise UserError(f"{file}: transformers finds no {missing[0]} in it ({len(missing)} weights missing)")
-    expected, found = sum(sizes.values()), sum(weight.numel() for weight in model.parameters())
-    if expected != found:
-        raise UserError(f"{file}: it has {expected:,} weights, of which transformers reads {found:,}")
+        raise UserError(f"{file}: transformers finds no {missing[0]} in it ({count(len(missing), 'weight')} missing)")
+    stored, read = sum(sizes.values()), sum(weight.numel() for weight in model.parameters())
+    if stored != read:
+        raise UserError(f"{file}: it has {stored:,} weights, of which transformers reads {read:,}")
 
 
 def _check_config(file: Path, config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:

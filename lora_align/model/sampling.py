@@ -34,7 +34,7 @@ class SampledTokens:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer reached a stop token."""
+        """Return whether the answer reached a stop token."""
         return self.stop is not None
 
 
