@@ -28,8 +28,9 @@ SECTIONS = {  # heading → dataclass
     "Top level": tables.Recipe,
     "`[base]`": tables.Base,
     "`[lora]`": tables.Lora,
-    "`[preferences.NAME]`": tables.Preference,
+    "Keys of all data sources": tables.Source,
     "Keys of all training stages": tables.Training,
+    "`[preferences.NAME]`": tables.Preference,
     "`[sft]`": tables.Sft,
     "`[dpo]`": tables.Dpo,
     "`[reward]`": tables.Reward,
@@ -38,7 +39,7 @@ SECTIONS = {  # heading → dataclass
     "`[eval]`": tables.Eval,
     "`[eval.prompts]`, `[eval.risky]`, `[eval.text]`, `[eval.facts]`": tables.EvalSource,
 }
-SHARED = " It also has the [keys of all training stages](#keys-of-all-training-stages)."
+SHARED = {heading: SECTIONS[heading] for heading in ("Keys of all data sources", "Keys of all training stages")}
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", tables.EvalSource: "table, or text"}
 NAMES[Winner] = ", ".join(f'`"{winner}"`' for winner in Winner)
 PLURAL = {"text": "texts", "table": "tables", "list of texts": "lists of texts"}
@@ -62,7 +63,12 @@ def recipe_tables() -> str:
     """Return a heading and a table of keys for each table of a recipe."""
     sections = []
     for heading, table in SECTIONS.items():
-        about = " ".join((table.__doc__ or "").split()) + SHARED * (tables.Training in table.__bases__)
+        links = [
+            f"the [{title.lower()}](#{title.lower().replace(' ', '-')})"
+            for title, shared in SHARED.items()
+            if shared in table.__bases__
+        ]
+        about = " ".join((table.__doc__ or "").split()) + f" It also has {' and '.join(links)}." * bool(links)
         own = [f for f in fields(table) if f.name in table.__annotations__ and f.name != "source"]  # not set by hand
         types, docstrings = get_type_hints(table, include_extras=True), meanings(table)
         rows = [(f"`{f.name}`", allowed(types[f.name]), default(f), docstrings[f.name]) for f in own]

@@ -61,7 +61,7 @@ class Manifest:
     order: int = 0  # order of publication: larger than in every earlier run, even if the clock was set back
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema: int = SCHEMA
-    digest: str = ""  # sha256 of all the above; empty in manifests of older versions
+    digest: str = ""  # sha256 of all the above
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read(path: Path) -> Run:
         data["parents"], data["unconverged"] = tuple(data["parents"]), tuple(data["unconverged"])
         manifest = Manifest(**data)
         _check_types(manifest)
-        if manifest.digest and manifest.digest != _digest(manifest):
+        if manifest.digest != digest(data):
             raise ValueError("changed since publication: other sha256")
     except FileNotFoundError:
         raise UserError(f"no run in {path}") from None
@@ -134,8 +134,15 @@ def _check_types(manifest: Manifest) -> None:
     texts = [*manifest.unconverged, manifest.base["model"], manifest.base["fingerprint"]]
     texts += [file["sha256"] for file in manifest.files.values()] + [parent["name"] for parent in manifest.parents]
     numbers = [file["bytes"] for file in manifest.files.values()] + [parent["weight"] for parent in manifest.parents]
-    if not isinstance(held_out := manifest.metrics.get("held_out", {}), Mapping):
-        raise TypeError(f"metrics.held_out is of type {type(held_out).__name__}")
+    held_out = manifest.metrics.get("held_out", {})
+    for name, table in {
+        "held_out": held_out,
+        **{key: manifest.method.get(key, {}) for key in ("vectors", "axes")},
+    }.items():
+        if not isinstance(table, Mapping):
+            raise TypeError(f"{name} is of type {type(table).__name__}")
+    numbers += [manifest.metrics.get(name, 0) for name in ("points", "norm")]
+    numbers += [held_out.get("pairs", 0), held_out.get("accuracy") or 0]
     if manifest.stage == "mix":
         texts.append(manifest.method.get("name", ""))
         numbers += [manifest.method.get("rank", 0), manifest.metrics.get("left_out", 0)]
@@ -145,10 +152,9 @@ def _check_types(manifest: Manifest) -> None:
         raise TypeError(f"{wrong[0]!r} is of type {type(wrong[0]).__name__}")
 
 
-def _digest(manifest: Manifest) -> str:
-    """Return the sha256 of a manifest's content, independent of its layout."""
-    content = json.loads(json.dumps(asdict(replace(manifest, digest=""))))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def digest(content: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest's content without its digest, independent of the file's layout."""
+    return hashlib.sha256(json.dumps({**content, "digest": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def is_run(path: Path) -> bool:
@@ -270,7 +276,7 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     created = datetime.now(UTC).isoformat(timespec="microseconds")
     order = _next_order(target, manifest.stage)
     manifest = replace(manifest, files=files, versions=library_versions(), created=created, order=order)
-    manifest = replace(manifest, digest=_digest(manifest))
+    manifest = replace(manifest, digest=digest(asdict(manifest)))
     (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
     for name in files:
         shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files that only the owner can read

@@ -2,6 +2,7 @@
 
 import codecs
 import fcntl
+import json
 import os
 import pty
 import select
@@ -25,6 +26,7 @@ import pytest
 from filelock import FileLock
 
 import forked
+from lora_align import runs
 from lora_align.console import Screen
 from lora_align.data import pairs
 from lora_align.recipe import Preference
@@ -124,6 +126,13 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def edit_manifest(folder: Path, **changed: Any) -> None:
+    """Change values of a run's manifest, and renew its digest."""
+    file = folder / runs.MANIFEST
+    content = {**json.loads(file.read_text()), **changed}
+    file.write_text(json.dumps({**content, "digest": runs.digest(content)}))
 
 
 def fill(disk: Path) -> None:

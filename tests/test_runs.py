@@ -15,7 +15,7 @@ from lora_align import runs
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError
 from lora_align.runs import Manifest
-from support import COMMAND, fill, small_disk
+from support import COMMAND, edit_manifest, fill, small_disk
 
 BASE = {"model": "demo", "fingerprint": "f" * 64}
 
@@ -24,13 +24,6 @@ def _publish(target: Path, *, force: bool = False, text: str = "weights") -> run
     with runs.staging_folder(target, Screen(quiet=True), force=force) as staging:
         (staging / "adapter.bin").write_text(text)
         return runs.publish(staging, target, Manifest(stage="dpo", base=BASE))
-
-
-def _edit(run: runs.Run, changed: dict[str, object]) -> None:
-    """Change a manifest and remove its digest."""
-    whole = json.loads((run.path / runs.MANIFEST).read_text()) | changed
-    whole.pop("digest", None)
-    (run.path / runs.MANIFEST).write_text(json.dumps(whole))
 
 
 def test_published_run_reads_back(tmp_path: Path) -> None:
@@ -174,6 +167,12 @@ def test_damaged_manifests_and_other_schemas_are_refused(tmp_path: Path) -> None
         {"base": []},
         {"base": {"model": "demo", "fingerprint": None}},
         {"metrics": []},
+        {"metrics": {"held_out": {"pairs": "many", "accuracy": 1.0}}},
+        {"metrics": {"held_out": {"pairs": 100, "accuracy": "x"}}},
+        {"metrics": {"points": "x"}},
+        {"metrics": {"norm": "x"}},
+        {"method": {"vectors": 5}},
+        {"method": {"axes": 5}},
         {"files": {"adapter.bin": 3}},
         {"files": {"adapter.bin": {"bytes": "8", "sha256": "f"}}},
         {"contains_start": "no"},
@@ -184,7 +183,7 @@ def test_manifest_with_wrong_types_is_skipped(
     changed: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = _publish(tmp_path / "good"), _publish(tmp_path / "bad")
-    _edit(bad, changed)
+    edit_manifest(bad.path, **changed)
     assert runs.list_runs(tmp_path, Screen()) == [good]
     assert "skipped" in capsys.readouterr().err
 
@@ -212,15 +211,15 @@ def test_flipped_bit_in_a_manifest_is_detected(tmp_path: Path) -> None:
             runs.read(run.path)
     file.write_text(json.dumps(content))  # same content in another layout
     assert runs.read(run.path) == run
-    file.write_text(json.dumps({key: value for key, value in content.items() if key not in ("digest", "order")}))
-    assert runs.read(run.path).manifest.created == run.manifest.created, "manifests of older versions"
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "digest"}))
+    with pytest.raises(UserError, match="changed since publication"):
+        runs.read(run.path)
 
 
 def test_publication_order_survives_a_clock_set_back(tmp_path: Path) -> None:
     first = _publish(tmp_path / "dpo" / "a" / "pos")
-    whole = json.loads((first.path / runs.MANIFEST).read_text())
     later = {"created": "2099-01-01T00:00:00.000000+00:00", "order": 4_070_908_800_000_000}
-    _edit(first, {key: value for key, value in later.items() if key in whole})
+    edit_manifest(first.path, **later)
     second = _publish(tmp_path / "dpo" / "b" / "pos")
     assert [run.path for run in runs.list_runs(tmp_path)] == [first.path, second.path]
 

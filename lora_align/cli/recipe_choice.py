@@ -34,18 +34,18 @@ def recipe_of_runs(name: str | None, overrides: Sequence[str], screen: Screen, r
     """Return the recipe of a command that uses runs.
 
     Without a name and without ./lora-align.toml, it is the recipe stored in the newest training run, with its
-    overrides, or in the newest mix if no run trained. Overrides of measurements are not inherited. The values in which
-    a stored recipe differs from its file are printed.
+    overrides, or in the newest mix if no run trained. Its [eval] table is the one in the recipe's file, because
+    overrides of measurements are not inherited. The values in which a stored recipe differs from its file are printed.
     """
     if name is None and not recipes.LOCAL.exists():
         stored = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]
         trained = [run for run in stored if run.manifest.stage in runs.TRAINING]
         if candidates := trained or [run for run in stored if run.manifest.stage == "mix"]:
-            path, table = candidates[-1].path, json.dumps(candidates[-1].manifest.recipe)
+            path, table = candidates[-1].path, json.loads(json.dumps(candidates[-1].manifest.recipe))
             source = f"{path}/{runs.MANIFEST}"
-            changes = recipes.changes_from_source(recipes.from_dict(json.loads(table), source))
-            screen.note(f"recipe: the one stored in {path}{changes}")
-            return recipes.from_dict(json.loads(table), source, overrides)
+            inherited = recipes.with_eval_of_source(recipes.from_dict(table, source))
+            screen.note(f"recipe: the one stored in {path}{recipes.changes_from_source(inherited)}")
+            return recipes.from_dict(json.loads(json.dumps(inherited.as_dict())), source, overrides)
     return _load(name, overrides, screen)
 
 

@@ -11,7 +11,6 @@ from lora_align import recipe as recipes
 from lora_align import runs
 from lora_align.cli.shared import RECIPE, Given, check_picture, takes
 from lora_align.console import count, table
-from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, UserError
 from lora_align.plan.cards import card_name
 
@@ -201,7 +200,8 @@ def _figure(run: runs.Run) -> str:
     if reasons := run.manifest.unconverged:
         return "diverged" if any(reason.startswith("diverged") for reason in reasons) else "unconverged"
     if pairs := held_out.get("pairs"):
-        return f"{count(pairs, 'pair')}: too few" if pairs < MIN_HELD_OUT else f"accuracy {held_out['accuracy']:.2f}"
+        accuracy = held_out.get("accuracy")
+        return f"{count(pairs, 'pair')}: too few" if accuracy is None else f"accuracy {accuracy:.2f}"
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method.get('rank', '?')}"
     if "points" in run.manifest.metrics:

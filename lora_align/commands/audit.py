@@ -105,7 +105,7 @@ def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | N
         preference=preference,
         source=sources.name(axis),
         rank=axis.rank,
-        read=counts.rows + counts.dropped[sources.INVALID] - counts.invalid,
+        read=counts.rows + counts.dropped[sources.INVALID] - counts.invalid + counts.dropped[pairs.TOO_FEW_ANSWERS],
         usable=counts.usable.total(),
         held_out=counts.usable[True],
         dropped=dict(dropped),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_align.console import Screen, count
-from lora_align.data import forms, shards, sources
+from lora_align.data import row_reader, shards, sources
 from lora_align.data.rows import Prompt, prompt_key, with_system_prompt
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
@@ -109,7 +109,7 @@ def generate_file(
 
 def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
     """Yield the prompts in order. A prompt that occurs twice is answered twice."""
-    for number, (row, turns) in enumerate(sources.read_all(data, forms.prompt, unread)):
+    for number, (row, turns) in enumerate(sources.read_all(data, row_reader.prompt, unread)):
         prompt = with_system_prompt(system, turns)
         yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_align.console import Screen, count
-from lora_align.data import forms, shards, sources
+from lora_align.data import row_reader, shards, sources
 from lora_align.data.rows import Comparison, Rated
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
@@ -40,7 +40,7 @@ class Work:
 
     def columns(self, objective: str) -> list[str]:
         """Return the column of an objective's score for each answer, with suffixes that `rank = "score:…"` reads."""
-        suffixes = ("",) if isinstance(self.content, Rated) else forms.rating_suffixes(self.row)
+        suffixes = ("",) if isinstance(self.content, Rated) else row_reader.rating_suffixes(self.row)
         return [SCORE + objective + suffix for suffix in suffixes]
 
 
@@ -125,13 +125,13 @@ def _work(data: str, unread: Counter[str]) -> Iterator[Work]:
 def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], Comparison | Rated]]:
     """Yield a row's answer or pair; for UltraFeedback's several answers, one row each in HelpSteer's form."""
     if "completions" in row:
-        for answer in forms.rated(row, where):
+        for answer in row_reader.rated(row, where):
             ratings = {name: value for name, value in answer.ratings.items() if not math.isnan(value)}
             yield {"prompt": row["instruction"], "response": answer.answer, **ratings}, answer
     elif "response" in row and not isinstance(row["response"], list):
-        yield row, forms.rated(row, where)[0]
+        yield row, row_reader.rated(row, where)[0]
     else:
-        [pair] = forms.comparisons(row, where)
+        [pair] = row_reader.comparisons(row, where)
         yield row, pair
 
 

@@ -70,7 +70,8 @@ def prompt_with_context(row: Row, column: str = "prompt") -> tuple[Message, ...]
     if not isinstance(row[column], str):
         return with_system(row, prompt(row[column], column))
     question = text(row[column], column)
-    if column != "input" and (more := text(row.get("input") or "", "input")) != question:
+    more = "" if row.get("input") is None else text(row["input"], "input")
+    if column != "input" and more != question:
         question = "\n\n".join(filter(None, (question, more)))
     return (*system(row), *history(row), Message("user", question))
 

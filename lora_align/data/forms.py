@@ -1,17 +1,17 @@
-"""Layouts of datasets: recognise a row's columns, and convert the row to the dataclasses of `rows`."""
+"""Forms of data: the columns of each known layout, and the function that reads such a row."""
 
 import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 from lora_align.data import cells
 from lora_align.data.rows import Comparison, Conversation, Fact, Message, Prompt, Rated, Row
-from lora_align.errors import UserError
 from lora_align.plugins import Registry
+from lora_align.rankers import Winner
 
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # as Parquet and CSV write booleans
 MAYBE_PROMPT = ("query", "input", "context")  # columns that an error suggests as the missing prompt column
@@ -39,6 +39,7 @@ class Form:
     read: Callable[[Row], Any]
     numbers: Sequence[str] = ()  # further required columns
     answers: tuple[str, str] | None = None  # columns of the two answers that label columns compare
+    strength: str = ""  # label column with a signed strength: negative for the first answer, positive for the second
 
     @cached_property
     def required(self) -> frozenset[str]:
@@ -51,110 +52,14 @@ SHAPE_NAMES: dict[Any, str] = {
 }  # fmt: skip
 
 
-class UnknownFormError(UserError):
-    """No form reads a row's columns. The caller adds a remedy that its command has."""
-
-
-def comparisons(row: Row, where: str) -> list[Comparison]:
-    """Read a row as comparisons: one for two answers, one for each pair of several answers."""
-    return _listed(_read(Comparison, row, where))
-
-
-def conversation(row: Row, where: str) -> Conversation:
-    """Read a row as a conversation that ends with an answer."""
-    result: Conversation = _read(Conversation, row, where)
-    return result
-
-
-def rated(row: Row, where: str) -> list[Rated]:
-    """Read the rated answers of a row."""
-    return _listed(_read(Rated, row, where))
-
-
-def prompt(row: Row, where: str) -> Prompt:
-    """Read the prompt of a row: its turns without the answer at the end."""
-    result: Prompt = _read(Prompt, row, where)
-    return result
-
-
-def fact(row: Row, where: str) -> Fact:
-    """Read a row as a fact."""
-    result: Fact = _read(Fact, row, where)
-    return result
-
-
-def answers(row: Row, where: str) -> list[Rated]:
-    """Read every answer of a row with its prompt; `ratings` is empty for an unrated answer."""
-    if _form(Rated, row):
-        return rated(row, where)
-    *turns, last = conversation(row, where).messages
-    return [Rated(tuple(turns), last.content, {})]
-
-
-def label_columns(row: Row) -> tuple[tuple[str, str], list[str]] | None:
-    """Return the columns of the two answers and the label columns; None if the form has no labels."""
-    form = _form(Comparison, row)
-    return (form.answers, _labels(row)) if form and form.answers else None
-
-
-@cache
-def text_columns() -> tuple[str, ...]:
-    """Return the columns with text or turns of all forms except forms of facts."""
-    columns = (column for form in _all_forms() if form.shape is not Fact for column in form.columns)
-    return tuple(dict.fromkeys(columns))
-
-
-def _labels(row: Row) -> list[str]:
-    return [name for name in row if LABEL.fullmatch(name)]
+def labels(row: Row) -> list[str]:
+    """Return the columns that may say which of two answers is better."""
+    return [name for name in row if LABEL.fullmatch(name) and not isinstance(row[name], list | dict)]
 
 
 def numbered_from(names: tuple[str, str]) -> int | None:
     """Return 0 if the column names end in 0 and 1, 1 if they end in 1 and 2, else None."""
     return {("0", "1"): 0, ("1", "2"): 1}.get((names[0][-1:], names[1][-1:]))
-
-
-def rating_suffixes(row: Row) -> tuple[str, str]:
-    """Return the endings of the columns with a rating for each of a row's two answers, such as `_0` and `_1`."""
-    form = _form(Comparison, row)
-    numbered = (numbered_from(names) for names in ANSWER_COLUMNS if form and {*names} <= {*form.columns})
-    first = next(numbered, None)
-    return ("_chosen", "_rejected") if first is None else (f"_{first}", f"_{first + 1}")
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _all_forms() -> list[Form]:
-    """Return all forms in the order in which they are tried."""
-    return [*FORMS.registered(), *FORMS.built_in.values()]
-
-
-@cache
-def _forms(shape: Any) -> list[Form]:
-    return [form for form in _all_forms() if form.shape == shape]
-
-
-def _form(shape: Any, row: Row) -> Form | None:
-    return next((form for form in _forms(shape) if form.required <= row.keys()), None)
-
-
-def _read(shape: Any, row: Row, where: str) -> Any:
-    """Read a row into a shape; errors name the place of the row."""
-    form = _form(shape, row)
-    if form is None:
-        needed = (form.required - row.keys() for form in _forms(shape))
-        missing = min(map(sorted, needed), key=len)  # columns of the nearest form
-        raise UnknownFormError(
-            f"{where}: no {SHAPE_NAMES[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "
-            f"{' and '.join(missing)})"
-        )
-    try:
-        return form.read(row)
-    except ValueError as fault:
-        raise UserError(f"{where}: {fault}") from fault
-    except RecursionError as fault:
-        raise UserError(f"{where}: nested too deeply to be read") from fault
 
 
 # --- forms of comparison ---
@@ -166,7 +71,7 @@ def _two_answers(row: Row, prompt_column: str, names: tuple[str, str]) -> Compar
     return Comparison(
         prompt=cells.prompt_with_context(row, prompt_column),
         answers=(cells.text(row[names[0]], names[0]), cells.text(row[names[1]], names[1])),
-        labels={name: cells.label(row[name], first) for name in _labels(row)},
+        labels={name: cells.label(row[name], first) for name in labels(row)},
         ratings=_numbered_ratings(row, names),
         safe=_safe(row),
     )
@@ -187,21 +92,16 @@ def _safe(row: Row) -> tuple[bool, bool] | None:
 
 def _strengths(row: Row, prompt: str, first: str, second: str, strength: str) -> Comparison:
     """Read the form of HelpSteer2 and 3: a strength from -3 (first much better) to 3 (second much better)."""
-    value = cells.number(row[strength], strength)
-    if not -3 <= value <= 3:
-        raise ValueError(f"{strength} is {value:g}; expected -3 to 3")
-    winner = None if value == 0 else int(value > 0)
     answers = (cells.text(row[first], first), cells.text(row[second], second))
-    ratings = {**_numbered_ratings(row, (first, second)), strength: (0.0, value)}
-    return Comparison(cells.prompt_with_context(row, prompt), answers, {strength: winner}, ratings)
-
-
-def _helpsteer2_pair(row: Row) -> Comparison:
-    return _strengths(row, "prompt", "response_1", "response_2", "preference_strength")
-
-
-def _helpsteer3(row: Row) -> Comparison:
-    return _strengths(row, "context", "response1", "response2", "overall_preference")
+    winners = {name: cells.label(row[name], 1) for name in labels(row) if name != strength}
+    ratings = _numbered_ratings(row, (first, second))
+    if isinstance(row[strength], Winner):  # the recipe's `labels` say what the values mean
+        winners[strength] = cells.label(row[strength], 1)
+    else:
+        value = cells.number(row[strength], strength)
+        winners[strength] = int(value > 0) if value else None
+        ratings[strength] = (0.0, value)
+    return Comparison(cells.prompt_with_context(row, prompt), answers, winners, ratings)
 
 
 def _between(first: Rated, second: Rated) -> Comparison:
@@ -322,7 +222,11 @@ def _alpaca(row: Row) -> Conversation:
 
 
 def _prompt_completion(row: Row) -> Conversation:
+    """Read TRL's prompt and completion. In its unpaired form, `label` (or `kto_tag`) is false for a rejected one."""
     completion = row["completion"]
+    for name in ("label", "kto_tag"):
+        if TRUTHS.get(str(row.get(name)).lower()) is False:
+            raise ValueError(f"{name} is false, so the completion is a rejected one; remove such rows")
     turns = (
         (Message("assistant", cells.text(completion, "completion")),)
         if isinstance(completion, str)
@@ -411,11 +315,16 @@ def _labelled(*answers: tuple[str, str]) -> list[Form]:
     ]
 
 
+def _strength_form(prompt: str, first: str, second: str, strength: str) -> Form:
+    read = partial(_strengths, prompt=prompt, first=first, second=second, strength=strength)
+    return Form(Comparison, (prompt, first, second), read, (strength,), (first, second), strength)
+
+
 _BUILT_IN = [  # in the order in which they are tried
     Form(Comparison, ("instruction", "completions"), _each_with_each),
     *_labelled(ANSWER_COLUMNS[0]),
-    Form(Comparison, ("prompt", "response_1", "response_2"), _helpsteer2_pair, numbers=("preference_strength",)),
-    Form(Comparison, ("context", "response1", "response2"), _helpsteer3, numbers=("overall_preference",)),
+    _strength_form("prompt", "response_1", "response_2", "preference_strength"),
+    _strength_form("context", "response1", "response2", "overall_preference"),
     Form(Comparison, ("conversations", "chosen", "rejected"), _sharegpt_pair),
     Form(Comparison, ("instruction", "chosen", "rejected"), _alpaca_pair),
     Form(Comparison, ("chosen", "rejected"), _chosen_rejected),

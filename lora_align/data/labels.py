@@ -5,18 +5,21 @@ wrong guess would invert every preference.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from lora_align.data import cells, forms, sources
+from lora_align.console import count
+from lora_align.data import cells, forms, row_reader, sources
 from lora_align.data.rows import Row
 from lora_align.errors import UserError
 from lora_align.rankers import Winner
 from lora_align.recipe import Preference
 
 SHOWN = 6  # values shown in an error
+ORDERED = (("1", "2"), ("0", "1"), ("A", "B"), ("a", "b"), ("first", "second"), ("model_a", "model_b"))  # of values
 TIES = re.compile(r"tie.*|draw|equal|same|both.*|neither|none", re.IGNORECASE)
 
 
@@ -37,7 +40,7 @@ class Labels:
 
     def decode(self, row: Row) -> Row:
         """Replace the row's label by its Winner; return a row without labels unchanged."""
-        if self.column not in row or forms.label_columns(row) is None:
+        if self.column not in row or row_reader.label_columns(row) is None:
             return row
         key = cells.label_text(row[self.column])
         return {**row, self.column: self.meaning.get(key, row[self.column])}
@@ -45,22 +48,27 @@ class Labels:
 
 def labels_of(preference: Preference) -> Labels | None:
     """Read every label of a preference's data and return their meaning; None if the rows have no label column."""
-    if preference.ranker.kind != "label":
+    ranker = preference.ranker
+    if ranker.kind not in ("label", "rating"):
         return None
     columns: dict[str, Column] = {}
-    names: tuple[str, str] = forms.ANSWER_COLUMNS[0]
+    strength, names = "", forms.ANSWER_COLUMNS[0]
     for where, row in sources.readable_rows(preference, lambda row, _: row):
-        if layout := forms.label_columns(row):
+        if layout := row_reader.label_columns(row):
             if columns and layout[0] != names:
                 before, now = (" and ".join(of) for of in (names, layout[0]))
                 raise UserError(f"{where}: the answers are in {now}, in earlier rows in {before}; split the file")
-            names = layout[0]
+            names, strength = layout[0], row_reader.strength_column(row)
             for name in layout[1]:
                 column = columns.setdefault(name, Column())
                 key = cells.label_text(row[name])
                 column.values[key] += 1
                 column.places.setdefault(key, where)
-    ranks = preference.ranker.column or ("label" if "label" in preference.columns else "")
+    if ranker.kind == "rating":  # a strength is a rating, too
+        if strength and ranker.column == strength:
+            _check_strengths(columns[strength], strength)
+        return None
+    ranks = ranker.column or ("label" if "label" in preference.columns else "")
     if not ranks and len(columns) > 1:
         listed = ", ".join(columns)
         raise UserError(
@@ -74,8 +82,22 @@ def labels_of(preference: Preference) -> Labels | None:
         )
     if ranks not in columns:  # the form has no labels (chosen, rejected), or `Comparison.ranked` refuses the column
         return None
+    if ranks == strength and not preference.labels:
+        _check_strengths(columns[ranks], ranks)
+        return Labels(ranks, {})
     original_names = (preference.columns.get(names[0], names[0]), preference.columns.get(names[1], names[1]))
     return Labels(ranks, _meaning(preference, ranks, columns[ranks], original_names))
+
+
+def _check_strengths(column: Column, name: str) -> None:
+    """Refuse a column that holds no strengths from -3 to 3. A column without a value below 1 may hold labels 1, 2."""
+    strengths = {value: float(value) for value in column.values if value and cells.is_number(value)}
+    for value in column.places:
+        if value and not -3 <= strengths.get(value, math.inf) <= 3:
+            raise _refused(column, name, value, "expected a strength from -3 (first) to 3 (second)")
+    if strengths and min(strengths.values()) > 0:
+        value = next(value for value in column.places if value)
+        raise _refused(column, name, value, "no strength is 0 or negative, so the values may be labels 1 and 2")
 
 
 def _meaning(preference: Preference, name: str, column: Column, answers: tuple[str, str]) -> Mapping[str, Winner]:
@@ -94,24 +116,27 @@ def _meaning(preference: Preference, name: str, column: Column, answers: tuple[s
 
 
 def _refused(column: Column, name: str, value: str, why: str) -> UserError:
-    counted = ", ".join(f"{_short(label)} ({count:,})" for label, count in column.values.most_common(SHOWN) if label)
-    more = f" and {len(column.values) - SHOWN:,} other values" if len(column.values) > SHOWN else ""
+    values = Counter({label: number for label, number in column.values.items() if label})
+    counted = ", ".join(f"{_short(label)} ({number:,})" for label, number in values.most_common(SHOWN))
+    more = f" and {count(len(values) - SHOWN, 'other value')}" if len(values) > SHOWN else ""
     return UserError(
         f"{column.places[value]}: {name} is {_short(value)}; {why}. The column holds {counted}{more}; set which answer "
-        f"each value prefers, as in labels = {{ {_proposed(sorted(filter(None, column.values)))} }}"
+        f"each value prefers, as in labels = {{ {_proposed(sorted(values))} }}"
     )
 
 
 def _proposed(values: Iterable[str]) -> str:
-    """Return a guessed `labels` table in TOML, for the user to check."""
+    """Return a `labels` table in TOML. The user fills in the winners of values whose order is unknown."""
     *winners, tie = Winner
     ties = [value for value in values if TIES.fullmatch(value)]
     others = [value for value in values if value not in ties]
     if len(others) > len(winners) and others[0] == "0":  # 0, 1, 2
         ties, others = [*ties, others[0]], others[1:]
-    if len(others) == 1:
-        others.append("B" if others[0] == "A" else f"not {others[0]}")  # `labels` needs a first and a second
-    shown = [*zip(others, winners, strict=False), *((value, tie) for value in ties)]
+    if len(others) == 1:  # `labels` needs a first and a second
+        others = next((list(both) for both in ORDERED if others[0] in both), others)
+    if tuple(others) not in ORDERED:  # a guess could invert the preference
+        return ", ".join(f'{_key(value)} = "first, second or tie"' for value in [*others, *ties][:SHOWN])
+    shown = [*zip(others, winners, strict=True), *((value, tie) for value in ties)]
     return ", ".join(f'{_key(value)} = "{winner}"' for value, winner in shown)
 
 

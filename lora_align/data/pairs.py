@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-from lora_align.data import forms, sources
+from lora_align.data import row_reader, sources
 from lora_align.data.labels import labels_of
 from lora_align.data.rows import Comparison, Conversation, Pair, Prompt
 from lora_align.errors import UserError
 from lora_align.recipe import Preference, Sft
 
 MIN_HELD_OUT = 20  # fewest held-out pairs for a meaningful accuracy
+TOO_FEW_ANSWERS = "fewer than two answers"  # a reason to drop a row
 ONE_IN = 5  # a small source holds out at most one prompt in five
 T = TypeVar("T")
 Split = Iterator[tuple[T, bool]]  # (row, whether it is held out)
@@ -37,11 +38,13 @@ def rank_comparisons(
     if labels := labels_of(preference):
         preference = replace(preference, rank=f"label:{labels.column}")
     below = split_at(
-        (one.prompt for _, some in sources.readable_rows(preference, forms.comparisons) for one in some), held_out
+        (one.prompt for _, some in sources.readable_rows(preference, row_reader.comparisons) for one in some), held_out
     )
     left = limit or -1
     decode = labels.decode if labels else sources.unchanged
-    for where, several in sources.read(preference, forms.comparisons, dropped, decode):
+    for where, several in sources.read(preference, row_reader.comparisons, dropped, decode):
+        if not several:
+            dropped[TOO_FEW_ANSWERS] += 1
         for one in several:
             comparison, pair = rank_comparison(one, preference, where)
             trains = not is_held_out(comparison.prompt, below)
@@ -68,7 +71,7 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
         pair = comparison.ranked(ranker, preference.margin)
     except ValueError as fault:
         if not preference.skip_bad:
-            raise UserError(f"{where}: {fault}") from fault
+            raise UserError(f"{where}: {fault}{sources.SKIP}") from fault
         return comparison, sources.INVALID
     if ranker.kind == "label":  # a row of another form may have label columns that `labels_of` did not read
         names = [ranker.column] if ranker.column else list(comparison.labels)
@@ -82,8 +85,10 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
 def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:
     """Yield the conversations of an [sft] table, at most its `limit` for training."""
     left = sft.limit or -1
-    below = split_at((one.messages[:-1] for _, one in sources.readable_rows(sft, forms.conversation)), sft.held_out)
-    for _, conversation in sources.read(sft, forms.conversation, dropped):
+    below = split_at(
+        (one.messages[:-1] for _, one in sources.readable_rows(sft, row_reader.conversation)), sft.held_out
+    )
+    for _, conversation in sources.read(sft, row_reader.conversation, dropped):
         if not conversation.messages[-1].content.strip():
             dropped["empty answer"] += 1
         else:

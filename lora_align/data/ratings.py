@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from lora_align.data import forms, sources
+from lora_align.data import row_reader, sources
 from lora_align.data.pairs import Split, is_held_out, split_at
 from lora_align.data.rows import Rated
 from lora_align.errors import UserError
@@ -18,8 +18,10 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
     Stop after the row with which the training answers reach `limit`.
     """
     train, names = 0, frozenset[str]()
-    below = split_at((one.prompt for _, some in sources.readable_rows(table, forms.rated) for one in some), held_out)
-    for where, answers in sources.read(table, forms.rated, dropped):
+    below = split_at(
+        (one.prompt for _, some in sources.readable_rows(table, row_reader.rated) for one in some), held_out
+    )
+    for where, answers in sources.read(table, row_reader.rated, dropped):
         for row in answers:
             names = names or frozenset(table.attributes or row.ratings)
             scaled = _scaled(row, table, names)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_align.console import Screen, count
-from lora_align.data import forms, sources
+from lora_align.data import row_reader, sources
 from lora_align.data.pairs import MIN_HELD_OUT, is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
 from lora_align.model.decoding import Sampling
-from lora_align.recipe import EvalSource, Recipe
+from lora_align.recipe import EvalSource, Recipe, Source
 
 Item = TypeVar("Item")
 SAFE, RISKY, ANY = "safe", "risky", ""  # kinds of prompts: to answer, to refuse, unknown
@@ -95,7 +95,7 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
     if not questions:
         raise UserError("no prompts: [eval] names none, and no preference has held-out pairs; set eval.prompts")
     texts = list(islice(filter(str.strip, _read(settings.text, _text, dropped["eval.text"])), settings.count))
-    facts = list(islice(_read(settings.facts, forms.fact, dropped["eval.facts"]), settings.pairs))
+    facts = list(islice(_read(settings.facts, row_reader.fact, dropped["eval.facts"]), settings.pairs))
     for key, counts in dropped.items():
         unread = {name: rows for name, rows in sources.pop_unread(counts).items() if name in sources.ASKED}
         for warning in sources.unread_warnings(unread):
@@ -134,7 +134,7 @@ def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str]
     held_out = min(trained.values(), default=1.0)  # all tables hold out the prompts of the smallest held-out share
     prompts: dict[str, Prompt] = {}
     skipped: set[str] = set()
-    for prompt in _read(source, forms.prompt, dropped):
+    for prompt in _read(source, row_reader.prompt, dropped):
         if trained and not is_held_out(prompt, held_out):
             skipped.add(prompt_key(prompt))
             continue
@@ -156,7 +156,7 @@ def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str]
 
 def _trained_on(recipe: Recipe, source: EvalSource) -> dict[str, float]:
     """Return the training tables of a recipe that read the same rows, and the share of prompts each holds out."""
-    tables: dict[str, tuple[sources.Source, float]] = {}
+    tables: dict[str, tuple[Source, float]] = {}
     for name, preference in recipe.preferences.items():
         tables[f"preferences.{name}"] = preference, recipe.dpo.held_out
     if recipe.sft:
@@ -172,7 +172,7 @@ def _trained_on(recipe: Recipe, source: EvalSource) -> dict[str, float]:
     return {name: share for name, (table, share) in tables.items() if table.data and _rows_of(table) == rows}
 
 
-def _rows_of(source: sources.Source) -> tuple[str, ...]:
+def _rows_of(source: Source) -> tuple[str, ...]:
     """Identify the rows of a source: a file by its absolute path, a dataset by its name and split."""
     file = Path(source.data).expanduser()
     split = source.split.partition("[")[0]  # train[:100] counts as train

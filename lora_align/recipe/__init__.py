@@ -1,6 +1,16 @@
 """Recipes: TOML files that name base, data, settings and preferences, read into dataclasses."""
 
-from lora_align.recipe.reading import DEFAULT, LOCAL, builtin, changes_from_source, find, flat, from_dict, load
+from lora_align.recipe.reading import (
+    DEFAULT,
+    LOCAL,
+    builtin,
+    changes_from_source,
+    find,
+    flat,
+    from_dict,
+    load,
+    with_eval_of_source,
+)
 from lora_align.recipe.tables import (
     Base,
     Dpo,
@@ -13,6 +23,7 @@ from lora_align.recipe.tables import (
     Reward,
     Rsf,
     Sft,
+    Source,
     Training,
 )
 
@@ -30,6 +41,7 @@ __all__ = [
     "Reward",
     "Rsf",
     "Sft",
+    "Source",
     "Training",
     "builtin",
     "changes_from_source",
@@ -37,4 +49,5 @@ __all__ = [
     "flat",
     "from_dict",
     "load",
+    "with_eval_of_source",
 ]

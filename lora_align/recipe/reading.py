@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -139,15 +139,29 @@ def changes_from_source(recipe: Recipe) -> str:
 
     If the file cannot be read, list those that differ from the defaults. Return "" if nothing differs.
     """
-    try:
-        current, name = load(find(recipe.source)[0]), recipe.source
-    except UserError:
+    if source := _source_of(recipe):
+        current, name = source, recipe.source
+    else:
         current, name = Recipe(base=Base(recipe.base.model), about=recipe.about, source=recipe.source), "the defaults"
     ours, theirs = (dict(flat(json.loads(json.dumps(one.as_dict())))) for one in (recipe, current))
     changed = {key: value for key, value in ours.items() if theirs.get(key) != value}
     changes = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
     changes += [f"{key} not set" for key in theirs if key not in ours]
     return f", changed from {name}: {', '.join(changes)}" if changes else ""
+
+
+def with_eval_of_source(recipe: Recipe) -> Recipe:
+    """Return a stored recipe with the [eval] table of its source file, or unchanged if the file cannot be read."""
+    source = _source_of(recipe)
+    return replace(recipe, eval=source.eval) if source else recipe
+
+
+def _source_of(recipe: Recipe) -> Recipe | None:
+    """Return the current contents of a stored recipe's source file, or None if it cannot be read."""
+    try:
+        return load(find(recipe.source)[0])
+    except UserError:
+        return None
 
 
 def _expand_eval_sources(table: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The tables of a recipe as dataclasses, with defaults and bounds."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -31,15 +31,15 @@ class Base:
     revision: str = ""
     """A branch, tag or commit of the model on the hub; empty means its default branch."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """How the weights are stored: in 4-bit NF4, or in `dtype`."""
+    """The format of the weights: 4-bit NF4, or that of `dtype`."""
     double_quant: bool = True
-    """Whether the scales of NF4 are quantised as well, which saves memory."""
+    """Quantise the scales of NF4 as well, which saves memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype of activations; `auto` means float32 on a CPU, and bfloat16 or float16 on a GPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """transformers' attention implementation; `auto` means the model's own choice."""
     fsdp: bool = False
-    """Whether training processes shard the 4-bit base, for a base that does not fit on one GPU."""
+    """Shard the 4-bit base over the training processes, for a base that does not fit on one GPU."""
     chat_template: str = ""
     """A Jinja chat template, or a `.jinja` file beside the recipe; empty means the model's own."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -87,9 +87,9 @@ class Training:
     optimizer: str = "adamw_torch_fused"
     """The optimizer, by its name in transformers."""
     gradient_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass, which saves memory and costs time."""
+    """Recompute activations in the backward pass, which saves memory and costs time."""
     compile: bool = False
-    """Whether `torch.compile` compiles the base's layers; `plan --measure` shows whether the time pays off."""
+    """Compile the base's layers with `torch.compile`; `plan --measure` shows whether the time pays off."""
     seed: Seed = 0
     """The seed of row order and dropout, and of sampling in `rsf`."""
     held_out: Share = 0.05
@@ -102,12 +102,13 @@ class Training:
     """transformers' experiment trackers, such as `tensorboard`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sft(Training):
-    """The `[sft]` table: train the start policy's adapter on conversations."""
+@dataclass(frozen=True)
+class Source:
+    """The keys that all data sources share."""
 
-    data: str
-    """Conversations: a file, a hub id (`owner/name`), or a registered source such as `demo:conversations`."""
+    data: str = ""
+    """A file, a hub id (`owner/name`), or a registered source such as `demo:pairs`."""
+    _: KW_ONLY
     split: str = "train"
     """The split of a hub dataset."""
     revision: str = ""
@@ -117,11 +118,19 @@ class Sft(Training):
     columns: Mapping[str, str] = field(default_factory=dict)
     """Known column names, each with its name in the data."""
     skip_bad: bool = False
-    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
+    """Count and skip rows that cannot be read or ranked; by default the first one ends the command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training, Source):
+    """The `[sft]` table: train the start policy's adapter on conversations."""
+
+    data: str = field()
+    """Conversations."""
     answers_only: bool = True
-    """Whether the loss covers the assistant's turns only; otherwise it covers all tokens."""
+    """Limit the loss to the assistant's turns; otherwise it covers all tokens."""
     packing: bool = False
-    """Whether several texts share a row of up to `max_length` tokens."""
+    """Let several texts share a row of up to `max_length` tokens."""
     lora: Lora | None = None
     """The LoRA shape of this stage; unset means that of `[lora]`."""
 
@@ -137,25 +146,13 @@ class Dpo(Training):
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Source):
     """One `[preferences.NAME]` table: where pairs come from and how they are ranked."""
 
-    data: str = ""
-    """Pairs: a file, a hub id (`owner/name`), or a registered source such as `demo:pairs`."""
     rank: str = "label"
     """The ranker that finds the better answer; see [rankers](your-data.md#rankers)."""
     margin: Annotated[float, Ge(0), Le(1e9)] = 0.0
     """The smallest difference of two ratings, or of two lengths in characters; closer pairs are dropped."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    revision: str = ""
-    """A branch, tag or commit of a hub dataset; empty means its default branch."""
-    subset: str = ""
-    """A configuration of a hub dataset, or one of its folders."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Known column names, each with its name in the data."""
-    skip_bad: bool = False
-    """Whether rows that cannot be read or ranked are counted and skipped; by default the first one ends the command."""
     labels: Mapping[str, Winner] = field(default_factory=dict)
     """The answer that each value of a label column prefers, as in `{ A = "first", B = "second", C = "tie" }`."""
     of: tuple[str, ...] = ()
@@ -168,21 +165,11 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Ratings:
+class Ratings(Source):
     """One `[reward.ratings.NAME]` table: rated answers on a scale."""
 
-    data: Annotated[str, Len(1)]
-    """Rated answers: a file, a hub id (`owner/name`), or a registered source such as `demo:ratings`."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    revision: str = ""
-    """A branch, tag or commit of a hub dataset; empty means its default branch."""
-    subset: str = ""
-    """A configuration of a hub dataset, or one of its folders."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Known column names, each with its name in the data."""
-    skip_bad: bool = False
-    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
+    data: Annotated[str, Len(1)] = field()
+    """Rated answers."""
     low: Points = 0.0
     """The lowest rating of the scale."""
     high: Points = 4.0
@@ -210,26 +197,16 @@ class Reward(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rsf(Training):
+class Rsf(Training, Source):
     """The `[rsf]` table: rejection-sampling fine-tuning of one policy, conditioned on a direction over objectives.
 
     A SteerLM-style policy comes first; iterations are numbered from 1, as in the paper (arXiv 2402.18571).
     """
 
-    data: Annotated[str, Len(1)]
-    """Prompts with answers: a file, a hub id (`owner/name`), or a registered source such as `demo:ratings`."""
+    data: Annotated[str, Len(1)] = field()
+    """Prompts with answers."""
     directions: Mapping[str, tuple[float, float]]
     """Objectives, each with the lowest and the highest weight in a direction, from -1 to 1."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    revision: str = ""
-    """A branch, tag or commit of a hub dataset; empty means its default branch."""
-    subset: str = ""
-    """A configuration of a hub dataset, or one of its folders."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Known column names, each with its name in the data."""
-    skip_bad: bool = False
-    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
     reward: str = "reward"
     """The name of the reward model that scores answers."""
     iterations: Annotated[int, Ge(1), Le(1_000)] = 4
@@ -263,27 +240,15 @@ class Rsf(Training):
     beta: Positive = 0.1
     """DPO's β, for `learn = "dpo"`."""
     packing: bool = True
-    """Whether several texts share a row of up to `max_length` tokens."""
+    """Let several texts share a row of up to `max_length` tokens."""
     lora: Lora | None = None
     """The LoRA shape of this stage; unset means that of `[lora]`."""
 
 
 @dataclass(frozen=True)
-class EvalSource:
+class EvalSource(Source):
     """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form."""
 
-    data: str = ""
-    """Rows: a file, a hub id (`owner/name`), or a registered source such as `demo:prompts`."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    revision: str = ""
-    """A branch, tag or commit of a hub dataset; empty means its default branch."""
-    subset: str = ""
-    """A configuration of a hub dataset, or one of its folders."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Known column names, each with its name in the data."""
-    skip_bad: bool = False
-    """Whether rows that cannot be read are counted and skipped; by default the first one ends the command."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """Values that columns of a row must have, as in `{ label = "safe" }`."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_align import runs
 from lora_align.console import Screen, count
-from lora_align.data import forms, pairs, sources
+from lora_align.data import pairs, row_reader, sources
 from lora_align.data.rows import Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model import base as bases
@@ -198,7 +198,7 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
     prompts: set[str] = set()
     longest = min(settings.max_length, base.max_length)
     longest_ask = max(sorted(sampling_requests.example_messages(settings)), key=len)
-    for _, answers in sources.read(settings, forms.answers, dropped):
+    for _, answers in sources.read(settings, row_reader.answers, dropped):
         for answer in answers:
             prompt = with_system_prompt(longest_ask, answer.prompt)
             if not answer.answer.strip():

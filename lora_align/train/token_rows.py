@@ -24,14 +24,13 @@ from lora_align.data import pairs, ratings, sources
 from lora_align.data.forms import FORMS
 from lora_align.data.pairs import Split
 from lora_align.data.rows import Conversation, Pair, Rated
-from lora_align.data.sources import Source
 from lora_align.errors import UserError
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.tokenise import TRUNCATED, TokenPair, TokenRated, TokenText
 from lora_align.rankers import RANKERS
-from lora_align.recipe import Preference, Ratings, Sft
+from lora_align.recipe import Preference, Ratings, Sft, Source
 from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
 

@@ -36,7 +36,7 @@ from lora_align import recipe, runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.console import Screen
-from lora_align.data import forms, sources
+from lora_align.data import row_reader, sources
 from lora_align.demo import measurement, oracle, oracle_judge, world
 from lora_align.demo.oracle import AXES
 from lora_align.evaluate.measure import facts_known
@@ -145,7 +145,7 @@ class Examiner:
         """Return for every fact whether it is likelier for its subject than three facts of other subjects."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
         hits = facts_known(
-            self.model, self.base, [forms.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
+            self.model, self.base, [row_reader.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
         )
         mixer.remove()
         return [float(bool(one)) for one in hits]

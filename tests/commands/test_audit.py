@@ -8,7 +8,7 @@ from matplotlib.image import imread
 
 from lora_align import recipe
 from lora_align.console import Screen
-from lora_align.data import forms, pairs, sources
+from lora_align.data import pairs, row_reader, sources
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model import base as bases
@@ -38,7 +38,7 @@ def test_audit_of_the_demo_pairs_equals_training_and_naive_counts(cli: Cli, tmp_
 
     longer = unlike = same = both = 0
     for where, row in sources.rows_or_raise(ROWS):
-        [comparison] = forms.comparisons(row, where)
+        [comparison] = row_reader.comparisons(row, where)
         _, pair = pairs.rank_comparison(comparison, axis, where)
         _, theirs = pairs.rank_comparison(comparison, other, where)
         if not isinstance(pair, str):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pyarrow.parquet import read_table
 
-from lora_align.data import forms, sources
+from lora_align.data import row_reader, sources
 from support import COMMAND, call
 
 
@@ -55,7 +55,8 @@ def test_shares_divide_the_prompts(workspace: Path) -> None:
     both = {(row["prompt"], row["response_0"]): row["response"] for rows in shares for row in rows}
     assert both == {(row["prompt"], row["response_0"]): row["response"] for row in merged}
     again = [
-        forms.prompt(row, where)[0].content for where, row in sources.rows_or_raise(str(workspace / "whole.parquet"))
+        row_reader.prompt(row, where)[0].content
+        for where, row in sources.rows_or_raise(str(workspace / "whole.parquet"))
     ]
     assert again == [row["prompt"] for row in merged]
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 
 from lora_align import recipe, runs
-from lora_align.data import forms
+from lora_align.data import row_reader
 from lora_align.data.rows import Message, Pair
 from lora_align.model import base as bases
 from lora_align.rankers import Ranker
@@ -131,7 +131,7 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
     for row in numbered:
         assert {"score_helpful_1", "score_helpful_2"} <= row.keys()
     for row in (pair, *numbered, listed):
-        ranked = forms.comparisons(row, "here")[0].ranked(Ranker.parse("score:helpful"))
+        ranked = row_reader.comparisons(row, "here")[0].ranked(Ranker.parse("score:helpful"))
         assert isinstance(ranked, Pair)
         assert ranked.chosen == (long if better else short)
     assert [row["score_helpful"] for row in (first, second)] == pytest.approx(

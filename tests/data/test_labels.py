@@ -100,6 +100,66 @@ def test_labels_behind_many_rows_without_any_are_checked(tmp_path: Path) -> None
         chosen(Preference(file))
 
 
+HELPSTEER2 = {"prompt": "Hi?", "response_1": FIRST, "response_2": SECOND}
+HELPSTEER3 = {"context": "Hi?", "response1": FIRST, "response2": SECOND}
+STRENGTHS = [(HELPSTEER2, "preference_strength"), (HELPSTEER3, "overall_preference")]
+
+
+@pytest.mark.parametrize(("form", "name"), STRENGTHS)
+@pytest.mark.parametrize("rank", ["label", "rating:{}"])
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7], "is 4; expected a strength from -3 (first) to 3 (second)"),
+        ([1, 2], "is 1; no strength is 0 or negative, so the values may be labels 1 and 2"),
+        ([-1, "A"], "is A; expected a strength"),
+    ],
+)
+def test_strengths_outside_their_scale_are_refused(
+    form: Rows, name: str, rank: str, values: Sequence[object], why: str, tmp_path: Path
+) -> None:
+    file = written(tmp_path, [{**form, name: value} for value in values])
+    with pytest.raises(UserError) as refused:
+        chosen(Preference(file, rank.format(name), skip_bad=True))
+    assert f"{name} {why}" in str(refused.value)
+
+
+@pytest.mark.parametrize(("form", "name"), STRENGTHS)
+def test_labels_table_sets_the_meaning_of_strengths(form: Rows, name: str, tmp_path: Path) -> None:
+    file = written(tmp_path, [{**form, name: value} for value in (1, 2)])
+    assert chosen(Preference(file, labels={"1": Winner.first, "2": Winner.second})) == [FIRST, SECOND]
+
+
+def test_strength_beside_a_label_requires_a_choice(tmp_path: Path) -> None:
+    rows = [{**HELPSTEER2, "preference_strength": value, "label": 1} for value in (1, -1)]
+    file = written(tmp_path, rows)
+    with pytest.raises(UserError, match=r"several label columns \(preference_strength, label\)"):
+        chosen(Preference(file))
+    assert chosen(Preference(file, "label:label")) == [FIRST, FIRST]
+    assert chosen(Preference(file, "label:preference_strength")) == [SECOND, FIRST]
+
+
+def test_lists_of_annotators_are_no_labels(tmp_path: Path) -> None:
+    """HelpSteer 3 has a list of single preferences beside the overall one."""
+    rows = [{**HELPSTEER3, "overall_preference": value, "individual_preference": [{"score": 1}]} for value in (1, -1)]
+    assert chosen(Preference(written(tmp_path, rows))) == [SECOND, FIRST]
+
+
+@pytest.mark.parametrize(
+    ("values", "proposed"),
+    [
+        ([2, 2], '1 = "first", 2 = "second"'),
+        (["B"], 'A = "first", B = "second"'),
+        (["loss", "win"], 'loss = "first, second or tie", win = "first, second or tie"'),
+    ],
+)
+def test_proposed_labels_do_not_invert(values: Sequence[object], proposed: str, tmp_path: Path) -> None:
+    file = written(tmp_path, [{**PKU, "label": value} for value in values])
+    with pytest.raises(UserError) as refused:
+        chosen(Preference(file))
+    assert str(refused.value).endswith(f"as in labels = {{ {proposed} }}")
+
+
 def test_rank_can_name_a_column_called_preference(tmp_path: Path) -> None:
     file = written(tmp_path, [{**LLMBAR, "preference": 1.0}, {**LLMBAR, "preference": 2.0}])
     assert chosen(Preference(file, "label:preference")) == [FIRST, SECOND]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_align.data import forms, pairs, sources
+from lora_align.data import pairs, row_reader, sources
 from lora_align.data.ratings import read_ratings
 from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
@@ -61,7 +61,7 @@ FORMS: dict[str, Mapping[str, Any]] = {
 
 
 def only(row: Mapping[str, Any]) -> Comparison:
-    [comparison] = forms.comparisons(row, "here")
+    [comparison] = row_reader.comparisons(row, "here")
     return comparison
 
 
@@ -95,7 +95,7 @@ def test_every_file_format_preserves_every_character(suffix: str, tmp_path: Path
     file = tmp_path / f"pairs{suffix}"
     text = AWKWARD.replace("\x00", "") if suffix == ".csv" else AWKWARD
     _write(file, [{"prompt": text, "chosen": GOOD, "rejected": BAD}, {"prompt": "2", "chosen": "3", "rejected": "4"}])
-    read = [forms.comparisons(row, where)[0] for where, row in sources.rows_or_raise(str(file))]
+    read = [row_reader.comparisons(row, where)[0] for where, row in sources.rows_or_raise(str(file))]
     assert [c.prompt[0].content for c in read] == [text, "2"]
     assert read[1].answers == ("3", "4")
 
@@ -147,7 +147,7 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
         ('{"prompt": "a", "response": ["b"]}', ":1: response is a list of 1; expected a list of two answers"),
         (
             '{"context": "a", "response1": "", "response2": "", "overall_preference": []}',
-            "is a list; expected a number",
+            "is a list; expected a strength from -3",
         ),
         ('{"prompt": ' + "[" * 100_000, ":1: nested too deeply"),
         ('{"prompt": "a", "id": ' + "9" * 5000 + "}", ":1: not valid JSON: a number has too many digits"),
@@ -178,7 +178,7 @@ def test_bad_cells_are_reported_without_python_type_names(form: str, cell: objec
     messages = []
     for column in row:
         try:
-            forms.comparisons({**row, column: cell, f"{column}_chosen": 1}, "pairs.jsonl:7")
+            row_reader.comparisons({**row, column: cell, f"{column}_chosen": 1}, "pairs.jsonl:7")
         except UserError as fault:
             messages.append(str(fault))
     assert [text for text in messages if not text.startswith("pairs.jsonl:7: ")] == []
@@ -257,7 +257,7 @@ def test_unknown_columns_without_a_recipe_table_are_to_be_renamed(tmp_path: Path
     file = tmp_path / "asked.jsonl"
     file.write_text('{"question_text": "a"}\n')
     with pytest.raises(UserError, match=r"needs prompt\); rename the column in the data$"):
-        list(sources.read_all(str(file), forms.prompt, Counter()))
+        list(sources.read_all(str(file), row_reader.prompt, Counter()))
     assert sources.unread_warnings({"input": 2}, sources.RENAME_IN_FILE) == [
         "column 'input' is filled in 2 rows but not read; if it is part of the prompt, rename the column in the data"
     ]
@@ -354,7 +354,7 @@ def test_columns_that_repeat_the_prompt_are_not_counted_as_unread(tmp_path: Path
 def test_all_turns_of_a_completion_are_read() -> None:
     completion = [("assistant", "Well?"), ("user", "So?"), ("assistant", GOOD)]
     row = {"prompt": "Hi?", "completion": [{"role": role, "content": text} for role, text in completion]}
-    turns = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
+    turns = [(message.role, message.content) for message in row_reader.conversation(row, "here").messages]
     assert turns == [("user", "Hi?"), *completion]
 
 
@@ -443,7 +443,7 @@ def test_limit_bounds_the_rows_and_changes_the_fingerprint() -> None:
     ],
 )
 def test_every_conversation_form_gives_the_same_turns(row: Mapping[str, Any], tmp_path: Path) -> None:
-    assert forms.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
+    assert row_reader.conversation(row, "here").messages == (Message("user", "Hi?"), Message("assistant", GOOD))
     _write(tmp_path / "chats.jsonl", [row])
     table = Sft(data=str(tmp_path / "chats.jsonl"), held_out=0.0)
     assert [aside for _, aside in pairs.read_conversations(table, Counter())] == [False]
@@ -457,11 +457,11 @@ def test_missing_label_is_a_tie() -> None:
 
 def test_alpaca_history_precedes_the_instruction() -> None:
     row = {"instruction": "And?", "input": "x", "output": GOOD, "system": "Be kind.", "history": [["Hi?", BAD]]}
-    turns = [(message.role, message.content) for message in forms.conversation(row, "here").messages]
+    turns = [(message.role, message.content) for message in row_reader.conversation(row, "here").messages]
     before = [("system", "Be kind."), ("user", "Hi?"), ("assistant", BAD)]
     assert turns == [*before, ("user", "And?\n\nx"), ("assistant", GOOD)]
     with pytest.raises(UserError, match="here: "):
-        forms.conversation({**row, "history": [["Hi?"]]}, "here")
+        row_reader.conversation({**row, "history": [["Hi?"]]}, "here")
 
 
 RATED: dict[str, Mapping[str, Any]] = {
@@ -496,7 +496,7 @@ RATED: dict[str, Mapping[str, Any]] = {
 
 @pytest.mark.parametrize("form", RATED)
 def test_every_rated_form_gives_the_same_ratings(form: str) -> None:
-    first, *others = forms.rated(RATED[form], "here")
+    first, *others = row_reader.rated(RATED[form], "here")
     assert first.prompt == (Message("user", "Hi?"),)
     assert first.answer == GOOD
     assert {name: first.ratings[name] for name in ("helpfulness", "verbosity")} == {"helpfulness": 3, "verbosity": 1}
@@ -507,7 +507,7 @@ def test_every_rated_form_gives_the_same_ratings(form: str) -> None:
 
 
 def test_demo_ratings_are_read() -> None:
-    rows = [row for where, raw in sources.rows_or_raise("demo:ratings?rows=50") for row in forms.rated(raw, where)]
+    rows = [row for where, raw in sources.rows_or_raise("demo:ratings?rows=50") for row in row_reader.rated(raw, where)]
     assert len(rows) == 50
     assert all(isinstance(row, Rated) and 0 <= row.ratings["politeness"] <= 4 for row in rows)
 
@@ -588,7 +588,7 @@ def test_missing_or_off_scale_rating_makes_a_row_invalid(tmp_path: Path) -> None
 @pytest.mark.parametrize("row", [{"instruction": "a", "input": "\ud800"}, {"prompt": "a", "completion": "\ud800"}])
 def test_unpaired_surrogates_are_refused(row: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"here: .*surrogate"):
-        forms.conversation({"output": "b", **row}, "here")
+        row_reader.conversation({"output": "b", **row}, "here")
 
 
 def test_many_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_many_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
             stream.write(row * 20_000)
         stream.write(json.dumps({**FORMS["plain"], "chosen": "x" * 10_000_000}) + "\n")
     tracemalloc.start()
-    count = sum(len(forms.comparisons(parsed, where)) for where, parsed in sources.rows_or_raise(str(file)))
+    count = sum(len(row_reader.comparisons(parsed, where)) for where, parsed in sources.rows_or_raise(str(file)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 200_001

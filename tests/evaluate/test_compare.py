@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from lora_align import demo as demo_base
 from lora_align import recipe, runs
 from lora_align.console import Screen
-from lora_align.data import forms, sources
+from lora_align.data import row_reader, sources
 from lora_align.data.rows import Fact, Message, Pair, Prompt
 from lora_align.demo import data_source, oracle, oracle_judge
 from lora_align.evaluate.figures import wins
@@ -118,7 +118,7 @@ def test_fact_with_swapped_answers_is_not_known() -> None:
     base = bases.find(recipe.load(recipe.builtin()["demo"]).base)
     rows = [row for _, row in islice(sources.rows_or_raise("demo:facts"), 12)]
     swapped = [{**row, "right": row["wrong"][0], "wrong": [row["right"]]} for row in rows]
-    facts = [forms.fact(row, "") for row in rows + swapped]
+    facts = [row_reader.fact(row, "") for row in rows + swapped]
     long = Fact((Message("user", "moon " * base.max_length),), "Yes.", ("No.",))
     result = facts_known(base.load(), base, [*facts, long])
     assert sum(map(bool, result[:12])) > 9

@@ -16,7 +16,7 @@ from lora_align.evaluate.reach import KL, Limits
 from lora_align.model import base as bases
 from lora_align.model.decoding import Sampling
 from lora_align.policy.policy import weighted
-from support import Cli, call, made_once
+from support import Cli, call, edit_manifest, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
 SMALL = [word for setting in FEW for word in ("--set", setting)]
@@ -126,7 +126,7 @@ def test_pair_is_warned_of_beyond_its_own_safe_weight(reached: dict[str, Any], t
         manifest["metrics"]["alone"][name]["down"] = {"to": 4.0, "breaks": ""}
     for side, to in zip(manifest["metrics"]["together"][0]["sides"], (1.0, 3.0, 2.0, 4.0), strict=True):
         side |= {"to": to, "breaks": "ended 1.00 → 0.50"}
-    file.write_text(json.dumps({**manifest, "digest": ""}))
+    edit_manifest(file.parent, metrics=manifest["metrics"])
     for weights, message in {
         "harmless=2,helpful=1.5": "harmless=2 with helpful=1.5 is beyond the safe weight 1: ended",
         "helpful=3,harmless=-4": "",

@@ -25,7 +25,7 @@ from lora_align.model import base as bases
 from lora_align.policy.policy import Conditioned
 from lora_align.rsf.inputs import prepare
 from lora_align.want import Want
-from support import COMMAND, Done, Terminal, call, made_once
+from support import COMMAND, Done, Terminal, call, edit_manifest, made_once
 
 SMALL = {
     "reward.ratings.demo.data": '"demo:ratings?rows=160"',
@@ -198,7 +198,7 @@ def test_more_iterations_continue_a_series(made: Path, tmp_path: Path) -> None:
     first = tmp_path / "runs" / "rsf" / "policy" / "steerlm" / "manifest.json"
     content = json.loads(first.read_text())
     content["metrics"]["watched"]["mean"] += 500  # as if every policy since had lost a little
-    first.write_text(json.dumps({**content, "digest": ""}))
+    edit_manifest(first.parent, metrics=content["metrics"])
     more = rsf(tmp_path, "--iterations", "3")
     assert more.code == 0, more.err
     assert re.search(r"t3: the mean harmlessness of its training answers fell from \S+ \(steerlm\) to", more.err)
@@ -217,7 +217,7 @@ def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_
         file = tmp_path / "runs" / "rsf" / "apart" / label / "manifest.json"
         content = json.loads(file.read_text())
         content["recipe"]["rsf"]["pooled"] = 1
-        file.write_text(json.dumps({**content, "digest": ""}))
+        edit_manifest(file.parent, recipe=content["recipe"])
     done = rsf(tmp_path, "--iterations", "2", "--name", "apart", pooled="1")
     assert done.code == 0, done.err
     figures["apart"] = runs.read(tmp_path / "runs" / "rsf" / "apart" / "t2").manifest.metrics["collected"]
@@ -242,7 +242,7 @@ def test_a_series_refuses_another_start_or_teacher(
     file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
     content = json.loads(file.read_text())
     changed = {"start": "another"} if key == "start" else {"method": {**content["method"], key: {}}}
-    file.write_text(json.dumps({**content, **changed, "digest": ""}))
+    edit_manifest(file.parent, **changed)
     done = rsf(tmp_path, "--iterations", "3")
     assert done.code == 2
     assert f"{label} was made differently: {message}" in done.err
@@ -255,8 +255,7 @@ def test_a_series_refuses_other_data_or_another_base(made: Path, tmp_path: Path)
     assert "steerlm was made differently: rsf.data was" in done.err
     manifest = tmp_path / "runs" / "rsf" / "policy" / "t2" / "manifest.json"
     content = json.loads(manifest.read_text())
-    edited = {"data": {**content["data"], "fingerprint": "of a file that was edited"}, "digest": ""}
-    manifest.write_text(json.dumps({**content, **edited}))
+    edit_manifest(manifest.parent, data={**content["data"], "fingerprint": "of a file that was edited"})
     done = rsf(tmp_path, "--iterations", "3")
     assert done.code == 2
     assert "t2 was made differently: data was of a file that was edited, is " in done.err

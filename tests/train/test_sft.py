@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lora_align import recipe
-from lora_align.data import forms
+from lora_align.data import row_reader
 from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.model import tokenise
@@ -19,7 +19,7 @@ def test_packed_texts_do_not_attend_to_each_other() -> None:
     """The loss over packs is that over the rows one at a time, to rounding; no token is lost or learned twice."""
     base = bases.find(recipe.Base("demo"))
     model = base.load()
-    talks = [forms.conversation(row, "") for row in world.conversations(3, 12)]
+    talks = [row_reader.conversation(row, "") for row in world.conversations(3, 12)]
     rows = [
         row
         for answers_only in (True, False)
