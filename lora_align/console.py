@@ -218,11 +218,9 @@ def count(number: int, noun: str) -> str:
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """Format an aligned table; columns with mostly numbers are right-aligned."""
-    columns, rows = [inert(cell) for cell in columns], [[inert(cell) for cell in row] for row in rows]
+    columns, *rows = [[inert(cell).replace("\n", "\\n") for cell in row] for row in [columns, *rows]]
     widths = [max(cell_width(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    numbers = [2 * sum(map(_is_number, column)) > len(rows) for column in zip(*rows, strict=True)] or [False] * len(
-        columns
-    )
+    numbers = [2 * sum(_is_number(row[i]) for row in rows) > len(rows) for i in range(len(columns))]
 
     def line(row: list[str]) -> str:
         gaps = [" " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True)]

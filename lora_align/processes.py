@@ -27,6 +27,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this machine; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
 def check(command: str, *, trains: bool) -> None:
     """Refuse to run a command that does not train in several processes. Refuse accelerate's own FSDP and DeepSpeed.
 

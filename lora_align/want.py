@@ -87,7 +87,7 @@ def _fill(key: str, template: str, **values: Any) -> str:
 
     try:
         return _compile(template).render(values).strip()
-    except (TemplateError, TypeError, ValueError) as fault:
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as fault:
         raise UserError(f"rsf.{key}: {fault} (the template may use {', '.join(values)})") from fault
 
 

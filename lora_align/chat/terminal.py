@@ -7,25 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_align import store
+from lora_align.chat.commands import HELP
 from lora_align.chat.session import Session
 from lora_align.console import Screen, count
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError, inert
-from lora_align.model.decoding import Sampling
+from lora_align.model.sampler import Sampling
 from lora_align.policy.policy import Conditioned
 from lora_align.weights import parse_weights
 
 EXIT = ("/quit", "/exit")
-HELP = """\
-/w helpful=0.3          change a weight for the next answers; other weights stay
-/w                      show the weights
-/want a=0.8,b=-0.6      change the direction of a conditioned policy
-/compare a=1 | a=-1     answer the last question at several weights side by side
-/retry                  answer the last question again; after `chat --seed`, with the next seed
-/undo                   remove the last question and its answer
-/system TEXT            set the system message; without text, remove it
-/save FILE              write the conversation: FILE.md as Markdown, any other as JSON
-/help    /quit"""
 
 
 def answer_once(session: Session, prompt: str, screen: Screen) -> None:

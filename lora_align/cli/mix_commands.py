@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_align import store
+from lora_align import runs, store
 from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import RUNS, Given, check_picture, takes
@@ -150,6 +150,7 @@ def push(
 
     Example: lora-align push runs/mix/helpful1 --to me/helpful
     """
+    runs.read(run)
     given.screen.note("loading libraries …")
     from lora_align.commands.push import push_run
 

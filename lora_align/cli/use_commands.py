@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_align.chat.commands import is_script
 from lora_align.cli.shared import (
     RUNS,
     SEEDS,
@@ -86,18 +87,17 @@ def chat(
 ) -> None:
     """Chat with a mix, an adapter or a policy, and change its weights.
 
-    Text from a pipe is one prompt. If it begins with /, each line is a command or a message, as on a terminal.
+    Text from a pipe is one prompt. If a line of it is a command such as /w, each line is a command or a message, as on
+    a terminal.
 
     Example: lora-align chat --weights helpful=1,harmless=-0.5
     """
-    if adapter is not None and (weights is not None or want is not None):
-        raise UserError("chat: --adapter excludes --weights and --want")
     check_text("--prompt", prompt)
     check_text("--system", system)
     script: list[str] = []
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace")
-        if prompt.startswith("/"):
+        if is_script(prompt):
             script, prompt = prompt.splitlines(), None
     if prompt is not None and not prompt.strip():
         raise UserError("chat: the prompt is empty; give --prompt TEXT, or pipe text in")
@@ -110,7 +110,7 @@ def chat(
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
     from lora_align.model import base as bases
-    from lora_align.model.decoding import Sampling
+    from lora_align.model.sampler import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     session = sessions.open_session(bases.find(project.base), given.runs_dir, project, policy, sampling, given.screen)
@@ -166,8 +166,6 @@ def generate(
     """
     if endpoint and (weights is not None or want is not None):
         raise UserError("generate: --endpoint excludes --weights and --want; merge the weights and give --adapter DIR")
-    if adapter is not None and (weights is not None or want is not None):
-        raise UserError("generate: --adapter excludes --weights and --want")
     check_url("--endpoint", endpoint)
     check_text("--system", system)
     project = given.recipe_of_runs()
@@ -183,9 +181,12 @@ def generate(
     shards.check_out_file(out)
     check_first_row(prompts)
     policy = None if endpoint else select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
-    given.screen.loading(project.base.model)
+    if endpoint:
+        given.screen.note(f"connecting to {endpoint} …")
+    else:
+        given.screen.loading(project.base.model)
     from lora_align.commands.generate import generate_file
-    from lora_align.model.decoding import Sampling
+    from lora_align.model.sampler import Sampling
 
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, project)
@@ -212,8 +213,8 @@ def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> 
     """Return a sampler of a policy on the loaded base, the identity of both, and the policy's system message."""
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
-    from lora_align.model.decoding import Sampling
-    from lora_align.model.sampler import LocalSampler
+    from lora_align.model.sampler import Sampling
+    from lora_align.model.sampling import LocalSampler
 
     base = bases.find(project.base)
     session = sessions.open_session(base, runs_dir, project, policy, Sampling(), screen)

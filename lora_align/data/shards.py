@@ -144,7 +144,7 @@ def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"{folder} was begun with other settings ({', '.join(changed)}); delete the folder or choose another name"
         )
-    with store.new_file(file) as unfinished:
+    with store.report_write_errors(folder, REMEDY, len(text)), store.new_file(file) as unfinished:
         unfinished.write_text(text)
 
 

@@ -221,7 +221,9 @@ def _file(data: str) -> Path | None:
         if not path.is_file():
             raise UserError(f"no data file {data!r}{_near(path)} (looked in {Path.cwd()})")
         return path
-    if any(Path(f"{path}{suffix}").is_file() for suffix in FILES):
+    if path.is_file():
+        raise UserError(f"data {data!r}: a file of unknown format; save it as one of {', '.join(FILES)}")
+    if any(Path(f"{path}{suffix}").is_file() for suffix in FILES) or (path.suffix and _near(path)):
         raise UserError(f"no data file {data!r}{_near(path)}")
     if path.is_dir() or data.count("/") != 1:
         raise UserError(f"data {data!r} is neither a file ({', '.join(FILES)}) nor a dataset's hub id (owner/name)")
@@ -231,7 +233,9 @@ def _file(data: str) -> Path | None:
 def _near(path: Path) -> str:
     """Suggest the data file with the nearest name in the same folder."""
     files = path.parent.iterdir() if path.parent.is_dir() else ()
-    return nearest(path.name, [file.name for file in files if file.suffix.lower() in FILES])
+    names = {file.name.casefold(): file.name for file in files if file.suffix.lower() in FILES}
+    suggested = nearest(path.name.casefold(), list(names))
+    return next((f", did you mean {name!r}?" for folded, name in names.items() if repr(folded) in suggested), "")
 
 
 def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:

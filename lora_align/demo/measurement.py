@@ -13,7 +13,7 @@ from lora_align.demo import oracle, world
 from lora_align.demo.oracle import AXES, Prompt, Score
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
-from lora_align.model.decoding import Sampling
+from lora_align.model.sampler import Sampling
 from lora_align.model.sampling import sample
 
 LONGEST = 96  # maximum tokens of a sampled answer; the longest answer in the demo world has 66

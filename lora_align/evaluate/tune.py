@@ -31,7 +31,7 @@ class Tuned:
     """Weights within bounds, and the figures at these weights."""
 
     weights: Mapping[str, float]
-    preferred: Mapping[str, float]  # accuracy on each preference's held-out pairs
+    preferred: Mapping[str, float]  # accuracy on held-out pairs, for each preference with enough of them
     kl: float
     loss: float | None  # None without ordinary text
     refused: float | None  # None without safe prompts
@@ -51,7 +51,8 @@ class Tuned:
         if self.refused is not None:
             figures += f"; refuses {self.refused:.0%} of safe prompts"
         merge = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in self.weights.items())}"
-        tables = [table(["", "weight"], weights) + "\n", table(["", "pairs preferred"], shares) + "\n"]
+        tables = [table(["", "weight"], weights) + "\n"]
+        tables += [table(["", "pairs preferred"], shares) + "\n"] if shares else []
         return "\n".join([*tables, figures, runs.command(merge, runs_dir)])
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import UserError
 from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.test_set import Question
@@ -69,7 +70,7 @@ class Evaluation:
     value: float
     gradient: Tensor
     figures: Mapping[str, float]  # each preference's margin, KL and LOSS
-    preferred: Mapping[str, float]  # accuracy on each preference's held-out pairs
+    preferred: Mapping[str, float]  # accuracy on held-out pairs, for each preference with enough of them
 
 
 class TuneObjective:
@@ -117,7 +118,8 @@ class TuneObjective:
         for name, aim in self.aims.items():
             sums, of_mean = self._sums_and_gradient(weights, self.pairs[name], _log_ratio)
             figures[name] = float(sums.sum()) / self.pairs[name].count
-            preferred[name] = float((_margins(sums) > 0).float().mean())
+            if (margins := _margins(sums)).numel() >= MIN_HELD_OUT:
+                preferred[name] = float((margins > 0).float().mean())
             effect = figures[name] / self.spread[name]
             value += aim * NORMAL.cdf(effect)
             gradient = gradient + aim * NORMAL.pdf(effect) / self.spread[name] * of_mean

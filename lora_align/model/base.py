@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lora_align import processes, recipe, store
 from lora_align.errors import UserError, first_line
+from lora_align.model.base_folder import local_folder
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
-from lora_align.plugins import Registry
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-BASES: Registry[Callable[[], Path]] = Registry("bases")
 GGUF = ".gguf"  # suffix of base.model
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration, tokenizer and templates
 CACHE_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
@@ -159,15 +158,6 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
     if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
-
-
-def local_folder(model: str) -> Path | None:
-    """Return the folder of a model: a local folder or that of a registered base. Return None for other names."""
-    path = Path(model).expanduser()
-    if path.is_dir() and model not in BASES:
-        return path
-    registered = BASES.get(model)
-    return registered() if registered else None
 
 
 def _folder(base: recipe.Base, outline: bool) -> Path:

@@ -9,16 +9,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_align.model.chat_format import text_of
 from lora_align.model.kv_cache import growing_cache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings. A temperature of 0 means greedy decoding."""
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    seed: int | None = None
+from lora_align.model.sampler import Sampling
 
 
 @dataclass

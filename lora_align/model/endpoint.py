@@ -14,8 +14,7 @@ import httpx2 as httpx
 
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError, UserError, first_line
-from lora_align.model.decoding import Sampling
-from lora_align.model.sampler import SampledText
+from lora_align.model.sampler import SampledText, Sampling
 
 KEY = "OPENAI_API_KEY"
 CONCURRENT = 32  # requests in flight at the same time

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_align import processes
+
 
 def _compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
     """Stand in for `torch.compile`: import the compiler only when the compiled function is first called."""
@@ -70,8 +72,9 @@ def disable_cpu_repacking(model: nn.Module) -> None:
 
 
 def fits_dequantised(count: int, dtype: torch.dtype) -> bool:
-    """Return whether `count` values of this dtype fit into SHARE of the available memory."""
-    return bool(count * dtype.itemsize <= SHARE * psutil.virtual_memory().available)
+    """Return whether `count` values of this dtype fit into SHARE of the available memory, in every local process."""
+    available = psutil.virtual_memory().available / processes.local_world_size()
+    return bool(count * dtype.itemsize <= SHARE * available)
 
 
 def dequantise_once(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,17 +5,20 @@ Finished rows leave the batch.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from lora_align.data.rows import Prompt
 from lora_align.model.base import Base, device_memory
-from lora_align.model.decoding import Sampling, probabilities
+from lora_align.model.chat_format import text_of
+from lora_align.model.decoding import probabilities
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
+from lora_align.model.sampler import SampledText, Sampling
 
 RETIRE_AT = 0.75  # finished rows leave the cache when at most this share of rows is still running
 ROWS = 512  # rows sampled at once if memory allows
@@ -36,6 +39,28 @@ class SampledTokens:
     def ended(self) -> bool:
         """Return whether the answer reached a stop token."""
         return self.stop is not None
+
+
+@dataclass(frozen=True)
+class LocalSampler:
+    """Samples from a model in this process, with any adapter or mixer on it."""
+
+    model: PreTrainedModel
+    base: Base
+    budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(ROWS))
+
+    def fits(self, prompt: Prompt) -> bool:
+        return len(self.base.chat.prompt_ids(prompt)) < self.base.max_length
+
+    def draw(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[list[SampledText]]:
+        rows = [self.base.chat.prompt_ids(prompt) for prompt in prompts]
+        for batch in sample(self.model, self.base, rows, n, sampling, self.budget):
+            texts = (text_of(self.base.chat.tokenizer, answer.tokens, special=False).strip() for answer in batch)
+            ids = ([*a.tokens, *([] if a.stop is None else [a.stop])] for a in batch)
+            yield [
+                SampledText(a.prompt, a.number, text, a.ended, sampled)
+                for a, text, sampled in zip(batch, texts, ids, strict=True)
+            ]
 
 
 def sample(

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from transformers.utils import is_flash_attn_2_available
-
 from lora_align.console import clock
 from lora_align.errors import UserError
 from lora_align.model.base import Base
@@ -68,11 +66,8 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
         return
     if not stage.settings.compile:
         yield f"{stage.table}.compile=true", {}, {"compile": True}
-    kernels = ["sdpa"] if base.recipe.attention == "eager" else []
-    kernels += ["flash_attention_2"] if is_flash_attn_2_available() else []
-    for kernel in kernels:
-        if kernel != base.recipe.attention:
-            yield f"base.attention={kernel}", {"attention": kernel}, {}
+    if base.recipe.attention == "eager":  # flash_attention_2 was never run on a card, so it is not advised
+        yield "base.attention=sdpa", {"attention": "sdpa"}, {}
 
 
 def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:

@@ -3,11 +3,13 @@
 Each folder in `shapes/` holds the part of a base's published configuration that determines its size.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from lora_align import recipe
+from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 
@@ -19,8 +21,11 @@ def find(base: recipe.Base, *, outline: bool) -> Base:
     """Locate a base. With `outline`, fall back to a shipped shape if the base's files are not available."""
     folder = SHAPES / base.model.replace("/", "--")
     shipped = outline and folder.is_dir() and not Path(base.model).is_dir()
-    if not shipped or _in_cache(base) or _hub_answers():
+    if not shipped:
         return bases.find(base, outline=outline)
+    if _in_cache(base) or _hub_answers():
+        with suppress(UserError):  # a gated base, or a proxy that answers in the hub's place
+            return bases.find(base, outline=outline)
     positions = AutoConfig.from_pretrained(folder).max_position_embeddings
     tokenizer = bases.find(recipe.Base("demo")).chat  # a placeholder: rows are assumed, not tokenised
     return Base(folder, base, "", tokenizer, positions)

@@ -127,6 +127,8 @@ def select_policy(
     want: str | None = None,
 ) -> Policy:
     """Return the policy that the options of `chat` and `generate` select; by default the vectors of the newest mix."""
+    if adapter is not None and (weights is not None or want is not None):
+        raise UserError("--adapter excludes --weights and --want")
     if want is not None:
         one = find_policy(f"{WANT}:{want}", recipe, runs_dir, screen)
         added = weighted(weights or {}, recipe, runs_dir)

@@ -14,8 +14,7 @@ from lora_align.data.rows import Prompt
 from lora_align.model.base import Base
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
-from lora_align.model.sampler import LocalSampler
-from lora_align.model.sampling import ROWS
+from lora_align.model.sampling import ROWS, LocalSampler
 from lora_align.policy import start as start_policy
 from lora_align.policy import vectors
 from lora_align.policy.judges import Judge, Scores, tokenise_answer

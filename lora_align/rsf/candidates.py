@@ -16,8 +16,7 @@ from lora_align.console import count
 from lora_align.data import shards
 from lora_align.data.rows import Rated, with_system_prompt
 from lora_align.data.shards import KEY, Shards
-from lora_align.model.decoding import Sampling
-from lora_align.model.sampler import SampledText, Sampler
+from lora_align.model.sampler import SampledText, Sampler, Sampling
 from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import SCORE
 from lora_align.rsf import sampling_requests

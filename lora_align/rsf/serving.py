@@ -2,14 +2,14 @@
 
 import shlex
 
-from lora_align.model.base import local_folder
+from lora_align.model.base_folder import local_folder
 from lora_align.recipe import Recipe
 
 
 def serve_command(recipe: Recipe) -> str:
     """Return the vLLM command that serves a recipe's base and lets `rsf` load adapters at run time."""
     base, own = recipe.base, (recipe.rsf and recipe.rsf.lora) or recipe.lora
-    rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # policies contain SFT
+    rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # both are served as one adapter
     rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # for the test of the server
     ranks = [size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank]
     model = str(local_folder(base.model) or base.model)

@@ -36,7 +36,6 @@ from lora_align.train.stepper import PartLoss, StepInputs, StepTrainer
 from lora_align.train.token_rows import TokenRows
 
 TINY_UPDATE = 1e-4  # ‖Δ‖/‖W‖ below which an adapter has no visible effect
-HUGE_UPDATE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
 DIVERGED_MARGIN = -1.0  # mean margin at which the loss is about twice that of an untrained adapter
 LOW_MARGIN, DIVERGED_NATS = -1.0, -5.0  # mean margins in nats, without β: clearly below 0, and diverged
 LAST_STEPS = 10  # steps at the end whose mean margin is reported as `last_margin`
@@ -286,20 +285,21 @@ def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
         for which, margin in margins.items()
         if margin < DIVERGED_MARGIN or margin / beta < DIVERGED_NATS
     ]
-    worse += [f"the adapter is huge, ‖Δ‖/‖W‖ = {size:.2f}"] if size > HUGE_UPDATE else []
+    worse += lora_trainer.too_large(size)
     if worse:
         return (f"{DIVERGED}{' and '.join(worse)}; lower learning_rate",)
     reasons = []
-    accuracy = held_out.get("accuracy")
+    accuracy, number = held_out.get("accuracy"), count(held_out["pairs"], "pair")
+    low = margins["held-out"] / beta < LOW_MARGIN
     if accuracy is not None:
         noise = 2 * math.sqrt(0.25 / held_out["pairs"])
-        measured = f"held-out accuracy {accuracy:.2f} on {count(held_out['pairs'], 'pair')} is "
+        measured = f"held-out accuracy {accuracy:.2f} on {number} is "
         if accuracy < 0.5 - noise:
             reasons.append(f"{measured}worse than chance; lower learning_rate, or check the labels")
-        elif accuracy < 0.5 + noise and margins["held-out"] / beta < LOW_MARGIN:
-            reasons.append(f"{measured}near chance, with a margin below 0; lower learning_rate, or check the data")
-        elif accuracy < 0.5 + noise:
+        elif accuracy < 0.5 + noise and not low:
             reasons.append(f"{measured}near chance; train longer, raise learning_rate, or check the data")
+    if low and not reasons:
+        reasons.append(f"the held-out margin is {margins['held-out']:.2f} on {number}; lower learning_rate")
     if size < TINY_UPDATE:
         reasons.append(f"the adapter is tiny: ‖Δ‖/‖W‖ = {size:.1e}; raise learning_rate or epochs")
     return tuple(reasons)

@@ -39,6 +39,7 @@ from lora_align.train.stepper import METRICS, Loss, StepInputs, StepTrainer, tra
 
 STATE_BYTES = 12  # in a checkpoint, per trained parameter: its float32 value and Adam's two moments
 # short names, because a line of progress must fit 80 columns
+HUGE_UPDATE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
 PROGRESS_NAMES = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
 RECORDED = (*PROGRESS_NAMES, "chosen_reward", "rejected_reward")
 MEASURE_AT_MOST = 256  # held-out rows measured at the end of a run
@@ -164,6 +165,11 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
             delta += float(update.float().square().sum())
             weights += float(dense_weight(module.base_layer).float().square().sum())
     return math.sqrt(delta), math.sqrt(delta / weights)
+
+
+def too_large(relative_norm: float) -> list[str]:
+    """Return a reason to doubt a run if the norm of its update, relative to the weights, is above HUGE_UPDATE."""
+    return [f"the adapter is huge, ‖Δ‖/‖W‖ = {relative_norm:.2f}"] if relative_norm > HUGE_UPDATE else []
 
 
 class StepRecorder(TrainerCallback):

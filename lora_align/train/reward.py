@@ -25,7 +25,7 @@ from lora_align.model.tokenise import TokenPair, TokenRated
 from lora_align.recipe import Lora, Recipe, Reward
 from lora_align.runs import Manifest, Run
 from lora_align.train import checkpoints, lora_trainer, reward_loss, token_rows
-from lora_align.train.job import Job, Target
+from lora_align.train.job import DIVERGED, Job, Target
 from lora_align.train.lora_trainer import Trained
 from lora_align.train.reward_loss import Example, RewardLoss
 from lora_align.train.row_files import LazyRows, concat
@@ -114,7 +114,10 @@ def measure(
     report = reward_loss.measure_heads(model, reward_loss.sample_held_out(held_out), MemoryBudget(batch))
     if held_out:
         plots.reward_report(folder / "held_out.png", report)
-    return trained.describe(manifest, {"held_out": report}, reward_loss.unconverged(report))
+    norm, relative_norm = lora_trainer.relative_size(trained.policy)
+    metrics = {"norm": norm, "relative_norm": relative_norm, "held_out": report}
+    huge = tuple(f"{DIVERGED}{reason}; lower learning_rate" for reason in lora_trainer.too_large(relative_norm))
+    return trained.describe(manifest, metrics, huge or reward_loss.unconverged(report))
 
 
 def summary(run: Run) -> str:

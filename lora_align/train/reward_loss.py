@@ -183,8 +183,10 @@ def unconverged(report: Mapping[str, Any]) -> tuple[str, ...]:
             what = f"accuracy {figures['accuracy']:.2f} on {count} held-out pairs"
             measured.append((what, figures["accuracy"] - 0.5, 1 / math.sqrt(count)))
         for what, distance, noise in measured:
-            if distance < -noise:
+            if math.isnan(distance):
+                reasons.append(f"{name}: {what}: the scores are constant or not finite; lower learning_rate")
+            elif distance < -noise:
                 reasons.append(f"{name}: {what} is worse than chance; lower learning_rate, or check the data")
-            elif not distance > noise:  # also nan
+            elif distance <= noise:
                 reasons.append(f"{name}: {what} is near chance; train longer, raise learning_rate, or check the data")
     return tuple(reasons)

@@ -27,6 +27,7 @@ from lora_align.train.lora_trainer import Trained
 from lora_align.train.row_files import LazyRows
 from lora_align.train.stepper import PartLoss, StepInputs, StepTrainer
 
+UNCHANGED = 0.01  # nats per token; a smaller rise of the held-out loss means that the run learned nothing
 DIVERGED_RISE = 1.0  # nats per token; a run whose held-out loss rises by more has diverged
 Pack = Sequence[TokenText]
 
@@ -150,6 +151,8 @@ def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
     figures = f"from {held_out['loss_before']:.3f} to {held_out['loss']:.3f}"
     if held_out["loss"] > held_out["loss_before"] + DIVERGED_RISE:
         return (f"{DIVERGED}held-out loss rose {figures}; lower learning_rate or epochs",)
+    if held_out["loss"] > held_out["loss_before"] + UNCHANGED:
+        return (f"held-out loss rose {figures}; lower learning_rate or epochs",)
     return (f"held-out loss did not fall: {figures}; train longer, or raise learning_rate",)
 
 

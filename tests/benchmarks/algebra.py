@@ -195,7 +195,7 @@ def speaking() -> dict[str, float]:
     """
     from lora_align.demo import measurement
     from lora_align.model import base as bases
-    from lora_align.model.decoding import Sampling
+    from lora_align.model.sampler import Sampling
     from lora_align.model.sampling import sample
 
     base = bases.find(recipe.Base("demo"))

@@ -32,7 +32,7 @@ from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.demo import measurement, oracle, world
 from lora_align.metrics import intervals, plots, score_quality
 from lora_align.model import base as bases
-from lora_align.model.decoding import Sampling
+from lora_align.model.sampler import Sampling
 from lora_align.policy import judges, vectors
 from lora_align.policy.policy import Policy
 from lora_align.policy.policy_set import PolicySet

@@ -317,7 +317,7 @@ def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
     import torch
 
     from lora_align.model import base as bases
-    from lora_align.model.decoding import Sampling
+    from lora_align.model.sampler import Sampling
     from lora_align.model.sampling import sample
 
     project = project_of(work, "dpo", length, [])

@@ -16,7 +16,7 @@ from lora_align.data.rows import Message
 from lora_align.demo import measurement
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.decoding import Sampling
+from lora_align.model.sampler import Sampling
 from lora_align.model.sampling import sample
 
 PROMPTS, N, ROUNDS = 32, 16, 3

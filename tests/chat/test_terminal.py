@@ -9,11 +9,12 @@ import pytest
 
 from lora_align import recipe
 from lora_align.chat import terminal
+from lora_align.chat.commands import is_script
 from lora_align.chat.session import Session, open_session
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base
-from lora_align.model.decoding import Sampling
+from lora_align.model.sampler import Sampling
 from lora_align.policy.policy import START_POLICY
 from support import COMMAND, Cli, Terminal, make_base
 
@@ -84,6 +85,22 @@ def test_piped_commands_run_line_by_line(cli: Cli) -> None:
     assert refused.code == 1
     assert "error: line 1: no preference or run 'unheard'" in refused.err
     assert refused.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "commands"),
+    [
+        ("/w helpful=1\nHello.", True),
+        ("Hello.\n/w helpful=1\nHi.", True),
+        ("/wieght helpful=1", True),
+        ("/help", True),
+        ("/etc/hosts: what is it?", False),
+        ("What is\n/etc/hosts?", False),
+        ("Either/or.", False),
+    ],
+)
+def test_commands_are_recognised_in_piped_text(text: str, commands: bool) -> None:
+    assert is_script(text) is commands
 
 
 def test_answer_on_a_narrow_terminal_breaks_between_words(tmp_path: Path) -> None:

@@ -238,9 +238,15 @@ def test_wrong_file_format_is_reported_with_the_right_one(
 
 def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").touch()
-    for near in ("pair.jsonl", "pairs.json", "pairs"):
+    for near in ("pair.jsonl", "pairs.json", "pairs", "pairs.jsnl", "pairs.ndjson", "PAIRS.JSONL"):
         with pytest.raises(UserError, match=r"no data file .*, did you mean 'pairs\.jsonl'\?"):
             list(sources.rows_or_raise(str(tmp_path / near)))
+
+
+def test_file_of_unknown_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").touch()
+    with pytest.raises(UserError, match=r"a file of unknown format; save it as one of \.jsonl, "):
+        list(sources.rows_or_raise(str(tmp_path / "pairs.tsv")))
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -334,6 +340,8 @@ def test_input_and_history_are_part_of_the_prompt(form: str) -> None:
         ("plain", "tools", "[]"),
         ("pku", "question", "Another one?"),
         ("sharegpt", "prompt", "Another one?"),
+        ("plain", "label", "rejected"),
+        ("conversational", "winner", 0),
     ],
 )
 def test_unread_known_columns_are_counted(form: str, column: str, value: Any, tmp_path: Path) -> None:
@@ -342,6 +350,39 @@ def test_unread_known_columns_are_counted(form: str, column: str, value: Any, tm
     dropped = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "shorter")).dropped
     assert sources.pop_unread(dropped) == {column: 2}
     assert not dropped
+
+
+def test_unread_label_is_reported_as_a_label() -> None:
+    [warning] = sources.unread_warnings({"safer_response_id": 3})
+    assert warning == (
+        "column 'safer_response_id' is filled in 3 rows but not read; other columns say which answer is better"
+    )
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_rejected_completion_is_no_conversation(column: str) -> None:
+    row = {"prompt": "Hi?", "completion": GOOD}
+    assert row_reader.conversation({**row, column: True}, "here") == row_reader.conversation(row, "here")
+    with pytest.raises(UserError, match=f"here: {column} is false, so the completion is a rejected one"):
+        row_reader.conversation({**row, column: False}, "here")
+
+
+def test_row_with_fewer_than_two_answers_is_counted(tmp_path: Path) -> None:
+    several = RATED["UltraFeedback"]
+    rows = [several, *({**several, "completions": several["completions"][:number]} for number in (0, 1))]
+    _write(tmp_path / "pairs.jsonl", rows)
+    read = pairs_of(Preference(str(tmp_path / "pairs.jsonl"), "rating:helpfulness"))
+    assert read.dropped == {"fewer than two answers": 2}
+    assert len(read.train) == 1
+
+
+def test_other_columns_of_a_prompt_are_named_without_a_recipe() -> None:
+    turns = [{"role": "user", "content": "Hi?"}]
+    unread = Counter[str]()
+    row = {"prompt": "Summarise.", "conversations": turns, "images": ["a.png"]}
+    assert sources.TrackedRow(row).unread(None) == ["images", "prompt", "conversations"]
+    assert {"images", "conversations"} <= sources.ASKED
+    assert not unread
 
 
 def test_columns_that_repeat_the_prompt_are_not_counted_as_unread(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model import sampling as sampling_module
 from lora_align.model.base import Base
-from lora_align.model.decoding import Sampling
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
+from lora_align.model.sampler import Sampling
 from lora_align.model.sampling import affordable, sample
 from support import make_base
 
@@ -123,7 +123,7 @@ import resource, sys, torch
 from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
-from lora_align.model.decoding import Sampling
+from lora_align.model.sampler import Sampling
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.sampling import sample
 

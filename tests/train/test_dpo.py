@@ -227,7 +227,7 @@ def test_divergence_is_recognised_at_any_number_of_pairs(pairs: int) -> None:
     [
         (-0.9, 0.1, "diverged: "),
         (-0.9, 0.01, "diverged: "),
-        (-0.2, 0.1, "with a margin below 0; lower learning_rate"),
+        (-0.2, 0.1, "the held-out margin is -0.20 on 100 pairs; lower learning_rate"),
         (0.02, 0.1, "train longer, raise learning_rate"),
     ],
 )
@@ -235,6 +235,12 @@ def test_advice_on_learning_rate_follows_the_sign_of_the_margin(margin: float, b
     held_out = {"pairs": 100, "accuracy": 0.45, "margin": margin}
     [advice] = dpo.unconverged({"held_out": held_out, "relative_norm": 0.01}, beta)
     assert reason in advice
+
+
+def test_low_margin_is_reported_for_few_pairs_and_at_a_good_accuracy() -> None:
+    for held_out in ({"pairs": 5, "accuracy": None}, {"pairs": 100, "accuracy": 0.8}):
+        [reason] = dpo.unconverged({"held_out": {**held_out, "margin": -0.49}, "relative_norm": 0.01}, 0.1)
+        assert reason == f"the held-out margin is -0.49 on {held_out['pairs']} pairs; lower learning_rate"
 
 
 def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,9 @@ def test_heads_worse_than_chance_are_reported_from_20_examples_on() -> None:
         "by chance": {"rated": 0, "pairs": 100, "accuracy": 0.52},
         "few": {"rated": 2, "pairs": 1, "spearman": 1.0, "accuracy": 1.0},
     }
+    constant = {"constant": {"rated": 100, "pairs": 0, "spearman": math.nan}}
+    [reason] = reward_loss.unconverged({"heads": constant})
+    assert reason.endswith("the scores are constant or not finite; lower learning_rate")
     worse, chance = reward_loss.unconverged({"heads": heads})
     assert worse.startswith("turned: rank correlation -0.60 on 100 held-out answers is worse than chance; lower")
     assert chance.startswith("by chance: accuracy 0.52 on 100 held-out pairs is near chance")
