@@ -1,0 +1,103 @@
+"""Choose the settings of the laptop recipe: train with several on the real base, and measure on development data.
+
+    python tests/benchmarks/laptop.py --base FILE.gguf --splits FOLDER --work FOLDER
+
+splits.py writes FOLDER of --splits. Every vector is trained on train rows, by the recipe smollm2-135m with the
+settings of SETTINGS. Accuracy, margins, answers and KL are measured on development rows. A stopped call continues.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import report
+
+import lora_align as la
+from lora_align.evaluate.compare import compare_policies
+from lora_align.evaluate.measure import Evaluator
+
+SETTINGS = [  # preference and keys of [dpo]
+    ("brief", {"learning_rate": 2e-4, "limit": 200}),
+    ("brief", {"learning_rate": 3e-4, "limit": 200}),
+    ("harmless", {"learning_rate": 3e-4, "limit": 400}),
+    ("harmless", {"learning_rate": 1e-3, "limit": 400}),
+    ("helpful", {"learning_rate": 3e-4, "limit": 200}),
+    ("helpful", {"learning_rate": 1e-3, "limit": 200}),
+]
+WEIGHTS = (0.5, 1.0)
+PAIRS = {"helpful": "ultrafeedback", "harmless": "hh-harmless", "brief": "hh-harmless"}
+TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
+TEXTS = 20  # chosen answers of UltraFeedback's development pairs
+
+
+def project(words: argparse.Namespace, split: str, runs: Path, **dpo: Any) -> la.Project:
+    """Return the laptop recipe with the pairs of a split, and with development prompts and texts."""
+    rows = {
+        name: {"data": str(words.splits / f"{source}-{split}.jsonl"), "split": "train", "subset": ""}
+        for name, source in PAIRS.items()
+    }
+    prompts = {"data": str(words.splits / "xstest-development.jsonl")}
+    test_set = {
+        **TEST_SET,
+        "prompts": prompts,
+        "risky": prompts,
+        "text": {"data": str(texts(words)), "subset": "", "split": "train"},
+    }
+    return la.Project(
+        "smollm2-135m", runs, quiet=True, base={"model": words.base}, preferences=rows, dpo=dpo, eval=test_set
+    )
+
+
+def texts(words: argparse.Namespace) -> Path:
+    """Write the ordinary texts, and return their file."""
+    file = words.work / "texts.jsonl"
+    rows = [
+        json.loads(line) for line in (words.splits / "ultrafeedback-development.jsonl").read_text().splitlines()[:TEXTS]
+    ]
+    chosen = [row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"] for row in rows]
+    file.write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in chosen))
+    return file
+
+
+def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train a vector with some settings, and measure it on development rows."""
+    runs = words.work / "-".join([preference, *map(str, settings.values())])
+    began = time.monotonic()
+    vector = project(words, "train", runs).train(preference, **settings)
+    seconds = time.monotonic() - began
+    development = project(words, "development", runs, held_out=0.95)
+    policies = ["start", *(f"{preference}={weight:g}" for weight in (*WEIGHTS, -WEIGHTS[0]))]
+    chosen = [development.policy(name) for name in policies]
+    evaluator = Evaluator.of(chosen, development.recipe, runs, development.screen, preferences=[preference])
+    compared = compare_policies(evaluator, development.screen).as_json()["policies"]
+    return {
+        "preference": preference,
+        **settings,
+        "seconds of training, both directions": round(seconds),
+        "norm": vector.norm,
+        "unconverged": vector.unconverged,
+        "policies": compared,
+    }
+
+
+def main() -> None:
+    """Measure every setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--splits", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    words = parser.parse_args()
+    words.work.mkdir(parents=True, exist_ok=True)
+    cells = [
+        report.once(
+            words.work, f"{preference} {json.dumps(settings)}", lambda p=preference, s=settings: measure(words, p, s)
+        )
+        for preference, settings in SETTINGS
+    ]
+    report.save("laptop", {"test set": TEST_SET, "settings": cells})
+
+
+if __name__ == "__main__":
+    main()
