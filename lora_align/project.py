@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_align import recipe as recipes
 from lora_align.console import Screen
-from lora_align.data.rows import Message, Prompt
+from lora_align.data.rows import Message, with_system_prompt
 from lora_align.policy import vectors
 from lora_align.policy.policy import Policy, find_policy
 from lora_align.rankers import Direction
@@ -42,12 +41,11 @@ class Project:
         """
         from lora_align.train.dpo import train_dpo
 
-        sides = list(Direction) if direction == "both" else [Direction(direction)]
+        sides = Direction.parse(direction)
         project = self._with("dpo", settings)
         train_dpo(project, [preference], sides, self.runs, self.screen, force=force, resume=resume and not force)
-        if direction != "both" and not (self.runs / "dpo" / preference / _other(sides[0])).is_dir():
-            return self.vector(f"dpo/{preference}/{direction}")
-        return self.vector(preference)
+        both = preference in vectors.trained(self.runs)
+        return self.vector(preference if both else f"dpo/{preference}/{direction}")
 
     def vector(self, name: str) -> Vector:
         """Return the vector of a trained preference, a run or an adapter folder."""
@@ -85,7 +83,7 @@ class Project:
         chosen = self.policy(policy)
         policies = PolicySet.of([chosen], self.recipe, bases.find(self.recipe.base), self.runs, self.screen)
         policies.activate(chosen)
-        conversations: list[Prompt] = [(Message("user", text),) for text in prompts]
+        conversations = [with_system_prompt(chosen.system, (Message("user", text),)) for text in prompts]
         by_prompt: list[dict[int, str]] = [{} for _ in prompts]
         for batch in policies.sampler.draw(conversations, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
             for answer in batch:
@@ -108,10 +106,7 @@ class Project:
         return f"Project({self.recipe.source!r}, base {self.recipe.base.model!r}, runs {str(self.runs)!r})"
 
     def _with(self, table: str, settings: Mapping[str, Any]) -> recipes.Recipe:
-        if not settings:
-            return self.recipe
-        tables = json.loads(json.dumps(self.recipe.as_dict()))
-        return recipes.from_dict(tables, self.recipe.source, keywords={table: settings})
+        return recipes.from_dict(self.recipe.as_dict(), self.recipe.source, keywords={table: settings})
 
 
 class Chat:
@@ -183,7 +178,3 @@ class _Weights(MutableMapping[str, float]):
 
     def __repr__(self) -> str:
         return repr(self._session.weights)
-
-
-def _other(side: Direction) -> str:
-    return Direction.neg.value if side is Direction.pos else Direction.pos.value

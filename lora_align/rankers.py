@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from lora_align.errors import UserError
 from lora_align.plugins import Registry
 
 SCORE = "score_"  # prefix of the columns that `score` writes
@@ -18,6 +19,13 @@ class Direction(StrEnum):
 
     pos = "pos"
     neg = "neg"
+
+    @classmethod
+    def parse(cls, text: str) -> list["Direction"]:
+        """Return the directions that `pos`, `neg` or `both` names."""
+        if text not in (*cls, "both"):
+            raise UserError(f"direction {text!r}: expected pos, neg or both")
+        return list(cls) if text == "both" else [cls(text)]
 
 
 class Winner(StrEnum):

@@ -30,6 +30,7 @@ SCHEMA = 1
 DEFAULT = Path("runs")
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+DIVERGED = "diverged: "  # prefix of a reason in `Manifest.unconverged` that means divergence
 TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that train an adapter
 
 
@@ -192,6 +193,13 @@ def refuse_existing(target: Path, force: bool, remedy: str = "--name NEW keeps b
     """Refuse a target that exists, unless `force`. Call this before slow work."""
     if target.exists() and not force:
         raise UserError(f"{target} exists; {remedy}, --force moves the old one aside")
+
+
+def refuse_before_training(target: Path, *, force: bool, resume: bool, remedy: str = "--name NEW keeps both") -> None:
+    """Refuse a target that is being written, or that exists, unless `force` is set or `resume` continues its run."""
+    refuse_busy(target)
+    if not (resume and is_run(target)):
+        refuse_existing(target, force, remedy)
 
 
 def refuse_busy(target: Path) -> None:

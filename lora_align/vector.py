@@ -43,8 +43,8 @@ class Vector:
         """The start policy with this vector added."""
         if list(self.weights.values()) == [1.0]:
             return one_adapter(self._vectors[self.name])
-        vectors.refuse_start_inside(self._vectors[name] for name in self.weights)
-        return Policy(self.name, {name: self._vectors[name] for name in self.weights}, self.weights)
+        vectors.refuse_start_inside(self._vectors.values())
+        return Policy(self.name, self._vectors, self.weights)
 
     @cached_property
     def delta(self) -> LoraDelta:
@@ -67,7 +67,7 @@ class Vector:
     @property
     def unconverged(self) -> list[str]:
         """The reasons why runs of this vector are unconverged; empty if all converged."""
-        return [reason for vector in self.policy.vectors.values() for reason in vector.unconverged()]
+        return [reason for vector in self._vectors.values() for reason in vector.unconverged()]
 
     def inner(self, other: Vector) -> float:
         """Return the inner product of two updates, module by module."""
@@ -105,7 +105,8 @@ class Vector:
         for name in self.weights.keys() & other.weights.keys():
             if self._vectors[name].lineage() != other._vectors[name].lineage():
                 raise UserError(f"two different adapters are both named {name!r}: load one of them by its folder")
-        return Vector(weights, {**other._vectors, **self._vectors}, self._recipe, self._runs)
+        owner = self if self._recipe.base.model else other  # a loaded folder has no recipe
+        return Vector(weights, {**other._vectors, **self._vectors}, owner._recipe, owner._runs)
 
     @overload
     def __radd__(self, other: int) -> Vector: ...
@@ -136,7 +137,7 @@ class Vector:
             return NotImplemented
         if self.weights == other.weights and self._vectors == other._vectors:
             return True
-        difference = (self.delta + other.delta * -1.0).norm()
+        difference = (self.delta - other.delta).norm()
         return difference <= SAME * max(self.norm, other.norm)
 
     __hash__ = None  # type: ignore[assignment]

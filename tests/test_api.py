@@ -1,13 +1,16 @@
 """The Python API, on the demo base."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lora_align as la
+from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 
@@ -102,6 +105,33 @@ def test_saved_vector_loads_as_a_peft_folder(project: la.Project, tmp_path: Path
     assert 0.6 < small.cosine(mix) < 1
     with pytest.raises(la.UserError, match="zero"):
         (mix - mix).save(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank 0: expected a whole number from 1"),
+        ({"keep": 1.5}, "keep 1.5: expected a share"),
+        ({"rank": 4, "keep": 0.9}, "give only one of them"),
+        ({"dtype": "fp16"}, "--dtype 'fp16': expected one of"),
+    ],
+)
+def test_save_refuses_bad_options(options: dict[str, Any], message: str, project: la.Project, tmp_path: Path) -> None:
+    with pytest.raises(la.UserError, match=re.escape(message)):
+        project.vector("helpful").save(tmp_path / "mix", **options)
+    assert not (tmp_path / "mix").exists()
+
+
+def test_sum_with_a_loaded_folder_keeps_the_recipe_of_the_project(project: la.Project, tmp_path: Path) -> None:
+    foreign = la.load(shutil.copytree(project.runs / "dpo" / "harmless" / "pos", tmp_path / "foreign"))
+    for number, mix in enumerate((project.vector("helpful") + foreign, foreign + project.vector("helpful"))):
+        saved = runs.read(mix.save(tmp_path / f"mix{number}"))
+        assert saved.manifest.recipe["base"]["model"] == "demo"
+
+
+def test_unknown_direction_is_refused(project: la.Project) -> None:
+    with pytest.raises(la.UserError, match="direction 'up': expected pos, neg or both"):
+        project.train("helpful", "up")
 
 
 def test_training_takes_recipe_keys_and_keeps_what_is_trained(project: la.Project) -> None:

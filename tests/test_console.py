@@ -62,6 +62,8 @@ def test_progress_names_are_inert() -> None:
 
 def test_tables_align_with_wide_and_escaped_text() -> None:
     rows = [["你好", "x"], ["a\x1b", "y"], ["abcdefgh", "z"]]
+    forged = table(["n", "m"], [["x\nmix/trusted", "1"]])
+    assert forged.splitlines()[2:] == ["x\\nmix/trusted  1"], "a cell makes no line of its own"
     assert table(["n", "m"], rows).splitlines()[2:] == ["你好      x", "a\\x1b     y", "abcdefgh  z"]
 
 

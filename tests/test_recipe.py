@@ -6,6 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from lora_align import recipe
+from lora_align.cli.shared import Given
 from lora_align.errors import UserError
 from lora_align.rankers import Ranker
 from lora_align.recipe import optimizers
@@ -226,6 +227,14 @@ def test_missing_library_of_an_optimizer_is_found() -> None:
 def test_unknown_rankers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no ranker"):
         Ranker.parse(text)
+
+
+@pytest.mark.parametrize("word", ["start", "base", "mix"])
+def test_word_for_a_policy_is_no_name_of_a_preference(word: str) -> None:
+    with pytest.raises(UserError, match=f"preferences.{word}: this word names a policy"):
+        recipe.load(recipe.builtin()["demo"], [f'preferences.{word}.data="demo:pairs"'])
+    with pytest.raises(UserError, match=f"--name {word}: this word names a policy"):
+        Given(name=word)
 
 
 def test_folder_named_like_a_recipe_does_not_hide_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

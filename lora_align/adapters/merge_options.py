@@ -55,7 +55,7 @@ def server_rank(server: str, rank: int) -> int:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Hold how vectors become one adapter: method, rank, server, dtype."""
+    """The options of a merge: method, rank, server and dtype."""
 
     method: str = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -65,6 +65,18 @@ class MergeOptions:
     dtype: str | None = None
     with_start: bool = True
     same_base: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fit is not None and self.fit not in SERVER_RANKS:
+            raise UserError(f"--fit {self.fit!r}: expected one of {', '.join(SERVER_RANKS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.rank is not None and self.keep is not None:
+            raise UserError("rank and keep: give only one of them")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank {self.rank}: expected a whole number from 1")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UserError(f"keep {self.keep:g}: expected a share of the energy above 0, up to 1")
 
     @classmethod
     def parse(
@@ -79,10 +91,6 @@ class MergeOptions:
         same_base: bool = False,
     ) -> "MergeOptions":
         """Parse and check command-line options."""
-        if fit is not None and fit not in SERVER_RANKS:
-            raise UserError(f"--fit {fit!r}: expected one of {', '.join(SERVER_RANKS)}")
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
         number, keep = _parse_rank(rank) if rank is not None else (None, None)
         return cls(method, parse_options(method, options), number, keep, fit, dtype, with_start, same_base)
 
@@ -94,11 +102,9 @@ def _parse_rank(text: str) -> tuple[int | None, float | None]:
     """Parse `16` as a rank and `auto:0.99` as a share of the energy."""
     word, _, share = text.partition(":")
     try:
-        number, keep = (None, float(share)) if word == "auto" else (int(text), None)
+        return (None, float(share)) if word == "auto" else (int(text), None)
     except ValueError:
-        number = keep = None
-    if (number is not None and number >= 1) or (keep is not None and 0 < keep <= 1):
-        return number, keep
-    raise UserError(
-        f"--rank {text!r}: expected a whole number from 1, or auto:0.99 for the smallest rank with 99 % of the energy"
-    )
+        raise UserError(
+            f"--rank {text!r}: expected a whole number from 1, or auto:0.99 for the smallest rank with 99 % of the "
+            "energy"
+        ) from None

@@ -64,7 +64,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "reach": measure_commands.reach,
     },
     "Use": {"chat": use_commands.chat, "generate": use_commands.generate, "score": use_commands.score},
-    "Measure": {"eval": measure_commands.evaluate, "sweep": measure_commands.sweep, "list": start_commands.list_runs},
+    "Measure": {"eval": measure_commands.evaluate, "sweep": measure_commands.sweep, "list": measure_commands.list_runs},
     "Share": {"push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}

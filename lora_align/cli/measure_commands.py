@@ -7,6 +7,7 @@ import typer
 
 from lora_align import runs
 from lora_align.cli.shared import RUNS, ByOption, Given, check_url, takes
+from lora_align.commands import list_runs as run_list
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.grid import grid
@@ -101,6 +102,9 @@ def sweep(
     name = given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
     target = given.runs_dir / "sweep" / name
     project = given.recipe_of_runs()
+    if not axes and not directions:
+        raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
+    runs.refuse_existing(target, given.force)
     values, _ = grid(axes or [])
     given.check_vectors(values, project)
     find_policies(also or [], project, given.runs_dir, Screen(quiet=True))
@@ -111,7 +115,6 @@ def sweep(
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.sweep import plan_sweep, run_sweep
 
-    runs.refuse_existing(target, given.force)
     plan = plan_sweep(axes or [], directions, also or [], given.runs_dir, given.screen)
     policies = find_policies(plan.policies, project, given.runs_dir, given.screen)
     evaluator = Evaluator.of(policies, project, given.runs_dir, given.screen, by or ())
@@ -226,12 +229,24 @@ def reach(
         command = runs.command("dpo --all", given.runs_dir)
         raise UserError(f"reach: no preference has both its adapters in {given.runs_dir}/; `{command}` trains them")
     policy = weighted(dict.fromkeys(names, 1.0), project, given.runs_dir)
+    target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
+    runs.refuse_existing(target, given.force)
     given.screen.loading(project.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.reach import Limits, find_reach
 
     evaluator = Evaluator.of([policy], project, given.runs_dir, given.screen, preferences=names)
-    target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
     result = find_reach(evaluator, Limits(kl, loss, share), project, target, given.screen, force=given.force)
     summary = f"{result.summary()}\n\n{target}: merge and chat warn beyond these weights"
     given.screen.result(summary, {"reach": str(target), **result.as_json()})
+
+
+@takes("runs_dir")
+def list_runs(given: Given) -> None:
+    """List runs in order of creation, with their origin and one metric.
+
+    Example: lora-align list --runs runs
+    """
+    if not given.runs_dir.is_dir() and (given.runs_dir != runs.DEFAULT or given.runs_dir.exists()):
+        raise UserError(f"--runs {given.runs_dir}: there is no such folder")
+    given.show(run_list.list_runs(given.runs_dir, given.screen))

@@ -28,12 +28,6 @@ RankOption = Annotated[
         help="Truncate to this rank, or to the smallest rank with this share of the energy, as in auto:0.99.",
     ),
 ]
-FitOption = Annotated[
-    str | None,
-    typer.Option(
-        "--fit", metavar="SERVER", help="Pad with zeros to a rank that this server accepts: vllm or llama.cpp."
-    ),
-]
 
 
 @takes(*RUNS, "name", "force")
@@ -51,7 +45,12 @@ def merge(
     method: MethodOption = "exact",
     option: MethodOptions = None,
     rank: RankOption = None,
-    fit: FitOption = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit", metavar="SERVER", help="Pad with zeros to a rank that this server accepts: vllm or llama.cpp."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -107,7 +106,6 @@ def inspect(
     method: MethodOption = "exact",
     option: MethodOptions = None,
     rank: RankOption = None,
-    fit: FitOption = None,
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -123,7 +121,7 @@ def inspect(
     """
     wanted = parse_weights(weights) if weights else {}
     check_picture(picture)
-    how = MergeOptions.parse(method, option or [], rank, fit, None, same_base=True)
+    how = MergeOptions.parse(method, option or [], rank, None, None, same_base=True)
     project = given.recipe_of_runs()
     given.check_vectors([*(names or []), *wanted], project)
     given.screen.note("reading adapters …")

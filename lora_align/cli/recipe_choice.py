@@ -1,6 +1,5 @@
 """The choice of a command's recipe: the named one, ./lora-align.toml, the newest run's, or the demo."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,11 +40,11 @@ def recipe_of_runs(name: str | None, overrides: Sequence[str], screen: Screen, r
         stored = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]
         trained = [run for run in stored if run.manifest.stage in runs.TRAINING]
         if candidates := trained or [run for run in stored if run.manifest.stage == "mix"]:
-            path, table = candidates[-1].path, json.loads(json.dumps(candidates[-1].manifest.recipe))
+            path, table = candidates[-1].path, candidates[-1].manifest.recipe
             source = f"{path}/{runs.MANIFEST}"
             inherited = recipes.with_eval_of_source(recipes.from_dict(table, source))
             screen.note(f"recipe: the one stored in {path}{recipes.changes_from_source(inherited)}")
-            return recipes.from_dict(json.loads(json.dumps(inherited.as_dict())), source, overrides)
+            return recipes.from_dict(inherited.as_dict(), source, overrides)
     return _load(name, overrides, screen)
 
 

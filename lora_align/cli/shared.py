@@ -16,7 +16,7 @@ from lora_align.data import sources
 from lora_align.errors import UserError
 from lora_align.policy import judge_runs, vectors
 from lora_align.recipe import Recipe
-from lora_align.weights import NAME
+from lora_align.weights import NAME, NAME_RULE, RESERVED
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -137,7 +137,9 @@ class Given:
     def __post_init__(self) -> None:
         object.__setattr__(self, "screen", Screen(self.as_json, self.quiet))
         if self.name is not None and not NAME.fullmatch(self.name):
-            raise UserError(f"--name {self.name!r}: 1 to 64 of a-z 0-9 _ - , starting with a letter or digit")
+            raise UserError(f"--name {self.name!r}: expected {NAME_RULE}")
+        if self.name in RESERVED:
+            raise UserError(f"--name {self.name}: this word names a policy; choose another name")
         if self.force and self.resume:
             raise UserError(RESUME_OR_FORCE)
 
@@ -157,9 +159,7 @@ class Given:
 
     def refuse_existing(self, target: Path, keep_both: str = "--name NEW keeps both") -> None:
         """Refuse a run that is being written, or that exists without --resume or --force."""
-        runs.refuse_busy(target)
-        if not self.resume:
-            runs.refuse_existing(target, self.force, keep_both)
+        runs.refuse_before_training(target, force=self.force, resume=self.resume, remedy=keep_both)
 
     def check_vectors(self, names: Iterable[str], project: Recipe) -> None:
         """Refuse a name that is not a preference, a run or a folder."""

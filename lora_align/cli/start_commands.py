@@ -1,4 +1,4 @@
-"""The commands demo, recipes, init, doctor, plan, data, and list, which shows finished runs."""
+"""The commands demo, recipes, init, doctor, plan and data."""
 
 import shutil
 import textwrap
@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from lora_align import recipe as recipes
-from lora_align import runs
 from lora_align.cli.shared import RECIPE, Given, check_picture, takes
-from lora_align.console import count, table
+from lora_align.console import table
 from lora_align.errors import RunFailedError, UserError
 from lora_align.plan.cards import card_name
 
@@ -155,55 +154,3 @@ def data(
         given.screen.warn(warning)
     if audit.refused:
         raise UserError(audit.refused)
-
-
-@takes("runs_dir")
-def list_runs(given: Given) -> None:
-    """List runs in order of creation, with their origin and one metric.
-
-    Example: lora-align list --runs runs
-    """
-    if not given.runs_dir.is_dir() and (given.runs_dir != runs.DEFAULT or given.runs_dir.exists()):
-        raise UserError(f"--runs {given.runs_dir}: there is no such folder")
-    listed = runs.list_runs(given.runs_dir, given.screen)
-    if not listed and not given.as_json:
-        given.screen.note(f"no runs in {given.runs_dir}/ yet")
-    rows = [
-        [
-            run.path.relative_to(given.runs_dir).as_posix(),
-            run.manifest.created[5:16].replace("T", " "),  # without the year, to fit 80 columns
-            _origin(run),
-            _figure(run),
-        ]
-        for run in listed
-    ]
-    text = table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
-    given.screen.result(text, {"runs": [run.as_json() for run in listed]})
-
-
-def _origin(run: runs.Run) -> str:
-    """Return the origin of a run: the terms of a mix, or its data and base."""
-    if run.manifest.stage == "mix":
-        parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
-        return " ".join((["start"] if run.manifest.contains_start else []) + parts)
-    base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
-    measured = (
-        run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}
-    )  # set by `reach`, or by `sweep`
-    source = run.manifest.data.get("source") or " ".join(measured)
-    return f"{source} ({base})" if source else base
-
-
-def _figure(run: runs.Run) -> str:
-    """Return the most telling figure of a run, or that it is unconverged."""
-    held_out = run.manifest.metrics.get("held_out", {})
-    if reasons := run.manifest.unconverged:
-        return "diverged" if any(reason.startswith("diverged") for reason in reasons) else "unconverged"
-    if pairs := held_out.get("pairs"):
-        accuracy = held_out.get("accuracy")
-        return f"{count(pairs, 'pair')}: too few" if accuracy is None else f"accuracy {accuracy:.2f}"
-    if run.manifest.stage == "mix":
-        return f"rank {run.manifest.method.get('rank', '?')}"
-    if "points" in run.manifest.metrics:
-        return count(run.manifest.metrics["points"], "point")
-    return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

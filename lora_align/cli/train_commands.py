@@ -56,10 +56,8 @@ def dpo(
         raise UserError(f"dpo: give either --pref NAME or --all (preferences: {', '.join(project.preferences)})")
     if every and given.name:
         raise UserError("dpo: --name needs --pref, not --all")
-    if direction not in ("pos", "neg", "both"):
-        raise UserError(f"--direction {direction!r}: expected pos, neg or both")
     names = list(project.preferences) if pref is None else [pref]
-    directions = list(Direction) if direction == "both" else [Direction(direction)]
+    directions = Direction.parse(direction)
     for preference in names:
         project.preference(preference)
     if given.dry_run:

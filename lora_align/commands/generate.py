@@ -1,7 +1,7 @@
 """The command `generate`: sample answers to a file of prompts."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ BATCH = 256  # answers in a file of answers; a kill loses at most the answers of
 
 
 @dataclass(frozen=True)
-class Work:
+class PromptRow:
     """A row of the prompts' file, and the prompt for the model."""
 
     key: str
@@ -68,7 +68,14 @@ def generate_file(
     the second of four parts of the prompts, by their hash.
     """
     shards.check_out_file(out)
-    settings = {"data": data, "model": dict(who), "n": n, "sampling": asdict(sampling), "share": list(share)}
+    settings = {
+        "data": data,
+        "model": dict(who),
+        "n": n,
+        "sampling": asdict(sampling),
+        "share": list(share),
+        "system": system,
+    }
     unread: Counter[str] = Counter()
     work = [item for item in _work(data, system, unread) if _bucket(item.prompt, share[1]) == share[0] - 1]
     for warning in sources.unread_warnings(unread, sources.RENAME_IN_FILE):
@@ -78,21 +85,15 @@ def generate_file(
         raise UserError(f"{data}: no prompts" + (f" in share {share[0]}/{share[1]}" if share[1] > 1 else ""))
     if not fitting:
         raise UserError(f"{data}: every prompt fills the context")
-    batch_size = max(1, BATCH // n)
-    with shards.shards_for(out, {**settings, "system": system}) as store:
-        done = store.keys()
-        left = [item for item in fitting if item.key not in done]
-        if done:
-            screen.note(f"answered before: {count(len(done), 'prompt')}")
-        with screen.progress("generate", len(left)) as progress:
-            for begin in range(0, len(left), batch_size):
-                items = left[begin : begin + batch_size]
-                sampled = [answer for batch in sampler.draw([i.prompt for i in items], n, sampling) for answer in batch]
-                if sampled:
-                    store.append([_row(items[answer.prompt], answer) for answer in sampled])
-                progress.show(begin + len(items), {})
+
+    def answer(items: Sequence[PromptRow]) -> list[dict[str, Any]]:
+        sampled = sampler.draw([item.prompt for item in items], n, sampling)
+        return [_row(items[answer.prompt], answer) for batch in sampled for answer in batch]
+
+    with shards.shards_for(out, settings) as parts:
+        parts.fill(fitting, max(1, BATCH // n), answer, screen, "generate")
         answers: dict[str, list[dict[str, Any]]] = {}
-        for row in store.rows():
+        for row in parts.rows():
             answers.setdefault(row.pop(KEY), []).append(row)
         fitting = [item for item in fitting if item.key in answers]  # a server refuses a long prompt only on request
         if not fitting:
@@ -106,15 +107,15 @@ def generate_file(
     return GeneratedFile(str(out), len(fitting), len(rows), words, ended, len(work) - len(fitting))
 
 
-def _work(data: str, system: str, unread: Counter[str]) -> Iterator[Work]:
+def _work(data: str, system: str, unread: Counter[str]) -> Iterator[PromptRow]:
     """Yield the prompts in order. A prompt that occurs twice is answered twice."""
     for number, (row, turns) in enumerate(sources.read_all(data, row_reader.prompt, unread)):
         prompt = with_system_prompt(system, turns)
-        yield Work(f"{number} {prompt_key(prompt)}", row, prompt)
+        yield PromptRow(f"{number} {prompt_key(prompt)}", row, prompt)
 
 
-def _without_answer(item: Work) -> dict[str, Any]:
-    """Return a row's columns. If it already has a `response`, omit columns of numbers, which are ratings of that."""
+def _without_answer(item: PromptRow) -> dict[str, Any]:
+    """Return a row's columns. If it already has a `response`, omit its numeric columns, which rate that response."""
     if {"messages", "conversations"} & item.row.keys():
         return {"prompt": [{"role": turn.role, "content": turn.content} for turn in item.prompt]}
     if "response" in item.row:
@@ -126,7 +127,7 @@ def _bucket(prompt: Prompt, parts: int) -> int:
     return int(prompt_key(prompt)[:16], 16) % parts
 
 
-def _row(item: Work, answer: SampledText) -> dict[str, Any]:
+def _row(item: PromptRow, answer: SampledText) -> dict[str, Any]:
     return {KEY: item.key, "response": answer.text, "number": answer.number, "ended": answer.ended}
 
 

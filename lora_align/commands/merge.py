@@ -94,7 +94,7 @@ def merge_adapters(
     tally, (rank, padded) = Tally(), ranks(ready.merge, how)
     parents_dtype = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
     dtype = getattr(torch, how.dtype) if how.dtype else parents_dtype
-    needed = _bytes(ready.adapters, rank, dtype)
+    needed = _bytes(ready.adapters, rank, padded, dtype)
     elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
     store.check_free_space(target.parent, needed, elsewhere)
     with (
@@ -117,7 +117,7 @@ def merge_adapters(
                 "weights": dict(weights),
                 "options": {**METHODS[how.method].options, **how.options},
                 "rank": tally.rank,
-                "asked_rank": rank,
+                "requested_rank": rank,
                 "energy_kept": how.keep,
                 "dtype": how.dtype,
                 "fit": how.fit,
@@ -173,13 +173,13 @@ def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:
     return rank, server_rank(how.fit, max(merged.factors.rank for merged in job.modules(rank)))
 
 
-def _bytes(adapters: Sequence[Adapter], rank: int | None, dtype: torch.dtype) -> int:
-    """Estimate the bytes of the mix. Its rank is the sum of its parents' ranks, but at most `rank`."""
+def _bytes(adapters: Sequence[Adapter], rank: int | None, padded: int, dtype: torch.dtype) -> int:
+    """Estimate the bytes of the mix. Its rank is the sum of its parents' ranks, from `padded` to `rank`."""
     ranks_: Counter[str] = Counter()
     for adapter in adapters:
         ranks_.update({name: peft_config.rank(adapter.config, name) for name in adapter.shapes})
     shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
-    return sum(dtype.itemsize * min(of, rank or of) * sum(shapes[name]) for name, of in ranks_.items())
+    return sum(dtype.itemsize * max(min(of, rank or of), padded) * sum(shapes[name]) for name, of in ranks_.items())
 
 
 def default_name(weights: Mapping[str, float], how: MergeOptions = EXACT) -> str:
@@ -207,7 +207,7 @@ def _start(runs_dir: Path, identity: str) -> Run:
 
 
 def _base_known(vector: Vector) -> bool:
-    """Return whether the manifests of all parents record the base. A folder without a manifest names it at best."""
+    """Return whether the manifests of all parents record the base. A folder without a manifest can only name it."""
     return all(parent.run and parent.run.fingerprint for parent in vector.parents)
 
 

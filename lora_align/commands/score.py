@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
-
-import torch
 
 from lora_align.console import Screen, count
 from lora_align.data import row_reader, shards, sources
@@ -27,7 +26,7 @@ BATCH = 256  # rows in a file of scores; a kill loses at most the rows of the fi
 
 
 @dataclass(frozen=True)
-class Work:
+class ScoreRow:
     """A row to score: its columns as they were read, and its answer or pair."""
 
     key: str
@@ -88,17 +87,9 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
     base = bases.find(recipe.base)
     judge = judges.find(by, base, recipe, runs_dir)
     policies = PolicySet(base, [], None, {by: judge})
-    with shards.shards_for(out, {"data": data, "judge": judge.identity}) as store:
-        done = store.keys()
-        left = [item for item in work if item.key not in done]
-        if done:
-            screen.note(f"scored before: {count(len(done), 'row')}")
-        with screen.progress("score", len(left)) as progress:
-            for begin in range(0, len(left), BATCH):
-                items = left[begin : begin + BATCH]
-                store.append(_scored(items, policies, by))
-                progress.show(begin + len(items), {})
-        scores = {row[KEY]: json.loads(row["scores"]) for row in store.rows()}
+    with shards.shards_for(out, {"data": data, "judge": judge.identity}) as parts:
+        parts.fill(work, BATCH, lambda items: _scored(items, policies, by), screen, "score")
+        scores = {row[KEY]: json.loads(row["scores"]) for row in parts.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
         scored = [
             (item, row)
@@ -114,12 +105,12 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
 # --- rows ---
 
 
-def _work(data: str, unread: Counter[str]) -> Iterator[Work]:
+def _work(data: str, unread: Counter[str]) -> Iterator[ScoreRow]:
     """Yield a source's work in order. A row that occurs twice is scored twice; a row of several answers is split."""
     read = sources.read_all(data, lambda row, where: list(_pieces(row, where)), unread)
     for number, (row, content) in enumerate(piece for _, pieces in read for piece in pieces):
         text = json.dumps(row, sort_keys=True, default=str)
-        yield Work(f"{number} {hashlib.sha256(text.encode()).hexdigest()}", row, content)
+        yield ScoreRow(f"{number} {hashlib.sha256(text.encode()).hexdigest()}", row, content)
 
 
 def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], Comparison | Rated]]:
@@ -135,7 +126,7 @@ def _pieces(row: sources.Row, where: str) -> Iterator[tuple[Mapping[str, Any], C
         yield row, pair
 
 
-def _scored(items: Sequence[Work], policies: PolicySet, by: str) -> list[dict[str, Any]]:
+def _scored(items: Sequence[ScoreRow], policies: PolicySet, by: str) -> list[dict[str, Any]]:
     """Return each row's key and its scores by column, null if the prompt fills the context."""
     scores = iter(policies.score(by, [(item.content.prompt, answer) for item in items for answer in item.answers]))
     rows = []
@@ -150,11 +141,11 @@ def _scored(items: Sequence[Work], policies: PolicySet, by: str) -> list[dict[st
     return rows
 
 
-def _objective_scores(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: Judge) -> dict[str, ObjectiveScores]:
+def _objective_scores(scored: Sequence[tuple[ScoreRow, Mapping[str, Any]]], judge: Judge) -> dict[str, ObjectiveScores]:
     """Compute mean and standard deviation of each objective, and how often labels agree with the higher score."""
     results = {}
     for name in judge.objectives:
-        values = torch.tensor([row[column] for item, row in scored for column in item.columns(name)])
+        values = [row[column] for item, row in scored for column in item.columns(name)]
         agreed: dict[str, list[float]] = {}
         for item, row in scored:
             scores = [row[column] for column in item.columns(name)]
@@ -162,5 +153,5 @@ def _objective_scores(scored: Sequence[tuple[Work, Mapping[str, Any]]], judge: J
                 if isinstance(winner, int) and scores[0] != scores[1]:
                     agreed.setdefault(label, []).append(float((scores[1] > scores[0]) == bool(winner)))
         agreement = {label: sum(hits) / len(hits) for label, hits in agreed.items()}
-        results[name] = ObjectiveScores(float(values.mean()), float(values.std(correction=0)), agreement)
+        results[name] = ObjectiveScores(fmean(values), pstdev(values), agreement)
     return results

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
 from lora_align import processes, store
+from lora_align.console import Screen
 from lora_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 KEY = "key"  # the column with the key of the work item that a row belongs to
 REMEDY = "free disk space and run the command again: finished rows are stored"
 SUFFIXES = (".jsonl", ".parquet")  # suffixes of --out files
+
+
+class Keyed(Protocol):
+    """An item of work. Its key is stored in each of its rows."""
+
+    @property
+    def key(self) -> str: ...
+
+
+Work = TypeVar("Work", bound=Keyed)
+Rows = Sequence[Mapping[str, Any]]
 
 
 class Shards:
@@ -48,7 +60,7 @@ class Shards:
         """Delete the folder."""
         delete(self.folder)
 
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def append(self, rows: Rows) -> None:
         """Write a batch to a new file."""
         from pyarrow.parquet import write_table
 
@@ -59,6 +71,20 @@ class Shards:
         with store.report_write_errors(self.folder, REMEDY, table.nbytes), store.new_file(file) as unfinished:
             write_table(table, unfinished)
         self.files.append(file)
+
+    def fill(
+        self, work: Sequence[Work], size: int, answer: Callable[[Sequence[Work]], Rows], screen: Screen, title: str
+    ) -> None:
+        """Append the rows of `answer(batch)` for all work that has no rows yet, in batches of `size`."""
+        done = self.keys()
+        left = [item for item in work if item.key not in done]
+        if done:
+            screen.note(f"{title}: {len(work) - len(left):,} of {len(work):,} were done before")
+        with screen.progress(title, len(left)) as progress:
+            for begin in range(0, len(left), size):
+                if rows := answer(batch := left[begin : begin + size]):
+                    self.append(rows)
+                progress.show(begin + len(batch), {})
 
 
 def delete(folder: Path) -> None:
@@ -72,9 +98,9 @@ def opened(folder: Path) -> Iterator[Shards]:
     lock = FileLock(folder / ".lock")
     try:
         processes.on_rank_0(lambda: _lock_and_clean(folder, lock))
-        store = Shards(folder)
+        parts = Shards(folder)
         processes.barrier()  # all ranks list the files before any rank adds one
-        yield store
+        yield parts
     finally:
         lock.release()
 
@@ -106,18 +132,18 @@ def shards_for(out: Path, settings: Mapping[str, Any]) -> Iterator[Shards]:
 
     Shards that were begun with other settings are refused.
     """
-    with opened(_parts(out)) as store:
+    with opened(_parts(out)) as parts:
         check_settings(_parts(out), settings)
-        yield store
+        yield parts
 
 
-def finish(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+def finish(rows: Rows, out: Path) -> None:
     """Write the file and delete its shards."""
     write(rows, out)
     shutil.rmtree(_parts(out))
 
 
-def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+def write(rows: Rows, out: Path) -> None:
     """Write rows to a .jsonl or .parquet file, completely or not at all."""
     if out.suffix == ".parquet":
         from pyarrow.parquet import write_table
@@ -148,7 +174,7 @@ def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
         unfinished.write_text(text)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> "Table":
+def _table(rows: Rows) -> "Table":
     """Return a table with the columns of all rows; pyarrow would use those of the first row only."""
     import pyarrow
 

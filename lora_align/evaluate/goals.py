@@ -25,12 +25,12 @@ class GoalScore:
 def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, lower: bool = False) -> GoalScore | None:
     """Return the score of a preference or objective, chosen among the names of figures; None if none fits.
 
-    The first that exists is chosen: the oracle's grade, `pair:NAME`, a reward-model head of that name, the head or
+    The first that exists is chosen: a judge's score of that name, `pair:NAME`, the head or
     length by which its pairs are ranked, the margin. `helpful@0-10` has the score of `helpful`. `lower` is True for an
     objective whose weights are at most 0 in all directions.
     """
     preference = goal.partition("@")[0]
-    choices = [GoalScore(end, lower) for end in (f"oracle: {preference}", f"pair:{preference}", f": {preference}")]
+    choices = [GoalScore(end, lower) for end in (f": {preference}", f"pair:{preference}")]
     if ranker and ranker.figure:
         choices.append(GoalScore(ranker.figure, ranker.lower))
     choices.append(GoalScore(f"margin {preference}"))

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_align import runs
+from lora_align import runs, store
 from lora_align.console import Screen
 from lora_align.errors import UserError, first_line, nearest
 from lora_align.evaluate.figures import Figures
@@ -47,7 +47,7 @@ def _load(words: Sequence[str]) -> "dict[str, Task]":
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as fault:
-        raise UserError("--tasks: lm-evaluation-harness is not installed: pip install 'lora-align[tasks]'") from fault
+        raise UserError("--tasks: lm-evaluation-harness is not installed: pip install lm-eval") from fault
     manager = TaskManager(include_defaults=not all(Path(word).is_file() for word in words))
     known = manager.all_tasks
     for word in words:
@@ -62,9 +62,9 @@ def _load(words: Sequence[str]) -> "dict[str, Task]":
 
 def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, screen: Screen) -> Values:
     """Return the cached values of a task, or compute them. The cache key names task, questions and policy."""
-    chat = any(other.system for other in evaluator.policies.policies)
     import lm_eval
 
+    chat = any(other.system for other in evaluator.policies.policies)
     identity = {
         "policy": evaluator.policies.lineage(policy),
         "task": task.dump_config(),
@@ -80,9 +80,8 @@ def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, scree
         with _quietly(hide=screen.quiet or not sys.stderr.isatty()):
             values = _evaluate(name, task, _model(evaluator), policy.system, chat)
         cached.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_name(f".{cached.name}")
-        unfinished.write_text(json.dumps({"task": name, "policy": policy.name, "values": values}))
-        unfinished.replace(cached)
+        with store.new_file(cached) as unfinished:
+            unfinished.write_text(json.dumps({"task": name, "policy": policy.name, "values": values}))
     values = json.loads(cached.read_text())["values"]
     if not values:
         screen.warn(f"{name}: left out: no metric of this task has a number for every question")

@@ -1,6 +1,6 @@
 """The command `reach`: find the largest weights before quality breaks, per vector and per pair of vectors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, count, product
 from pathlib import Path
@@ -19,7 +19,7 @@ STEP, STEPS = 0.5, 8  # the weights tried on each side of 0
 SIGNS = tuple(product((1.0, -1.0), repeat=2))  # the sign combinations of two weights of equal size
 FIT = (-1.0, -0.5, 0.5, 1.0)  # weights at which the margins for the fitted line are measured
 KL = "KL per token"
-RISING, FALLING = ("repeated", "refused safe"), ("ended", "facts known", "oracle: well-formed", "oracle: true facts")
+RISING, FALLING = ("repeated", "refused safe"), ("ended", "facts known")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Limits:
 
     kl: float  # KL from the start policy, in nats per token
     loss: float  # maximum rise of the loss on ordinary text, in nats per token
-    share: float  # maximum rise of a share in RISING, and maximum fall of a share in FALLING
+    share: float  # maximum rise of a share in RISING, and maximum fall of a share in FALLING or of a judge's floor
 
-    def broken(self, start: Mapping[str, float], now: Mapping[str, float]) -> str:
+    def broken(self, start: Mapping[str, float], now: Mapping[str, float], floors: Sequence[str] = ()) -> str:
         """Return the first figure that passes its limit, with both values; empty if none does."""
         rise = {KL: self.kl, "text loss": self.loss, **dict.fromkeys(RISING, self.share)}
-        for name, most in {**rise, **dict.fromkeys(FALLING, self.share)}.items():
+        for name, most in {**rise, **dict.fromkeys((*FALLING, *floors), self.share)}.items():
             before, after = start.get(name), now.get(name)
             if before is not None and after is not None and (after - before) * (1 if name in rise else -1) > most:
                 return f"{name} {before:.2f} → {after:.2f}"
@@ -46,6 +46,9 @@ class Search:
     def __init__(self, evaluator: Evaluator, limits: Limits, report: Callable[[str], None]) -> None:
         self.evaluator, self.limits, self.report = evaluator, limits, report
         [self.policy] = evaluator.policies.policies
+        self.floors = [
+            f"{name}: {floor}" for name, judge in evaluator.policies.judges.items() for floor in judge.floors
+        ]
         self.start = self._figures({})
         self.cached_margins: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
 
@@ -54,7 +57,7 @@ class Search:
         for step in range(1, STEPS + 1):
             weights = {name: STEP * step * weight for name, weight in direction.items()}
             self.report(weights_text(weights))
-            if broken := self.limits.broken(self.start, self._figures(weights)):
+            if broken := self.limits.broken(self.start, self._figures(weights), self.floors):
                 return Side(STEP * (step - 1), broken)
         return Side(STEP * STEPS, "")
 
@@ -84,14 +87,13 @@ class Search:
 
     def _figures(self, weights: Weights) -> dict[str, float]:
         measured = figures(self.evaluator.measure(self.policy.at(weights, weights_text(weights))))
-        return {name: figure.value for name, figure in measured.items()} | {KL: measured["KL per token"].value}
+        return {name: figure.value for name, figure in measured.items()}
 
 
 def find_reach(
     evaluator: Evaluator, limits: Limits, recipe: Recipe, target: Path, screen: Screen, *, force: bool = False
 ) -> Reach:
     """Find and publish the reach of each vector of the evaluator's only policy, and of each pair of its vectors."""
-    runs.refuse_existing(target, force)
     if evaluator.test_set.sampling.temperature != 1:
         raise UserError("reach: KL needs answers sampled at temperature 1; set eval.temperature=1")
     for gap in evaluator.test_set.gaps:

@@ -49,7 +49,7 @@ def judge_wins(one: Measurement, other: Measurement, test_set: TestSet, judge: S
     return {
         "judge": intervals.mean([first if first == second else 0.5 for first, second in shares], groups),
         "judge: order decided": intervals.mean([float(first != second) for first, second in shares], groups),
-        "judge: said nothing": intervals.mean(unread, groups * 2),
+        "judge: unclear": intervals.mean(unread, groups * 2),
     }
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from lora_align import runs, want
 from lora_align.console import Screen
 from lora_align.data import shards
-from lora_align.errors import UserError
 from lora_align.evaluate import sweep_plots, sweep_report
 from lora_align.evaluate.figures import Figures, figures, wins
 from lora_align.evaluate.goals import GoalScore, score_of
@@ -53,8 +52,6 @@ def plan_sweep(
     Directions are sampled uniformly from the trained region. For two objectives, more are sampled, and evenly spaced
     quantiles of their angles are used.
     """
-    if not axes and not directions:
-        raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
     values, combined = grid(axes)
     weights = {weights_text(one): one for one in combined}
     weights.setdefault(START, dict.fromkeys(values, 0.0))

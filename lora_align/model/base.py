@@ -81,7 +81,8 @@ class Base:
 def find(base: recipe.Base, *, outline: bool = False) -> Base:
     """Locate a base, hash its weights and check its chat template.
 
-    With `outline`, the weights are neither fetched nor hashed, and they may be missing.
+    With `outline`, weights are neither fetched nor hashed, and they may be missing. A GGUF file is always fetched,
+    converted and hashed, because it also holds the configuration.
     """
     file = _gguf_file(base)
     folder = _converted(file) if file else _folder(base, outline)

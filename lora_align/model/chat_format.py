@@ -45,10 +45,9 @@ class ChatFormat:
         stand_ins = self._stand_ins(messages)
         return self._encode(self._render(messages, stand_ins, generation=True), stand_ins)
 
-    def answer_ids(self, prompt: Sequence[Message], answer: str, *, ended: bool = True) -> list[int]:
-        """Return the ids of the answer to `prompt`. With `ended=False`, leave out the stop token."""
-        ids = self.answered(prompt, [answer])[1][0]
-        return ids if ended or len(ids) == 1 else ids[:-1]
+    def answer_ids(self, prompt: Sequence[Message], answer: str) -> list[int]:
+        """Return the ids of the answer to `prompt`, up to and including its stop token."""
+        return self.answered(prompt, [answer])[1][0]
 
     def answered(self, prompt: Sequence[Message], answers: Sequence[str]) -> PromptWithAnswers:
         """Return the ids of the prompt, and of each answer up to and including its stop token."""

@@ -1,6 +1,7 @@
 """A sampler that uses an OpenAI-compatible server, such as vLLM or SGLang."""
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from lora_align.data.rows import Prompt
+from lora_align.data.rows import Prompt, prompt_key
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.sampler import SampledText, Sampling
 
@@ -184,7 +185,8 @@ class Endpoint:
             if self.template:
                 body["chat_template_kwargs"] = dict(self.template)
             if sampling.seed is not None:
-                body["seed"] = (sampling.seed + 1_000_003 * index + len(answers)) % 2**31
+                key = f"{sampling.seed} {prompt_key(prompt)} {len(answers)}"
+                body["seed"] = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 2**31
             response = await self._send(client, "/v1/chat/completions", body, until)
             if response.status in REFUSED and "context" in response.text.lower():
                 return []

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,10 @@ class MemoryBudget:
 
     size: int
     advice: str = ""  # remedy in the error when even the smallest size does not fit
+    whole: int = field(init=False)  # the size before any halving
+
+    def __post_init__(self) -> None:
+        self.whole = self.size
 
     def attempt(self, work: Callable[[int], Result], smallest: int = 1) -> Result | None:
         """Call `work(size)` and return its result. If memory runs out, halve `size` and return None.

@@ -70,9 +70,9 @@ class Backbone:
     def states(self, rows: Sequence[Row]) -> list[Tensor]:
         """Return the last hidden states [t, d] of each row, for the concatenation of its prompt and answers."""
         packed = [i for i, row in enumerate(rows) if self.packs(row)]
-        if processes.base_is_sharded and len(packed) < len(rows):  # a sharded base: one pass per part
-            packed = []
-        left = [i for i in range(len(rows)) if i not in set(packed)]
+        left = [i for i, row in enumerate(rows) if not self.packs(row)]
+        if processes.base_is_sharded and left:  # a sharded base: one pass per part
+            packed, left = [], list(range(len(rows)))
         states: dict[int, Tensor] = {}
         for read, which in ((self._packed, packed), (self._padded, left)):
             if which:

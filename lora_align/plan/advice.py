@@ -1,5 +1,6 @@
 """Advice: which settings make a stage fit, or make it faster."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -72,14 +73,15 @@ def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[
 
 def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
     """Return the first change of settings, or number of cards, that makes the stage fit."""
-    estimate, options = plan, ""
+    tried = [("", plan)]
     for options, settings, lora in _changes(plan.stage):
         changed = plan.stage.with_settings(lora, **vars(settings))
         estimate = replace(estimate_stage(recipe, base, changed, plan.device, plan.lengths), rate=plan.rate)
         if estimate.fits:
             return f"it fits with{options}: {size(estimate.total)}, about {clock(estimate.seconds)}"
+        tried.append((options, estimate))
     if recipe.base.quantization == "nf4" and plan.device.count == 1:
-        for count in CARDS:
+        for count, (options, estimate) in itertools.product(CARDS, tried):
             if replace(estimate, device=replace(plan.device, count=count), sharded=True).fits:
                 return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"
     return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"

@@ -87,8 +87,7 @@ class StageEstimate:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
-        # JSON keeps its key "optimiser"
-        bytes_ = {name.replace("optimizer", "optimiser"): round(value) for name, value in self.memory.items()}
+        bytes_ = {name: round(value) for name, value in self.memory.items()}
         return {
             "stage": self.stage.name,
             "rows": len(self.lengths),

@@ -15,7 +15,7 @@ from lora_align.model.sampler import Sampling
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.plan import shapes
 from lora_align.recipe import Lora, Recipe, Rsf, Sft, Training
-from lora_align.rsf import inputs, sampling_requests
+from lora_align.rsf import finetune, inputs, sampling_requests
 from lora_align.rsf.candidates import BATCH
 from lora_align.train import dpo, reward, reward_loss, sft, token_rows
 from lora_align.train.job import Job
@@ -130,13 +130,20 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     return replace(_rsf_stage(recipe, base, max(map(len, requested))), assumed=why, sampling_work=work)
 
 
-def _rsf_stage(recipe: Recipe, base: Base, rows: int) -> Stage:
-    """Return the stage of `rsf`: every policy, the SteerLM-style one included, trains on `rows` rows of the maximum
-    length."""
+def _rsf_stage(recipe: Recipe, base: Base, requests: int) -> Stage:
+    """Return the stage of `rsf`. Each policy, also the SteerLM-style one, trains on a row for each request.
+
+    Rows have the maximum length. With `learn = "sft"`, replayed answers are added.
+    """
     settings = recipe.rsf
     assert settings is not None
-    job = _longest_texts(settings, settings.lora or recipe.lora, rows, base)
-    return Stage("rsf", job, settings.iterations + 1)
+    lora, passes = settings.lora or recipe.lora, settings.iterations + 1
+    if settings.learn == "dpo":
+        pairs = _longest_pairs(settings, requests, base)
+        job: Job[Any] = dpo.dpo_job(finetune.dpo_settings(settings), lora, pairs, base)
+        return Stage("rsf", job, passes, referenced=True)
+    rows = requests + finetune.replayed(settings, requests)
+    return Stage("rsf", _longest_texts(settings, lora, rows, base), passes)
 
 
 _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
@@ -155,20 +162,20 @@ def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
 
 
 def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
-    pairs = _longest_pairs(recipe, base, recipe.dpo.limit or UNKNOWN_ROWS)
+    pairs = _longest_pairs(recipe.dpo, (recipe.dpo.limit or UNKNOWN_ROWS) * len(recipe.preferences), base)
     return Stage("dpo", dpo.dpo_job(recipe.dpo, recipe.lora, pairs, base), 2, referenced=True)
 
 
 def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
-    return _tune_stage(recipe, base, _longest_pairs(recipe, base, TUNE_PAIRS))
+    return _tune_stage(recipe, base, _longest_pairs(recipe.dpo, TUNE_PAIRS * len(recipe.preferences), base))
 
 
-def _longest_pairs(recipe: Recipe, base: Base, each: int) -> LazyRows[TokenPair]:
-    """Return `each` pairs of the maximum length for each preference."""
-    longest = min(recipe.dpo.max_length, base.max_length)
+def _longest_pairs(settings: Training, count: int, base: Base) -> LazyRows[TokenPair]:
+    """Return `count` pairs of the maximum length."""
+    longest = min(settings.max_length, base.max_length)
     prompt = longest // 4
     pair = TokenPair([0] * prompt, [0] * (longest - prompt), [0] * (longest - prompt), (0.0, 0.0))
-    return LazyRows(each * len(recipe.preferences), lambda _: pair)
+    return LazyRows(count, lambda _: pair)
 
 
 def _assumed_reward(recipe: Recipe, base: Base) -> Stage:

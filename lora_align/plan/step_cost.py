@@ -1,7 +1,7 @@
 """The memory and operations of one training step, computed on tensors without data.
 
-The step's own code runs on fake tensors, which have a shape and no data. It runs on two bases with few layers; the cost
-of the whole base is extrapolated, because every layer adds the same.
+The step's own code runs on fake tensors, which have a shape and no data. It runs on bases with few layers; the cost of
+the whole base is extrapolated, because every layer adds the same.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from lora_align.model.base import base_model_of
 from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 
-CUTS = (2, 4)  # layers of the two bases
+CUTS = (2, 3)  # layers of the two bases; with one layer, activations of a whole layer would be counted wrongly
 COLLECT_EVERY = 50  # operations between two garbage collections
 FLOAT = 4  # bytes
 SCALES = (64, 256)  # NF4 block sizes: weights per scale, and scales per scale of scales
@@ -43,11 +43,6 @@ class Cost:
     logits: float
     forward: float  # operations of the forward pass
     whole: float  # operations of forward and backward
-
-    def interpolate(self, other: "Cost", share: float) -> "Cost":
-        """Interpolate linearly between this cost (share 0) and another one (share 1), or extrapolate beyond."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Cost(*(a + share * (b - a) for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -81,21 +76,19 @@ class Shape:
 
     def cost(self, step: Step) -> Cost:
         """Return the cost of one forward and backward pass."""
-        if self.layers <= CUTS[1]:
-            return self._cost(self.layers, step)
-        few, more = (self._cost(layers, step) for layers in CUTS)
-        return few.interpolate(more, (self.layers - CUTS[0]) / (CUTS[1] - CUTS[0]))
-
-    def _cost(self, layers: int, step: Step) -> Cost:
-        whole, narrow = (self._run(layers, step, vocabulary) for vocabulary in (True, False))
+        few = min(self.layers, CUTS[0])
+        whole, narrow = (self._run(few, step, vocabulary) for vocabulary in (True, False))
+        more = self._run(CUTS[1], step, False) if self.layers > few else narrow
+        each = {name: value - getattr(narrow, name) for name, value in vars(more).items()}  # of one more layer
+        total = {name: value + (self.layers - few) * each[name] for name, value in vars(whole).items()}
         return Cost(
-            weights=whole.weights,
-            packed=whole.packed,
-            trained=whole.trained,
-            activations=narrow.peak,
+            weights=total["weights"],
+            packed=total["packed"],
+            trained=total["trained"],
+            activations=narrow.peak + (self.layers - few) * each["peak"],
             logits=max(whole.peak - narrow.peak, 0),
-            forward=whole.forward,
-            whole=whole.operations,
+            forward=total["forward"],
+            whole=total["operations"],
         )
 
     def _run(self, layers: int, step: Step, vocabulary: bool) -> "_RunCost":

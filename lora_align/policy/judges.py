@@ -44,12 +44,16 @@ Scores = Mapping[str, float | None]  # by objective; None if the judge cannot sc
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge: the names of its scores, its adapters on the base, a hash of its files, and the function that scores."""
+    """A judge: the names of its scores, its adapters on the base, a hash of its files, and the function that scores.
+
+    `floors` names scores whose fall breaks quality; `reach` limits it.
+    """
 
     objectives: Sequence[str]
     updates: Mapping[str, LoraDelta]
     identity: str
     score: Callable[[PreTrainedModel, Mixer, Sequence[JudgedAnswer]], list[Scores]]
+    floors: Sequence[str] = ()
 
 
 JUDGES: Registry[Callable[[Base], Mapping[str, Judge]]] = Registry("judges")
@@ -107,12 +111,10 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
                 f"{run.path} was trained on another start adapter than the one in {runs_dir}/sft; train it again, or "
                 "use its own runs folder with --runs"
             )
-    updates = {
-        f"judge pair {preference} {side}": peft_format.load(run.path, whole=True) for side, run in pair_runs.items()
-    }
-    start_update = "judge start adapter"
+    names = {side: f"judge pair {preference} {side}" for side in Direction}
+    updates = {names[side]: peft_format.load(pair_runs[side].path, whole=True) for side in Direction}
     if start is not None:
-        updates[start_update] = peft_format.load(start.path, whole=True)
+        updates[start_policy.NAME] = peft_format.load(start.path, whole=True)
     beta = pair_runs[Direction.pos.value].manifest.recipe["dpo"]["beta"]
     budget = MemoryBudget(TOKENS)
 
@@ -120,7 +122,7 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
         rows = [(prompt, [answer]) for prompt, answer in (one.ids for one in answers)]
         logprobs = []
         for side in Direction:
-            mixer.set({f"judge pair {preference} {side.value}": 1.0, start_update: 1.0})
+            mixer.set({names[side]: 1.0, start_policy.NAME: 1.0})
             logprobs.append(answer_logprobs(model, rows, budget))
         return [{preference: value} for value in (beta * (logprobs[0] - logprobs[1])).tolist()]
 

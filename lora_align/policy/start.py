@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # not imported at run time: `merge` uses this module without 
 
     from lora_align.model.base import Base
 
-NAME = "start"
+NAME = "start"  # of the update, and of the policy
 
 
 def folder(runs_dir: Path) -> Path:

@@ -41,7 +41,7 @@ class Parent:
     def lineage(self) -> dict[str, Any]:
         """Return the entry of this adapter in a mix's manifest."""
         file = self.folder / WEIGHTS
-        known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else store.sha256(file)
+        known = self.run.manifest.files[WEIGHTS]["sha256"] if self.run else store.known_sha256(file)
         config = store.sha256(self.folder / CONFIG)  # which holds the scaling
         return {"folder": str(self.folder), "sign": self.sign, "sha256": known, "config_sha256": config}
 

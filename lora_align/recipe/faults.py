@@ -8,7 +8,7 @@ from lora_align.errors import nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
 from lora_align.recipe.tables import Base, Dpo, Eval, EvalSource, Lora, Preference, Ratings, Recipe, Reward, Rsf, Sft
-from lora_align.weights import NAME
+from lora_align.weights import NAME, NAME_RULE, RESERVED
 
 TABLES: Mapping[str, Any] = {
     "base": Base, "lora": Lora, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,
@@ -40,7 +40,9 @@ def preference_faults(tables: Any) -> Iterator[str]:
     """Yield faults of `[preferences]` that types cannot express: bad names, unknown rankers, margins of labels."""
     for name, table in tables.items() if isinstance(tables, Mapping) else ():
         if not NAME.fullmatch(str(name)):
-            yield f"preferences.{name}: a name has 1 to 64 characters of a-z 0-9 _ - and starts with a letter or digit"
+            yield f"preferences.{name}: a name has {NAME_RULE}"
+        if name in RESERVED:
+            yield f"preferences.{name}: this word names a policy; choose another name"
         if not isinstance(table, Mapping):
             continue
         if not table.get("data") and not table.get("of"):

@@ -1,5 +1,6 @@
 """Read a recipe: the TOML file, the overrides of --set, and all faults in one error."""
 
+import copy
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +14,10 @@ from lora_align.errors import UserError, nearest
 from lora_align.recipe import faults
 from lora_align.recipe.tables import (
     Base,
-    Dpo,
     Eval,
     EvalSource,
-    Lora,
     Preference,
     Recipe,
-    Reward,
-    Rsf,
-    Sft,
 )
 
 if TYPE_CHECKING:
@@ -29,16 +25,7 @@ if TYPE_CHECKING:
 
 TABLES = {  # table → its keys; suggests the full key if --set names a key without its table
     name: {field.name for field in fields(table)}
-    for name, table in {
-        "base": Base,
-        "lora": Lora,
-        "preferences.NAME": Preference,
-        "sft": Sft,
-        "dpo": Dpo,
-        "reward": Reward,
-        "rsf": Rsf,
-        "eval": Eval,
-    }.items()
+    for name, table in {**faults.TABLES, "preferences.NAME": Preference}.items()
 }
 LOCAL = Path("lora-align.toml")
 DEFAULT = "demo"  # the recipe of a command for which none is named or found
@@ -80,14 +67,15 @@ def load(path: Path, overrides: Sequence[str] = (), keywords: Mapping[str, Any] 
 
 
 def from_dict(
-    table: dict[str, Any], source: str, overrides: Sequence[str] = (), keywords: Mapping[str, Any] | None = None
+    data: Mapping[str, Any], source: str, overrides: Sequence[str] = (), keywords: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Apply overrides to plain data and check it against the dataclasses; one error lists every fault.
 
-    `source` names the data in errors. `keywords` are tables of plain data, whose values replace those of `table`.
+    `source` names the data in errors. `keywords` are tables of plain data, whose values replace those of `data`.
     """
     from pydantic import ValidationError
 
+    table = copy.deepcopy(dict(data))
     _expand_eval_sources(table)
     _merge(table, keywords or {})
     _expand_eval_sources(table)

@@ -235,8 +235,8 @@ class Rsf(Training, Source):
     """The objective that is watched: a warning says if its mean falls from one policy to the next."""
     learn: Literal["sft", "dpo"] = "sft"
     """The training of an iteration: SFT on the best answers, or DPO of the best over the worst."""
-    loss_on: Literal["answers", "all"] = "answers"
-    """The tokens that the SFT loss covers: the assistant's turns, or all."""
+    answers_only: bool = True
+    """Limit the SFT loss to the assistant's turns; otherwise it covers all tokens."""
     beta: Positive = 0.1
     """DPO's β, for `learn = "dpo"`."""
     packing: bool = True

@@ -21,7 +21,7 @@ from lora_align.rsf.inputs import RsfInputs
 from lora_align.rsf.selection import Choice
 from lora_align.runs import Manifest
 from lora_align.train import checkpoints, dpo, lora_trainer, sft
-from lora_align.train.checkpoints import Unfinished
+from lora_align.train.checkpoints import Checkpoints
 from lora_align.train.job import Target
 from lora_align.train.reference_cache import ReferenceCache
 from lora_align.train.token_rows import Row, TokenRows
@@ -34,9 +34,20 @@ def sample_replay(settings: Rsf, answers: Sequence[Rated], chosen: int, t: int) 
 
     `chosen` is the number of the other examples.
     """
-    wanted = min(len(answers), round(chosen * settings.replay / (1 - settings.replay)))
+    wanted = min(len(answers), replayed(settings, chosen))
     picked = random.Random(f"{settings.seed} replay {t}").sample(answers, wanted)
     return [(row.prompt, Conversation((*row.prompt, Message("assistant", row.answer)))) for row in picked]
+
+
+def replayed(settings: Rsf, chosen: int) -> int:
+    """Return the number of replayed answers beside `chosen` other examples."""
+    return round(chosen * settings.replay / (1 - settings.replay))
+
+
+def dpo_settings(settings: Rsf) -> Dpo:
+    """Return the settings of an iteration's training by DPO."""
+    shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
+    return Dpo(**shared, beta=settings.beta)
 
 
 def train_supervised(rsf: RsfInputs, examples: Examples, target: Target, staging: Path, manifest: Manifest) -> Manifest:
@@ -45,12 +56,12 @@ def train_supervised(rsf: RsfInputs, examples: Examples, target: Target, staging
     counts: Counter[str] = Counter()
     longest = min(settings.max_length, rsf.base.max_length)
     conversations = [conversation for _, conversation in examples]
-    texts = tokenise.texts(conversations, rsf.base.chat, longest, counts, answers_only=settings.loss_on == "answers")
+    texts = tokenise.texts(conversations, rsf.base.chat, longest, counts, answers_only=settings.answers_only)
     rows = _split([prompt for prompt, _ in examples], texts, settings.held_out, target.label)
     model = start_policy.load(rsf.base, rsf.start)
     job = sft.sft_job(settings, rsf.lora, rows.train, rsf.base)
     trained = lora_trainer.train(job, model, target, _checkpoints(rsf, rows, target), staging)
-    return with_metrics(sft.measure(trained, manifest, rows.held_out), **{"cut or dropped": dict(counts)})
+    return with_metrics(sft.measure(trained, manifest, rows.held_out), **{"truncated or dropped": dict(counts)})
 
 
 def train_by_dpo(
@@ -69,14 +80,12 @@ def train_by_dpo(
     token_pairs = tokenise.pairs([pairs[i] for i in different], rsf.base.chat, longest, counts)
     rows = _split([choices[i].prompt for i in different], token_pairs, settings.held_out, target.label)
     model = start_policy.load(rsf.base, rsf.start)
-    shared = {field.name: getattr(settings, field.name) for field in fields(Training)}
-    dpo_settings = Dpo(**shared, beta=settings.beta)
     references = ReferenceCache.of(rsf.base, start_policy.identity(rsf.start))
     tokens, label = 2 * settings.tokens_per_batch, f"{target.label} reference"
     rows = dpo.with_references(rows, references, model, tokens, label, target.screen)
-    job = dpo.dpo_job(dpo_settings, rsf.lora, rows.train, rsf.base)
+    job = dpo.dpo_job(dpo_settings(settings), rsf.lora, rows.train, rsf.base)
     trained = lora_trainer.train(job, model, target, _checkpoints(rsf, rows, target), staging)
-    return with_metrics(dpo.measure(trained, manifest, rows.held_out), **{"cut or dropped": dict(counts)})
+    return with_metrics(dpo.measure(trained, manifest, rows.held_out), **{"truncated or dropped": dict(counts)})
 
 
 def with_metrics(manifest: Manifest, **metrics: Any) -> Manifest:
@@ -84,7 +93,7 @@ def with_metrics(manifest: Manifest, **metrics: Any) -> Manifest:
     return replace(manifest, metrics={**manifest.metrics, **metrics})
 
 
-def _checkpoints(rsf: RsfInputs, rows: TokenRows[Row], target: Target) -> Unfinished:
+def _checkpoints(rsf: RsfInputs, rows: TokenRows[Row], target: Target) -> Checkpoints:
     """Return the checkpoints of a policy; refuse those of other rows."""
     fingerprint = hashlib.sha256(json.dumps([asdict(row) for row in rows.train]).encode()).hexdigest()
     identity = start_policy.identity(rsf.start)

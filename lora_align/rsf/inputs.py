@@ -73,6 +73,11 @@ class RsfInputs:
         published: dict[str, Run] = {}
         for label in self.labels if not self.force else ():
             if runs.is_run(self.folder / label):
+                if label != STEERLM and teacher_of(label) not in published:
+                    raise UserError(
+                        f"{self.folder / label} exists, but {teacher_of(label)}, which sampled its answers, does not; "
+                        "--force trains all of them again"
+                    )
                 published[label] = self._same_inputs(self.folder / label, published.get(teacher_of(label)))
                 self.screen.note(f"{self.folder / label} is published already")
         return published

@@ -125,11 +125,11 @@ def summary(policies: Sequence[Run], runs_dir: Path) -> str:
     collected: dict[str, dict[str, Any]] = {
         run.path.name: run.manifest.metrics["collected"] for run in policies if "collected" in run.manifest.metrics
     }
-    objectives = list(next(iter(collected.values()))["kept_mean"])
+    objectives = list(next(iter(collected.values()))["chosen_mean"])
     columns = ["policy", "answers", "chosen", "mean value", "mean value of chosen", *objectives]
     rows = [
-        [label, f"{of['answers']:,}", f"{of['kept']:,}", f"{of['drawn_value']:.1f}", f"{of['kept_value']:.1f}"]
-        + [f"{of['kept_mean'][name]:.1f}" for name in objectives]
+        [label, f"{of['answers']:,}", f"{of['chosen']:,}", f"{of['sampled_value']:.1f}", f"{of['chosen_value']:.1f}"]
+        + [f"{of['chosen_mean'][name]:.1f}" for name in objectives]
         for label, of in collected.items()
     ]
     command = runs.command(f"chat --want {_example_direction(newest)}", runs_dir)

@@ -73,19 +73,19 @@ def choose(pools: Sequence[Pool], watch: str) -> Chosen:
     if not choices or 1 - len(choices) / len(pools) > TOO_MANY:
         raise RunFailedError(
             f"{len(pools) - len(choices)} of {len(pools)} requests have no usable answer ({reasons(dropped)}); "
-            "raise rsf.max_new_tokens or rsf.samples"
+            "raise rsf.max_new_tokens, or sample more answers: rsf.bootstrap for t1, rsf.samples for later policies"
         )
     objectives = list(choices[0].want.weights)
     chosen = [choice.best for choice in choices]
     shown = [*objectives, *([watch] if watch in chosen[0].rewards and watch not in objectives else [])]
     figures = {
         "answers": sum(map(len, lists.values())),
-        "kept": len(chosen),
+        "chosen": len(chosen),
         "dropped": dict(dropped),
-        "drawn_value": fmean(values),
-        "kept_value": fmean(choice.want.value(choice.best.rewards) for choice in choices),
-        "drawn_mean": {name: fmean(candidate.rewards[name] for candidate in sampled) for name in shown},
-        "kept_mean": {name: fmean(candidate.rewards[name] for candidate in chosen) for name in shown},
+        "sampled_value": fmean(values),
+        "chosen_value": fmean(choice.want.value(choice.best.rewards) for choice in choices),
+        "sampled_mean": {name: fmean(candidate.rewards[name] for candidate in sampled) for name in shown},
+        "chosen_mean": {name: fmean(candidate.rewards[name] for candidate in chosen) for name in shown},
     }
     if watch in shown and len(chosen) > 1:
         figures["watched"] = mean_and_error([candidate.rewards[watch] for candidate in chosen])

@@ -26,7 +26,7 @@ LISTED_DIFFERENCES = 4  # differences that an error lists
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class Checkpoints:
     """The checkpoints of a run that is not published yet."""
 
     folder: Path
@@ -37,7 +37,7 @@ class Unfinished:
     @classmethod
     def of(
         cls, target: Path, identity: Mapping[str, Any], *, resume: bool, force: bool, screen: Screen
-    ) -> "Unfinished":
+    ) -> "Checkpoints":
         """Return the checkpoints beside a target.
 
         Refuse existing checkpoints without --resume or --force, and those of another recipe or dataset.
@@ -121,7 +121,7 @@ class Unfinished:
 
         Return None if there is none, or if these checkpoints replace it. Refuse a run of another recipe or dataset.
         """
-        if not runs.is_run(target) or replaces(target):
+        if not runs.is_run(target) or has_newer_checkpoints(target):
             return None
         run = runs.read(target)
         old = run.manifest
@@ -159,8 +159,8 @@ def checkpoint_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.unfinished"
 
 
-def replaces(target: Path) -> bool:
-    """Return whether the checkpoints beside a published run are newer: those of a run that --force began."""
+def has_newer_checkpoints(target: Path) -> bool:
+    """Return whether the checkpoints are newer than the published run: --force began a run that will replace it."""
     manifest = target / runs.MANIFEST
     published = manifest.stat().st_mtime_ns if manifest.exists() else 0
     return any(path.stat().st_mtime_ns > published for path in checkpoint_folder(target).glob(f"{PREFIX}*"))

@@ -26,9 +26,9 @@ from lora_align.model.tokenise import TokenPair
 from lora_align.policy import start as start_policy
 from lora_align.rankers import Direction
 from lora_align.recipe import Dpo, Lora, Recipe
-from lora_align.runs import Manifest, Run
+from lora_align.runs import DIVERGED, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer, token_rows
-from lora_align.train.job import DIVERGED, Job, Target
+from lora_align.train.job import Job, Target
 from lora_align.train.lora_trainer import Trained
 from lora_align.train.reference_cache import ReferenceCache
 from lora_align.train.row_files import LazyRows, concat

@@ -14,13 +14,12 @@ from lora_align.console import Screen, library_log
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
 from lora_align.recipe import Lora, Training
-from lora_align.runs import LOG, Manifest, Run
+from lora_align.runs import DIVERGED, LOG, Manifest, Run
 from lora_align.train import checkpoints
-from lora_align.train.checkpoints import Unfinished
+from lora_align.train.checkpoints import Checkpoints
 from lora_align.train.stepper import Loss, StepInputs, StepTrainer
 
 Row = TypeVar("Row")
-DIVERGED = "diverged: "  # prefix of a reason in `Manifest.unconverged` that means divergence
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,20 @@ class Target:
 
         Call this before slow work.
         """
-        runs.refuse_busy(self.path)
-        if not (self.resume and runs.is_run(self.path)):
-            runs.refuse_existing(self.path, self.force, remedy)
+        runs.refuse_before_training(self.path, force=self.force, resume=self.resume, remedy=remedy)
 
-    def checkpoints(self, identity: Mapping[str, Any]) -> Unfinished:
+    def checkpoints(self, identity: Mapping[str, Any]) -> Checkpoints:
         """Return the checkpoints of this run; refuse those of another identity."""
-        return Unfinished.of(self.path, identity, resume=self.resume, force=self.force, screen=self.screen)
+        return Checkpoints.of(self.path, identity, resume=self.resume, force=self.force, screen=self.screen)
 
-    def find_published(self, unfinished: Unfinished) -> Run | None:
+    def find_published(self, unfinished: Checkpoints) -> Run | None:
         """Return the run if --resume finds it published, else None."""
         return unfinished.find_published(self.path, self.screen) if self.resume else None
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
         """Lock the run and yield a staging folder. Log messages of libraries go to a file in this folder."""
-        force = self.force or (self.resume and checkpoints.replaces(self.path))
+        force = self.force or (self.resume and checkpoints.has_newer_checkpoints(self.path))
         with runs.staging_folder(self.path, self.screen, force=force) as staging, library_log(staging / LOG):
             yield staging
 

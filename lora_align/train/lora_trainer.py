@@ -33,7 +33,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.nf4 import dense_weight
 from lora_align.recipe import Dpo, Lora, Training
 from lora_align.runs import Manifest
-from lora_align.train.checkpoints import CHECKPOINTS_STORED, Unfinished
+from lora_align.train.checkpoints import CHECKPOINTS_STORED, Checkpoints
 from lora_align.train.job import Job, Row, Target
 from lora_align.train.stepper import METRICS, Loss, StepInputs, StepTrainer, trainable, with_padding
 
@@ -183,11 +183,12 @@ class StepRecorder(TrainerCallback):
         if metrics_file.exists():  # the steps before a checkpoint
             self.history = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
         self.tokens_before = self.history[-1]["tokens"] if self.history else 0.0
+        self.seconds_before = self.history[-1]["seconds"] if self.history else 0.0
 
     @property
     def seconds(self) -> float:
-        """Return the seconds since this process began to train."""
-        return time.monotonic() - self.started
+        """Return the seconds of training, including those before a checkpoint."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         """Request a checkpoint every `save_minutes`, after the last step, and when a signal arrived on any rank."""
@@ -203,9 +204,10 @@ class StepRecorder(TrainerCallback):
         if "loss" not in logs:
             return
         tokens = float(logs.get("num_tokens", 0.0))
-        rate = (tokens - self.tokens_before) / max(self.seconds, 1e-9)
+        rate = (tokens - self.tokens_before) / max(self.seconds - self.seconds_before, 1e-9)
         record = {"step": state.global_step, **{name: float(logs[name]) for name in RECORDED if name in logs}}
         record |= {"learning_rate": float(logs["learning_rate"]), "tokens": tokens, "tokens_per_second": round(rate)}
+        record["seconds"] = round(self.seconds, 3)
         self.history.append(record)
         with self.metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
@@ -255,7 +257,7 @@ def train(
     job: Job[Row],
     model: PreTrainedModel,
     target: Target,
-    unfinished: Unfinished,
+    unfinished: Checkpoints,
     folder: Path,
     budget: MemoryBudget | None = None,
 ) -> Trained[Row]:

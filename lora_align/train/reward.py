@@ -23,9 +23,9 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.tokenise import TokenPair, TokenRated
 from lora_align.recipe import Lora, Recipe, Reward
-from lora_align.runs import Manifest, Run
+from lora_align.runs import DIVERGED, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer, reward_loss, token_rows
-from lora_align.train.job import DIVERGED, Job, Target
+from lora_align.train.job import Job, Target
 from lora_align.train.lora_trainer import Trained
 from lora_align.train.reward_loss import Example, RewardLoss
 from lora_align.train.row_files import LazyRows, concat

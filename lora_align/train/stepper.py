@@ -34,7 +34,7 @@ from lora_align.model.base import base_model_of
 from lora_align.model.fsdp import is_sharded, keep_in_step
 from lora_align.model.logprobs import Reader, batches_by_length
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.train.checkpoints import PREFIX, Unfinished
+from lora_align.train.checkpoints import PREFIX, Checkpoints
 
 Row = TypeVar("Row")
 RowIn = TypeVar("RowIn", contravariant=True)
@@ -79,7 +79,7 @@ class StepInputs(Generic[Row]):
     loss: Loss[Row]
     rows: Sequence[Row]
     budget: MemoryBudget
-    unfinished: Unfinished
+    unfinished: Checkpoints
     note: Callable[[str], None]
 
 
@@ -231,7 +231,8 @@ class StepTrainer(Trainer, Generic[Row]):
                 tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(self.model)}
                 save_file(tensors, staging / TRAINED)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-                (staging / COUNTERS).write_text(json.dumps({"tokens": self.tokens_seen, "budget": self.budget.size}))
+                counters = {"tokens": self.tokens_seen, "budget": self.budget.size, "whole": self.budget.whole}
+                (staging / COUNTERS).write_text(json.dumps(counters))
                 if self.metrics_file.exists():
                     shutil.copyfile(self.metrics_file, staging / self.metrics_file.name)
                 self._save_optimizer_and_scheduler(str(staging))
@@ -251,7 +252,9 @@ class StepTrainer(Trainer, Generic[Row]):
             for name, parameter in trainable(self.model):
                 parameter.copy_(tensors[name])
         seen = json.loads((folder / COUNTERS).read_text())
-        self.tokens_seen, self.budget.size = seen["tokens"], min(self.budget.size, seen["budget"])
+        self.tokens_seen = seen["tokens"]
+        if seen["budget"] < seen["whole"]:  # memory ran out before the stop
+            self.budget.size = min(self.budget.size, seen["budget"])
 
     def restore(self, folder: Path) -> None:
         """Load the checkpoint of the last step, after which nothing is left to train."""

@@ -37,7 +37,7 @@ WEIGHTS = [step / 4 for step in range(-4, 5)]
 MIX = {"helpful": 1.0, "harmless": 1.0}
 PROMPTS, SAMPLES = 200, 2
 SEEDS, DEVELOPMENT_SEEDS = (104, 105, 106), (1, 2)  # 101 to 103 served an earlier run, whose settings fell short
-SETTINGS_TRIED = 45  # combinations of rank, layers, optimiser, learning rate, β, pairs, margin and the base's sharpness
+SETTINGS_TRIED = 45  # combinations of rank, layers, optimizer, learning rate, β, pairs, margin and the base's sharpness
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Time DPO here and by TRL's trainer: two preferences in both directions over the same pairs.
 
-Both sides use float32 on a CPU, the same tokens, LoRA, optimiser, batches and order. Gradient checkpointing is off
+Both sides use float32 on a CPU, the same tokens, LoRA, optimizer, batches and order. Gradient checkpointing is off
 except for TRL's plain defaults. Each side is one process. Its time runs from the first load of the base to the last
 adapter on disk, without imports. TRL trains the four adapters one after the other and loads a base for each.
 """

@@ -71,7 +71,7 @@ def test_consistent_verdicts_decide_the_wins(workspace: Path, cli: Cli) -> None:
     assert shares["judge"]["value"] == pytest.approx(sum({"1": 1.0, "2": 0.0, "0": 0.5}[one] for one in won) / len(won))
     assert 0 < shares["judge"]["value"] < 1
     assert shares["judge: order decided"]["value"] == 0
-    assert shares["judge: said nothing"]["value"] == 0
+    assert shares["judge: unclear"]["value"] == 0
 
 
 def test_verdicts_that_follow_the_order_count_as_ties(workspace: Path, cli: Cli) -> None:
@@ -92,7 +92,7 @@ def test_verdict_is_the_first_or_only_number_of_a_reply(reply: str, share: float
 def test_replies_without_a_verdict_are_counted(workspace: Path, cli: Cli) -> None:
     with served(lambda first, second: "Both are lovely.") as url:
         shares = wins(cli, url)
-    assert (shares["judge"]["value"], shares["judge: said nothing"]["value"]) == (0.5, 1)
+    assert (shares["judge"]["value"], shares["judge: unclear"]["value"]) == (0.5, 1)
 
 
 def test_unreachable_judge_is_rejected_before_measuring(workspace: Path, cli: Cli) -> None:

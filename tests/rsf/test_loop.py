@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from pyarrow.parquet import read_table
 
+import lora_align as la
 from lora_align import recipe, runs, store
 from lora_align.console import Screen
 from lora_align.data.rows import Message, prompt_key
@@ -70,8 +71,8 @@ def test_every_policy_is_published_with_its_samples(made: Path) -> None:
         requests = {row["key"] for row in rows}
         assert len({(row["key"], row["number"]) for row in rows}) == len(rows) == per_request * len(requests)
         assert {len(row["asked"]) > 0 for row in rows} == {True}
-        assert figures["kept_value"] > figures["drawn_value"]
-        assert figures["kept"] <= len(requests)
+        assert figures["chosen_value"] > figures["sampled_value"]
+        assert figures["chosen"] <= len(requests)
         assert not list(series[label].path.parent.glob(f".{label}.samples"))
     output = (made / "said.txt").read_text()
     assert "mean value of chosen" in output
@@ -120,6 +121,13 @@ def test_every_rsf_policy_is_found_by_its_word(made: Path, tmp_path: Path) -> No
     newest, last, first, steerlm, start = (json.loads(done.out)["policies"][word] for word in words)
     assert newest == last
     assert len({json.dumps(one) for one in (last, first, steerlm, start)}) == 4
+    (tmp_path / "prompts.txt").write_text("Tell me about rain.\n")
+    generate = ["generate", "--prompts", "prompts.txt", "--want", direction, "--out", "answers.jsonl"]
+    done = call(tmp_path, *generate, "--max-new-tokens", "30")
+    assert done.code == 0, done.err
+    project = la.Project("demo", runs=tmp_path / "runs", quiet=True)
+    [[answer]] = project.generate(["Tell me about rain."], words[0], max_new_tokens=30)
+    assert answer == json.loads((tmp_path / "answers.jsonl").read_text())["response"], "with its system message"
     for word, says in {
         "want@rsf/policy/steerlm:helpfulness=90": "takes scores of helpfulness and verbosity",
         "want@reward/reward:helpfulness=1": "is a run of reward",
@@ -227,8 +235,8 @@ def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_
     ]
     assert samples[0] == samples[1], "the same answers"
     assert figures["pooled"]["answers"] == figures["apart"]["answers"] == len(samples[0])
-    assert figures["pooled"]["kept"] == figures["apart"]["kept"]
-    assert figures["pooled"]["kept_value"] > figures["apart"]["kept_value"]
+    assert figures["pooled"]["chosen"] == figures["apart"]["chosen"]
+    assert figures["pooled"]["chosen_value"] > figures["apart"]["chosen_value"]
 
 
 @pytest.mark.parametrize(
@@ -326,10 +334,10 @@ def test_scores_in_the_data_are_used(made: Path, tmp_path: Path) -> None:
     assert {(score["helpfulness"], score["verbosity"]) for score in used} <= in_data
 
 
-def test_loss_on_all_tokens(made: Path, tmp_path: Path) -> None:
+def test_loss_covers_all_tokens_without_answers_only(made: Path, tmp_path: Path) -> None:
     """The same texts, but what was asked counts too: before training, the base is surprised by it."""
     shutil.copytree(made / "runs", tmp_path / "runs")
-    done = rsf(tmp_path, "--iterations", "1", "--name", "whole", loss_on='"all"')
+    done = rsf(tmp_path, "--iterations", "1", "--name", "whole", answers_only="false")
     assert done.code == 0, done.err
     answers, everything = (
         runs.read(tmp_path / "runs" / "rsf" / name / "t1").manifest.metrics["held_out"] for name in ("policy", "whole")

@@ -59,9 +59,9 @@ def test_pools_without_usable_candidates_are_skipped_up_to_half() -> None:
     chosen = choose([good, good, bad], "harmlessness")
     assert [choice.best.text for choice in chosen.choices] == ["b", "b"]
     assert chosen.figures["dropped"]["requests without a usable answer"] == 1
-    assert chosen.figures["kept_value"] == pytest.approx(0.8 * 60 - 0.6 * 20)
-    assert chosen.figures["drawn_value"] == pytest.approx(0.8 * 55 - 0.6 * 20)
-    assert chosen.figures["kept_mean"] == {"helpfulness": 60, "verbosity": 20, "harmlessness": 90}
+    assert chosen.figures["chosen_value"] == pytest.approx(0.8 * 60 - 0.6 * 20)
+    assert chosen.figures["sampled_value"] == pytest.approx(0.8 * 55 - 0.6 * 20)
+    assert chosen.figures["chosen_mean"] == {"helpfulness": 60, "verbosity": 20, "harmlessness": 90}
     with pytest.raises(RunFailedError, match="2 of 3 requests have no usable answer"):
         choose([good, bad, bad], "harmlessness")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lora_align import recipe, runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
-from lora_align.cli import start_commands
+from lora_align.commands.list_runs import headline_figure
 from lora_align.console import Screen
 from lora_align.data.rows import Conversation, Message, Pair
 from lora_align.demo import world
@@ -28,7 +28,7 @@ from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer, sft
 from lora_align.train import token_rows as materials
-from lora_align.train.checkpoints import Unfinished
+from lora_align.train.checkpoints import Checkpoints
 from lora_align.train.job import Target
 from lora_align.train.reference_cache import ReferenceCache
 from support import Cli, made_once
@@ -247,7 +247,7 @@ def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.Ca
     wild = demo("dpo.learning_rate=1e3", "dpo.max_grad_norm=1e6", "dpo.limit=128", "lora.alpha=64")
     (run,) = dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
     assert "pos: diverged: " in capsys.readouterr().err
-    assert start_commands._figure(run) == "diverged"
+    assert headline_figure(run) == "diverged"
 
 
 def test_few_held_out_pairs_give_a_note_and_no_accuracy(
@@ -258,7 +258,7 @@ def test_few_held_out_pairs_give_a_note_and_no_accuracy(
     assert 0 < held_out["pairs"] < 20
     assert held_out["accuracy"] is None
     assert "too few to judge" in held_out["note"]
-    assert "accuracy" not in dpo.summary(run) + start_commands._figure(run)
+    assert "accuracy" not in dpo.summary(run) + headline_figure(run)
     assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.summary(run)
     (made,) = dpo.train_dpo(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
     notes = capsys.readouterr().err
@@ -292,7 +292,7 @@ def test_dpo_trains_over_a_frozen_sft_adapter(tmp_path: Path) -> None:
         dpo.prepare(project, "helpful", base, QUIET), references, model, 4096, "reference", QUIET
     )
     job = dpo.dpo_job(project.dpo, project.lora, pairs.train, base)
-    unfinished = Unfinished(tmp_path / "unfinished", {})
+    unfinished = Checkpoints(tmp_path / "unfinished", {})
     trained = lora_trainer.train(job, model, Target(tmp_path, "helpful", QUIET), unfinished, tmp_path)
     assert lora_trainer.relative_size(trained.policy)[1] > 1e-4
     model = lora_trainer.unwrap(trained.policy)

@@ -295,7 +295,7 @@ def test_resume_remembers_the_memory_budget(begun: Path) -> None:
     """A step that was halved once is not tried whole again by who goes on."""
     newest = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert json.loads((newest / "seen.json").read_text())["budget"] == 4096
-    (newest / "seen.json").write_text(json.dumps({"tokens": 0, "budget": 300}))
+    (newest / "seen.json").write_text(json.dumps({"tokens": 0, "budget": 300, "whole": 4096}))
     files = json.loads((newest / "files.json").read_text())
     (newest / "files.json").write_text(json.dumps({**files, "seen.json": store.sha256(newest / "seen.json")}))
     stopped(begun, "dpo", signal.SIGKILL, int(newest.name[11:]) + 2, "--resume")

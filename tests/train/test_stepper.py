@@ -23,7 +23,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import TokenPair
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer
-from lora_align.train.checkpoints import Unfinished
+from lora_align.train.checkpoints import Checkpoints
 from lora_align.train.dpo import DpoStepTrainer
 from lora_align.train.reference_cache import ReferenceCache
 from lora_align.train.stepper import StepInputs
@@ -49,7 +49,7 @@ def pairs(base: Base) -> list[TokenPair]:
 
 def trainer(base: Base, pairs: list[TokenPair], tokens: int, folder: Path, settings: Recipe) -> DpoStepTrainer:
     model, job = base.load(), dpo.dpo_job(settings.dpo, settings.lora, pairs, base)
-    loss, unfinished = job.loss(model, Reader.of(model)), Unfinished(folder / "unfinished", {})
+    loss, unfinished = job.loss(model, Reader.of(model)), Checkpoints(folder / "unfinished", {})
     steps = StepInputs(loss, pairs, MemoryBudget(tokens), unfinished, lambda text: None)
     arguments = lora_trainer.arguments(settings.dpo, base, folder, "a test")
     made = cast(DpoStepTrainer, job.trainer(model, base, settings.lora, arguments, steps))
