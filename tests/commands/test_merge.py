@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lora_align.adapters.delta import total
 from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import DTYPES, MergeOptions
 from lora_align.commands.merge import default_name
+from lora_align.errors import UserError
 from support import Cli, call, fill, peft_adapter, small_disk
 
 
@@ -116,20 +118,26 @@ def test_dtype_is_the_given_one_or_that_of_the_parents(dtype: str, foreign: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
-        (["--method", "tie"], "did you mean 'ties'"),
-        (["--option", "density=1"], "exact has no option 'density'"),
-        (["--rank", "0"], "a whole number from 1, or auto:0.99"),
-        (["--rank", "auto:2"], "a whole number from 1, or auto:0.99"),
-        (["--fit", "tgi"], "expected one of vllm"),
-        (["--dtype", "int8"], "one of float32"),
+        ({"method": "tie"}, "did you mean 'ties'"),
+        ({"options": ["density=1"]}, "exact has no option 'density'"),
+        ({"rank": "0"}, "rank 0: expected a whole number from 1"),
+        ({"rank": "x"}, "a whole number from 1, or auto:0.99"),
+        ({"rank": "auto:2"}, "keep 2: expected a share"),
+        ({"fit": "tgi"}, "expected one of vllm"),
+        ({"dtype": "int8"}, "one of float32"),
     ],
 )
-def test_merge_refuses_invalid_options(words: list[str], message: str, foreign: Path, cli: Cli) -> None:
-    done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix", *words)
+def test_merge_refuses_invalid_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        MergeOptions.parse(**{"method": "exact", "options": [], "rank": None, "fit": None, "dtype": None, **options})
+
+
+def test_refused_merge_writes_nothing(foreign: Path, cli: Cli) -> None:
+    done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix", "--rank", "0")
     assert done.code == 2
-    assert message in done.err
+    assert "rank 0: expected a whole number from 1" in done.err
     assert not (foreign / "mix").exists()
 
 
