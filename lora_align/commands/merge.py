@@ -54,7 +54,7 @@ class Mix:
 
     def summary(self) -> str:
         """Return the mix in one line."""
-        truncated = self.left_out > 0 or self.run.manifest.method["asked_rank"]
+        truncated = self.left_out > 0 or self.run.manifest.method["requested_rank"]
         energy = f", {self.left_out:.2%} of its energy left out" if truncated else ""
         start = ", with the start adapter" if self.run.manifest.contains_start else ""
         return f"{self.run.path}  rank {self.rank}{energy}{start}, {self.size / 1e6:.1f} MB"
