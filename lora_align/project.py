@@ -42,8 +42,8 @@ class Project:
         from lora_align.train.dpo import train_dpo
 
         sides = Direction.parse(direction)
-        project = self._with("dpo", settings)
-        train_dpo(project, [preference], sides, self.runs, self.screen, force=force, resume=resume and not force)
+        recipe = self._with("dpo", settings)
+        train_dpo(recipe, [preference], sides, self.runs, self.screen, force=force, resume=resume and not force)
         both = preference in vectors.trained(self.runs)
         return self.vector(preference if both else f"dpo/{preference}/{direction}")
 
@@ -98,9 +98,9 @@ class Project:
         from lora_align.evaluate.compare import compare_policies
         from lora_align.evaluate.measure import Evaluator
 
-        project = self._with("eval", settings)
+        recipe = self._with("eval", settings)
         chosen = [self.policy(policy) for policy in policies]
-        return compare_policies(Evaluator.of(chosen, project, self.runs, self.screen, by), self.screen)
+        return compare_policies(Evaluator.of(chosen, recipe, self.runs, self.screen, by), self.screen)
 
     def __repr__(self) -> str:
         return f"Project({self.recipe.source!r}, base {self.recipe.base.model!r}, runs {str(self.runs)!r})"

@@ -1,6 +1,5 @@
 """The commands that measure: eval, sweep, tune and reach."""
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -56,17 +55,17 @@ def evaluate(
     Example: lora-align eval helpful=1 start --by pair:helpful
     """
     check_url("--judge", judge)
-    project = given.recipe_of_runs()
-    chosen = find_policies(policies or ["mix", "start"], project, given.runs_dir, given.screen)
-    given.check_judges(by, project)
-    given.screen.loading(project.base.model)
+    recipe = given.recipe_of_runs()
+    chosen = find_policies(policies or ["mix", "start"], recipe, given.runs_dir, given.screen)
+    given.check_judges(by, recipe)
+    given.screen.loading(recipe.base.model)
     from lora_align.evaluate.compare import compare_policies
     from lora_align.evaluate.lm_eval_tasks import task_figures
     from lora_align.evaluate.measure import Evaluator
     from lora_align.model.endpoint import Endpoint
 
     server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
-    evaluator = Evaluator.of(chosen, project, given.runs_dir, given.screen, by or ())
+    evaluator = Evaluator.of(chosen, recipe, given.runs_dir, given.screen, by or ())
     result = compare_policies(
         evaluator, given.screen, server, task_figures(tasks, evaluator, given.screen) if tasks else {}
     )
@@ -101,24 +100,24 @@ def sweep(
     """
     name = given.name or name_of(axis.partition("=")[0] for axis in axes or ["directions"])
     target = given.runs_dir / "sweep" / name
-    project = given.recipe_of_runs()
+    recipe = given.recipe_of_runs()
     if not axes and not directions:
         raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
     runs.refuse_existing(target, given.force)
     values, _ = grid(axes or [])
-    given.check_vectors(values, project)
-    find_policies(also or [], project, given.runs_dir, Screen(quiet=True))
-    given.check_judges(by, project)
+    given.check_vectors(values, recipe)
+    find_policies(also or [], recipe, given.runs_dir, Screen(quiet=True))
+    given.check_judges(by, recipe)
     if directions:
         newest_conditioned(given.runs_dir, "--directions", given.screen)
-    given.screen.loading(project.base.model)
+    given.screen.loading(recipe.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.sweep import plan_sweep, run_sweep
 
     plan = plan_sweep(axes or [], directions, also or [], given.runs_dir, given.screen)
-    policies = find_policies(plan.policies, project, given.runs_dir, given.screen)
-    evaluator = Evaluator.of(policies, project, given.runs_dir, given.screen, by or ())
-    result = run_sweep(plan, evaluator, project, target, given.screen, force=given.force)
+    policies = find_policies(plan.policies, recipe, given.runs_dir, given.screen)
+    evaluator = Evaluator.of(policies, recipe, given.runs_dir, given.screen, by or ())
+    result = run_sweep(plan, evaluator, recipe, target, given.screen, force=given.force)
     given.screen.result(f"{result.summary()}\n\n{target}/report.html", {"sweep": str(target), **result.as_json()})
 
 
@@ -166,28 +165,14 @@ def tune(
         raise UserError(
             "--aim: a share must be above 0; for the opposite of a preference, merge its vector with a negative weight"
         )
-    project = given.recipe_of_runs()
-    given.check_vectors(aims, project)
-    given.screen.loading(project.base.model)
-    from lora_align.evaluate import tune as tuning
-    from lora_align.evaluate.measure import FOLDER, Evaluator
-    from lora_align.evaluate.test_set import read_test_set
+    recipe = given.recipe_of_runs()
+    given.check_vectors(aims, recipe)
+    given.screen.loading(recipe.base.model)
+    from lora_align.evaluate.tune import tune_weights
     from lora_align.evaluate.tune_objective import Bounds
-    from lora_align.model import base as bases
-    from lora_align.plan.stages import TUNE_PAIRS
-    from lora_align.policy.policy_set import PolicySet
 
-    project = replace(project, eval=replace(project.eval, pairs=min(project.eval.pairs, TUNE_PAIRS)))
-    names = [part for name in aims for part in tuning.layer_groups(name, groups, project, given.runs_dir)]
-    policy = weighted(dict.fromkeys(names, 1.0), project, given.runs_dir)
-    policies = PolicySet.of([policy], project, bases.find(project.base), given.runs_dir, given.screen)
-    tuned = tuning.tune_weights(
-        Evaluator(policies, read_test_set(project, given.screen, aims), given.runs_dir / FOLDER),
-        {name: share / sum(aims.values()) for name, share in aims.items()},
-        Bounds(kl, loss, refused, most),
-        project.dpo,
-        given.screen,
-    )
+    bounds = Bounds(kl, loss, refused, most)
+    tuned = tune_weights(aims, bounds, recipe, given.runs_dir, given.screen, groups=groups)
     given.screen.result(tuned.summary(given.runs_dir), tuned.as_json())
 
 
@@ -223,20 +208,20 @@ def reach(
 
     Example: lora-align reach helpful harmless
     """
-    project = given.recipe_of_runs()
+    recipe = given.recipe_of_runs()
     names = list(dict.fromkeys(names or vectors.trained(given.runs_dir)))
     if not names:
         command = runs.command("dpo --all", given.runs_dir)
         raise UserError(f"reach: no preference has both its adapters in {given.runs_dir}/; `{command}` trains them")
-    policy = weighted(dict.fromkeys(names, 1.0), project, given.runs_dir)
+    policy = weighted(dict.fromkeys(names, 1.0), recipe, given.runs_dir)
     target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
     runs.refuse_existing(target, given.force)
-    given.screen.loading(project.base.model)
+    given.screen.loading(recipe.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.reach import Limits, find_reach
 
-    evaluator = Evaluator.of([policy], project, given.runs_dir, given.screen, preferences=names)
-    result = find_reach(evaluator, Limits(kl, loss, share), project, target, given.screen, force=given.force)
+    evaluator = Evaluator.of([policy], recipe, given.runs_dir, given.screen, preferences=names)
+    result = find_reach(evaluator, Limits(kl, loss, share), recipe, target, given.screen, force=given.force)
     summary = f"{result.summary()}\n\n{target}: merge and chat warn beyond these weights"
     given.screen.result(summary, {"reach": str(target), **result.as_json()})
 

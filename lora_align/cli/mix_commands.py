@@ -79,14 +79,12 @@ def merge(
         store.refuse_missing_parent(out)
     how = MergeOptions.parse(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
     check_weights(method, wanted)
-    project = given.recipe_of_runs()
-    given.check_vectors(wanted, project)
+    recipe = given.recipe_of_runs()
+    given.check_vectors(wanted, recipe)
     given.screen.note("merging adapters …")
     from lora_align.commands.merge import merge_adapters
 
-    mix = merge_adapters(
-        wanted, project, given.runs_dir, given.screen, how, name=given.name, out=out, force=given.force
-    )
+    mix = merge_adapters(wanted, recipe, given.runs_dir, given.screen, how, name=given.name, out=out, force=given.force)
     given.show(mix)
 
 
@@ -122,12 +120,12 @@ def inspect(
     wanted = parse_weights(weights) if weights else {}
     check_picture(picture)
     how = MergeOptions.parse(method, option or [], rank, None, None, same_base=True)
-    project = given.recipe_of_runs()
-    given.check_vectors([*(names or []), *wanted], project)
+    recipe = given.recipe_of_runs()
+    given.check_vectors([*(names or []), *wanted], recipe)
     given.screen.note("reading adapters …")
     from lora_align.commands.inspect import inspect_vectors
 
-    inspection = inspect_vectors(names or [], wanted, project, given.runs_dir, how, picture)
+    inspection = inspect_vectors(names or [], wanted, recipe, given.runs_dir, how, picture)
     for warning in inspection.doubts:
         given.screen.warn(warning)
     given.show(inspection)

@@ -161,15 +161,15 @@ class Given:
         """Refuse a run that is being written, or that exists without --resume or --force."""
         runs.refuse_before_training(target, force=self.force, resume=self.resume, remedy=keep_both)
 
-    def check_vectors(self, names: Iterable[str], project: Recipe) -> None:
+    def check_vectors(self, names: Iterable[str], recipe: Recipe) -> None:
         """Refuse a name that is not a preference, a run or a folder."""
         for name in names:
-            vectors.find(name, self.runs_dir, project.preferences)
+            vectors.find(name, self.runs_dir, recipe.preferences)
 
-    def check_judges(self, names: Iterable[str] | None, project: Recipe) -> None:
+    def check_judges(self, names: Iterable[str] | None, recipe: Recipe) -> None:
         """Refuse a name that is not a judge."""
         for name in names or ():
-            judge_runs.check(name, project, self.runs_dir)
+            judge_runs.check(name, recipe, self.runs_dir)
 
 
 def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -229,11 +229,11 @@ def check_first_row(data: str) -> None:
         next(sources.rows_or_raise(data), None)
 
 
-def show_plan(project: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:
+def show_plan(recipe: Recipe, stage: str, screen: Screen, passes: int | None = None) -> None:
     """Print the recipe and the plan of a stage, for --dry-run."""
-    screen.loading(project.base.model)
+    screen.loading(recipe.base.model)
     from lora_align.plan import planner
 
-    plan = planner.plan_stages(project, [stage], screen, passes=passes)
-    parts = [planner.resolved(project, stage), plan.summary(lengths=True)]
-    screen.result("\n\n".join(parts), {"recipe": project.as_dict(), **plan.as_json()})
+    plan = planner.plan_stages(recipe, [stage], screen, passes=passes)
+    parts = [planner.resolved(recipe, stage), plan.summary(lengths=True)]
+    screen.result("\n\n".join(parts), {"recipe": recipe.as_dict(), **plan.as_json()})

@@ -115,11 +115,11 @@ def plan(
         raise UserError("--measure runs a step on this machine; leave out --card, --vram and --cards")
     if card:
         card_name(card)
-    project = given.recipe_to_train()
-    given.screen.loading(project.base.model)
+    recipe = given.recipe_to_train()
+    given.screen.loading(recipe.base.model)
     from lora_align.plan.planner import STAGES, plan_stages
 
-    plan = plan_stages(project, STAGES, given.screen, card=card, vram=vram, cards=cards, measure=measure)
+    plan = plan_stages(recipe, STAGES, given.screen, card=card, vram=vram, cards=cards, measure=measure)
     given.show(plan)
     if not all(stage.estimate.fits for stage in plan.stages):
         raise typer.Exit(RunFailedError.exit_code)
@@ -142,13 +142,13 @@ def data(
     Example: lora-align data --pref helpful --show 3
     """
     check_picture(picture)
-    project = given.recipe_to_train("dpo")
-    project.check_trains("dpo")
-    project.preference(pref)
-    given.screen.loading(project.base.model)
+    recipe = given.recipe_to_train("dpo")
+    recipe.check_trains("dpo")
+    recipe.preference(pref)
+    given.screen.loading(recipe.base.model)
     from lora_align.commands.audit import audit_pairs
 
-    audit = audit_pairs(project, pref, show=show, picture=picture)
+    audit = audit_pairs(recipe, pref, show=show, picture=picture)
     given.show(audit)
     for warning in audit.doubts:
         given.screen.warn(warning)

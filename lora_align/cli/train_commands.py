@@ -17,16 +17,16 @@ def sft(given: Given) -> None:
 
     Example: lora-align sft --recipe my.toml --limit 1000
     """
-    project = given.recipe_to_train("sft")
-    project.check_trains("sft")
+    recipe = given.recipe_to_train("sft")
+    recipe.check_trains("sft")
     if given.dry_run:
-        show_plan(project, "sft", given.screen)
+        show_plan(recipe, "sft", given.screen)
         return
     given.refuse_existing(given.runs_dir / "sft" / "start", "--runs DIR keeps both")
-    given.screen.loading(project.base.model)
+    given.screen.loading(recipe.base.model)
     from lora_align.train.sft import summary, train_sft
 
-    run = train_sft(project, given.runs_dir, given.screen, force=given.force, resume=given.resume)
+    run = train_sft(recipe, given.runs_dir, given.screen, force=given.force, resume=given.resume)
     given.screen.result(summary(run), run.as_json())
 
 
@@ -50,31 +50,31 @@ def dpo(
 
     Example: lora-align dpo --pref helpful --set dpo.beta=0.05
     """
-    project = given.recipe_to_train("dpo")
-    project.check_trains("dpo")
+    recipe = given.recipe_to_train("dpo")
+    recipe.check_trains("dpo")
     if every == (pref is not None):
-        raise UserError(f"dpo: give either --pref NAME or --all (preferences: {', '.join(project.preferences)})")
+        raise UserError(f"dpo: give either --pref NAME or --all (preferences: {', '.join(recipe.preferences)})")
     if every and given.name:
         raise UserError("dpo: --name needs --pref, not --all")
-    names = list(project.preferences) if pref is None else [pref]
+    names = list(recipe.preferences) if pref is None else [pref]
     directions = Direction.parse(direction)
     for preference in names:
-        project.preference(preference)
+        recipe.preference(preference)
     if given.dry_run:
         if pref is not None:  # a preference with `of` uses the pairs of other preferences
-            chosen = {name: project.preferences[name] for name in project.preferences[pref].of or (pref,)}
-            project = replace(project, preferences=chosen)
-        show_plan(project, "dpo", given.screen, passes=len(directions))
+            chosen = {name: recipe.preferences[name] for name in recipe.preferences[pref].of or (pref,)}
+            recipe = replace(recipe, preferences=chosen)
+        show_plan(recipe, "dpo", given.screen, passes=len(directions))
         return
     for preference in names:
         for side in directions:
             target = given.runs_dir / "dpo" / (given.name or preference) / side.value
             given.refuse_existing(target, "--resume keeps it and trains what is missing")
-    given.screen.loading(project.base.model)
+    given.screen.loading(recipe.base.model)
     from lora_align.train.dpo import summary, train_dpo
 
     done = train_dpo(
-        project,
+        recipe,
         names,
         directions,
         given.runs_dir,
@@ -92,17 +92,17 @@ def reward(given: Given) -> None:
 
     Example: lora-align reward --recipe my.toml
     """
-    project = given.recipe_to_train("reward")
-    project.check_trains("reward")
+    recipe = given.recipe_to_train("reward")
+    recipe.check_trains("reward")
     if given.dry_run:
-        show_plan(project, "reward", given.screen)
+        show_plan(recipe, "reward", given.screen)
         return
     given.refuse_existing(given.runs_dir / "reward" / (given.name or "reward"))
-    given.screen.loading(project.base.model)
+    given.screen.loading(recipe.base.model)
     from lora_align.train.reward import summary, train_reward_model
 
     run = train_reward_model(
-        project, given.runs_dir, given.screen, name=given.name, force=given.force, resume=given.resume
+        recipe, given.runs_dir, given.screen, name=given.name, force=given.force, resume=given.resume
     )
     given.screen.result(summary(run), run.as_json())
 
@@ -138,15 +138,15 @@ def rsf(
     check_url("--endpoint", endpoint)
     if resume and given.force:
         raise UserError(RESUME_OR_FORCE)
-    project = given.recipe_to_train("rsf", *([f"rsf.iterations={iterations}"] if iterations is not None else []))
-    project.check_trains("rsf")
+    recipe = given.recipe_to_train("rsf", *([f"rsf.iterations={iterations}"] if iterations is not None else []))
+    recipe.check_trains("rsf")
     if given.dry_run:
-        show_plan(project, "rsf", given.screen)
+        show_plan(recipe, "rsf", given.screen)
         return
-    assert project.rsf is not None
-    judge_runs.of_reward(project.rsf.reward, given.runs_dir)
-    given.screen.loading(project.base.model)
+    assert recipe.rsf is not None
+    judge_runs.of_reward(recipe.rsf.reward, given.runs_dir)
+    given.screen.loading(recipe.base.model)
     from lora_align.rsf.loop import summary, train_rsf
 
-    made = train_rsf(project, given.runs_dir, given.screen, name=given.name, force=given.force, endpoint=endpoint)
+    made = train_rsf(recipe, given.runs_dir, given.screen, name=given.name, force=given.force, endpoint=endpoint)
     given.screen.result(summary(made, given.runs_dir), {"runs": [run.as_json() for run in made]})

@@ -57,14 +57,14 @@ def score(
 
     Example: lora-align score --data answers.jsonl --out scored.jsonl
     """
-    project = given.recipe_of_runs()
-    given.check_judges([by], project)
+    recipe = given.recipe_of_runs()
+    given.check_judges([by], recipe)
     shards.check_out_file(out)
     check_first_row(data)
-    given.screen.loading(project.base.model)
+    given.screen.loading(recipe.base.model)
     from lora_align.commands.score import score_file
 
-    result = score_file(project, given.runs_dir, data, out, by, given.screen)
+    result = score_file(recipe, given.runs_dir, data, out, by, given.screen)
     given.show(result)
 
 
@@ -103,17 +103,17 @@ def chat(
         raise UserError("chat: the prompt is empty; give --prompt TEXT, or pipe text in")
     if script and given.as_json:
         raise UserError("chat: --json needs one prompt and takes no commands; leave out --json")
-    project = given.recipe_of_runs()
+    recipe = given.recipe_of_runs()
     wanted = parse_weights(weights) if weights is not None else None
-    policy = select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
-    given.screen.loading(project.base.model)
+    policy = select_policy(given.runs_dir, recipe, given.screen, wanted, adapter, want)
+    given.screen.loading(recipe.base.model)
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
     from lora_align.model import base as bases
     from lora_align.model.sampler import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    session = sessions.open_session(bases.find(project.base), given.runs_dir, project, policy, sampling, given.screen)
+    session = sessions.open_session(bases.find(recipe.base), given.runs_dir, recipe, policy, sampling, given.screen)
     session.system = system
     if prompt is not None:
         terminal.answer_once(session, prompt.strip(), given.screen)
@@ -168,11 +168,11 @@ def generate(
         raise UserError("generate: --endpoint excludes --weights and --want; merge the weights and give --adapter DIR")
     check_url("--endpoint", endpoint)
     check_text("--system", system)
-    project = given.recipe_of_runs()
+    recipe = given.recipe_of_runs()
     if show_server:
         from lora_align.rsf.serving import serve_command
 
-        given.screen.result(serve_command(project), {"serve": serve_command(project)})
+        given.screen.result(serve_command(recipe), {"serve": serve_command(recipe)})
         return
     if prompts is None or out is None:
         raise UserError("generate: give --prompts FILE and --out FILE")
@@ -180,44 +180,44 @@ def generate(
     wanted = parse_weights(weights) if weights is not None else None
     shards.check_out_file(out)
     check_first_row(prompts)
-    policy = None if endpoint else select_policy(given.runs_dir, project, given.screen, wanted, adapter, want)
+    policy = None if endpoint else select_policy(given.runs_dir, recipe, given.screen, wanted, adapter, want)
     if endpoint:
         given.screen.note(f"connecting to {endpoint} …")
     else:
-        given.screen.loading(project.base.model)
+        given.screen.loading(recipe.base.model)
     from lora_align.commands.generate import generate_file
     from lora_align.model.sampler import Sampling
 
     if endpoint:
-        sampler, who = _served(endpoint, model, adapter, project)
+        sampler, who = _served(endpoint, model, adapter, recipe)
     elif policy is not None:
-        sampler, who, own_system = _loaded(project, given.runs_dir, policy, given.screen)
+        sampler, who, own_system = _loaded(recipe, given.runs_dir, policy, given.screen)
         system = "\n\n".join(filter(None, [own_system, system]))
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
     given.show(result)
 
 
-def _served(address: str, model: str, adapter: Path | None, project: Recipe) -> tuple["Sampler", dict[str, Any]]:
+def _served(address: str, model: str, adapter: Path | None, recipe: Recipe) -> tuple["Sampler", dict[str, Any]]:
     """Return a sampler on a server, and the identity of its model."""
     from lora_align.model.endpoint import Endpoint
     from lora_align.rsf.serving import serve_command
 
-    server = Endpoint.at(address, model, template=project.base.chat_template_kwargs)
+    server = Endpoint.at(address, model, template=recipe.base.chat_template_kwargs)
     if adapter is not None:
-        server = server.load_adapter(adapter, adapter.name, serve_command(project))
+        server = server.load_adapter(adapter, adapter.name, serve_command(recipe))
     return server, {"server": server.url, "model": server.model}
 
 
-def _loaded(project: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
+def _loaded(recipe: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
     """Return a sampler of a policy on the loaded base, the identity of both, and the policy's system message."""
     from lora_align.chat import session as sessions
     from lora_align.model import base as bases
     from lora_align.model.sampler import Sampling
     from lora_align.model.sampling import LocalSampler
 
-    base = bases.find(project.base)
-    session = sessions.open_session(base, runs_dir, project, policy, Sampling(), screen)
+    base = bases.find(recipe.base)
+    session = sessions.open_session(base, runs_dir, recipe, policy, Sampling(), screen)
     parts = [parent.lineage() for vector in policy.vectors.values() for parent in vector.parents]
     who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(policy.weights)}
     return LocalSampler(session.model, base), who, policy.system

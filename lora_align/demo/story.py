@@ -46,18 +46,18 @@ Measured = dict[tuple[float, float], Figures]  # weights of FIRST and SECOND →
 
 def run_demo(runs_dir: Path, screen: Screen) -> None:
     """Run the demo. Adapters and mixes in `runs_dir` are reused."""
-    project = recipe.load(recipe.builtin()["demo"])
+    demo_recipe = recipe.load(recipe.builtin()["demo"])
     screen.note("The demo base has 0.9 M parameters, in 4-bit. On this machine the demo takes a minute or two.")
 
     screen.note("\n1 · Train an adapter towards each preference, and one on switched labels")
     for preference in PREFERENCES:
-        _train(project, preference, runs_dir, screen)
+        _train(demo_recipe, preference, runs_dir, screen)
 
     screen.note("\n2 · Subtract and mix: a vector is pos − neg, and vectors add")
-    mixed = _mix(project, runs_dir, screen)
+    mixed = _mix(demo_recipe, runs_dir, screen)
 
     screen.note("\n3 · The same question at three weights\n")
-    session = _open(project, runs_dir, screen)
+    session = _open(demo_recipe, runs_dir, screen)
     answers = [answer for preference in PREFERENCES for answer in _ask(session, preference, screen)]
 
     prompts = f"{PROMPTS_OF_EACH_KIND} safe and {PROMPTS_OF_EACH_KIND} risky prompts"
@@ -81,29 +81,31 @@ def run_demo(runs_dir: Path, screen: Screen) -> None:
     )
 
 
-def _train(project: recipe.Recipe, preference: str, runs_dir: Path, screen: Screen) -> None:
+def _train(demo_recipe: recipe.Recipe, preference: str, runs_dir: Path, screen: Screen) -> None:
     done = {side: runs.is_run(runs_dir / "dpo" / preference / side.value) for side in Direction}
     for side in (side for side in Direction if done[side]):
         screen.note(f"{preference} {side.value}: trained before")
     missing = [side for side in Direction if not done[side]]
     if missing:
-        dpo.train_dpo(project, [preference], missing, runs_dir, screen, resume=True)
+        dpo.train_dpo(demo_recipe, [preference], missing, runs_dir, screen, resume=True)
 
 
-def _mix(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
+def _mix(demo_recipe: recipe.Recipe, runs_dir: Path, screen: Screen) -> runs.Run:
     for preference in PREFERENCES:
         pos, neg = (peft_format.load(runs_dir / "dpo" / preference / side.value) for side in Direction)
         screen.note(f"{preference}: the cosine of its pos and neg is {pos.cosine(neg):.2f}")
     target = runs_dir / "mix" / merge.default_name(MIX)
     known = runs.is_run(target)
-    mix = merge.Mix(runs.read(target)) if known else merge.merge_adapters(MIX, project, runs_dir, screen)
+    mix = merge.Mix(runs.read(target)) if known else merge.merge_adapters(MIX, demo_recipe, runs_dir, screen)
     screen.note(mix.summary())
     return mix.run
 
 
-def _open(project: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
+def _open(demo_recipe: recipe.Recipe, runs_dir: Path, screen: Screen) -> Session:
     sampling = Sampling(temperature=0.7, max_new_tokens=measurement.LONGEST, seed=SEED)
-    return open_session(bases.find(project.base), runs_dir, project, weighted(MIX, project, runs_dir), sampling, screen)
+    return open_session(
+        bases.find(demo_recipe.base), runs_dir, demo_recipe, weighted(MIX, demo_recipe, runs_dir), sampling, screen
+    )
 
 
 def _ask(session: Session, preference: str, screen: Screen) -> list[dict[str, Any]]:

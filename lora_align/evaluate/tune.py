@@ -1,7 +1,7 @@
 """The command `tune`: find weights by gradient on held-out pairs through the frozen model, within bounds."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import torch
 from lora_align import runs
 from lora_align.console import Screen, table
 from lora_align.errors import RunFailedError
-from lora_align.evaluate.measure import Evaluator
-from lora_align.evaluate.test_set import SAFE
+from lora_align.evaluate.measure import FOLDER, Evaluator
+from lora_align.evaluate.test_set import SAFE, read_test_set
 from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Evaluation, TuneObjective
 from lora_align.metrics import refusals
+from lora_align.model import base as bases
+from lora_align.plan.stages import TUNE_PAIRS
 from lora_align.policy import vectors
+from lora_align.policy.policy import weighted
+from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Recipe, Training
 
 STEPS, MAX_STEP = 8, 1.0  # the first step has the length MAX_STEP
@@ -57,6 +61,19 @@ class Tuned:
 
 
 def tune_weights(
+    aims: Mapping[str, float], bounds: Bounds, recipe: Recipe, runs_dir: Path, screen: Screen, *, groups: int
+) -> Tuned:
+    """Find the weights of trained preferences for aims of any sum, with `groups` weights per vector."""
+    recipe = replace(recipe, eval=replace(recipe.eval, pairs=min(recipe.eval.pairs, TUNE_PAIRS)))
+    names = [part for name in aims for part in group_names(name, groups, recipe, runs_dir)]
+    policy = weighted(dict.fromkeys(names, 1.0), recipe, runs_dir)
+    policies = PolicySet.of([policy], recipe, bases.find(recipe.base), runs_dir, screen)
+    evaluator = Evaluator(policies, read_test_set(recipe, screen, aims), runs_dir / FOLDER)
+    shares = {name: share / sum(aims.values()) for name, share in aims.items()}
+    return search_weights(evaluator, shares, bounds, recipe.dpo, screen)
+
+
+def search_weights(
     evaluator: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training, screen: Screen
 ) -> Tuned:
     """Maximise the objective, then shrink the weights until they are within all bounds."""
@@ -163,7 +180,7 @@ def share_refused(evaluator: Evaluator, weights: Mapping[str, float]) -> float:
     return sum(refused) / max(len(refused), 1)
 
 
-def layer_groups(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
+def group_names(name: str, count: int, recipe: Recipe, runs_dir: Path) -> list[str]:
     """Return the names of a vector's groups of layers, or its own name for one group."""
     if count == 1:
         return [name]

@@ -108,7 +108,7 @@ def test_tune_shrinks_weights_until_refusals_are_within_the_bound(workspace: Pat
     far = {"kl": 99.0, "loss": 99.0, "weight": 4.0}
 
     def tuned(refused: float) -> tune.Tuned:
-        return tune.tune_weights(evaluator, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
+        return tune.search_weights(evaluator, {"harmless": 1.0}, Bounds(refused=refused, **far), Dpo(), QUIET)
 
     free, start = tuned(1.0), tune.share_refused(evaluator, {})
     more = 0.5 * (free.refused - start)
