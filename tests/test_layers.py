@@ -149,6 +149,7 @@ def test_commands_that_need_no_base_import_torch_alone(words: list[str], workspa
     "words",
     [
         ["demo"],
+        ["sft", "--set", 'sft.data="demo:conversations?rows=20"'],
         ["dpo", "--pref", "helpful", "--force"],
         ["dpo", "--all", "--dry-run"],
         ["reward"],

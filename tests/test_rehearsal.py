@@ -103,6 +103,19 @@ def test_recipe_reads_all_sources_and_evaluates_no_training_prompt(
     assert passed_over == name.startswith("paper-dpa")
 
 
+def test_paper_recipes_have_the_values_of_their_papers() -> None:
+    """Values that a recipe's head declares as different are left out."""
+    values = {name: dict(flat(recipe.load(recipe.builtin()[name]).as_dict())) for name in REAL if "paper" in name}
+    vectors = {"sft.epochs": 3.0, "sft.max_length": 512, "sft.batch_size": 32, "sft.warmup": 0.03}
+    vectors |= {"dpo.epochs": 2.0, "dpo.max_length": 512, "dpo.batch_size": 16, "dpo.warmup": 0.03}
+    vectors |= {"dpo.weight_decay": 0.05, "sft.schedule": "cosine", "dpo.schedule": "cosine"}
+    dpa = {"rsf.iterations": 4, "rsf.per_prompt": 5, "rsf.samples": 16, "rsf.bootstrap": 80, "rsf.temperature": 1.0}
+    dpa |= {"rsf.replay": 0.15, "rsf.epochs": 2.0, "rsf.warmup": 20.0, "rsf.batch_size": 64, "rsf.max_length": 4096}
+    dpa |= {"rsf.answers_only": False, "rsf.pooled": 1, "eval.count": 2000, "eval.samples": 2, "eval.temperature": 0.7}
+    for name, of_paper in {"paper-preference-vectors": vectors, "paper-dpa-mistral-7b": dpa}.items():
+        assert {key: values[name][key] for key in of_paper} == of_paper
+
+
 def hub_ids() -> Iterator[tuple[str, str]]:
     for name in REAL:
         for key, value in flat(recipe.load(recipe.builtin()[name]).as_dict()):

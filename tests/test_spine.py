@@ -209,6 +209,28 @@ def test_bad_input_prints_one_line_and_exits_with_2(words: list[str], message: s
     assert len(errors) == (2 if "dpo.x=1" in words else 1)
 
 
+UNREAD = {"prompt": "Hi?", "images": ["a.png"], "chosen": "Yes.", "rejected": "No, never.", "completion": "Yes."}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["dpo", "--pref", "own", "--set", 'preferences.own={data="rows.jsonl"}'],
+        ["sft", "--set", 'sft.data="rows.jsonl"'],
+        ["generate", "--prompts", "rows.jsonl", "--out", "a.jsonl", "--max-new-tokens", "4"],
+        ["score", "--data", "rows.jsonl", "--out", "a.jsonl", "--by", "pair:helpful"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_unread_columns_are_named_by_every_command(words: list[str], workspace: Path) -> None:
+    (workspace / "rows.jsonl").write_text(
+        "".join(json.dumps({**UNREAD, "prompt": f"Hi {i}?"}) + "\n" for i in range(9))
+    )
+    done = call(workspace, *words)
+    assert done.code == 0, done.err
+    assert "column 'images' is filled in 9 rows but not read" in done.err
+
+
 def test_unconverged_runs_are_reported_by_every_command(workspace: Path) -> None:
     words = ["--pref", "helpful", "--name", "weak", "--limit", "32", "--set", "dpo.learning_rate=1e-9"]
     trained = call(workspace, "dpo", *words)

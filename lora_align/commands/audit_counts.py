@@ -94,7 +94,7 @@ class AuditCounts:
             if name in self.incomparable:
                 continue
             try:
-                _, theirs = pairs.rank_comparison(ranked.comparison, other, ranked.where)
+                theirs = pairs.rank_comparison(ranked.comparison, other, ranked.where)
             except UserError as fault:  # `data` and `dpo` refuse this row for that preference only
                 self.incomparable[name] = str(fault)
                 del self.compared[name]

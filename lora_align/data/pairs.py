@@ -46,13 +46,13 @@ def rank_comparisons(
         if not several:
             dropped[TOO_FEW_ANSWERS] += 1
         for one in several:
-            comparison, pair = rank_comparison(one, preference, where)
-            trains = not is_held_out(comparison.prompt, below)
+            pair = rank_comparison(one, preference, where)
+            trains = not is_held_out(one.prompt, below)
             if isinstance(pair, str):
                 dropped[pair] += 1
             else:
                 left -= trains
-            yield RankedComparison(where, comparison, pair, held_out=not trains)
+            yield RankedComparison(where, one, pair, held_out=not trains)
             if not left:
                 return
 
@@ -64,22 +64,22 @@ def read_pairs(preference: Preference, held_out: float, limit: int | None, dropp
             yield one.pair, one.held_out
 
 
-def rank_comparison(comparison: Comparison, preference: Preference, where: str) -> tuple[Comparison, Pair | str]:
-    """Return the comparison with its pair under a preference, or with the reason why there is none."""
+def rank_comparison(comparison: Comparison, preference: Preference, where: str) -> Pair | str:
+    """Return a comparison's pair under a preference, or the reason why there is none."""
     ranker = preference.ranker
     try:
         pair = comparison.ranked(ranker, preference.margin)
     except ValueError as fault:
         if not preference.skip_bad:
             raise UserError(f"{where}: {fault}{sources.SKIP}") from fault
-        return comparison, sources.INVALID
+        return sources.INVALID
     if ranker.kind == "label":  # a row of another form may have label columns that `labels_of` did not read
         names = [ranker.column] if ranker.column else list(comparison.labels)
         if len(names) > 1:
             raise UserError(f'{where}: several label columns ({", ".join(names)}); set rank = "label:COLUMN"')
         if isinstance(value := comparison.labels[names[0]], str):
             raise UserError(f"{where}: unknown label {names[0]} = {value}; set in `labels` which answer it prefers")
-    return comparison, pair if isinstance(pair, str) else _usable(pair)
+    return pair if isinstance(pair, str) else _usable(pair)
 
 
 def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:

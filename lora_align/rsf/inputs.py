@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.endpoint import Endpoint
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.reward_model import Heads
 from lora_align.model.sampling import ROWS
-from lora_align.policy import judges, vectors
+from lora_align.policy import judge_runs, judges, vectors
 from lora_align.policy import start as start_policy
 from lora_align.policy.judges import Judge
 from lora_align.policy.policy import Policy
@@ -154,7 +153,8 @@ def prepare(
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
-    reward = find_reward_model(settings, base, runs_dir)
+    reward, judge = judge_runs.of_reward(settings.reward, runs_dir), judges.reward(base, runs_dir, settings.reward)
+    check_objectives(settings, judge.objectives, reward.path)
     answers = answers_of(settings, base)
     for warning in sources.unread_warnings(answers.unread):
         screen.warn(f"rsf: {warning}")
@@ -162,7 +162,6 @@ def prepare(
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # fail early if the server cannot load adapters
         server.load_adapter(reward.path, reward.path.name, serve_command(recipe))
-    judge = judges.reward(base, runs_dir, settings.reward)
     folder = runs_dir / "rsf" / (name or NAME)
     return RsfInputs(recipe, settings, base, start, reward, judge, answers, folder, force, server, screen)
 
@@ -178,21 +177,13 @@ def _identity(recipe: Mapping[str, Any], base: Mapping[str, Any], data: str | No
     return {"rsf": {**recipe["rsf"], "lora": lora}, "base": identity, "data": data}
 
 
-def find_reward_model(settings: Rsf, base: Base, runs_dir: Path) -> Run:
-    """Return the reward model; refuse one that lacks an objective of the directions."""
-    folder = runs_dir / "reward" / settings.reward
-    if not runs.is_run(folder):
-        command = runs.command("reward", runs_dir)
-        raise UserError(f"no reward model {settings.reward!r} in {runs_dir}/reward: run `{command}`")
-    run = runs.read(folder)
-    run.refuse_other_base(base.fingerprint)
-    known = [*Heads.load(run.path).names, *run.manifest.method["objectives"]]
+def check_objectives(settings: Rsf, known: Sequence[str], reward: Path) -> None:
+    """Refuse a reward model that lacks an objective of the directions."""
     for name in settings.directions:
         if name not in known:
-            raise UserError(f"rsf.directions.{name}: {run.path} has no such objective (it has: {', '.join(known)})")
+            raise UserError(f"rsf.directions.{name}: {reward} has no such objective (it has: {', '.join(known)})")
     if settings.watch not in known and settings.watch != Rsf.watch:  # the default may be missing
-        raise UserError(f"rsf.watch: {run.path} has no objective {settings.watch!r} (it has: {', '.join(known)})")
-    return run
+        raise UserError(f"rsf.watch: {reward} has no objective {settings.watch!r} (it has: {', '.join(known)})")
 
 
 def answers_of(settings: Rsf, base: Base) -> RatedHalves:

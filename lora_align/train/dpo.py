@@ -1,5 +1,6 @@
 """The command `dpo`: the DPO loss, and an adapter for each preference and direction."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,13 +125,12 @@ def train_dpo(
     recipe.check_trains("dpo")
     lora_trainer.check_trackers(recipe.dpo)
     targets: dict[tuple[str, Direction], Target] = {}
-    for preference in preferences:
+    for preference, direction in itertools.product(preferences, directions):
         recipe.preference(preference)
-        for direction in directions:
-            folder, label = name or preference, f"{name or preference} {direction.value}"
-            target = Target(runs_dir / "dpo" / folder / direction.value, label, screen, force, resume)
-            target.refuse_existing("--resume keeps it and trains what is missing")
-            targets[preference, direction] = target
+        folder, label = name or preference, f"{name or preference} {direction.value}"
+        target = Target(runs_dir / "dpo" / folder / direction.value, label, screen, force, resume)
+        target.refuse_existing("--resume keeps it and trains what is missing")
+        targets[preference, direction] = target
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
@@ -149,16 +149,6 @@ def train_dpo(
         if run := target.find_published(unfinished[target]):
             published.append(run)
             continue
-        manifest = Manifest(
-            stage="dpo",
-            base=base.identity,
-            recipe=recipe.as_dict(),
-            preference=preference,
-            direction=direction.value,
-            start=start_policy.identity(start),
-            seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
-            data=datasets[preference].facts,
-        )
         with target.staging_folder() as staging:
             model = model or start_policy.load(base, start)
             if preference not in with_logprobs:
@@ -169,15 +159,38 @@ def train_dpo(
             rows = for_direction(with_logprobs[preference], direction)
             job = dpo_job(recipe.dpo, recipe.lora, rows.train, base)
             trained = lora_trainer.train(job, model, target, unfinished[target], staging, budget)
+            facts = datasets[preference].facts
+            manifest = _manifest(recipe, base, preference, direction, start_policy.identity(start), facts)
             run = target.publish(staging, measure(trained, manifest, rows.held_out))
         model = lora_trainer.unwrap(trained.policy)
         published.append(run)
-        held_out = run.manifest.metrics["held_out"]
-        if not held_out["pairs"]:
-            screen.warn(f"{run.path}: no pair was held out, so nothing was measured; raise dpo.limit or dpo.held_out")
-        elif "note" in held_out:
-            screen.warn(f"{run.path}: {held_out['note']}")
+        _warn_if_unmeasured(run, screen)
     return published
+
+
+def _manifest(
+    recipe: Recipe, base: Base, preference: str, direction: Direction, start: str, facts: dict[str, Any]
+) -> Manifest:
+    """Return a run's manifest before training."""
+    return Manifest(
+        stage="dpo",
+        base=base.identity,
+        recipe=recipe.as_dict(),
+        preference=preference,
+        direction=direction.value,
+        start=start,
+        seeds={"init": recipe.lora.init_seed, "data": recipe.dpo.seed},
+        data=facts,
+    )
+
+
+def _warn_if_unmeasured(run: Run, screen: Screen) -> None:
+    """Warn if too few pairs were held out to judge a run."""
+    held_out = run.manifest.metrics["held_out"]
+    if not held_out["pairs"]:
+        screen.warn(f"{run.path}: no pair was held out, so nothing was measured; raise dpo.limit or dpo.held_out")
+    elif "note" in held_out:
+        screen.warn(f"{run.path}: {held_out['note']}")
 
 
 def dpo_job(settings: Dpo, lora: Lora, pairs: Sequence[TokenPair], base: Base) -> Job[TokenPair]:

@@ -52,13 +52,17 @@ def policy_of(base: Base, project: recipe.Recipe, *, dequantised: bool) -> PeftM
     return get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base)).train()
 
 
-def plain(policy: PeftModel, rows: int, length: int) -> Callable[[], None]:
-    """Return a function that runs one forward and backward pass over rows of one length."""
+def plain(policy: PeftModel, rows: int, length: int, *, logits: bool = False) -> Callable[[], None]:
+    """Return a function that runs one forward and backward pass over rows of one length, with or without logits."""
     ids = torch.randint(5, 900, (rows, length), generator=torch.Generator().manual_seed(0))
 
     def work() -> None:
         policy.zero_grad()
-        base_model_of(policy).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        model = base_model_of(policy)
+        if logits:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        else:
+            model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
 
     return work
 
@@ -79,7 +83,8 @@ def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair
 def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict[str, Any]:
     """Time packed steps and padded steps beside plain passes over as many tokens.
 
-    The rows of a plain pass have one length, so that nothing is padded. A plain pass computes no logits.
+    The rows of a plain pass have one length, so that nothing is padded. Plain passes are timed without logits and with
+    logits and cross-entropy over all tokens; a step needs logits of the answers' tokens.
     """
     policy = policy_of(base, project, dequantised=True)
     packed = Reader.of(base_model_of(policy))
@@ -94,7 +99,9 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
         shared = sum(packed.length(row.shared()) for row in some)
         for name, tokens in (("plain, prompts shared", shared), ("plain, prompts not shared", sum(sequences))):
             length = round(tokens / BATCH)
-            took[name] = seconds(plain(policy, BATCH, length)) * tokens / (BATCH * length)
+            for logits, end in ((False, ""), (True, ", with logits")):
+                work = plain(policy, BATCH, length, logits=logits)
+                took[name + end] = seconds(work) * tokens / (BATCH * length)
         figures.append({"tokens, prompts shared": shared, "tokens, prompts not shared": sum(sequences), **took})
 
     def share(of: str, beside: str) -> float:
@@ -103,6 +110,9 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
     return {
         "steps": figures,
         "pace of a packed step, plain = 1, prompts shared by both": share("packed", "plain, prompts shared"),
+        "pace of a packed step, plain with logits = 1, prompts shared by both": share(
+            "packed", "plain, prompts shared, with logits"
+        ),
         "pace of a packed step, plain = 1, prompts not shared by plain": share("packed", "plain, prompts not shared"),
         "pace of a padded step, plain = 1, prompts not shared": share("padded", "plain, prompts not shared"),
         "time of a packed step, padded = 1": share("padded", "packed"),

@@ -39,8 +39,8 @@ def test_audit_of_the_demo_pairs_equals_training_and_naive_counts(cli: Cli, tmp_
     longer = unlike = same = both = 0
     for where, row in sources.rows_or_raise(ROWS):
         [comparison] = row_reader.comparisons(row, where)
-        _, pair = pairs.rank_comparison(comparison, axis, where)
-        _, theirs = pairs.rank_comparison(comparison, other, where)
+        pair = pairs.rank_comparison(comparison, axis, where)
+        theirs = pairs.rank_comparison(comparison, other, where)
         if not isinstance(pair, str):
             unlike += len(pair.chosen) != len(pair.rejected)
             longer += len(pair.chosen) > len(pair.rejected)

@@ -231,6 +231,6 @@ def test_gradient_is_unchanged_with_checkpointing(evaluator: Evaluator) -> None:
 
 def test_rows_are_truncated_at_max_length(evaluator: Evaluator) -> None:
     objective = TuneObjective(evaluator, AIMS, Bounds(kl=9.0, loss=9.0, refused=1.0, weight=9.0), Dpo(max_length=32))
-    rows = [row for of in (*objective.pairs.values(), objective.answers) for row in of.rows]
+    rows = [row for of in (*objective.pairs.values(), objective.answers, objective.texts) for row in of.rows]
     assert rows
     assert max(len(prompt) + len(answer) for prompt, answer in rows) <= 32

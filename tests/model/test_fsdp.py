@@ -38,6 +38,7 @@ def test_sharded_base_computes_the_same_bits(reports: list[dict[str, Any]]) -> N
         assert of["states"] == of["states again, divided before"] == 0.0
         assert of["gradients"] == of["gradients, checkpointed"] == [0.0, 0.0]
         assert of["dense"] == 0.0
+        assert of["4-bit states moved"] >= of["4-bit layers"] > 0, "a card's shard needs its states there, too"
 
 
 def test_each_process_stores_half_of_the_weights(reports: list[dict[str, Any]]) -> None:
@@ -102,6 +103,7 @@ def texts(*lengths: int) -> "list[Tensor]":
 
 def compare() -> dict[str, Any]:
     import torch
+    from bitsandbytes.functional import QuantState
     from torch.distributed.tensor import DTensor
 
     from lora_align.errors import RunFailedError
@@ -109,7 +111,12 @@ def compare() -> dict[str, Any]:
     from lora_align.model.nf4 import dense_weight
 
     facts: dict[str, Any] = {}
-    whole, divided = adapted(fsdp=False), adapted(fsdp=True)
+    moved: list[Any] = []
+    move = QuantState.to
+    QuantState.to = lambda state, device: moved.append(device) or move(state, device)
+    whole, before = adapted(fsdp=False), len(moved)
+    divided = adapted(fsdp=True)
+    facts["4-bit states moved"] = len(moved) - before
     (ids,) = texts(30)
     with torch.no_grad():
         for name in ("states", "states again, divided before"):
@@ -125,6 +132,7 @@ def compare() -> dict[str, Any]:
         if hasattr(a, "lora_A") and hasattr(a, "base_layer")
     ]
     facts["dense"] = max(float((dense_weight(a) - dense_weight(b)).abs().max()) for a, b in linears)
+    facts["4-bit layers"] = len(linears)
     facts["bytes whole"] = sum(a.weight.numel() for a, _ in linears)
     parts = [parameter for parameter in divided.parameters() if isinstance(parameter, DTensor)]
     facts["bytes"] = sum(part.to_local().numel() for part in parts)
