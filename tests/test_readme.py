@@ -1,5 +1,6 @@
 """Check the README, the docs and the benchmarks' pages: commands, options, recipe keys, links and length."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -147,3 +148,23 @@ def test_the_readme_has_the_two_set_up_lines_of_ci() -> None:
 @pytest.mark.parametrize("page", SHORT, ids=lambda page: page.name)
 def test_a_page_is_short(page: Path) -> None:
     assert len(page.read_text().split()) <= MOST_WORDS.get(page, 1600)
+
+
+def test_card_table_has_the_figures_of_the_recorded_plans() -> None:
+    """Rows: recipe, pairs and tokens, card, GB, whether it fits, hours."""
+    [table] = re.findall(r"\| recipe \| pairs each.*?\n\n", README.read_text(), re.DOTALL)
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    plans = json.loads((ROOT / "tests/benchmarks/results/plans.json").read_text())["figures"]
+    [recorded] = plans.values()
+    figures = {(row["recipe"], row["card"].replace("-", " ").upper(), row["cards"]): row for row in recorded}
+    for name, pairs, card, gigabytes, fits, hours in rows:
+        number = 2 if card.startswith("2 ×") else 1
+        plan = figures[name, card.removeprefix("2 × ").partition(",")[0].upper(), number]
+        assert (float(gigabytes.split()[0]), fits.startswith("yes"), float(hours)) == (
+            plan["GB"],
+            plan["fits"],
+            plan["hours"],
+        ), name
+        dpo = recipe.load(recipe.builtin()[name]).dpo
+        assert pairs == f"{dpo.limit:,}, {dpo.max_length}"
+    assert len(rows) >= 7

@@ -82,7 +82,7 @@ def read(
     fault, good = None, 0
     skip = "" if source.skip_bad else ", or skip such rows with skip_bad = true"
     remedy = f"name your columns in `columns`{skip}"
-    for where, row in rows(*location(source)):
+    for where, row in rows(source):
         try:
             if isinstance(row, UserError):
                 raise row
@@ -105,7 +105,7 @@ def read(
 
 def readable_rows(source: Source, read_row: Callable[[Row, str], Parsed]) -> Iterator[tuple[str, Parsed]]:
     """Yield the rows that `read_row` can read, with their places. Used for a first pass, before `read`."""
-    for where, row in rows(*location(source)):
+    for where, row in rows(source):
         with suppress(UserError):
             if not isinstance(row, UserError):
                 yield where, read_row(_renamed(row, source.columns, where), where)
@@ -146,7 +146,7 @@ def _cell_texts(value: Any) -> list[Any]:
 
 def rows_or_raise(data: str) -> Iterator[tuple[str, Row]]:
     """Yield every row of a source with its place; raise at the first unreadable row."""
-    for where, row in rows(data):
+    for where, row in rows(Source(data)):
         if isinstance(row, UserError):
             raise row
         yield where, row
@@ -179,22 +179,17 @@ def location(source: Source) -> tuple[str, str, str, str]:
 
 def name(source: Source) -> str:
     """Return a source's name for messages."""
-    return _named(source.data, source.subset)
+    return f"{source.data} {source.subset}" if source.subset else source.data
 
 
-def rows(data: str, split: str = "train", revision: str = "", subset: str = "") -> Rows:
+def rows(source: Source) -> Rows:
     """Return the rows of a source, each with its place or as the fault that makes it unreadable."""
-    if source := _registered(data):
-        return source(data)
-    file = _file(data)
+    if registered := _registered(source.data):
+        return registered(source.data)
+    file = _file(source.data)
     if file:
         return FILES[file.suffix.lower()](file)
-    table = hub.load(data, split, revision, subset)
-    return ((f"{_named(data, subset)} {split}[{index}]", row) for index, row in enumerate(table))
-
-
-def _named(data: str, subset: str) -> str:
-    return f"{data} {subset}" if subset else data
+    return ((f"{name(source)} {source.split}[{index}]", row) for index, row in enumerate(hub.load(*location(source))))
 
 
 def fingerprint(source: Source) -> str:

@@ -75,7 +75,7 @@ def test_unfinished_files_are_removed(tmp_path: Path) -> None:
 def test_rows_with_different_columns_keep_all_columns(suffix: str, tmp_path: Path) -> None:
     out = tmp_path / f"out{suffix}"
     shards.write([{"prompt": "a", "score:x": 1.0}, {"prompt": "b", "score:x_0": 2.0}], out)
-    first, second = (row for _, row in sources.rows(str(out)))
+    first, second = (row for _, row in sources.rows_or_raise(str(out)))
     assert (first["score:x"], second["score:x_0"]) == (1.0, 2.0)
 
 
