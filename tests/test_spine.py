@@ -464,7 +464,7 @@ def test_commands_on_a_real_base_with_real_pairs(cli: Cli, tmp_path: Path) -> No
         data = json.loads((tmp_path / run["path"] / "manifest.json").read_text())["data"]
         assert data["rows"] + data["held_out"] + sum(data["dropped"].values()) == 300
         assert data["dropped"]["prompt too long"] > 0
-        assert data["answers_cut"] > 0
+        assert data["answers_truncated"] > 0
         assert run["metrics"]["first_margin"] == pytest.approx(0, abs=1e-5)
     assert cli("merge", "--weights", "good=0.5,brief=0.5").code == 0
     spoken = cli("chat", "--prompt", "Once upon a time", "--max-new-tokens", "20", "--seed", "1", *words)

@@ -45,7 +45,7 @@ class Audit:
     histogram: Sequence[tuple[int, int, int]]  # lengths of a prompt with its longer answer
     max_length: int
     prompts_too_long: int
-    answers_cut: int  # pairs with a truncated answer
+    answers_truncated: int  # pairs with a truncated answer
     alike_once_cut: int  # pairs whose answers are equal once truncated
     longer_wins: float | None  # share of the pairs whose answers differ in length
     repeated: int
@@ -116,7 +116,7 @@ def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | N
         histogram=histogram([a + max(b, c) for a, b, c in zip(*counts.lengths.values(), strict=True)]),
         max_length=max_length,
         prompts_too_long=counts.prompts_too_long,
-        answers_cut=counts.answers_cut,
+        answers_truncated=counts.answers_truncated,
         alike_once_cut=counts.alike_once_cut,
         longer_wins=counts.longer_wins / counts.unequal_lengths if counts.unequal_lengths else None,
         repeated=counts.repeated,
@@ -190,10 +190,10 @@ def _warnings(audit: Audit, settings: Dpo) -> list[str]:
         warnings.append(f"{count(shared, 'prompt')} equal to a held-out prompt except for case, spaces or punctuation")
     if audit.both_unsafe:
         warnings.append(f"{count(audit.both_unsafe, 'pair')} of two unsafe answers, of which the adapter learns one")
-    if audit.prompts_too_long or audit.answers_cut:
+    if audit.prompts_too_long or audit.answers_truncated:
         warnings.append(
             f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, answers of "
-            f"{count(audit.answers_cut, 'pair')} truncated"
+            f"{count(audit.answers_truncated, 'pair')} truncated"
             + (f", {audit.alike_once_cut:,} of these dropped as equal once truncated" if audit.alike_once_cut else "")
         )
     return warnings

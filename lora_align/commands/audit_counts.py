@@ -41,7 +41,7 @@ class AuditCounts:
     prompts: dict[bool, set[bytes]] = field(default_factory=lambda: {True: set(), False: set()})
     lengths: "dict[str, array[int]]" = field(default_factory=lambda: {side: array("I") for side in SIDES})
     prompts_too_long: int = 0
-    answers_cut: int = 0
+    answers_truncated: int = 0
     alike_once_cut: int = 0
     longer_wins: int = 0
     unequal_lengths: int = 0
@@ -84,7 +84,7 @@ class AuditCounts:
             self.lengths[side].append(len(ids))
         space, (chosen, rejected) = self.max_length - len(prompt), answers
         self.prompts_too_long += space < 1
-        self.answers_cut += 0 < space < max(map(len, answers))
+        self.answers_truncated += 0 < space < max(map(len, answers))
         self.alike_once_cut += space > 0 and chosen != rejected and chosen[:space] == rejected[:space]
         return tokenise.pair(prompt, answers, self.max_length, self.dropped) is not None
 

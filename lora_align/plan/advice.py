@@ -31,8 +31,7 @@ class MeasuredSwitch:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
-        values = asdict(self)
-        return {"said": values.pop("setting"), "step": values.pop("step_ratio"), **values}
+        return asdict(self)
 
     def line(self) -> str:
         """Return a line about the switch."""

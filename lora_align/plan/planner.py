@@ -37,7 +37,7 @@ class StagePlan:
         if self.estimate.measured:
             facts["switches"] = [switch.as_json() for switch in self.switches]
         if self.sampling_seconds is not None:
-            facts["drawing"] = self.sampling_seconds
+            facts["sampling_seconds"] = self.sampling_seconds
         return facts
 
     def lines(self) -> Iterator[str]:

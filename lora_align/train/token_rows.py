@@ -95,7 +95,7 @@ def report_dropped(what: str, facts: Mapping[str, Any], screen: Screen) -> None:
     for warning in sources.unread_warnings(facts["unread"]):
         screen.warn(f"{what}: {warning}")
     lost = [f"dropped: {pairs.reasons(Counter(facts['dropped']))}"] if facts["dropped"] else []
-    lost += [f"answers truncated: {facts['answers_cut']:,}"] if facts["answers_cut"] else []
+    lost += [f"answers truncated: {facts['answers_truncated']:,}"] if facts["answers_truncated"] else []
     if lost:
         rows = f"{count(facts['rows'], 'row')} to train on, {facts['held_out']:,} held out"
         screen.note(f"{what}: {rows}; {'; '.join(lost)}")
@@ -124,7 +124,7 @@ def interleave(parts: Sequence[TokenRows[Row]]) -> TokenRows[Row]:
     merged = {
         "source": " + ".join(fact["source"] for fact in facts),
         "fingerprint": hashlib.sha256("".join(fact["fingerprint"] for fact in facts).encode()).hexdigest(),
-        **{name: sum(fact[name] for fact in facts) for name in ("rows", "held_out", "answers_cut")},
+        **{name: sum(fact[name] for fact in facts) for name in ("rows", "held_out", "answers_truncated")},
         **{name: dict(sum((Counter(fact[name]) for fact in facts), Counter[str]())) for name in ("dropped", "unread")},
         "max_length": facts[0]["max_length"],
     }
@@ -214,7 +214,7 @@ class _CachedRows(Generic[Row]):
             "held_out": held_out,
             "dropped": dict(dropped),
             "unread": unread,
-            "answers_cut": truncated,
+            "answers_truncated": truncated,
             "max_length": self.max_length,
         }
         return {"rows": facts, "parts": len(parts)}

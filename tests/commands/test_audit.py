@@ -165,7 +165,7 @@ def test_row_of_megabytes_is_truncated_before_it_is_tokenised(cli: Cli, tmp_path
     done = cli(*words)
     assert done.code == 0, done.err
     printed = json.loads(done.out)
-    assert printed["answers_cut"] == 1
+    assert printed["answers_truncated"] == 1
     assert 512 < printed["tokens"]["chosen"][-1] < 50_000, "the text has 3,000,000 tokens"
 
 

@@ -109,10 +109,10 @@ def test_measured_step_determines_time_and_memory(cli: Cli, tmp_path: Path, no_c
     assert of["rate"] * step["seconds"] == pytest.approx(of["operations_a_token"] * of["part"], rel=1e-6)
     assert of["bytes"]["activations"] + of["bytes"]["logits"] == pytest.approx(step["taken"], rel=0.1)
     compiling, kernel = of["switches"]
-    assert compiling["said"] == "dpo.compile=true"
+    assert compiling["setting"] == "dpo.compile=true"
     assert "torch.compile failed on the base" in compiling["fault"]
-    assert (kernel["said"], kernel["fault"]) == ("base.attention=sdpa", "")
-    assert 0.1 < kernel["step"] < 3
+    assert (kernel["setting"], kernel["fault"]) == ("base.attention=sdpa", "")
+    assert 0.1 < kernel["step_ratio"] < 3
     worth = 0.97 * of["seconds"]  # rounded to a second
     assert kernel["pays"] or kernel["seconds"] > worth - 1
     assert not kernel["pays"] or kernel["seconds"] < worth + 1
@@ -127,7 +127,7 @@ def test_summary_shows_measured_figures(no_compiler: None, project: recipe.Recip
     planned = planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET, measure=True)
     [of] = planned.as_json()["stages"]
     assert of["answers"] == 4 * 2 * 2 + 4 * 2 * 3  # first iteration + second iteration
-    assert of["drawing"] > 0
+    assert of["sampling_seconds"] > 0
     text = planned.summary()
     assert "it also samples 40 answers (about " in text
     assert "of the device's matrix rate" in text

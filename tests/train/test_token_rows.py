@@ -265,7 +265,7 @@ def test_ten_megabyte_rows_are_truncated_or_dropped(base: Base, tmp_path: Path) 
     program = [sys.executable, "-c", MEASURED, str(file)]  # where nothing was large before
     done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
     read = token_rows.read_token_pairs(Preference(str(file), "label"), base, 0.0, None, 256, QUIET)
-    assert (read.facts["rows"], read.facts["answers_cut"]) == (3, 2)
+    assert (read.facts["rows"], read.facts["answers_truncated"]) == (3, 2)
     assert read.facts["dropped"] == {"prompt too long": 2}
     assert read.train[0].shared() == base.chat.answered([Message("user", "Why?")], ["It is so.", "No."])
     for row, text in zip(list(read.train)[1:], long, strict=True):
