@@ -78,14 +78,13 @@ class Project:
         """Return n answers to each prompt. `sampling` is as for `chat`, at temperature 1 and seed 0 by default."""
         from lora_align.model import base as bases
         from lora_align.model.sampler import Sampling
-        from lora_align.policy.policy_set import PolicySet
+        from lora_align.policy.loading import load_policy
 
         chosen = self.policy(policy)
-        policies = PolicySet.of([chosen], self.recipe, bases.find(self.recipe.base), self.runs, self.screen)
-        policies.activate(chosen)
+        loaded = load_policy(bases.find(self.recipe.base), self.recipe, chosen, self.runs, self.screen)
         conversations = [with_system_prompt(chosen.system, (Message("user", text),)) for text in prompts]
         by_prompt: list[dict[int, str]] = [{} for _ in prompts]
-        for batch in policies.sampler.draw(conversations, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
+        for batch in loaded.sampler.draw(conversations, n, Sampling(**{"temperature": 1.0, "seed": 0, **sampling})):
             for answer in batch:
                 by_prompt[answer.prompt][answer.number] = answer.text
         return [[answers[number] for number in sorted(answers)] for answers in by_prompt]

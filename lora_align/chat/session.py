@@ -1,6 +1,6 @@
 """A chat session: a loaded base, vectors with changeable weights, and the conversation so far."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lora_align.model.decoding import PrefixCache, stream_tokens, text_pieces
 from lora_align.model.mixer import Mixer
 from lora_align.model.sampler import Sampling
 from lora_align.policy import safe_ranges, vectors
-from lora_align.policy import start as start_policy
+from lora_align.policy.loading import load_policy
 from lora_align.policy.policy import Conditioned, Policy, check_stands_on
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
@@ -108,40 +108,17 @@ class Session:
 def open_session(
     base: Base, runs_dir: Path, recipe: Recipe, policy: Policy, sampling: Sampling, screen: Screen
 ) -> Session:
-    """Load the base, the start adapter and a policy's vectors."""
-    mixed, fixed, start, start_id = dict(policy.vectors), False, None, ""
-    if policy.contains_start:
-        _, start_id = vectors.common_base(mixed.values())
-        start = start_policy.published(runs_dir, start_id)
-        fixed = start is None
-        if start is not None:  # subtract it from the mix, so that the weight of the mix does not scale it
-            mixed = {name: vector.without(start) for name, vector in mixed.items()}
-    elif policy.start:
-        start = start_policy.adapter(recipe, runs_dir)
-        start_id = start_policy.identity(start)
-    check_stands_on(base, start_id, policy.vectors.values())
-    if policy.contains_start:
-        screen.note("start adapter: part of the mix")
-    elif start is not None:
-        screen.note(f"start adapter: {start.path}, added")
-    far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
-    for warning in [*policy.warnings(), *_differences(base, policy.vectors.values()), *far]:
-        screen.warn(warning)
-    model = start_policy.load(base, start)
-    loaded = dict(policy.vectors)
-    session = Session(base, model, runs_dir, recipe, sampling, start_id, fixed, loaded, conditioned=policy.conditioned)
-    if mixed:
-        session.mixer = Mixer(session.model, {n: v.load() for n, v in mixed.items()}, policy.weights)
-    return session
-
-
-def _differences(base: Base, policy_vectors: Iterable[Vector]) -> list[str]:
-    """Return a warning for each property of the base, except its weights, that differs from training."""
-    theirs, _ = vectors.common_base(policy_vectors)
-    words = {"chat_format": "chat template or tokenizer", "quantization": "quantization"}
-    ours = base.identity
-    return [
-        f"the {name} of the recipe is not that of the vectors' training; answers may be worse"
-        for key, name in words.items()
-        if theirs and theirs.get(key) != ours[key]
-    ]
+    """Load a policy, and begin a conversation with it."""
+    loaded = load_policy(base, recipe, policy, runs_dir, screen)
+    return Session(
+        base,
+        loaded.model,
+        runs_dir,
+        recipe,
+        sampling,
+        start=loaded.start,
+        fixed=loaded.fixed,
+        vectors=dict(policy.vectors),
+        mixer=loaded.mixer,
+        conditioned=policy.conditioned,
+    )

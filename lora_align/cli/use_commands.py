@@ -1,6 +1,7 @@
 """The commands chat, generate and score."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,10 +24,9 @@ from lora_align.cli.shared import (
     check_url,
     takes,
 )
-from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.errors import UserError
-from lora_align.policy.policy import Policy, select_policy
+from lora_align.policy.policy import select_policy
 from lora_align.recipe import Recipe
 from lora_align.weights import parse_weights
 
@@ -191,14 +191,18 @@ def generate(
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, recipe)
     elif policy is not None:
-        sampler, who, own_system = _loaded(recipe, given.runs_dir, policy, given.screen)
-        system = "\n\n".join(filter(None, [own_system, system]))
+        from lora_align.model import base as bases
+        from lora_align.policy.loading import load_policy
+
+        loaded = load_policy(bases.find(recipe.base), recipe, policy, given.runs_dir, given.screen)
+        sampler, who = loaded.sampler, loaded.identity
+        system = "\n\n".join(filter(None, [policy.system, system]))
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
     given.show(result)
 
 
-def _served(address: str, model: str, adapter: Path | None, recipe: Recipe) -> tuple["Sampler", dict[str, Any]]:
+def _served(address: str, model: str, adapter: Path | None, recipe: Recipe) -> tuple["Sampler", Mapping[str, Any]]:
     """Return a sampler on a server, and the identity of its model."""
     from lora_align.model.endpoint import Endpoint
     from lora_align.rsf.serving import serve_command
@@ -207,20 +211,6 @@ def _served(address: str, model: str, adapter: Path | None, recipe: Recipe) -> t
     if adapter is not None:
         server = server.load_adapter(adapter, adapter.name, serve_command(recipe))
     return server, {"server": server.url, "model": server.model}
-
-
-def _loaded(recipe: Recipe, runs_dir: Path, policy: Policy, screen: Screen) -> tuple["Sampler", dict[str, Any], str]:
-    """Return a sampler of a policy on the loaded base, the identity of both, and the policy's system message."""
-    from lora_align.chat import session as sessions
-    from lora_align.model import base as bases
-    from lora_align.model.sampler import Sampling
-    from lora_align.model.sampling import LocalSampler
-
-    base = bases.find(recipe.base)
-    session = sessions.open_session(base, runs_dir, recipe, policy, Sampling(), screen)
-    parts = [parent.lineage() for vector in policy.vectors.values() for parent in vector.parents]
-    who = {"base": base.identity, "start": session.start, "adapters": parts, "weights": dict(policy.weights)}
-    return LocalSampler(session.model, base), who, policy.system
 
 
 def _part(share: str) -> tuple[int, int]:
