@@ -190,7 +190,7 @@ def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
         (["dpo", "--pref", "brief", "--set", "dpo.report_to=['wandb']", *PAIRS], "requires wandb"),
         (["chat", "--prompt", " "], "the prompt is empty"),
         (["sft"], "no [sft] table"),
-        (["chat", "--weights", "helpful=1", "--adapter", "x"], "--adapter excludes --weights"),
+        (["chat", "--weights", "helpful=1", "--adapter", "x", "--prompt", "hi"], "--adapter excludes --weights"),
         (
             ["chat", "--prompt", "hi", "--set", "base.model=nobody/nothing"],
             "not in the cache and the hub cannot be reached",

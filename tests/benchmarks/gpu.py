@@ -167,7 +167,7 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.train import dpo, lora_trainer
-    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.checkpoints import Checkpoints
     from lora_align.train.job import Target
     from lora_align.train.reference_cache import ReferenceCache
     from lora_align.train.token_rows import TokenRows
@@ -186,7 +186,7 @@ def our_dpo(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
         staging = folder / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        unfinished = Unfinished(folder / "unfinished", {}, restart=True)
+        unfinished = Checkpoints(folder / "unfinished", {}, restart=True)
         with Meter() as training:
             job = dpo.dpo_job(project.dpo, project.lora, ready.train, base)
             trained = lora_trainer.train(job, model, Target(folder, "pos", screen), unfinished, staging)
@@ -269,7 +269,7 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     from lora_align.model import base as bases
     from lora_align.model.tokenise import TokenText
     from lora_align.train import lora_trainer, sft
-    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.checkpoints import Checkpoints
     from lora_align.train.job import Target
 
     project = project_of(work, "sft", length, settings)
@@ -280,7 +280,7 @@ def our_sft(work: Path, length: int, settings: list[str]) -> dict[str, Any]:
     folder = work / "sft"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    unfinished = Unfinished(folder / "unfinished", {})
+    unfinished = Checkpoints(folder / "unfinished", {})
     with Meter() as meter:
         lora_trainer.train(job, model, Target(folder, "sft", Screen(quiet=True)), unfinished, folder)
     tokens, each = length * TEXTS, ANEW if project.sft.gradient_checkpointing else LEARNING

@@ -39,7 +39,7 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.train import dpo, lora_trainer
-    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.checkpoints import Checkpoints
     from lora_align.train.job import Target
 
     os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
@@ -54,7 +54,7 @@ def growth(kind: str, work: Path) -> dict[str, Any]:
         model = base.load()
         this = replace(project, dpo=replace(project.dpo, save_minutes=60.0))
         began = time.perf_counter()
-        unfinished = Unfinished(folder / "unfinished", {})
+        unfinished = Checkpoints(folder / "unfinished", {})
         job = dpo.dpo_job(this.dpo, this.lora, _pairs(model, count, length), base)
         lora_trainer.train(job, model, Target(folder, "growth", Screen(quiet=True)), unfinished, folder)
         took = time.perf_counter() - began

@@ -23,7 +23,7 @@ from lora_align.model.tokenise import TokenPair
 from lora_align.policy import start as start_policy
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer
-from lora_align.train.checkpoints import Unfinished
+from lora_align.train.checkpoints import Checkpoints
 from lora_align.train.job import Target
 from lora_align.train.reference_cache import ReferenceCache
 
@@ -51,7 +51,7 @@ def train(project: Recipe, own: str, other: Path, folder: Path) -> float:
     mixer.remove()
     took = time.perf_counter() - began
     settings = replace(project, dpo=replace(project.dpo, beta=project.dpo.beta / OWN))
-    unfinished = Unfinished.of(folder, {}, resume=False, force=True, screen=screen)
+    unfinished = Checkpoints.of(folder, {}, resume=False, force=True, screen=screen)
     job = dpo.dpo_job(settings.dpo, settings.lora, moved.train, base)
     trained = lora_trainer.train(job, model, Target(folder, "MODPO", screen), unfinished, folder, budget)
     unfinished.clear()

@@ -65,9 +65,9 @@ def loads(checkpoint: Path) -> bool:
     from safetensors.torch import load_file
 
     from lora_align.console import Screen
-    from lora_align.train.checkpoints import Unfinished
+    from lora_align.train.checkpoints import Checkpoints
 
-    if Unfinished(checkpoint.parent, {}).begin(Screen(quiet=True)) != checkpoint:
+    if Checkpoints(checkpoint.parent, {}).begin(Screen(quiet=True)) != checkpoint:
         return False
     load_file(checkpoint / "trained.safetensors")
     for name in ("optimizer.pt", "scheduler.pt"):

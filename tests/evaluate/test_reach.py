@@ -136,7 +136,7 @@ def test_pair_is_warned_of_beyond_its_own_safe_weight(reached: dict[str, Any], t
         "helpful=3,harmless=1": "",
         "helpful=3": "",
     }.items():
-        err = cli("merge", "--weights", weights, "--name", "mix", "--force").err
+        err = cli("merge", "--weights", weights, "--name", "far", "--force").err
         assert message in err if message else "beyond" not in err, weights
     assert "helpful=5 is beyond the safe weight 4, the largest" in cli("merge", "--weights", "helpful=5").err
 
@@ -164,7 +164,8 @@ def test_retrained_vector_has_no_safe_weight(reached: dict[str, Any], tmp_path: 
     ],
 )
 def test_limits_name_the_broken_figure(figure: str, before: float, after: float, breaks: bool) -> None:
-    result = Limits(kl=0.1, loss=0.1, share=0.1).broken({figure: before}, {figure: after})
+    floors = ["oracle: true facts"]
+    result = Limits(kl=0.1, loss=0.1, share=0.1).broken({figure: before}, {figure: after}, floors)
     assert bool(result) == breaks
     assert result in ("", f"{figure} {before:.2f} → {after:.2f}")
 

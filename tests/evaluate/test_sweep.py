@@ -46,9 +46,9 @@ def test_grid_rejects_malformed_axis(axis: str) -> None:
         grid([axis])
 
 
-def test_score_of_prefers_the_oracle_and_falls_back_to_the_margin() -> None:
+def test_score_of_prefers_the_judge_of_the_base_and_falls_back_to_the_margin() -> None:
     names = ["margin helpful", "words", "reward: helpful", "pair:helpful", "oracle: helpful"]
-    for best in ["oracle: helpful", "pair:helpful", "reward: helpful", "margin helpful"]:
+    for best in ["oracle: helpful", "reward: helpful", "pair:helpful", "margin helpful"]:
         assert score_of("helpful", names) == score_of("helpful@0-10", names) == GoalScore(best)
         names.remove(best)
     assert score_of("helpful", names) is None
