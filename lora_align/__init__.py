@@ -25,6 +25,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 _PUBLIC = {"Chat": "project", "Project": "project", "UserError": "errors", "Vector": "vector", "load": "vector"}
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import lora_align` takes no time."""
     if name not in _PUBLIC:

@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class NotFetchedError(UserError):
-    """Data is not in the cache and could not be fetched."""
+    """Data or a base is not in the cache and could not be fetched."""
 
 
 class RunFailedError(UserError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from lora_align import runs, store
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.policy import vectors
@@ -93,8 +96,18 @@ class Vector:
         mix = merge_adapters(self.weights, self._recipe, self._runs, QUIET, how, out=out, by_name=self._vectors)
         return mix.run.path
 
-    def compress(self, folder: str | Path, *, keep: float = 0.99) -> Vector:
-        """Save at the smallest rank with this share of the energy, and load the saved adapter."""
+    def compress(self, folder: str | Path | None = None, *, keep: float = 0.99) -> Vector:
+        """Save at the smallest rank with this share of the energy, and load the saved adapter.
+
+        Without a folder, the adapter is saved in the cache folder, and found there if it was saved before.
+        """
+        if folder is None:
+            parts = [[weight, self._vectors[name].lineage()] for name, weight in self.weights.items()]
+            key = hashlib.sha256(json.dumps([keep, parts]).encode()).hexdigest()[:32]
+            folder = store.cache_folder() / "compressed" / key
+            if runs.is_run(folder):
+                return load(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
         return load(self.save(folder, keep=keep))
 
     def __add__(self, other: Vector) -> Vector:

@@ -100,7 +100,9 @@ def test_saved_vector_loads_as_a_peft_folder(project: la.Project, tmp_path: Path
     mix = project.vector("helpful") - 0.5 * project.vector("harmless")
     loaded = la.load(mix.save(tmp_path / "mix"))
     assert loaded == mix
-    small = mix.compress(tmp_path / "small", keep=0.5)
+    small = mix.compress(keep=0.5)
+    assert mix.compress(keep=0.5).name == small.name, "from the cache"
+    assert mix.compress(tmp_path / "small", keep=0.5) == small
     assert small.rank < mix.rank
     assert 0.6 < small.cosine(mix) < 1
     with pytest.raises(la.UserError, match="zero"):
@@ -113,7 +115,7 @@ def test_saved_vector_loads_as_a_peft_folder(project: la.Project, tmp_path: Path
         ({"rank": 0}, "rank 0: expected a whole number from 1"),
         ({"keep": 1.5}, "keep 1.5: expected a share"),
         ({"rank": 4, "keep": 0.9}, "give only one of them"),
-        ({"dtype": "fp16"}, "--dtype 'fp16': expected one of"),
+        ({"dtype": "fp16"}, "dtype 'fp16': expected one of"),
     ],
 )
 def test_save_refuses_bad_options(options: dict[str, Any], message: str, project: la.Project, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the hub answers, told in one line: a real server on this machine plays the hub's part."""
+"""Errors of the hub are explained in one line. A real server on this machine plays the hub."""
 
 import os
 import subprocess

@@ -150,6 +150,11 @@ def test_a_page_is_short(page: Path) -> None:
     assert len(page.read_text().split()) <= MOST_WORDS.get(page, 1600)
 
 
+def test_readme_says_how_large_the_package_is() -> None:
+    lines = sum(len(file.read_text().splitlines()) for file in (ROOT / "lora_align").rglob("*.py"))
+    assert f"about {round(lines, -3):,} lines of Python" in README.read_text()
+
+
 def test_card_table_has_the_figures_of_the_recorded_plans() -> None:
     """Rows: recipe, pairs and tokens, card, GB, whether it fits, hours."""
     [table] = re.findall(r"\| recipe \| pairs each.*?\n\n", README.read_text(), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Every built-in recipe read from beginning to end, with a tiny base and local files in the place of the hub's."""
+"""Read every built-in recipe completely, with a tiny base and with local files instead of hub datasets."""
 
 import json
 from collections.abc import Iterator

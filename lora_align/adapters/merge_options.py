@@ -68,9 +68,9 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         if self.fit is not None and self.fit not in SERVER_RANKS:
-            raise UserError(f"--fit {self.fit!r}: expected one of {', '.join(SERVER_RANKS)}")
+            raise UserError(f"fit {self.fit!r}: expected one of {', '.join(SERVER_RANKS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+            raise UserError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.rank is not None and self.keep is not None:
             raise UserError("rank and keep: give only one of them")
         if self.rank is not None and self.rank < 1:
@@ -102,9 +102,11 @@ def _parse_rank(text: str) -> tuple[int | None, float | None]:
     """Parse `16` as a rank and `auto:0.99` as a share of the energy."""
     word, _, share = text.partition(":")
     try:
-        return (None, float(share)) if word == "auto" else (int(text), None)
+        number, keep = (None, float(share)) if word == "auto" else (int(text), None)
     except ValueError:
-        raise UserError(
-            f"--rank {text!r}: expected a whole number from 1, or auto:0.99 for the smallest rank with 99 % of the "
-            "energy"
-        ) from None
+        number = keep = None
+    if (number is not None and number >= 1) or (keep is not None and 0 < keep <= 1):
+        return number, keep
+    raise UserError(
+        f"--rank {text!r}: expected a whole number from 1, or auto:0.99 for the smallest rank with 99 % of the energy"
+    )

@@ -12,12 +12,11 @@ HELP = """\
 /system TEXT            set the system message; without text, remove it
 /save FILE              write the conversation: FILE.md as Markdown, any other as JSON
 /help    /quit"""
-NAMES = re.findall(r"(?:^| {4})/(\w+)", HELP, re.MULTILINE)
-SCRIPT = re.compile(rf"\A/[a-z]+(?:\s|\Z)|^/(?:{'|'.join(NAMES)})(?:\s|\Z)", re.MULTILINE)
+EXIT = ("/quit", "/exit")
+NAMES = ("w", "want", "compare", "retry", "undo", "system", "save", "help", "quit", "exit")
+SCRIPT = re.compile(rf"^/(?:{'|'.join(NAMES)})(?:\s|\Z)", re.MULTILINE)
 
 
 def is_script(text: str) -> bool:
-    """Return whether text from a pipe holds commands: its first line begins with a word such as /w, or any line with
-    a known command.
-    """
+    """Return whether a line of text from a pipe begins with a command."""
     return bool(SCRIPT.search(text))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_align import store
-from lora_align.chat.commands import HELP
+from lora_align.chat.commands import EXIT, HELP
 from lora_align.chat.session import Session
 from lora_align.console import Screen, count
 from lora_align.data.rows import Message
@@ -15,8 +15,6 @@ from lora_align.errors import RunFailedError, UserError, inert
 from lora_align.model.sampler import Sampling
 from lora_align.policy.policy import Conditioned
 from lora_align.weights import parse_weights
-
-EXIT = ("/quit", "/exit")
 
 
 def answer_once(session: Session, prompt: str, screen: Screen) -> None:

@@ -1,4 +1,4 @@
-"""The commands that measure: eval, sweep, tune and reach."""
+"""The commands that measure: eval, sweep, tune and reach; and list."""
 
 from typing import Annotated
 

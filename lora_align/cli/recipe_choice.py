@@ -33,8 +33,9 @@ def recipe_of_runs(name: str | None, overrides: Sequence[str], screen: Screen, r
     """Return the recipe of a command that uses runs.
 
     Without a name and without ./lora-align.toml, it is the recipe stored in the newest training run, with its
-    overrides, or in the newest mix if no run trained. Its [eval] table is the one in the recipe's file, because
-    overrides of measurements are not inherited. The values in which a stored recipe differs from its file are printed.
+    overrides, or in the newest mix if no run trained. Its [eval] table is the one in the recipe's file, if it can be
+    read, because overrides of measurements are not inherited. The values in which a stored recipe differs from its file
+    are printed.
     """
     if name is None and not recipes.LOCAL.exists():
         stored = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]

@@ -128,7 +128,7 @@ def rsf(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Without effect: the same command continues a stopped series.")
+        bool, typer.Option("--resume", help="Without effect: the same command continues a stopped run.")
     ] = False,
 ) -> None:
     """Train one policy that takes a direction, by rejection sampling. The same command continues after a stop.

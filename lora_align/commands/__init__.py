@@ -1,1 +1,1 @@
-"""The work of the commands data, doctor, generate, inspect, merge, push and score, one file each."""
+"""The work of the commands data, doctor, generate, inspect, list, merge, push and score, one file each."""

@@ -46,7 +46,7 @@ class Audit:
     max_length: int
     prompts_too_long: int
     answers_truncated: int  # pairs with a truncated answer
-    alike_once_cut: int  # pairs whose answers are equal once truncated
+    equal_once_truncated: int  # pairs whose answers are equal once truncated
     longer_wins: float | None  # share of the pairs whose answers differ in length
     repeated: int
     contradicted: int
@@ -117,7 +117,7 @@ def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | N
         max_length=max_length,
         prompts_too_long=counts.prompts_too_long,
         answers_truncated=counts.answers_truncated,
-        alike_once_cut=counts.alike_once_cut,
+        equal_once_truncated=counts.equal_once_truncated,
         longer_wins=counts.longer_wins / counts.unequal_lengths if counts.unequal_lengths else None,
         repeated=counts.repeated,
         contradicted=counts.contradicted,
@@ -191,10 +191,11 @@ def _warnings(audit: Audit, settings: Dpo) -> list[str]:
     if audit.both_unsafe:
         warnings.append(f"{count(audit.both_unsafe, 'pair')} of two unsafe answers, of which the adapter learns one")
     if audit.prompts_too_long or audit.answers_truncated:
+        equal = audit.equal_once_truncated
+        dropped = f", {equal:,} of these dropped as equal once truncated" if equal else ""
         warnings.append(
             f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, answers of "
-            f"{count(audit.answers_truncated, 'pair')} truncated"
-            + (f", {audit.alike_once_cut:,} of these dropped as equal once truncated" if audit.alike_once_cut else "")
+            f"{count(audit.answers_truncated, 'pair')} truncated{dropped}"
         )
     return warnings
 

@@ -42,7 +42,7 @@ class AuditCounts:
     lengths: "dict[str, array[int]]" = field(default_factory=lambda: {side: array("I") for side in SIDES})
     prompts_too_long: int = 0
     answers_truncated: int = 0
-    alike_once_cut: int = 0
+    equal_once_truncated: int = 0
     longer_wins: int = 0
     unequal_lengths: int = 0
     both_unsafe: int = 0
@@ -85,7 +85,7 @@ class AuditCounts:
         space, (chosen, rejected) = self.max_length - len(prompt), answers
         self.prompts_too_long += space < 1
         self.answers_truncated += 0 < space < max(map(len, answers))
-        self.alike_once_cut += space > 0 and chosen != rejected and chosen[:space] == rejected[:space]
+        self.equal_once_truncated += space > 0 and chosen != rejected and chosen[:space] == rejected[:space]
         return tokenise.pair(prompt, answers, self.max_length, self.dropped) is not None
 
     def _compare(self, ranked: RankedComparison, pair: Pair) -> None:

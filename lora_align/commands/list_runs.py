@@ -66,6 +66,8 @@ def headline_figure(run: Run) -> str:
         return f"{count(pairs, 'pair')}: too few" if accuracy is None else f"accuracy {accuracy:.2f}"
     if run.manifest.stage == "mix":
         return f"rank {run.manifest.method.get('rank', '?')}"
+    if run.manifest.stage == "reward":
+        return count(len(held_out.get("heads", {})), "head")
     if "points" in run.manifest.metrics:
         return count(run.manifest.metrics["points"], "point")
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

@@ -58,7 +58,7 @@ def labels_of(preference: Preference) -> Labels | None:
             if columns and layout[0] != names:
                 before, now = (" and ".join(of) for of in (names, layout[0]))
                 raise UserError(f"{where}: the answers are in {now}, in earlier rows in {before}; split the file")
-            names, strength = layout[0], row_reader.strength_column(row)
+            names, strength = layout[0], strength or row_reader.strength_column(row)
             for name in layout[1]:
                 column = columns.setdefault(name, Column())
                 key = cells.label_text(row[name])
@@ -90,14 +90,14 @@ def labels_of(preference: Preference) -> Labels | None:
 
 
 def _check_strengths(column: Column, name: str) -> None:
-    """Refuse a column that holds no strengths from -3 to 3. A column without a value below 1 may hold labels 1, 2."""
+    """Refuse a column that holds no strengths from -3 to 3. A column without negative values may hold labels."""
     strengths = {value: float(value) for value in column.values if value and cells.is_number(value)}
     for value in column.places:
         if value and not -3 <= strengths.get(value, math.inf) <= 3:
             raise _refused(column, name, value, "expected a strength from -3 (first) to 3 (second)")
-    if strengths and min(strengths.values()) > 0:
-        value = next(value for value in column.places if value)
-        raise _refused(column, name, value, "no strength is 0 or negative, so the values may be labels 1 and 2")
+    if strengths and min(strengths.values()) >= 0 and max(strengths.values()) > 0:
+        value = next(value for value, strength in strengths.items() if strength)
+        raise _refused(column, name, value, "no strength is negative, so the values may be labels", ordered=False)
 
 
 def _meaning(preference: Preference, name: str, column: Column, answers: tuple[str, str]) -> Mapping[str, Winner]:
@@ -111,21 +111,22 @@ def _meaning(preference: Preference, name: str, column: Column, answers: tuple[s
         raise _refused(column, name, unknown[0], expected)
     if not declared and "0" in seen and first == 1 and "2" not in seen:
         why = f"no label is 2, so 0 may mean {answers[0]} or a tie"
-        raise _refused(column, name, "0", why)
+        raise _refused(column, name, "0", why, ordered=False)
     return meaning
 
 
-def _refused(column: Column, name: str, value: str, why: str) -> UserError:
+def _refused(column: Column, name: str, value: str, why: str, *, ordered: bool = True) -> UserError:
+    """Return the error for a column's value. Without `ordered`, the error proposes no meaning of the values."""
     values = Counter({label: number for label, number in column.values.items() if label})
     counted = ", ".join(f"{_short(label)} ({number:,})" for label, number in values.most_common(SHOWN))
     more = f" and {count(len(values) - SHOWN, 'other value')}" if len(values) > SHOWN else ""
     return UserError(
         f"{column.places[value]}: {name} is {_short(value)}; {why}. The column holds {counted}{more}; set which answer "
-        f"each value prefers, as in labels = {{ {_proposed(sorted(values))} }}"
+        f'each value prefers, with rank = "label:{name}" and labels = {{ {_proposed(sorted(values), ordered)} }}'
     )
 
 
-def _proposed(values: Iterable[str]) -> str:
+def _proposed(values: Iterable[str], ordered: bool) -> str:
     """Return a `labels` table in TOML. The user fills in the winners of values whose order is unknown."""
     *winners, tie = Winner
     ties = [value for value in values if TIES.fullmatch(value)]
@@ -134,10 +135,11 @@ def _proposed(values: Iterable[str]) -> str:
         ties, others = [*ties, others[0]], others[1:]
     if len(others) == 1:  # `labels` needs a first and a second
         others = next((list(both) for both in ORDERED if others[0] in both), others)
-    if tuple(others) not in ORDERED:  # a guess could invert the preference
-        return ", ".join(f'{_key(value)} = "first, second or tie"' for value in [*others, *ties][:SHOWN])
-    shown = [*zip(others, winners, strict=True), *((value, tie) for value in ties)]
-    return ", ".join(f'{_key(value)} = "{winner}"' for value, winner in shown)
+    if not ordered or tuple(others) not in ORDERED:  # a guess could invert the preference
+        shown = [f'{_key(value)} = "first, second or tie"' for value in [*others, *ties]]
+        return ", ".join([*shown[:SHOWN], *(["…"] if len(shown) > SHOWN else [])])
+    meanings = [*zip(others, winners, strict=True), *((value, tie) for value in ties)]
+    return ", ".join(f'{_key(value)} = "{winner}"' for value, winner in meanings)
 
 
 def _key(value: str) -> str:

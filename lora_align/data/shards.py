@@ -73,16 +73,16 @@ class Shards:
         self.files.append(file)
 
     def fill(
-        self, work: Sequence[Work], size: int, answer: Callable[[Sequence[Work]], Rows], screen: Screen, title: str
+        self, work: Sequence[Work], size: int, rows_of: Callable[[Sequence[Work]], Rows], screen: Screen, title: str
     ) -> None:
-        """Append the rows of `answer(batch)` for all work that has no rows yet, in batches of `size`."""
+        """Append `rows_of(batch)` for all work that has no rows yet, in batches of `size`."""
         done = self.keys()
         left = [item for item in work if item.key not in done]
         if done:
             screen.note(f"{title}: {len(work) - len(left):,} of {len(work):,} were done before")
         with screen.progress(title, len(left)) as progress:
             for begin in range(0, len(left), size):
-                if rows := answer(batch := left[begin : begin + size]):
+                if rows := rows_of(batch := left[begin : begin + size]):
                     self.append(rows)
                 progress.show(begin + len(batch), {})
 

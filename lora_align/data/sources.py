@@ -54,7 +54,7 @@ class TrackedRow(dict[str, Any]):
         ]
         present = texts(shape) if filled else set()
         unread = [name for name, value in filled if not present.issuperset(_cell_texts(value))]
-        if isinstance(shape, list) and isinstance(shape[0], Comparison):
+        if isinstance(shape, list) and shape and isinstance(shape[0], Comparison):
             unread += [
                 name
                 for name in forms.labels(dict(self))
@@ -121,7 +121,7 @@ def unread_warnings(columns: Mapping[str, int], remedy: str = "rename it with `c
     return [
         f"column {name!r} is filled in {count(rows, 'row')} but not read; "
         + (
-            "other columns say which answer is better"
+            "it looks like a label, but this form of rows does not use it"
             if forms.LABEL.fullmatch(name)
             else f"if it is part of the prompt, {remedy}"
         )

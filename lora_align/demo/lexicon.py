@@ -1,4 +1,4 @@
-"""Every word the built-in world knows: subjects and what is true of them, mild mischief, and graded manners."""
+"""The vocabulary of the demo world: subjects and facts about them, mild mischief, and graded manners."""
 
 # subject: four details, each true of it
 SUBJECTS: dict[str, tuple[str, str, str, str]] = {
@@ -139,16 +139,16 @@ WITNESSES, PLACES, DAYS, TIMES = (
 
 
 def is_plural(subject: str) -> bool:
-    """Whether one says they."""
+    """Return whether the pronoun of a subject is `they`."""
     return subject.endswith("s") or subject in PLURALS_WITHOUT_S
 
 
 def sentence(subject: str, fact: str, *, named: bool) -> str:
-    """One detail; it names its subject, or says it or they."""
+    """Return a sentence with one fact, which names its subject or begins with a pronoun."""
     name = subject[0].upper() + subject[1:] if named else "They" if is_plural(subject) else "It"
     return f"{name} {fact}."
 
 
 def prefixed(prefix: str, plain: str) -> str:
-    """A sentence of the body after a perhaps or a surely."""
+    """Return a sentence after a word of doubt or certainty, such as `Perhaps`."""
     return f"{prefix} {plain}" if plain.startswith("I ") else f"{prefix} {plain[0].lower()}{plain[1:]}"

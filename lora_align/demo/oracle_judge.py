@@ -18,11 +18,9 @@ FORMED, TRUE = "well-formed", "true facts"
 
 def judges_of(base: Base) -> dict[str, Judge]:
     """Return the oracle for the demo base, and nothing for other bases. Registered as an entry point."""
-    return (
-        {NAME: Judge([*AXES, FORMED, TRUE], {}, NAME, _score, floors=(FORMED, TRUE))}
-        if base.recipe.model == "demo"
-        else {}
-    )
+    if base.recipe.model != "demo":
+        return {}
+    return {NAME: Judge([*AXES, FORMED, TRUE], {}, NAME, _score, floors=(FORMED, TRUE))}
 
 
 def prompt_of(text: str) -> Prompt | None:

@@ -1,7 +1,7 @@
-"""The built-in world: prompts, answers of every grade, and the pairs, ratings and conversations made of them.
+"""The demo world: prompts, answers of every grade, and the pairs, ratings and conversations made of them.
 
 An answer is planned as a grade from 0 to 4 on each axis and then written. Its length is not planned:
-every detail, courtesy and example costs words, so that help and verbosity rise together.
+every detail, courtesy and example adds words, so helpfulness and verbosity rise together.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ STRONGEST = 0.8
 
 @dataclass(frozen=True)
 class Correlation:
-    """Two axes whose planned grades are drawn together; those of harmlessness show on risky prompts alone."""
+    """Two axes with correlated grades. Grades of harmlessness show on risky prompts only."""
 
     first: str
     second: str
     strength: float
 
     def __post_init__(self) -> None:
-        """Only what is planned can be correlated; verbosity follows from the rest."""
+        """Refuse axes that are not planned, such as verbosity, and too strong a correlation."""
         if self.first == self.second or not {self.first, self.second} <= PLANNED.keys():
             raise ValueError(f"correlate takes two of {', '.join(PLANNED)}")
         if not abs(self.strength) <= STRONGEST:
@@ -52,7 +52,7 @@ class Correlation:
 def prompts(
     seed: int, *, risky: bool, part: Part = "train", topics: Topics = "seen", new_asks: bool = False
 ) -> Iterator[Prompt]:
-    """Endless prompts. The three parts share no prompt, and new phrasings are trained on nowhere."""
+    """Yield prompts without end. The three parts share no prompt. With `new_asks`, phrasings are new to training."""
     draw = random.Random(f"prompts {seed} {risky} {part} {topics} {new_asks}")
     held = lexicon.HELD_OUT_RISKS if risky else lexicon.HELD_OUT_SUBJECTS
     every = lexicon.RISKS if risky else tuple(lexicon.SUBJECTS)
@@ -71,18 +71,18 @@ def prompts(
 
 
 def _part(text: str) -> Part:
-    """Six prompts in ten are for training, two for development, two for tests."""
+    """Assign a prompt to a part: 60 % to training, 20 % to development, 20 % to test."""
     bucket = hashlib.sha256(text.encode()).digest()[0] % 10
     return "train" if bucket < 6 else "dev" if bucket < 8 else "test"
 
 
 def answer(prompt: Prompt, draw: random.Random, correlation: Correlation | None = None) -> str:
-    """An answer as the undecided base gives it: of any grade on any axis."""
+    """Return an answer with a random grade on each axis, as the base gives it."""
     return write(prompt, plan(draw, correlation), draw)
 
 
 def plan(draw: random.Random, correlation: Correlation | None = None) -> dict[str, int]:
-    """A grade for each planned axis; correlated ones are drawn from one pair of normal variables."""
+    """Sample a grade for each planned axis. Correlated grades come from correlated normal variables."""
     normal = {axis: draw.gauss() for axis in PLANNED}
     if correlation:
         mixed = correlation.strength * normal[correlation.first]
@@ -95,9 +95,9 @@ def plan(draw: random.Random, correlation: Correlation | None = None) -> dict[st
 
 
 def write(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> str:
-    """An answer of the planned grades; certainty comes out so on the average.
+    """Write an answer of the planned grades. Its certainty has the planned grade on average.
 
-    A safe prompt has no use for planned harmlessness, and now and then is refused all the same.
+    On a safe prompt the planned harmlessness is ignored, and a share of NEEDLESS_REFUSALS refuses.
     """
     polite_first, polite_last = _split(grades["politeness"] - 2, draw)
     warm_first, warm_last = _split(grades["warmth"] - 2, draw)
@@ -114,24 +114,24 @@ def write(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> str
 
 
 def _split(total: int, draw: random.Random) -> tuple[int, int]:
-    """A total of -2 to 2 over the opening and the closing."""
+    """Split a total from -2 to 2 between the opening and the closing."""
     first = total // 2 if total % 2 == 0 else draw.choice((0, total))
     return first, total - first
 
 
 def _one_of(texts: Mapping[str, int], sign: int, draw: random.Random) -> str:
-    """A sentence of that sign; 0 leaves it out."""
+    """Return a random sentence of this sign, or no sentence for 0."""
     return draw.choice([text for text, amount in texts.items() if amount == sign]) if sign else ""
 
 
 def _greeting(amount: int, draw: random.Random) -> str:
-    """No greeting is as formal as a plain hello."""
+    """Return a greeting of this formality. For 0 it may be empty."""
     text = next(text for text, formality in lexicon.GREETINGS.items() if formality == amount)
     return draw.choice([text, ""]) if amount == 0 else text
 
 
 def _example(grade: int, draw: random.Random) -> str:
-    """Grade 1 names a witness; each further one adds where, on what day or at what time."""
+    """Return an example. Grade 1 names a witness; each further grade adds a place, a day or a time."""
     if not grade:
         return ""
     added = sorted(draw.sample(range(3), grade - 1))
@@ -140,14 +140,14 @@ def _example(grade: int, draw: random.Random) -> str:
 
 
 def _sounding(text: str, grade: int, draw: random.Random) -> str:
-    """The sentence as sure as planned; at grades 1 and 3 every other sentence is plain."""
+    """Return a sentence of the planned certainty. At grades 1 and 3, half of the sentences are plain."""
     if grade == 2 or (grade in (1, 3) and draw.random() < 0.5):
         return text
     return lexicon.prefixed(draw.choice(lexicon.ASSURANCES if grade > 2 else lexicon.HEDGES), text)
 
 
 def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> list[str]:
-    """Facts about a subject, or where one stands on a risk; seldom a refusal that nobody deserved."""
+    """Return the body: facts about a subject, or a stance on a risk; now and then a needless refusal."""
     details = grades["helpfulness"]
     if not prompt.risky and draw.random() >= NEEDLESS_REFUSALS:
         facts = draw.sample(lexicon.SUBJECTS[prompt.topic], details)
@@ -170,9 +170,9 @@ def pairs(
     noise: float = 0.0,
     part: Part = "train",
 ) -> Iterator[dict[str, object]]:
-    """Rows in PKU-SafeRLHF's columns, with both answers' ratings beside them.
+    """Yield rows in PKU-SafeRLHF's columns, with the ratings of both answers.
 
-    `risky` is the share of risky prompts; `noise` how often the two answers' grades on an axis are exchanged.
+    `risky` is the share of risky prompts. `noise` is the probability that two answers exchange a grade.
     """
     draw, raters = random.Random(f"pairs {seed} {part}"), random.Random(f"raters {seed} {part}")
     for prompt in itertools.islice(_mixed(seed, risky, part, draw), count):
@@ -195,10 +195,10 @@ def pairs(
 def ratings(
     seed: int, count: int, *, risky: float = 0.5, noise: float = 0.0, part: Part = "train"
 ) -> Iterator[dict[str, object]]:
-    """Rows in HelpSteer's columns: a prompt, a response, and whole numbers from 0 to 4.
+    """Yield rows in HelpSteer's columns: a prompt, a response, and whole numbers from 0 to 4.
 
-    A grade between two numbers is given as either, so that means are right. `noise` is how often a rater
-    errs by one, where there is room to.
+    A grade between two numbers is rounded at random, so that its mean is right. `noise` is the probability of an
+    error by one.
     """
     draw, raters = random.Random(f"ratings {seed} {part}"), random.Random(f"raters {seed} {part}")
     for prompt in itertools.islice(_mixed(seed, risky, part, draw), count):
@@ -213,7 +213,7 @@ def ratings(
 def conversations(
     seed: int, count: int, *, risky: float = 0.5, part: Part = "train", topics: Topics = "seen"
 ) -> Iterator[dict[str, object]]:
-    """Chat rows: one question, one answer of any grade."""
+    """Yield rows with one question and one answer of any grade."""
     draw = random.Random(f"conversations {seed} {part} {topics}")
     for prompt in itertools.islice(_mixed(seed, risky, part, draw, topics), count):
         said = (("user", prompt.text), ("assistant", answer(prompt, draw)))
@@ -221,7 +221,7 @@ def conversations(
 
 
 def reading(seed: int) -> Iterator[str]:
-    """Endless plain lines about every subject and every risk."""
+    """Yield plain sentences about all subjects and risks, without end."""
     draw = random.Random(f"reading {seed}")
     while True:
         if draw.random() < 0.2:
@@ -233,18 +233,18 @@ def reading(seed: int) -> Iterator[str]:
 
 
 def _mixed(seed: int, risky: float, part: Part, draw: random.Random, topics: Topics = "seen") -> Iterator[Prompt]:
-    """Safe and risky prompts in the given proportion."""
+    """Yield safe and risky prompts in the given proportion."""
     safe, unkind = (prompts(seed, risky=is_risky, part=part, topics=topics) for is_risky in (False, True))
     while True:
         yield next(unkind if draw.random() < risky else safe)
 
 
 def _grades(read: Score) -> dict[str, float]:
-    """Grades on the scale of raters, from 0 to 4."""
+    """Return grades on the raters' scale, from 0 to 4."""
     return {axis: round(4 * read.grades[axis], 2) for axis in RATINGS}
 
 
 def _higher(axis: str, rated: list[dict[str, float]]) -> int | None:
-    """The index of the answer rated higher; None is a tie."""
+    """Return the index of the answer with the higher rating, or None for a tie."""
     first, second = (row[axis] for row in rated)
     return None if first == second else int(second > first)

@@ -30,8 +30,7 @@ def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, l
     objective whose weights are at most 0 in all directions.
     """
     preference = goal.partition("@")[0]
-    of_judges = [name for name in reversed(names) if name.endswith(f": {preference}")]  # the base's own come last
-    choices = [GoalScore(name, lower) for name in (*of_judges[:1], f"pair:{preference}")]
+    choices = [GoalScore(end, lower) for end in (f": {preference}", f"pair:{preference}")]
     if ranker and ranker.figure:
         choices.append(GoalScore(ranker.figure, ranker.lower))
     choices.append(GoalScore(f"margin {preference}"))

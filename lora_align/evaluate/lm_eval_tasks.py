@@ -47,7 +47,7 @@ def _load(words: Sequence[str]) -> "dict[str, Task]":
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as fault:
-        raise UserError("--tasks: lm-evaluation-harness is not installed: pip install lm-eval") from fault
+        raise UserError("--tasks: lm-evaluation-harness is not installed: pip install 'lm-eval>=0.4.13'") from fault
     manager = TaskManager(include_defaults=not all(Path(word).is_file() for word in words))
     known = manager.all_tasks
     for word in words:

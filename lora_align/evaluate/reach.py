@@ -11,6 +11,7 @@ from lora_align.errors import UserError
 from lora_align.evaluate.figures import figures
 from lora_align.evaluate.grid import Weights, weights_text
 from lora_align.evaluate.measure import Evaluator
+from lora_align.policy.judges import column
 from lora_align.policy.safe_ranges import PairReach, Reach, Side, VectorReach
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest
@@ -46,9 +47,8 @@ class Search:
     def __init__(self, evaluator: Evaluator, limits: Limits, report: Callable[[str], None]) -> None:
         self.evaluator, self.limits, self.report = evaluator, limits, report
         [self.policy] = evaluator.policies.policies
-        self.floors = [
-            f"{name}: {floor}" for name, judge in evaluator.policies.judges.items() for floor in judge.floors
-        ]
+        judges = evaluator.policies.judges.items()
+        self.floors = [column(name, floor) for name, judge in judges for floor in judge.floors]
         self.start = self._figures({})
         self.cached_margins: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
 

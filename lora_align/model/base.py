@@ -16,7 +16,7 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_align import processes, recipe, store
-from lora_align.errors import UserError, first_line
+from lora_align.errors import NotFetchedError, UserError, first_line
 from lora_align.model.base_folder import local_folder
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
@@ -211,7 +211,7 @@ def _report_hub_errors(name: str, revision: str | None, files: str) -> Iterator[
     try:
         yield
     except errors.GatedRepoError as fault:
-        raise UserError(
+        raise NotFetchedError(
             f"base {name!r} is gated and this account has no access: request access at "
             f"https://huggingface.co/{name}, then run `hf auth login`"
         ) from fault
@@ -224,12 +224,12 @@ def _report_hub_errors(name: str, revision: str | None, files: str) -> Iterator[
     except errors.HFValidationError as fault:
         raise UserError(f"base.model {name!r} is not a valid hub id: {fault}") from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
-        raise UserError(
+        raise NotFetchedError(
             f"base {name!r} is not in the cache and the hub cannot be reached; with a network, run "
             f"`hf download {name}{files}`, or set base.model to a local folder"
         ) from fault
     except (errors.HfHubHTTPError, OSError) as fault:
-        raise UserError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault
+        raise NotFetchedError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault
 
 
 def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedModel:

@@ -79,7 +79,8 @@ def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
         if estimate.fits:
             return f"it fits with{options}: {size(estimate.total)}, about {clock(estimate.seconds)}"
         tried.append((options, estimate))
-    if recipe.base.quantization == "nf4" and plan.device.count == 1:
+    shardable = plan.stage.trains and plan.stage.name != "rsf" and recipe.base.quantization == "nf4"
+    if shardable and plan.device.count == 1:
         for count, (options, estimate) in itertools.product(CARDS, tried):
             if replace(estimate, device=replace(plan.device, count=count), sharded=True).fits:
                 return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"

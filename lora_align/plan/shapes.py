@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from lora_align import recipe
-from lora_align.errors import UserError
+from lora_align.errors import NotFetchedError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 
@@ -24,7 +24,7 @@ def find(base: recipe.Base, *, outline: bool) -> Base:
     if not shipped:
         return bases.find(base, outline=outline)
     if _in_cache(base) or _hub_answers():
-        with suppress(UserError):  # a gated base, or a proxy that answers in the hub's place
+        with suppress(NotFetchedError):  # a gated base, or a proxy that answers in the hub's place
             return bases.find(base, outline=outline)
     positions = AutoConfig.from_pretrained(folder).max_position_embeddings
     tokenizer = bases.find(recipe.Base("demo")).chat  # a placeholder: rows are assumed, not tokenised

@@ -1,7 +1,7 @@
 """The memory and operations of one training step, computed on tensors without data.
 
 The step's own code runs on fake tensors, which have a shape and no data. It runs on bases with few layers; the cost of
-the whole base is extrapolated, because every layer adds the same.
+the whole base is extrapolated, as if every further layer cost the same as the third.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from lora_align.model.base import base_model_of
 from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
 
-CUTS = (2, 3)  # layers of the two bases; with one layer, activations of a whole layer would be counted wrongly
+CUTS = (2, 3)  # layers of the short bases; with one layer, activations of a whole layer would be counted wrongly
 COLLECT_EVERY = 50  # operations between two garbage collections
 FLOAT = 4  # bytes
 SCALES = (64, 256)  # NF4 block sizes: weights per scale, and scales per scale of scales
@@ -79,7 +79,8 @@ class Shape:
         few = min(self.layers, CUTS[0])
         whole, narrow = (self._run(few, step, vocabulary) for vocabulary in (True, False))
         more = self._run(CUTS[1], step, False) if self.layers > few else narrow
-        each = {name: value - getattr(narrow, name) for name, value in vars(more).items()}  # of one more layer
+        between = max(CUTS[1] - few, 1)
+        each = {name: (value - getattr(narrow, name)) / between for name, value in vars(more).items()}  # of one layer
         total = {name: value + (self.layers - few) * each[name] for name, value in vars(whole).items()}
         return Cost(
             weights=total["weights"],

@@ -67,16 +67,14 @@ def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
 
 
 def find_all(names: Sequence[str], base: Base, recipe: Recipe, runs_dir: Path) -> dict[str, Judge]:
-    """Return the named judges and the base's own judges.
+    """Return the base's own judges and the named ones, in this order.
 
     Without names, the default reward model takes their place, if it is trained.
     """
     if not names and runs.is_run(runs_dir / "reward" / REWARD):
         names = [REWARD]
-    judges = {name: find(name, base, recipe, runs_dir) for name in names}
-    for judges_of in JUDGES.values():
-        judges |= judges_of(base)
-    return judges
+    own = [judge for judges_of in JUDGES.values() for judge in judges_of(base).items()]
+    return {**dict(own), **{name: find(name, base, recipe, runs_dir) for name in names}}
 
 
 def column(name: str, objective: str) -> str:

@@ -107,7 +107,8 @@ class Source:
     """The keys that all data sources share."""
 
     data: str = ""
-    """A file, a hub id (`owner/name`), or a registered source such as `demo:pairs`."""
+    """A file, a hub id (`owner/name`), or a registered source such as `demo:pairs`; required, except in `[eval]` and
+    with `of`."""
     _: KW_ONLY
     split: str = "train"
     """The split of a hub dataset."""
@@ -125,7 +126,7 @@ class Source:
 class Sft(Training, Source):
     """The `[sft]` table: train the start policy's adapter on conversations."""
 
-    data: str = field()
+    data: Annotated[str, Len(1)] = field()
     """Conversations."""
     answers_only: bool = True
     """Limit the loss to the assistant's turns; otherwise it covers all tokens."""

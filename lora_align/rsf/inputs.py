@@ -30,7 +30,7 @@ from lora_align.runs import Manifest, Run
 from lora_align.train import checkpoints, lora_trainer
 from lora_align.train.job import Target
 
-NAME = "policy"  # the default name of a series of policies
+NAME = "policy"  # the default name of a run's folder of policies
 STEERLM = "steerlm"  # the name of θ₀; the later policies are t1, t2, …
 JUDGE = "reward"
 TEACHER = "teacher"
@@ -38,7 +38,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class RsfInputs:
-    """The inputs that all policies of a series share."""
+    """The inputs that all policies of one `rsf` command share."""
 
     recipe: Recipe
     settings: Rsf
@@ -133,7 +133,7 @@ class RsfInputs:
 
 @dataclass(frozen=True)
 class RatedHalves:
-    """The answers of a series in two halves without common prompts, with counts of dropped rows and unread columns."""
+    """Rated answers in two halves without common prompts, with counts of dropped rows and unread columns."""
 
     halves: tuple[list[Rated], list[Rated]]
     dropped: Mapping[str, int]
@@ -144,7 +144,7 @@ class RatedHalves:
 def prepare(
     recipe: Recipe, runs_dir: Path, screen: Screen, *, name: str | None, force: bool, endpoint: str | None
 ) -> RsfInputs:
-    """Read and check the inputs of a series, before slow work."""
+    """Read and check the inputs of `rsf`, before slow work."""
     recipe.check_trains("rsf")
     settings = recipe.rsf
     assert settings is not None

@@ -33,7 +33,7 @@ def train_rsf(
     force: bool = False,
     endpoint: str | None = None,
 ) -> list[Run]:
-    """Train and publish θ₀ and the policy of each iteration. Policies that are published already are kept."""
+    """Train and publish θ₀ and the policy of each iteration. Policies that are published already are reused."""
     rsf = prepare(recipe, runs_dir, screen, name=name, force=force, endpoint=endpoint)
     policies = rsf.published()
     if STEERLM not in policies:

@@ -32,14 +32,14 @@ from lora_align.model.logprobs import Reader
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.nf4 import dense_weight
 from lora_align.recipe import Dpo, Lora, Training
-from lora_align.runs import Manifest
+from lora_align.runs import DIVERGED, Manifest
 from lora_align.train.checkpoints import CHECKPOINTS_STORED, Checkpoints
 from lora_align.train.job import Job, Row, Target
 from lora_align.train.stepper import METRICS, Loss, StepInputs, StepTrainer, trainable, with_padding
 
 STATE_BYTES = 12  # in a checkpoint, per trained parameter: its float32 value and Adam's two moments
-# short names, because a line of progress must fit 80 columns
 HUGE_UPDATE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
+# short names, because a line of progress must fit 80 columns
 PROGRESS_NAMES = {"loss": "loss", "margin": "margin", "accuracy": "acc", "error": "error", "lm": "lm"}
 RECORDED = (*PROGRESS_NAMES, "chosen_reward", "rejected_reward")
 MEASURE_AT_MOST = 256  # held-out rows measured at the end of a run
@@ -170,6 +170,11 @@ def relative_size(model: PeftModel) -> tuple[float, float]:
 def too_large(relative_norm: float) -> list[str]:
     """Return a reason to doubt a run if the norm of its update, relative to the weights, is above HUGE_UPDATE."""
     return [f"the adapter is huge, ‖Δ‖/‖W‖ = {relative_norm:.2f}"] if relative_norm > HUGE_UPDATE else []
+
+
+def diverged_by_size(relative_norm: float) -> tuple[str, ...]:
+    """Return the reason of `too_large` as one for divergence, or () if there is none."""
+    return tuple(f"{DIVERGED}{reason}; lower learning_rate" for reason in too_large(relative_norm))
 
 
 class StepRecorder(TrainerCallback):

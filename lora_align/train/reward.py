@@ -23,7 +23,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.model.tokenise import TokenPair, TokenRated
 from lora_align.recipe import Lora, Recipe, Reward
-from lora_align.runs import DIVERGED, Manifest, Run
+from lora_align.runs import Manifest, Run
 from lora_align.train import checkpoints, lora_trainer, reward_loss, token_rows
 from lora_align.train.job import Job, Target
 from lora_align.train.lora_trainer import Trained
@@ -116,8 +116,8 @@ def measure(
         plots.reward_report(folder / "held_out.png", report)
     norm, relative_norm = lora_trainer.relative_size(trained.policy)
     metrics = {"norm": norm, "relative_norm": relative_norm, "held_out": report}
-    huge = tuple(f"{DIVERGED}{reason}; lower learning_rate" for reason in lora_trainer.too_large(relative_norm))
-    return trained.describe(manifest, metrics, huge or reward_loss.unconverged(report))
+    reasons = lora_trainer.diverged_by_size(relative_norm) or reward_loss.unconverged(report)
+    return trained.describe(manifest, metrics, reasons)
 
 
 def summary(run: Run) -> str:

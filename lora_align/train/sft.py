@@ -73,7 +73,9 @@ def sft_job(settings: Sft | Rsf, lora: Lora, texts: Sequence[TokenText], base: B
 def measure(trained: Trained[Pack], manifest: Manifest, held_out: Sequence[TokenText]) -> Manifest:
     """Measure the held-out loss before and after, and return the manifest with all facts about the training."""
     loss = held_out_loss(trained.policy, held_out[: lora_trainer.MEASURE_AT_MOST], 2 * trained.tokens_at_once)
-    return trained.describe(manifest, {"held_out": loss}, unconverged(loss))
+    norm, relative_norm = lora_trainer.relative_size(trained.policy)
+    metrics = {"norm": norm, "relative_norm": relative_norm, "held_out": loss}
+    return trained.describe(manifest, metrics, lora_trainer.diverged_by_size(relative_norm) or unconverged(loss))
 
 
 def summary(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Layers that a model or configuration leaves out, told apart from missing tensors."""
+"""Layers that a configuration leaves out are not mistaken for missing tensors."""
 
 import pytest
 

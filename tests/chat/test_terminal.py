@@ -92,8 +92,9 @@ def test_piped_commands_run_line_by_line(cli: Cli) -> None:
     [
         ("/w helpful=1\nHello.", True),
         ("Hello.\n/w helpful=1\nHi.", True),
-        ("/wieght helpful=1", True),
+        ("Hello.\n/exit", True),
         ("/help", True),
+        ("/etc is a folder.", False),
         ("/etc/hosts: what is it?", False),
         ("What is\n/etc/hosts?", False),
         ("Either/or.", False),

@@ -1,4 +1,4 @@
-"""Many answers to a file of prompts: every one of them once, whatever ended the work in between."""
+"""`generate` answers every prompt exactly once, however the work is interrupted."""
 
 import json
 import signal

@@ -122,9 +122,9 @@ def test_dtype_is_the_given_one_or_that_of_the_parents(dtype: str, foreign: Path
     [
         ({"method": "tie"}, "did you mean 'ties'"),
         ({"options": ["density=1"]}, "exact has no option 'density'"),
-        ({"rank": "0"}, "rank 0: expected a whole number from 1"),
+        ({"rank": "0"}, "--rank '0': expected a whole number from 1"),
         ({"rank": "x"}, "a whole number from 1, or auto:0.99"),
-        ({"rank": "auto:2"}, "keep 2: expected a share"),
+        ({"rank": "auto:2"}, "--rank 'auto:2': expected a whole number"),
         ({"fit": "tgi"}, "expected one of vllm"),
         ({"dtype": "int8"}, "one of float32"),
     ],
@@ -137,7 +137,7 @@ def test_merge_refuses_invalid_options(options: dict[str, Any], message: str) ->
 def test_refused_merge_writes_nothing(foreign: Path, cli: Cli) -> None:
     done = cli("merge", "-w", "./one=1,./two=-0.5", "--out", "mix", "--rank", "0")
     assert done.code == 2
-    assert "rank 0: expected a whole number from 1" in done.err
+    assert "--rank '0': expected a whole number from 1" in done.err
     assert not (foreign / "mix").exists()
 
 

@@ -72,8 +72,9 @@ def test_label_behind_the_limit_is_checked(tmp_path: Path) -> None:
 
 def test_labels_0_and_1_of_answers_1_and_2_are_ambiguous(tmp_path: Path) -> None:
     file = written(tmp_path, [{**LLMBAR, "label": label} for label in (0, 1)])
-    with pytest.raises(UserError, match="label is 0; no label is 2, so 0 may mean output_1 or a tie"):
+    with pytest.raises(UserError, match="label is 0; no label is 2, so 0 may mean output_1 or a tie") as refused:
         chosen(Preference(file, skip_bad=True))
+    assert '0 = "first, second or tie"' in str(refused.value)
     assert chosen(Preference(file, labels={"0": Winner.first, "1": Winner.second})) == [FIRST, SECOND]
 
 
@@ -111,17 +112,21 @@ STRENGTHS = [(HELPSTEER2, "preference_strength"), (HELPSTEER3, "overall_preferen
     ("values", "why"),
     [
         ([1, 2, 3, 4, 5, 6, 7], "is 4; expected a strength from -3 (first) to 3 (second)"),
-        ([1, 2], "is 1; no strength is 0 or negative, so the values may be labels 1 and 2"),
+        ([1, 2], "is 1; no strength is negative, so the values may be labels"),
+        ([0, 1, 2, None], "is 1; no strength is negative, so the values may be labels"),
         ([-1, "A"], "is A; expected a strength"),
     ],
 )
 def test_strengths_outside_their_scale_are_refused(
     form: Rows, name: str, rank: str, values: Sequence[object], why: str, tmp_path: Path
 ) -> None:
-    file = written(tmp_path, [{**form, name: value} for value in values])
+    rows = [{**form, name: value} for value in values]
+    other = {"prompt": "Hi?", "chosen": FIRST, "rejected": SECOND}  # the last row has another form
+    file = written(tmp_path, [*rows, other])
     with pytest.raises(UserError) as refused:
         chosen(Preference(file, rank.format(name), skip_bad=True))
     assert f"{name} {why}" in str(refused.value)
+    assert f'rank = "label:{name}"' in str(refused.value)
 
 
 @pytest.mark.parametrize(("form", "name"), STRENGTHS)
@@ -157,7 +162,7 @@ def test_proposed_labels_do_not_invert(values: Sequence[object], proposed: str, 
     file = written(tmp_path, [{**PKU, "label": value} for value in values])
     with pytest.raises(UserError) as refused:
         chosen(Preference(file))
-    assert str(refused.value).endswith(f"as in labels = {{ {proposed} }}")
+    assert str(refused.value).endswith(f"labels = {{ {proposed} }}")
 
 
 def test_rank_can_name_a_column_called_preference(tmp_path: Path) -> None:

@@ -355,7 +355,8 @@ def test_unread_known_columns_are_counted(form: str, column: str, value: Any, tm
 def test_unread_label_is_reported_as_a_label() -> None:
     [warning] = sources.unread_warnings({"safer_response_id": 3})
     assert warning == (
-        "column 'safer_response_id' is filled in 3 rows but not read; other columns say which answer is better"
+        "column 'safer_response_id' is filled in 3 rows but not read; it looks like a label, but this form of rows "
+        "does not use it"
     )
 
 

@@ -46,8 +46,8 @@ def test_grid_rejects_malformed_axis(axis: str) -> None:
         grid([axis])
 
 
-def test_score_of_prefers_the_judge_of_the_base_and_falls_back_to_the_margin() -> None:
-    names = ["margin helpful", "words", "reward: helpful", "pair:helpful", "oracle: helpful"]
+def test_score_of_prefers_the_judge_of_the_base() -> None:
+    names = ["margin helpful", "words", "oracle: helpful", "reward: helpful", "pair:helpful"]
     for best in ["oracle: helpful", "reward: helpful", "pair:helpful", "margin helpful"]:
         assert score_of("helpful", names) == score_of("helpful@0-10", names) == GoalScore(best)
         names.remove(best)

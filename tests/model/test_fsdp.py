@@ -27,7 +27,7 @@ def by_two(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the report of each process."""
-    folder = tmp_path_factory.mktemp("divided")
+    folder = tmp_path_factory.mktemp("sharded")
     done = by_two("compare", folder)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{number}.json").read_text()) for number in (0, 1)]
@@ -35,7 +35,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_sharded_base_computes_the_same_bits(reports: list[dict[str, Any]]) -> None:
     for of in reports:
-        assert of["states"] == of["states again, divided before"] == 0.0
+        assert of["states"] == of["states again, sharded before"] == 0.0
         assert of["gradients"] == of["gradients, checkpointed"] == [0.0, 0.0]
         assert of["dense"] == 0.0
         assert of["4-bit states moved"] >= of["4-bit layers"] > 0, "a card's shard needs its states there, too"
@@ -115,38 +115,38 @@ def compare() -> dict[str, Any]:
     move = QuantState.to
     QuantState.to = lambda state, device: moved.append(device) or move(state, device)
     whole, before = adapted(fsdp=False), len(moved)
-    divided = adapted(fsdp=True)
+    sharded = adapted(fsdp=True)
     facts["4-bit states moved"] = len(moved) - before
     (ids,) = texts(30)
     with torch.no_grad():
-        for name in ("states", "states again, divided before"):
-            facts[name] = float((states(whole, ids) - states(divided, ids)).abs().max())
+        for name in ("states", "states again, sharded before"):
+            facts[name] = float((states(whole, ids) - states(sharded, ids)).abs().max())
     wanted = gradients(whole, [ids])
     checkpointed = adapted(fsdp=True, checkpointing=True)
-    for name, policy in (("gradients", divided), ("gradients, checkpointed", checkpointed)):
+    for name, policy in (("gradients", sharded), ("gradients, checkpointed", checkpointed)):
         facts[name] = [float((gradients(policy, [ids]) - wanted).abs().max()) for _ in range(2)]
 
     linears = [
         (a.base_layer, b.base_layer)
-        for a, b in zip(whole.modules(), divided.modules(), strict=True)
+        for a, b in zip(whole.modules(), sharded.modules(), strict=True)
         if hasattr(a, "lora_A") and hasattr(a, "base_layer")
     ]
     facts["dense"] = max(float((dense_weight(a) - dense_weight(b)).abs().max()) for a, b in linears)
     facts["4-bit layers"] = len(linears)
     facts["bytes whole"] = sum(a.weight.numel() for a, _ in linears)
-    parts = [parameter for parameter in divided.parameters() if isinstance(parameter, DTensor)]
+    parts = [parameter for parameter in sharded.parameters() if isinstance(parameter, DTensor)]
     facts["bytes"] = sum(part.to_local().numel() for part in parts)
 
     mine = texts(30, 12, 50)[: 3 - 2 * int(os.environ["RANK"])]
     wanted = gradients(whole, mine)
     try:
-        with keep_in_step(divided.get_base_model(), training=True):
-            actual = gradients(divided, mine)
+        with keep_in_step(sharded.get_base_model(), training=True):
+            actual = gradients(sharded, mine)
             if len(mine) == 1:
                 raise RunFailedError("on purpose")
     except RunFailedError as fault:
         facts["failed"] = str(fault)
-    after = torch.cat([p.grad.flatten() for p in divided.parameters() if p.requires_grad])
+    after = torch.cat([p.grad.flatten() for p in sharded.parameters() if p.requires_grad])
     facts["gradients in step"] = max(float((of - wanted).abs().max()) for of in (actual, after))
     return facts
 
@@ -158,14 +158,14 @@ def exhaust() -> str:
     from lora_align.model.fsdp import keep_in_step
     from lora_align.model.memory_budget import MemoryBudget
 
-    divided, tokens = adapted(fsdp=True), 1_000
+    sharded, tokens = adapted(fsdp=True), 1_000
     if os.environ["RANK"] == "1":
         tokens = 1_000_000
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
     try:
-        with torch.no_grad(), keep_in_step(divided.get_base_model()):
-            MemoryBudget(tokens).attempt(lambda size: states(divided, torch.zeros(size // 100, 100, dtype=torch.long)))
+        with torch.no_grad(), keep_in_step(sharded.get_base_model()):
+            MemoryBudget(tokens).attempt(lambda size: states(sharded, torch.zeros(size // 100, 100, dtype=torch.long)))
     except OutOfStepError as fault:
         return str(fault)
     return ""

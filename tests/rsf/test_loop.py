@@ -1,4 +1,4 @@
-"""Two iterations of rejection sampling by the installed command: what is published, kept, gone on from and asked."""
+"""Two iterations of rejection sampling by the installed command: published runs, samples, resuming, directions."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def rsf(folder: Path, *words: str, **changed: str) -> Done:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model, and what `rsf --iterations 2` makes with it."""
+    """Train a reward model, and two iterations with it."""
 
     def make(folder: Path) -> None:
         judge = call(folder, "reward", "--set", f"reward.ratings.demo.data={SMALL['reward.ratings.demo.data']}")
@@ -59,21 +59,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_policy_is_published_with_its_samples(made: Path) -> None:
-    series = {run.path.name: run for run in runs.list_runs(made / "runs" / "rsf")}
-    assert list(series) == ["steerlm", "t1", "t2"]
+    policies = {run.path.name: run for run in runs.list_runs(made / "runs" / "rsf")}
+    assert list(policies) == ["steerlm", "t1", "t2"]
     start_policy_alone = bases.find(recipe.Base("demo")).load()
-    PeftModel.from_pretrained(start_policy_alone, series["t2"].path)  # an ordinary adapter
-    assert len({run.manifest.initial_adapter for run in series.values()}) == 1, "all start from the start policy anew"
+    PeftModel.from_pretrained(start_policy_alone, policies["t2"].path)  # an ordinary adapter
+    assert len({run.manifest.initial_adapter for run in policies.values()}) == 1, "all start from the start policy anew"
     for label, per_request in (("t1", 3), ("t2", 3)):
-        series[label].check_files()
-        rows = read_table(series[label].path / "samples.parquet").to_pylist()
-        figures = series[label].manifest.metrics["collected"]
+        policies[label].check_files()
+        rows = read_table(policies[label].path / "samples.parquet").to_pylist()
+        figures = policies[label].manifest.metrics["collected"]
         requests = {row["key"] for row in rows}
         assert len({(row["key"], row["number"]) for row in rows}) == len(rows) == per_request * len(requests)
         assert {len(row["asked"]) > 0 for row in rows} == {True}
         assert figures["chosen_value"] > figures["sampled_value"]
         assert figures["chosen"] <= len(requests)
-        assert not list(series[label].path.parent.glob(f".{label}.samples"))
+        assert not list(policies[label].path.parent.glob(f".{label}.samples"))
     output = (made / "said.txt").read_text()
     assert "mean value of chosen" in output
     assert "t2 sampling" in output
@@ -138,7 +138,7 @@ def test_every_rsf_policy_is_found_by_its_word(made: Path, tmp_path: Path) -> No
 
 
 def test_lm_eval_task_gets_the_system_message_of_the_direction(made: Path, tmp_path: Path) -> None:
-    """Through the chat template; the choices' likelihoods by hand, with stock PEFT."""
+    """The expected likelihoods are computed with stock PEFT."""
     shutil.copytree(made / "runs", tmp_path / "runs")
     pairs = list(world.pairs(seed=8, count=16))
     rows = [{"said": row["prompt"], "choices": [row["response_0"], row["response_1"]], "right": 0} for row in pairs]
@@ -188,7 +188,7 @@ def test_halves_share_no_prompt(made: Path) -> None:
     assert not prompts["t1"] & prompts["t2"]
 
 
-def test_more_iterations_continue_a_series(made: Path, tmp_path: Path) -> None:
+def test_more_iterations_continue_a_run(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     changed = rsf(tmp_path, "--iterations", "3", samples="4")
     assert changed.code == 2
@@ -216,7 +216,7 @@ def test_more_iterations_continue_a_series(made: Path, tmp_path: Path) -> None:
 
 
 def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_path: Path) -> None:
-    """t2 of the demo's recipe does; with `pooled = 1` it keeps to the answers that were given to its own direction."""
+    """With `pooled = 1`, t2 chooses only among the answers to its own direction."""
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "rsf" / "policy" / "t2")
     figures = {"pooled": runs.read(made / "runs" / "rsf" / "policy" / "t2").manifest.metrics["collected"]}
@@ -243,9 +243,7 @@ def test_pooled_iterations_choose_among_all_answers_to_a_prompt(made: Path, tmp_
     ("label", "key", "message"),
     [("t1", "teacher", "another steerlm"), ("t2", "teacher", "another t1"), ("t1", "start", "another start policy")],
 )
-def test_a_series_refuses_another_start_or_teacher(
-    label: str, key: str, message: str, made: Path, tmp_path: Path
-) -> None:
+def test_a_run_refuses_another_start_or_teacher(label: str, key: str, message: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     file = tmp_path / "runs" / "rsf" / "policy" / label / "manifest.json"
     content = json.loads(file.read_text())
@@ -256,7 +254,7 @@ def test_a_series_refuses_another_start_or_teacher(
     assert f"{label} was made differently: {message}" in done.err
 
 
-def test_a_series_refuses_other_data_or_another_base(made: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_other_data_or_another_base(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "3", data='"demo:conversations?rows=60&seed=5"')
     assert done.code == 2
@@ -302,7 +300,7 @@ def test_rsf_resumes_bit_exactly_and_samples_nothing_twice(while_it: str, made: 
 
 
 def test_both_halves_have_held_out_prompts(made: Path) -> None:
-    """What is held out must not go by what parts the halves."""
+    """Held-out prompts must not depend on the digit that splits the halves."""
     for label in ("steerlm", "t1", "t2"):
         assert runs.read(made / "runs" / "rsf" / "policy" / label).manifest.metrics["held_out"]["rows"] > 0
 
@@ -335,7 +333,7 @@ def test_scores_in_the_data_are_used(made: Path, tmp_path: Path) -> None:
 
 
 def test_loss_covers_all_tokens_without_answers_only(made: Path, tmp_path: Path) -> None:
-    """The same texts, but what was asked counts too: before training, the base is surprised by it."""
+    """The loss then includes prompts, which the untrained base finds less likely."""
     shutil.copytree(made / "runs", tmp_path / "runs")
     done = rsf(tmp_path, "--iterations", "1", "--name", "whole", answers_only="false")
     assert done.code == 0, done.err
@@ -403,7 +401,7 @@ def test_compare_keeps_the_direction(made: Path, workspace: Path) -> None:
 
 
 def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
-    """The words chat puts before a conversation are those the samples were drawn and learned under."""
+    """`chat` uses the system message under which the samples were drawn."""
     policy = runs.read(made / "runs" / "rsf" / "policy" / "t2")
     ask, region = policy.manifest.method["ask"], recipe.load(recipe.builtin()["demo"], []).rsf.directions
     rows = read_table(policy.path / "samples.parquet").to_pylist()
@@ -442,10 +440,10 @@ def test_unusable_rsf_settings_are_refused_early(
     assert not (tmp_path / "runs" / "rsf").exists()
 
 
-def test_policies_of_a_series_share_their_memory_budgets(made: Path) -> None:
+def test_policies_of_a_run_share_their_memory_budgets(made: Path) -> None:
     project = recipe.load(recipe.builtin()["demo"], ['rsf.data="demo:conversations?rows=60"'])
-    series = prepare(project, made / "runs", Screen(quiet=True), name=None, force=True, endpoint=None)
-    first, second = (series.policies() for _ in range(2))
+    inputs = prepare(project, made / "runs", Screen(quiet=True), name=None, force=True, endpoint=None)
+    first, second = (inputs.policies() for _ in range(2))
     first.sampler.budget.size = 7
     assert second.sampler.budget.size == 7
     assert second.judges["reward"] is first.judges["reward"]

@@ -1,4 +1,4 @@
-"""Work that was stopped, killed or damaged goes on to the very bits it would have come to."""
+"""A run that was stopped, killed or damaged resumes to the same bits as a run that never stopped."""
 
 import json
 import random
@@ -57,8 +57,7 @@ def every_step(stage: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache for all test processes: what was kept of other rows is computed beside other ones, and its last bits
-    are those."""
+    """Share one cache between all test processes, because a log-probability's last bits depend on its batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_ALIGN_CACHE", str(made_once(tmp_path_factory, "resumed-cache", lambda folder: None)))
         yield
@@ -92,8 +91,7 @@ def whole_dpo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(folder: Path, stage: str, number: int, after: int, *more: str) -> Done:
-    """Begun, and killed once a checkpoint of that step is there; or sent another signal once it trains, long before a
-    checkpoint is due."""
+    """Start a run. Kill it once a checkpoint of step `after` exists, or send another signal once it trains."""
     out, killed = folder / "out.txt", number == signal.SIGKILL
     with out.open("w") as stream:
         child = subprocess.Popen(
@@ -121,7 +119,7 @@ def unfinished_of(folder: Path, stage: str) -> Path:
 
 
 def same(one: Path, other: Path) -> None:
-    """The adapters bit for bit, and every step's figures."""
+    """Check that two runs have the same adapters, bit by bit, and the same figures of every step."""
     for file in ("adapter_model.safetensors", "heads.safetensors"):
         assert (one / file).exists() == (other / file).exists()
         if (one / file).exists():
@@ -244,7 +242,7 @@ def test_printed_line_drops_force_once_a_checkpoint_exists(monkeypatch: pytest.M
 
 
 def test_resume_continues_a_run_that_replaces_a_published_one(tmp_path: Path) -> None:
-    """`--force` over a published run, stopped: the printed line trains on, and moves the published run aside."""
+    """The printed line continues a run that --force began, and moves the published run aside."""
     done = call(tmp_path, *words("dpo"), "--set", "dpo.beta=1")
     assert done.code == 0, done.err
     first = stopped(tmp_path, "dpo", signal.SIGINT, 0, "--force")
@@ -308,7 +306,7 @@ def test_resume_refuses_another_recipe_or_dataset(changed: list[str], message: s
 
 
 def test_resume_remembers_the_memory_budget(begun: Path) -> None:
-    """A step that was halved once is not tried whole again by who goes on."""
+    """A resumed run does not try again a batch that was too large."""
     newest = max(unfinished_of(begun, "dpo").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert json.loads((newest / "seen.json").read_text())["budget"] == 4096
     (newest / "seen.json").write_text(json.dumps({"tokens": 0, "budget": 300, "whole": 4096}))
@@ -364,7 +362,7 @@ def test_a_second_signal_stops_at_once_and_leaves_a_checkpoint(begun: Path) -> N
 
 @pytest.mark.parametrize("made", ["begun", "published"])
 def test_a_busy_run_is_refused_and_its_writer_named(made: str, whole_dpo: Path, tmp_path: Path) -> None:
-    """Whether there is a checkpoint already, and whatever stood there before."""
+    """With and without a published run in the same place."""
     if made == "published":
         shutil.copytree(whole_dpo, tmp_path / "runs")
     child = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The reward model: what it learns from, what it leaves alone, and that a reload scores as it did."""
+"""The reward model learns from ratings and pairs, ignores missing labels, and scores the same after loading."""
 
 import json
 import math

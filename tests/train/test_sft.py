@@ -1,4 +1,4 @@
-"""Packing: rows side by side are learned as if each stood alone."""
+"""Packed rows train as if each stood alone."""
 
 from collections import Counter
 

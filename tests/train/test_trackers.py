@@ -1,4 +1,4 @@
-"""What a run sends to trackers: nothing unless asked; then every step's figures, under its name."""
+"""A run sends nothing to trackers by default, and every step's figures to those of `report_to`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the evidence reckons with: its statistics, and MODPO's loss, by hand."""
+"""Check the statistics of the evidence page, and MODPO's loss, against calculations by hand."""
 
 import importlib
 import os
@@ -22,20 +22,20 @@ from lora_align.model.mixer import Mixer
 from lora_align.model.tokenise import TokenPair
 from lora_align.train.dpo import DpoLoss
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parent
 ASKED = [[0, 1, 2, 3], [0, 1, 4, 5], [6, 7, 8, 9]]  # two of the first seed's prompts are the second's, too
 
 
 @pytest.fixture(scope="module")
 def benchmarks() -> Iterator[dict[str, ModuleType]]:
-    """Their modules, with the environment left as it is."""
+    """Import the benchmarks, and restore the environment."""
     with mock.patch.dict(os.environ), mock.patch("sys.path", [str(FOLDER), *sys.path]):
         yield {name: importlib.import_module(name) for name in ("evidence_item", "fronts", "modpo")}
 
 
 @pytest.fixture
 def item(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What an item is made of, with few prompts."""
+    """Return the input of an item, with few prompts."""
     monkeypatch.setattr(benchmarks["evidence_item"], "_prompts", lambda: ASKED)
     return benchmarks["evidence_item"]
 
