@@ -51,11 +51,12 @@ def three_users(work: Path) -> Item:
     others = [who for who, place in USERS.items() if place != MIDDLE]
     return Item(
         "Users who want different things",
-        "One reward for all serves nobody whose wish is not the average; a direction does (figure 2, a drawing).",
+        "One reward for all serves only users with average wishes; a direction serves the others, too (figure 2, a "
+        "drawing).",
         verdict(*(who in directed for who in USERS), *(who in better for who in others)),
-        "served better than by one DPO on every pair of seeds: by a direction of one's own "
-        f"{', '.join(directed) or 'nobody'}; by weights of one's own {', '.join(weighed) or 'nobody'}. By a direction "
-        "of one's own better than by the middle one, which is one for all from the same policy: "
+        "served better than by one DPO on every pair of seeds: by the user's own direction "
+        f"{', '.join(directed) or 'nobody'}; by the user's own weights {', '.join(weighed) or 'nobody'}. By the "
+        "user's own direction better than by the middle one, which is one for all from the same policy: "
         f"{', '.join(better) or 'nobody'} (of {' and '.join(others)})",
         [[["vᵀ(helpfulness, verbosity), mean and span of three seeds", *figures["few words"]], *rows]],
         figures=figures,
@@ -87,11 +88,11 @@ def fronts(work: Path) -> Item:
     rates = [[name, f"{short(of[0])} ({short(of[1])} to {short(of[2])})", short(of[3])] for name, of in most.items()]
     return Item(
         "Fronts",
-        "From t ≥ 1 the front of the policy that is asked dominates SFT, DPO and SteerLM, and each front the one "
-        "before (figure 4); figure 5 sets wins beside lengths. Both are drawn without numbers. Vectors were not "
+        "From t ≥ 1 the front of the conditioned policy dominates SFT, DPO and SteerLM, and each front the one "
+        "before (figure 4); figure 5 compares wins and lengths. Both are drawn without numbers. Vectors were not "
         "compared.",
         verdict(*(len(of) == len(others) for of in beaten.values()), len(grown) == len(iterations)),
-        "above at the others' verbosities, on the average of their points, with intervals apart from 0 and on every "
+        "above at the others' verbosities, on average over their points, with intervals that exclude 0 and on every "
         "seed: "
         + "; ".join(f"{t} above {', '.join(of) or 'none'}" for t, of in beaten.items())
         + "; at every one of their points, likewise: "
@@ -172,7 +173,8 @@ def open_questions(work: Path) -> Item:
     beaten_text = "; ".join(f"of {size}: {', '.join(labels) or 'none'}" for size, labels in beaten.items())
     return Item(
         "Weights without sweeps, and composition",
-        "Open questions of the first paper: how to choose η without a sweep; how to compose knowing of interference.",
+        "Open questions of the first paper: how to choose η without a sweep; how to compose in the light of "
+        "interference.",
         "Answered in small" if all(equal) and all(within) else OTHERWISE,
         f"`tune` scored no less than the best of a grid of 25 points: {yes(all(equal))}, {sum(equal)} of {len(equal)}; "
         f"in at most a tenth of its time: {yes(all(within))}, {sum(within)} of {len(within)}, {span(shares)}, both by "

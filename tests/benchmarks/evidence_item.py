@@ -34,7 +34,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Found:
+class SeedEstimate:
     """Hold a mean over all seeds' answers, its 95 % interval over resampled prompts, and each seed's mean."""
 
     value: float
@@ -43,7 +43,7 @@ class Found:
     seeds: Sequence[float]
 
     @classmethod
-    def of(cls, seeds: Sequence[Sequence[float | None]]) -> "Found":
+    def of(cls, seeds: Sequence[Sequence[float | None]]) -> "SeedEstimate":
         """Compute the mean and its interval from one value for each prompt or fact, seed by seed.
 
         Prompts whose answer has no value are left out. Seeds share some prompts and all facts; a shared prompt or fact
@@ -74,7 +74,7 @@ class Found:
     @property
     def answer(self) -> str:
         """Return whether a difference that is claimed to be above 0 is, with its size."""
-        return f"{'yes' if self.higher else 'the other way round' if self.lower else 'not told apart'}, {self}"
+        return f"{'yes' if self.higher else 'the reverse' if self.lower else 'undecided'}, {self}"
 
     def __str__(self) -> str:
         if math.isnan(self.value):
@@ -92,17 +92,17 @@ def _prompts() -> list[list[int]]:
     return [[number[text] for text in of] for of in texts]
 
 
-def figure(seeds: Sequence[Mapping[str, Any]], name: str) -> Found:
+def figure(seeds: Sequence[Mapping[str, Any]], name: str) -> SeedEstimate:
     """Compute one figure from a job's results, seed by seed."""
-    return Found.of([of[name] for of in seeds])
+    return SeedEstimate.of([of[name] for of in seeds])
 
 
 Seeds = Sequence[Mapping[str, Any]]  # a job's results, seed by seed: a value for each prompt or fact
 
 
-def moved(after: Seeds, before: Seeds, name: str) -> Found:
+def moved(after: Seeds, before: Seeds, name: str) -> SeedEstimate:
     """Return the increase from `before` to `after`, prompt by prompt."""
-    return Found.of(rises(after, before, name))
+    return SeedEstimate.of(rises(after, before, name))
 
 
 def rises(after: Seeds, before: Seeds, name: str) -> list[list[float | None]]:
@@ -129,13 +129,13 @@ def seconds(folder: Path) -> float:
 
 
 def short(value: float) -> str:
-    """Format with two decimals, without the leading zero."""
+    """Format with two decimals and a minus sign; 0 for a value that rounds to it."""
     size = f"{abs(value):.2f}"
-    return "0" if size == "0.00" else ("−" if value < 0 else "") + size.removeprefix("0")
+    return "0" if size == "0.00" else ("−" if value < 0 else "") + size
 
 
 def span(values: Sequence[float]) -> str:
-    """Format the range of the values, as in `.34 to .40`."""
+    """Format the range of the values, as in `0.34 to 0.40`."""
     low, high = short(min(values)), short(max(values))
     return low if low == high else f"{low} to {high}"
 

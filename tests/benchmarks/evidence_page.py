@@ -31,20 +31,22 @@ def lines(items: Sequence[Item], seconds: float, in_one_go: Mapping[str, int] | 
     """Yield the lines of the page."""
     sittings = "in several sittings"
     if in_one_go:
-        sittings = f"in one go of {in_one_go['processes']} processes, {in_one_go['seconds'] / 60:.0f} minutes long"
+        sittings = f"in one go of {in_one_go['processes']} processes that took {in_one_go['seconds'] / 60:.0f} minutes"
     yield "# Both papers in miniature"
     yield ""
     yield (
-        "The built-in world, its base of 0.9 M parameters in 4-bit, graded by its oracle: three data seeds, test "
-        "prompts that nothing was chosen by, 95 % intervals over prompts. Grades are means over well-formed answers. "
-        "What items 1, 2, 3, 5, 6 and 8 say is more or less than something else is so prompt by prompt, with an "
-        "interval that leaves out 0, and on every seed; the others say what they go by. `just evidence` makes this "
-        "page; the figures behind it are in [evidence.json](evidence.json). A verdict says whether a claim held "
-        "here, by a rule written before it was looked at, with these exceptions. Harder since: both of the first "
-        "preferences have to pay (3), a direction of one's own has to beat one for all (7), `tune` has second aims "
-        "(9), fronts have to lie apart on every seed (8), and facts are set against ones that are true of others "
-        "alone (5). Easier since: differences are taken prompt by prompt, where intervals of two means had to lie "
-        f"apart. All jobs took {seconds / 60:.0f} minutes of one core, {sittings}."
+        "The demo world and its base of 0.9 M parameters in 4-bit, graded by its oracle: three data seeds, "
+        "test prompts by which nothing was chosen, 95 % intervals over prompts. Grades are means over "
+        'well-formed answers. In items 1, 2, 3, 5, 6 and 8, "more" and "less" mean: prompt by prompt, with '
+        "an interval that excludes 0, and on every seed. The other items state their criterion. `just "
+        "evidence` makes this page; its figures are in [evidence.json](evidence.json). A verdict says "
+        "whether a claim held here, by a rule that was written before the figures were seen. Some rules "
+        "became stricter afterwards: both of the first preferences must lose (3), a user's own direction "
+        "must beat one direction for all (7), `tune` has a second pair of aims (9), fronts must lie apart on "
+        "every seed (8), and facts compete with facts that are true of other subjects only (5). One rule "
+        "became easier: differences are taken prompt by prompt; before, intervals of two means had to lie "
+        "apart. "
+        f"All jobs took {seconds / 60:.0f} minutes of one core, {sittings}."
     )
     yield ""
     yield LIMITS.read_text().strip()

@@ -10,7 +10,21 @@ from typing import Any
 import evidence
 from control import SEEDS, agreement, spearman
 from evidence import CORRELATED, CORRELATIONS, FAR, NOISES, PAIR, REACHED, STEPS
-from evidence_item import FOLDER, Found, Item, each, figure, moved, result_of, rises, seconds, short, span, verdict, yes
+from evidence_item import (
+    FOLDER,
+    Item,
+    SeedEstimate,
+    each,
+    figure,
+    moved,
+    result_of,
+    rises,
+    seconds,
+    short,
+    span,
+    verdict,
+    yes,
+)
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
@@ -33,14 +47,14 @@ def control(work: Path) -> Item:
     ranks = {name: spearman(STEPS, own[name]) for name in PAIR}
     line = [[of[f"{step},{step}"] for of in seeds] for step in (-1, 0, 1)]
     rises = {name: [moved(b, a, name) for a, b in itertools.pairwise(line)] for name in PAIR}
-    papers = {"-1,-1": "−1.07, −3.78", "0,0": ".20, −2.12", "1,1": "1.99, 3.20"}
+    papers = {"-1,-1": "−1.07, −3.78", "0,0": "0.20, −2.12", "1,1": "1.99, 3.20"}
     rows = [
         [f"({key.replace(',', ', ').replace('-', '−')})", *(str(at[key][name]) for name in PAIR), papers[key]]
         for key in papers
     ]
     return Item(
         "The weights control it",
-        "Over η in {−1, −.5, 0, .5, 1}² both rewards rise with their weights (Llama-3.1-8B, reward models).",
+        "Over η in {−1, −0.5, 0, 0.5, 1}² both rewards rise with their weights (Llama-3.1-8B, reward models).",
         verdict(*(rise.higher for of in rises.values() for rise in of), *(rank == 1 for rank in ranks.values())),
         "; ".join(
             f"{name}: Spearman with its own weight, averaged over the other, {short(ranks[name])}; it rises from "
@@ -64,7 +78,7 @@ RIVALS = {  # the paper's helpful, harmless, hours, refusals
     "joint DPO": ".718, −.445; 1 h; .067 (safe first)",
     "MODPO": "",
     "positive alone": "1.454, 1.265",
-    "start": ".20, −2.12 (η = 0)",
+    "start": "0.20, −2.12 (η = 0)",
 }
 
 
@@ -145,13 +159,13 @@ def later(work: Path) -> Item:
         "both": {name: moved(by_label[four], by_label[two], name) for name in PAIR}
     }
     pays = {name: of.lower for name, of in price["both"].items()}
-    papers = {start: ".25, −2.27, −4.57, −1.58", two: "1.385, 3.585", four: "1.01, 2.67, 6.10, −.07"}
+    papers = {start: "0.25, −2.27, −4.57, −1.58", two: "1.385, 3.585", four: "1.01, 2.67, 6.10, −0.07"}
     rows = [[label or "none", *(str(of[name]) for name in names), papers.get(label, "")] for label, of in at.items()]
     prices = [[f"adding {new}", *(str(of[name]) for name in PAIR)] for new, of in price.items()]
     return Item(
         "More preferences, added later",
         "Two more vectors are added without training the first two again; those pay for it (3B: helpful 1.385 → 1.01, "
-        "harmless 3.585 → 2.67, with psychological −4.57 → 6.10 and honest −1.58 → −.07).",
+        "harmless 3.585 → 2.67, with psychological −4.57 → 6.10 and honest −1.58 → −0.07).",
         verdict(*(of.higher for of in gains.values()), *pays.values()),
         "; ".join(f"{name} gains: {of.answer}" for name, of in gains.items())
         + "; "
@@ -189,7 +203,7 @@ def geometry(work: Path) -> Item:
     agreed = [["labels exchanged", *(f"{n:g}" for n in noisy)]]
     agreed.append(["vectors of DPO", *(span(of) for of in noisy.values())])
     by_reward = (span(rewarded[n]) if n in rewarded else "" for n in noisy)
-    agreed.append(["of RLOO (the paper's of PPO: .21 to .26)", *by_reward])
+    agreed.append(["of RLOO (the paper's of PPO: 0.21 to 0.26)", *by_reward])
     _noise(FOLDER / "noise.png", noisy, rewarded)
     raw = list(sti["STI"].values())
     sti_spans = {label: {size: _span_of_three(of) for size, of in sizes.items()} for label, sizes in sti.items()}
@@ -201,23 +215,24 @@ def geometry(work: Path) -> Item:
     }
     return Item(
         "Angles and interference",
-        "cos(Δ₊, Δ₋) −.47 to −.71; cos of helpful and harmless .34 to .40; the same vector from three seeds "
-        ".98 to 1.00 (trained by PPO: .21 to .26); STI .41 for two preferences, 2.33 for four. Why DPO's agree is "
+        "cos(Δ₊, Δ₋) −0.47 to −0.71; cos of helpful and harmless 0.34 to 0.40; the same vector from three seeds "
+        "0.98 to 1.00 (trained by PPO: 0.21 to 0.26); STI 0.41 for two preferences, 2.33 for four. Why DPO's agree is "
         "left open.",
         verdict(*claims.values()),
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
         + f". Helpful and harmless: {span(between)}; all 28 pairs of the eight: {span(every)}. "
         f"Helpful over three seeds, each with its own pairs: {span(across['helpful'])}; "
-        f"with an A of its own, too: {span(apart)}; with labels by lot: {span(noisy[0.5])}. "
-        "So much of the agreement comes from one A, so much from the labels. That helpful and harmless stand at right "
+        f"with an A of its own, too: {span(apart)}; with random labels: {span(noisy[0.5])}. "
+        "The first step down is the share of the common A, the second that of the labels. That helpful and harmless "
+        "stand at right "
         "angles is a matter of the pairs, in which axes are independent (in those of item 6 they are not). All eight "
         "start from that A, and so read much the same directions of a layer's input, which STI counts as interference; "
-        "`tsv` brings it to nothing by the way it is made. RLOO was not tried on labels by lot",
+        "`tsv` brings it to nothing by construction. RLOO was not tried on random labels",
         [
             [["", *AXES, "the paper's, of helpful and harmless"],
-             ["cos(Δ₊, Δ₋)", *(span(of) for of in sides.values()), "−.71 to −.47"],
-             ["over data seeds", *(span(of) for of in across.values()), ".98 to 1.00"]],
-            [["preferences", *sti["STI"]], ["the paper's STI", ".41", "2.33", "", ""],
+             ["cos(Δ₊, Δ₋)", *(span(of) for of in sides.values()), "−0.71 to −0.47"],
+             ["over data seeds", *(span(of) for of in across.values()), "0.98 to 1.00"]],
+            [["preferences", *sti["STI"]], ["the paper's STI", "0.41", "2.33", "", ""],
              *([label, *of.values()] for label, of in sti_spans.items())],
             agreed,
         ],
@@ -264,11 +279,11 @@ def knowledge(work: Path) -> Item:
     seeds = each(work, "far")
     names = ("known", "true facts", "well-formed", *PAIR)
     at = {f"{eta:g}": {name: figure([of[f"{eta:g}"] for of in seeds], name) for name in names} for eta in FAR}
-    papers = {"0": ".65", "1": ".65", "1.5": ".65", "2": ".60", "4": ".25"}
+    papers = {"0": "0.65", "1": "0.65", "1.5": "0.65", "2": "0.60", "4": "0.25"}
     rows = [[eta, *(str(of[name]) for name in names), papers.get(eta, "")] for eta, of in at.items()]
     known = {eta: of["known"] for eta, of in at.items()}
     claims = {
-        "flat, within .05, up to 1.5": all(
+        "flat, within 0.05, up to 1.5": all(
             abs(known[eta].value - known["0"].value) < 0.05 for eta in ("0.5", "1", "1.5")
         ),
         "less at 4 than at 0": moved(*([of[eta] for of in seeds] for eta in ("4", "0")), "known").lower,
@@ -277,13 +292,13 @@ def knowledge(work: Path) -> Item:
     reached = each(work, "reached")
     return Item(
         "Knowledge kept",
-        "CommonsenseQA is flat at .65 up to η = 1.5, .60 at 2 and .25 at 4.",
+        "CommonsenseQA is flat at 0.65 up to η = 1.5, 0.60 at 2 and 0.25 at 4.",
         verdict(*claims.values()),
         "; ".join(f"{claim}: {yes(holds)}" for claim, holds in claims.items())
         + f"; here {short(known['0'].value)} at 0, {short(known['2'].value)} at 2, {short(known['4'].value)} at 4, "
         f"where {short(at['4']['well-formed'].value)} of the answers are well-formed: form goes first here, and facts "
         "are what the base has read most of. *known* is the share of facts found likelier than three that are not true "
-        "of their subject (by chance .25), *true facts* that of the facts stated in well-formed answers; both weights "
+        "of their subject (by chance 0.25), *true facts* that of the facts stated in well-formed answers; both weights "
         "are η. Below: how far `reach` finds each of three vectors, and each two, to go, and how straight margins are",
         [[["η", *names, "the paper's"], *rows], *_reached(reached)],
         figures={eta: {name: asdict(of) for name, of in all_.items()} for eta, all_ in at.items()} | {"reach": reached},
@@ -315,7 +330,7 @@ def _reached(seeds: list[Any]) -> list[list[list[str]]]:
     ]  # fmt: skip
     return [
         [["three seeds", "down to", "up to", "R² of its margin against η"], *alone],
-        [["two, turned alike", "to"], *turned],
+        [["two, with equal weights", "to"], *turned],
         [["η₁η₂", "in the first's margin, nats", "in the second's"], *terms],
     ]
 
@@ -333,7 +348,7 @@ def correlation(work: Path) -> Item:
             f"{one} moves {other}": rises([of[f"{one} 1"] for of in seeds], [of[f"{one} -1"] for of in seeds], other)
             for one, other in both
         }
-        spans = {name: Found.of(of) for name, of in by_prompt.items()}
+        spans = {name: SeedEstimate.of(of) for name, of in by_prompt.items()}
         rows.append([short(strength), span(cosines), *map(str, spans.values())])
         figures[strength] = {"cosines": cosines, "spans": spans, "by prompt": by_prompt}
     ends = [figures[strength] for strength in (CORRELATIONS[0], CORRELATIONS[-1])]
@@ -344,14 +359,14 @@ def correlation(work: Path) -> Item:
         leaks[name] = moved(high, low, "rise")
     return Item(
         "Two axes that go together",
-        "Not in the paper: pairs in which two axes are correlated, from −.8 to .8.",
+        "Not in the paper: pairs in which two axes are correlated, from −0.8 to 0.8.",
         "They come together"
         if turned and all(of.higher for of in leaks.values())
         else "Mixed"
         if turned or any(of.higher for of in leaks.values())
         else "Apart",
-        f"the vectors' cosine is larger at .8 than at −.8 on every seed: {yes(turned)}; "
-        + "; ".join(f"{name} more at .8 than at −.8: {of.answer}" for name, of in leaks.items())
+        f"the vectors' cosine is larger at 0.8 than at −0.8 on every seed: {yes(turned)}; "
+        + "; ".join(f"{name} more at 0.8 than at −0.8: {of.answer}" for name, of in leaks.items())
         + ". *moves* is what turning a weight from −1 to 1 adds to a grade",
         [[["correlation", f"cos of {first} and {second}", *(f"{one} moves {other}" for one, other in both)], *rows]],
         figures={

@@ -42,13 +42,15 @@ def item(benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_mean_pools_seeds_and_resamples_shared_prompts_together(item: ModuleType) -> None:
     apart = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, None]]
-    estimate = item.Found.of(apart)
+    estimate = item.SeedEstimate.of(apart)
     assert estimate.value == pytest.approx(6 / 11)
     assert estimate.seeds == pytest.approx([0.5, 0.5, 2 / 3])
     assert estimate.low < estimate.value < estimate.high
     facts = [[1.0, 0.0, 1.0] * 4] * 3  # not as many as prompts: the same facts for all seeds
-    alone = item.Found.of([[1.0, 0.0, 1.0] * 4, [], []])
-    assert item.Found.of(facts).low == pytest.approx(alone.low, abs=0.02), "three seeds tell no more than one of them"
+    alone = item.SeedEstimate.of([[1.0, 0.0, 1.0] * 4, [], []])
+    assert item.SeedEstimate.of(facts).low == pytest.approx(alone.low, abs=0.02), (
+        "three seeds tell no more than one of them"
+    )
 
 
 def test_paired_rise_is_found_though_means_overlap(item: ModuleType) -> None:
@@ -63,10 +65,10 @@ def test_paired_rise_is_found_though_means_overlap(item: ModuleType) -> None:
 
 
 def test_rise_requires_every_seed(item: ModuleType) -> None:
-    estimate = item.Found.of([[1.0] * 4, [1.0] * 4, [-0.1] * 4])
+    estimate = item.SeedEstimate.of([[1.0] * 4, [1.0] * 4, [-0.1] * 4])
     assert estimate.value > 0
     assert not estimate.higher
-    assert estimate.answer.startswith("not told apart")
+    assert estimate.answer.startswith("undecided")
 
 
 def test_front_is_compared_over_its_own_range(benchmarks: dict[str, ModuleType]) -> None:
