@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 from pyarrow.parquet import read_table
 
-from lora_align.data import row_reader, sources
+from lora_align import recipe
+from lora_align.cli import use_commands
+from lora_align.console import Screen
+from lora_align.data import row_reader, shards, sources
+from lora_align.errors import UserError
+from lora_align.policy.policy import select_policy
 from support import COMMAND, call
 
 
@@ -76,24 +81,33 @@ def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
     assert rated["response"] != "Wet."
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--share", "3/2"], "--share '3/2': expected PART/PARTS, as in 2/4"),
-        (["--share", "²/4"], "--share '²/4': expected PART/PARTS, as in 2/4"),
-        (["--out", "a.txt"], "--out a.txt: expected a .jsonl or .parquet file"),
-        (["--endpoint", "http://localhost:1", "--weights", "helpful=1"], "--endpoint excludes --weights and --want"),
-        (["--adapter", "x", "--want", "a=1"], "--adapter excludes --weights and --want"),
-        (["--want", "helpfulness=1"], "`lora-align rsf` trains one"),
-        (["--prompts", "nowhere.txt"], "no data file 'nowhere.txt'"),
-    ],
-)
-def test_generate_refuses_unusable_input(words: list[str], message: str, workspace: Path) -> None:
-    options = {"--prompts": "demo:pairs?rows=3", "--out": "a.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
-    done = call(workspace, "generate", *[word for item in options.items() for word in item])
-    assert done.code == 2
-    assert message in done.err
-    assert not list(workspace.glob("a.*"))
+@pytest.mark.parametrize("share", ["3/2", "²/4", "0/4", "2"])
+def test_bad_share_is_refused(share: str) -> None:
+    with pytest.raises(UserError, match=f"--share '{share}': expected PART/PARTS, as in 2/4"):
+        use_commands._part(share)
+
+
+def test_generate_refuses_an_out_file_of_another_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected a \.jsonl or \.parquet file"):
+        shards.check_out_file(tmp_path / "a.txt")
+
+
+def test_adapter_excludes_want(workspace: Path) -> None:
+    demo = recipe.load(recipe.builtin()["demo"])
+    with pytest.raises(UserError, match="--adapter excludes --weights and --want"):
+        select_policy(workspace / "runs", demo, Screen(quiet=True), adapter=Path("x"), want="a=1")
+
+
+def test_refused_generate_writes_nothing(workspace: Path) -> None:
+    words = ["generate", "--prompts", "demo:pairs?rows=3", "--out", "a.jsonl"]
+    for more, message in {
+        ("--want", "helpfulness=1"): "`lora-align rsf` trains one",
+        ("--endpoint", "http://localhost:1", "--weights", "helpful=1"): "--endpoint excludes --weights and --want",
+    }.items():
+        done = call(workspace, *words, *more)
+        assert done.code == 2
+        assert message in done.err
+        assert not list(workspace.glob("a.*"))
 
 
 def test_too_long_prompts_are_counted(workspace: Path) -> None:

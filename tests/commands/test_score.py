@@ -15,7 +15,9 @@ from pyarrow.parquet import read_table
 from lora_align import recipe, runs
 from lora_align.data import row_reader
 from lora_align.data.rows import Message, Pair
+from lora_align.errors import UserError
 from lora_align.model import base as bases
+from lora_align.policy import judge_runs
 from lora_align.rankers import Ranker
 from support import COMMAND, PAIRS, call
 
@@ -148,19 +150,13 @@ def test_every_data_form_is_scored_and_ranked(workspace: Path) -> None:
     assert full["score_helpful"] is None
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--by", "nobody"], "no reward model 'nobody' in runs/reward: run `lora-align reward`"),
-        (["--by", "pair:nobody"], "nobody"),
-        (["--by", "pair:helpful@0-1"], "pair:helpful@0-1: a judge uses all layers"),
-        (["--out", "scored.txt"], "--out scored.txt: expected a .jsonl or .parquet file"),
-        (["--data", "demo:conversations"], "no pair of answers in columns"),
-    ],
-)
-def test_score_refuses_unusable_input(words: list[str], message: str, workspace: Path) -> None:
-    options = {"--data": "demo:pairs?rows=3", "--out": "scored.jsonl", "--by": "pair:helpful", words[0]: words[1]}
-    done = call(workspace, "score", *[word for item in options.items() for word in item])
+def test_judge_of_some_layers_is_refused(workspace: Path) -> None:
+    with pytest.raises(UserError, match="pair:helpful@0-1: a judge uses all layers"):
+        judge_runs.check("pair:helpful@0-1", recipe.load(recipe.builtin()["demo"]), workspace / "runs")
+
+
+def test_refused_score_writes_nothing(workspace: Path) -> None:
+    done = call(workspace, "score", "--data", "demo:conversations", "--out", "scored.jsonl", "--by", "pair:helpful")
     assert done.code == 2
-    assert message in done.err
+    assert "no pair of answers in columns" in done.err
     assert not list(workspace.glob("scored*"))

@@ -35,15 +35,21 @@ def hub() -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache of the hub that the tests share."""
+    return tmp_path_factory.mktemp("hub")
+
+
 @pytest.fixture
-def data(hub: str, tmp_path: Path) -> Data:
-    def run_data(*, offline: bool = False, **settings: str) -> "subprocess.CompletedProcess[str]":
+def data(hub: str, home: Path, tmp_path: Path) -> Data:
+    def run_data(*, offline: bool = False, cache: Path = home, **settings: str) -> "subprocess.CompletedProcess[str]":
         words = [word for name, value in settings.items() for word in ("--set", f"preferences.helpful.{name}={value}")]
-        home = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(tmp_path / ".cache" / "hf")}
+        hub_settings = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(cache)}
         line = [str(COMMAND), "data", "--pref", "helpful", "--json", "--set", "preferences.helpful.rank=label"]
         line += ["--set", "preferences.helpful.margin=0", *words]
         return subprocess.run(
-            line, cwd=tmp_path, env={**os.environ, **home}, capture_output=True, text=True, timeout=120
+            line, cwd=tmp_path, env={**os.environ, **hub_settings}, capture_output=True, text=True, timeout=120
         )
 
     return run_data
@@ -63,8 +69,8 @@ def test_revision_subset_and_split_choose_the_rows(settings: dict[str, str], row
     assert json.loads(done.stdout)["read"] == rows
 
 
-def test_fetched_folder_is_read_offline(data: Data) -> None:
-    folder = {"data": "owner/folders", "subset": "kind"}
+def test_fetched_folder_is_read_offline(data: Data, tmp_path: Path) -> None:
+    folder = {"data": "owner/folders", "subset": "kind", "cache": tmp_path / "empty"}
     assert "not in the cache" in data(offline=True, **folder).stderr
     assert json.loads(data(**folder).stdout)["source"] == "owner/folders kind"
     again = data(offline=True, **folder)

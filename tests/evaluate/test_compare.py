@@ -1,6 +1,7 @@
 """`eval`: every figure against an independent computation, and the cache of measurements."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -21,13 +22,15 @@ from lora_align.console import Screen
 from lora_align.data import row_reader, sources
 from lora_align.data.rows import Fact, Message, Pair, Prompt
 from lora_align.demo import data_source, oracle, oracle_judge
+from lora_align.errors import UserError
 from lora_align.evaluate.figures import wins
 from lora_align.evaluate.measure import Evaluator, Measurement, facts_known
 from lora_align.evaluate.test_set import read_test_set
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
-from lora_align.policy.policy import Conditioned, weighted
+from lora_align.policy import judge_runs
+from lora_align.policy.policy import Conditioned, find_policy, weighted
 from lora_align.policy.policy_set import PolicySet
 from support import Cli, call, made_once
 
@@ -134,12 +137,9 @@ def test_fact_with_swapped_answers_is_not_known() -> None:
         ({"prompt": "Who?", "right": "I."}, "no fact in columns"),
     ],
 )
-def test_malformed_fact_is_rejected_with_its_row(row: dict[str, Any], wrong: str, tmp_path: Path, cli: Cli) -> None:
-    (tmp_path / "facts.jsonl").write_text(json.dumps(row) + "\n")
-    done = cli("eval", "base", "--set", 'eval.facts="facts.jsonl"', *SMALL)
-    assert done.code == 2
-    assert "facts.jsonl:1" in done.err
-    assert wrong in done.err
+def test_malformed_fact_is_rejected_with_its_row(row: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UserError, match=f"facts.jsonl:1: .*{wrong}"):
+        row_reader.fact(row, "facts.jsonl:1")
 
 
 def test_kl_and_pair_score_match_peft(evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -327,20 +327,29 @@ def test_pair_too_long_for_the_system_message_has_no_margin(workspace: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("word", "says"),
     [
-        (["helpfull=1"], "did you mean 'helpful'?"),
-        (["nobody"], "no preference or run 'nobody'"),
-        (["mix"], "no mix in runs/"),
-        (["want:helpfulness=1"], "no conditioned policy in runs/rsf"),
-        (["helpful=1", "--by", "pair:brief"], "brief is not trained"),
-        (["helpful=1", "--by", "nobody"], "no reward model 'nobody'"),
-        (["helpful=1", "--set", "eval.text=demo:pairs"], "eval.text needs rows with a text column"),
+        ("helpfull=1", "did you mean 'helpful'?"),
+        ("nobody", "no preference or run 'nobody'"),
+        ("mix", "no mix in runs/"),
+        ("want:helpfulness=1", "no conditioned policy in runs/rsf"),
     ],
 )
-def test_eval_rejects_policies_judges_and_text_it_cannot_use(
-    workspace: Path, cli: Cli, words: list[str], says: str
-) -> None:
-    done = cli("eval", *words, *SMALL)
+def test_unknown_policy_is_refused(word: str, says: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    with pytest.raises(UserError, match=re.escape(says)):
+        find_policy(word, recipe.load(recipe.builtin()["demo"]), Path("runs"), Screen(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("pair:brief", "brief is not trained"), ("nobody", "no reward model 'nobody'")]
+)
+def test_unknown_judge_is_refused(name: str, says: str, workspace: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        judge_runs.check(name, recipe.load(recipe.builtin()["demo"]), workspace / "runs")
+
+
+def test_eval_refuses_text_without_a_text_column(workspace: Path, cli: Cli) -> None:
+    done = cli("eval", "helpful=1", "--set", "eval.text=demo:pairs", *SMALL)
     assert done.code == 2
-    assert says in done.err
+    assert "eval.text needs rows with a text column" in done.err

@@ -190,19 +190,10 @@ def test_tune_groups_gives_each_group_of_layers_a_weight(workspace: Path, cli: C
     assert cli("merge", "--weights", named).code == 0
 
 
-@pytest.mark.parametrize(
-    ("aim", "says"),
-    [
-        ("helpful=-1", "--aim: a share must be above 0"),
-        ("brief=1", "brief is not trained"),
-        ("helpfull=1", "did you mean 'helpful'?"),
-        ("helpful", "helpful"),
-    ],
-)
-def test_tune_rejects_invalid_aim(workspace: Path, cli: Cli, aim: str, says: str) -> None:
-    done = cli("tune", "--aim", aim)
+def test_tune_refuses_a_share_below_0(workspace: Path, cli: Cli) -> None:
+    done = cli("tune", "--aim", "helpful=-1")
     assert done.code == 2
-    assert says in done.err
+    assert "--aim: a share must be above 0" in done.err
 
 
 def test_gradient_is_unchanged_after_out_of_memory(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
