@@ -80,10 +80,10 @@ class RewardLoss:
         answer, head = batch["known"].T.to(z.device)
         ratings = batch["ratings"].to(z.device)[answer, head]
         deviation = self.heads.deviation[head]
-        errors = z[answer, head] - (ratings - self.heads.mean[head]) / deviation
-        chosen, rejected, head = batch["compared"].T.to(z.device)
-        margins = z[chosen, head] - z[rejected, head]
-        loss = torch.cat([errors.square(), -logsigmoid(margins)]).sum() / weights[0]
+        targets = (ratings - self.heads.mean[head]) / deviation
+        chosen, rejected, of_pairs = batch["compared"].T.to(z.device)
+        losses, errors, margins = reward_losses(z[answer, head], targets, z[chosen, of_pairs], z[rejected, of_pairs])
+        loss = losses.sum() / weights[0]
 
         figures = {
             "error": ((errors.detach() * deviation).square().sum(), float(len(errors))),
@@ -104,6 +104,16 @@ class RewardLoss:
     def excerpt(self, row: Example) -> str:
         """Return the first words of the first answer."""
         return self.chat.excerpt(row.answers[0][1])
+
+
+def reward_losses(rated: Tensor, targets: Tensor, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of ratings and pairs [n + m], the errors [n] and the margins [m].
+
+    A rating has (z − target)², with head outputs `rated` [n] and standardised ratings `targets` [n]. A pair has
+    −log σ(z_chosen − z_rejected) (Bradley–Terry), with head outputs `chosen` [m] and `rejected` [m].
+    """
+    errors, margins = rated - targets, chosen - rejected
+    return torch.cat([errors.square(), -logsigmoid(margins)]), errors, margins
 
 
 def _shared(row: Example) -> list[list[int]]:

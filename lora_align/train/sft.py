@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
@@ -126,11 +127,16 @@ class SftLoss:
         at = [i for i, label in enumerate(labels) if label != IGNORED]
         states = self.reader.backbone.states([[text.ids] for text in texts])
         logprobs, hits = self.reader.predicted(states, at, [labels[i] for i in at])
-        return PartLoss(-logprobs.sum() / weights[0], {"accuracy": (hits.sum(), float(len(at)))})
+        return PartLoss(sft_loss(logprobs, weights[0]), {"accuracy": (hits.sum(), float(len(at)))})
 
     def excerpt(self, row: Pack) -> str:
         """Return the first words of the first text."""
         return self.chat.excerpt(row[0].ids)
+
+
+def sft_loss(logprobs: Tensor, count: float) -> Tensor:
+    """Return −Σ log π(token) / count, from the log-probabilities [n] of labelled tokens; `count` is that of the step."""
+    return -logprobs.sum() / count
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:
