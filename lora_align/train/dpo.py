@@ -135,18 +135,18 @@ def train_dpo(
     runs.check_base(runs_dir, base.identity)
     start = start_policy.adapter(recipe, runs_dir)
     datasets = {preference: prepare(recipe, preference, base, screen) for preference in preferences}
-    unfinished = {}
+    saved = {}
     for (preference, direction), target in targets.items():
         fingerprint = datasets[preference].facts["fingerprint"]
         identity = checkpoints.run_identity("dpo", recipe, base, start_policy.identity(start), fingerprint)
-        unfinished[target] = target.checkpoints({**identity, "direction": direction.value})
+        saved[target] = target.checkpoints({**identity, "direction": direction.value})
     references = ReferenceCache.of(base, start_policy.identity(start))
     budget = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)  # one for all adapters
     with_logprobs: dict[str, TokenRows[TokenPair]] = {}
     model: PreTrainedModel | None = None
     published = []
     for (preference, direction), target in targets.items():
-        if run := target.find_published(unfinished[target]):
+        if run := target.find_published(saved[target]):
             published.append(run)
             continue
         with target.staging_folder() as staging:
@@ -158,7 +158,7 @@ def train_dpo(
                 )
             rows = for_direction(with_logprobs[preference], direction)
             job = dpo_job(recipe.dpo, recipe.lora, rows.train, base)
-            trained = lora_trainer.train(job, model, target, unfinished[target], staging, budget)
+            trained = lora_trainer.train(job, model, target, saved[target], staging, budget)
             facts = datasets[preference].facts
             manifest = _manifest(recipe, base, preference, direction, start_policy.identity(start), facts)
             run = target.publish(staging, measure(trained, manifest, rows.held_out))

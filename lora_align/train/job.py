@@ -55,9 +55,9 @@ class Target:
         """Return the checkpoints of this run; refuse those of another identity."""
         return Checkpoints.of(self.path, identity, resume=self.resume, force=self.force, screen=self.screen)
 
-    def find_published(self, unfinished: Checkpoints) -> Run | None:
+    def find_published(self, saved: Checkpoints) -> Run | None:
         """Return the run if --resume finds it published, else None."""
-        return unfinished.find_published(self.path, self.screen) if self.resume else None
+        return saved.find_published(self.path, self.screen) if self.resume else None
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:

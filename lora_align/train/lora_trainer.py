@@ -262,7 +262,7 @@ def train(
     job: Job[Row],
     model: PreTrainedModel,
     target: Target,
-    unfinished: Checkpoints,
+    checkpoints: Checkpoints,
     folder: Path,
     budget: MemoryBudget | None = None,
 ) -> Trained[Row]:
@@ -270,7 +270,7 @@ def train(
     with accepted_by_libraries():
         loss = job.loss(model, Reader.of(model))
         budget = budget or MemoryBudget(job.settings.tokens_per_batch, TOO_LONG)
-        steps = StepInputs(loss, job.rows, budget, unfinished, target.note)
+        steps = StepInputs(loss, job.rows, budget, checkpoints, target.note)
         settings = arguments(job.settings, job.base, folder, target.label)
         trainer = job.trainer(model, job.base, job.lora, settings, steps)
     initial = initialise(trainer.model, job.lora.init_seed)
@@ -286,10 +286,10 @@ def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRe
     parameters = sum(parameter.numel() for _, parameter in trainable(trainer.model))
     if settings.compile:
         trainer.loss = with_padding(trainer.loss)
-    unfinished = trainer.unfinished = replace(trainer.unfinished, bytes_each=STATE_BYTES * parameters)
-    checkpoint = unfinished.begin(target.screen)
-    needed = (CHECKPOINTS_STORED + 1 - unfinished.count) * STATE_BYTES * parameters
-    store.check_free_space(unfinished.folder, needed, "--runs DIR writes elsewhere")
+    checkpoints = trainer.checkpoints = replace(trainer.checkpoints, bytes_each=STATE_BYTES * parameters)
+    checkpoint = checkpoints.begin(target.screen)
+    needed = (CHECKPOINTS_STORED + 1 - checkpoints.count) * STATE_BYTES * parameters
+    store.check_free_space(checkpoints.folder, needed, "--runs DIR writes elsewhere")
     done = 0
     if checkpoint:
         shutil.copyfile(checkpoint / METRICS, trainer.metrics_file)
@@ -304,7 +304,7 @@ def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRe
         trainer.add_callback(recorder)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(unfinished.tensorboard_folder)
+                callback.logging_dir = str(checkpoints.tensorboard_folder)
         try:
             with compiled_layers(trainer.model, wanted=settings.compile):
                 if checkpoint and done >= steps:
@@ -312,7 +312,7 @@ def fit(trainer: StepTrainer[Any], settings: Training, target: Target) -> StepRe
                 else:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError as fault:
-            raise RunFailedError(f"{unfinished.folder}: {first_line(fault)}; {unfinished.remaining()}") from fault
+            raise RunFailedError(f"{checkpoints.folder}: {first_line(fault)}; {checkpoints.remaining()}") from fault
     if recorder.stopped:
         raise Stopped(recorder.stopped, has_checkpoint=True)
     return recorder

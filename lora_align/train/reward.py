@@ -66,8 +66,8 @@ def train_reward_model(
     runs.check_base(runs_dir, base.identity)
     data = prepare(recipe, settings, base, screen)
     fingerprints = {source: facts["fingerprint"] for source, facts in data.facts.items()}
-    unfinished = target.checkpoints(checkpoints.run_identity("reward", recipe, base, "", fingerprints))
-    if run := target.find_published(unfinished):
+    saved = target.checkpoints(checkpoints.run_identity("reward", recipe, base, "", fingerprints))
+    if run := target.find_published(saved):
         return run
     job = reward_job(settings, settings.lora or recipe.lora, data.heads, data.train, base)
     manifest = Manifest(
@@ -79,7 +79,7 @@ def train_reward_model(
         method={"objectives": settings.objectives},
     )
     with target.staging_folder() as staging:
-        trained = lora_trainer.train(job, base.load(), target, unfinished, staging)
+        trained = lora_trainer.train(job, base.load(), target, saved, staging)
         return target.publish(staging, measure(trained, manifest, settings, data.held_out, base, staging))
 
 

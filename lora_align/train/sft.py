@@ -46,8 +46,8 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
     rows = token_rows.read_token_texts(settings, base, screen)
     token_rows.report_dropped("sft", rows.facts, screen)
     job = sft_job(settings, settings.lora or recipe.lora, rows.train, base)
-    unfinished = target.checkpoints(checkpoints.run_identity("sft", recipe, base, "", rows.facts["fingerprint"]))
-    if run := target.find_published(unfinished):
+    saved = target.checkpoints(checkpoints.run_identity("sft", recipe, base, "", rows.facts["fingerprint"]))
+    if run := target.find_published(saved):
         return run
     manifest = Manifest(
         stage="sft",
@@ -58,7 +58,7 @@ def train_sft(recipe: Recipe, runs_dir: Path, screen: Screen, *, force: bool = F
         data=rows.facts,
     )
     with target.staging_folder() as staging:
-        trained = lora_trainer.train(job, base.load(), target, unfinished, staging)
+        trained = lora_trainer.train(job, base.load(), target, saved, staging)
         return target.publish(staging, measure(trained, manifest, rows.held_out))
 
 
@@ -135,7 +135,7 @@ class SftLoss:
 
 
 def sft_loss(logprobs: Tensor, count: float) -> Tensor:
-    """Return −Σ log π(token) / count, from the log-probabilities [n] of labelled tokens; `count` is that of the step."""
+    """Return −Σ log π(token) / count over labelled tokens [n]; `count` is their number in the whole step."""
     return -logprobs.sum() / count
 
 

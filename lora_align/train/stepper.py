@@ -79,7 +79,7 @@ class StepInputs(Generic[Row]):
     loss: Loss[Row]
     rows: Sequence[Row]
     budget: MemoryBudget
-    unfinished: Checkpoints
+    checkpoints: Checkpoints
     note: Callable[[str], None]
 
 
@@ -92,7 +92,7 @@ class StepTrainer(Trainer, Generic[Row]):
         rows, args = steps.rows, settings["args"]
         if args.n_gpu > 1:  # transformers would multiply the batch by the visible GPUs, and use DataParallel
             args._n_gpu = 1
-        self.loss, self.budget, self.unfinished, self.note = steps.loss, steps.budget, steps.unfinished, steps.note
+        self.loss, self.budget, self.checkpoints, self.note = steps.loss, steps.budget, steps.checkpoints, steps.note
         self.seen: dict[str, list[float]] = {}  # sum and count of each figure since the last log line
         self.tokens_seen = 0
         self.rows_each_epoch, self.warmup_added = len(rows), False
@@ -222,9 +222,9 @@ class StepTrainer(Trainer, Generic[Row]):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint completely or not at all. transformers may leave a partial one."""
         step = self.state.global_step
-        staging = self.unfinished.folder / f".{PREFIX}{step}.staging"
+        staging = self.checkpoints.folder / f".{PREFIX}{step}.staging"
         if self.args.should_save:
-            self.unfinished.make_staging(staging)
+            self.checkpoints.make_staging(staging)
         self.accelerator.wait_for_everyone()
         try:
             if self.args.should_save:
@@ -240,9 +240,9 @@ class StepTrainer(Trainer, Generic[Row]):
             self._save_rng_state(str(staging))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.unfinished.add(staging, step)
+                self.checkpoints.add(staging, step)
         except (OSError, RuntimeError, SafetensorError) as fault:
-            raise self.unfinished.write_error(staging, fault) from fault
+            raise self.checkpoints.write_error(staging, fault) from fault
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained tensors in float32. transformers' loop loads the rest of the folder."""
