@@ -30,6 +30,7 @@ SCHEMA = 1
 DEFAULT = Path("runs")
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+REMEDY = "nothing was published, and an earlier run is unchanged; free disk space and try again"
 DIVERGED = "diverged: "  # prefix of a reason in `Manifest.unconverged` that means divergence
 TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that train an adapter
 
@@ -267,9 +268,7 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     """Add the manifest to a staging folder, sync it to disk, and rename it to the target."""
 
     def publish_and_report() -> Run:
-        with store.report_write_errors(
-            target, "nothing was published, and an earlier run is unchanged; free disk space and try again"
-        ):
+        with store.report_write_errors(target, REMEDY):
             return _publish(staging, target, manifest)
 
     return processes.on_rank_0(publish_and_report)
@@ -285,7 +284,9 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
     order = _next_order(target, manifest.stage)
     manifest = replace(manifest, files=files, versions=library_versions(), created=created, order=order)
     manifest = replace(manifest, digest=digest(asdict(manifest)))
-    (staging / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+    with store.report_write_errors(target, REMEDY, len(text)):
+        (staging / MANIFEST).write_text(text, encoding="utf-8")
     for name in files:
         shutil.copymode(staging / MANIFEST, staging / name)  # safetensors writes files that only the owner can read
     store.sync_tree(staging)
