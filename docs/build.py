@@ -68,7 +68,9 @@ def recipe_tables() -> str:
             for title, shared in SHARED.items()
             if shared in table.__bases__
         ]
-        about = " ".join((table.__doc__ or "").split()) + f" It also has {' and '.join(links)}." * bool(links)
+        about = " ".join((table.__doc__ or "").split())
+        if links:
+            about += f" It also has {' and '.join(links)}."
         own = [f for f in fields(table) if f.name in table.__annotations__ and f.name != "source"]  # not set by hand
         types, docstrings = get_type_hints(table, include_extras=True), meanings(table)
         rows = [(f"`{f.name}`", allowed(types[f.name]), default(f), docstrings[f.name]) for f in own]

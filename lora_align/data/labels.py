@@ -19,7 +19,7 @@ from lora_align.rankers import Winner
 from lora_align.recipe import Preference
 
 SHOWN = 6  # values shown in an error
-ORDERED = (("1", "2"), ("0", "1"), ("A", "B"), ("a", "b"), ("first", "second"), ("model_a", "model_b"))  # of values
+ORDERED = (("1", "2"), ("A", "B"), ("a", "b"), ("first", "second"), ("model_a", "model_b"))  # values of two answers
 TIES = re.compile(r"tie.*|draw|equal|same|both.*|neither|none", re.IGNORECASE)
 
 
@@ -108,7 +108,7 @@ def _meaning(preference: Preference, name: str, column: Column, answers: tuple[s
     meaning = declared or ({} if first is None else cells.numbered(first))
     if unknown := [value for value in column.places if value in seen - meaning.keys()]:
         expected = f"expected {', '.join(meaning)}, or nothing for a tie" if meaning else "its meaning is unknown"
-        raise _refused(column, name, unknown[0], expected)
+        raise _refused(column, name, unknown[0], expected, ordered=bool(meaning))
     if not declared and "0" in seen and first == 1 and "2" not in seen:
         why = f"no label is 2, so 0 may mean {answers[0]} or a tie"
         raise _refused(column, name, "0", why, ordered=False)

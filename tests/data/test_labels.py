@@ -82,8 +82,9 @@ def test_labels_of_answers_without_numbers_need_a_table(tmp_path: Path) -> None:
     shp = {"history": "Hi?", "human_ref_A": FIRST, "human_ref_B": SECOND}
     file = written(tmp_path, [{**shp, "labels": 1}, {**shp, "labels": 0}])
     columns = {"prompt": "history", "response_0": "human_ref_A", "response_1": "human_ref_B", "label": "labels"}
-    with pytest.raises(UserError, match="label is 1; its meaning is unknown"):
+    with pytest.raises(UserError, match="label is 1; its meaning is unknown") as refused:
         chosen(Preference(file, columns=columns))
+    assert str(refused.value).endswith('labels = { 0 = "first, second or tie", 1 = "first, second or tie" }')
     labels = {"1": Winner.first, "0": Winner.second}
     assert chosen(Preference(file, columns=columns, labels=labels)) == [FIRST, SECOND]
 
