@@ -137,10 +137,8 @@ def _check_types(manifest: Manifest) -> None:
     texts += [file["sha256"] for file in manifest.files.values()] + [parent["name"] for parent in manifest.parents]
     numbers = [file["bytes"] for file in manifest.files.values()] + [parent["weight"] for parent in manifest.parents]
     held_out = manifest.metrics.get("held_out", {})
-    for name, table in {
-        "held_out": held_out,
-        **{key: manifest.method.get(key, {}) for key in ("vectors", "axes")},
-    }.items():
+    tables = {"held_out": held_out, **{key: manifest.method.get(key, {}) for key in ("vectors", "axes")}}
+    for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise TypeError(f"{name} is of type {type(table).__name__}")
     numbers += [manifest.metrics.get(name, 0) for name in ("points", "norm")]

@@ -49,9 +49,8 @@ def _origin(run: Run) -> str:
         parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
         return " ".join((["start"] if run.manifest.contains_start else []) + parts)
     base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
-    measured = (
-        run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}
-    )  # set by `reach`, or by `sweep`
+    # `reach` sets the vectors, `sweep` the axes
+    measured = run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}
     source = run.manifest.data.get("source") or " ".join(measured)
     return f"{source} ({base})" if source else base
 
