@@ -21,6 +21,7 @@ FLOORS = [
     {"console", "rankers", "weights"},
     {"want"},
     {"recipe", "runs"},
+    {"publishing"},
     {"adapters", "data", "metrics"},
     {"model"},
     {"policy"},

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lora_align import runs
+from lora_align import publishing, runs
 from lora_align.cli.shared import RUNS, ByOption, Given, check_url, takes
 from lora_align.commands import list_runs as run_list
 from lora_align.console import Screen
@@ -103,7 +103,7 @@ def sweep(
     recipe = given.recipe_of_runs()
     if not axes and not directions:
         raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
-    runs.refuse_existing(target, given.force)
+    publishing.refuse_existing(target, given.force)
     values, _ = grid(axes or [])
     given.check_vectors(values, recipe)
     find_policies(also or [], recipe, given.runs_dir, Screen(quiet=True))
@@ -215,7 +215,7 @@ def reach(
         raise UserError(f"reach: no preference has both its adapters in {given.runs_dir}/; `{command}` trains them")
     policy = weighted(dict.fromkeys(names, 1.0), recipe, given.runs_dir)
     target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
-    runs.refuse_existing(target, given.force)
+    publishing.refuse_existing(target, given.force)
     given.screen.loading(recipe.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.reach import Limits, find_reach

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_align import runs, store
+from lora_align import publishing, runs, store
 from lora_align.adapters import peft_config, peft_format, same_base
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge_methods import METHODS
@@ -79,7 +79,7 @@ def merge_adapters(
     if out:
         store.refuse_missing_parent(out)
     target = out or runs_dir / "mix" / (name or default_name(weights, how))
-    runs.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
+    publishing.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
     ready = prepare(weights, recipe, runs_dir, how, by_name)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
@@ -98,7 +98,7 @@ def merge_adapters(
     elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
     store.check_free_space(target.parent, needed, elsewhere)
     with (
-        runs.staging_folder(target, screen, force=force) as staging,
+        publishing.staging_folder(target, screen, force=force) as staging,
         store.report_write_errors(target, elsewhere, needed),
     ):
         modules = tally.counted(ready.merge.modules(rank), padded)
@@ -127,7 +127,7 @@ def merge_adapters(
             metrics={"left_out": tally.left_out},
             unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
         )
-        return Mix(runs.publish(staging, target, manifest))
+        return Mix(publishing.publish(staging, target, manifest))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lora_align import runs, want
+from lora_align import publishing, want
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.evaluate import sweep_plots, sweep_report
@@ -73,7 +73,7 @@ def run_sweep(
     plan: SweepPlan, evaluator: Evaluator, recipe: Recipe, target: Path, screen: Screen, *, force: bool = False
 ) -> SweepResult:
     """Measure every policy of the plan and publish the result. Cached measurements are reused."""
-    with runs.staging_folder(target, screen, force=force) as staging:
+    with publishing.staging_folder(target, screen, force=force) as staging:
         measurements = list(evaluator.measure_all(screen))
         figures_of = [figures(one) for one in measurements]
         scores = _scores(plan, figures_of, recipe)
@@ -90,7 +90,7 @@ def run_sweep(
         manifest = Manifest(
             stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": plan.axes}, metrics=result.as_json()
         )
-        runs.publish(staging, target, manifest)
+        publishing.publish(staging, target, manifest)
     return result
 
 

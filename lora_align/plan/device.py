@@ -39,13 +39,13 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
     dtype, where = compute_dtype(recipe.base), bases.device(recipe.base)
     free, total = bases.device_memory(where)
     if where.type != "cpu":  # `free` excludes memory that the driver and this process already use
-        return Device(bases.device_name(where), free, _rate(where, dtype), dtype, 0.0, count)
+        return Device(bases.device_name(where), free, matrix_rate(where, dtype), dtype, 0.0, count)
     used = psutil.Process().memory_info().rss  # memory of the loaded libraries
-    return Device("this CPU", total, _rate(where, dtype), dtype, used, count, cpu=True)
+    return Device("this CPU", total, matrix_rate(where, dtype), dtype, used, count, cpu=True)
 
 
-def _rate(where: torch.device, dtype: torch.dtype) -> float:
-    """Measure the operations per second of a matrix product."""
+def matrix_rate(where: torch.device, dtype: torch.dtype) -> float:
+    """Measure the operations per second of a matrix product. Return the best of five."""
     side = 1024 if where.type == "cpu" else 8192
     one = torch.randn(side, side, device=where).to(dtype)
     seconds = math.inf

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
@@ -102,11 +102,11 @@ class Shape:
             if not vocabulary:  # a tiny head; targets outside its vocabulary are harmless, as fake tensors have no data
                 head.weight = nn.Parameter(torch.empty(8, head.weight.shape[1], dtype=head.weight.dtype), False)
             began = ledger.highest = ledger.live_bytes
-            with FlopCounterMode(display=False) as counted, torch.autocast("cpu", self.dtype, self._autocasts):
+            with torch.autocast("cpu", self.dtype, self._autocasts):
                 loss = step(base)
-                forward = counted.get_total_flops()
+                forward = ledger.flops
                 loss.backward()
-            return _RunCost(weights, packed, trained, ledger.highest - began, forward, counted.get_total_flops())
+            return _RunCost(weights, packed, trained, ledger.highest - began, forward, ledger.flops)
 
     @property
     def _autocasts(self) -> bool:
@@ -174,11 +174,11 @@ class _RunCost:
 
 
 class _Ledger(TorchDispatchMode):
-    """Count the bytes of all live tensors, and their peak."""
+    """Count the bytes of all live tensors, their peak, and the floating-point operations."""
 
     def __init__(self, collect_every: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live_bytes = self.highest = 0.0
+        self.live_bytes = self.highest = self.flops = 0.0
         self.known: dict[int, int] = {}
         self.collect_every, self.operations = collect_every, 0
 
@@ -191,10 +191,16 @@ class _Ledger(TorchDispatchMode):
         gc.unfreeze()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.prim.device.default:  # two of three calls
+            return args[0].fake_device
+        if func is torch.ops.prim.device.default:  # two of three calls
+            return args[0].fake_device
         self.operations += 1
         if self.collect_every and not self.operations % self.collect_every:
             gc.collect()  # with checkpointing, fake tensors form reference cycles
         result = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()

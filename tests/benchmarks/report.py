@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lora_align.plan.device import matrix_rate
 from lora_align.runs import library_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +32,7 @@ def record(figures: dict[str, Any]) -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
+        "GFLOP/s of a float32 matrix product": round(matrix_rate(torch.device("cpu"), torch.float32) / 1e9),
     }
     return {
         "made": datetime.now(UTC).date().isoformat(),

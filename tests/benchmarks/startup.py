@@ -1,4 +1,7 @@
-"""Time light commands (target: 0.3 s), an answer (6 s) and merges (3 s, and 5 s for 8B shapes)."""
+"""Time light commands (target: 0.3 s), an answer (6 s) and merges (3 s, and 5 s for 8B shapes).
+
+The first two figures show how fast the machine is at the moment: Python alone, and the import of torch.
+"""
 
 import os
 import resource
@@ -20,16 +23,17 @@ LIGHT = {
     "list": ["list"],
     "a recipe with a fault": ["dpo", "--pref", "helpful", "--set", "dpo.betta=1"],
 }
+BASELINES = {"python": "pass", "import torch": "import torch"}
 RUNS = 15
 MERGE = ["merge", "--quiet"]
 
 
-def seconds(words: list[str], cwd: Path, times: int) -> dict[str, float]:
+def seconds(words: list[str], cwd: Path, times: int, program: str = COMMAND) -> dict[str, float]:
     """Return the median and the longest wall time of a whole process, after one warm-up."""
     durations = []
     for _ in range(times + 1):
         start = time.perf_counter()
-        subprocess.run([COMMAND, *words], cwd=cwd, capture_output=True, check=False)
+        subprocess.run([program, *words], cwd=cwd, capture_output=True, check=False)
         durations.append(time.perf_counter() - start)
     return {"median": round(statistics.median(durations[1:]), 3), "worst": round(max(durations[1:]), 3)}
 
@@ -42,7 +46,8 @@ def main() -> None:
         train = [COMMAND, "dpo", "--pref", "helpful", "--limit", "32", "--quiet"]
         subprocess.run(train, cwd=cwd, check=True, capture_output=True)
         subprocess.run([COMMAND, "merge", "--weights", "helpful=1"], cwd=cwd, check=True, capture_output=True)
-        figures = {name: seconds(words, cwd, RUNS) for name, words in LIGHT.items()}
+        figures = {name: seconds(["-c", code], cwd, RUNS, sys.executable) for name, code in BASELINES.items()}
+        figures |= {name: seconds(words, cwd, RUNS) for name, words in LIGHT.items()}
         figures["merge, two vectors of the demo"] = seconds([*MERGE, "--weights", "helpful=1", "--force"], cwd, 5)
         adapters = [algebra.adapter(cwd / f"adapter{seed}", seed, algebra.LAYERS) for seed in range(4)]
         weights = ",".join(f"{path}={weight}" for path, weight in zip(adapters, (1, 0.5, -0.5, 0.25), strict=True))

@@ -404,6 +404,6 @@ def test_free_memory_of_a_card_counts(project: recipe.Recipe, monkeypatch: pytes
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda _: (5e9, 24e9))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(devices, "_rate", lambda *_: 1e12)
+    monkeypatch.setattr(devices, "matrix_rate", lambda *_: 1e12)
     device = device_of(project)
     assert (device.name, device.memory, device.dtype) == ("a card", 5e9, torch.bfloat16)
