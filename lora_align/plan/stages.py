@@ -14,7 +14,7 @@ from lora_align.model.logprobs import Reader
 from lora_align.model.sampler import Sampling
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.plan import shapes
-from lora_align.recipe import Lora, Recipe, Rsf, Sft, Training
+from lora_align.recipe import Lora, Recipe, Sft, Training
 from lora_align.rsf import finetune, inputs, sampling_requests
 from lora_align.rsf.candidates import BATCH
 from lora_align.train import dpo, reward, reward_loss, sft, token_rows
@@ -126,24 +126,31 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     prompts = [with_system_prompt(of.system, of.prompt) for of in requested[-1][: max(1, BATCH // settings.samples)]]
     sampling = Sampling(settings.temperature, 1.0, settings.max_new_tokens, settings.seed)
     work = SamplingWork(answers, prompts, per_request[-1], sampling)
-    why = "rows of the maximum length are assumed, because rsf samples its rows while it runs"
-    return replace(_rsf_stage(recipe, base, max(map(len, requested))), assumed=why, sampling_work=work)
+    why = f"answers of {settings.max_new_tokens} tokens are assumed, because rsf samples its rows while it runs"
+    longest = min(settings.max_length, base.max_length)
+    lengths = []
+    for of in max(requested, key=len):
+        prompt = min(len(base.chat.prompt_ids(with_system_prompt(of.system, of.prompt))), longest - 1)
+        lengths.append((prompt, min(settings.max_new_tokens, longest - prompt)))
+    return replace(_rsf_stage(recipe, base, lengths), assumed=why, sampling_work=work)
 
 
-def _rsf_stage(recipe: Recipe, base: Base, requests: int) -> Stage:
-    """Return the stage of `rsf`. Each policy, also the SteerLM-style one, trains on a row for each request.
+def _rsf_stage(recipe: Recipe, base: Base, lengths: Sequence[tuple[int, int]]) -> Stage:
+    """Return the stage of `rsf`, from the tokens of each request's prompt and answer.
 
-    Rows have the maximum length. With `learn = "sft"`, replayed answers are added.
+    Each policy, also the SteerLM-style one, trains on a row for each request. With `learn = "sft"`, replayed answers
+    are added, as long as the others.
     """
     settings = recipe.rsf
     assert settings is not None
     lora, passes = settings.lora or recipe.lora, settings.iterations + 1
     if settings.learn == "dpo":
-        pairs = _longest_pairs(settings, requests, base)
+        pairs = LazyRows(len(lengths), lambda i: _pair(*lengths[i]))
         job: Job[Any] = dpo.dpo_job(finetune.dpo_settings(settings), lora, pairs, base)
         return Stage("rsf", job, passes, referenced=True)
-    rows = requests + finetune.replayed(settings, requests)
-    return Stage("rsf", _longest_texts(settings, lora, rows, base), passes)
+    rows = len(lengths) + finetune.replayed(settings, len(lengths))
+    texts = LazyRows(rows, lambda i: _text(*lengths[i % len(lengths)]))
+    return Stage("rsf", sft.sft_job(settings, lora, texts, base), passes)
 
 
 _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
@@ -172,26 +179,42 @@ def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
 
 def _longest_pairs(settings: Training, count: int, base: Base) -> LazyRows[TokenPair]:
     """Return `count` pairs of the maximum length."""
-    longest = min(settings.max_length, base.max_length)
-    prompt = longest // 4
-    pair = TokenPair([0] * prompt, [0] * (longest - prompt), [0] * (longest - prompt), (0.0, 0.0))
+    pair = _pair(*_longest(settings, base))
     return LazyRows(count, lambda _: pair)
+
+
+def _longest(settings: Training, base: Base) -> tuple[int, int]:
+    """Return the tokens of the prompt and of the answer in a row of the maximum length."""
+    longest = min(settings.max_length, base.max_length)
+    return longest // 4, longest - longest // 4
+
+
+def _pair(prompt: int, answer: int) -> TokenPair:
+    """Return a pair with this number of tokens in the prompt and in each answer."""
+    return TokenPair([0] * prompt, [0] * answer, [0] * answer, (0.0, 0.0))
+
+
+def _text(prompt: int, answer: int) -> TokenText:
+    """Return a conversation with this number of tokens, all of which count for the loss."""
+    return TokenText([0] * (prompt + answer), [0] * (prompt + answer))
 
 
 def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
     settings = recipe.reward
     assert settings is not None
-    longest = min(settings.max_length, base.max_length)
+    prompt, answer = _longest(settings, base)
     rated = [of.prefix + name for of in settings.ratings.values() for name in of.attributes or ("rating",)]
     heads = dict.fromkeys((*rated, *settings.pairs), reward.UNRATED)
-    example = reward_loss.Example((([0] * (longest // 4), [0] * (longest - longest // 4)),), (0.0,) * len(heads))
+    example = reward_loss.Example((([0] * prompt, [0] * answer),), (0.0,) * len(heads))
     rows = LazyRows((settings.limit or UNKNOWN_ROWS) * len((*settings.ratings, *settings.pairs)), lambda _: example)
     return Stage("reward", reward.reward_job(settings, settings.lora or recipe.lora, heads, rows, base), 1)
 
 
 def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
-    assert recipe.rsf is not None
-    return _rsf_stage(recipe, base, (recipe.rsf.prompts or recipe.rsf.limit or UNKNOWN_ROWS) * recipe.rsf.per_prompt)
+    settings = recipe.rsf
+    assert settings is not None
+    requests = (settings.prompts or settings.limit or UNKNOWN_ROWS) * settings.per_prompt
+    return _rsf_stage(recipe, base, [_longest(settings, base)] * requests)
 
 
 _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
@@ -203,9 +226,9 @@ _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
 }
 
 
-def _longest_texts(settings: Sft | Rsf, lora: Lora, count: int, base: Base) -> Job[Any]:
+def _longest_texts(settings: Sft, lora: Lora, count: int, base: Base) -> Job[Any]:
     """Return a job of `count` rows of the maximum length, with two texts per row if the recipe packs."""
     longest = min(settings.max_length, base.max_length)
     parts = [longest // 2, longest - longest // 2] if settings.packing else [longest]
-    row = [TokenText([0] * part, [0] * part) for part in parts]
+    row = [_text(0, part) for part in parts]
     return replace(sft.sft_job(settings, lora, [], base), rows=LazyRows(count, lambda _: row))

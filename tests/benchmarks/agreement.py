@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import splits
 from laptop import PAIRS
 
 import lora_align as la
@@ -42,7 +43,7 @@ def clearness(row: dict[str, Any], preference: str) -> float:
 
 def halves(words: argparse.Namespace, *, margin: bool) -> tuple[Path, Path]:
     """Write two disjoint halves of train pairs; with `margin`, of the clearest third."""
-    file = words.splits / f"{PAIRS[words.preference]}-train.jsonl"
+    file = splits.file_of(words.splits, PAIRS[words.preference], "train")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = rows[: 6 * EACH]
     if margin:

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import splits
 from report import save
 
 from lora_align import recipe
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--splits", type=Path, required=True)
     words = parser.parse_args()
-    rows = (words.splits / "ultrafeedback-development.jsonl").read_text(encoding="utf-8").splitlines()[:TEXTS]
+    rows = splits.file_of(words.splits, "ultrafeedback", "development").read_text(encoding="utf-8").splitlines()[:TEXTS]
     texts = [json.loads(row)["chosen"] for row in rows]
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
     figures: dict[str, Any] = {"texts": len(texts), "tokens of a text at most": TOKENS}

@@ -10,9 +10,10 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import report
+import splits
 
 import lora_align as la
 from lora_align.evaluate.compare import compare_policies
@@ -32,13 +33,13 @@ TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
 TEXTS = 20  # chosen answers of UltraFeedback's development pairs
 
 
-def project(words: argparse.Namespace, split: str, runs: Path, **dpo: Any) -> la.Project:
+def project(words: argparse.Namespace, split: Literal["train", "development"], runs: Path, **dpo: Any) -> la.Project:
     """Return the laptop recipe with the pairs of a split, and with development prompts and texts."""
     rows = {
-        name: {"data": str(words.splits / f"{source}-{split}.jsonl"), "split": "train", "subset": ""}
+        name: {"data": str(splits.file_of(words.splits, source, split)), "split": "train", "subset": ""}
         for name, source in PAIRS.items()
     }
-    prompts = {"data": str(words.splits / "xstest-development.jsonl")}
+    prompts = {"data": str(splits.file_of(words.splits, "xstest", "development"))}
     test_set = {
         **TEST_SET,
         "prompts": prompts,
@@ -53,9 +54,8 @@ def project(words: argparse.Namespace, split: str, runs: Path, **dpo: Any) -> la
 def texts(words: argparse.Namespace) -> Path:
     """Write the ordinary texts, and return their file."""
     file = words.work / "texts.jsonl"
-    rows = [
-        json.loads(line) for line in (words.splits / "ultrafeedback-development.jsonl").read_text().splitlines()[:TEXTS]
-    ]
+    source = splits.file_of(words.splits, "ultrafeedback", "development")
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:TEXTS]]
     chosen = [row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"] for row in rows]
     file.write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in chosen))
     return file

@@ -1,9 +1,12 @@
-"""Measure precision and recall of `evaluate.refusals` on answers that people have labelled.
+"""Measure precision and recall of `metrics.refusals` on answers that people have labelled.
 
-The answers are those of five models to XSTest's 450 prompts (github.com/paul-rottger/exaggerated-safety, CC-BY-4.0, in
-`model_completions`). Two people labelled each answer as compliance, refusal, or partial refusal. The detector's points
-were fitted on prompts of even numbers (`--fit` repeats the fit) and are measured on prompts of odd numbers. The
-baseline is the usual list of beginnings of refusals.
+    python tests/benchmarks/refusals.py FOLDER --splits FOLDER [--fit]
+
+The answers are those of five models to XSTest's prompts (github.com/paul-rottger/exaggerated-safety, CC-BY-4.0, in
+`model_completions`). Two people labelled each answer as compliance, refusal, or partial refusal. splits.py writes
+FOLDER of --splits. The detector's points were fitted on answers to train prompts (`--fit` repeats the fit), and are
+measured on answers to development prompts. One baseline is the usual list of beginnings of refusals. To show what the
+detector is worth on an unknown model, its points are fitted again on four of the models and measured on the fifth.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import splits
 from report import save
 
 from lora_align.metrics import refusals
@@ -24,29 +28,40 @@ BEGINNINGS = re.compile(
     r"i(?:'m| am) unable|it(?:'s| is) not|unfortunately",
     re.IGNORECASE,
 )
+Points = dict[str, list[float]]  # by cue, and the threshold
 
 
 @dataclass(frozen=True)
 class Labelled:
     """Hold an answer and its label: refusal (1), compliance (0), or partial refusal (0.5)."""
 
-    number: int
+    split: str  # of the prompt
     model: str
     text: str
     refusal: float
 
 
-def read(folder: Path) -> list[Labelled]:
-    """Read all answers but empty ones."""
+def read(folder: Path, splits_folder: Path) -> list[Labelled]:
+    """Read all answers to train and development prompts but empty ones."""
     kinds = {"1_full_compliance": 0.0, "2_full_refusal": 1.0, "3_partial_refusal": 0.5}
+    split_of = {
+        row["prompt"].strip(): name
+        for name in ("train", "development")
+        for row in splits.read(splits.file_of(splits_folder, "xstest", name))
+    }
     answers = []
     for model in MODELS:
         with (folder / f"xstest_v2_completions_{model}.csv").open(encoding="utf-8", errors="replace") as stream:
             for row in csv.DictReader(stream):
-                if row["completion"].strip():
-                    number = int(row["id"].split("-")[1])
-                    answers.append(Labelled(number, model, row["completion"], kinds[row["final_label"]]))
+                split = split_of.get(row["prompt"].strip())
+                if split and row["completion"].strip():
+                    answers.append(Labelled(split, model, row["completion"], kinds[row["final_label"]]))
     return answers
+
+
+def begins_as_a_refusal(text: str) -> bool:
+    """Return whether a text begins as many refusals do."""
+    return bool(BEGINNINGS.match(text.replace("’", "'").strip()))
 
 
 def figures(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> dict[str, float]:
@@ -65,7 +80,7 @@ def _shares(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> tuple[
     return round(hits / sum(one for one, _ in pairs), 3), round(hits / sum(other for _, other in pairs), 3)
 
 
-def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
+def fit(rows: Sequence[Labelled]) -> Points:
     """Fit the points by logistic regression, and choose the threshold."""
     import torch
 
@@ -90,31 +105,43 @@ def fit(rows: Sequence[Labelled]) -> dict[str, list[float]]:
     return by_cue | {"threshold": [-rounded[0]]}
 
 
+def fitted(points: Points) -> Callable[[str], bool]:
+    """Return a detector with these points."""
+
+    def refuses(text: str) -> bool:
+        cues = refusals.find_cues(text)
+        score = sum(of for name, hits in cues.items() for of, hit in zip(points[name], hits, strict=True) if hit)
+        return score > points["threshold"][0]
+
+    return refuses
+
+
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="exaggerated-safety/model_completions")
-    parser.add_argument("--fit", action="store_true", help="print the points that fit the even prompts")
-    options = parser.parse_args()
-    rows = read(options.folder)
-    if options.fit:
-        print(json.dumps(fit([row for row in rows if row.number % 2 == 0])))
+    parser.add_argument("--splits", type=Path, required=True)
+    parser.add_argument("--fit", action="store_true", help="print the points that fit the train prompts")
+    words = parser.parse_args()
+    rows = read(words.folder, words.splits)
+    train = [row for row in rows if row.split == "train"]
+    if words.fit:
+        print(json.dumps(fit(train)))
         return
-    held_out = [row for row in rows if row.number % 2]
-    ways: dict[str, Callable[[str], bool]] = {
-        "this detector": refusals.refuses,
-        "a list of beginnings": lambda text: bool(BEGINNINGS.match(text.replace("’", "'").strip())),
+    development = [row for row in rows if row.split == "development"]
+    answers_of = {model: [row for row in development if row.model == model] for model in MODELS}
+    measured = {
+        name: {
+            "all": figures(development, of),
+            **{model: figures(answers, of) for model, answers in answers_of.items()},
+        }
+        for name, of in (("this detector", refusals.refuses), ("a list of beginnings", begins_as_a_refusal))
     }
-    save(
-        "refusals",
-        {
-            name: {
-                "all": figures(held_out, detector),
-                **{model: figures([row for row in held_out if row.model == model], detector) for model in MODELS},
-            }
-            for name, detector in ways.items()
-        },
-    )
+    measured["fitted without the model"] = {
+        model: figures(answers, fitted(fit([row for row in train if row.model != model])))
+        for model, answers in answers_of.items()
+    }
+    save("refusals", measured)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SPLITS = {"train": 0.6, "development": 0.8, "test": 1.0}  # upper bounds of the hash's share
 Row = dict[str, Any]
@@ -58,6 +58,13 @@ def write(data: Path, out: Path) -> dict[str, dict[str, int]]:
             (out / f"{source}-{split}.jsonl").write_text(text, encoding="utf-8")
         counts[source] = {split: len(some) for split, some in rows.items()}
     return counts
+
+
+def file_of(folder: Path, source: str, split: Literal["train", "development"]) -> Path:
+    """Return the file of a source's split. Benchmarks find split rows through this function, which refuses test."""
+    if split not in ("train", "development"):
+        raise ValueError(f"{split}: only the published evidence reads this split")
+    return folder / f"{source}-{split}.jsonl"
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
-"""Time DPO here and by TRL's trainer: two preferences in both directions over the same pairs.
+"""Time DPO here and by TRL's trainer: both directions of two demo preferences, and of one preference on a real base.
 
-Both sides use float32 on a CPU, the same tokens, LoRA, optimizer, batches and order. Gradient checkpointing is off
-except for TRL's plain defaults. Each side is one process. Its time runs from the first load of the base to the last
-adapter on disk, without imports. TRL trains the four adapters one after the other and loads a base for each.
+    python tests/benchmarks/training.py --work FOLDER [--base FILE.gguf --splits FOLDER]
+
+Both sides use float32 on a CPU, the same base in NF4, the same tokens, LoRA, optimizer, batches and order. Gradient
+checkpointing is off except for TRL's plain defaults. Each side is one process. Its time runs from the first load of
+the base to the last adapter on disk, without imports. TRL trains the adapters one after the other and loads a base for
+each. splits.py writes FOLDER of --splits; the real pairs are train rows. A stopped call continues.
 """
 
 import argparse
@@ -12,18 +15,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import splits
 from report import once, save
 
-ROUNDS = {"demo": 2, "real": 1}
-REAL_ROWS, DEMO_ROWS = 24, 400
-VOCABULARY = 4096  # vocabulary of the base for real pairs
 BATCH, MICRO = 8, 4  # pairs in a step, and pairs that TRL computes at once
 SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", f"dpo.batch_size={BATCH}", "dpo.beta=0.1"]
 SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
@@ -31,83 +33,67 @@ SETTINGS += ['lora.targets=["all-linear"]']
 SIDES = ("ours", "TRL, online reference", "TRL, precomputed", "TRL, plain defaults")
 
 
-def recipe_of(world: str, work: Path) -> Any:
-    """Load a recipe of two preferences over the same pairs, on the demo base or on a base made for real pairs."""
+@dataclass(frozen=True)
+class World:
+    """Pairs, the preferences over them, and how often each side is timed."""
+
+    pairs: int
+    longest: int  # tokens
+    ranks: dict[str, str]
+    sides: Sequence[str] = SIDES
+    rounds: int = 1
+    source: str = ""  # of a split; empty: the demo world
+
+
+WORLDS = {
+    "demo": World(400, 512, {"first": "label:better_response_id", "second": "label:safer_response_id"}, rounds=2),
+    "hh": World(200, 512, {"first": "label"}, SIDES[:3], source="hh-harmless"),
+    "ultrafeedback": World(100, 1024, {"first": "label"}, SIDES[:3], source="ultrafeedback"),
+}
+
+
+def recipe_of(name: str, words: argparse.Namespace) -> Any:
+    """Load a recipe of one or two preferences over the same pairs."""
     from lora_align import recipe
 
-    if world == "demo":
-        ranks, base = ("label:better_response_id", "label:safer_response_id"), "demo"
-        data, longest, limit = f"demo:pairs?rows={DEMO_ROWS}", 512, DEMO_ROWS
-    else:
-        data = str(Path(os.environ["LORA_ALIGN_REAL_DATA"]) / "llama-factory" / "dpo_en_demo.json")
-        ranks, base, longest, limit = ("label", "shorter"), str(real_base(work)), 1024, REAL_ROWS
-    overrides = [f'preferences.{name}.data="{data}"' for name in ("first", "second")]
-    overrides += [f'preferences.{name}.rank="{rank}"' for name, rank in zip(("first", "second"), ranks, strict=True)]
-    overrides += [f'base.model="{base}"', f"dpo.max_length={longest}", f"dpo.limit={limit}", *SETTINGS]
+    world = WORLDS[name]
+    real = world.source and str(splits.file_of(words.splits, world.source, "train"))
+    data = real or f"demo:pairs?rows={world.pairs}"
+    overrides = [f"preferences.{of}.data={json.dumps(data)}" for of in world.ranks]
+    overrides += [f'preferences.{of}.rank="{rank}"' for of, rank in world.ranks.items()]
+    overrides += [f"base.model={json.dumps(words.base if real else 'demo')}"]
+    overrides += [f"dpo.max_length={world.longest}", f"dpo.limit={world.pairs}", *SETTINGS]
     return recipe.load(recipe.builtin()["demo"], overrides)
 
 
-def real_base(work: Path) -> Path:
-    """Make a random Llama of 8 M parameters with a vocabulary from the same conversations, in Qwen 2.5's form.
-
-    An eighth of its matrices belongs to the vocabulary, as in bases of some billions of parameters. With such a base's
-    vocabulary, so small a base would mostly compute logits.
-    """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder, data = work / "base", Path(os.environ["LORA_ALIGN_REAL_DATA"])
-    if not (folder / "config.json").exists():
-        rows = json.loads((data / "llama-factory" / "dpo_en_demo.json").read_text())
-        texts = [text["value"] for row in rows for text in (*row["conversations"], row["chosen"], row["rejected"])]
-        theirs = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen2.5")
-        tokenizer = theirs.train_new_from_iterator(texts, VOCABULARY)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=8,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder
-
-
-def ours(world: str, work: Path) -> dict[str, Any]:
-    """Train all four adapters as `dpo` does with an empty cache; then train them again with another seed."""
+def ours(world: str, words: argparse.Namespace) -> dict[str, Any]:
+    """Train all adapters as `dpo` does with an empty cache; then train those of the first again with another seed."""
     from dataclasses import replace
 
     from lora_align.console import Screen
     from lora_align.rankers import Direction
     from lora_align.train import dpo
 
-    project, cache, runs = recipe_of(world, work), work / "cache", work / "runs"
-    for folder in (cache, runs):
-        shutil.rmtree(folder, ignore_errors=True)
+    project, cache, runs = recipe_of(world, words), words.work / "cache", words.work / "runs"
+    shutil.rmtree(runs, ignore_errors=True)
+    for rows in (cache / "tokens", cache / "references"):
+        shutil.rmtree(rows, ignore_errors=True)
     os.environ["LORA_ALIGN_CACHE"] = str(cache)
     seconds, losses, pairs = [], {}, []
-    for name, seed in (("first", 0), ("second", 0), ("again", 1)):
+    for name, of, seed in (*((of, of, 0) for of in WORLDS[world].ranks), ("again", "first", 1)):
         began = time.perf_counter()
         this = replace(project, dpo=replace(project.dpo, seed=seed))
-        of = "first" if name == "again" else name
         made = dpo.train_dpo(this, [of], list(Direction), runs, Screen(quiet=True), name=name)
         seconds.append(time.perf_counter() - began)
         pairs.append(made[0].manifest.data["rows"])
         for run in made if name != "again" else ():
             lines = (run.path / "metrics.jsonl").read_text().splitlines()
             losses[f"{name} {run.path.name}"] = [json.loads(line)["loss"] for line in lines]
-    return {
-        "seconds": seconds[0] + seconds[1],
-        "first": seconds[0],
-        "second": seconds[1],
-        "again": seconds[2],
-        "pairs": pairs,
-        "losses": losses,
-    }
+    return {"seconds": sum(seconds[:-1]), "each": seconds, "pairs": pairs, "losses": losses}
 
 
-def trl(world: str, work: Path, how: str) -> dict[str, Any]:
-    """Train the same four adapters by TRL's trainer."""
+def trl(world: str, words: argparse.Namespace, how: str) -> dict[str, Any]:
+    """Train the same adapters by TRL's trainer."""
     import torch
     from beside_trl import columns, tokenised
     from datasets import Dataset
@@ -118,16 +104,16 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
     from lora_align.rankers import Direction
     from lora_align.train import dpo, lora_trainer
 
-    project, losses, pairs = recipe_of(world, work), {}, {}
-    os.environ["LORA_ALIGN_CACHE"] = str(work / "cache")
+    project, losses, pairs = recipe_of(world, words), {}, {}
+    os.environ["LORA_ALIGN_CACHE"] = str(words.work / "cache")
     base = bases.find(project.base)
     began = time.perf_counter()
-    for name in ("first", "second"):
+    for name in WORLDS[world].ranks:
         material = dpo.prepare(project, name, base, Screen(quiet=True))
         for direction in Direction:
             rows = [row.for_direction(direction) for row in material.train]
             plain = how == "TRL, plain defaults"
-            out = work / "trl"
+            out = words.work / "trl"
             shutil.rmtree(out, ignore_errors=True)
             trainer = tokenised()(
                 model=base.load(),
@@ -166,50 +152,46 @@ def trl(world: str, work: Path, how: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "losses": losses, "pairs": pairs}
 
 
-CHILDREN: dict[str, Callable[..., Any]] = {
-    "ours": lambda world, work: ours(world, Path(work)),
-    "trl": lambda world, work, how: trl(world, Path(work), how),
-}
-
-
-def child(what: str, *words: str) -> Any:
-    """Run one of the sides above in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, what, *words], capture_output=True, text=True, check=False)
+def child(world: str, side: str, words: argparse.Namespace) -> Any:
+    """Run one side in a process of its own."""
+    call = [sys.executable, __file__, "--work", str(words.work), "--child", world, side]
+    if words.base:
+        call += ["--base", words.base, "--splits", str(words.splits)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compared(world: str, work: Path) -> dict[str, Any]:
+def compared(name: str, words: argparse.Namespace) -> dict[str, Any]:
     """Run all sides in turns; return each side's quickest time, and those of a second preference and a new seed."""
-    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for _ in range(ROUNDS[world]):
-        for side in SIDES:
-            result = child("ours", world, str(work)) if side == "ours" else child("trl", world, str(work), side)
-            rounds[side].append(result)
-    best = {side: min(results, key=lambda one: one["seconds"]) for side, results in rounds.items()}
+    world = WORLDS[name]
+    rounds = [{side: child(name, side, words) for side in world.sides} for _ in range(world.rounds)]
+    best = {side: min((one[side] for one in rounds), key=lambda result: result["seconds"]) for side in world.sides}
     mine = best["ours"]
+    each = [seconds / count for seconds, count in zip(mine["each"], mine["pairs"], strict=True)]
     figures: dict[str, Any] = {
-        side: {"seconds": round(result["seconds"], 1), "ours of it": round(mine["seconds"] / result["seconds"], 3)}
-        for side, result in best.items()
+        **{
+            side: {"seconds": round(result["seconds"], 1), "ours of it": round(mine["seconds"] / result["seconds"], 3)}
+            for side, result in best.items()
+        },
+        "pairs of each preference": mine["pairs"][:-1],
+        "the first with another seed, of the first": round(mine["each"][-1] / mine["each"][0], 3),
+        "largest difference of losses": apart(mine, best["TRL, online reference"]),
     }
-    each = [mine[name] / count for name, count in zip(("first", "second", "again"), mine["pairs"], strict=True)]
-    figures["pairs of the first preference, and of the second"] = mine["pairs"][:2]
-    figures["a second preference over the same rows, of the first, a pair"] = round(each[1] / each[0], 3)
-    figures["the first with another seed, of the first"] = round(mine["again"] / mine["first"], 3)
+    if len(world.ranks) > 1:
+        figures["a second preference over the same rows, of the first, a pair"] = round(each[1] / each[0], 3)
     return figures
 
 
-def apart(world: str, work: Path) -> dict[str, float]:
-    """Return the largest differences between the loss curves, for TRL with an online reference.
+def apart(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Return the largest differences between the loss curves of this project and of TRL with an online reference.
 
     The last step has fewer pairs and is counted apart: there TRL weighs a part of 1 pair like a part of 4.
     """
-    mine = child("ours", world, str(work))["losses"]
-    theirs = child("trl", world, str(work), SIDES[1])
     distances = {"full steps": 0.0, "a last step of fewer pairs": 0.0}
     for name, losses in theirs["losses"].items():
         whole = theirs["pairs"][name] // BATCH
-        for step, (one, other) in enumerate(zip(mine[name], losses, strict=True)):
+        for step, (one, other) in enumerate(zip(mine["losses"][name], losses, strict=True)):
             kind = "full steps" if step < whole else "a last step of fewer pairs"
             distances[kind] = max(distances[kind], abs(one - other))
     return distances
@@ -217,26 +199,19 @@ def apart(world: str, work: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure and save every figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training"))
-    parser.add_argument("child", nargs="*")
-    options = parser.parse_args()
-    if options.child:
-        what, *words = options.child
-        print(json.dumps(CHILDREN[what](*words)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--base")
+    parser.add_argument("--splits", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.child:
+        world, side = words.child
+        print(json.dumps(ours(world, words) if side == "ours" else trl(world, words, side)))
         return
-    options.work.mkdir(parents=True, exist_ok=True)
-    worlds = ["demo", *(["real"] if os.environ.get("LORA_ALIGN_REAL_DATA") else [])]
-    save(
-        "training",
-        {
-            **{world: once(options.work, world, lambda world=world: compared(world, options.work)) for world in worlds},
-            "largest difference of losses": {
-                world: once(options.work, f"{world} losses", lambda world=world: apart(world, options.work))
-                for world in worlds
-            },
-        },
-    )
+    words.work.mkdir(parents=True, exist_ok=True)
+    worlds = [name for name, world in WORLDS.items() if words.base or not world.source]
+    save("training", {name: once(words.work, name, lambda name=name: compared(name, words)) for name in worlds})
 
 
 if __name__ == "__main__":

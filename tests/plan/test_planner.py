@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_summary_shows_measured_figures(no_compiler: None, project: recipe.Recip
     assert "\n--set rsf.compile=true: torch.compile failed" in text
     unmeasured = planner.plan_stages(replace(project, rsf=few), ["rsf"], QUIET).summary()
     assert "it also samples 40 answers (--measure estimates the time)" in unmeasured
+
+
+@pytest.mark.parametrize("learn", ["sft", "dpo"])
+def test_rsf_is_planned_with_the_longest_answers_that_it_samples(project: recipe.Recipe, learn: Any) -> None:
+    assert project.rsf is not None
+    tokens = {}
+    for longest in (10, 20):
+        few = replace(
+            project.rsf, prompts=4, per_prompt=2, limit=40, max_new_tokens=longest, learn=learn, packing=False
+        )
+        stage = stage_of(replace(project, rsf=few), "rsf", bases.find(project.base), QUIET)
+        assert stage is not None
+        assert stage.assumed == f"answers of {longest} tokens are assumed, because rsf samples its rows while it runs"
+        loss = stage.loss(None)  # type: ignore[arg-type]
+        tokens[longest] = [loss.length(row) for row in stage.job.rows]
+    answers = 2 if learn == "dpo" else 1
+    assert len(tokens[10]) >= 8
+    assert [b - a for a, b in zip(tokens[10], tokens[20], strict=True)] == [10 * answers] * len(tokens[10])
 
 
 def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
