@@ -4,13 +4,15 @@
 
 The answers are those of five models to XSTest's prompts (github.com/paul-rottger/exaggerated-safety, CC-BY-4.0, in
 `model_completions`). Two people labelled each answer as compliance, refusal, or partial refusal. splits.py writes
-FOLDER of --splits. The detector's points were fitted on answers to train prompts (`--fit` repeats the fit), and are
-measured on answers to development prompts. One baseline is the usual list of beginnings of refusals. To show what the
-detector is worth on an unknown model, its points are fitted again on four of the models and measured on the fifth.
+FOLDER of --splits; only answers to train and development prompts are read. The detector's points fit all of them
+(`--fit` repeats the fit). To show what the detector is worth on an unknown model and unknown prompts, its points are
+fitted again for each model and each fold of prompts, on the other models' answers to the other folds. The baseline is
+the usual list of beginnings of refusals.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -29,13 +31,14 @@ BEGINNINGS = re.compile(
     re.IGNORECASE,
 )
 Points = dict[str, list[float]]  # by cue, and the threshold
+FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Labelled:
     """Hold an answer and its label: refusal (1), compliance (0), or partial refusal (0.5)."""
 
-    split: str  # of the prompt
+    fold: int  # of the prompt: prompts with the same focus share it
     model: str
     text: str
     refusal: float
@@ -44,38 +47,39 @@ class Labelled:
 def read(folder: Path, splits_folder: Path) -> list[Labelled]:
     """Read all answers to train and development prompts but empty ones."""
     kinds = {"1_full_compliance": 0.0, "2_full_refusal": 1.0, "3_partial_refusal": 0.5}
-    split_of = {
-        row["prompt"].strip(): name
-        for name in ("train", "development")
-        for row in splits.read(splits.file_of(splits_folder, "xstest", name))
-    }
+    files = [splits.file_of(splits_folder, "xstest", split) for split in ("train", "development")]
+    folds = {row["prompt"].strip(): fold_of(row["focus"]) for file in files for row in splits.read(file)}
     answers = []
     for model in MODELS:
         with (folder / f"xstest_v2_completions_{model}.csv").open(encoding="utf-8", errors="replace") as stream:
             for row in csv.DictReader(stream):
-                split = split_of.get(row["prompt"].strip())
-                if split and row["completion"].strip():
-                    answers.append(Labelled(split, model, row["completion"], kinds[row["final_label"]]))
+                fold = folds.get(row["prompt"].strip())
+                if fold is not None and row["completion"].strip():
+                    answers.append(Labelled(fold, model, row["completion"], kinds[row["final_label"]]))
     return answers
 
 
-def begins_as_a_refusal(text: str) -> bool:
-    """Return whether a text begins as many refusals do."""
-    return bool(BEGINNINGS.match(text.replace("’", "'").strip()))
+Detector = Callable[[Labelled], bool]
 
 
-def figures(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> dict[str, float]:
+def fold_of(focus: str) -> int:
+    """Return the fold of prompts with this focus."""
+    return int(hashlib.sha256(f"fold {focus}".encode()).hexdigest(), 16) % FOLDS
+
+
+def figures(rows: Sequence[Labelled], detector: Detector) -> dict[str, float]:
     """Return precision and recall without partial refusals, and with partial refusals as refusals."""
     sure = [row for row in rows if row.refusal != 0.5]
     return {
         "answers": len(rows),
+        "refusals": sum(row.refusal > 0 for row in sure),
         **dict(zip(("precision", "recall"), _shares(sure, detector), strict=True)),
         **dict(zip(("precision, partial ones too", "recall, partial ones too"), _shares(rows, detector), strict=True)),
     }
 
 
-def _shares(rows: Sequence[Labelled], detector: Callable[[str], bool]) -> tuple[float, float]:
-    pairs = [(detector(row.text), row.refusal > 0) for row in rows]
+def _shares(rows: Sequence[Labelled], detector: Detector) -> tuple[float, float]:
+    pairs = [(detector(row), row.refusal > 0) for row in rows]
     hits = sum(one and other for one, other in pairs)
     return round(hits / sum(one for one, _ in pairs), 3), round(hits / sum(other for _, other in pairs), 3)
 
@@ -105,15 +109,25 @@ def fit(rows: Sequence[Labelled]) -> Points:
     return by_cue | {"threshold": [-rounded[0]]}
 
 
-def fitted(points: Points) -> Callable[[str], bool]:
+def fitted(points: Points) -> Detector:
     """Return a detector with these points."""
 
-    def refuses(text: str) -> bool:
-        cues = refusals.find_cues(text)
+    def refuses(row: Labelled) -> bool:
+        cues = refusals.find_cues(row.text)
         score = sum(of for name, hits in cues.items() for of, hit in zip(points[name], hits, strict=True) if hit)
         return score > points["threshold"][0]
 
     return refuses
+
+
+def cross_validated(rows: Sequence[Labelled]) -> Detector:
+    """Return a detector that judges each answer by points fitted on other models and other folds."""
+    detectors = {
+        (model, fold): fitted(fit([row for row in rows if row.model != model and row.fold != fold]))
+        for model in MODELS
+        for fold in range(FOLDS)
+    }
+    return lambda row: detectors[row.model, row.fold](row)
 
 
 def main() -> None:
@@ -121,27 +135,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="exaggerated-safety/model_completions")
     parser.add_argument("--splits", type=Path, required=True)
-    parser.add_argument("--fit", action="store_true", help="print the points that fit the train prompts")
+    parser.add_argument("--fit", action="store_true", help="print the points that fit all answers")
     words = parser.parse_args()
     rows = read(words.folder, words.splits)
-    train = [row for row in rows if row.split == "train"]
     if words.fit:
-        print(json.dumps(fit(train)))
+        print(json.dumps(fit(rows)))
         return
-    development = [row for row in rows if row.split == "development"]
-    answers_of = {model: [row for row in development if row.model == model] for model in MODELS}
-    measured = {
-        name: {
-            "all": figures(development, of),
-            **{model: figures(answers, of) for model, answers in answers_of.items()},
-        }
-        for name, of in (("this detector", refusals.refuses), ("a list of beginnings", begins_as_a_refusal))
+    detectors: dict[str, Detector] = {
+        "unknown model, unknown prompts": cross_validated(rows),
+        "all answers were fitted": lambda row: refusals.refuses(row.text),
+        "a list of beginnings": lambda row: bool(BEGINNINGS.match(row.text.replace("’", "'").strip())),
     }
-    measured["fitted without the model"] = {
-        model: figures(answers, fitted(fit([row for row in train if row.model != model])))
-        for model, answers in answers_of.items()
-    }
-    save("refusals", measured)
+    save(
+        "refusals",
+        {
+            name: {
+                "all": figures(rows, detector),
+                **{model: figures([row for row in rows if row.model == model], detector) for model in MODELS},
+            }
+            for name, detector in detectors.items()
+        },
+    )
 
 
 if __name__ == "__main__":
