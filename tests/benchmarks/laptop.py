@@ -21,11 +21,10 @@ from lora_align.evaluate.measure import Evaluator
 
 SETTINGS = [  # preference and keys of [dpo]
     ("brief", {"learning_rate": 2e-4, "limit": 200}),
-    ("brief", {"learning_rate": 3e-4, "limit": 200}),
-    ("harmless", {"learning_rate": 3e-4, "limit": 400}),
-    ("harmless", {"learning_rate": 1e-3, "limit": 400}),
-    ("helpful", {"learning_rate": 3e-4, "limit": 200}),
+    ("harmless", {"learning_rate": 1e-3, "limit": 200}),
+    ("harmless", {"learning_rate": 3e-4, "limit": 200}),
     ("helpful", {"learning_rate": 1e-3, "limit": 200}),
+    ("helpful", {"learning_rate": 3e-4, "limit": 200}),
 ]
 WEIGHTS = (0.5, 1.0)
 PAIRS = {"helpful": "ultrafeedback", "harmless": "hh-harmless", "brief": "hh-harmless"}
