@@ -266,7 +266,15 @@ def _ultrafeedback(row: Row) -> list[Rated]:
 
 def _rated_pair(row: Row) -> list[Rated]:
     """Read two answers with numbers for each, such as helpfulness_0 and helpfulness_1."""
-    pair = _two_answers(row, "prompt", ANSWER_COLUMNS[0])
+    return _each_rated(_two_answers(row, "prompt", ANSWER_COLUMNS[0]))
+
+
+def _rated_chosen_rejected(row: Row) -> list[Rated]:
+    """Read chosen and rejected answers with a number for each, such as score_chosen and score_rejected."""
+    return _each_rated(_chosen_rejected(row))
+
+
+def _each_rated(pair: Comparison) -> list[Rated]:
     return [
         Rated(pair.prompt, answer, {name: both[side] for name, both in pair.ratings.items()})
         for side, answer in enumerate(pair.answers)
@@ -342,6 +350,7 @@ _BUILT_IN = [  # in the order in which they are tried
     Form(Rated, ("prompt", "response"), _helpsteer),
     Form(Rated, ("instruction", "completions"), _ultrafeedback),
     Form(Rated, ("prompt", "response_0", "response_1"), _rated_pair),
+    Form(Rated, ("chosen", "rejected"), _rated_chosen_rejected),
     Form(Prompt, ("prompt",), _prompt),
     Form(Prompt, ("messages",), _chat_prompt),
     Form(Prompt, ("conversations",), _sharegpt_prompt),

@@ -234,8 +234,14 @@ def _near(path: Path) -> str:
 
 
 def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
-    missing = [theirs for theirs in columns.values() if theirs not in row]
-    if missing:
-        raise UserError(f"{where}: no column {missing[0]!r} (it has: {', '.join(map(str, row))})")
+    """Return a row under known column names. A name such as `metadata.score` is a value inside a column."""
+    renamed = {}
+    for ours, theirs in columns.items():
+        column, _, key = theirs.rpartition(".")
+        holder = row if theirs in row else row.get(column)
+        name = theirs if theirs in row else key
+        if not isinstance(holder, Mapping) or name not in holder:
+            raise UserError(f"{where}: no column {theirs!r} (it has: {', '.join(map(str, row))})")
+        renamed[ours] = holder[name]
     others = {name: value for name, value in row.items() if name not in columns.values()}
-    return others | {ours: row[theirs] for ours, theirs in columns.items()}
+    return others | renamed

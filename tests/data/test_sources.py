@@ -533,6 +533,17 @@ RATED: dict[str, Mapping[str, Any]] = {
         "coherence_0": None,
         "coherence_1": 2,
     },
+    "chosen and rejected": {
+        "prompt": "Hi?",
+        "chosen": GOOD,
+        "rejected": BAD,
+        "helpfulness_chosen": 3,
+        "helpfulness_rejected": 0,
+        "verbosity_chosen": 1,
+        "verbosity_rejected": 4,
+        "coherence_chosen": None,
+        "coherence_rejected": 2,
+    },
 }
 
 
@@ -598,6 +609,16 @@ def test_columns_renames_columns(tmp_path: Path) -> None:
     assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("Hi?", GOOD, BAD)
     with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'best' \(it has: ask, better"):
         pairs_of(Preference(str(tmp_path / "own.jsonl"), columns={"chosen": "best"}))
+
+
+def test_columns_reads_a_value_inside_a_column(tmp_path: Path) -> None:
+    rows = [{**FORMS["plain"], "scores": {"chosen": 2 - i, "rejected": 1}, "a.b": "x"} for i in range(3)]
+    _write(tmp_path / "own.jsonl", rows)
+    columns = {"score_chosen": "scores.chosen", "score_rejected": "scores.rejected"}
+    ranked = Preference(str(tmp_path / "own.jsonl"), columns=columns, rank="rating:score", margin=0.5)
+    assert [pair.chosen for pair in pairs_of(ranked).train] == [FORMS["plain"]["chosen"], FORMS["plain"]["rejected"]]
+    with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'scores\.best' \(it has: "):
+        pairs_of(Preference(str(tmp_path / "own.jsonl"), columns={"score_chosen": "scores.best"}))
 
 
 def test_skip_bad_counts_bad_rows(tmp_path: Path) -> None:
