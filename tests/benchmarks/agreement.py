@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import real_base
 import report
 import splits
-from laptop import PAIRS
 
 import lora_align as la
 
@@ -43,7 +43,7 @@ def clearness(row: dict[str, Any], preference: str) -> float:
 
 def halves(words: argparse.Namespace, *, margin: bool) -> tuple[Path, Path]:
     """Write two disjoint halves of train pairs; with `margin`, of the clearest third."""
-    file = splits.file_of(words.splits, PAIRS[words.preference], "train")
+    file = splits.file_of(words.splits, real_base.PAIRS[words.preference], "train")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = rows[: 6 * EACH]
     if margin:
@@ -59,17 +59,10 @@ def vector(words: argparse.Namespace, name: str, file: Path, tables: dict[str, A
     """Train a vector on the pairs of a file, or return the one that is trained already."""
     runs = words.work / "-".join([words.preference, name.replace(" ", "_"), file.stem, str(seed)])
     rank = {"rank": "shorter", "margin": 0} if words.preference == "brief" else {}
-    pairs = {words.preference: {"data": str(file), "split": "train", "subset": "", **rank}}
+    pairs = {words.preference: {"data": str(file), **real_base.HERE, **rank}}
     dpo = {**COMMON, **tables.get("dpo", {}), "seed": seed}
-    project = la.Project(
-        "smollm2-135m",
-        runs,
-        quiet=True,
-        base={"model": words.base},
-        preferences=pairs,
-        dpo=dpo,
-        lora=tables.get("lora", {}),
-    )
+    tables = {"preferences": pairs, "dpo": dpo, "lora": tables.get("lora", {})}
+    project = real_base.project(words.base, words.splits, runs, **tables)
     return project.train(words.preference)
 
 

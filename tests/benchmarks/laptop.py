@@ -10,12 +10,12 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import real_base
 import report
 import splits
 
-import lora_align as la
 from lora_align.evaluate.compare import compare_policies
 from lora_align.evaluate.measure import Evaluator
 
@@ -27,27 +27,8 @@ SETTINGS = [  # preference and keys of [dpo]
     ("helpful", {"learning_rate": 3e-4, "limit": 200}),
 ]
 WEIGHTS = (0.5, 1.0)
-PAIRS = {"helpful": "ultrafeedback", "harmless": "hh-harmless", "brief": "hh-harmless"}
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
 TEXTS = 20  # chosen answers of UltraFeedback's development pairs
-
-
-def project(words: argparse.Namespace, split: Literal["train", "development"], runs: Path, **dpo: Any) -> la.Project:
-    """Return the laptop recipe with the pairs of a split, and with development prompts and texts."""
-    rows = {
-        name: {"data": str(splits.file_of(words.splits, source, split)), "split": "train", "subset": ""}
-        for name, source in PAIRS.items()
-    }
-    prompts = {"data": str(splits.file_of(words.splits, "xstest", "development"))}
-    test_set = {
-        **TEST_SET,
-        "prompts": prompts,
-        "risky": prompts,
-        "text": {"data": str(texts(words)), "subset": "", "split": "train"},
-    }
-    return la.Project(
-        "smollm2-135m", runs, quiet=True, base={"model": words.base}, preferences=rows, dpo=dpo, eval=test_set
-    )
 
 
 def texts(words: argparse.Namespace) -> Path:
@@ -64,9 +45,12 @@ def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]
     """Train a vector with some settings, and measure it on development rows."""
     runs = words.work / "-".join([preference, *map(str, settings.values())])
     began = time.monotonic()
-    vector = project(words, "train", runs).train(preference, **settings)
+    vector = real_base.project(words.base, words.splits, runs).train(preference, **settings)
     seconds = time.monotonic() - began
-    development = project(words, "development", runs, held_out=0.95)
+    test_set = {**TEST_SET, "text": {"data": str(texts(words)), **real_base.HERE}}
+    development = real_base.project(
+        words.base, words.splits, runs, "development", dpo={"held_out": 0.95}, eval=test_set
+    )
     policies = ["start", *(f"{preference}={weight:g}" for weight in (*WEIGHTS, -WEIGHTS[0]))]
     chosen = [development.policy(name) for name in policies]
     evaluator = Evaluator.of(chosen, development.recipe, runs, development.screen, preferences=[preference])

@@ -1,7 +1,11 @@
-"""Compare the memory that `plan` predicts for a step with the memory it takes: peak bytes of tensors on this device.
+"""Compare the memory and time that `plan` predicts with those that training takes, on this device.
 
-On a CPU, torch's allocator reports them to its profiler; on a GPU, CUDA's allocator counts them. Weights and adapters
-are subtracted from both sides: their bytes are exact and would hide errors of the rest.
+    python tests/benchmarks/planning.py --work FOLDER [--base FILE.gguf --splits FOLDER]
+
+Memory is the peak of tensors in the fullest part of a step. On a CPU, torch's allocator reports it to its profiler; on
+a GPU, CUDA's allocator counts it. Weights and adapters are subtracted from both sides: their bytes are exact and would
+hide errors of the rest. With --base, the recipe smollm2-135m is measured as well; splits.py writes FOLDER of --splits.
+A stopped call continues.
 """
 
 import argparse
@@ -14,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from report import save
+from report import once, save
 
 CASES = [  # stage, base (layers and width; None: the demo base), overrides
     ("dpo", None, []),
@@ -28,6 +32,9 @@ CASES = [  # stage, base (layers and width; None: the demo base), overrides
     *((stage, size, []) for size in (None, (12, 512)) for stage in ("sft", "reward", "rsf")),
     *((stage, (12, 512), [f"{stage}.gradient_checkpointing=true"]) for stage in ("sft", "reward", "rsf")),
 ]
+
+
+REAL_STAGES = ("dpo", "reward", "rsf")
 
 
 def base_of(size: tuple[int, int] | None, work: Path) -> str:
@@ -52,8 +59,23 @@ def base_of(size: tuple[int, int] | None, work: Path) -> str:
 
 
 def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
-    """Plan the largest part of a stage's step, then run it; return peak bytes beyond weights and adapters."""
+    """Compare the peak bytes of a stage of the demo recipe."""
     from lora_align import recipe
+
+    few = ["dpo.limit=200", "reward.limit=200", 'sft.data="demo:conversations?rows=200"']
+    return memory(recipe.load(recipe.builtin()["demo"], [f'base.model="{base}"', *few, *settings]), name)
+
+
+def real_recipe(words: argparse.Namespace) -> Any:
+    """Return the laptop recipe with few rows."""
+    import real_base
+
+    few: dict[str, Any] = {"dpo": {"limit": 48}, "reward": {"limit": 32}, "rsf": {"prompts": 8, "iterations": 1}}
+    return real_base.project(words.base, words.splits, words.work / "runs", **few).recipe
+
+
+def memory(project: Any, name: str) -> dict[str, float]:
+    """Plan the largest part of a stage's step, then run it; return peak bytes beyond weights and adapters."""
     from lora_align.console import Screen
     from lora_align.model import base as bases
     from lora_align.plan import planner
@@ -61,9 +83,6 @@ def child(name: str, base: str, settings: list[str]) -> dict[str, float]:
     from lora_align.plan.stages import stage_of
     from lora_align.plan.timing import time_step
 
-    few = ["dpo.limit=200", "reward.limit=200", 'sft.data="demo:conversations?rows=200"']
-    overrides = [f'base.model="{base}"', *few, *settings]
-    project = recipe.load(recipe.builtin()["demo"], overrides)
     loaded = bases.find(project.base)
     stage = stage_of(project, name, loaded, Screen(quiet=True))
     planned = planner.estimate_stage(project, loaded, stage, device_of(project))
@@ -94,6 +113,36 @@ def times() -> dict[str, Any]:
     dpo.train_dpo(one, ["helpful"], list(Direction), Path(tempfile.mkdtemp()), screen)
     seconds = time.perf_counter() - began
     return {"planned": planned, "taken": round(seconds, 1), "ratio": round(planned / seconds, 3)}
+
+
+def real_time(name: str, words: argparse.Namespace) -> dict[str, float]:
+    """Compare the time that `plan --measure` predicts for a stage of the laptop recipe with the time it takes.
+
+    `dpo` trains both directions of `harmless`. `rsf` needs the reward model that the stage before has trained.
+    """
+    os.environ["LORA_ALIGN_CACHE"] = str(words.work / f"cache-{name}")
+    import shutil
+
+    from lora_align.console import Screen
+    from lora_align.plan import planner
+    from lora_align.rankers import Direction
+    from lora_align.rsf.loop import train_rsf
+    from lora_align.train import dpo, reward
+
+    screen, runs, project = Screen(quiet=True), words.work / "runs", real_recipe(words)
+    one = replace(project, preferences={"harmless": project.preferences["harmless"]})
+    stage = planner.plan_stages(one, [name], screen, measure=True).stages[0]
+    planned = stage.estimate.seconds + (stage.sampling_seconds or 0.0)
+    shutil.rmtree(words.work / f"cache-{name}" / "references", ignore_errors=True)
+    began = time.perf_counter()
+    if name == "dpo":
+        dpo.train_dpo(one, ["harmless"], list(Direction), runs, screen, force=True)
+    elif name == "reward":
+        reward.train_reward_model(one, runs, screen, force=True)
+    else:
+        train_rsf(one, runs, screen, force=True)
+    seconds = time.perf_counter() - began
+    return {"planned": round(planned, 1), "taken": round(seconds, 1), "ratio": round(planned / seconds, 3)}
 
 
 def evening(work: Path) -> dict[str, Any]:
@@ -129,33 +178,59 @@ def evening(work: Path) -> dict[str, Any]:
     return plans
 
 
+def in_process(stage: str, size: tuple[int, int] | None, settings: list[str], options: argparse.Namespace) -> Any:
+    """Compare the memory of a case in a process of its own."""
+    words = ["--child", stage, base_of(size, options.work), *settings]
+    base = f"{size[0]} layers of {size[1]}" if size else "the built-in base"
+    return {"stage": stage, "base": base, "set": settings, "megabytes": called(options, *words)}
+
+
+def called(options: argparse.Namespace, *words: str) -> Any:
+    """Run this script in a process of its own, and return what it prints."""
+    real = ["--base", options.base, "--splits", str(options.splits)] if options.base else []
+    call = [sys.executable, __file__, "--work", str(options.work), *real, *words]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Run each case in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("planning"))
-    parser.add_argument("--child", nargs="*")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--base")
+    parser.add_argument("--splits", type=Path)
+    parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--real", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         name, base, *settings = options.child
         print(json.dumps(child(name, base, settings)))
         return
-    figures: list[dict[str, Any]] = []
-    for stage, size, settings in CASES:
-        words = [sys.executable, __file__, "--child", stage, base_of(size, options.work), *settings]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        base = f"{size[0]} layers of {size[1]}" if size else "the built-in base"
-        figures.append(
-            {"stage": stage, "base": base, "set": settings, "megabytes": json.loads(done.stdout.splitlines()[-1])}
-        )
-    furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in figures)
+    if options.real:
+        what, name = options.real
+        print(json.dumps(memory(real_recipe(options), name) if what == "memory" else real_time(name, options)))
+        return
+    cases = [
+        once(options.work, f"{stage} {size} {settings}", lambda case=case: in_process(*case, options))
+        for case in CASES
+        for stage, size, settings in [case]
+    ]
+    furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in cases)
     save(
         "planning",
         {
-            "cases": figures,
+            "cases": cases,
             "furthest off": round(furthest, 3),
             "seconds, by a measured step": times(),
             "an evening": evening(options.work),
+            "laptop recipe": {
+                f"{what} of {stage}": once(
+                    options.work, f"{what} of {stage}", lambda w=what, s=stage: called(options, "--real", w, s)
+                )
+                for what in ("memory", "time")
+                for stage in (REAL_STAGES if options.base else ())
+            },
         },
     )
 
