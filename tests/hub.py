@@ -2,15 +2,53 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from support import listening
 
 Files = Mapping[str, bytes]  # path → contents
+
+
+READ = """
+import json, sys, time
+from lora_align import recipe
+from lora_align.data import sources
+from lora_align.errors import UserError
+from lora_align.model import base
+
+time.sleep = lambda _: None  # libraries wait before they try again
+for table in map(json.loads, sys.argv[1:]):
+    try:
+        if "model" in table:
+            result = base.find(recipe.Base(**table)).identity["model"]
+        else:
+            result = len(list(sources.rows(recipe.Preference(**table))))
+    except UserError as error:
+        result = str(error)
+    print(json.dumps(result))
+"""
+
+
+def read(endpoint: str, home: Path, *tables: Mapping[str, str], offline: bool = False) -> list[int | str]:
+    """Find each base and read each data source, in one process that uses this hub and this cache of it.
+
+    Return the name of the base or the number of rows; or the error.
+    """
+    settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(home)}
+    program = [sys.executable, "-c", READ, *map(json.dumps, tables)]
+    done = subprocess.run(
+        program, cwd=home, env={**os.environ, **settings}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hub import read
 from support import COMMAND, listening
 
 ANSWERS = {"gated": (403, "GatedRepo"), "absent": (404, "RepoNotFound"), "old": (404, "RevisionNotFound")}
@@ -35,34 +36,33 @@ def hub() -> Iterator[str]:
         yield address
 
 
-def _dpo(cwd: Path, endpoint: str, setting: str) -> "subprocess.CompletedProcess[str]":
-    home = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cwd / "hf")}
-    words = [str(COMMAND), "dpo", "--pref", "helpful", "--set", setting]
-    return subprocess.run(words, cwd=cwd, env={**os.environ, **home}, capture_output=True, text=True, timeout=120)
+MESSAGES = {
+    ("model", "meta/gated"): "base 'meta/gated' is gated and this account has no access: request access at",
+    ("model", "meta/absent"): "no model 'meta/absent' on the hub",
+    ("model", "meta/old"): "has no revision",
+    ("data", "owner/gated"): "data 'owner/gated' is gated: accept its terms at",
+    ("data", "owner/absent"): "data 'owner/absent': Dataset 'owner/absent' doesn't exist",
+}
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("base.model=meta/gated", "base 'meta/gated' is gated and this account has no access: request access at"),
-        ("base.model=meta/absent", "no model 'meta/absent' on the hub"),
-        ("base.model=meta/old", "has no revision"),
-        ("preferences.helpful.data=owner/gated", "data 'owner/gated' is gated: accept its terms at"),
-        ("preferences.helpful.data=owner/absent", "data 'owner/absent': Dataset 'owner/absent' doesn't exist"),
-    ],
-)
-def test_errors_of_the_hub_are_explained(setting: str, message: str, hub: str, tmp_path: Path) -> None:
-    done = _dpo(tmp_path, hub, setting)
+def test_errors_of_the_hub_are_explained(hub: str, tmp_path: Path) -> None:
+    errors = read(hub, tmp_path, *({key: name} for key, name in MESSAGES))
+    for error, message in zip(errors, MESSAGES.values(), strict=True):
+        assert message in str(error)
+
+
+def test_missing_network_is_explained(tmp_path: Path) -> None:
+    nobody = "http://127.0.0.1:9"
+    for error in read(nobody, tmp_path, {"model": "some/model"}, {"data": "some/data"}):
+        assert "not in the cache" in str(error)
+
+
+def test_error_of_the_hub_reaches_the_screen_and_the_exit_code(hub: str, tmp_path: Path) -> None:
+    home = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    words = [str(COMMAND), "dpo", "--pref", "helpful", "--set", "base.model=meta/gated"]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, **home}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+    assert MESSAGES["model", "meta/gated"] in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("setting", ["base.model=some/model", "preferences.helpful.data=some/data"])
-def test_missing_network_is_explained(setting: str, tmp_path: Path) -> None:
-    done = _dpo(tmp_path, "http://127.0.0.1:9", setting)  # nothing listens there
-    assert done.returncode == 2, done.stderr
-    assert "not in the cache" in done.stderr
-    assert "Traceback" not in done.stderr
