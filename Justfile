@@ -59,6 +59,7 @@ stories:
 gpu-check:
     .venv/bin/python tests/benchmarks/gpu_check.py
 
-# A base of 8 B parameters within 24 GB of a CUDA card, beside TRL and unsloth. 23 GB of disk for the base.
-gpu-bench:
-    .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu
+# Bases of 8 B and 135 M parameters within 24 GB of a CUDA card, beside TRL and unsloth. 23 GB of disk for the bases.
+# `just gpu-bench --minutes 10` measures the most important first, and stops.
+gpu-bench *options:
+    .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu {{options}}

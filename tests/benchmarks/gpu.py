@@ -1,8 +1,12 @@
-"""Measure DPO, SFT and sampling on a 4-bit base of 8 B parameters within 24 GB of GPU memory.
+"""Measure DPO, SFT, sampling and chat on 4-bit bases of 8 B and of 135 M parameters within 24 GB of GPU memory.
 
-TRL's trainers run beside ours, and unsloth where it is installed. The base has Llama 3.1's shape and random weights,
-which this script writes: speed and memory do not depend on the weights' values. Every measurement is a process of its
-own that may use 24 GB. `--small` tries the script on any machine with a tiny base; its figures are not saved.
+    python tests/benchmarks/gpu.py --work FOLDER [--minutes N]
+
+TRL's trainers run beside ours, and unsloth where it is installed. The bases have the shapes of Llama 3.1 8B and of
+SmolLM2-135M, and random weights, which this script writes: speed and memory do not depend on the weights' values. Every
+measurement is a process of its own that may use 24 GB, and prints its figures at once. The most important ones come
+first; with `--minutes`, those that do not fit are named and left out. A stopped call continues. `--small` tries the
+script on any machine with tiny bases; its figures are not saved.
 
 Not yet run on a GPU.
 """
@@ -25,13 +29,24 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from report import once, save
 
 CAP = 24e9  # bytes of GPU memory for a process
-WHOLE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+SHAPES = {
+    "8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
 }
 SMALL = {
     "vocab_size": 1024,
@@ -42,21 +57,43 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 CONTEXT = 8192
-PAIRS, TEXTS, PROMPTS, ANSWERS = 64, 32, 16, 16
-LENGTHS = (512, 1024)  # tokens of a sequence, a quarter of them the prompt; a pair has twice as many
+PAIRS, TEXTS, PROMPTS, ANSWERS, ANSWER = 64, 32, 16, 16, 128
+LENGTH = 512  # tokens of a sequence, a quarter of them the prompt; a pair has twice as many
 SWITCHES = {  # settings of ours, each measured beside the recipe's defaults
-    "the recipe as it is": [],
     "no checkpointing": ["gradient_checkpointing=false"],
-    "checkpointing": ["gradient_checkpointing=true"],
     "parts of 2,048 tokens": ["tokens_per_batch=2048"],
     "parts of 8,192 tokens": ["tokens_per_batch=8192"],
     "8-bit Adam": ["optimizer=adamw_8bit"],
     "compiled": ["compile=true"],
+    "eager attention": ["base.attention=eager"],
+    "flash attention": ["base.attention=flash_attention_2"],
 }
-ATTENTION = ("sdpa", "flash_attention_2", "eager")
+Measurement = tuple[str, str, tuple[Any, ...]]  # shape, name, and the arguments of `child`
+FIRST: list[Measurement] = [
+    *(
+        measurement
+        for shape in SHAPES
+        for measurement in (
+            (shape, "dpo", ("our dpo", LENGTH, [])),
+            (shape, "dpo, TRL's plain defaults", ("their dpo", LENGTH, "plain defaults")),
+            (shape, "sampling", ("sampling", LENGTH, "ours")),
+            (shape, "sampling, generate", ("sampling", LENGTH, "generate")),
+            (shape, "chat with live weights", ("chat", LENGTH)),
+            (shape, "dpo, TRL with precomputed references", ("their dpo", LENGTH, "precomputed")),
+            (shape, "sft", ("our sft", LENGTH, [])),
+            (shape, "sft, TRL", ("their sft", LENGTH)),
+        )
+    ),
+]
+LATER: list[Measurement] = [
+    *(("8B", f"dpo, {name}", ("our dpo", LENGTH, settings)) for name, settings in SWITCHES.items()),
+    ("8B", "dpo, unsloth", ("their dpo", LENGTH, "unsloth")),
+    ("8B", "dpo of 1,024 tokens", ("our dpo", 1024, [])),
+    ("8B", "sft of 2,048 tokens", ("our sft", 2048, [])),
+]
 
 
-def write_base(folder: Path, small: bool) -> None:
+def write_base(folder: Path, shape: dict[str, Any]) -> None:
     """Write 16-bit weights, one file a layer. The first load quantises them to 4 bits, as for any base."""
     import torch
     from safetensors.torch import save_file
@@ -68,7 +105,7 @@ def write_base(folder: Path, small: bool) -> None:
         return
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"), dirs_exist_ok=True)
     config = LlamaConfig(
-        **(SMALL if small else WHOLE),
+        **shape,
         max_position_embeddings=CONTEXT,
         architectures=["LlamaForCausalLM"],
         eos_token_id=1,
@@ -225,9 +262,9 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
     if how == "unsloth":
         import unsloth  # noqa: F401 - imported before the libraries that it patches
 
-    import torch
     from beside_trl import columns, tokenised
     from datasets import Dataset
+    from transformers import AutoConfig
     from trl import DPOConfig
 
     from lora_align.model import base as bases
@@ -235,7 +272,7 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
 
     project = project_of(work, "dpo", length, [])
     base = bases.find(project.base)
-    rows = pairs(length, WHOLE["vocab_size"] if torch.cuda.is_available() else SMALL["vocab_size"])
+    rows = pairs(length, AutoConfig.from_pretrained(base.folder).vocab_size)
     settings: dict[str, Any] = {"precompute_ref_log_probs": True} if how == "precomputed" else {}
     adapter = lora_trainer.fresh_adapter(project.lora, base)
     if how != "unsloth":
@@ -313,7 +350,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
 
 
 def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
-    """Sample answers of 128 tokens for many prompts at once, or by `generate` prompt by prompt."""
+    """Sample answers for all prompts in one batch, with this project's sampling or with `generate`."""
     import torch
 
     from lora_align.model import base as bases
@@ -327,36 +364,78 @@ def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
     tokens = 0
     with Meter() as meter, torch.inference_mode():
         if whose == "ours":
-            how = Sampling(1.0, 1.0, 128, 0)
+            how = Sampling(1.0, 1.0, ANSWER, 0)
             tokens = sum(len(a.tokens) for batch in sample(model, base, prompts, ANSWERS, how) for a in batch)
         else:
-            for prompt in prompts:
-                ids = torch.tensor([prompt], device=model.device)
-                generated = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=128,
-                    num_return_sequences=ANSWERS, pad_token_id=0,
-                )  # fmt: skip
-                tokens += generated[:, len(prompt) :].numel()
+            ids = torch.tensor(prompts, device=model.device)
+            generated = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=ANSWER,
+                num_return_sequences=ANSWERS, pad_token_id=0,
+            )  # fmt: skip
+            tokens = generated[:, ids.shape[1] :].numel()
     return meter.figures(tokens) | share(base, project, FORWARD, tokens, meter.seconds)
 
 
+def random_update(model: Any, rank: int) -> Any:
+    """Return a small random update of every linear layer except the output layer."""
+    import torch
+    from torch import nn
+
+    from lora_align.adapters.delta import Factors, LoraDelta
+
+    return LoraDelta.of(
+        {
+            name: Factors(1e-4 * torch.randn(layer.out_features, rank), torch.randn(rank, layer.in_features))
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings()
+        }
+    )
+
+
+def chat(work: Path, length: int) -> dict[str, Any]:
+    """Decode one answer through two vectors whose weights may change, and time a change of the weights."""
+    import torch
+    from transformers import AutoConfig
+
+    from lora_align.model import base as bases
+    from lora_align.model.mixer import Mixer
+    from lora_align.model.sampler import Sampling
+    from lora_align.model.sampling import sample
+
+    project = project_of(work, "dpo", length, [])
+    base = bases.find(project.base)
+    model = base.load()
+    mixer = Mixer(model, {name: random_update(model, 2 * project.lora.rank) for name in ("one", "other")}, {})
+    [prompt] = [row.prompt for row in pairs(length, AutoConfig.from_pretrained(base.folder).vocab_size)[:1]]
+    how = Sampling(1.0, 1.0, ANSWER, 0)
+    figures: dict[str, Any] = {}
+    for name, weights in (("without vectors", {}), ("with two vectors", {"one": 1.0, "other": -0.5})):
+        with Meter() as changing:
+            mixer.set(weights)
+        with Meter() as meter, torch.inference_mode():
+            tokens = sum(len(a.tokens) for batch in sample(model, base, [prompt], 1, how) for a in batch)
+        figures[name] = meter.figures(tokens) | {"milliseconds to change the weights": round(1e3 * changing.seconds, 2)}
+    return figures
+
+
 CHILDREN: dict[str, Callable[..., Any]] = {
-    "write": lambda work, small: write_base(work / "base", bool(small)),
+    "write": lambda work, shape: write_base(work / "base", shape),
     "our dpo": our_dpo,
     "their dpo": their_dpo,
     "our sft": our_sft,
     "their sft": their_sft,
     "sampling": sampling,
+    "chat": chat,
 }
 
 
-def child(work: Path, what: str, *args: Any) -> Any:
+def child(work: Path, timeout: float | None, what: str, *args: Any) -> Any:
     """Run one measurement in a process of its own.
 
     A failure's message is a result, too, as when memory runs out.
     """
     words = [sys.executable, __file__, "--work", str(work), "--child", json.dumps([what, *args])]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=timeout)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["without a word"])[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -374,11 +453,12 @@ def run_child(work: Path, what: str, *args: Any) -> None:
 
 
 def main() -> None:
-    """Run every measurement that this machine has a device for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("gpu"))
+    """Run every measurement that this machine has a device and the time for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, help="stop after this time")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--child")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = options.work.resolve()
     if options.child:
@@ -388,28 +468,39 @@ def main() -> None:
 
     if not torch.cuda.is_available() and not options.small:
         sys.exit("no CUDA card here: nothing was measured (--small tries the script out)")
-    (work / "base").mkdir(parents=True, exist_ok=True)
-    written = child(work, "write", options.small)
-    assert not written, written
+    end = time.monotonic() + 60 * options.minutes if options.minutes else None
     figures: dict[str, Any] = {"card": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"}
-
-    def measured(name: str, *args: Any) -> None:
-        figures[name] = once(work, name, lambda: child(work, *args))
-        print(f"{name}: {json.dumps(figures[name])}", flush=True)
-
-    for length in LENGTHS:
-        for name, settings in SWITCHES.items():
-            measured(f"dpo {length}, {name}", "our dpo", length, settings)
-        for how in ("plain defaults", "precomputed", *(["unsloth"] if importlib.util.find_spec("unsloth") else [])):
-            measured(f"dpo {length}, TRL, {how}", "their dpo", length, how)
-    for kernel in ATTENTION:
-        measured(f"dpo 1024, {kernel}", "our dpo", 1024, [f"base.attention={kernel}"])
-    measured("sft 2048", "our sft", 2048, [])
-    measured("sft 2048, TRL", "their sft", 2048)
-    for whose in ("ours", "generate"):
-        measured(f"sampling, {whose}", "sampling", 1024, whose)
+    left: list[str] = []
+    unsloth = importlib.util.find_spec("unsloth")
+    for shape, name, args in [*FIRST, *LATER]:
+        if args[-1] == "unsloth" and not unsloth:
+            continue
+        label, folder = f"{shape}, {name}", work / shape
+        try:
+            if not (folder / "base" / "model.safetensors.index.json").exists():
+                (folder / "base").mkdir(parents=True, exist_ok=True)
+                written = child(folder, remaining(end), "write", SMALL if options.small else SHAPES[shape])
+                assert not written, written
+            figures[label] = once(work, label, lambda f=folder, a=args: child(f, remaining(end), *a))
+        except subprocess.TimeoutExpired:
+            left.append(label)
+            continue
+        print(f"{label}: {json.dumps(figures[label])}", flush=True)
+    if left:
+        figures["left out"] = left
+        print(f"no time was left for: {'; '.join(left)}")
     if not options.small:
         save("gpu", figures)
+
+
+def remaining(end: float | None) -> float | None:
+    """Return the seconds that a process may take; raise TimeoutExpired if none are left."""
+    if end is None:
+        return None
+    seconds = end - time.monotonic()
+    if seconds <= 0:
+        raise subprocess.TimeoutExpired("gpu.py", 0)
+    return seconds
 
 
 if __name__ == "__main__":
