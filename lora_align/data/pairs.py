@@ -31,34 +31,63 @@ class RankedComparison(NamedTuple):
     held_out: bool
 
 
+class Quota:
+    """Count the rows of a source: `limit` rows train, and reading goes on until MIN_HELD_OUT rows are held out.
+
+    Without a limit, every row is wanted.
+    """
+
+    def __init__(self, limit: int | None, held_out: float) -> None:
+        self.training = limit or math.inf
+        self.aside = MIN_HELD_OUT if held_out else 0
+
+    @property
+    def full(self) -> bool:
+        """Return whether no further row is wanted."""
+        return self.training <= 0 and self.aside <= 0
+
+    def wants(self, aside: bool) -> bool:
+        """Return whether a row is wanted that trains, or that is held `aside`."""
+        return self.training > 0 or (aside and self.aside > 0)
+
+    def count(self, aside: bool) -> None:
+        """Count a row."""
+        if aside:
+            self.aside -= 1
+        else:
+            self.training -= 1
+
+
 def rank_comparisons(
     preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]
 ) -> Iterator[RankedComparison]:
-    """Rank a preference's comparisons up to `limit` training pairs; count those without a pair in `dropped`."""
+    """Rank a preference's comparisons within a Quota of pairs; count those without a pair in `dropped`."""
     if labels := labels_of(preference):
         preference = replace(preference, rank=f"label:{labels.column}")
     below = split_at(
         (one.prompt for _, some in sources.readable_rows(preference, row_reader.comparisons) for one in some), held_out
     )
-    left = limit or -1
+    quota = Quota(limit, held_out)
     decode = labels.decode if labels else sources.unchanged
     for where, several in sources.read(preference, row_reader.comparisons, dropped, decode):
         if not several:
             dropped[TOO_FEW_ANSWERS] += 1
         for one in several:
+            aside = is_held_out(one.prompt, below)
+            if not quota.wants(aside):
+                continue
             pair = rank_comparison(one, preference, where)
-            trains = not is_held_out(one.prompt, below)
             if isinstance(pair, str):
                 dropped[pair] += 1
             else:
-                left -= trains
-            yield RankedComparison(where, one, pair, held_out=not trains)
-            if not left:
-                return
+                quota.count(aside)
+            yield RankedComparison(where, one, pair, aside)
+        if quota.full:
+            return
 
 
 def read_pairs(preference: Preference, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Pair]:
-    """Yield a preference's pairs, at most `limit` for training."""
+    """Yield a preference's pairs within a Quota."""
     for one in rank_comparisons(preference, held_out, limit, dropped):
         if not isinstance(one.pair, str):
             yield one.pair, one.held_out
@@ -83,19 +112,21 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
 
 
 def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:
-    """Yield the conversations of an [sft] table, at most its `limit` for training."""
-    left = sft.limit or -1
+    """Yield the conversations of an [sft] table within a Quota."""
+    quota = Quota(sft.limit, sft.held_out)
     below = split_at(
         (one.messages[:-1] for _, one in sources.readable_rows(sft, row_reader.conversation)), sft.held_out
     )
     for _, conversation in sources.read(sft, row_reader.conversation, dropped):
+        aside = is_held_out(conversation.messages[:-1], below)
+        if not quota.wants(aside):
+            continue
         if not conversation.messages[-1].content.strip():
             dropped["empty answer"] += 1
         else:
-            trains = not is_held_out(conversation.messages[:-1], below)
-            yield conversation, not trains
-            left -= trains
-        if not left:
+            quota.count(aside)
+            yield conversation, aside
+        if quota.full:
             break
 
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from lora_align.data import row_reader, sources
-from lora_align.data.pairs import Split, is_held_out, split_at
+from lora_align.data.pairs import Quota, Split, is_held_out, split_at
 from lora_align.data.rows import Rated
 from lora_align.errors import UserError
 from lora_align.recipe import Ratings
@@ -13,16 +13,17 @@ SCALE = 100.0
 
 
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
-    """Yield rated answers, with nan for a missing rating.
-
-    Stop after the row with which the training answers reach `limit`.
-    """
-    train, names = 0, frozenset[str]()
+    """Yield rated answers within a Quota, with nan for a missing rating. All answers of a row are read."""
+    quota, names = Quota(limit, held_out), frozenset[str]()
     below = split_at(
         (one.prompt for _, some in sources.readable_rows(table, row_reader.rated) for one in some), held_out
     )
     for where, answers in sources.read(table, row_reader.rated, dropped):
+        wanted = {aside: quota.wants(aside) for aside in (False, True)}
         for row in answers:
+            aside = is_held_out(row.prompt, below)
+            if not wanted[aside]:
+                continue
             names = names or frozenset(table.attributes or row.ratings)
             scaled = _scaled(row, table, names)
             if isinstance(scaled, str) and not table.skip_bad:
@@ -34,10 +35,9 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
             elif all(map(math.isnan, scaled.values())):
                 dropped["no rating"] += 1
             else:
-                trains = not is_held_out(row.prompt, below)
-                yield Rated(row.prompt, row.answer, scaled), not trains
-                train += trains
-        if limit and train >= limit:
+                yield Rated(row.prompt, row.answer, scaled), aside
+                quota.count(aside)
+        if quota.full:
             break
 
 

@@ -97,7 +97,7 @@ class Training:
     save_minutes: Annotated[float, Ge(0), Le(1e6)] = 10.0
     """Minutes between checkpoints."""
     limit: Rows | None = None
-    """The maximum number of training rows of a source, or of prompts in `rsf`; unset means all."""
+    """At most this many rows of a source train, or prompts in `rsf`; unset means all."""
     report_to: tuple[str, ...] = ()
     """transformers' experiment trackers, such as `tensorboard`."""
 

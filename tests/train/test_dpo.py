@@ -250,20 +250,18 @@ def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.Ca
     assert headline_figure(run) == "diverged"
 
 
-def test_few_held_out_pairs_give_a_note_and_no_accuracy(
-    both: dict[str, runs.Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = both["helpful pos"]
+def test_few_held_out_pairs_give_a_note_and_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = demo("dpo.limit=16", 'preferences.helpful.data="demo:pairs?rows=100"')
+    (run,) = dpo.train_dpo(few, ["helpful"], [Direction.pos], tmp_path, QUIET)
+    notes = capsys.readouterr().err
     held_out = run.manifest.metrics["held_out"]
     assert 0 < held_out["pairs"] < 20
     assert held_out["accuracy"] is None
     assert "too few to judge" in held_out["note"]
     assert "accuracy" not in dpo.summary(run) + headline_figure(run)
     assert f"({held_out['pairs']} pairs: too few to judge)" in dpo.summary(run)
-    (made,) = dpo.train_dpo(demo("dpo.limit=16"), ["helpful"], [Direction.pos], tmp_path, QUIET)
-    notes = capsys.readouterr().err
     assert "helpful pos: 1 optimizer step (16 pairs): too few to learn much" in notes
-    assert made.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
+    assert run.manifest.metrics["norm"] > 0, "the only step is one at a rate above 0"
 
 
 def test_a_not_finite_step_stops_the_run(tmp_path: Path) -> None:
