@@ -84,7 +84,7 @@ def meanings(table: type) -> Mapping[str, str]:
     nodes = ast.parse(Path(tables.__file__).read_text("utf-8")).body
     [body] = [node.body for node in nodes if isinstance(node, ast.ClassDef) and node.name == table.__name__]
     documented = [(a, b) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
-    return {ast.unparse(field.target): ast.literal_eval(below.value) for field, below in documented}
+    return {ast.unparse(field.target): " ".join(ast.literal_eval(below.value).split()) for field, below in documented}
 
 
 def allowed(kind: Any) -> str:

@@ -203,11 +203,13 @@ def rate(seconds_each: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Format a duration: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Format a duration: 45 s, 3 min 20 s, 2 h 05 min, 3 days."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
+    if minutes >= 48 * 60:
+        return f"{round(minutes / (24 * 60))} days"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 

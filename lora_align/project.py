@@ -89,7 +89,9 @@ class Project:
                 by_prompt[answer.prompt][answer.number] = answer.text
         return [[answers[number] for number in sorted(answers)] for answers in by_prompt]
 
-    def evaluate(self, policies: Sequence[PolicyLike], by: Sequence[str] = (), **settings: Any) -> Comparison:
+    def evaluate(
+        self, policies: PolicyLike | Sequence[PolicyLike], by: Sequence[str] = (), **settings: Any
+    ) -> Comparison:
         """Measure policies on the same prompts, and compare the first with each of the others.
 
         `by` lists judges: names of reward models, or `pair:PREFERENCE`. `settings` are keys of the [eval] table.
@@ -98,7 +100,8 @@ class Project:
         from lora_align.evaluate.measure import Evaluator
 
         recipe = self._with("eval", settings)
-        chosen = [self.policy(policy) for policy in policies]
+        several = policies if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
+        chosen = [self.policy(policy) for policy in several]
         return compare_policies(Evaluator.of(chosen, recipe, self.runs, self.screen, by), self.screen)
 
     def __repr__(self) -> str:

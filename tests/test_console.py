@@ -142,7 +142,7 @@ def test_tables_clocks_and_rates_are_formatted() -> None:
     assert table(["a", "n"], [["x", "-1"], ["long", "20"]]).splitlines()[2:] == ["x     -1", "long  20"]
     assert table(["what", "found"], [["one", "1"], ["two", "a b c"], ["three", "2 of c"]]).splitlines()[2] == "one    1"
     assert table(["name"], []).splitlines() == ["name", "────"]
-    assert [clock(s) for s in (5, 200, 7500)] == ["5 s", "3 min 20 s", "2 h 05 min"]
+    assert [clock(s) for s in (5, 200, 7500, 259_000)] == ["5 s", "3 min 20 s", "2 h 05 min", "3 days"]
     assert [rate(s) for s in (0.004, 0.3125, 4.1)] == ["250/s", "3.2/s", "4.1 s each"]
 
 

@@ -36,6 +36,8 @@ def test_five_commands_from_pairs_to_chat(workspace: Path) -> None:
     assert [p["weight"] for p in listed[-1]["parents"]] == [1.0, 0.5]
     table = call(workspace, "list").out
     assert "+1 helpful +0.5 harmless" in table
+    assert table.startswith("base: demo\n\n")
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_merged_mix_answers_like_its_vectors(workspace: Path) -> None:

@@ -103,8 +103,8 @@ def sweep(
     recipe = given.recipe_of_runs()
     if not axes and not directions:
         raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
-    publishing.refuse_existing(target, given.force)
     values, _ = grid(axes or [])
+    publishing.refuse_existing(target, given.force)
     given.check_vectors(values, recipe)
     find_policies(also or [], recipe, given.runs_dir, Screen(quiet=True))
     given.check_judges(by, recipe)

@@ -22,17 +22,19 @@ class RunList:
         return {"runs": [run.as_json() for run in self.runs]}
 
     def summary(self) -> str:
-        """Return a table with a line for each run, or nothing if there is none."""
+        """Return a table with a line for each run, or nothing if there is none. One base is named above the table."""
+        bases = {run.manifest.base["model"] for run in self.runs}
         rows = [
             [
                 run.path.relative_to(self.folder).as_posix(),
                 run.manifest.created[5:16].replace("T", " "),  # without the year, to fit 80 columns
-                _origin(run),
+                _origin(run, with_base=len(bases) > 1),
                 headline_figure(run),
             ]
             for run in self.runs
         ]
-        return table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
+        above = f"base: {_short(bases.pop())}\n\n" if len(bases) == 1 else ""
+        return above + table(["run", "made (UTC)", "from", "measured"], rows) if rows else ""
 
 
 def list_runs(folder: Path, screen: Screen) -> RunList:
@@ -43,16 +45,24 @@ def list_runs(folder: Path, screen: Screen) -> RunList:
     return listed
 
 
-def _origin(run: Run) -> str:
+def _origin(run: Run, *, with_base: bool) -> str:
     """Return the origin of a run: the terms of a mix, or its data and base."""
     if run.manifest.stage == "mix":
         parts = [f"{p['weight']:+g} {p['name']}" for p in run.manifest.parents]
         return " ".join((["start"] if run.manifest.contains_start else []) + parts)
-    base = run.manifest.base["model"] + (" + start" if run.manifest.start else "")
     # `reach` sets the vectors, `sweep` the axes
     measured = run.manifest.method.get("vectors") or run.manifest.method.get("axes") or {}
-    source = run.manifest.data.get("source") or " ".join(measured)
-    return f"{source} ({base})" if source else base
+    data = run.manifest.data
+    tables = [data] if "source" in data else [table for table in data.values() if isinstance(table, dict)]
+    known = dict.fromkeys(_short(str(table["source"])) for table in tables if "source" in table)
+    base = _short(run.manifest.base["model"]) if with_base else ""
+    start = "on start" if run.manifest.start else ""
+    return " ".join(filter(None, [" + ".join(known) or " ".join(measured), base and f"({base})", start]))
+
+
+def _short(name: str) -> str:
+    """Return the name of a file without its folder, so that a line fits the terminal. Other names are unchanged."""
+    return name.rpartition("/")[2] if name.startswith("/") or name.count("/") > 1 else name
 
 
 def headline_figure(run: Run) -> str:

@@ -203,6 +203,12 @@ def fingerprint(source: Source) -> str:
     return store.sha256(file) if file else str(hub.load(*location(source))._fingerprint)
 
 
+def refuse_missing(data: str) -> None:
+    """Refuse a file that does not exist. A hub id and a registered source pass."""
+    if not _registered(data):
+        _file(data)
+
+
 def _registered(data: str) -> Callable[[str], Rows] | None:
     """Return the registered source that a name such as `demo:pairs` begins with, if any."""
     prefix, colon, _ = data.partition(":")
@@ -214,7 +220,8 @@ def _file(data: str) -> Path | None:
     path = Path(data).expanduser()
     if path.suffix.lower() in FILES:
         if not path.is_file():
-            raise UserError(f"no data file {data!r}{_near(path)} (looked in {Path.cwd()})")
+            looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+            raise UserError(f"no data file {data!r}{_near(path)}{looked}")
         return path
     if path.is_file():
         raise UserError(f"data {data!r}: a file of unknown format; save it as one of {', '.join(FILES)}")

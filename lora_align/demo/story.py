@@ -153,7 +153,7 @@ def _table(measured: Measured) -> str:
         ]
         for weights in shown
     ]
-    return table(["weights", *PREFERENCES, "words", "well-formed", "safe refused"], rows)
+    return table(["weights", *PREFERENCES, "words", "well-formed", "refused safe"], rows)
 
 
 def _plot(measured: Measured, runs_dir: Path) -> list[Path]:

@@ -84,7 +84,7 @@ class Plan:
         device = self.device
         several = f"{device.count} × " if device.count > 1 else ""
         parts = [
-            f"{self.base}: {self.parameters / 1e9:,.3g} billion parameters, on {several}{device.name} with "
+            f"{self.base}: {_number(self.parameters)} parameters, on {several}{device.name} with "
             f"{device.memory / 1e9:,.0f} GB, in {str(device.dtype).removeprefix('torch.')}"
         ]
         if self.shipped:
@@ -123,7 +123,8 @@ def plan_stages(
     device = device_of(recipe, card, vram, cards or processes.world_size())
     stages = []
     for name in names:
-        stage = stage_of(recipe, name, base, screen)
+        reported = name == "tune" and "dpo" in names  # about the same data
+        stage = stage_of(recipe, name, base, Screen(quiet=True) if reported else screen)
         if stage is None:
             continue
         plan = estimate_stage(recipe, base, replace(stage, passes=passes or stage.passes), device)
@@ -144,6 +145,13 @@ def plan_stages(
         raise UserError(f"nothing to plan: the recipe has no tables for {' or '.join(names)}")
     parameters = shape_of(recipe, base, recipe.lora, device).parameters()
     return Plan(base.identity["model"], shapes.is_shipped(base), parameters, device, stages)
+
+
+def _number(parameters: float) -> str:
+    """Format a number of parameters: 8.19 billion, 135 million."""
+    if parameters < 1e9:
+        return f"{parameters / 1e6:.3g} million"
+    return f"{parameters / 1e9:.3g} billion"
 
 
 def memory_table(stages: Sequence[StageEstimate]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_align.console import Screen
+from lora_align.data import sources
 from lora_align.data.rows import Prompt, with_system_prompt
 from lora_align.errors import NotFetchedError
 from lora_align.model.base import Base
@@ -14,7 +15,7 @@ from lora_align.model.logprobs import Reader
 from lora_align.model.sampler import Sampling
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.plan import shapes
-from lora_align.recipe import Lora, Recipe, Sft, Training
+from lora_align.recipe import Lora, Recipe, Sft, Source, Training
 from lora_align.rsf import finetune, inputs, sampling_requests
 from lora_align.rsf.candidates import BATCH
 from lora_align.train import dpo, reward, reward_loss, sft, token_rows
@@ -75,12 +76,25 @@ def stage_of(recipe: Recipe, name: str, base: Base, screen: Screen) -> Stage | N
     if not (recipe.preferences if name in ("dpo", "tune") else getattr(recipe, name)):
         return None
     try:
+        for source in _sources(recipe, name):
+            sources.refuse_missing(source.data)
         if shapes.is_shipped(base):
             raise NotFetchedError("the base's tokenizer is not available")
         return _STAGES[name](recipe, base, screen)
     except NotFetchedError as fault:
         why = f"rows of the maximum length are assumed ({UNKNOWN_ROWS:,} of each source without a limit): {fault}"
         return replace(_ASSUMED[name](recipe, base), assumed=why)
+
+
+def _sources(recipe: Recipe, name: str) -> list[Source]:
+    """Return the data sources of a stage that are not combined from others."""
+    tables: list[Source | None] = [recipe.sft if name == "sft" else recipe.rsf]
+    if name == "reward" and recipe.reward:
+        ranked = [recipe.preferences[of] for of in recipe.reward.pairs.values()]
+        tables = [*recipe.reward.ratings.values(), *ranked]
+    elif name in ("dpo", "tune"):
+        tables = list(recipe.preferences.values())
+    return [table for table in tables if table and table.data]
 
 
 def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:

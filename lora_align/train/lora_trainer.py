@@ -265,7 +265,7 @@ def unwrap(model: PeftModel) -> PreTrainedModel:
     """Return the base without the adapter, gradient checkpointing and TRL's patched forward."""
     base = model.unload()
     base.__dict__.pop("forward", None)
-    if base.is_gradient_checkpointing:
+    if base.is_activation_checkpointing:
         base.gradient_checkpointing_disable()
         base.disable_input_require_grads()
     return base  # type: ignore[no-any-return]

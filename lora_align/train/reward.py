@@ -112,7 +112,7 @@ def measure(
     # with a sharded base the batch cannot be halved when memory runs out, so start with a size that fits
     batch = max(1, settings.tokens_per_batch // settings.max_length) if is_sharded(model.model) else MEASURE_BATCH
     report = reward_loss.measure_heads(model, reward_loss.sample_held_out(held_out), MemoryBudget(batch))
-    if held_out:
+    if len(held_out) >= MIN_HELD_OUT:
         plots.reward_report(folder / "held_out.png", report)
     norm, relative_norm = lora_trainer.relative_size(trained.policy)
     metrics = {"norm": norm, "relative_norm": relative_norm, "held_out": report}

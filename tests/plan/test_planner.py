@@ -367,6 +367,14 @@ def test_every_built_in_recipe_has_a_shipped_shape(monkeypatch: pytest.MonkeyPat
         shapes.find(recipe.Base("Qwen/Qwen3-8B"), outline=False)
 
 
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_plan_without_the_base_refuses_a_missing_file(stage: str) -> None:
+    missing = ['preferences.harmless.data="gone.jsonl"', "preferences.harmless.skip_bad=false"]
+    settings = recipe.load(recipe.builtin()["smollm2-135m"], missing)
+    with pytest.raises(UserError, match=r"no data file 'gone\.jsonl'"):
+        planner.plan_stages(settings, [stage], QUIET, card="4090")
+
+
 @pytest.mark.parametrize(
     ("name", "stages"), [("qwen3-8b", ["dpo", "tune"]), ("paper-dpa-mistral-7b", ["dpo", "reward", "rsf", "tune"])]
 )
