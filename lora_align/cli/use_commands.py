@@ -88,7 +88,7 @@ def chat(
     """Chat with a mix, an adapter or a policy, and change its weights.
 
     Text from a pipe is one prompt. If a line of it is a command such as /w, each line is a command or a message, as on
-    a terminal.
+    a terminal; the first error ends the chat.
 
     Example: lora-align chat --weights helpful=1,harmless=-0.5
     """
