@@ -150,7 +150,9 @@ def _invalid(fault: Exception) -> str:
     """Describe why JSON could not be parsed."""
     if isinstance(fault, RecursionError):
         return "nested too deeply to be read"
-    if isinstance(fault, json.JSONDecodeError | UnicodeDecodeError):
+    if isinstance(fault, json.JSONDecodeError):
+        return f"not valid JSON: {fault.msg}, at column {fault.colno}"
+    if isinstance(fault, UnicodeDecodeError):
         return f"not valid JSON: {fault}"
     return "not valid JSON: a number has too many digits"  # json's only other ValueError
 

@@ -40,6 +40,7 @@ class Quota:
     def __init__(self, limit: int | None, held_out: float) -> None:
         self.training = limit or math.inf
         self.aside = MIN_HELD_OUT if held_out else 0
+        self.counted = 0
 
     @property
     def full(self) -> bool:
@@ -52,6 +53,7 @@ class Quota:
 
     def count(self, aside: bool) -> None:
         """Count a row."""
+        self.counted += 1
         if aside:
             self.aside -= 1
         else:

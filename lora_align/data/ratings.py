@@ -14,7 +14,7 @@ SCALE = 100.0
 
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
     """Yield rated answers within a Quota, with nan for a missing rating. All answers of a row are read."""
-    quota, names = Quota(limit, held_out), frozenset[str]()
+    quota, names, refused = Quota(limit, held_out), frozenset[str](), ""
     below = split_at(
         (one.prompt for _, some in sources.readable_rows(table, row_reader.rated) for one in some), held_out
     )
@@ -26,9 +26,10 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
                 continue
             names = names or frozenset(table.attributes or row.ratings)
             scaled = _scaled(row, table, names)
-            if isinstance(scaled, str) and not table.skip_bad:
-                raise UserError(f"{where}: {scaled}")
             if isinstance(scaled, str):
+                refused = refused or f"{where}: {scaled}"
+                if not table.skip_bad:
+                    raise UserError(refused)
                 dropped[sources.INVALID] += 1
             elif not row.answer.strip():
                 dropped["empty answer"] += 1
@@ -38,7 +39,9 @@ def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Co
                 yield Rated(row.prompt, row.answer, scaled), aside
                 quota.count(aside)
         if quota.full:
-            break
+            return
+    if refused and not quota.counted:
+        raise UserError(f"{refused} (no other answer has a valid rating either)")
 
 
 def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, float] | str:

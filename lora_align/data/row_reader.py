@@ -103,7 +103,8 @@ def _read(shape: Any, row: Row, where: str) -> Any:
     form = _form(shape, row)
     if form is None:
         needed = (form.required - row.keys() for form in _forms(shape))
-        missing = min(map(sorted, needed), key=len)  # columns of the nearest form
+        # columns of the nearest form; of two equally near ones, the more usual
+        missing = min(map(sorted, needed), key=lambda columns: (len(columns), "chosen" not in columns))
         raise UnknownFormError(
             f"{where}: no {SHAPE_NAMES[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "
             f"{' and '.join(missing)})"

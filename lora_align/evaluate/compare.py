@@ -30,7 +30,7 @@ class Comparison:
         names = list(dict.fromkeys(name for figures_ in self.policies.values() for name in figures_))
         rows = [[name, *(_cell(figures_.get(name)) for figures_ in self.policies.values())] for name in names]
         parts = [
-            f"{count(self.prompts, 'prompt')}, {count(self.answers, 'answer')} each; "
+            f"{count(self.prompts, 'prompt')}, {count(self.answers, 'answer')} by each policy; "
             "in brackets: 95 % bootstrap intervals",
             table(["", *self.policies], rows),
         ]

@@ -123,7 +123,11 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ', ":2: not valid JSON"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": ',
+            ":2: not valid JSON: Expecting value, at column 12",
+        ),
+        ('{"ask": "a", "better": "b", "worse": "c"}', r"the nearest form also needs chosen and rejected\)"),
         ("[1]", ":1: not valid JSON Lines; a list of rows is a .json file"),
         ('{"question": "a"}', ":1: no pair of answers in columns question"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen is a number; expected text or a list of turns"),
@@ -414,6 +418,17 @@ def test_rating_that_becomes_text_is_refused(tmp_path: Path) -> None:
         list(read_ratings(table, 0.0, None, Counter()))
     _write(tmp_path / "ratings.jsonl", rows[::-1])
     with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row lacks"):
+        list(read_ratings(table, 0.0, None, Counter()))
+
+
+def test_source_without_any_valid_rating_is_refused_with_the_first_reason(tmp_path: Path) -> None:
+    _write(
+        tmp_path / "ratings.jsonl", [{"prompt": "Hi?", "response": GOOD, "helpfulness": value} for value in (30, 40)]
+    )
+    table = Ratings(str(tmp_path / "ratings.jsonl"), skip_bad=True)
+    with pytest.raises(
+        UserError, match=r"ratings\.jsonl:1: helpfulness is 30; .* \(no other answer has a valid rating"
+    ):
         list(read_ratings(table, 0.0, None, Counter()))
 
 
