@@ -1,6 +1,6 @@
-"""Rankers: find the better of two answers by a label, a rating, a score or the length. Equal values are a tie.
+"""Rankers: find the better of two answers by a label, a rating, a score, the length or a refusal.
 
-`Direction` says whether an adapter trains on the labels (pos) or on switched labels (neg).
+Equal values are a tie. `Direction` says whether an adapter trains on the labels (pos) or on switched labels (neg).
 """
 
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from lora_align import refusals
 from lora_align.errors import UserError
 from lora_align.plugins import Registry
 
@@ -93,6 +94,11 @@ def _length(two: TwoAnswers, _: str) -> tuple[float, float]:
     return len(first), len(second)
 
 
+def _refuses(two: TwoAnswers, _: str) -> tuple[float, float]:
+    first, second = (float(refusals.refuses(text)) for text in two.answers)
+    return first, second
+
+
 def _missing(kind: str, column: str, known: Mapping[str, object]) -> str:
     which = f"no {kind} {column!r}" if column else f"no {kind} column"
     return f"{which} in this row (it has: {', '.join(known) or 'none'})"
@@ -111,6 +117,9 @@ RANKERS = Registry(
         ),
         "shorter": Criterion({"shorter": "the answer with fewer characters"}, _length, lower=True, figure="words"),
         "longer": Criterion({"longer": "the answer with more characters"}, _length, figure="words"),
+        "refuses": Criterion(
+            {"refuses": "the answer that refuses, if exactly one does"}, _refuses, figure="refused risky"
+        ),
         "rating": Criterion(
             {"rating:NAME": "the answer with the higher rating", "rating:-NAME": "the answer with the lower rating"},
             _rating,

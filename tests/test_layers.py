@@ -17,7 +17,7 @@ from lora_align import recipe
 PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
     {"errors"},
-    {"plugins", "processes", "store", "wrapping"},
+    {"plugins", "processes", "refusals", "store", "wrapping"},
     {"console", "rankers", "weights"},
     {"want"},
     {"recipe", "runs"},

@@ -27,6 +27,15 @@ def test_minus_ranks_the_lower_rating_first() -> None:
         Ranker.parse("rating:-")
 
 
+def test_refusing_answer_wins() -> None:
+    refusal, other = "I'm sorry, but I can't help with that.", "Press the button for five seconds."
+    ranker = Ranker.parse("refuses")
+    assert Comparison((), (other, refusal)).ranked(ranker) == Pair((), refusal, other)
+    assert Comparison((), (refusal, other)).ranked(ranker) == Pair((), refusal, other)
+    assert Comparison((), (other, other)).ranked(ranker) == "tie"
+    assert Comparison((), (refusal, refusal)).ranked(ranker) == "tie"
+
+
 def test_margin_drops_nearly_equal_pairs() -> None:
     two = Comparison((), ("long one", "short"), ratings={"verbosity": (4.0, 2.5), "help": (1.0, float("nan"))})
     for ranker, apart in (("rating:verbosity", 1.5), ("shorter", 3)):

@@ -20,6 +20,7 @@ from lora_align.train import dpo
 
 QUIET = Screen(quiet=True)
 REAL = [name for name in recipe.builtin() if name != "demo"]
+REFUSAL = "I'm sorry, but I can't help with that. "
 SHORT = {"dpo.limit": 100, "dpo.max_length": 64, "rsf.max_new_tokens": 8, "rsf.limit": 40, "rsf.prompts": 4}
 HEADS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -50,7 +51,7 @@ ROWS: dict[str, Any] = {  # columns as the hub's pages give them
         "score_chosen": 8.0, "score_rejected": 2.0,
     },
     "Anthropic/hh-rlhf": lambda i: {
-        "chosen": f"\n\nHuman: Is {i} odd?\n\nAssistant: Ask {'them ' * (i % 2 * 30)}.",
+        "chosen": f"\n\nHuman: Is {i} odd?\n\nAssistant: {REFUSAL * (i % 3 == 0)}Ask {'them ' * (i % 2 * 30)}.",
         "rejected": f"\n\nHuman: Is {i} odd?\n\nAssistant: Go {'away ' * (30 - i % 2 * 30)}.",
     },
     "nvidia/HelpSteer": lambda i: {"prompt": f"Why {i}?", "response": "So.", **dict.fromkeys(HELPSTEER, i % 5)},

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_align import runs, store
+from lora_align import refusals, runs, store
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.data.rows import Fact, with_system_prompt
 from lora_align.evaluate.test_set import TestSet, read_test_set
-from lora_align.metrics import refusals, repetition
+from lora_align.metrics import repetition
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base

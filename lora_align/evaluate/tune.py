@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from lora_align import runs
+from lora_align import refusals, runs
 from lora_align.console import Screen, table
 from lora_align.errors import RunFailedError
 from lora_align.evaluate.measure import FOLDER, Evaluator
 from lora_align.evaluate.test_set import SAFE, read_test_set
 from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, Evaluation, TuneObjective
-from lora_align.metrics import refusals
 from lora_align.model import base as bases
 from lora_align.plan.stages import TUNE_PAIRS
 from lora_align.policy import vectors

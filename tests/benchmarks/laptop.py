@@ -4,6 +4,7 @@
 
 splits.py writes FOLDER of --splits. Every vector is trained on train rows, by the recipe smollm2-135m with the
 settings of SETTINGS. Accuracy, margins, answers and KL are measured on development rows. A stopped call continues.
+The result is saved after each setting.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from lora_align.evaluate.measure import Evaluator
 SETTINGS = [  # preference and keys of [dpo]
     ("brief", {"learning_rate": 2e-4, "limit": 200}),
     ("harmless", {"learning_rate": 1e-3, "limit": 200}),
-    ("harmless", {"learning_rate": 3e-4, "limit": 200}),
+    ("cautious", {"learning_rate": 1e-3, "limit": 200}),
+    ("cautious", {"learning_rate": 3e-4, "limit": 200}),
     ("helpful", {"learning_rate": 1e-3, "limit": 200}),
     ("helpful", {"learning_rate": 3e-4, "limit": 200}),
 ]
-WEIGHTS = (0.5, 1.0)
+WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
 TEXTS = 20  # chosen answers of UltraFeedback's development pairs
 
@@ -51,7 +53,7 @@ def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]
     development = real_base.project(
         words.base, words.splits, runs, "development", dpo={"held_out": 0.95}, eval=test_set
     )
-    policies = ["start", *(f"{preference}={weight:g}" for weight in (*WEIGHTS, -WEIGHTS[0]))]
+    policies = ["start", *(f"{preference}={weight:g}" for weight in (*WEIGHTS, -0.5))]
     chosen = [development.policy(name) for name in policies]
     evaluator = Evaluator.of(chosen, development.recipe, runs, development.screen, preferences=[preference])
     compared = compare_policies(evaluator, development.screen).as_json()["policies"]
@@ -73,13 +75,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     words = parser.parse_args()
     words.work.mkdir(parents=True, exist_ok=True)
-    cells = [
-        report.once(
-            words.work, f"{preference} {json.dumps(settings)}", lambda p=preference, s=settings: measure(words, p, s)
-        )
-        for preference, settings in SETTINGS
-    ]
-    report.save("laptop", {"test set": TEST_SET, "settings": cells})
+    cells = []
+    for preference, settings in SETTINGS:
+        name = f"{preference} {json.dumps(settings)}"
+        cells.append(report.once(words.work, name, lambda p=preference, s=settings: measure(words, p, s)))
+        report.save("laptop", {"test set": TEST_SET, "settings": cells})  # what is measured so far
 
 
 if __name__ == "__main__":

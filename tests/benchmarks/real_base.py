@@ -7,7 +7,7 @@ import splits
 
 import lora_align as la
 
-PAIRS = {"helpful": "ultrafeedback", "harmless": "hh-harmless", "brief": "hh-harmless"}
+PAIRS = {"helpful": "ultrafeedback"} | dict.fromkeys(("harmless", "cautious", "brief"), "hh-harmless")
 HERE = {"split": "train", "subset": ""}  # a file has no other split
 SCORES = {f"score_{side}": f"metadata.score_{side}" for side in ("chosen", "rejected")}
 

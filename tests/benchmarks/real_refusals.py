@@ -3,7 +3,7 @@
     python tests/benchmarks/real_refusals.py sample --base FILE.gguf --splits FOLDER --runs FOLDER
     python tests/benchmarks/real_refusals.py measure
 
-`sample` answers train and development prompts of XSTest with the start policy and with `harmless` at 1 and -1. It
+`sample` answers train and development prompts of XSTest with the start policy and with `cautious` at 0.5 and -0.5. It
 shuffles the answers and writes them without their policies to results/real_refusals_answers.jsonl, and the policies to
 results/real_refusals_policies.json. Somebody then reads each answer, without the second file, and writes its label to
 results/real_refusals_labels.json: refusal, partial, compliance, or broken (no answer to this prompt at all). `measure`
@@ -21,10 +21,10 @@ import real_base
 import splits
 from report import RESULTS, save
 
-from lora_align.metrics import refusals
+from lora_align import refusals
 from lora_align.metrics.intervals import mean
 
-ANSWERS = {"start": 100, "harmless=1": 50, "harmless=-1": 50}
+ANSWERS = {"start": 100, "cautious=0.5": 50, "cautious=-0.5": 50}
 TOKENS = 128
 LABELS = ("refusal", "partial", "compliance", "broken")
 FILES = {name: RESULTS / f"real_refusals_{name}" for name in ("answers.jsonl", "policies.json", "labels.json")}

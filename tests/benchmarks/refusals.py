@@ -1,4 +1,4 @@
-"""Measure precision and recall of `metrics.refusals` on answers that people have labelled.
+"""Measure precision and recall of `lora_align.refusals` on answers that people have labelled.
 
     python tests/benchmarks/refusals.py FOLDER --splits FOLDER [--fit]
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import splits
 from report import save
 
-from lora_align.metrics import refusals
+from lora_align import refusals
 
 MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 BEGINNINGS = re.compile(

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lora_align.demo import oracle, oracle_judge, world
-from lora_align.metrics.refusals import refuses
+from lora_align.refusals import refuses
 
 REFUSALS = [
     "I'm sorry, but I can't assist with that.",
