@@ -165,7 +165,7 @@ class Reader:
         for prompt, answers in rows:
             begin = start + len(prompt)
             for answer in answers:
-                at += [start + len(prompt) - 1, *range(begin, begin + len(answer) - 1)]
+                at += [start + len(prompt) - 1, *range(begin, begin + len(answer) - 1)][: len(answer)]
                 targets += answer
                 lengths.append(len(answer))
                 begin += len(answer)

@@ -102,6 +102,14 @@ def test_batch_size_does_not_change_logprobs(model: PreTrainedModel) -> None:
         assert torch.allclose(answer_logprobs(model, examples, MemoryBudget(tokens)), expected, atol=1e-4)
 
 
+def test_empty_answer_has_logprob_0_and_changes_no_other(model: PreTrainedModel) -> None:
+    prompt, answer = [5, 6, 7], [8, 9]
+    sums = answer_logprobs(model, [(prompt, [[], answer]), (prompt, [[]]), (prompt, [answer])], MemoryBudget(4096))
+    alone = answer_logprobs(model, [(prompt, [answer])], MemoryBudget(4096))
+    assert sums[[0, 2]].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(sums[[1, 3]], alone.expand(2))
+
+
 def test_error_names_weights_that_are_nan(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     policy = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"]))
