@@ -42,7 +42,7 @@ bench:
     .venv/bin/python tests/benchmarks/methods.py --work .bench
     .venv/bin/python tests/benchmarks/tune.py --work .bench/tune
     .venv/bin/python tests/benchmarks/algebra.py --work .bench/algebra
-    .venv/bin/python tests/benchmarks/planning.py --work .bench/planning
+    .venv/bin/python tests/benchmarks/plan_accuracy.py --work .bench/planning
     .venv/bin/python tests/benchmarks/training.py --work .bench/training
     .venv/bin/python tests/benchmarks/growth.py --work .bench/growth
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows

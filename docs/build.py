@@ -21,7 +21,7 @@ from lora_align.rankers import RANKERS, Winner
 from lora_align.recipe import tables
 
 DOCS = Path(__file__).parent
-PACKAGE, LAYERS = DOCS.parent / "lora_align", DOCS.parent / "tests" / "test_layers.py"
+PACKAGE, LAYERS = DOCS.parent / "lora_align", DOCS.parent / "tests" / "test_imports.py"
 PAGES = [DOCS / f"{name}.md" for name in ("cli", "recipes", "architecture", "merging", "your-data")]
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SECTIONS = {  # heading → dataclass
@@ -162,7 +162,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def layers() -> str:
-    """Return the layers of tests/test_layers.py, the highest first."""
+    """Return the layers of tests/test_imports.py, the highest first."""
     body = ast.parse(LAYERS.read_text("utf-8")).body
     [floors] = [
         node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS"

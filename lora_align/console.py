@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.errors import CONTROLS, inert
-from lora_align.wrapping import Wrapper, cell_width
+from lora_align.line_wrapping import Wrapper, cell_width
 
 _JSON = {code: f"\\u{code:04x}" for code in CONTROLS}
 _COMMANDS = re.compile(r"(\S*`[^`\n]*`\S*)")
@@ -52,7 +52,7 @@ class Screen:
         """Print the command's result: the text, or with --json the data as one object."""
         if not self.as_json:
             self._out(text)
-        elif processes.rank() == 0:  # one line, which `write` would wrap
+        elif distributed.rank() == 0:  # one line, which `write` would wrap
             print(json.dumps(data, ensure_ascii=False, default=str).translate(_JSON), flush=True)  # noqa: T201
 
     def show(self, text: str) -> None:
@@ -71,7 +71,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print a line to stderr, even with --quiet."""
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             write(text, sys.stderr)
 
     def warn(self, text: str) -> None:
@@ -85,7 +85,7 @@ class Screen:
         `already` is the number of items that earlier calls did; the rate excludes them.
         """
         progress: Progress
-        if self.quiet or processes.rank():
+        if self.quiet or distributed.rank():
             progress = Progress(title, total, already)
         elif sys.stderr.isatty():
             progress = _Bar(title, total, already)
@@ -110,7 +110,7 @@ class Screen:
         out.flush()
 
     def _out(self, text: str) -> None:
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             write(text, sys.stdout)
 
 

@@ -66,7 +66,7 @@ class Project:
         """Open a conversation. `sampling` takes `temperature`, `top_p`, `max_new_tokens` and `seed`."""
         from lora_align.chat.session import open_session
         from lora_align.model import base as bases
-        from lora_align.model.sampler import Sampling
+        from lora_align.model.sampler_protocol import Sampling
 
         base = bases.find(self.recipe.base)
         chosen = self.policy(policy)
@@ -77,7 +77,7 @@ class Project:
     ) -> list[list[str]]:
         """Return n answers to each prompt. `sampling` is as for `chat`, at temperature 1 and seed 0 by default."""
         from lora_align.model import base as bases
-        from lora_align.model.sampler import Sampling
+        from lora_align.model.sampler_protocol import Sampling
         from lora_align.policy.loading import load_policy
 
         chosen = self.policy(policy)

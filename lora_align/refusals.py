@@ -1,8 +1,8 @@
 """Detection of refusals: answers that decline or object to the request and do not fulfil it.
 
 Each phrase typical of a refusal adds points in the first sentence and in the opening. A list subtracts points. The
-points are the weights of a logistic regression on labelled answers of five models; `tests/benchmarks/refusals.py`
-measures the detector's accuracy.
+points are the weights of a logistic regression on labelled answers of five models.
+`tests/benchmarks/refusal_detector.py` measures the detector's accuracy.
 """
 
 import re

@@ -11,7 +11,7 @@ from typing import Any, cast, get_origin
 from lora_align import __version__, store
 from lora_align.console import Screen
 from lora_align.errors import UserError, first_line
-from lora_align.weights import NAME
+from lora_align.mix_weights import NAME
 
 SCHEMA = 1
 DEFAULT = Path("runs")

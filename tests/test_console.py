@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora_align.console import Screen, clock, count, library_log, rate, table
 from lora_align.errors import inert
-from lora_align.wrapping import Wrapper
+from lora_align.line_wrapping import Wrapper
 from support import Terminal
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from lora_align.data.rows import Comparison, Pair
 from lora_align.errors import UserError
+from lora_align.mix_weights import parse_weights
 from lora_align.rankers import Ranker
-from lora_align.weights import parse_weights
 
 
 def test_weights_are_parsed_in_order() -> None:

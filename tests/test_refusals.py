@@ -1,4 +1,4 @@
-"""Refusals are detected; `tests/benchmarks/refusals.py` measures how often."""
+"""Refusals are detected; `tests/benchmarks/refusal_detector.py` measures how often."""
 
 import itertools
 import random

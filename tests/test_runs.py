@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_align import publishing, runs
+from lora_align import run_writer, runs
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError
 from lora_align.runs import Manifest
@@ -21,9 +21,9 @@ BASE = {"model": "demo", "fingerprint": "f" * 64}
 
 
 def _publish(target: Path, *, force: bool = False, text: str = "weights") -> runs.Run:
-    with publishing.staging_folder(target, Screen(quiet=True), force=force) as staging:
+    with run_writer.staging_folder(target, Screen(quiet=True), force=force) as staging:
         (staging / "adapter.bin").write_text(text)
-        return publishing.publish(staging, target, Manifest(stage="dpo", base=BASE))
+        return run_writer.publish(staging, target, Manifest(stage="dpo", base=BASE))
 
 
 def test_published_run_reads_back(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_existing_run_is_refused_or_moved_aside(tmp_path: Path) -> None:
 
 def test_failure_leaves_no_run(tmp_path: Path) -> None:
     def fail() -> None:
-        with publishing.staging_folder(tmp_path / "a", Screen(quiet=True)) as staging:
+        with run_writer.staging_folder(tmp_path / "a", Screen(quiet=True)) as staging:
             (staging / "half").write_text("x")
             raise ZeroDivisionError
 
@@ -82,7 +82,7 @@ def _spawn(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
         f"""
         import sys, time
         from pathlib import Path
-        from lora_align import publishing, runs
+        from lora_align import run_writer, runs
         from lora_align.console import Screen
         from lora_align.errors import RunFailedError, UserError
         target = Path({str(tmp_path / "a")!r})
@@ -97,7 +97,7 @@ def test_killed_process_leaves_no_run_and_the_next_takes_over(
     child = _spawn(
         tmp_path,
         """
-        with publishing.staging_folder(target, Screen()) as staging:
+        with run_writer.staging_folder(target, Screen()) as staging:
             (staging / "adapter.bin").write_text("half")
             print("ready", flush=True)
             time.sleep(60)
@@ -110,7 +110,7 @@ def test_killed_process_leaves_no_run_and_the_next_takes_over(
     os.kill(child.pid, signal.SIGKILL)
     child.wait(60)
     assert runs.list_runs(tmp_path) == []
-    with publishing.staging_folder(tmp_path / "a", Screen()) as staging:
+    with run_writer.staging_folder(tmp_path / "a", Screen()) as staging:
         assert list(staging.iterdir()) == []
     assert f"process {child.pid}" in capsys.readouterr().err
 
@@ -123,9 +123,9 @@ def test_one_of_many_racing_processes_publishes(tmp_path: Path) -> None:
             f"""
             time.sleep(max(0, {start} - time.time()))
             try:
-                with publishing.staging_folder(target, Screen(quiet=True)) as staging:
+                with run_writer.staging_folder(target, Screen(quiet=True)) as staging:
                     (staging / "adapter.bin").write_text("x")
-                    publishing.publish(staging, target, runs.Manifest(stage="dpo", base={{"fingerprint": "f"}}))
+                    run_writer.publish(staging, target, runs.Manifest(stage="dpo", base={{"fingerprint": "f"}}))
                 print("won")
             except UserError:
                 print("refused")
@@ -238,10 +238,10 @@ def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_published_files_are_readable_by_other_users(tmp_path: Path) -> None:
-    with publishing.staging_folder(tmp_path / "a", Screen(quiet=True)) as staging:
+    with run_writer.staging_folder(tmp_path / "a", Screen(quiet=True)) as staging:
         (staging / "secretive").write_text("x")
         (staging / "secretive").chmod(0o600)
-        run = publishing.publish(staging, tmp_path / "a", Manifest(stage="dpo", base=BASE))
+        run = run_writer.publish(staging, tmp_path / "a", Manifest(stage="dpo", base=BASE))
     modes = {file.stat().st_mode for file in run.path.iterdir()}
     assert len(modes) == 1
     assert json.loads((run.path / runs.MANIFEST).read_text())["versions"]["torch"]
@@ -252,10 +252,10 @@ def test_full_disk_publishes_nothing(tmp_path: Path) -> None:
         before = _publish(disk / "a")
 
         def publish_again() -> None:
-            with publishing.staging_folder(disk / "a", Screen(quiet=True), force=True) as staging:
+            with run_writer.staging_folder(disk / "a", Screen(quiet=True), force=True) as staging:
                 (staging / "adapter.bin").write_text("weights")
                 fill(disk)
-                publishing.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))
+                run_writer.publish(staging, disk / "a", Manifest(stage="dpo", base=BASE))
 
         with pytest.raises(
             RunFailedError, match=r"No space left on device( \(.* to write, .* free\))?; nothing was published"

@@ -10,9 +10,9 @@ from lora_align.console import Screen
 from lora_align.data.rows import Message, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.model.decoding import PrefixCache, stream_tokens, text_pieces
 from lora_align.model.mixer import Mixer
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
+from lora_align.model.streaming import PrefixCache, stream_tokens, text_pieces
 from lora_align.policy import safe_ranges, vectors
 from lora_align.policy.loading import load_policy
 from lora_align.policy.policy import Conditioned, Policy, check_stands_on

@@ -12,9 +12,9 @@ from lora_align.chat.session import Session
 from lora_align.console import Screen, count
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError, inert
-from lora_align.model.sampler import Sampling
+from lora_align.mix_weights import parse_weights
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.policy.policy import Conditioned
-from lora_align.weights import parse_weights
 
 
 def answer_once(session: Session, prompt: str, screen: Screen) -> None:

@@ -15,8 +15,8 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_align import __version__, processes, runs, store
-from lora_align.cli import measure_commands, mix_commands, start_commands, train_commands, use_commands
+from lora_align import __version__, distributed, runs, store
+from lora_align.cli import measure_commands, mix_commands, setup_commands, train_commands, use_commands
 from lora_align.console import Screen, library_log, write
 from lora_align.errors import RunFailedError, Stopped, UserError, nearest
 
@@ -44,13 +44,13 @@ app = typer.Typer(
 )
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {
-        "demo": start_commands.demo,
-        "recipes": start_commands.list_recipes,
-        "init": start_commands.init,
-        "doctor": start_commands.doctor,
-        "plan": start_commands.plan,
+        "demo": setup_commands.demo,
+        "recipes": setup_commands.list_recipes,
+        "init": setup_commands.init,
+        "doctor": setup_commands.doctor,
+        "plan": setup_commands.plan,
     },
-    "Data": {"data": start_commands.data},
+    "Data": {"data": setup_commands.data},
     "Train": {
         "sft": train_commands.sft,
         "dpo": train_commands.dpo,
@@ -114,7 +114,7 @@ def options(
         Screen().show(context.get_help())
     if debug:
         os.environ["LORA_ALIGN_DEBUG"] = "1"
-    processes.check(context.invoked_subcommand or "help", trains=context.invoked_subcommand in runs.TRAINING)
+    distributed.check(context.invoked_subcommand or "help", trains=context.invoked_subcommand in runs.TRAINING)
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def main() -> None:
     except UserError as fault:
         _exit(str(fault), fault.exit_code)
     except Stopped as stop:
-        launched = " (or under the launcher again)" if processes.world_size() > 1 else ""
+        launched = " (or under the launcher again)" if distributed.world_size() > 1 else ""
         line = _continuing_line(has_checkpoint=stop.has_checkpoint)
         _exit(f"stopped; nothing unfinished was published{line and f'; to continue: {line}{launched}'}", stop.exit_code)
     except TyperException as fault:
@@ -173,10 +173,10 @@ def _exit(text: str, code: int) -> None:
     """Print an error and exit; rank 0 prints for all ranks."""
     if os.environ.get("LORA_ALIGN_DEBUG"):
         write(traceback.format_exc().rstrip(), sys.stderr)
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # rank 0 has all other errors too, and prints them
-        write(f"process {processes.rank()}: {text}", sys.stderr)
-    if processes.rank() and code < SIGNALLED:  # a signal reaches all ranks
+        write(f"process {distributed.rank()}: {text}", sys.stderr)
+    if distributed.rank() and code < SIGNALLED:  # a signal reaches all ranks
         time.sleep(RANK_0_FIRST)
     sys.exit(code)

@@ -4,15 +4,15 @@ from typing import Annotated
 
 import typer
 
-from lora_align import publishing, runs
+from lora_align import run_writer, runs
 from lora_align.cli.shared import RUNS, ByOption, Given, check_url, takes
 from lora_align.commands import list_runs as run_list
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.grid import grid
+from lora_align.mix_weights import name_of, parse_weights
 from lora_align.policy import safe_ranges, vectors
 from lora_align.policy.policy import find_policies, newest_conditioned, weighted
-from lora_align.weights import name_of, parse_weights
 
 
 @takes(*RUNS)
@@ -104,7 +104,7 @@ def sweep(
     if not axes and not directions:
         raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
     values, _ = grid(axes or [])
-    publishing.refuse_existing(target, given.force)
+    run_writer.refuse_existing(target, given.force)
     given.check_vectors(values, recipe)
     find_policies(also or [], recipe, given.runs_dir, Screen(quiet=True))
     given.check_judges(by, recipe)
@@ -215,7 +215,7 @@ def reach(
         raise UserError(f"reach: no preference has both its adapters in {given.runs_dir}/; `{command}` trains them")
     policy = weighted(dict.fromkeys(names, 1.0), recipe, given.runs_dir)
     target = given.runs_dir / safe_ranges.FOLDER / (given.name or name_of(names))
-    publishing.refuse_existing(target, given.force)
+    run_writer.refuse_existing(target, given.force)
     given.screen.loading(recipe.base.model)
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.reach import Limits, find_reach

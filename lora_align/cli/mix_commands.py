@@ -10,7 +10,7 @@ from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
-from lora_align.weights import parse_weights
+from lora_align.mix_weights import parse_weights
 
 MethodOption = Annotated[
     str,
@@ -148,6 +148,6 @@ def push(
     """
     runs.read(run)
     given.screen.note("loading libraries …")
-    from lora_align.commands.push import push_run
+    from lora_align.commands.push_to_hub import push_run
 
     given.show(push_run(run, to, public=public, screen=given.screen))

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from lora_align import publishing, runs
+from lora_align import run_writer, runs
 from lora_align.cli import recipe_choice
 from lora_align.console import Screen
 from lora_align.data import sources
 from lora_align.errors import UserError
+from lora_align.mix_weights import NAME, NAME_RULE, RESERVED
 from lora_align.policy import judge_runs, vectors
 from lora_align.recipe import Recipe
-from lora_align.weights import NAME, NAME_RULE, RESERVED
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -159,7 +159,7 @@ class Given:
 
     def refuse_existing(self, target: Path, keep_both: str = "--name NEW keeps both") -> None:
         """Refuse a run that is being written, or that exists without --resume or --force."""
-        publishing.refuse_before_training(target, force=self.force, resume=self.resume, remedy=keep_both)
+        run_writer.refuse_before_training(target, force=self.force, resume=self.resume, remedy=keep_both)
 
     def check_vectors(self, names: Iterable[str], recipe: Recipe) -> None:
         """Refuse a name that is not a preference, a run or a folder."""

@@ -26,12 +26,12 @@ from lora_align.cli.shared import (
 )
 from lora_align.data import shards
 from lora_align.errors import UserError
+from lora_align.mix_weights import parse_weights
 from lora_align.policy.policy import select_policy
 from lora_align.recipe import Recipe
-from lora_align.weights import parse_weights
 
 if TYPE_CHECKING:
-    from lora_align.model.sampler import Sampler
+    from lora_align.model.sampler_protocol import Sampler
 
 
 @takes(*RUNS)
@@ -110,7 +110,7 @@ def chat(
     from lora_align.chat import session as sessions
     from lora_align.chat import terminal
     from lora_align.model import base as bases
-    from lora_align.model.sampler import Sampling
+    from lora_align.model.sampler_protocol import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     session = sessions.open_session(bases.find(recipe.base), given.runs_dir, recipe, policy, sampling, given.screen)
@@ -186,7 +186,7 @@ def generate(
     else:
         given.screen.loading(recipe.base.model)
     from lora_align.commands.generate import generate_file
-    from lora_align.model.sampler import Sampling
+    from lora_align.model.sampler_protocol import Sampling
 
     if endpoint:
         sampler, who = _served(endpoint, model, adapter, recipe)

@@ -11,7 +11,7 @@ from lora_align.data import row_reader, shards, sources
 from lora_align.data.rows import Prompt, prompt_key, with_system_prompt
 from lora_align.data.shards import KEY
 from lora_align.errors import RunFailedError, UserError
-from lora_align.model.sampler import SampledText, Sampler, Sampling
+from lora_align.model.sampler_protocol import SampledText, Sampler, Sampling
 
 BATCH = 256  # answers in a file of answers; a kill loses at most the answers of the file being written
 

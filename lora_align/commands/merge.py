@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_align import publishing, runs, store
+from lora_align import run_writer, runs, store
 from lora_align.adapters import peft_config, peft_format, same_base
 from lora_align.adapters.delta import LoraDelta
 from lora_align.adapters.merge_methods import METHODS
@@ -19,12 +19,11 @@ from lora_align.adapters.peft_format import Adapter
 from lora_align.adapters.streamed_merge import Merge, Tally
 from lora_align.console import Screen
 from lora_align.errors import UserError
-from lora_align.policy import safe_ranges, vectors
-from lora_align.policy import start as start_policy
+from lora_align.mix_weights import LONGEST, name_of
+from lora_align.policy import safe_ranges, start_policy, vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest, Run
-from lora_align.weights import LONGEST, name_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def merge_adapters(
     if out:
         store.refuse_missing_parent(out)
     target = out or runs_dir / "mix" / (name or default_name(weights, how))
-    publishing.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
+    run_writer.refuse_existing(target, force, "another --out keeps both" if out else "--name NEW keeps both")
     ready = prepare(weights, recipe, runs_dir, how, by_name)
     if ready.base and not out:
         runs.check_base(runs_dir, ready.base)
@@ -98,7 +97,7 @@ def merge_adapters(
     elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
     store.check_free_space(target.parent, needed, elsewhere)
     with (
-        publishing.staging_folder(target, screen, force=force) as staging,
+        run_writer.staging_folder(target, screen, force=force) as staging,
         store.report_write_errors(target, elsewhere, needed),
     ):
         modules = tally.counted(ready.merge.modules(rank), padded)
@@ -127,7 +126,7 @@ def merge_adapters(
             metrics={"left_out": tally.left_out},
             unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
         )
-        return Mix(publishing.publish(staging, target, manifest))
+        return Mix(run_writer.publish(staging, target, manifest))
 
 
 @dataclass(frozen=True)

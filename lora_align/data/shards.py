@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
-from lora_align import processes, store
+from lora_align import distributed, store
 from lora_align.console import Screen
 from lora_align.errors import UserError
 
@@ -65,7 +65,7 @@ class Shards:
         from pyarrow.parquet import write_table
 
         number = int(self.files[-1].stem.split("-")[1]) + 1 if self.files else 0
-        rank = f"-{processes.rank()}" if processes.rank() else ""
+        rank = f"-{distributed.rank()}" if distributed.rank() else ""
         file = self.folder / f"part-{number:06d}{rank}.parquet"
         table = _table(rows)
         with store.report_write_errors(self.folder, REMEDY, table.nbytes), store.new_file(file) as unfinished:
@@ -89,7 +89,7 @@ class Shards:
 
 def delete(folder: Path) -> None:
     """Delete a folder of shards, on rank 0."""
-    processes.on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+    distributed.on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @contextmanager
@@ -97,9 +97,9 @@ def opened(folder: Path) -> Iterator[Shards]:
     """Lock a folder, remove unfinished files of a killed program, and yield its shards."""
     lock = FileLock(folder / ".lock")
     try:
-        processes.on_rank_0(lambda: _lock_and_clean(folder, lock))
+        distributed.on_rank_0(lambda: _lock_and_clean(folder, lock))
         parts = Shards(folder)
-        processes.barrier()  # all ranks list the files before any rank adds one
+        distributed.barrier()  # all ranks list the files before any rank adds one
         yield parts
     finally:
         lock.release()
@@ -159,7 +159,7 @@ def write(rows: Rows, out: Path) -> None:
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to continue shards that were begun with other settings."""
-    processes.on_rank_0(lambda: _same_work(folder, settings))
+    distributed.on_rank_0(lambda: _same_work(folder, settings))
 
 
 def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:

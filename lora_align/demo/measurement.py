@@ -12,9 +12,9 @@ from lora_align.data.rows import Message
 from lora_align.demo import oracle, world
 from lora_align.demo.oracle import AXES, Prompt, Score
 from lora_align.model.base import Base
+from lora_align.model.batch_sampling import sample
 from lora_align.model.chat_format import text_of
-from lora_align.model.sampler import Sampling
-from lora_align.model.sampling import sample
+from lora_align.model.sampler_protocol import Sampling
 
 LONGEST = 96  # maximum tokens of a sampled answer; the longest answer in the demo world has 66
 ONLY_ON = {"helpful": False, "harmless": True}  # preferences measured only on safe (False) or risky (True) prompts

@@ -21,7 +21,7 @@ from lora_align.demo.measurement import Figures
 from lora_align.errors import inert
 from lora_align.metrics import plots
 from lora_align.model import base as bases
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.policy.policy import weighted
 from lora_align.rankers import Direction
 from lora_align.train import dpo

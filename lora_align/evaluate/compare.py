@@ -9,7 +9,7 @@ from lora_align.evaluate import server_judge
 from lora_align.evaluate.figures import Figures, figures, wins
 from lora_align.evaluate.measure import Evaluator
 from lora_align.metrics.intervals import Estimate
-from lora_align.model.sampler import Sampler
+from lora_align.model.sampler_protocol import Sampler
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lora_align.errors import UserError
+from lora_align.mix_weights import NAME
 from lora_align.policy.policy import START
-from lora_align.weights import NAME
 
 Weights = Mapping[str, float]
 MAX_POLICIES = 1000

@@ -25,7 +25,7 @@ from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.sampler import SampledText
+from lora_align.model.sampler_protocol import SampledText
 from lora_align.policy import judges
 from lora_align.policy.policy import START_POLICY, Policy
 from lora_align.policy.policy_set import PolicySet

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations, count, product
 from pathlib import Path
 
-from lora_align import publishing
+from lora_align import run_writer
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.evaluate.figures import figures
@@ -102,7 +102,7 @@ def find_reach(
     pairs = list(combinations(vectors, 2))
     total = STEPS * (2 * len(vectors) + len(SIGNS) * len(pairs))
     with (
-        publishing.staging_folder(target, screen, force=force) as staging,
+        run_writer.staging_folder(target, screen, force=force) as staging,
         screen.progress("weights", total) as progress,
     ):
         tried = count()
@@ -117,5 +117,5 @@ def find_reach(
             method={"vectors": {name: vector.lineage() for name, vector in vectors.items()}},
             metrics=reach.as_json(),
         )
-        publishing.publish(staging, target, manifest)
+        run_writer.publish(staging, target, manifest)
     return reach

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lora_align import publishing, want
+from lora_align import run_writer
 from lora_align.console import Screen
 from lora_align.data import shards
 from lora_align.evaluate import sweep_plots, sweep_report
@@ -22,7 +22,7 @@ from lora_align.metrics.intervals import Estimate
 from lora_align.policy.policy import START, WANT, newest_conditioned
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest
-from lora_align.want import Want
+from lora_align.want_direction import Want, sample_direction
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def plan_sweep(
         return SweepPlan(values, weights, others=others)
     region = newest_conditioned(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
-    wants = [want.sample_direction(region, draw) for _ in range(directions if len(region) > 2 else 50 * directions)]
+    wants = [sample_direction(region, draw) for _ in range(directions if len(region) > 2 else 50 * directions)]
     if len(region) == 2:
         wants.sort(key=lambda one: math.atan2(*one.weights.values()))
         wants = [wants[place * (len(wants) - 1) // max(directions - 1, 1)] for place in range(directions)]
@@ -73,7 +73,7 @@ def run_sweep(
     plan: SweepPlan, evaluator: Evaluator, recipe: Recipe, target: Path, screen: Screen, *, force: bool = False
 ) -> SweepResult:
     """Measure every policy of the plan and publish the result. Cached measurements are reused."""
-    with publishing.staging_folder(target, screen, force=force) as staging:
+    with run_writer.staging_folder(target, screen, force=force) as staging:
         measurements = list(evaluator.measure_all(screen))
         figures_of = [figures(one) for one in measurements]
         scores = _scores(plan, figures_of, recipe)
@@ -90,7 +90,7 @@ def run_sweep(
         manifest = Manifest(
             stage="sweep", base=base, recipe=recipe.as_dict(), method={"axes": plan.axes}, metrics=result.as_json()
         )
-        publishing.publish(staging, target, manifest)
+        run_writer.publish(staging, target, manifest)
     return result
 
 

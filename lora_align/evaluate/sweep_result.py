@@ -10,7 +10,7 @@ from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.grid import Weights
 from lora_align.evaluate.measure import Measurement
 from lora_align.metrics import pareto
-from lora_align.want import Want
+from lora_align.want_direction import Want
 
 
 @dataclass(frozen=True)

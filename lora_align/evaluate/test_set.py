@@ -14,7 +14,7 @@ from lora_align.data import row_reader, sources
 from lora_align.data.pairs import MIN_HELD_OUT, is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.recipe import EvalSource, Recipe, Source
 
 Item = TypeVar("Item")

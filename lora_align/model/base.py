@@ -15,7 +15,7 @@ import transformers
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lora_align import processes, recipe, store
+from lora_align import distributed, recipe, store
 from lora_align.errors import NotFetchedError, UserError, first_line
 from lora_align.model.base_folder import local_folder
 from lora_align.model.chat_format import ChatFormat
@@ -66,14 +66,14 @@ class Base:
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= cache_from:
             source = _quantized(self)
-        if not self.recipe.fsdp or processes.world_size() == 1:
+        if not self.recipe.fsdp or distributed.world_size() == 1:
             model = _load(source, self.recipe, device(self.recipe))
             if model.device.type == "cpu":
                 dequantise_once(model, compute_dtype(self.recipe))
             return model
         from lora_align.model.fsdp import shard_base
 
-        processes.barrier()  # initialises torch.distributed
+        distributed.barrier()  # initialises torch.distributed
         with FileLock(store.cache_folder() / ".sharding.lock"):  # hold one whole base in memory at a time
             return shard_base(_load(source, self.recipe, torch.device("cpu")), device(self.recipe))
 
@@ -126,7 +126,7 @@ def device(base: recipe.Base) -> torch.device:
     """Return this process's GPU (CUDA, Intel's XPU, or Apple's MPS for a base that is not in 4-bit), or the CPU."""
     gpu = torch.accelerator.current_accelerator(check_available=True)
     kinds = ("cuda", "xpu") if base.quantization == "nf4" else ("cuda", "xpu", "mps")
-    return torch.device(gpu.type, processes.local_rank()) if gpu and gpu.type in kinds else torch.device("cpu")
+    return torch.device(gpu.type, distributed.local_rank()) if gpu and gpu.type in kinds else torch.device("cpu")
 
 
 def device_memory(where: torch.device) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import httpx2 as httpx
 
 from lora_align.data.rows import Prompt, prompt_key
 from lora_align.errors import RunFailedError, UserError, first_line
-from lora_align.model.sampler import SampledText, Sampling
+from lora_align.model.sampler_protocol import SampledText, Sampling
 
 KEY = "OPENAI_API_KEY"
 CONCURRENT = 32  # requests in flight at the same time

@@ -15,7 +15,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.errors import OutOfStepError, UserError
 from lora_align.model.nf4 import Linear4bit
 
@@ -29,7 +29,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     weights: list[Any] = [linear.weight for linear in linears]
     kinds = [(weight.compress_statistics, weight.quant_type, weight.quant_state) for weight in weights]
     whole = {*model.parameters()} - {*weights}
-    mesh = init_device_mesh(device.type, (processes.world_size(),))
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
@@ -41,7 +41,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
     model._is_accelerate_prepared = True  # type: ignore[assignment]  # keeps the trainer from wrapping it
-    processes.base_is_sharded = True
+    distributed.base_is_sharded = True
     return model
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.errors import OutOfStepError, RunFailedError
 
 NO_MEMORY = (
@@ -41,7 +41,7 @@ class MemoryBudget:
         except (RuntimeError, MemoryError) as fault:
             if not _out_of_memory(fault):
                 raise
-            if processes.base_is_sharded:
+            if distributed.base_is_sharded:
                 raise OutOfStepError(
                     f"out of memory at a batch size of {self.size:,}; with a sharded base the batch cannot be halved: "
                     "lower tokens_per_batch or max_length"

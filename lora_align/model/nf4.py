@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_align import processes
+from lora_align import distributed
 
 
 def _compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def disable_cpu_repacking(model: nn.Module) -> None:
 
 def fits_dequantised(count: int, dtype: torch.dtype) -> bool:
     """Return whether `count` values of this dtype fit into SHARE of the available memory, in every local process."""
-    available = psutil.virtual_memory().available / processes.local_world_size()
+    available = psutil.virtual_memory().available / distributed.local_world_size()
     return bool(count * dtype.itemsize <= SHARE * available)
 
 

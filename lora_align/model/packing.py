@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_align import processes
+from lora_align import distributed
 
 Row = Sequence[Sequence[int]]  # token ids: [text], or [prompt, answer, …]
 NOISE = 4  # tolerance in rounding steps of the dtype, for the same values computed in two ways
@@ -71,7 +71,7 @@ class Backbone:
         """Return the last hidden states [t, d] of each row, for the concatenation of its prompt and answers."""
         packed = [i for i, row in enumerate(rows) if self.packs(row)]
         left = [i for i, row in enumerate(rows) if not self.packs(row)]
-        if processes.base_is_sharded and left:  # a sharded base: one pass per part
+        if distributed.base_is_sharded and left:  # a sharded base: one pass per part
             packed, left = [], list(range(len(rows)))
         states: dict[int, Tensor] = {}
         for read, which in ((self._packed, packed), (self._padded, left)):

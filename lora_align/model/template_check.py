@@ -11,7 +11,7 @@ from typing import Any
 from lora_align import store
 from lora_align.errors import UserError
 
-TRIAL = Path(__file__).with_name("template_trial.py")
+RENDER = Path(__file__).with_name("template_render.py")
 TIMEOUT = 30.0  # seconds, the start of Python included; the process itself limits its CPU time
 FAULTS = {
     "MemoryError": "takes more than 1 GiB of memory",
@@ -35,7 +35,7 @@ def check_template(template: str, variables: Mapping[str, Any], whose: str) -> N
     if known.exists():
         return
     try:
-        words = [sys.executable, "-P", str(TRIAL)]
+        words = [sys.executable, "-P", str(RENDER)]
         done = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         why = "does not end"

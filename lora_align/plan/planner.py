@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.console import Screen, clock, count, table
 from lora_align.errors import UserError
 from lora_align.metrics.histogram import bars, histogram
@@ -120,7 +120,7 @@ def plan_stages(
     a step of each stage that fits runs on this device.
     """
     base = shapes.find(recipe.base, outline=not measure)
-    device = device_of(recipe, card, vram, cards or processes.world_size())
+    device = device_of(recipe, card, vram, cards or distributed.world_size())
     stages = []
     for name in names:
         reported = name == "tune" and "dpo" in names  # about the same data

@@ -12,7 +12,7 @@ from lora_align.data.rows import Prompt, with_system_prompt
 from lora_align.errors import NotFetchedError
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.model.tokenise import TokenPair, TokenText
 from lora_align.plan import shapes
 from lora_align.recipe import Lora, Recipe, Sft, Source, Training

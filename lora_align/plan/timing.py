@@ -11,8 +11,8 @@ from peft import get_peft_model
 
 from lora_align.model import base as bases
 from lora_align.model.base import Base, compute_dtype
+from lora_align.model.batch_sampling import LocalSampler
 from lora_align.model.compiled_layers import compiled_layers
-from lora_align.model.sampling import LocalSampler
 from lora_align.plan.stages import SamplingWork, Stage
 from lora_align.train import lora_trainer
 from lora_align.train.stepper import with_padding

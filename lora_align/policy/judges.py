@@ -19,8 +19,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.plugins import Registry
-from lora_align.policy import judge_runs
-from lora_align.policy import start as start_policy
+from lora_align.policy import judge_runs, start_policy
 from lora_align.policy.judge_runs import PAIR
 from lora_align.rankers import Direction
 from lora_align.recipe import Recipe

@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from lora_align.console import Screen
 from lora_align.model.base import Base
+from lora_align.model.batch_sampling import LocalSampler
 from lora_align.model.mixer import Mixer
-from lora_align.model.sampling import LocalSampler
-from lora_align.policy import safe_ranges, vectors
-from lora_align.policy import start as start_policy
+from lora_align.policy import safe_ranges, start_policy, vectors
 from lora_align.policy.policy import Policy, check_stands_on
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lora_align import runs
 from lora_align.console import Screen
 from lora_align.errors import UserError
+from lora_align.mix_weights import parse_weights
 from lora_align.policy import vectors
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
-from lora_align.want import Want, scores_message
-from lora_align.weights import parse_weights
+from lora_align.want_direction import Want, scores_message
 
 if TYPE_CHECKING:
     from lora_align.model.base import Base

@@ -12,11 +12,10 @@ from lora_align.adapters import peft_format
 from lora_align.console import Screen
 from lora_align.data.rows import Prompt
 from lora_align.model.base import Base
+from lora_align.model.batch_sampling import ROWS, LocalSampler
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
-from lora_align.model.sampling import ROWS, LocalSampler
-from lora_align.policy import start as start_policy
-from lora_align.policy import vectors
+from lora_align.policy import start_policy, vectors
 from lora_align.policy.judges import Judge, Scores, tokenise_answer
 from lora_align.policy.policy import START, Policy, check_stands_on
 from lora_align.recipe import Recipe

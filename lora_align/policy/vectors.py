@@ -11,9 +11,9 @@ from lora_align import runs, store
 from lora_align.adapters.module_names import parse_name
 from lora_align.adapters.peft_config import CONFIG, WEIGHTS
 from lora_align.errors import UserError, nearest
+from lora_align.mix_weights import NAME
 from lora_align.recipe import DEFAULT, LOCAL
 from lora_align.runs import Run
-from lora_align.weights import NAME
 
 if TYPE_CHECKING:  # torch is imported only to load an update
     from lora_align.adapters.delta import LoraDelta

@@ -5,10 +5,10 @@ from dataclasses import fields
 from typing import Any
 
 from lora_align.errors import nearest
+from lora_align.mix_weights import NAME, NAME_RULE, RESERVED
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
 from lora_align.recipe.tables import Base, Dpo, Eval, EvalSource, Lora, Preference, Ratings, Recipe, Reward, Rsf, Sft
-from lora_align.weights import NAME, NAME_RULE, RESERVED
 
 TABLES: Mapping[str, Any] = {
     "base": Base, "lora": Lora, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.errors import UserError, nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
@@ -321,7 +321,7 @@ class Recipe:
             raise UserError(
                 f"{stage}.optimizer: {table.optimizer!r} needs the library {library}, which is not installed"
             )
-        if stage == "rsf" and self.base.fsdp and processes.world_size() > 1:
+        if stage == "rsf" and self.base.fsdp and distributed.world_size() > 1:
             raise UserError(
                 "base.fsdp: rsf samples its answers token by token, and a sharded base would be gathered anew for each "
                 "token; use a base that one card holds whole"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.peft_config import BaseInfo
@@ -16,7 +16,7 @@ from lora_align.console import count
 from lora_align.data import shards
 from lora_align.data.rows import Rated, with_system_prompt
 from lora_align.data.shards import KEY, Shards
-from lora_align.model.sampler import SampledText, Sampler, Sampling
+from lora_align.model.sampler_protocol import SampledText, Sampler, Sampling
 from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import SCORE
 from lora_align.rsf import sampling_requests
@@ -55,7 +55,7 @@ def sample_and_score(
     policies = rsf.policies(None if rsf.server else teacher)
     server: Sampler | None = None
     if rsf.server:
-        adapter = processes.on_rank_0(lambda: _with_start(rsf, teacher, store.folder))
+        adapter = distributed.on_rank_0(lambda: _with_start(rsf, teacher, store.folder))
         server = rsf.server.load_adapter(adapter, teacher.path.name, serve_command(rsf.recipe))
 
     def sample(batch: Sequence[Request]) -> list[SampledText]:
@@ -69,7 +69,7 @@ def sample_and_score(
     left = [request for request in requests if request.key not in done]
     if done:
         screen.note(f"{label}: {len(requests) - len(left):,} of {count(len(requests), 'request')} were answered before")
-    left = left[processes.rank() :: processes.world_size()]
+    left = left[distributed.rank() :: distributed.world_size()]
     batch_size = max(1, BATCH // n)
     with screen.progress(label, len(left)) as progress:
         for begin in range(0, len(left), batch_size):
@@ -79,7 +79,7 @@ def sample_and_score(
                 store.append(rows)
             pools = sampling_requests.pools(settings, batch, by_request(rows), t)
             progress.show(begin + len(batch), running_figures(pools))
-    processes.barrier()
+    distributed.barrier()
     store.refresh()
 
 
@@ -94,14 +94,14 @@ def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[
         scored = f"{len(answers) - len(left):,} of {count(len(answers), 'answer')}"
         target.note(f"{scored} have scores in the data, so they are not scored again")
     if left:
-        policies, mine = rsf.policies(), left[processes.rank() :: processes.world_size()]
+        policies, mine = rsf.policies(), left[distributed.rank() :: distributed.world_size()]
         computed = []
         with target.screen.progress(f"{STEERLM} scores", len(mine)) as progress:
             for begin in range(0, len(mine), BATCH):
                 batch = [answers[i] for i in mine[begin : begin + BATCH]]
                 computed += policies.score(JUDGE, [(row.prompt, row.answer) for row in batch])
                 progress.show(begin + len(batch), {})
-        for indices, rank_scores in processes.all_gather((mine, computed)):
+        for indices, rank_scores in distributed.all_gather((mine, computed)):
             for i, score in zip(indices, rank_scores, strict=True):
                 scores[i] = {name: math.nan if value is None else value for name, value in score.items()}
     return scores

@@ -14,7 +14,7 @@ from lora_align.data.pairs import is_held_out
 from lora_align.data.rows import Conversation, Message, Pair, Prompt, Rated
 from lora_align.errors import RunFailedError
 from lora_align.model import tokenise
-from lora_align.policy import start as start_policy
+from lora_align.policy import start_policy
 from lora_align.recipe import Dpo, Rsf, Training
 from lora_align.rsf import sampling_requests
 from lora_align.rsf.inputs import RsfInputs

@@ -15,11 +15,10 @@ from lora_align.data.rows import Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
+from lora_align.model.batch_sampling import ROWS
 from lora_align.model.endpoint import Endpoint
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.sampling import ROWS
-from lora_align.policy import judge_runs, judges, vectors
-from lora_align.policy import start as start_policy
+from lora_align.policy import judge_runs, judges, start_policy, vectors
 from lora_align.policy.judges import Judge
 from lora_align.policy.policy import Policy
 from lora_align.policy.policy_set import PolicySet

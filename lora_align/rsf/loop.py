@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_align import runs, want
+from lora_align import runs
 from lora_align.console import Screen, table
 from lora_align.data import shards
 from lora_align.data.rows import Conversation, Message, with_system_prompt
@@ -20,6 +20,7 @@ from lora_align.rsf import candidates, finetune, sampling_requests
 from lora_align.rsf.inputs import STEERLM, RsfInputs, prepare, teacher_of
 from lora_align.rsf.selection import choose, has_fallen, is_finite, mean_and_error
 from lora_align.runs import Run
+from lora_align.want_direction import Want, sample_direction, scores_message
 
 SAMPLES, SCORES = "samples.parquet", "scores.json"
 
@@ -59,7 +60,7 @@ def _train_steerlm(rsf: RsfInputs) -> Run:
         goals = [{name: score[name] for name in settings.directions} for _, score in scored]
         examples = []
         for (answer, _), goal in zip(scored, goals, strict=True):
-            prompt = with_system_prompt(want.scores_message(goal, settings.steer), answer.prompt)
+            prompt = with_system_prompt(scores_message(goal, settings.steer), answer.prompt)
             conversation = Conversation((*prompt, Message("assistant", answer.answer)))
             examples.append((answer.prompt, conversation))
         (staging / SCORES).write_text(json.dumps(goals))
@@ -140,5 +141,5 @@ def _example_direction(run: Run) -> str:
     """Return the middle of the region that a policy was trained on, as an argument of --want."""
     region = run.manifest.recipe["rsf"]["directions"]
     middle = {name: (low + high) / 2 for name, (low, high) in region.items()}
-    shown = want.Want.of(middle) if any(middle.values()) else want.sample_direction(region, random.Random(0))
+    shown = Want.of(middle) if any(middle.values()) else sample_direction(region, random.Random(0))
     return ",".join(f"{name}={weight:.1f}" for name, weight in shown.weights.items())

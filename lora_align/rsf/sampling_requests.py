@@ -4,12 +4,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_align import want
 from lora_align.data.rows import Conversation, Message, Prompt, Rated, prompt_key, with_system_prompt
 from lora_align.errors import UserError
 from lora_align.recipe import Rsf
 from lora_align.rsf.selection import Candidate, Choice, Pool
-from lora_align.want import Want
+from lora_align.want_direction import Want, sample_direction, scores_message
 
 EXAMPLES = 20  # random directions or scores with which a template is checked
 Scores = Mapping[str, float]
@@ -43,7 +42,7 @@ def check_settings(settings: Rsf) -> None:
         )
     rng = random.Random(0)
     scores = [{name: rng.uniform(0, 100) for name in settings.directions} for _ in range(EXAMPLES)]
-    steers = {want.scores_message(of, settings.steer) for of in scores}
+    steers = {scores_message(of, settings.steer) for of in scores}
     for key, texts, variable in (("ask", example_messages(settings), "decimals"), ("steer", steers, "listed")):
         if len(texts) == 1:
             what = "direction" if key == "ask" else "request for scores"
@@ -55,7 +54,7 @@ def check_settings(settings: Rsf) -> None:
 def example_messages(settings: Rsf) -> set[str]:
     """Return system messages for some directions of the region."""
     rng = random.Random(0)
-    return {want.sample_direction(settings.directions, rng).system_message(settings.ask) for _ in range(EXAMPLES)}
+    return {sample_direction(settings.directions, rng).system_message(settings.ask) for _ in range(EXAMPLES)}
 
 
 def prompts(settings: Rsf, half: Sequence[Rated], t: int) -> list[Prompt]:
@@ -76,7 +75,7 @@ def for_scores(settings: Rsf, prompts: Sequence[Prompt], known: Sequence[Scores]
     requests: list[Request] = []
     for prompt in prompts:
         rng = random.Random(f"{settings.seed} targets {prompt_key(prompt)}")
-        texts = (want.scores_message(rng.choice(known), settings.steer) for _ in range(settings.per_prompt))
+        texts = (scores_message(rng.choice(known), settings.steer) for _ in range(settings.per_prompt))
         requests += (Request(prompt, system, number) for number, system in enumerate(texts))
     return requests
 
@@ -121,4 +120,4 @@ def best_example(settings: Rsf, choice: Choice) -> tuple[Prompt, Conversation]:
 def _directions(settings: Rsf, prompt: Prompt, t: int) -> list[Want]:
     """Sample a prompt's directions in an iteration."""
     rng = random.Random(f"{settings.seed} {t} {prompt_key(prompt)}")
-    return [want.sample_direction(settings.directions, rng) for _ in range(settings.per_prompt)]
+    return [sample_direction(settings.directions, rng) for _ in range(settings.per_prompt)]

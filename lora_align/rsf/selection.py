@@ -10,7 +10,7 @@ from typing import Any
 from lora_align.data.pairs import reasons
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError
-from lora_align.want import Want
+from lora_align.want_direction import Want
 
 TOO_MANY = 0.5  # share of requests without a usable answer above which a run fails
 

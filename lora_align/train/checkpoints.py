@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_align import processes, runs, store
+from lora_align import distributed, runs, store
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError, first_line
 from lora_align.model.base import Base
@@ -54,7 +54,7 @@ class Checkpoints:
 
     def begin(self, screen: Screen) -> Path | None:
         """Return the newest intact checkpoint, or None. The caller holds the run's lock."""
-        return processes.on_rank_0(lambda: self._newest(screen))
+        return distributed.on_rank_0(lambda: self._newest(screen))
 
     def _newest(self, screen: Screen) -> Path | None:
         if self.restart:

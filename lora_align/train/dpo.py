@@ -24,7 +24,7 @@ from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import TokenPair
-from lora_align.policy import start as start_policy
+from lora_align.policy import start_policy
 from lora_align.rankers import Direction
 from lora_align.recipe import Dpo, Lora, Recipe
 from lora_align.runs import DIVERGED, Manifest, Run

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
-from lora_align import publishing
+from lora_align import run_writer
 from lora_align.console import Screen, library_log
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
@@ -49,7 +49,7 @@ class Target:
 
         Call this before slow work.
         """
-        publishing.refuse_before_training(self.path, force=self.force, resume=self.resume, remedy=remedy)
+        run_writer.refuse_before_training(self.path, force=self.force, resume=self.resume, remedy=remedy)
 
     def checkpoints(self, identity: Mapping[str, Any]) -> Checkpoints:
         """Return the checkpoints of this run; refuse those of another identity."""
@@ -63,12 +63,12 @@ class Target:
     def staging_folder(self) -> Iterator[Path]:
         """Lock the run and yield a staging folder. Log messages of libraries go to a file in this folder."""
         force = self.force or (self.resume and checkpoints.has_newer_checkpoints(self.path))
-        with publishing.staging_folder(self.path, self.screen, force=force) as staging, library_log(staging / LOG):
+        with run_writer.staging_folder(self.path, self.screen, force=force) as staging, library_log(staging / LOG):
             yield staging
 
     def publish(self, staging: Path, manifest: Manifest) -> Run:
         """Publish the run, delete its checkpoints, and warn if it diverged or did not converge."""
-        run = publishing.publish(staging, self.path, manifest)
+        run = run_writer.publish(staging, self.path, manifest)
         shutil.rmtree(checkpoints.checkpoint_folder(self.path), ignore_errors=True)
         for reason in manifest.unconverged:
             self.screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")

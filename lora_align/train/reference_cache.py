@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from lora_align import processes, store
+from lora_align import distributed, store
 from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError
 from lora_align.model.base import Base, compute_dtype, device, device_name
@@ -67,16 +67,16 @@ class ReferenceCache:
         if len(rows):
             unknown = np.flatnonzero(np.logical_or.reduceat(np.isnan(values), answers.starts[:-1]))
         # another program may write between the reads of two ranks; a row that any rank misses is computed again
-        left = np.unique(np.concatenate(processes.all_gather(unknown)))
+        left = np.unique(np.concatenate(distributed.all_gather(unknown)))
         if len(left) < len(rows):
             screen.note(f"{label}: {len(rows) - len(left):,} of {count(len(rows), 'row')} were computed before")
         longest_first = left[np.argsort(-answers.lengths[left], kind="stable")]
-        mine = longest_first[processes.rank() :: processes.world_size()]
+        mine = longest_first[distributed.rank() :: distributed.world_size()]
         with keep_in_step(model):
             if len(mine):
                 self._compute(model, rows, answers, values, mine, MemoryBudget(tokens), label, screen)
         own = answers.of_rows(mine)
-        for indices, computed in processes.all_gather((own, values[own])):
+        for indices, computed in distributed.all_gather((own, values[own])):
             values[indices] = computed
         values = values[answers.first]
         return LazyRows(len(rows), lambda i: tuple(values[answers.starts[i] : answers.starts[i + 1]].tolist()))

@@ -19,7 +19,7 @@ from lora_align.model.chat_format import ChatFormat
 from lora_align.model.logprobs import Reader, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.tokenise import IGNORED, TokenText
-from lora_align.policy import start as start_policy
+from lora_align.policy import start_policy
 from lora_align.recipe import Lora, Recipe, Rsf, Sft
 from lora_align.runs import DIVERGED, Manifest, Run
 from lora_align.train import checkpoints, lora_trainer, token_rows

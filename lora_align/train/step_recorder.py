@@ -8,7 +8,7 @@ from types import FrameType
 
 from transformers import TrainerCallback
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.console import Progress, Screen
 
 # short names, because a line of progress must fit 80 columns
@@ -37,7 +37,7 @@ class StepRecorder(TrainerCallback):
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         """Request a checkpoint every `save_minutes`, after the last step, and when a signal arrived on any rank."""
         due = time.monotonic() - self.saved >= self.save_seconds or state.global_step >= state.max_steps
-        ranks = processes.all_gather((self.stop.signal, due))
+        ranks = distributed.all_gather((self.stop.signal, due))
         self.stopped = max(signal for signal, _ in ranks)
         if self.stopped or ranks[0][1]:
             control.should_save, self.saved = True, time.monotonic()

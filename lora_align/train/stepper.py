@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lora_align import processes
+from lora_align import distributed
 from lora_align.errors import RunFailedError
 from lora_align.model.base import base_model_of
 from lora_align.model.fsdp import is_sharded, keep_in_step
@@ -138,7 +138,7 @@ class StepTrainer(Trainer, Generic[Row]):
         lengths = [self.loss.length(row) for row in rows]
         model.train()
         mine, weights = [rows[i] for i in rows_of_process(lengths)], self.loss.weights(rows)
-        summed = processes.on_all_ranks(lambda: self._backward(model, mine, weights))
+        summed = distributed.on_all_ranks(lambda: self._backward(model, mine, weights))
         self._reduce_gradients(model, rows, weights)
         self.tokens_seen += sum(lengths)
         losses, figures = zip(*summed, strict=True)
@@ -183,7 +183,7 @@ class StepTrainer(Trainer, Generic[Row]):
 
     def _reduce_gradients(self, model: nn.Module, rows: Sequence[Row], weights: Sequence[float]) -> None:
         """All-reduce gradients by sum (losses are already normalised globally), then check that they are finite."""
-        if processes.world_size() > 1:
+        if distributed.world_size() > 1:
             for _, parameter in trainable(model):
                 if parameter.grad is None:  # a step with fewer rows than ranks
                     parameter.grad = torch.zeros_like(parameter)
@@ -282,10 +282,10 @@ def with_padding(loss: Loss[Row]) -> Loss[Row]:
 
 def rows_of_process(lengths: Sequence[int]) -> Sequence[int]:
     """Return the indices of this rank's rows in a step. Every rank gets long and short rows."""
-    if processes.world_size() == 1:
+    if distributed.world_size() == 1:
         return range(len(lengths))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return order[processes.rank() :: processes.world_size()]
+    return order[distributed.rank() :: distributed.world_size()]
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

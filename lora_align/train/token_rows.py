@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy
 from filelock import FileLock
 
-from lora_align import processes, store
+from lora_align import distributed, store
 from lora_align.console import Screen, count
 from lora_align.data import pairs, ratings, sources
 from lora_align.data.forms import FORMS
@@ -155,7 +155,7 @@ class _CachedRows(Generic[Row]):
     def read(self, rows: Callable[[Counter[str]], Split[Raw]], tokenise_rows: Tokeniser[Raw, Row]) -> TokenRows[Row]:
         """Return the rows. Tokenise and cache them first if they are not cached."""
         folder = store.cache_folder() / "tokens" / self._key()
-        facts = processes.local_rank_0_first(lambda: self._cached(folder, rows, tokenise_rows))
+        facts = distributed.local_rank_0_first(lambda: self._cached(folder, rows, tokenise_rows))
         parts = [folder / str(number) for number in range(facts["parts"])]
         train, held_out = (
             concat([row_files.rows(part / f"{split}.arrow", self.row_type) for part in parts]) for split in SPLITS

@@ -195,8 +195,8 @@ def speaking() -> dict[str, float]:
     """
     from lora_align.demo import measurement
     from lora_align.model import base as bases
-    from lora_align.model.sampler import Sampling
-    from lora_align.model.sampling import sample
+    from lora_align.model.batch_sampling import sample
+    from lora_align.model.sampler_protocol import Sampling
 
     base = bases.find(recipe.Base("demo"))
     model = base.load()

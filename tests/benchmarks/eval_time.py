@@ -19,8 +19,8 @@ from report import save
 from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
-from lora_align.model import sampling
-from lora_align.model.sampler import Sampling
+from lora_align.model import batch_sampling
+from lora_align.model.sampler_protocol import Sampling
 
 COMMAND = str(Path(sys.executable).with_name("lora-align"))
 PROMPTS, SAMPLES, TOKENS, ROWS = 100, 4, 100, 80
@@ -65,10 +65,10 @@ def shares_of_sampling(model: str) -> dict[str, float]:
         return run
 
     loaded.forward = timed("passes of the base", loaded.forward)
-    sampling._pick = timed("picking", sampling._pick)
+    batch_sampling._pick = timed("picking", batch_sampling._pick)
     prompt = base.chat.prompt_ids([Message("user", "Tell me about rain.")])
     began = time.perf_counter()
-    list(sampling.sample(loaded, base, [prompt], ROWS, Sampling(1.0, 1.0, TOKENS, 0)))
+    list(batch_sampling.sample(loaded, base, [prompt], ROWS, Sampling(1.0, 1.0, TOKENS, 0)))
     whole = time.perf_counter() - began
     shares = {name: round(seconds / whole, 3) for name, seconds in spent.items()}
     return {**shares, "rest": round(1 - sum(shares.values()), 3)}

@@ -25,14 +25,14 @@ import torch
 from numpy.typing import NDArray
 from report import RESULTS, once, save
 
-from lora_align import recipe, runs, want
+from lora_align import recipe, runs
 from lora_align.commands import merge
 from lora_align.console import Screen
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.demo import measurement, oracle, world
 from lora_align.metrics import intervals, plots, score_quality
 from lora_align.model import base as bases
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.policy import judges, vectors
 from lora_align.policy.policy import Policy
 from lora_align.policy.policy_set import PolicySet
@@ -40,7 +40,7 @@ from lora_align.rankers import Direction
 from lora_align.rsf import inputs, loop
 from lora_align.runs import Run
 from lora_align.train import dpo, reward
-from lora_align.want import Want
+from lora_align.want_direction import Want, scores_message
 
 SEEDS, DEVELOPMENT_SEEDS = (207, 208, 209), (1,)
 PROMPTS, SAMPLES, DIRECTIONS, TARGETS = 200, 2, 10, 5
@@ -218,7 +218,7 @@ def measured(bench: Bench, seed: int) -> dict[str, Answers]:
     wants = [wanted.system_message(ask) for wanted in directions(project)]
     folder = bench.runs(seed) / "rsf" / inputs.NAME
     steered = steerlm(bench, seed)
-    scores = [want.scores_message(score, steer) for score in (*targets(steered), INFEASIBLE)]
+    scores = [scores_message(score, steer) for score in (*targets(steered), INFEASIBLE)]
     helpful, *mixes = rivals(bench, seed)
     jobs: dict[str, list[tuple[Run | None, list[str]]]] = {
         "SFT": [(None, [""])],

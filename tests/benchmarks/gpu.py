@@ -354,8 +354,8 @@ def sampling(work: Path, length: int, whose: str) -> dict[str, Any]:
     import torch
 
     from lora_align.model import base as bases
-    from lora_align.model.sampler import Sampling
-    from lora_align.model.sampling import sample
+    from lora_align.model.batch_sampling import sample
+    from lora_align.model.sampler_protocol import Sampling
 
     project = project_of(work, "dpo", length, [])
     base = bases.find(project.base)
@@ -398,9 +398,9 @@ def chat(work: Path, length: int) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from lora_align.model import base as bases
+    from lora_align.model.batch_sampling import sample
     from lora_align.model.mixer import Mixer
-    from lora_align.model.sampler import Sampling
-    from lora_align.model.sampling import sample
+    from lora_align.model.sampler_protocol import Sampling
 
     project = project_of(work, "dpo", length, [])
     base = bases.find(project.base)

@@ -20,7 +20,7 @@ from lora_align.model.logprobs import TOKENS, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.model.tokenise import TokenPair
-from lora_align.policy import start as start_policy
+from lora_align.policy import start_policy
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer
 from lora_align.train.checkpoints import Checkpoints

@@ -26,9 +26,9 @@ from lora_align.console import Screen
 from lora_align.model import base as bases
 from lora_align.model import nf4
 from lora_align.model.base import Base, base_model_of
+from lora_align.model.batch_sampling import sample
 from lora_align.model.logprobs import Reader, batches_by_length
-from lora_align.model.sampler import Sampling
-from lora_align.model.sampling import sample
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.model.tokenise import TokenPair
 from lora_align.train import dpo, lora_trainer
 

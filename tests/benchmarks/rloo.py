@@ -17,7 +17,7 @@ from lora_align.data.rows import Message
 from lora_align.demo.measurement import LONGEST
 from lora_align.model import base as bases
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.policy import start as start_policy
+from lora_align.policy import start_policy
 from lora_align.recipe import Recipe
 from lora_align.train import lora_trainer, reward
 

@@ -28,8 +28,8 @@ from lora_align.data.rows import Message
 from lora_align.demo import measurement
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.sampler import Sampling
-from lora_align.model.sampling import sample
+from lora_align.model.batch_sampling import sample
+from lora_align.model.sampler_protocol import Sampling
 
 PROMPTS, N, ROUNDS = 32, 16, 3
 REAL_PROMPTS, REAL_TOKENS = 16, 64

@@ -14,7 +14,7 @@ from lora_align.chat.session import Session, open_session
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.model import base
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.policy.policy import START_POLICY
 from support import COMMAND, Cli, Terminal, make_base
 

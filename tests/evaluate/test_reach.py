@@ -14,7 +14,7 @@ from lora_align.chat import session as sessions
 from lora_align.console import Screen
 from lora_align.evaluate.reach import KL, Limits
 from lora_align.model import base as bases
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.policy.policy import weighted
 from support import Cli, call, edit_manifest, made_once
 

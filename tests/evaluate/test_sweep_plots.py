@@ -11,7 +11,7 @@ from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.measure import Measurement
 from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics.intervals import Estimate
-from lora_align.want import Want
+from lora_align.want_direction import Want
 
 SCORES = {"talkative": GoalScore("reward: speech"), "brief": GoalScore("words", lower=True)}
 GRID = {"start": (0.0, 0.0), "brief=1": (0.0, 1.0), "talkative=1": (1.0, 0.0), "brief=1,talkative=1": (1.0, 1.0)}

@@ -15,13 +15,13 @@ from lora_align.evaluate import tune, tune_objective
 from lora_align.evaluate.measure import Evaluator
 from lora_align.evaluate.test_set import read_test_set
 from lora_align.evaluate.tune_objective import KL, LOSS, Bounds, TuneObjective
+from lora_align.mix_weights import parse_weights
 from lora_align.model import base as bases
 from lora_align.model.logprobs import Answered, Reader
 from lora_align.model.mixer import Mixer
 from lora_align.policy.policy import weighted
 from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Dpo
-from lora_align.weights import parse_weights
 from support import Cli
 
 QUIET = Screen(quiet=True)

@@ -17,9 +17,9 @@ from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.decoding import stream_tokens
 from lora_align.model.nf4 import DequantisedLinear4bit
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
+from lora_align.model.streaming import stream_tokens
 from support import small_disk
 
 IDS = torch.arange(5, 45).view(2, 20)

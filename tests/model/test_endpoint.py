@@ -19,7 +19,7 @@ from lora_align.demo import BASE as DEMO
 from lora_align.demo import oracle, world
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model.endpoint import Endpoint
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.rsf.serving import serve_command
 from support import Cli, free_port, listening
 

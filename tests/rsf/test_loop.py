@@ -25,7 +25,7 @@ from lora_align.demo import world
 from lora_align.model import base as bases
 from lora_align.policy.policy import Conditioned
 from lora_align.rsf.inputs import prepare
-from lora_align.want import Want
+from lora_align.want_direction import Want
 from support import COMMAND, Done, Terminal, call, edit_manifest, made_once
 
 SMALL = {

@@ -8,7 +8,7 @@ import pytest
 from lora_align.data.rows import Message
 from lora_align.errors import RunFailedError
 from lora_align.rsf.selection import Candidate, Pool, choose, extremes, has_fallen, is_finite, mean_and_error, usable
-from lora_align.want import Want
+from lora_align.want_direction import Want
 
 PROMPT = (Message("user", "Tell me about rain."),)
 BRIEF = Want.of({"helpfulness": 0.8, "verbosity": -0.6})

@@ -23,7 +23,7 @@ from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.tokenise import IGNORED, TokenPair
-from lora_align.policy import start as start_policy
+from lora_align.policy import start_policy
 from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.train import dpo, lora_trainer, sft

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_align import publishing
+from lora_align import run_writer
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors
 from lora_align.adapters.peft_config import BaseInfo
@@ -31,9 +31,9 @@ def adapter(folder: Path) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     target = tmp_path / "run"
-    with publishing.staging_folder(target, Screen(quiet=True)) as staging:
+    with run_writer.staging_folder(target, Screen(quiet=True)) as staging:
         adapter(staging)
-        publishing.publish(staging, target, Manifest(stage="mix", base={"model": "b", "fingerprint": "f"}, recipe={}))
+        run_writer.publish(staging, target, Manifest(stage="mix", base={"model": "b", "fingerprint": "f"}, recipe={}))
     return target
 
 

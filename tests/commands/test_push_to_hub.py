@@ -15,8 +15,8 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from lora_align import publishing, runs
-from lora_align.commands.push import model_card, push_run
+from lora_align import run_writer, runs
+from lora_align.commands.push_to_hub import model_card, push_run
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from support import COMMAND, Done, call, made_once
@@ -196,8 +196,8 @@ def test_push_refuses_a_damaged_run_and_a_missing_network(made: Path, hub: Hub, 
 
 def test_push_refuses_a_report(tmp_path: Path) -> None:
     target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
-    with publishing.staging_folder(target, quiet) as staging:
-        publishing.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
+    with run_writer.staging_folder(target, quiet) as staging:
+        run_writer.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
     with pytest.raises(UserError, match="is a run of `sweep`, which has a report and no adapter"):
         push_run(target, "me/it", public=False, screen=quiet)
 

@@ -1,6 +1,6 @@
 """Measure precision and recall of `lora_align.refusals` on answers that people have labelled.
 
-    python tests/benchmarks/refusals.py FOLDER --splits FOLDER [--fit]
+    python tests/benchmarks/refusal_detector.py FOLDER --splits FOLDER [--fit]
 
 The answers are those of five models to XSTest's prompts (github.com/paul-rottger/exaggerated-safety, CC-BY-4.0, in
 `model_completions`). Two people labelled each answer as compliance, refusal, or partial refusal. splits.py writes
@@ -147,7 +147,7 @@ def main() -> None:
         "a list of beginnings": lambda row: bool(BEGINNINGS.match(row.text.replace("’", "'").strip())),
     }
     save(
-        "refusals",
+        "refusal_detector",
         {
             name: {
                 "all": figures(rows, detector),

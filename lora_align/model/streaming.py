@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_align.model.chat_format import text_of
 from lora_align.model.kv_cache import growing_cache
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
+from lora_align.model.token_sampling import sample_token
 
 
 @dataclass
@@ -49,23 +49,6 @@ def stream_tokens(
             return
         yield token
         fresh = [token]
-
-
-def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample one token from logits [vocabulary]."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
-
-
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the softmax at the temperature, with tokens outside the nucleus (top-p) set to 0 and not renormalised."""
-    p = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        ordered, order = p.sort(descending=True, dim=-1)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        p = p.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-    return p
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:

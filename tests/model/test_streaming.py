@@ -8,10 +8,11 @@ from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.model.decoding import PrefixCache, sample_token, stream_tokens, text_pieces
 from lora_align.model.logprobs import answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
+from lora_align.model.streaming import PrefixCache, stream_tokens, text_pieces
+from lora_align.model.token_sampling import sample_token
 
 GREEDY = Sampling(temperature=0, max_new_tokens=30)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lora_align.errors import UserError, nearest
-from lora_align.weights import parse_weights
+from lora_align.mix_weights import parse_weights
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -1,12 +1,12 @@
 """Measure the refusal detector on answers of the real base that were labelled by reading them.
 
-    python tests/benchmarks/real_refusals.py sample --base FILE.gguf --splits FOLDER --runs FOLDER
-    python tests/benchmarks/real_refusals.py measure
+    python tests/benchmarks/refusal_labels.py sample --base FILE.gguf --splits FOLDER --runs FOLDER
+    python tests/benchmarks/refusal_labels.py measure
 
 `sample` answers train and development prompts of XSTest with the start policy and with `cautious` at 0.5 and -0.5. It
-shuffles the answers and writes them without their policies to results/real_refusals_answers.jsonl, and the policies to
-results/real_refusals_policies.json. Somebody then reads each answer, without the second file, and writes its label to
-results/real_refusals_labels.json: refusal, partial, compliance, or broken (no answer to this prompt at all). `measure`
+shuffles the answers and writes them without their policies to results/real_answers.jsonl, and the policies to
+results/real_answers_policies.json. Somebody then reads each answer, without the second file, and writes its label to
+results/real_answers_labels.json: refusal, partial, compliance, or broken (no answer to this prompt at all). `measure`
 compares the detector with the labels. splits.py writes FOLDER of --splits.
 """
 
@@ -27,7 +27,7 @@ from lora_align.metrics.intervals import mean
 ANSWERS = {"start": 100, "cautious=0.5": 50, "cautious=-0.5": 50}
 TOKENS = 128
 LABELS = ("refusal", "partial", "compliance", "broken")
-FILES = {name: RESULTS / f"real_refusals_{name}" for name in ("answers.jsonl", "policies.json", "labels.json")}
+FILES = {name: RESULTS / f"real_{name}" for name in ("answers.jsonl", "answers_policies.json", "answers_labels.json")}
 
 
 def sample(words: argparse.Namespace) -> None:
@@ -47,14 +47,14 @@ def sample(words: argparse.Namespace) -> None:
         for number, (_, prompt, answer) in enumerate(rows)
     ]
     FILES["answers.jsonl"].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    FILES["policies.json"].write_text(json.dumps([policy for policy, _, _ in rows]) + "\n")
+    FILES["answers_policies.json"].write_text(json.dumps([policy for policy, _, _ in rows]) + "\n")
 
 
 def measure() -> None:
     """Compare the detector with the labels. Partial refusals and broken answers are counted apart."""
     answers = [json.loads(line)["answer"] for line in FILES["answers.jsonl"].read_text(encoding="utf-8").splitlines()]
-    policies = json.loads(FILES["policies.json"].read_text())
-    labels = json.loads(FILES["labels.json"].read_text())
+    policies = json.loads(FILES["answers_policies.json"].read_text())
+    labels = json.loads(FILES["answers_labels.json"].read_text())
     assert len(answers) == len(policies) == len(labels)
     assert set(labels) <= set(LABELS)
     rows = [
@@ -76,7 +76,7 @@ def measure() -> None:
             "detected": asdict(mean([float(detected) for _, detected in mine], range(len(mine)))),
             "broken": sum(label == "broken" for label, _ in mine),
         }
-    save("real_refusals", figures)
+    save("refusal_labels", figures)
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 from lora_align.data.rows import Prompt
 from lora_align.model.base import Base, device_memory
 from lora_align.model.chat_format import text_of
-from lora_align.model.decoding import probabilities
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.sampler import SampledText, Sampling
+from lora_align.model.sampler_protocol import SampledText, Sampling
+from lora_align.model.token_sampling import probabilities
 
 RETIRE_AT = 0.75  # finished rows leave the cache when at most this share of rows is still running
 ROWS = 512  # rows sampled at once if memory allows

@@ -14,10 +14,10 @@ from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model import sampling as sampling_module
 from lora_align.model.base import Base
+from lora_align.model.batch_sampling import affordable, sample
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.sampler import Sampling
-from lora_align.model.sampling import affordable, sample
+from lora_align.model.sampler_protocol import Sampling
 from support import make_base
 
 QUESTIONS = ["Tell me about rain.", "I am new here. What should I know about the moon? Thanks.", "Teach me about soup."]
@@ -123,9 +123,9 @@ import resource, sys, torch
 from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
-from lora_align.model.sampler import Sampling
+from lora_align.model.sampler_protocol import Sampling
 from lora_align.model.memory_budget import MemoryBudget
-from lora_align.model.sampling import sample
+from lora_align.model.batch_sampling import sample
 
 torch.set_num_threads(1)
 base = bases.find(recipe.Base("demo"))

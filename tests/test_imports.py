@@ -17,11 +17,11 @@ from lora_align import recipe
 PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
     {"errors"},
-    {"plugins", "processes", "refusals", "store", "wrapping"},
-    {"console", "rankers", "weights"},
-    {"want"},
+    {"distributed", "line_wrapping", "plugins", "refusals", "store"},
+    {"console", "mix_weights", "rankers"},
+    {"want_direction"},
     {"recipe", "runs"},
-    {"publishing"},
+    {"run_writer"},
     {"adapters", "data", "metrics"},
     {"model"},
     {"policy"},

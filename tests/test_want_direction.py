@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_align import want
+from lora_align import want_direction
 from lora_align.errors import UserError
-from lora_align.want import Want
+from lora_align.want_direction import Want, sample_direction, scores_message
 
 KNOWN = ("helpfulness", "verbosity", "honesty")
 WEIGHTS = st.dictionaries(st.sampled_from(KNOWN), st.floats(-10, 10).map(lambda w: round(w, 3)), min_size=1)
@@ -65,8 +65,8 @@ def test_invalid_template_is_refused(template: str) -> None:
 
 def test_scores_template_gets_rounded_points() -> None:
     scores = {"helpfulness": 79.6, "verbosity": 25.0}
-    assert want.scores_message(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
-    assert want.scores_message(scores, "{{ scores.verbosity|int }} words") == "25 words"
+    assert scores_message(scores, "[{{ listed }}]") == "[helpfulness: 80, verbosity: 25]"
+    assert scores_message(scores, "{{ scores.verbosity|int }} words") == "25 words"
 
 
 def test_directions_are_sampled_uniformly() -> None:
@@ -74,7 +74,7 @@ def test_directions_are_sampled_uniformly() -> None:
     region = {"helpfulness": (math.cos(1.2), 1.0), "verbosity": (-1.0, 0.0)}
     angles = sorted(
         math.atan2(-w["verbosity"], w["helpfulness"])
-        for w in (want.sample_direction(region, draw).weights for _ in range(2000))
+        for w in (sample_direction(region, draw).weights for _ in range(2000))
     )
     assert 0 <= angles[0] <= angles[-1] <= 1.2
     edges = [sum(angle < 0.12 * step for angle in angles) for step in range(11)]
@@ -83,6 +83,6 @@ def test_directions_are_sampled_uniformly() -> None:
 
 
 def test_too_small_region_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(want, "TRIES", 1000)
+    monkeypatch.setattr(want_direction, "TRIES", 1000)
     with pytest.raises(UserError, match=r"the bounds a .* contain almost no unit vector"):
-        want.sample_direction({"a": (0.6, 0.6 + 1e-9), "b": (0.0, 1.0)}, random.Random(0))
+        sample_direction({"a": (0.6, 0.6 + 1e-9), "b": (0.0, 1.0)}, random.Random(0))

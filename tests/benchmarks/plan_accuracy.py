@@ -1,6 +1,6 @@
 """Compare the memory and time that `plan` predicts with those that training takes, on this device.
 
-    python tests/benchmarks/planning.py --work FOLDER [--base FILE.gguf --splits FOLDER]
+    python tests/benchmarks/plan_accuracy.py --work FOLDER [--base FILE.gguf --splits FOLDER]
 
 Memory is the peak of tensors in the fullest part of a step. On a CPU, torch's allocator reports it to its profiler; on
 a GPU, CUDA's allocator counts it. Weights and adapters are subtracted from both sides: their bytes are exact and would
@@ -218,7 +218,7 @@ def main() -> None:
     ]
     furthest = max(abs(of["megabytes"]["ratio"] - 1) for of in cases)
     save(
-        "planning",
+        "plan_accuracy",
         {
             "cases": cases,
             "furthest off": round(furthest, 3),

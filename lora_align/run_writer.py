@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lora_align import processes, store
+from lora_align import distributed, store
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.runs import LOG, MANIFEST, Manifest, Run, digest, is_run, library_versions, list_runs
@@ -40,7 +40,7 @@ def refuse_before_training(target: Path, *, force: bool, resume: bool, remedy: s
 def refuse_busy(target: Path) -> None:
     """Refuse a target that another process is writing."""
     if (target.parent / f".{target.name}.lock").exists():
-        processes.on_rank_0(lambda: _lock(target).release())
+        distributed.on_rank_0(lambda: _lock(target).release())
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def staging_folder(target: Path, screen: Screen, *, force: bool = False) -> Iter
     Only rank 0 locks. The other ranks get temporary folders, whose contents are discarded.
     """
     locks: list[FileLock] = []
-    processes.on_rank_0(lambda: locks.append(_lock_unless_exists(target, force)))
+    distributed.on_rank_0(lambda: locks.append(_lock_unless_exists(target, force)))
     if not locks:
         with TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
@@ -105,7 +105,7 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> Run:
         with store.report_write_errors(target, REMEDY):
             return _publish(staging, target, manifest)
 
-    return processes.on_rank_0(publish_and_report)
+    return distributed.on_rank_0(publish_and_report)
 
 
 def _publish(staging: Path, target: Path, manifest: Manifest) -> Run:
