@@ -51,9 +51,14 @@ def first_line(fault: BaseException) -> str:
     return next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__).strip()
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """Return `, did you mean 'x'?` if a known word is close, else ""."""
+def closest(word: str, known: list[str]) -> str:
+    """Return the known word that a mistyped word resembles, or ""."""
     from difflib import get_close_matches
 
-    match = get_close_matches(word, known, n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
+    return next(iter(get_close_matches(word, known, n=1)), "")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return `, did you mean 'x'?` if a known word is close, else ""."""
+    match = closest(word, known)
+    return f", did you mean {match!r}?" if match else ""

@@ -64,6 +64,16 @@ class Run:
         """Return the fingerprint of the run's base."""
         return str(self.manifest.base["fingerprint"])
 
+    @property
+    def judged(self) -> bool:
+        """Whether enough rows were held out to judge this run, or each run of this mix."""
+        return bool(self.manifest.metrics.get("enough_held_out", True))
+
+    def doubts(self) -> list[str]:
+        """Return the reasons to doubt that the run learned what it was trained on."""
+        reasons = [f"{self.path} is unconverged: {why}" for why in self.manifest.unconverged]
+        return reasons if self.judged else [*reasons, f"{self.path}: too few rows were held out to judge it"]
+
     def as_json(self) -> dict[str, Any]:
         """Return the data that commands print about a run with --json."""
         shown = ("stage", "preference", "direction", "created", "contains_start", "parents", "metrics", "unconverged")

@@ -69,7 +69,7 @@ class Vector:
 
     @property
     def unconverged(self) -> list[str]:
-        """The reasons why runs of this vector are unconverged; empty if all converged."""
+        """The reasons why runs of this vector are unconverged; empty if none is known."""
         return [reason for vector in self._vectors.values() for reason in vector.unconverged()]
 
     def inner(self, other: Vector) -> float:
@@ -156,9 +156,9 @@ class Vector:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return (
-            f"{self.name}: rank {self.rank}, norm {self.norm:.3f}, unconverged: {'yes' if self.unconverged else 'no'}"
-        )
+        judged = all(vector.judged() for vector in self._vectors.values())
+        unconverged = "yes" if self.unconverged else "no" if judged else "unknown"
+        return f"{self.name}: rank {self.rank}, norm {self.norm:.3f}, unconverged: {unconverged}"
 
 
 def load(folder: str | Path) -> Vector:

@@ -53,6 +53,7 @@ def test_vector_arithmetic_is_that_of_its_adapters(project: la.Project) -> None:
 def test_reprs_are_short(project: la.Project) -> None:
     assert repr(project.vector("helpful")).startswith("helpful: rank 8, norm 0.")
     assert len(repr(project.vector("helpful"))) < 80
+    assert repr(project.vector("helpful")).endswith(("unconverged: no", "unconverged: yes"))
     assert repr(project).startswith("Project('demo', base 'demo', runs ")
 
 
@@ -122,6 +123,13 @@ def test_save_refuses_bad_options(options: dict[str, Any], message: str, project
     with pytest.raises(la.UserError, match=re.escape(message)):
         project.vector("helpful").save(tmp_path / "mix", **options)
     assert not (tmp_path / "mix").exists()
+
+
+def test_repr_of_an_adapter_without_a_run_leaves_convergence_unknown(project: la.Project, tmp_path: Path) -> None:
+    foreign = shutil.copytree(project.runs / "dpo" / "harmless" / "pos", tmp_path / "foreign")
+    (foreign / "manifest.json").unlink()
+    assert repr(la.load(foreign)).endswith("unconverged: unknown")
+    assert repr(la.load((project.vector("helpful") + la.load(foreign)).save(tmp_path / "mix"))).endswith("unknown")
 
 
 def test_sum_with_a_loaded_folder_keeps_the_recipe_of_the_project(project: la.Project, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ OF_A_BASE = {"transformers", "bitsandbytes", "peft", "trl", "datasets", "matplot
         (["reach", "helpfull"], 2),
         (["plan", "--card", "rtx"], 2),
         (["dpo", "--pref", "brief", "--name", "a/b"], 2),
+        (["dpo", "--pref", "brief", "--set", "preferences.brief.data=nowhere.jsonl"], 2),
+        (["data", "--pref", "brief", "--set", "preferences.brief.data=nowhere.jsonl"], 2),
         (["dpo", "--pref", "helpful"], 2),
         (["dpo", "--pref", "brief", "--set", "dpo.optimizer=galore_adamw"], 2),
         (["data", "--pref", "brief", "--set", "dpo.optimizer=galore_adamw"], 2),

@@ -75,7 +75,7 @@ FEW = [
     for word in ("--set", f"eval.{setting}")
 ]
 USES = {  # group → the words of a command, what it prints, and what it says without the package
-    "sources": ((*DATA, "exact"), "sums:200 by label: 200 rows, 200 pairs", "data 'sums:200' is neither"),
+    "sources": ((*DATA, "sums"), "sums:200 by label: 200 rows, 200 pairs", "data 'sums:200' is neither"),
     "rankers": ((*DATA, "asking"), "pairs.jsonl by questions: 40 rows, 40 pairs", "no ranker 'questions'; use one of"),
     "forms": ((*DATA, "voted"), "votes.jsonl by label: 40 rows, 40 pairs", "no pair of answers in columns question, w"),
     "merge_methods": (

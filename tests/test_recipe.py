@@ -43,7 +43,7 @@ def test_one_error_lists_every_fault_with_its_key() -> None:
     lines = str(refused.value).splitlines()
     for expected in (
         "base.model: missing",
-        "unknown key 'base.modle', did you mean 'model'?",
+        "unknown key 'base.modle', did you mean 'base.model'?",
         "base.dtype",
         "lora.rank",
         "lora.alpha",
@@ -54,7 +54,7 @@ def test_one_error_lists_every_fault_with_its_key() -> None:
         "dpo.epochs",
         "dpo.beta",
         "sft.data: missing",
-        "unknown key 'sft.learning_rat', did you mean 'learning_rate'?",
+        "unknown key 'sft.learning_rat', did you mean 'sft.learning_rate'?",
     ):
         assert any(expected in line for line in lines), expected
     assert all(line.startswith("mine.toml: ") for line in lines)
@@ -143,10 +143,10 @@ def test_chat_template_override_is_relative_to_the_working_directory(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("preferences.base.rnk='label'", "'preferences.base.rnk', did you mean 'rank'"),
-        ("reward.lora.rnk=4", "'reward.lora.rnk', did you mean 'rank'"),
-        ("reward.ratings.demo.lo=0", "'reward.ratings.demo.lo', did you mean 'low'"),
-        ("dpo.betta=1", "'dpo.betta', did you mean 'beta'"),
+        ("preferences.base.rnk='label'", "'preferences.base.rnk', did you mean 'preferences.base.rank'"),
+        ("reward.lora.rnk=4", "'reward.lora.rnk', did you mean 'reward.lora.rank'"),
+        ("reward.ratings.demo.lo=0", "'reward.ratings.demo.lo', did you mean 'reward.ratings.demo.low'"),
+        ("dpo.betta=1", "'dpo.betta', did you mean 'dpo.beta'"),
         ("evall.count=3", "'evall', did you mean 'eval'"),
     ],
 )

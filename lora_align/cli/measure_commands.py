@@ -118,7 +118,10 @@ def sweep(
     policies = find_policies(plan.policies, recipe, given.runs_dir, given.screen)
     evaluator = Evaluator.of(policies, recipe, given.runs_dir, given.screen, by or ())
     result = run_sweep(plan, evaluator, recipe, target, given.screen, force=given.force)
-    given.screen.result(f"{result.summary()}\n\n{target}/report.html", {"sweep": str(target), **result.as_json()})
+    given.screen.result(
+        f"{result.summary()}\n\nall {result.count} policies: {target}/report.html",
+        {"sweep": str(target), **result.as_json()},
+    )
 
 
 @takes(*RUNS)

@@ -1,5 +1,6 @@
 """The commands demo, recipes, init, doctor, plan and data."""
 
+import re
 import shutil
 import textwrap
 from pathlib import Path
@@ -12,6 +13,8 @@ from lora_align.cli.shared import RECIPE, Given, check_picture, takes
 from lora_align.console import table
 from lora_align.errors import RunFailedError, UserError
 from lora_align.plan.cards import card_name
+
+GIGABYTES = re.compile(r"(\d+) GB")  # GPU memory in what a recipe says about itself
 
 
 @takes("runs_dir", runs_dir=Path("lora-align-demo"))
@@ -28,11 +31,12 @@ def demo(given: Given) -> None:
 
 @takes()
 def list_recipes(given: Given) -> None:
-    """List the built-in recipes.
+    """List the built-in recipes, those for the least GPU memory first.
 
     Example: lora-align recipes
     """
-    builtin = {name: recipes.load(path) for name, path in recipes.builtin().items()}
+    loaded = {name: recipes.load(path) for name, path in recipes.builtin().items()}
+    builtin = dict(sorted(loaded.items(), key=lambda named: [int(gb) for gb in GIGABYTES.findall(named[1].about)]))
     width = max(32, shutil.get_terminal_size().columns - max(map(len, builtin)) - 2)
     rows = []
     for name, recipe in builtin.items():
@@ -144,7 +148,7 @@ def data(
     check_picture(picture)
     recipe = given.recipe_to_train("dpo")
     recipe.check_trains("dpo")
-    recipe.preference(pref)
+    given.check_pairs(recipe, [pref])
     given.screen.loading(recipe.base.model)
     from lora_align.commands.audit import audit_pairs
 

@@ -166,6 +166,12 @@ class Given:
         for name in names:
             vectors.find(name, self.runs_dir, recipe.preferences)
 
+    def check_pairs(self, recipe: Recipe, preferences: Iterable[str]) -> None:
+        """Refuse a preference that the recipe does not have, or whose data file is missing."""
+        for preference in preferences:
+            for part in recipe.parts(preference):
+                sources.refuse_missing(part.data)
+
     def check_judges(self, names: Iterable[str] | None, recipe: Recipe) -> None:
         """Refuse a name that is not a judge."""
         for name in names or ():

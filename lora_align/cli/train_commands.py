@@ -58,8 +58,7 @@ def dpo(
         raise UserError("dpo: --name needs --pref, not --all")
     names = list(recipe.preferences) if pref is None else [pref]
     directions = Direction.parse(direction)
-    for preference in names:
-        recipe.preference(preference)
+    given.check_pairs(recipe, names)
     if given.dry_run:
         if pref is not None:  # a preference with `of` uses the pairs of other preferences
             chosen = {name: recipe.preferences[name] for name in recipe.preferences[pref].of or (pref,)}

@@ -123,7 +123,10 @@ def merge_adapters(
                 "same_base": how.same_base,
                 "of_unknown_base": [key for key, vector in ready.vectors.items() if not _base_known(vector)],
             },
-            metrics={"left_out": tally.left_out},
+            metrics={
+                "left_out": tally.left_out,
+                "enough_held_out": all(vector.judged() for vector in ready.vectors.values()),
+            },
             unconverged=tuple(why for vector in ready.vectors.values() for why in vector.unconverged()),
         )
         return Mix(run_writer.publish(staging, target, manifest))

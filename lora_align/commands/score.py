@@ -71,7 +71,11 @@ class ScoredFile:
         lines = [f"{self.out}  {count(self.rows, 'row')}{unscored}"]
         for name, scores in self.objectives.items():
             agreed = (f"agrees with {label} {share:.0%}" for label, share in scores.agreement.items())
-            lines.append("  ".join([f"  {name}", f"mean {scores.mean:.1f}", f"±{scores.deviation:.1f}", *agreed]))
+            lines.append(
+                "  ".join(
+                    [f"  {name}", f"mean {scores.mean:.1f}", f"standard deviation {scores.deviation:.1f}", *agreed]
+                )
+            )
         return "\n".join(lines)
 
 
@@ -86,6 +90,8 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
         raise UserError(f"{data}: no rows to score")
     base = bases.find(recipe.base)
     judge = judges.find(by, base, recipe, runs_dir)
+    for doubt in judge.doubts:
+        screen.warn(doubt)
     policies = PolicySet(base, [], None, {by: judge})
     with shards.shards_for(out, {"data": data, "judge": judge.identity}) as parts:
         parts.fill(work, BATCH, lambda items: _scored(items, policies, by), screen, "score")

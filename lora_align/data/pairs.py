@@ -171,8 +171,8 @@ def _hash(prompt: Prompt) -> float:
 
 
 def reasons(dropped: Counter[str]) -> str:
-    """Return the reasons with their counts, such as `3 tie, 1 empty answer`."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+    """Return the reasons with their counts, such as `3 × tie, 1 × empty answer`."""
+    return ", ".join(f"{count:,} × {reason}" for reason, count in dropped.most_common())
 
 
 def _usable(pair: Pair) -> Pair | str:

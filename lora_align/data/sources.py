@@ -13,7 +13,7 @@ from lora_align.data import forms, hub, row_reader
 from lora_align.data.files import FILES, Rows
 from lora_align.data.rows import Comparison, texts
 from lora_align.data.rows import Row as Row
-from lora_align.errors import UserError, nearest
+from lora_align.errors import UserError, closest
 from lora_align.plugins import Registry
 from lora_align.recipe import Source
 
@@ -236,8 +236,8 @@ def _near(path: Path) -> str:
     """Suggest the data file with the nearest name in the same folder."""
     files = path.parent.iterdir() if path.parent.is_dir() else ()
     names = {file.name.casefold(): file.name for file in files if file.suffix.lower() in FILES}
-    suggested = nearest(path.name.casefold(), list(names))
-    return next((f", did you mean {name!r}?" for folded, name in names.items() if repr(folded) in suggested), "")
+    match = closest(path.name.casefold(), list(names))
+    return f", did you mean {names[match]!r}?" if match else ""
 
 
 def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:

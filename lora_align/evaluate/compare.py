@@ -11,6 +11,8 @@ from lora_align.evaluate.measure import Evaluator
 from lora_align.metrics.intervals import Estimate
 from lora_align.model.sampler_protocol import Sampler
 
+NARROW = 0.1  # width of an interval that is shown with three decimals
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -70,5 +72,5 @@ def compare_policies(
 def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
-    digits = 2 if abs(estimate.value) < 100 else 0
+    digits = 0 if abs(estimate.value) >= 100 else 3 if estimate.high - estimate.low < NARROW else 2
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"

@@ -171,6 +171,7 @@ def resolved(recipe: Recipe, stage: str) -> str:
     The stage's own tables come first, then other values that differ from their defaults, then the rest.
     """
     values, defaults = dict(flat(recipe.as_dict())), dict(flat(asdict(DEFAULTS)))
+    del values["source"]  # the recipe's name, which --set does not change
     of_preference = dict(flat(asdict(Preference())))
     for key in values:
         if key.startswith("preferences."):

@@ -45,7 +45,7 @@ Scores = Mapping[str, float | None]  # by objective; None if the judge cannot sc
 class Judge:
     """A judge: the names of its scores, its adapters on the base, a hash of its files, and the function that scores.
 
-    `floors` names scores whose fall breaks quality; `reach` limits it.
+    `floors` names scores whose fall breaks quality; `reach` limits it. `doubts` are reasons not to trust the scores.
     """
 
     objectives: Sequence[str]
@@ -53,6 +53,7 @@ class Judge:
     identity: str
     score: Callable[[PreTrainedModel, Mixer, Sequence[JudgedAnswer]], list[Scores]]
     floors: Sequence[str] = ()
+    doubts: Sequence[str] = ()
 
 
 JUDGES: Registry[Callable[[Base], Mapping[str, Judge]]] = Registry("judges")
@@ -94,7 +95,8 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
         scores = RewardModel(base, model, heads.to(model.device), derived).score([one.ids for one in answers], budget)
         return [dict(zip(objectives, row, strict=True)) for row in scores.tolist()]
 
-    return Judge(objectives, {update: peft_format.load(run.path, whole=True)}, _identity(run), score)
+    updates = {update: peft_format.load(run.path, whole=True)}
+    return Judge(objectives, updates, _identity(run), score, doubts=run.doubts())
 
 
 def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
@@ -123,7 +125,8 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
             logprobs.append(answer_logprobs(model, rows, budget))
         return [{preference: value} for value in (beta * (logprobs[0] - logprobs[1])).tolist()]
 
-    return Judge([preference], updates, " ".join(map(_identity, pair_runs.values())), score)
+    doubts = [doubt for run in pair_runs.values() for doubt in run.doubts()]
+    return Judge([preference], updates, " ".join(map(_identity, pair_runs.values())), score, doubts=doubts)
 
 
 def tokenise_answer(base: Base, prompt: Prompt, text: str) -> JudgedAnswer | None:

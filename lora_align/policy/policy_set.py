@@ -47,13 +47,14 @@ class PolicySet:
         screen: Screen,
         judges: Mapping[str, Judge] | None = None,
     ) -> "PolicySet":
-        """Check that policies were trained on a recipe's base and start adapter, and show their vectors' warnings."""
+        """Check that policies were trained on a recipe's base and start adapter; warn of doubtful ones and judges."""
         start = start_policy.adapter(recipe, runs_dir)
         made = cls(base, policies, start, judges)
         check_stands_on(base, start_policy.identity(start), made.vectors.values())
-        for vector in made.vectors.values():
-            for warning in vector.warnings():
-                screen.warn(warning)
+        warnings = [warning for vector in made.vectors.values() for warning in vector.warnings()]
+        doubts = [doubt for judge in made.judges.values() for doubt in judge.doubts]
+        for warning in dict.fromkeys([*warnings, *doubts]):
+            screen.warn(warning)
         return made
 
     @cached_property

@@ -95,6 +95,10 @@ class Vector:
             for why in run.manifest.unconverged
         ]
 
+    def judged(self) -> bool:
+        """Return whether all parents are runs that were judged on enough held-out rows."""
+        return all(parent.run is not None and parent.run.judged for parent in self.parents)
+
     def warnings(self) -> list[str]:
         """Return the reasons why the vector may not have the effect of its name."""
         reasons = self.unconverged()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from lora_align.errors import nearest
+from lora_align.errors import closest, nearest
 from lora_align.mix_weights import NAME, NAME_RULE, RESERVED
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
@@ -128,8 +128,11 @@ def _rsf_faults(recipe: Recipe) -> Iterator[str]:
 
 def _suggestion(location: tuple[str | int, ...]) -> str:
     """Return the nearest known key of the same table as a question, or else all of its keys."""
-    known = [field.name for field in fields(_table(location[:-1]))]
-    return nearest(str(location[-1]), known) or f" (known: {', '.join(known)})"
+    *table, key = map(str, location)
+    known = {field.name: ".".join([*table, field.name]) for field in fields(_table(location[:-1]))}
+    if match := closest(key, list(known)):
+        return f", did you mean {known[match]!r}?"
+    return f" (known: {', '.join(known)})"
 
 
 def _table(location: tuple[str | int, ...]) -> Any:

@@ -35,7 +35,7 @@ def builtin() -> dict[str, Path]:
     """Return the files of the built-in recipes by name."""
     packaged = Path(str(files("lora_align") / "recipes"))
     folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def find(name: str | None) -> tuple[Path, str]:

@@ -154,6 +154,8 @@ def prepare(
     start = start_policy.adapter(recipe, runs_dir)
     reward, judge = judge_runs.of_reward(settings.reward, runs_dir), judges.reward(base, runs_dir, settings.reward)
     check_objectives(settings, judge.objectives, reward.path)
+    for doubt in judge.doubts:
+        screen.warn(doubt)
     answers = answers_of(settings, base)
     for warning in sources.unread_warnings(answers.unread):
         screen.warn(f"rsf: {warning}")

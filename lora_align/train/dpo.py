@@ -207,7 +207,7 @@ def measure(trained: Trained[TokenPair], manifest: Manifest, held_out: Sequence[
     loss, history = cast(DpoLoss, trained.loss), trained.history
     pairs = held_out[: lora_trainer.MEASURE_AT_MOST]
     norm, relative_norm = lora_trainer.relative_size(trained.policy)
-    metrics = {
+    metrics: dict[str, Any] = {
         "first_margin": history[0]["margin"],
         "last_margin": fmean(step["margin"] for step in history[-LAST_STEPS:]),
         "norm": norm,
@@ -215,7 +215,8 @@ def measure(trained: Trained[TokenPair], manifest: Manifest, held_out: Sequence[
         "held_out": held_out_margins(trained.policy, pairs, loss.beta, 2 * trained.tokens_at_once),
         "tokens_per_second": history[-1]["tokens_per_second"],
     }
-    return trained.describe(manifest, metrics, unconverged(metrics, loss.beta))
+    enough = metrics["held_out"].get("accuracy") is not None
+    return trained.describe(manifest, metrics, unconverged(metrics, loss.beta), enough_held_out=enough)
 
 
 def summary(run: Run) -> str:

@@ -184,9 +184,12 @@ class Trained(Generic[Row]):
     seconds: float
     tokens_at_once: int  # that fit into memory with gradients, after any halving
 
-    def describe(self, manifest: Manifest, metrics: Mapping[str, Any], unconverged: tuple[str, ...]) -> Manifest:
+    def describe(
+        self, manifest: Manifest, metrics: Mapping[str, Any], unconverged: tuple[str, ...], *, enough_held_out: bool
+    ) -> Manifest:
         """Return a manifest with the facts about this training."""
-        metrics = {"steps": self.steps, **metrics, "seconds": round(self.seconds, 1)}
+        seconds = round(self.seconds, 1)
+        metrics = {"steps": self.steps, **metrics, "enough_held_out": enough_held_out, "seconds": seconds}
         return replace(manifest, initial_adapter=self.initial_adapter, metrics=metrics, unconverged=unconverged)
 
 

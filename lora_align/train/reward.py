@@ -117,7 +117,8 @@ def measure(
     norm, relative_norm = lora_trainer.relative_size(trained.policy)
     metrics = {"norm": norm, "relative_norm": relative_norm, "held_out": report}
     reasons = lora_trainer.diverged_by_size(relative_norm) or reward_loss.unconverged(report)
-    return trained.describe(manifest, metrics, reasons)
+    enough = all(max(head["rated"], head["pairs"]) >= MIN_HELD_OUT for head in report["heads"].values())
+    return trained.describe(manifest, metrics, reasons, enough_held_out=enough)
 
 
 def summary(run: Run) -> str:

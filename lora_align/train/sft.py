@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_align import runs
 from lora_align.console import Screen, count
+from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base, base_model_of
@@ -76,7 +77,8 @@ def measure(trained: Trained[Pack], manifest: Manifest, held_out: Sequence[Token
     loss = held_out_loss(trained.policy, held_out[: lora_trainer.MEASURE_AT_MOST], 2 * trained.tokens_at_once)
     norm, relative_norm = lora_trainer.relative_size(trained.policy)
     metrics = {"norm": norm, "relative_norm": relative_norm, "held_out": loss}
-    return trained.describe(manifest, metrics, lora_trainer.diverged_by_size(relative_norm) or unconverged(loss))
+    reasons = lora_trainer.diverged_by_size(relative_norm) or unconverged(loss)
+    return trained.describe(manifest, metrics, reasons, enough_held_out=loss["rows"] >= MIN_HELD_OUT)
 
 
 def summary(run: Run) -> str:

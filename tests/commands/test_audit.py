@@ -127,7 +127,7 @@ def test_drops_length_bias_unsafe_pairs_and_truncation_are_reported(cli: Cli, tm
     done = cli(*words, "--set", "preferences.helpful.skip_bad=true")
     assert done.code == 0, done.err
     assert "22 rows, 20 pairs of 20 prompts" in done.out
-    assert "dropped: 1 tie, 1 invalid row" in done.out
+    assert "dropped: 1 × tie, 1 × invalid row" in done.out
     assert "the longer answer wins 100% of pairs of unequal length: the adapter learns length as well" in done.err
     assert "both answers are unsafe: 15 pairs" in done.out
     assert "answers of 1 pair truncated" in done.err
@@ -191,10 +191,10 @@ BLIND = "base.chat_template='{% for message in messages %}<|user|>Hm?<|end|>{% e
 @pytest.mark.parametrize(
     ("rows", "setting", "why"),
     [
-        ([ALIKE] * 3, "", "3 equal answers"),
-        ([{**GOOD, "chosen": " "}] * 3, "", "3 empty answer"),
+        ([ALIKE] * 3, "", "3 × equal answers"),
+        ([{**GOOD, "chosen": " "}] * 3, "", "3 × empty answer"),
         ([GOOD] * 3, BLIND, "3 equal in the chat template"),
-        ([{**GOOD, "prompt": "a b c d e f g h"}] * 3, "dpo.max_length=8", "3 prompt too long"),
+        ([{**GOOD, "prompt": "a b c d e f g h"}] * 3, "dpo.max_length=8", "3 × prompt too long"),
         ([GOOD] * 3, "dpo.held_out=0.999999", "all 3 held out"),
         ([{**GOOD, "chosen": None}, GOOD], "", "chosen is null"),
         ([{"prompt": "a", "response_0": "b", "response_1": "c", "label": label} for label in (1, 2)], "", "label is 2"),

@@ -161,8 +161,8 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
         ),
         ('{"instruction": "a", "completions": [{"response": "b"}]}', ":1: completions: annotations is null"),
         ('{"instruction": "a", "completions": 3}', ":1: completions is a number; expected a list"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "1 equal answers"),
-        ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "1 empty answer"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "1 × equal answers"),
+        ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "1 × empty answer"),
     ],
 )
 def test_bad_rows_are_refused_with_file_and_line(content: str, message: str, tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_several_answers_give_all_pairs(tmp_path: Path) -> None:
     assert len(read.train) == 6
     assert all(int(pair.chosen) > int(pair.rejected) for pair in read.train)
     tied = Preference(str(tmp_path / "four.jsonl"), "rating:overall")
-    with pytest.raises(UserError, match="6 tie"):
+    with pytest.raises(UserError, match="6 × tie"):
         material_of(tied)
 
 

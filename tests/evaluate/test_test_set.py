@@ -59,7 +59,7 @@ def test_source_is_a_name_or_a_table_of_keys(mixed: Path) -> None:
     assert short.eval.text == recipe.EvalSource("a.txt")
     typed = [f"eval.prompts={mixed}", "eval.prompts.columns.prompt=asked", 'eval.prompts.where.label="safe"']
     assert len(read({}, *typed).questions) == 5
-    with pytest.raises(UserError, match=r"unknown key 'eval\.prompts\.splt', did you mean 'split'"):
+    with pytest.raises(UserError, match=r"unknown key 'eval\.prompts\.splt', did you mean 'eval\.prompts\.split'"):
         read({}, "eval.prompts.splt=test")
 
 
@@ -70,7 +70,7 @@ def test_damaged_prompt_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureF
         read({"eval": {"prompts": str(file)}})
     test_set = read({"eval": {"prompts": {"data": str(file), "skip_bad": True}}}, screen=Screen())
     assert prompts_of(test_set)[SAFE] == ["One?", "Three?"]
-    assert "eval.prompts: skipped 1 invalid row" in capsys.readouterr().err
+    assert "eval.prompts: skipped 1 × invalid row" in capsys.readouterr().err
 
 
 def test_unread_columns_of_prompts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
