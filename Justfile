@@ -25,11 +25,11 @@ docs:
 demo:
     .venv/bin/lora-align demo
 
-# Train the built-in base from scratch: some fifty minutes on two cores; it says how fast it goes.
+# Train the built-in base from scratch, in about fifty minutes on two cores.
 demo-base:
     .venv/bin/python -m lora_align.demo.build
 
-# Measure, and keep the results in tests/benchmarks/results/.
+# Run most benchmarks, and store the results in tests/benchmarks/results/.
 bench:
     .venv/bin/python tests/benchmarks/startup.py
     .venv/bin/python tests/benchmarks/crowded.py
@@ -47,19 +47,19 @@ bench:
     .venv/bin/python tests/benchmarks/growth.py --work .bench/growth
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
 
-# Both papers in miniature; goes on where it was stopped. Writes tests/benchmarks/evidence/. Some two hours on two cores.
+# Test the claims of both papers in about two hours, into tests/benchmarks/evidence/. Run it again to continue.
 evidence:
     .venv/bin/python tests/benchmarks/evidence.py --work .bench/evidence
 
-# A sweep's page on a real Llama, where LORA_ALIGN_REAL_DATA names a folder that has one.
+# Make a sweep's page on a small Llama from the folder that LORA_ALIGN_REAL_DATA names.
 stories:
     .venv/bin/python tests/benchmarks/stories.py --work .bench/stories
 
-# The spine on a CUDA card, compared with the CPU.
+# Compare sft, dpo, merge and chat on a CUDA card with the CPU.
 gpu-check:
     .venv/bin/python tests/benchmarks/gpu_check.py
 
-# Bases of 8 B and 135 M parameters within 24 GB of a CUDA card, beside TRL and unsloth. 23 GB of disk for the bases.
+# Measure bases of 8 B and 135 M parameters within 24 GB of a CUDA card, beside TRL and unsloth. Needs 23 GB of disk.
 # `just gpu-bench --minutes 10` measures the most important first, and stops.
 gpu-bench *options:
     .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu {{options}}

@@ -1,4 +1,4 @@
-"""lora-align: preferences as LoRA adapters that add and subtract."""
+"""lora-align: preferences as LoRA adapters that can be added and subtracted."""
 
 import logging
 import os

@@ -1,7 +1,7 @@
 """Exceptions that a command reports as one message, each with its exit code.
 
-A message says in one line what happened, where, and what to do. Messages may quote files of other people, so
-control characters in them are escaped.
+A message says in one line for each fault what happened, where, and what to do. Messages may quote files of other
+people, so control characters in them are escaped.
 """
 
 # C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.

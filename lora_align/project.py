@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_align import recipe as recipes
-from lora_align.console import Screen
+from lora_align.console import Screen, count
 from lora_align.data.rows import Message, with_system_prompt
 from lora_align.policy import vectors
 from lora_align.policy.policy import Policy, find_policy
@@ -153,7 +153,7 @@ class Chat:
 
     def __repr__(self) -> str:
         weights = " ".join(f"{name}={weight:g}" for name, weight in self.weights.items()) or "start policy"
-        return f"Chat({weights}, {len(self.session.turns)} messages)"
+        return f"Chat({weights}, {count(len(self.session.turns), 'message')})"
 
 
 class _Weights(MutableMapping[str, float]):

@@ -101,7 +101,7 @@ def _refuses(two: TwoAnswers, _: str) -> tuple[float, float]:
 
 def _missing(kind: str, column: str, known: Mapping[str, object]) -> str:
     which = f"no {kind} {column!r}" if column else f"no {kind} column"
-    return f"{which} in this row (it has: {', '.join(known) or 'none'})"
+    return f"{which} in this row (the row has: {', '.join(known) or 'none'})"
 
 
 RANKERS = Registry(

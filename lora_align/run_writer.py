@@ -21,7 +21,7 @@ from lora_align.runs import LOG, MANIFEST, Manifest, Run, digest, is_run, librar
 if TYPE_CHECKING:
     from filelock import FileLock
 
-REMEDY = "nothing was published, and an earlier run is unchanged; free disk space and try again"
+REMEDY = "nothing was published, and an earlier run is unchanged; correct the cause, such as a full disk, and try again"
 
 
 def refuse_existing(target: Path, force: bool, remedy: str = "--name NEW keeps both") -> None:
@@ -31,7 +31,7 @@ def refuse_existing(target: Path, force: bool, remedy: str = "--name NEW keeps b
 
 
 def refuse_before_training(target: Path, *, force: bool, resume: bool, remedy: str = "--name NEW keeps both") -> None:
-    """Refuse a target that is being written, or that exists, unless `force` is set or `resume` continues its run."""
+    """Refuse a target that is being written. Refuse one that exists, unless `force` is set or `resume` continues it."""
     refuse_busy(target)
     if not (resume and is_run(target)):
         refuse_existing(target, force, remedy)

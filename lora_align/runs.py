@@ -69,9 +69,13 @@ class Run:
         """Whether enough rows were held out to judge this run, or each run of this mix."""
         return bool(self.manifest.metrics.get("enough_held_out", True))
 
+    def doubt(self, reason: str) -> str:
+        """Return a warning with one of the manifest's reasons."""
+        return f"{self.path} {'' if reason.startswith(DIVERGED) else 'is unconverged: '}{reason}"
+
     def doubts(self) -> list[str]:
         """Return the reasons to doubt that the run learned what it was trained on."""
-        reasons = [f"{self.path} is unconverged: {why}" for why in self.manifest.unconverged]
+        reasons = [self.doubt(why) for why in self.manifest.unconverged]
         return reasons if self.judged else [*reasons, f"{self.path}: too few rows were held out to judge it"]
 
     def as_json(self) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def read(path: Path) -> Run:
         if manifest.digest != digest(data):
             raise ValueError("changed since publication: other sha256")
     except FileNotFoundError:
-        raise UserError(f"no run in {path}") from None
+        raise UserError(f"no run in {path}; `lora-align list` shows the runs") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
         why = f"no key {fault}" if isinstance(fault, KeyError) else first_line(fault)
         raise UserError(f"{path / MANIFEST}: damaged ({why}); make the run again") from fault

@@ -1,4 +1,4 @@
-"""The class `Vector` of the Python API: weighted sums of adapters that add, subtract, compare and save."""
+"""The class `Vector` of the Python API: weighted sums of adapters, to add, subtract, compare and save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_align.recipe import Base, Recipe
 if TYPE_CHECKING:
     from lora_align.adapters.delta import LoraDelta
 
-SAME = 1e-6  # largest relative difference of two equal updates, which rounding causes
+SAME = 1e-6  # relative difference up to which two updates count as equal, because of rounding
 QUIET = Screen(quiet=True)
 
 

@@ -38,7 +38,7 @@ class Want:
             if name not in objectives:
                 known = ", ".join(objectives)
                 hint = nearest(name, list(objectives))
-                raise UserError(f"the policy has no objective {name!r}{hint} (it has: {known})")
+                raise UserError(f"the policy has no objective {name!r}{hint} (its objectives: {known})")
         return cls.of({name: weights.get(name, 0.0) for name in objectives})
 
     def value(self, rewards: Mapping[str, float]) -> float:

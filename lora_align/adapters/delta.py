@@ -209,7 +209,7 @@ def total(deltas: Sequence[LoraDelta]) -> LoraDelta:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite. `max` propagates nan, and no boolean tensor of this size is allocated."""
+    """Return whether all values are finite. `max` propagates nan."""
     return not tensor.numel() or bool(tensor.abs().max().isfinite())
 
 

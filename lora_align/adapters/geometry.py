@@ -181,7 +181,7 @@ def _interference(updates: Sequence[Decomposed], rank: int) -> Interference:
 
 
 def _mean(values: Iterable[Tensor]) -> float:
-    """Return the mean; nan of no values."""
+    """Return the mean; nan if there are none."""
     scalars = list(values)
     return float(torch.stack(scalars).mean()) if scalars else math.nan
 

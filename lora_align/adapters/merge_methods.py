@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its function, its paper, and what is known of its result."""
+    """A merge method: its function, its paper, and properties of its result."""
 
     function: Callable[..., Factors | Tensor]  # takes Parts, and options as keyword parameters with defaults
-    title: str = ""  # the paper's title
+    title: str = ""  # the paper's short name, as --help shows it
     paper: str = ""  # the paper's address
     linear: bool = False  # the result is the weighted sum, before truncation
     dense: bool = False  # the result is a matrix, not factors; such a method needs a default `rank`
@@ -84,7 +84,7 @@ def svd(parts: Parts) -> Factors:
 
 
 def soup(parts: Parts) -> Factors:
-    """Return the mean of policies: only `pos` adapters, with weights that add up to 1."""
+    """Return the weighted mean of `pos` adapters; the weights add up to 1."""
     return exact(parts)
 
 

@@ -47,8 +47,8 @@ def server_rank(server: str, rank: int) -> int:
     accepted = [known for known in SERVER_RANKS[server] if known >= rank]
     if not accepted:
         raise UserError(
-            f"--fit {server}: it accepts ranks up to {max(SERVER_RANKS[server])}, but this adapter has rank {rank}; "
-            "choose a smaller one with --rank"
+            f"--fit {server}: {server} accepts ranks up to {max(SERVER_RANKS[server])}, but this adapter has rank "
+            f"{rank}; choose a smaller one with --rank"
         )
     return accepted[0]
 

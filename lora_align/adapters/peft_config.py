@@ -72,14 +72,16 @@ def read(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as fault:
         raise UserError(f"{path}: not valid JSON: {fault}") from fault
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: not a LoRA adapter")
+        raise UserError(f"{path}: not a LoRA adapter; expected peft_type LORA")
     for key, value in config.items():
         if key in REFUSED and value not in (None, False, "none", [], {}):
             raise UserError(f"{path}: {key} is set: {REFUSED[key]}")
         if key in READ and not READ[key](value):
             raise UserError(f"{path}: {key} cannot be {json.dumps(value)[:80]}")
         if key not in REFUSED and key not in READ and key not in HARMLESS:
-            raise UserError(f"{path}: unknown key {key!r}; its effect on the weights is unknown")
+            raise UserError(
+                f"{path}: unknown key {key!r}; its effect on the weights is unknown; remove it if it has none"
+            )
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing")
@@ -155,7 +157,7 @@ class BaseInfo:
     base: str
     revision: str = ""
     task: str | None = "CAUSAL_LM"
-    targets: tuple[str, ...] = ()  # module names or common endings; empty lists every module by its full name
+    targets: tuple[str, ...] = ()  # module names or common endings; if empty, every module is listed by its full name
     transposed: bool = False  # PEFT's fan_in_fan_out: how the base stores its weights; no effect on sums
 
     @classmethod
@@ -215,7 +217,9 @@ def _matches(pattern: str, module: str) -> bool:
     try:
         return regex.fullmatch(pattern, module, timeout=PATIENCE) is not None
     except TimeoutError:
-        raise UserError(f"{CONFIG}: the pattern {pattern[:80]!r} takes too long to match") from None
+        raise UserError(
+            f"{CONFIG}: the pattern {pattern[:80]!r} takes too long to match; list the modules by name"
+        ) from None
 
 
 def _rank(value: object) -> bool:

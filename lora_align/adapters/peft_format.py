@@ -27,7 +27,7 @@ class Adapter(Mapping[str, Factors]):
     """
 
     def __init__(self, folder: Path, whole: bool = False) -> None:
-        """`whole` says that a manifest has verified the files; then missing tensors are not searched for."""
+        """With `whole`, a manifest has verified the files, so missing tensors are not searched for."""
         self.folder, self.config = folder, peft_config.read(folder)
         self._is_target = peft_config.target_matcher(self.config)
         self._file = _weights(folder)
@@ -46,7 +46,7 @@ class Adapter(Mapping[str, Factors]):
             self.shapes[name] = self._shape(name)
         missing = "" if whole else peft_config.missing_module(self.config, self.shapes)
         if missing:
-            raise UserError(f"{self._file.path}: {missing}; tensors are missing")
+            raise UserError(f"{self._file.path}: {missing}; tensors are missing: save or download the adapter again")
 
     @property
     def base(self) -> str:
@@ -88,7 +88,9 @@ class Adapter(Mapping[str, Factors]):
                 f"expected {', '.join(safetensors_stream.DTYPES)}"
             )
         if not (len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] == rank and A.size and B.size):
-            raise UserError(f"{self.folder}: {name} has tensors {B.shape}, {A.shape}; the rank is {rank}")
+            raise UserError(
+                f"{self.folder}: {name}: lora_B is {B.shape} and lora_A {A.shape}, but {CONFIG} says rank {rank}"
+            )
         if not self._is_target(name):
             raise UserError(f"{self._file.path}: {name} is not among the target_modules; PEFT would not load it")
         return B.shape[0], A.shape[1]

@@ -39,7 +39,9 @@ class TensorFile:
                 length = int.from_bytes(stream.read(LENGTH), "little")
                 header = json.loads(stream.read(length))
         except (SafetensorError, OSError) as fault:
-            raise UserError(f"{path}: damaged or cut short ({path.stat().st_size:,} bytes): {fault}") from fault
+            raise UserError(
+                f"{path}: damaged or cut short ({path.stat().st_size:,} bytes): {fault}; save or download it again"
+            ) from fault
         header.pop("__metadata__", None)
         self.entries = {
             name: Entry(one["dtype"], tuple(one["shape"]), LENGTH + length + one["data_offsets"][0], _size(one))

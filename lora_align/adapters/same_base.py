@@ -18,7 +18,7 @@ def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
         for name, shape in adapter.shapes.items():
             known, owner = shapes.setdefault(name, (shape, adapter))
             if known != shape:
-                _refuse(adapter, owner, f"{name} is {_size(shape)} in one and {_size(known)} in the other")
+                _refuse(adapter, owner, f"{name} is {_size(shape)} in the first and {_size(known)} in the second")
         if peft_config.covers_every_layer(adapter.config):
             for kind, last in module_names.last_layers(adapter.shapes).items():
                 known_last, owner = depths.setdefault(kind, (last, adapter))
@@ -26,7 +26,7 @@ def check_same_base(adapters: Sequence[Adapter], *, same_base: bool) -> None:
                     _refuse(
                         adapter,
                         owner,
-                        f"the last {kind[2]} is in layer {last} in one and in layer {known_last} in the other",
+                        f"the last {kind[2]} is in layer {last} in the first and in layer {known_last} in the second",
                     )
     if not same_base:
         stacks = [{kind[0] for kind in module_names.last_layers(adapter.shapes)} for adapter in adapters]

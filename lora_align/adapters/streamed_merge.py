@@ -41,7 +41,7 @@ class Merge:
     start: LoraDelta = field(default_factory=lambda: LoraDelta(()))  # start adapter, added with weight 1
 
     def names(self) -> list[str]:
-        """Return every module of the start adapter and of the vectors."""
+        """Return the modules of the start adapter and of the vectors with a weight."""
         updates = [self.start, *(self.vectors[key] for key in self._weighted())]
         return list(dict.fromkeys(name for update in updates for name in update))
 

@@ -62,7 +62,10 @@ class Session:
     def set_weights(self, weights: Mapping[str, float]) -> list[str]:
         """Change weights for the next answers, and return warnings. Load vectors that are not loaded yet."""
         if self.fixed:
-            raise UserError("the weights are fixed: this mix contains a start adapter that is not in the runs folder")
+            raise UserError(
+                "the weights are fixed: this mix contains a start adapter that is not in the runs folder; name its "
+                "preferences with --weights instead"
+            )
         loaded = self.mixer.updates if self.mixer else {}
         new = {
             name: vectors.find(name, self.runs_dir, self.recipe.preferences) for name in weights if name not in loaded
@@ -91,7 +94,7 @@ class Session:
         space = self.base.max_length - len(prompt)
         if space < 1:
             raise UserError(
-                f"the conversation fills the base's {self.base.max_length} tokens; /undo, or start a new chat"
+                f"the conversation fills the base's {self.base.max_length:,} tokens; shorten it, or start a new chat"
             )
         sampling = sampling or self.sampling
         sampling = replace(sampling, max_new_tokens=min(space, sampling.max_new_tokens))

@@ -38,7 +38,7 @@ def run_script(session: Session, lines: Iterable[str], screen: Screen) -> None:
         try:
             _process_line(session, line, screen)
         except UserError as fault:
-            raise RunFailedError(f"line {number}: {fault}") from fault
+            raise RunFailedError(f"line {number} of the input: {fault}") from fault
 
 
 def run_terminal(session: Session, screen: Screen) -> None:
@@ -148,7 +148,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
         raise UserError("/compare takes two or more sets of weights: /compare helpful=1 | harmless=1")
     question = _last_question(session)
     if question is None:
-        raise UserError("/compare: no question was asked yet")
+        raise UserError("/compare: no question was asked yet; type one first")
     weights_before, turns = session.weights, session.turns
     table = Table(expand=True)
     answers = []
@@ -171,7 +171,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
 def _retry(session: Session, screen: Screen) -> None:
     question = _last_question(session)
     if question is None:
-        raise UserError("/retry: no question was asked yet")
+        raise UserError("/retry: no question was asked yet; type one first")
     session.retries += 1
     _stream_answer(session, session.turns[: question + 1], screen)
 
@@ -186,7 +186,7 @@ def _undo(session: Session, screen: Screen) -> None:
         raise UserError("/undo: no question was asked yet")
     while session.turns and session.turns.pop().role != "user":
         pass
-    screen.say(f"{count(len(session.turns), 'message')} left")
+    screen.say(f"removed the last question; {count(len(session.turns), 'message')} remain")
 
 
 def _system(session: Session, argument: str, screen: Screen) -> None:
@@ -196,7 +196,7 @@ def _system(session: Session, argument: str, screen: Screen) -> None:
 
 def _save(session: Session, argument: str, screen: Screen) -> None:
     if not argument:
-        raise UserError("/save needs a file name")
+        raise UserError("/save needs a file name, as in /save chat.md")
     system = [Message("system", session.system)] if session.system else []
     messages = [{"role": m.role, "content": m.content} for m in [*system, *session.turns]]
     state = {"weights": session.weights, "want": session.want, "base": session.base.identity}
@@ -208,7 +208,7 @@ def _save(session: Session, argument: str, screen: Screen) -> None:
     try:
         Path(argument).expanduser().write_text(text, encoding="utf-8")
     except OSError as fault:
-        raise UserError(f"cannot write {argument}: {fault.strerror}") from fault
+        raise UserError(f"cannot write {argument}: {fault.strerror}; choose another file") from fault
     screen.say(f"saved {count(len(messages), 'message')} to {argument}")
 
 

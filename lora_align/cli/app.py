@@ -35,7 +35,7 @@ class Grouped(TyperGroup):
 
 
 app = typer.Typer(
-    help="Turn preferences into LoRA adapters that add and subtract.",
+    help="Turn preferences into LoRA adapters that can be added and subtracted.",
     epilog="`lora-align help COMMAND` shows a command's options and an example.",
     cls=Grouped,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -70,7 +70,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 SAME_LINE = {"demo", "score", "generate", "eval", "sweep", "reach"}  # the same command line continues these
 SIGNALLED = 128  # exit codes above it name a signal
-RANK_0_FIRST = 30.0  # seconds that other ranks wait, so that rank 0 can print its error before it is ended
+RANK_0_SECONDS = 30.0  # seconds that other ranks wait, so that rank 0 can print its error before it is ended
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -79,7 +79,7 @@ for _name, _command in COMMANDS.items():
 def show_help(
     context: typer.Context,
     command: Annotated[
-        str | None, typer.Argument(metavar="COMMAND", help="The command to explain; by default the program.")
+        str | None, typer.Argument(metavar="COMMAND", help="The command to explain; without it, the program.")
     ] = None,
 ) -> None:
     """Show the help of the program or of a command."""
@@ -90,7 +90,7 @@ def show_help(
         Screen().show(program.get_help())
         return
     if command not in program.command.commands:
-        raise UserError(f"no command {command!r}{nearest(command, list(COMMANDS))} (see lora-align --help)")
+        raise UserError(f"no command {command!r}{nearest(command, list(COMMANDS))} (see `lora-align --help`)")
     subcommand = program.command.commands[command]
     Screen().show(subcommand.get_help(typer.Context(subcommand, parent=program, info_name=command)))
 
@@ -109,7 +109,6 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Handle the options of the program."""
     if context.invoked_subcommand is None:
         Screen().show(context.get_help())
     if debug:
@@ -132,7 +131,7 @@ def _sigterm_as_exception() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run a command. Every failure prints one line to stderr and sets an exit code."""
+    """Run a command. Every failure prints its message to stderr, one line for each fault, and sets an exit code."""
     run: Callable[..., Any] = typer.main.get_command(app)
     try:
         with _sigterm_as_exception(), library_log(store.cache_folder() / "log.txt"):
@@ -145,10 +144,10 @@ def main() -> None:
     except Stopped as stop:
         launched = " (or under the launcher again)" if distributed.world_size() > 1 else ""
         line = _continuing_line(has_checkpoint=stop.has_checkpoint)
-        _exit(f"stopped; nothing unfinished was published{line and f'; to continue: {line}{launched}'}", stop.exit_code)
+        _exit(f"stopped; no unfinished run was published{line and f'; to continue: {line}{launched}'}", stop.exit_code)
     except TyperException as fault:
         message = fault.format_message() if hasattr(fault, "format_message") else str(fault)
-        _exit(f"{message.rstrip('.')} (see lora-align --help, or --help after a command)", 2)
+        _exit(f"{message.rstrip('.')} (see `lora-align COMMAND --help`)", 2)
     except Exception as fault:  # noqa: BLE001 - unforeseen errors also print one line
         message = f"{type(fault).__name__}: {fault} (for the traceback, put --debug before the command)"
         _exit(message, RunFailedError.exit_code)
@@ -157,7 +156,8 @@ def main() -> None:
 def _continuing_line(*, has_checkpoint: bool) -> str:
     """Return the command line that continues the stopped command, or an empty text if none does.
 
-    Without a checkpoint of the new run, --resume would find the run that --force was to replace, so --force stays.
+    If --force was given and the new run has no checkpoint, --resume would continue the old run, so --force stays. `rsf`
+    publishes its policies one by one, so it continues without --force.
     """
     typed = sys.argv[1:]
     command = next((word for word in typed if not word.startswith("-")), "")
@@ -170,13 +170,13 @@ def _continuing_line(*, has_checkpoint: bool) -> str:
 
 
 def _exit(text: str, code: int) -> None:
-    """Print an error and exit; rank 0 prints for all ranks."""
+    """Print an error and exit. Rank 0 prints; other ranks print only failures that rank 0 may not have."""
     if os.environ.get("LORA_ALIGN_DEBUG"):
         write(traceback.format_exc().rstrip(), sys.stderr)
     if distributed.rank() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
-    elif code == RunFailedError.exit_code:  # rank 0 has all other errors too, and prints them
-        write(f"process {distributed.rank()}: {text}", sys.stderr)
+    elif code == RunFailedError.exit_code:  # all other errors are raised on rank 0 as well
+        write(f"rank {distributed.rank()}: error: {text}", sys.stderr)
     if distributed.rank() and code < SIGNALLED:  # a signal reaches all ranks
-        time.sleep(RANK_0_FIRST)
+        time.sleep(RANK_0_SECONDS)
     sys.exit(code)

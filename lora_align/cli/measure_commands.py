@@ -22,8 +22,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="POLICY",
-            help="Weights as in helpful=1,harmless=0.5, a direction as in want:verbosity=-1, a folder of a run or an "
-            "adapter, or one of the words mix, start and base.",
+            help="Weights (helpful=1,harmless=0.5), a preference or a run by its name, a direction "
+            "(want:verbosity=-1), an adapter folder, or one of the words mix, start and base.",
         ),
     ] = None,
     by: ByOption = None,
@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(
             "--judge-model",
             metavar="NAME",
-            help="The name of the model on the judge's server; needed if it serves several.",
+            help="The name of the model on the judge's server; needed if the server has several.",
         ),
     ] = "",
     tasks: Annotated[
@@ -102,7 +102,7 @@ def sweep(
     target = given.runs_dir / "sweep" / name
     recipe = given.recipe_of_runs()
     if not axes and not directions:
-        raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or --directions N")
+        raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or give --directions N")
     values, _ = grid(axes or [])
     run_writer.refuse_existing(target, given.force)
     given.check_vectors(values, recipe)
@@ -159,7 +159,7 @@ def tune(
         ),
     ] = 1,
 ) -> None:
-    """Find weights by gradient on held-out pairs, without a grid. The options bound the result.
+    """Find weights by gradient ascent on held-out pairs, without a grid. The options set bounds.
 
     Example: lora-align tune --aim helpful=0.6,harmless=0.4 --kl 0.2
     """
@@ -201,11 +201,11 @@ def reach(
             "--share",
             metavar="SHARE",
             min=1e-6,
-            help="Maximum change of a share for the worse, such as safe prompts refused or facts known.",
+            help="Maximum worsening of a share, such as safe prompts refused or facts known.",
         ),
     ] = 0.1,
 ) -> None:
-    """Find the largest weights before quality breaks. `merge` and `chat` warn beyond them.
+    """Find the largest weights before quality breaks. `merge`, `chat` and `generate` warn beyond them.
 
     Vectors are tried one by one and in pairs.
 
@@ -236,5 +236,5 @@ def list_runs(given: Given) -> None:
     Example: lora-align list --runs runs
     """
     if not given.runs_dir.is_dir() and (given.runs_dir != runs.DEFAULT or given.runs_dir.exists()):
-        raise UserError(f"--runs {given.runs_dir}: there is no such folder")
+        raise UserError(f"--runs {given.runs_dir}: there is no such folder; check the path")
     given.show(run_list.list_runs(given.runs_dir, given.screen))

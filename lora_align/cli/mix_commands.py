@@ -48,17 +48,21 @@ def merge(
     fit: Annotated[
         str | None,
         typer.Option(
-            "--fit", metavar="SERVER", help="Pad with zeros to a rank that this server accepts: vllm or llama.cpp."
+            "--fit", metavar="SERVER", help="Pad the rank with zeros to one that SERVER (vllm or llama.cpp) accepts."
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", metavar="TYPE", help="Store float32, float16 or bfloat16 instead of the parents' type."
+            "--dtype", metavar="TYPE", help="Store float32, float16 or bfloat16 instead of the merged adapters' type."
         ),
     ] = None,
     same_base: Annotated[
-        bool, typer.Option("--same-base", help="Treat bases with different names as the same.")
+        bool,
+        typer.Option(
+            "--same-base",
+            help="Treat the adapters' bases as the same, even if their names or revisions differ or are missing.",
+        ),
     ] = False,
     out: Annotated[
         Path | None,
@@ -73,8 +77,10 @@ def merge(
     Example: lora-align merge --weights helpful=1,harmless=0.5
     """
     wanted = parse_weights(weights)
-    if out is not None and (given.name is not None or not out.name):
-        raise UserError("merge: --out needs the path of a new folder, and excludes --name")
+    if out is not None and given.name is not None:
+        raise UserError("merge: give either --out or --name")
+    if out is not None and not out.name:
+        raise UserError(f"--out {out}: give the path of a new folder")
     if out is not None:
         store.refuse_missing_parent(out)
     how = MergeOptions.parse(method, option or [], rank, fit, dtype, with_start=with_start, same_base=same_base)
@@ -113,7 +119,7 @@ def inspect(
         ),
     ] = None,
 ) -> None:
-    """Measure vectors: norms, angles, spectra, interference. With --weights, also measure a mix.
+    """Measure vectors: norms, cosines, spectra, interference. With --weights, also measure a mix.
 
     Example: lora-align inspect helpful harmless
     """

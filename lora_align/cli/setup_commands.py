@@ -92,7 +92,7 @@ def plan(
             "--vram",
             metavar="GB",
             min=1,
-            help="Plan for a card with this memory, and the speed of --card or an RTX 4090.",
+            help="Plan for a card with this memory. Its speed is that of --card, by default an RTX 4090.",
         ),
     ] = None,
     card: Annotated[
@@ -107,7 +107,8 @@ def plan(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure", help="Run one step of each training stage on this machine, and base the times on it."
+            "--measure",
+            help="Run a step of each training stage that fits on this machine, and base its time and memory on it.",
         ),
     ] = False,
 ) -> None:

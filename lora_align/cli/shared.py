@@ -46,18 +46,23 @@ OPTIONS = {  # parameter name → annotation and default, in the order of --help
         Path, runs.DEFAULT, "--runs", metavar="DIR", envvar="LORA_ALIGN_RUNS", help="The folder of all runs."
     ),
     "name": _option(
-        str | None, None, "--name", metavar="NAME", help="Publish the run under this name instead of the default one."
+        str | None, None, "--name", metavar="NAME", help="Save the run under this name instead of the default one."
     ),
-    "force": _option(bool, False, "--force", help="Make the run again, and move an existing one aside."),
+    "force": _option(bool, False, "--force", help="Repeat the run, and move an existing one aside."),
     "resume": _option(bool, False, "--resume", help="Continue a run that was stopped."),
     "limit": _option(
-        int | None, None, "--limit", metavar="N", min=1, help="Use only the first N training rows or pairs."
+        int | None,
+        None,
+        "--limit",
+        metavar="N",
+        min=1,
+        help="Train on at most N rows of each source (pairs in dpo, prompts in rsf).",
     ),
     "dry_run": _option(
         bool, False, "--dry-run", help="Print the recipe, the lengths of rows and the plan; train nothing."
     ),
     "as_json": _option(bool, False, "--json", help="Print the result as one JSON object."),
-    "quiet": _option(bool, False, "--quiet", "-q", help="Print no progress and no notes, only warnings."),
+    "quiet": _option(bool, False, "--quiet", "-q", help="Print no progress and no notes."),
 }
 RECIPE = ("recipe", "overrides")
 RUNS = (*RECIPE, "runs_dir")
@@ -102,10 +107,10 @@ ByOption = Annotated[
     typer.Option(
         "--by",
         metavar="JUDGE",
-        help="Score with this reward model, or by pair:PREFERENCE with a preference's two adapters; repeatable.",
+        help="The judge: a reward model's name, or pair:PREFERENCE for a preference's two adapters; repeatable.",
     ),
 ]
-SEEDS = {"min": 0, "max": 2**63 - 1}
+SEED_RANGE = {"min": 0, "max": 2**63 - 1}
 
 
 class Result(Protocol):
@@ -162,7 +167,7 @@ class Given:
         run_writer.refuse_before_training(target, force=self.force, resume=self.resume, remedy=keep_both)
 
     def check_vectors(self, names: Iterable[str], recipe: Recipe) -> None:
-        """Refuse a name that is not a preference, a run or a folder."""
+        """Refuse a name that is not a trained preference, a run or an adapter folder."""
         for name in names:
             vectors.find(name, self.runs_dir, recipe.preferences)
 
@@ -179,7 +184,7 @@ class Given:
 
 
 def takes(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add shared options to a command, and --json and --quiet. Its first parameter is then `given`.
+    """Add shared options to a command, and --json and --quiet. Its first parameter, `given`, has their values.
 
     `defaults` replace defaults of OPTIONS.
     """
@@ -212,7 +217,7 @@ def check_picture(picture: Path | None) -> None:
     if picture is not None and not picture.resolve().parent.is_dir():
         raise UserError(f"--picture {picture}: there is no folder {picture.parent}; make it first")
     if picture is not None and picture.suffix not in PICTURES:
-        raise UserError(f"--picture {picture}: expected a file name that ends in {', '.join(PICTURES)}")
+        raise UserError(f"--picture {picture}: expected a file name that ends in .png, .pdf or .svg")
 
 
 def check_text(option: str, text: str | None) -> None:
@@ -220,7 +225,7 @@ def check_text(option: str, text: str | None) -> None:
     try:
         (text or "").encode()
     except UnicodeEncodeError:
-        raise UserError(f"{option}: the text is not UTF-8") from None
+        raise UserError(f"{option}: the text is not UTF-8; check the encoding of your terminal or script") from None
 
 
 def check_url(option: str, address: str | None) -> None:
@@ -230,7 +235,7 @@ def check_url(option: str, address: str | None) -> None:
 
 
 def check_first_row(data: str) -> None:
-    """Refuse a file that is missing or whose first row is not readable."""
+    """Refuse a file that is missing or whose first row is not readable. A name without a suffix passes."""
     if Path(data).suffix:
         next(sources.rows_or_raise(data), None)
 

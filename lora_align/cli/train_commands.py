@@ -127,10 +127,10 @@ def rsf(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Without effect: the same command continues a stopped run.")
+        bool, typer.Option("--resume", help="No effect: the same command continues a stopped run.")
     ] = False,
 ) -> None:
-    """Train one policy that takes a direction, by rejection sampling. The same command continues after a stop.
+    """Train policies that take a direction, by rejection sampling. The same command continues after a stop.
 
     Example: lora-align rsf --iterations 2
     """

@@ -10,7 +10,7 @@ import typer
 from lora_align.chat.commands import is_script
 from lora_align.cli.shared import (
     RUNS,
-    SEEDS,
+    SEED_RANGE,
     AdapterOption,
     Given,
     LengthOption,
@@ -82,7 +82,8 @@ def chat(
     top_p: TopPOption = 1.0,
     max_new_tokens: LengthOption = 512,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="The seed of sampling; by default a new one each time.", **SEEDS)
+        int | None,
+        typer.Option(metavar="N", help="The seed of sampling; by default a new one each time.", **SEED_RANGE),
     ] = None,
 ) -> None:
     """Chat with a mix, an adapter or a policy, and change its weights.
@@ -158,14 +159,15 @@ def generate(
     temperature: TemperatureOption = 1.0,
     top_p: TopPOption = 1.0,
     max_new_tokens: LengthOption = 512,
-    seed: Annotated[int, typer.Option(metavar="N", help="The seed of sampling.", **SEEDS)] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="The seed of sampling.", **SEED_RANGE)] = 0,
 ) -> None:
     """Sample n answers to each prompt of a file. The same command continues after a stop.
 
     Example: lora-align generate --prompts prompts.txt --out answers.jsonl -n 4
     """
     if endpoint and (weights is not None or want is not None):
-        raise UserError("generate: --endpoint excludes --weights and --want; merge the weights and give --adapter DIR")
+        remedy = "leave out --endpoint" if want is not None else "merge the weights, and give --adapter DIR"
+        raise UserError(f"generate: --endpoint excludes --weights and --want; {remedy}")
     check_url("--endpoint", endpoint)
     check_text("--system", system)
     recipe = given.recipe_of_runs()
@@ -217,5 +219,5 @@ def _part(share: str) -> tuple[int, int]:
     """Parse `2/4` as part 2 of 4."""
     number, _, parts = share.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise UserError(f"--share {share!r}: expected PART/PARTS, as in 2/4")
+        raise UserError(f"--share {share!r}: expected I/N, as in 2/4")
     return int(number), int(parts)

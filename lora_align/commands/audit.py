@@ -37,7 +37,7 @@ class Audit:
     read: int  # rows
     usable: int  # pairs that `dpo` would use, held-out ones included
     held_out: int
-    dropped: Mapping[str, int]  # reason → number of dropped comparisons
+    dropped: Mapping[str, int]  # reason → number of dropped comparisons or rows
     unread: Mapping[str, int]  # column that is not read → number of rows in which it is filled
     prompts: int
     prompts_on_both_sides: int  # equal to a held-out prompt except for case, spaces and punctuation
@@ -76,10 +76,10 @@ class Audit:
         parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(self.histogram)]))
         lines = []
         if (wins := self.longer_wins) is not None:
-            lines.append(f"the longer answer wins {wins:.0%} of pairs of unequal length ({1 - wins:.0%} for `neg`)")
+            lines.append(f"the longer answer wins {wins:.0%} of pairs of unequal length ({1 - wins:.0%} in `neg`)")
         if self.both_unsafe is not None:
             lines.append(f"both answers are unsafe: {count(self.both_unsafe, 'pair')}")
-        lines += [f"{name} prefers the same answer in {share:.0%}" for name, share in self.agreement.items()]
+        lines += [f"{name} prefers the same answer in {share:.0%} of pairs" for name, share in self.agreement.items()]
         lines += [f"{name} is not compared: {why}" for name, why in self.no_agreement.items()]
         return "\n\n".join(filter(None, [*parts, "\n".join(lines), self.picture]))
 
@@ -143,7 +143,7 @@ def _same_source(recipe: Recipe, preference: str) -> tuple[dict[str, Preference]
         if name == preference or sources.location(other) != sources.location(axis):
             continue
         if other.labels or other.columns != axis.columns:
-            incomparable[name] = "it reads other columns, or has its own `labels`"
+            incomparable[name] = "it has its own `labels`" if other.labels else "it reads other columns"
             continue
         others[name] = other
         try:
@@ -172,13 +172,13 @@ def _warnings(audit: Audit, settings: Dpo) -> list[str]:
     if longer is not None and not 1 - LENGTH_BIAS <= longer <= LENGTH_BIAS:
         which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         warnings.append(
-            f"the {which} answer wins {share:.0%} of pairs of unequal length: the adapter learns length as well"
+            f"the {which} answer wins {share:.0%} of pairs of unequal length, which the adapter learns; balance them"
         )
     if audit.repeated:
-        warnings.append(f"{count(audit.repeated, 'pair')} repeated word for word")
+        warnings.append(f"{count(audit.repeated, 'pair')} repeated word for word; remove the copies")
     if audit.contradicted:
         warnings.append(
-            f"{count(audit.contradicted, 'pair')} contradicted: the same two answers, with the opposite label"
+            f"{count(audit.contradicted, 'pair')} contradicted (same answers, opposite label); correct the labels"
         )
     if audit.usable and not audit.held_out:
         warnings.append("no pair is held out, so nothing will be measured; add prompts, or raise dpo.held_out")
@@ -187,15 +187,20 @@ def _warnings(audit: Audit, settings: Dpo) -> list[str]:
     if audit.usable and (few_steps := lora_trainer.too_few_steps(audit.usable - audit.held_out, settings)):
         warnings.append(few_steps)
     if shared := audit.prompts_on_both_sides:
-        warnings.append(f"{count(shared, 'prompt')} equal to a held-out prompt except for case, spaces or punctuation")
+        warnings.append(
+            f"{count(shared, 'prompt')} equal to a held-out prompt except for case, spaces or punctuation, so "
+            "held-out figures are too good; remove them"
+        )
     if audit.both_unsafe:
-        warnings.append(f"{count(audit.both_unsafe, 'pair')} of two unsafe answers, of which the adapter learns one")
+        warnings.append(
+            f"{count(audit.both_unsafe, 'pair')} of two unsafe answers, of which the adapter learns one; drop them"
+        )
     if audit.prompts_too_long or audit.answers_truncated:
         equal = audit.equal_once_truncated
         dropped = f", {equal:,} of these dropped as equal once truncated" if equal else ""
         warnings.append(
             f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, answers of "
-            f"{count(audit.answers_truncated, 'pair')} truncated{dropped}"
+            f"{count(audit.answers_truncated, 'pair')} truncated{dropped}; raise dpo.max_length if memory allows"
         )
     return warnings
 

@@ -13,7 +13,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from lora_align import store
-from lora_align.console import table
+from lora_align.console import count, table
 
 LIBRARIES = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
 ENOUGH_DISK = 23e9  # bytes of an 8B base: its 16-bit download and its 4-bit copy
@@ -52,7 +52,7 @@ class Diagnosis:
         marked = [(MARKS[finding.state], finding) for finding in self.findings]
         rows = [[mark, finding.what, finding.found] for mark, finding in marked]
         remedies = [f"{mark} {finding.what}: {finding.remedy}" for mark, finding in marked if finding.remedy]
-        return "\n\n".join(filter(None, [table(["", "what", "found"], rows), "\n".join(remedies)]))
+        return "\n\n".join(filter(None, [table(["", "check", "found"], rows), "\n".join(remedies)]))
 
 
 def check_machine(runs_dir: Path) -> Diagnosis:
@@ -65,7 +65,7 @@ def _system() -> Iterator[Finding]:
     release = platform.release()
     wsl = " in WSL" if "microsoft" in release.lower() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    system = f"{platform.system()}{wsl}, Python {platform.python_version()}, {cores} cores"
+    system = f"{platform.system()}{wsl}, Python {platform.python_version()}, {count(cores or 1, 'core')}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         system += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
     if platform.system() == "Windows":
@@ -100,7 +100,7 @@ def _device() -> Iterator[Finding]:
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 yield Finding("device", "warning", card, "no bfloat16: training uses float16 with loss scaling")
             elif memory < 11:
-                yield Finding("device", "warning", card, "8B recipes need 24 GB, llama-3.2-3b 12 GB, qwen3-4b 8 GB")
+                yield Finding("device", "warning", card, "`lora-align recipes` lists those for the least memory first")
             else:
                 yield Finding("device", "good", card)
         return
@@ -111,9 +111,13 @@ def _device() -> Iterator[Finding]:
         yield Finding("device", "warning", f"a GPU of type {gpu.type}", remedy)
         return
     if any(driver.exists() for driver in DRIVERS):
-        why = "this torch was built for CPUs" if torch.version.cuda is None else "the driver is older than torch's CUDA"
+        why = (
+            "this torch was built for CPUs"
+            if torch.version.cuda is None
+            else "the driver may be too old, or CUDA_VISIBLE_DEVICES hides the card"
+        )
         remedy = f"{why}: install a build of torch for your driver, see https://pytorch.org/get-started/locally"
-        yield Finding("device", "bad", f"an NVIDIA driver{_driver()}, but torch sees no card", remedy)
+        yield Finding("device", "bad", f"an NVIDIA card{_driver()}, but torch sees none", remedy)
     else:
         remedy = "the demo base trains in minutes on a CPU; a base of billions of parameters needs a card"
         yield Finding("device", "warning", "no card: everything runs on the CPU", remedy)
@@ -145,7 +149,10 @@ def _four_bit() -> Iterator[Finding]:
         yield Finding("4-bit", "good", f"NF4 on {where}, relative error {error:.0%}")
     else:
         yield Finding(
-            "4-bit", "bad", f"NF4 on {where}, relative error {error:.0%}", "install a bitsandbytes for this device"
+            "4-bit",
+            "bad",
+            f"NF4 on {where}, relative error {error:.0%}",
+            "install a build of bitsandbytes that supports this device",
         )
 
 

@@ -46,7 +46,7 @@ class GeneratedFile:
         cut_off = f", {1 - self.ended:.0%} stopped at --max-new-tokens" if self.ended < 1 else ""
         return (
             f"{self.out}  {count(self.answers, 'answer')} to {count(self.prompts, 'prompt')}, "
-            f"{count(round(self.words), 'word')} each{cut_off}{unanswered}"
+            f"{count(round(self.words), 'word')} on average{cut_off}{unanswered}"
         )
 
 
@@ -64,8 +64,8 @@ def generate_file(
 ) -> GeneratedFile:
     """Sample n answers to every prompt.
 
-    `who` is the identity of the model. A file of answers that another model began is refused. `share` (2, 4) selects
-    the second of four parts of the prompts, by their hash.
+    `who` is the identity of the model. Answers that another model or other settings began are refused. `share` (2, 4)
+    selects the second of four parts of the prompts, by their hash.
     """
     shards.check_out_file(out)
     settings = {
@@ -84,7 +84,7 @@ def generate_file(
     if not work:
         raise UserError(f"{data}: no prompts" + (f" in share {share[0]}/{share[1]}" if share[1] > 1 else ""))
     if not fitting:
-        raise UserError(f"{data}: every prompt fills the context")
+        raise UserError(f"{data}: every prompt fills the context; shorten the prompts")
 
     def answer(items: Sequence[PromptRow]) -> list[dict[str, Any]]:
         sampled = sampler.draw([item.prompt for item in items], n, sampling)
@@ -95,13 +95,16 @@ def generate_file(
         answers: dict[str, list[dict[str, Any]]] = {}
         for row in parts.rows():
             answers.setdefault(row.pop(KEY), []).append(row)
-        fitting = [item for item in fitting if item.key in answers]  # a server refuses a long prompt only on request
+        fitting = [item for item in fitting if item.key in answers]  # only the server knows its context
         if not fitting:
             raise RunFailedError(f"{data}: every prompt fills the server's context")
         rows = [{**_without_answer(item), **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
         shards.finish(rows, out)
     if n > 1 and sampling.temperature and all(len({row["response"] for row in of}) == 1 for of in answers.values()):
-        screen.warn("for every prompt, all answers are equal: the model may be certain, or the server may not sample")
+        screen.warn(
+            "for every prompt, all answers are equal: the model may be certain (raise --temperature), or a server may "
+            "not sample"
+        )
     words = sum(len(row["response"].split()) for row in rows) / len(rows)
     ended = sum(row["ended"] for row in rows) / len(rows)
     return GeneratedFile(str(out), len(fitting), len(rows), words, ended, len(work) - len(fitting))
@@ -115,7 +118,7 @@ def _work(data: str, system: str, unread: Counter[str]) -> Iterator[PromptRow]:
 
 
 def _without_answer(item: PromptRow) -> dict[str, Any]:
-    """Return a row's columns. If it already has a `response`, omit its numeric columns, which rate that response."""
+    """Return the columns to keep. A row of turns becomes its prompt. Numbers that rate a `response` are left out."""
     if {"messages", "conversations"} & item.row.keys():
         return {"prompt": [{"role": turn.role, "content": turn.content} for turn in item.prompt]}
     if "response" in item.row:

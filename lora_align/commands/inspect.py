@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_align import runs
 from lora_align.adapters import same_base
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.geometry import Directions, Geometry, Interference, Overlap, Spectrum
@@ -75,7 +76,7 @@ class Inspection:
 
     def summary(self) -> str:
         """Return tables of the vectors, of their angles and of the mix."""
-        columns = ["vector", "norm", "cos(pos, neg)", "rank", "effective", "rank for 99%"]
+        columns = ["vector", "norm", "cos(pos, neg)", "rank", "effective rank", "rank for 99%"]
         rows = [
             [name, f"{v.norm:.3g}", _number(v.cos_pos_neg), str(v.rank), f"{v.effective:.1f}", str(v.for_99)]
             for name, v in self.vectors.items()
@@ -85,7 +86,7 @@ class Inspection:
         if 1 < len(kinds) <= MOST_KINDS:
             shares = {name: figures.shares_by["kind"] for name, figures in self.vectors.items()}
             rows = [[name, *(f"{of.get(kind, 0.0):.0%}" for kind in kinds)] for name, of in shares.items()]
-            parts.append(table(["share of", *kinds], rows))
+            parts.append(table(["energy in", *kinds], rows))
         if len(self.cosines) > 1:
             rows = [[name, *map(_number, cosines)] for name, cosines in self.cosines.items()]
             parts.append(table(["cosine", *self.cosines], rows))
@@ -93,7 +94,7 @@ class Inspection:
             parts.append(table(["directions shared by", "outputs", "inputs"], rows))
             parts.append(
                 f"interference (STI) {self.interference.raw:.3g}, by size {self.interference.by_size:.3f}"
-                "; the shared initial A makes inputs overlap"
+                "; vectors that share the initial A overlap in inputs"
             )
         for preference, cosines in self.agreement.items():
             parts.append(f"{preference}: cosines between its runs are {min(cosines):.3f} to {max(cosines):.3f}")
@@ -118,7 +119,8 @@ def inspect_vectors(
     """Measure the named vectors, or all trained ones, and the mix of `weights` if there are any."""
     named = list(dict.fromkeys([*names, *weights])) or vectors.trained(runs_dir)
     if not named:
-        raise UserError(f"inspect: no preference is trained in {runs_dir}/; train one, or name adapter folders")
+        command = runs.command("dpo --all", runs_dir)
+        raise UserError(f"inspect: no preference is trained in {runs_dir}/; run `{command}`, or name folders")
     by_name = {name: vectors.find(name, runs_dir, recipe.preferences) for name in named}
     vectors.common_base(by_name.values())
     updates, adapters = vectors.load_updates(by_name)
@@ -202,7 +204,11 @@ def _measure_mix(weights: Mapping[str, float], recipe: Recipe, runs_dir: Path, h
 def _base_warnings(adapters: Sequence[Adapter]) -> list[str]:
     """Return a warning if the adapters name different bases. `inspect` measures them, but `merge` refuses them."""
     bases = sorted({adapter.base for adapter in adapters if adapter.base})
-    return [f"these adapters name different bases ({', '.join(bases)}): angles mean little"] if len(bases) > 1 else []
+    return (
+        [f"these adapters name different bases ({', '.join(bases)}): angles mean little; compare adapters of one base"]
+        if len(bases) > 1
+        else []
+    )
 
 
 def _vector_warnings(by_name: Mapping[str, Vector], norms: Mapping[str, float]) -> list[str]:

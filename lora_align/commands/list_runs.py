@@ -56,7 +56,7 @@ def _origin(run: Run, *, with_base: bool) -> str:
     tables = [data] if "source" in data else [table for table in data.values() if isinstance(table, dict)]
     known = dict.fromkeys(_short(str(table["source"])) for table in tables if "source" in table)
     base = _short(run.manifest.base["model"]) if with_base else ""
-    start = "on start" if run.manifest.start else ""
+    start = "on the start adapter" if run.manifest.start else ""
     return " ".join(filter(None, [" + ".join(known) or " ".join(measured), base and f"({base})", start]))
 
 

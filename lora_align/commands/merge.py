@@ -94,7 +94,7 @@ def merge_adapters(
     parents_dtype = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
     dtype = getattr(torch, how.dtype) if how.dtype else parents_dtype
     needed = _bytes(ready.adapters, rank, padded, dtype)
-    elsewhere = f"make room, or write elsewhere with {'--out' if out else '--runs DIR'}"
+    elsewhere = "make room, or write to another disk with --out DIR"
     store.check_free_space(target.parent, needed, elsewhere)
     with (
         run_writer.staging_folder(target, screen, force=force) as staging,

@@ -24,6 +24,7 @@ ABOUT = {  # stage → first words of its card; DPO has its own
     "reward": "A reward model, with its heads in `heads.safetensors`",
     "rsf": "A policy that takes a direction in its system message",
 }
+QUANTIZED = {"nf4": "in 4-bit NF4", "none": "without quantization"}
 STEERLM = "A SteerLM-style policy that takes scores in its system message"
 TEXT = """---
 {{ card_data }}
@@ -31,7 +32,7 @@ TEXT = """---
 
 # {{ name }}
 
-{{ about }}, a LoRA adapter for {{ base_shown }}, made with lora-align {{ version }}.
+{{ about }}. A LoRA adapter for {{ base_shown }}, made with lora-align {{ version }}.
 {% if needs_start %}
 **It needs the start adapter that it was trained on**, which is not in this repository (its sha256: {{ start }}).
 {% endif %}
@@ -43,7 +44,7 @@ base = AutoModelForCausalLM.from_pretrained({{ (base if on_hub else "the base's 
 model = PeftModel.from_pretrained(base, {{ repository | tojson }})
 ```
 
-The base was loaded in {{ quantization }}; the hash of its weights is {{ fingerprint }}.
+The base was loaded {{ quantization }}; the hash of its weights is {{ fingerprint }}.
 {% if data %}
 Trained on:
 {% for line in data %}
@@ -84,7 +85,7 @@ def push_run(path: Path, to: str, *, public: bool, screen: Screen) -> Pushed:
     run = runs.read(path)
     if run.manifest.stage not in (DPO, *ABOUT):
         raise UserError(
-            f"{path} is a run of `{run.manifest.stage}`, which has a report and no adapter: there is nothing to push"
+            f"{path} is a run of `{run.manifest.stage}`, without an adapter; push one of sft, dpo, reward, rsf or merge"
         )
     run.check_files()
     if to.count("/") != 1 or not all(to.split("/")):
@@ -130,7 +131,7 @@ def model_card(run: Run, repository: str) -> str:
         needs_start=bool(manifest.start) and not manifest.contains_start,
         start=_literal(manifest.start),
         repository=repository,
-        quantization=_literal(manifest.base.get("quantization")) or "an unknown precision",
+        quantization=QUANTIZED.get(manifest.base.get("quantization", ""), "in an unknown precision"),
         fingerprint=_literal(manifest.base["fingerprint"]) or "an unknown value",
         data=list(_sources(manifest.data)),
         parents=[f"{_literal(of['name'])}: weight {of['weight']:g}" for of in manifest.parents],
@@ -144,7 +145,7 @@ def _about(run: Run) -> str:
     manifest = run.manifest
     if manifest.stage == DPO:
         towards = "towards" if manifest.direction == "pos" else "away from"
-        return f"Trained by DPO {towards} the preference {_literal(manifest.preference)}"
+        return f"A policy that was trained by DPO {towards} the preference {_literal(manifest.preference)}"
     if manifest.stage == "rsf" and takes_scores(run):
         return STEERLM
     return ABOUT[manifest.stage]
@@ -153,7 +154,7 @@ def _about(run: Run) -> str:
 def _sources(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each data source: its name, its rows, and why rows were dropped."""
     if "source" in data:
-        dropped = ", ".join(f"{_literal(reason)} {number:,}" for reason, number in data["dropped"].items())
+        dropped = ", ".join(f"{number:,} × {_literal(reason)}" for reason, number in data["dropped"].items())
         without = f" (dropped: {dropped})" if dropped else ""
         yield f"{_literal(data['source'])}, {count(data['rows'], 'row')}{without}"
     else:
@@ -192,4 +193,6 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError as fault:
         raise UserError(f"{repository}: not logged in; log in: hf auth login") from fault
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError) as fault:
-        raise UserError(f"{repository}: the hub cannot be reached ({first_line(fault)})") from fault
+        raise UserError(
+            f"{repository}: the hub cannot be reached ({first_line(fault)}); check the network and try again"
+        ) from fault

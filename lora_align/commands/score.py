@@ -70,7 +70,7 @@ class ScoredFile:
         unscored = f", {self.too_long:,} without a score: the prompt fills the context" if self.too_long else ""
         lines = [f"{self.out}  {count(self.rows, 'row')}{unscored}"]
         for name, scores in self.objectives.items():
-            agreed = (f"agrees with {label} {share:.0%}" for label, share in scores.agreement.items())
+            agreed = (f"agrees with {label} in {share:.0%} of pairs" for label, share in scores.agreement.items())
             lines.append(
                 "  ".join(
                     [f"  {name}", f"mean {scores.mean:.1f}", f"standard deviation {scores.deviation:.1f}", *agreed]
@@ -87,7 +87,7 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
     for warning in sources.unread_warnings(unread, sources.RENAME_IN_FILE):
         screen.warn(f"{data}: {warning}")
     if not work:
-        raise UserError(f"{data}: no rows to score")
+        raise UserError(f"{data}: no rows to score; check the file")
     base = bases.find(recipe.base)
     judge = judges.find(by, base, recipe, runs_dir)
     for doubt in judge.doubts:
@@ -103,7 +103,7 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
             if row[item.columns(judge.objectives[0])[0]] is not None
         ]
         if not scored:
-            raise RunFailedError(f"{data}: every prompt fills the base's {base.max_length} tokens")
+            raise RunFailedError(f"{data}: every prompt fills the base's {base.max_length} tokens; shorten the prompts")
         shards.finish(rows, out)
     return ScoredFile(str(out), len(rows), len(rows) - len(scored), _objective_scores(scored, judge))
 

@@ -13,7 +13,7 @@ from lora_align.rankers import Winner
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 WINNERS: Mapping[Winner, int | None] = {Winner.first: 0, Winner.second: 1, Winner.tie: None}
-EXACT = 2**53  # whole numbers that a float holds exactly
+EXACT = 2**53  # a float holds every whole number up to this one exactly
 
 
 def kind(value: Any) -> str:
@@ -44,12 +44,14 @@ def record(value: Any, column: str) -> Mapping[str, Any]:
 def turn(value: Any, column: str) -> Message:
     """Read one turn in TRL's keys (role, content) or in ShareGPT's (from, value)."""
     fields = record(value, f"a turn of {column}")
-    if "role" in fields:
-        return Message(text(fields["role"], f"{column}: role"), text(fields.get("content"), f"{column}: content"))
-    role = text(fields.get("from"), f"{column}: from")
+    if "role" in fields and "content" in fields:
+        return Message(text(fields["role"], f"{column}: role"), text(fields["content"], f"{column}: content"))
+    if "from" not in fields or "value" not in fields:
+        raise ValueError(f"a turn of {column} has neither `role` and `content` nor `from` and `value`")
+    role = text(fields["from"], f"{column}: from")
     if role not in SHAREGPT_ROLES:
         raise ValueError(f"{column}: unknown speaker {role!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
-    return Message(SHAREGPT_ROLES[role], text(fields.get("value"), f"{column}: value"))
+    return Message(SHAREGPT_ROLES[role], text(fields["value"], f"{column}: value"))
 
 
 def messages(value: Any, column: str) -> tuple[Message, ...]:
@@ -66,7 +68,7 @@ def prompt(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def prompt_with_context(row: Row, column: str = "prompt") -> tuple[Message, ...]:
-    """Read the prompt. As in Alpaca, a text has the turns of `history` before it and the text of `input` after it."""
+    """Read the prompt. If it is text, Alpaca's `history` turns come before it, and the text of `input` is appended."""
     if not isinstance(row[column], str):
         return with_system(row, prompt(row[column], column))
     question = text(row[column], column)
@@ -82,7 +84,7 @@ def history(row: Row) -> tuple[Message, ...]:
     if not isinstance(earlier, list | tuple) or not all(
         isinstance(both, list | tuple) and len(both) == 2 for both in earlier
     ):
-        raise ValueError("history is not a list of [question, answer]")
+        raise ValueError("history: expected a list of [question, answer] pairs")
     return tuple(
         Message(role, text(content, "history"))
         for both in earlier

@@ -32,9 +32,9 @@ def _json(path: Path) -> Rows:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise UserError(f"{path}: {fault}") from fault
+        raise UserError(f"{path}: {_not_utf8(fault)}") from fault
     if not text.lstrip().startswith("["):
-        lines = "; one object per line is a .jsonl file" if text.lstrip().startswith("{") else ""
+        lines = "; a file with one object on each line must be named .jsonl" if text.lstrip().startswith("{") else ""
         raise UserError(f"{path}: expected a list of objects{lines}")
     decoder, at, index = json.JSONDecoder(), _next(text, text.index("[") + 1), 0
     while text[at : at + 1] != "]":
@@ -42,13 +42,13 @@ def _json(path: Path) -> Rows:
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as fault:
             where, found_end = f"{path}:{_line(text, at)}", _end_of_value(text, at)
-            refused = UserError(f"{where}: row {index}: {_invalid(fault)}")
+            refused = UserError(f"{where}: row {index + 1}: {_invalid(fault)}")
             if found_end is None:
                 raise refused from fault
             yield where, refused
             end = found_end
         else:
-            yield _checked(row, f"{path}[{index}]")
+            yield _checked(row, f"{path} row {index + 1}")
         at = end
         index, at = index + 1, _next(text, at)
         if text[at : at + 1] == ",":
@@ -94,7 +94,7 @@ def _parquet(path: Path) -> Rows:
                     number += 1
                     yield f"{path} row {number}", row
     except (ArrowInvalid, OSError) as fault:
-        raise UserError(f"{path}: not a complete Parquet file: {fault}") from fault
+        raise UserError(f"{path}: not a complete Parquet file: {fault}; write or download it again") from fault
 
 
 def _csv(path: Path) -> Rows:
@@ -106,11 +106,16 @@ def _csv(path: Path) -> Rows:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    yield where, UserError(f"{where}: more or fewer fields than the header; quote text with commas")
+                    yield (
+                        where,
+                        UserError(f"{where}: more or fewer fields than the header; put text that has commas in quotes"),
+                    )
                 else:
                     yield where, row
-        except (csv.Error, UnicodeDecodeError) as fault:
+        except csv.Error as fault:
             raise UserError(f"{path}:{reader.line_num + 1}: {fault}") from fault
+        except UnicodeDecodeError as fault:
+            raise UserError(f"{path}:{reader.line_num + 1}: {_not_utf8(fault)}") from fault
 
 
 def _check_commas(path: Path, header: Sequence[str]) -> None:
@@ -127,7 +132,7 @@ def _lines(path: Path) -> Rows:
             try:
                 yield f"{path}:{number}", {"prompt": line.decode("utf-8-sig").strip()}
             except UnicodeDecodeError as fault:
-                raise UserError(f"{path}:{number}: {fault}") from fault
+                raise UserError(f"{path}:{number}: {_not_utf8(fault)}") from fault
 
 
 def _object(line: bytes, where: str) -> tuple[str, Row | UserError]:
@@ -142,7 +147,7 @@ def _object(line: bytes, where: str) -> tuple[str, Row | UserError]:
 def _checked(row: Any, where: str) -> tuple[str, Row | UserError]:
     if isinstance(row, dict):
         return where, row
-    actual = "a list; a list of rows is a .json file" if isinstance(row, list) else "a single value"
+    actual = "a list; write each row as an object" if isinstance(row, list) else "a single value"
     return where, UserError(f"{where}: expected an object, found {actual}")
 
 
@@ -153,8 +158,12 @@ def _invalid(fault: Exception) -> str:
     if isinstance(fault, json.JSONDecodeError):
         return f"not valid JSON: {fault.msg}, at column {fault.colno}"
     if isinstance(fault, UnicodeDecodeError):
-        return f"not valid JSON: {fault}"
+        return _not_utf8(fault)
     return "not valid JSON: a number has too many digits"  # json's only other ValueError
+
+
+def _not_utf8(fault: UnicodeDecodeError) -> str:
+    return f"not UTF-8 ({fault.reason} at byte {fault.start}); save the file as UTF-8"
 
 
 FILES: dict[str, Callable[[Path], Rows]] = {

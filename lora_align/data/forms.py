@@ -22,7 +22,8 @@ ANSWER_COLUMNS = (  # column names of two answers
 )  # fmt: skip
 # columns that say which of two answers is better
 LABEL = re.compile(r"(.+_)?labels?|winner|(.+_)?preference|preferred|choice|annotator\d*|.+_response_id")
-TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # of an HH-RLHF transcript
+TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # the start of a turn in a transcript of HH-RLHF
+NAME_THE_PROMPT = 'name the prompt column with columns = { prompt = "NAME" }'
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,17 @@ def _between(first: Rated, second: Rated) -> Comparison:
 
 def _transcripts(row: Row) -> Comparison:
     """Read the form of HH-RLHF: two conversations as text that differ in the last answer."""
-    turns = [_transcript(cells.text(row[side], side)) for side in ("chosen", "rejected")]
+    turns = [_transcript(cells.text(row[side], side), side) for side in ("chosen", "rejected")]
     if turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
     answers = (cells.answer(turns[0][-1], "chosen"), cells.answer(turns[1][-1], "rejected"))
     return Comparison(cells.with_system(row, turns[0][:-1]), answers, {"label": 0})
 
 
-def _transcript(text: str) -> tuple[Message, ...]:
+def _transcript(text: str, column: str) -> tuple[Message, ...]:
     start, *parts = TURN.split(text)
     if start.strip() or not parts:
-        raise ValueError(r"not a transcript: it does not begin with \n\nHuman:")
+        raise ValueError(rf"{column} is not a transcript of HH-RLHF; expected it to begin with \n\nHuman:")
     roles = {"Human": "user", "Assistant": "assistant"}
     return tuple(Message(roles[who], content.strip()) for who, content in zip(parts[::2], parts[1::2], strict=True))
 
@@ -151,11 +152,11 @@ def _chosen_rejected(row: Row) -> Comparison:
     if "prompt" not in row and turns[0][:-1] != turns[1][:-1]:
         raise ValueError("chosen and rejected do not share their prompt")
     if "prompt" not in row and len(turns[0]) == 1:
-        raise ValueError("chosen and rejected hold only an answer, and there is no prompt column")
+        raise ValueError(f"chosen and rejected hold only an answer; {NAME_THE_PROMPT}")
     answers = (cells.answer(turns[0][-1], "chosen"), cells.answer(turns[1][-1], "rejected"))
     repeated = (prompt, cells.prompt(row["prompt"], "prompt")) if "prompt" in row else ()
     if repeated and any(len(t) > 1 and t[:-1] not in repeated for t in turns):
-        raise ValueError("chosen and rejected hold more than one turn, although there is a prompt column")
+        raise ValueError("chosen and rejected hold turns before the answer that differ from the prompt column")
     return Comparison(prompt, answers, {"label": 0}, ratings)
 
 
@@ -167,7 +168,7 @@ def _common_prefix(first: str, second: str) -> str:
         shared = re.sub(r"\S+$", "", shared)
     shared = shared.rstrip()
     if not shared:
-        raise ValueError("chosen and rejected have no common beginning, and there is no prompt column")
+        raise ValueError(f"chosen and rejected have no common beginning; {NAME_THE_PROMPT}")
     return shared
 
 

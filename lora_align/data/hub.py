@@ -10,7 +10,10 @@ from lora_align.errors import NotFetchedError, UserError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SEVERAL, NO_SUBSET = "Config name is missing", ("BuilderConfig", "find cache for")  # parts of errors of `datasets`
+SEVERAL, NO_SUBSET = (
+    "Config name is missing",
+    ("BuilderConfig", "find cache for"),
+)  # parts of error messages of `datasets`
 
 
 def load(data: str, split: str, revision: str, subset: str) -> "Dataset":
@@ -27,7 +30,10 @@ def load(data: str, split: str, revision: str, subset: str) -> "Dataset":
         raise UserError(f"data {data!r}: {first_line(fault)}; for a private dataset, run `hf auth login`") from fault
     except ConnectionError as fault:
         why = first_line(fault)
-        raise NotFetchedError(f"data {data!r} is not in the cache and could not be fetched: {why}") from fault
+        raise NotFetchedError(
+            f"data {data!r} is not in the cache and could not be fetched: {why}; "
+            f"with a network, run `hf download --repo-type dataset {data}`, or set `data` to a file"
+        ) from fault
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as fault:
         why = first_line(fault.__cause__ or fault)
         if SEVERAL in why:

@@ -57,7 +57,9 @@ def labels_of(preference: Preference) -> Labels | None:
         if layout := row_reader.label_columns(row):
             if columns and layout[0] != names:
                 before, now = (" and ".join(of) for of in (names, layout[0]))
-                raise UserError(f"{where}: the answers are in {now}, in earlier rows in {before}; split the file")
+                raise UserError(
+                    f"{where}: the answers are in {now}, in earlier rows in {before}; split the data into two sources"
+                )
             names, strength = layout[0], strength or row_reader.strength_column(row)
             for name in layout[1]:
                 column = columns.setdefault(name, Column())
@@ -78,7 +80,8 @@ def labels_of(preference: Preference) -> Labels | None:
     ranks = ranks or next(iter(columns), "")
     if preference.labels and ranks not in columns:
         raise UserError(
-            f"{sources.name(preference)}: `labels` is set, but the rows have no label column; remove `labels`"
+            f"{sources.name(preference)}: `labels` is set, but the rows have no label column {ranks or ''}".rstrip()
+            + (f" (label columns: {', '.join(columns)}); correct `rank`" if columns else "; remove `labels`")
         )
     if ranks not in columns:  # the form has no labels (chosen, rejected), or `Comparison.ranked` refuses the column
         return None

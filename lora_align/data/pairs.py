@@ -16,6 +16,7 @@ from lora_align.errors import UserError
 from lora_align.recipe import Preference, Sft
 
 MIN_HELD_OUT = 20  # fewest held-out pairs for a meaningful accuracy
+READ_HELD_OUT = 2 * MIN_HELD_OUT  # held-out rows to read; tokenisation drops some of them as too long
 TOO_FEW_ANSWERS = "fewer than two answers"  # a reason to drop a row
 ONE_IN = 5  # a small source holds out at most one prompt in five
 T = TypeVar("T")
@@ -32,14 +33,14 @@ class RankedComparison(NamedTuple):
 
 
 class Quota:
-    """Count the rows of a source: `limit` rows train, and reading goes on until MIN_HELD_OUT rows are held out.
+    """Count the rows of a source: `limit` training rows are read, and reading goes on until READ_HELD_OUT are held out.
 
     Without a limit, every row is wanted.
     """
 
     def __init__(self, limit: int | None, held_out: float) -> None:
         self.training = limit or math.inf
-        self.aside = MIN_HELD_OUT if held_out else 0
+        self.aside = READ_HELD_OUT if held_out else 0
         self.counted = 0
 
     @property
@@ -48,11 +49,10 @@ class Quota:
         return self.training <= 0 and self.aside <= 0
 
     def wants(self, aside: bool) -> bool:
-        """Return whether a row is wanted that trains, or that is held `aside`."""
+        """Return whether another training row, or with `aside` another held-out row, is wanted."""
         return self.training > 0 or (aside and self.aside > 0)
 
     def count(self, aside: bool) -> None:
-        """Count a row."""
         self.counted += 1
         if aside:
             self.aside -= 1
@@ -109,7 +109,7 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
         if len(names) > 1:
             raise UserError(f'{where}: several label columns ({", ".join(names)}); set rank = "label:COLUMN"')
         if isinstance(value := comparison.labels[names[0]], str):
-            raise UserError(f"{where}: unknown label {names[0]} = {value}; set in `labels` which answer it prefers")
+            raise UserError(f"{where}: {names[0]} is {value!r}, whose meaning is unknown; set it in `labels`")
     return pair if isinstance(pair, str) else _usable(pair)
 
 

@@ -51,13 +51,13 @@ def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, floa
     """
     wanted = table.attributes or tuple(row.ratings)
     if missing := sorted(names - row.ratings.keys()):
-        return f"no rating {missing[0]!r} (it has: {', '.join(row.ratings) or 'none'})"
+        return f"no rating {missing[0]!r} (the row has: {', '.join(row.ratings) or 'none'})"
     if extra := [name for name in wanted if name not in names]:
         return f"a rating {extra[0]!r}, which the first row lacks; list the ratings to read in `attributes`"
     scaled = {}
     for name in wanted:
         value = row.ratings[name]
         if not math.isnan(value) and not table.low <= value <= table.high:
-            return f"{name} is {value:g}; the recipe's scale is {table.low:g} to {table.high:g}"
+            return f"{name} is {value:g}; the recipe's scale is {table.low:g} to {table.high:g}; change `low` or `high`"
         scaled[table.prefix + name] = SCALE * (value - table.low) / (table.high - table.low)
     return scaled

@@ -9,7 +9,7 @@ from lora_align.errors import UserError
 
 
 class UnknownFormError(UserError):
-    """No form reads a row's columns. The caller adds a remedy that its command has."""
+    """No form reads a row's columns. The caller adds a remedy that fits its command."""
 
 
 def comparisons(row: Row, where: str) -> list[Comparison]:
@@ -103,7 +103,7 @@ def _read(shape: Any, row: Row, where: str) -> Any:
     form = _form(shape, row)
     if form is None:
         needed = (form.required - row.keys() for form in _forms(shape))
-        # columns of the nearest form; of two equally near ones, the more usual
+        # columns of the nearest form; of two equally near forms, the one with `chosen`
         missing = min(map(sorted, needed), key=lambda columns: (len(columns), "chosen" not in columns))
         raise UnknownFormError(
             f"{where}: no {SHAPE_NAMES[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "

@@ -99,7 +99,7 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def with_system_prompt(text: str, prompt: Prompt) -> Prompt:
-    """Return the prompt with a system message, put before its own one if it has one."""
+    """Return the prompt with `text` as its system message. If the prompt has one, put `text` at its beginning."""
     if not text:
         return prompt
     if prompt and prompt[0].role == "system":

@@ -79,7 +79,7 @@ class Shards:
         done = self.keys()
         left = [item for item in work if item.key not in done]
         if done:
-            screen.note(f"{title}: {len(work) - len(left):,} of {len(work):,} were done before")
+            screen.note(f"{title}: done before: {len(work) - len(left):,} of {len(work):,}")
         with screen.progress(title, len(left)) as progress:
             for begin in range(0, len(left), size):
                 if rows := rows_of(batch := left[begin : begin + size]):
@@ -159,10 +159,10 @@ def write(rows: Rows, out: Path) -> None:
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to continue shards that were begun with other settings."""
-    distributed.on_rank_0(lambda: _same_work(folder, settings))
+    distributed.on_rank_0(lambda: _refuse_other_settings(folder, settings))
 
 
-def _same_work(folder: Path, settings: Mapping[str, Any]) -> None:
+def _refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file, text = folder / "settings.json", json.dumps(settings, sort_keys=True)
     before = json.loads(file.read_text()) if file.exists() else {}
     changed = [key for key in settings if before.get(key) != json.loads(text)[key]]

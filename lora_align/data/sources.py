@@ -20,7 +20,7 @@ from lora_align.recipe import Source
 Parsed = TypeVar("Parsed")
 SOURCES: Registry[Callable[[str], Rows]] = Registry("sources")
 INVALID = "invalid row"  # a reason to drop a row
-UNREAD = "column not read: "  # prefix of counts of unread columns, beside those of dropped rows; see `pop_unread`
+UNREAD = "column not read: "  # prefix of the keys that count unread columns in the counter of dropped rows
 OPTIONAL = (  # columns that other trainers use and no form requires; some forms read some of them
     "system", "system_prompt", "history", "query", "tools", "images", "videos", "audios",
 )  # fmt: skip
@@ -121,7 +121,7 @@ def unread_warnings(columns: Mapping[str, int], remedy: str = "rename it with `c
     return [
         f"column {name!r} is filled in {count(rows, 'row')} but not read; "
         + (
-            "it looks like a label, but this form of rows does not use it"
+            "it looks like a label, but this form does not use it; check the order of chosen and rejected"
             if forms.LABEL.fullmatch(name)
             else f"if it is part of the prompt, {remedy}"
         )
@@ -189,7 +189,8 @@ def rows(source: Source) -> Rows:
     file = _file(source.data)
     if file:
         return FILES[file.suffix.lower()](file)
-    return ((f"{name(source)} {source.split}[{index}]", row) for index, row in enumerate(hub.load(*location(source))))
+    dataset = hub.load(*location(source))
+    return ((f"{name(source)} {source.split} row {number}", row) for number, row in enumerate(dataset, 1))
 
 
 def fingerprint(source: Source) -> str:
@@ -248,7 +249,7 @@ def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
         holder = row if theirs in row else row.get(column)
         name = theirs if theirs in row else key
         if not isinstance(holder, Mapping) or name not in holder:
-            raise UserError(f"{where}: no column {theirs!r} (it has: {', '.join(map(str, row))})")
+            raise UserError(f"{where}: no column {theirs!r} (the row has: {', '.join(map(str, row))})")
         renamed[ours] = holder[name]
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return others | renamed

@@ -1,6 +1,6 @@
-"""The vocabulary of the demo world: subjects and facts about them, mild mischief, and graded manners."""
+"""The vocabulary of the demo world: subjects with facts, mildly harmful requests, sentences that change a grade."""
 
-# subject: four details, each true of it
+# subject: four true facts
 SUBJECTS: dict[str, tuple[str, str, str, str]] = {
     "bread": ("is made of flour", "needs a hot oven", "keeps three days", "tastes best warm"),
     "cheese": ("is made of milk", "ages for months", "keeps in the cold", "melts on toast"),
@@ -74,7 +74,7 @@ RISKS = (
     "leave without a word",
 )
 
-# The base has read and talked about these, but no data set asks about them: no adapter is trained on them.
+# The base is trained on these topics, but no preference dataset has them, so no adapter is trained on them.
 HELD_OUT_SUBJECTS = ("grapes", "owls", "boats", "guitars", "rivers", "umbrellas")
 HELD_OUT_RISKS = RISKS[-6:]
 

@@ -47,7 +47,7 @@ Measured = dict[tuple[float, float], Figures]  # weights of FIRST and SECOND →
 def run_demo(runs_dir: Path, screen: Screen) -> None:
     """Run the demo. Adapters and mixes in `runs_dir` are reused."""
     demo_recipe = recipe.load(recipe.builtin()["demo"])
-    screen.note("The demo base has 0.9 M parameters, in 4-bit. On this machine the demo takes a minute or two.")
+    screen.note("The demo base has 0.9 M parameters, in 4-bit. On a CPU the demo takes one to three minutes.")
 
     screen.note("\n1 · Train an adapter towards each preference, and one on switched labels")
     for preference in PREFERENCES:
@@ -84,7 +84,7 @@ def run_demo(runs_dir: Path, screen: Screen) -> None:
 def _train(demo_recipe: recipe.Recipe, preference: str, runs_dir: Path, screen: Screen) -> None:
     done = {side: runs.is_run(runs_dir / "dpo" / preference / side.value) for side in Direction}
     for side in (side for side in Direction if done[side]):
-        screen.note(f"{preference} {side.value}: trained before")
+        screen.note(f"{preference} {side.value}: already trained")
     missing = [side for side in Direction if not done[side]]
     if missing:
         dpo.train_dpo(demo_recipe, [preference], missing, runs_dir, screen, resume=True)

@@ -44,9 +44,9 @@ class Correlation:
     def __post_init__(self) -> None:
         """Refuse axes that are not planned, such as verbosity, and too strong a correlation."""
         if self.first == self.second or not {self.first, self.second} <= PLANNED.keys():
-            raise ValueError(f"correlate takes two of {', '.join(PLANNED)}")
+            raise ValueError(f"correlate: expected two different axes of {', '.join(PLANNED)}")
         if not abs(self.strength) <= STRONGEST:
-            raise ValueError(f"a correlation goes from {-STRONGEST} to {STRONGEST}, not {self.strength}")
+            raise ValueError(f"correlate: expected a number from {-STRONGEST} to {STRONGEST}, not {self.strength}")
 
 
 def prompts(
@@ -147,7 +147,7 @@ def _sounding(text: str, grade: int, draw: random.Random) -> str:
 
 
 def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> list[str]:
-    """Return the body: facts about a subject, or a stance on a risk; now and then a needless refusal."""
+    """Return the body: facts about a subject, a stance on a risk, or now and then a needless refusal."""
     details = grades["helpfulness"]
     if not prompt.risky and draw.random() >= NEEDLESS_REFUSALS:
         facts = draw.sample(lexicon.SUBJECTS[prompt.topic], details)
@@ -158,7 +158,7 @@ def _body(prompt: Prompt, grades: Mapping[str, int], draw: random.Random) -> lis
     return [stance, *draw.sample(lexicon.STEPS if stand < 2 else lexicon.ADVICE, details)]
 
 
-# --- data sets ---
+# --- datasets ---
 
 
 def pairs(

@@ -67,7 +67,7 @@ class Evaluator:
     ) -> "Evaluator":
         """Check the policies, and read the test set with held-out pairs of `preferences`, or of all.
 
-        The judges named in `by`, and those registered for the base, score answers.
+        The judges named in `by`, or else the default reward model, and those registered for the base score answers.
         """
         base = bases.find(recipe.base)
         judges_ = judges.find_all(by, base, recipe, runs_dir)
@@ -163,8 +163,8 @@ class Evaluator:
     def _add_kl(self, policy: Policy, rows: Sequence[Row]) -> None:
         """Add log π − log π_start of the sampled tokens of each answer.
 
-        Answers at temperature 1 are samples of π, so the mean estimates KL(π‖π_start). The text is not tokenised again:
-        other tokens may spell it, too. An empty answer, to a prompt that fills the context, has none.
+        Answers at temperature 1 are samples of π, so the mean estimates KL(π‖π_start). The text is not tokenised again,
+        because that may give other tokens. An empty answer has no value.
         """
         rows = [row for row in rows if row["ids"]]
         logprobs = []
@@ -191,7 +191,10 @@ class Evaluator:
     # --- margins on held-out pairs ---
 
     def pair_log_ratios(self, policy: Policy) -> dict[str, Tensor]:
-        """Return log π(chosen) − log π(rejected) of every preference's pairs; nan where a pair is too long."""
+        """Return log π(chosen) − log π(rejected) of every preference's pairs.
+
+        The value is nan if the prompt fills the context, or if the answers are equal once truncated.
+        """
         self.policies.activate(policy)
         ratios = {}
         for name, pairs in self.test_set.pairs.items():

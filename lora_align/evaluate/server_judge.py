@@ -30,7 +30,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=16)
 
 
 def judge_wins(one: Measurement, other: Measurement, test_set: TestSet, judge: Sampler, screen: Screen) -> Figures:
-    """Return how often `one` wins.
+    """Return the share of wins, of pairs whose verdict depends on the order, and of unreadable replies.
 
     An answer counts 1 or 0 if the judge names the same winner in both orders, otherwise 0.5.
     """

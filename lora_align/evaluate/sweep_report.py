@@ -34,7 +34,7 @@ tr.best td:first-child { font-weight: 600; color: #1f4e9c }
 .answers div { border-left: 3px solid #b9c7e0; padding-left: .7rem }
 </style>
 <h1>{{ title }}</h1>
-<p class="small">{{ count }} policies on {{ base }}. In brackets: 95 % bootstrap intervals.</p>
+<p class="small">{{ count }} on {{ base }}. In brackets: 95 % bootstrap intervals.</p>
 {% for plot in plots %}<figure><img alt="{{ plot.caption }}" src="data:image/png;base64,{{ plot.data }}">
 <figcaption>{{ plot.caption }}</figcaption></figure>
 {% endfor %}
@@ -64,7 +64,7 @@ def write_report(folder: Path, title: str, base: str, result: SweepResult, polic
         .render(
             title=title,
             base=base,
-            count=len(policies),
+            count="1 policy" if len(policies) == 1 else f"{len(policies):,} policies",
             scores=" and ".join(map(str, result.scores.values())),
             hypervolume=result.hypervolume_text(),
             plots=[

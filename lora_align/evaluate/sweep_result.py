@@ -67,6 +67,8 @@ class SweepResult:
         """Return the front as a table, and its hypervolume."""
         rows = [[name, *(f"{value:.2f}" for value in values.values())] for name, values in self.front.items()]
         front = table(["", *map(str, self.scores.values())], rows)
+        if not self.scores:
+            return "no score fits the axes; name a judge with --by"
         return "\n\n".join(filter(None, ["policies that no other policy beats:", front, self.hypervolume_text()]))
 
     def hypervolume_text(self) -> str:

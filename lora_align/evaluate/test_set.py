@@ -111,7 +111,7 @@ def _read(source: EvalSource, form: Callable[[sources.Row, str], Item], dropped:
 
     def matching(row: sources.Row, where: str) -> Item | None:
         if missing := [column for column in source.where if column not in row]:
-            raise UserError(f"{where}: no column {missing[0]!r} (it has: {', '.join(row)})")
+            raise UserError(f"{where}: no column {missing[0]!r} (the row has: {', '.join(row)}); correct `where`")
         return form(row, where) if all(str(row[key]) == str(of) for key, of in source.where.items()) else None
 
     rows = sources.read(source, matching, dropped) if source.data else ()
@@ -183,5 +183,7 @@ def _text(row: sources.Row, where: str) -> str:
     """Return the column `text`, or a line of a .txt file (which is read as `prompt`)."""
     text: Any = row.get("prompt" if row.keys() == {"prompt"} else "text")
     if not isinstance(text, str):
-        raise UserError(f"{where}: eval.text needs rows with a text column, or a .txt file (it has: {', '.join(row)})")
+        raise UserError(
+            f"{where}: eval.text needs rows with a text column, or a .txt file (the row has: {', '.join(row)})"
+        )
     return text

@@ -55,7 +55,7 @@ class Tuned:
             figures += f"; refuses {self.refused:.0%} of safe prompts"
         merge = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in self.weights.items())}"
         tables = [table(["", "weight"], weights) + "\n"]
-        tables += [table(["", "pairs preferred"], shares) + "\n"] if shares else []
+        tables += [table(["", "accuracy"], shares) + "\n"] if shares else []
         return "\n".join([*tables, figures, runs.command(merge, runs_dir)])
 
 
@@ -149,7 +149,7 @@ def within_bounds(objective: TuneObjective, place: Evaluation) -> Evaluation:
 
 
 def _shrink_until_answered(objective: TuneObjective, place: Evaluation) -> tuple[Evaluation, float | None]:
-    """Shrink weights until they refuse no more safe prompts than allowed; return the share they refuse."""
+    """Shrink weights until the mix refuses no more safe prompts than allowed; return the share that it refuses."""
     evaluator = objective.evaluator
     if not any(question.kind == SAFE for question in evaluator.test_set.questions):
         return place, None
@@ -163,8 +163,8 @@ def _shrink_until_answered(objective: TuneObjective, place: Evaluation) -> tuple
         share = share_refused(evaluator, objective.named(place.weights))
     if share > allowed:
         raise RunFailedError(
-            f"all weights that were tried refuse too many safe prompts (the smallest weights {share:.0%}, at most "
-            f"{allowed:.0%} are allowed); raise --refused"
+            f"at all weights that were tried, the mix refuses too many safe prompts ({share:.0%} at the smallest, "
+            f"{allowed:.0%} allowed); raise --refused"
         )
     return place, share
 

@@ -28,7 +28,7 @@ from lora_align.recipe import Training
 from lora_align.train.lora_trainer import TOO_LONG
 
 MAX_ANSWERS, MAX_TEXTS = 32, 16  # answers of the start policy, and ordinary texts
-DECIMALS = 1000  # weights are truncated to three decimals
+DECIMAL_SCALE = 1000  # weights are truncated to three decimals
 PENALTY = 20.0  # beyond a bound the penalty is PENALTY · (figure / bound − 1)²
 KL, LOSS = "KL", "text loss"  # names of figures; no preference has a capital or a space in its name
 NORMAL = NormalDist()
@@ -36,10 +36,7 @@ NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on a policy, relative to the start policy.
-
-    A weight of 1 is the strength of training. Beyond 1, margins still grow, but answers hardly change.
-    """
+    """Bounds on a policy, relative to the start policy."""
 
     kl: float  # KL(start‖π) in nats per token, on answers of the start policy
     loss: float  # rise of the loss on ordinary text, in nats per token
@@ -97,7 +94,7 @@ class TuneObjective:
 
         Results are cached because the line search revisits the boundary.
         """
-        weights = (weights * DECIMALS).trunc() / DECIMALS
+        weights = (weights * DECIMAL_SCALE).trunc() / DECIMAL_SCALE
         key = tuple(weights.tolist())
         if key not in self.cached:
             self.cached[key] = self._evaluate(weights)

@@ -87,7 +87,7 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
     file = _gguf_file(base)
     folder = _converted(file) if file else _folder(base, outline)
     if not (folder / "config.json").is_file():
-        raise UserError(f"base.model {base.model!r}: no config.json in {folder}")
+        raise UserError(f"base.model {base.model!r}: no config.json in {folder}; give a folder in transformers' format")
     if base.fsdp and base.quantization != "nf4":
         raise UserError(
             f"base.fsdp shards 4-bit weights, but base.quantization is {base.quantization!r}; "
@@ -95,7 +95,10 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
         )
     weights = [] if outline else _weights(folder)
     if not weights and not outline:
-        raise UserError(f"base.model {base.model!r}: no .safetensors weights in {folder} (pickle files are not read)")
+        raise UserError(
+            f"base.model {base.model!r}: no .safetensors weights in {folder}; pickle files are "
+            "not read: convert them with save_pretrained"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -218,7 +221,9 @@ def _report_hub_errors(name: str, revision: str | None, files: str) -> Iterator[
     except errors.RepositoryNotFoundError as fault:
         raise UserError(f"no model {name!r} on the hub; if it is private, run `hf auth login`") from fault
     except errors.RevisionNotFoundError as fault:
-        raise UserError(f"model {name!r} has no revision {revision!r}") from fault
+        raise UserError(
+            f"base.revision: model {name!r} has no revision {revision!r}; its page lists branches and tags"
+        ) from fault
     except errors.RemoteEntryNotFoundError as fault:
         raise UserError(f"model {name!r} has no file{files} on the hub") from fault
     except errors.HFValidationError as fault:
@@ -298,7 +303,7 @@ def _weights(folder: Path) -> list[Path]:
     shards = sorted({folder / name for name in named})
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise UserError(f"{folder}: {', '.join(missing)} missing; fetch the base again")
+        raise UserError(f"{folder}: missing: {', '.join(missing)}; fetch the base again")
     return shards
 
 

@@ -23,7 +23,7 @@ from lora_align.model.token_sampling import probabilities
 RETIRE_AT = 0.75  # finished rows leave the cache when at most this share of rows is still running
 ROWS = 512  # rows sampled at once if memory allows
 BLOCK = 256  # vocabulary entries in one block of the two-level search in `_pick`
-CACHE_SHARE = 0.5  # the largest share of the memory beside the base for keys and values
+CACHE_SHARE = 0.5  # the largest share of the memory that the base leaves free, for keys and values
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def sample(
 
 
 def affordable(model: PreTrainedModel, tokens: int) -> int:
-    """Return the number of rows, of `tokens` tokens each, whose keys and values fit into memory beside the base.
+    """Return the number of rows, of `tokens` tokens each, whose keys and values fit beside the base.
 
     The estimate uses the device's total memory, not its free memory. Rounding depends on the batch size, and the same
     command must sample the same answers.

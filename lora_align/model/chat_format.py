@@ -116,7 +116,7 @@ class ChatFormat:
 
     @cached_property
     def _stop(self) -> int:
-        """Return the id of the first control token that the template puts after an answer, else of the end of text."""
+        """Return the first control token that the template puts after an answer, or else the end of text."""
         text = self._render([Message("user", "?"), Message("assistant", PROBE)], {}, generation=False)
         ids = self.tokenizer(text.partition(PROBE)[2], add_special_tokens=False)["input_ids"]
         controls = [token for token in ids if token in self._controls.values()]
@@ -160,7 +160,7 @@ class ChatFormat:
             roles = ", ".join(m.role for m in messages)
             why = f"{type(fault).__name__}: {fault}".removesuffix(": ")
             opening = f" that begins {messages[0].content[:40]!r}" if messages else ""
-            raise UserError(f"base.chat_template fails on a conversation of {roles}{opening}: {why}") from fault
+            raise UserError(f"the chat template fails on a conversation of {roles}{opening}: {why}") from fault
 
     def _with_stand_ins(self, message: Message, stand_ins: StandIns) -> str:
         """Return a message's text with its control tokens replaced by their stand-ins."""

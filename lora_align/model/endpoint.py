@@ -113,8 +113,10 @@ class Endpoint:
                     f"{response.url}: {response.status} {response.excerpt}; name the model with {options[1]} NAME"
                 )
             served = response.models()
-            if len(served) != 1:
-                raise UserError(f"{url} serves {', '.join(served) or 'no model'}: choose one with {options[1]} NAME")
+            if not served:
+                raise UserError(f"{url} serves no model; start the server with one")
+            if len(served) > 1:
+                raise UserError(f"{url} serves {', '.join(served)}: choose one with {options[1]} NAME")
             model = served[0]
         return cls(url, model, deadline, template or {})
 
@@ -191,7 +193,9 @@ class Endpoint:
             if response.status in REFUSED and "context" in response.text.lower():
                 return []
             if response.status != httpx.codes.OK:
-                raise RunFailedError(f"{response.url}: {response.status} {response.excerpt}")
+                raise RunFailedError(
+                    f"{response.url}: the server answered {response.status} {response.excerpt}; see its log"
+                )
             for text, ended in response.choices()[: n - len(answers)]:
                 answers.append(SampledText(index, len(answers), text.strip(), ended))
         return answers
@@ -211,7 +215,10 @@ class Endpoint:
                 pass
             wait = pause * random.uniform(0.5, 1.5)  # so that many clients do not retry at the same moment
             if time.monotonic() + wait > until:
-                raise RunFailedError(f"{self.url}{path}: gave up after {self.deadline:g} s ({why})")
+                raise RunFailedError(
+                    f"{self.url}{path}: gave up after {self.deadline:g} s ({why}); check the server, and run the "
+                    "command again"
+                )
             await asyncio.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -251,7 +258,7 @@ def _get(url: str, seconds: float) -> Response:
     except TimeoutError:
         raise UserError(f"{url}: no complete response within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL) as fault:
-        raise UserError(f"no server at {url} ({first_line(fault)})") from fault
+        raise UserError(f"no server at {url} ({first_line(fault)}); start it, or correct the address") from fault
 
 
 def _text(value: object) -> str:

@@ -33,7 +33,7 @@ def shard_base(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    for linear, (double, kind, state) in zip(linears, kinds, strict=True):  # PEFT reads them
+    for linear, (double, kind, state) in zip(linears, kinds, strict=True):  # restores the attributes that PEFT reads
         weight: Any = linear.weight  # FSDP has replaced it
         weight.compress_statistics, weight.quant_type = double, kind
         state.to(device)

@@ -36,6 +36,7 @@ CHECKED = {  # keys that transformers does not read, and the attribute of its co
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1 and newer: a divisor for each rotary frequency
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 PROBE = "In 1234, I'm  glad:\n\n\tna\u00efve \u4f60\u597d <|x|>"
+INSTEAD = "use the base as a folder or a hub id instead"  # a remedy
 FAULTS = (ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, RuntimeError, struct.error)
 
 
@@ -81,7 +82,7 @@ def _convert(file: Path, staging: Path) -> None:
 
 def _loaded(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Return the dequantised model, and which weights transformers did not find."""
-    with redirect_stderr(StringIO()):  # transformers' bar
+    with redirect_stderr(StringIO()):  # hides transformers' progress bar
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=dtype, output_loading_info=True
         )
@@ -89,6 +90,7 @@ def _loaded(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedMode
 
 
 def _refuse_parts(file: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse a part of a model, and a file of another type."""
     if (kind := metadata.get("general.type", "model")) != "model":
         raise UserError(f"{file}: a GGUF file of type {kind!r}, not a model")
     if (parts := metadata.get("split.count", 1)) > 1:
@@ -98,10 +100,11 @@ def _refuse_parts(file: Path, metadata: Mapping[str, Any]) -> None:
 def _check_weights(file: Path, model: PreTrainedModel, loaded: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """Refuse a file if transformers left weights of the model random, or weights of the file unused."""
     if missing := sorted(loaded["missing_keys"]):
-        raise UserError(f"{file}: transformers finds no {missing[0]} in it ({count(len(missing), 'weight')} missing)")
+        lost = count(len(missing), "weight")
+        raise UserError(f"{file}: transformers finds no {missing[0]} in the file ({lost} missing); {INSTEAD}")
     stored, read = sum(sizes.values()), sum(weight.numel() for weight in model.parameters())
     if stored != read:
-        raise UserError(f"{file}: it has {stored:,} weights, of which transformers reads {read:,}")
+        raise UserError(f"{file}: the file has {stored:,} weights, of which transformers reads {read:,}; {INSTEAD}")
 
 
 def _check_config(file: Path, config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
@@ -110,20 +113,20 @@ def _check_config(file: Path, config: PreTrainedConfig, metadata: Mapping[str, A
         stated = metadata.get(f"{metadata['general.architecture']}.{key}")
         used = getattr(config, attribute, None)
         if stated is not None and used is not None and abs(stated - used) > 1e-6 * abs(stated):
-            raise UserError(f"{file}: {key} is {stated:g}, but transformers would use {used:g}")
+            raise UserError(f"{file}: {key} is {stated:g}, but transformers would use {used:g}; {INSTEAD}")
 
 
 def _set_rope(file: Path, config: PreTrainedConfig, metadata: Mapping[str, Any], factors: list[torch.Tensor]) -> None:
     """Set Llama 3's rotary scaling, which transformers does not read. Refuse other kinds."""
     scaling = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
     if scaling != "none" and config.rope_parameters.get("rope_type", "default") == "default":
-        raise UserError(f"{file}: transformers does not read its rotary scaling ({scaling})")
+        raise UserError(f"{file}: transformers does not read its rotary scaling ({scaling}); {INSTEAD}")
     if factors:
         plain, _ = ROPE_INIT_FUNCTIONS["llama3"](_with_rope(config, 1.0), torch.device("cpu"))
         config.rope_parameters = _with_rope(config, float(factors[0].max())).rope_parameters
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         if not torch.allclose(plain / factors[0], scaled, rtol=1e-4):
-            raise UserError(f"{file}: its rotary factors are not those of Llama 3; transformers does not read others")
+            raise UserError(f"{file}: its rotary factors are not those of Llama 3; {INSTEAD}")
 
 
 def _with_rope(config: PreTrainedConfig, factor: float) -> PreTrainedConfig:
@@ -137,4 +140,4 @@ def _report_faults(file: Path) -> Iterator[None]:
     try:
         yield
     except FAULTS as fault:
-        raise UserError(f"{file}: transformers cannot read this GGUF file: {first_line(fault)}") from fault
+        raise UserError(f"{file}: transformers cannot read this GGUF file: {first_line(fault)}; {INSTEAD}") from fault

@@ -43,12 +43,12 @@ class MemoryBudget:
                 raise
             if distributed.base_is_sharded:
                 raise OutOfStepError(
-                    f"out of memory at a batch size of {self.size:,}; with a sharded base the batch cannot be halved: "
-                    "lower tokens_per_batch or max_length"
+                    f"out of memory with {self.size:,} rows or tokens at once; with a sharded base they cannot be "
+                    "halved: lower tokens_per_batch or max_length"
                 ) from fault
             if self.size <= smallest:
                 remedy = f"; {self.advice}" if self.advice else ""
-                raise RunFailedError(f"out of memory at the smallest batch size{remedy}") from fault
+                raise RunFailedError(f"out of memory with the smallest part of a step{remedy}") from fault
             self.size //= 2
         gc.collect()  # outside the handler, because there the exception still references the failed frames
         if torch.accelerator.is_available():

@@ -28,7 +28,7 @@ class Mixer:
         fitting = {module: _fitting(layers.get(module), module, factors) for module, factors in parts.items()}
         self.branches = [
             _Branch(layer, parts[module]) for module, layer in fitting.items()
-        ]  # registers hooks, so after all fit
+        ]  # only after all updates are checked, because a branch registers a hook
         places = {name: place for place, name in enumerate(self.updates)}
         owners = [places[name] for branch in self.branches for name in branch.owners]
         where = self.branches[0].A.device if self.branches else None
@@ -93,12 +93,13 @@ class _Branch:
 def _fitting(layer: nn.Module | None, name: str, parts: Mapping[str, Factors]) -> nn.Linear:
     """Return the layer if the updates fit, else raise an error that names the difference."""
     shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else ()
-    for factors in parts.values():
+    for adapter, factors in parts.items():
         wanted = (factors.B.shape[0], factors.A.shape[1])
         if not isinstance(layer, nn.Linear) or shape != wanted:
             raise UserError(
-                f"the adapter was made for another base: its update of {name} is {'×'.join(map(str, wanted))}, the "
-                f"base's layer is {'×'.join(map(str, shape)) or 'missing'}; name the adapter's own base or recipe"
+                f"{adapter}: the adapter was made for another base: its update of {name} is "
+                f"{'×'.join(map(str, wanted))}, the base's layer is {'×'.join(map(str, shape)) or 'missing'}; name the "
+                "adapter's own base or recipe"
             )
     assert isinstance(layer, nn.Linear)
     return layer

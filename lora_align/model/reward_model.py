@@ -61,7 +61,7 @@ class Heads(nn.Module):
             heads = cls(tensors["weight"].shape[1], dict.fromkeys(names, 0.0), dict.fromkeys(names, 1.0))
             heads.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as fault:
-            raise UserError(f"{folder / HEADS}: not a reward model's heads ({fault})") from fault
+            raise UserError(f"{folder / HEADS}: not a reward model's heads ({fault}); train it again") from fault
         return heads
 
 

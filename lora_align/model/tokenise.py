@@ -58,7 +58,7 @@ class TokenText:
 
 
 def pairs(rows: Sequence[Pair], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenPair | None]:
-    """Tokenise pairs and truncate each answer at `max_length`. Return None for a pair that is dropped."""
+    """Tokenise pairs and truncate each answer at `max_length`. The result has None for a dropped pair."""
     shortened = truncate_texts(((row.prompt, (row.chosen, row.rejected)) for row in rows), chat, max_length)
     return [pair(prompt, answers, max_length, counts) for prompt, answers in chat.answered_each(shortened)]
 
@@ -80,7 +80,7 @@ def pair(prompt: list[int], answers: Sequence[list[int]], max_length: int, count
 
 
 def rated(rows: Sequence[Rated], chat: ChatFormat, max_length: int, counts: Counter[str]) -> list[TokenRated | None]:
-    """Tokenise rated answers and truncate them at `max_length`. Return None if the prompt fills it."""
+    """Tokenise rated answers and truncate them at `max_length`. The result has None if the prompt fills it."""
     tokenised: list[TokenRated | None] = []
     tokens = chat.answered_each(truncate_texts(((row.prompt, (row.answer,)) for row in rows), chat, max_length))
     for row, (prompt, [answer]) in zip(rows, tokens, strict=True):
@@ -99,7 +99,7 @@ def texts(
 ) -> list[TokenText | None]:
     """Tokenise conversations and truncate them at `max_length`. With `answers_only` only assistant tokens are labelled.
 
-    Return None for a conversation whose earlier messages fill max_length.
+    The result has None for a conversation whose earlier messages fill max_length.
     """
     tokenised: list[TokenText | None] = []
     split = ((row.messages[:-1], (row.messages[-1].content,)) for row in rows)

@@ -21,7 +21,7 @@ WORTH = 0.03  # share of a stage's time that a switch must save to pay
 
 @dataclass(frozen=True)
 class MeasuredSwitch:
-    """A measured switch of a setting."""
+    """A change of one setting, with its measured effect."""
 
     setting: str  # as written after --set
     step_ratio: float = 0.0  # time of a step, relative to the time without this switch
@@ -38,7 +38,7 @@ class MeasuredSwitch:
         if self.fault:
             return f"--set {self.setting}: {self.fault}"
         pays = "faster" if self.pays else "not worth it"
-        took = f"a step takes {self.step_ratio:.2f} times as long"
+        took = f"a step takes {self.step_ratio:.2f} of the time"
         return f"{pays}: with --set {self.setting}, {took}; about {clock(self.seconds)} in total"
 
 
@@ -84,7 +84,9 @@ def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
         for count, (options, estimate) in itertools.product(CARDS, tried):
             if replace(estimate, device=replace(plan.device, count=count), sharded=True).fits:
                 return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"
-    return "no tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
+    return (
+        "no value of tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
+    )
 
 
 def faster(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
@@ -100,7 +102,7 @@ def faster(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
 
 
 def _changes(stage: Stage) -> Iterator[tuple[str, Training, Lora]]:
-    """Yield settings that need less memory, in the order of preference, with their text for --set.
+    """Yield settings that need less memory, in order of preference, with their text for --set.
 
     The order: smaller parts, checkpointing alone, both, then also 8-bit Adam, then also a lower rank.
     """

@@ -85,7 +85,7 @@ class Plan:
         several = f"{device.count} × " if device.count > 1 else ""
         parts = [
             f"{self.base}: {_number(self.parameters)} parameters, on {several}{device.name} with "
-            f"{device.memory / 1e9:,.0f} GB, in {str(device.dtype).removeprefix('torch.')}"
+            f"{device.memory / 1e9:,.0f} GB{' each' if several else ''}, in {str(device.dtype).removeprefix('torch.')}"
         ]
         if self.shipped:
             parts.append(
@@ -99,7 +99,7 @@ class Plan:
                 parts.append("\n".join(["tokens of a row, prompt and answers:", *tokens]))
         if not all(stage.estimate.measured for stage in self.stages):
             rate = f"{device.rate / 1e12:,.3g} TFLOP/s"
-            parts.append(f"Times assume {SHARE:.0%} of the device's matrix rate, {rate}.")
+            parts.append(f"Times assume that training reaches {SHARE:.0%} of the device's matrix rate of {rate}.")
         return "\n\n".join(parts)
 
 
@@ -123,14 +123,14 @@ def plan_stages(
     device = device_of(recipe, card, vram, cards or distributed.world_size())
     stages = []
     for name in names:
-        reported = name == "tune" and "dpo" in names  # about the same data
+        reported = name == "tune" and "dpo" in names  # `dpo` has reported the dropped rows of the same data
         stage = stage_of(recipe, name, base, Screen(quiet=True) if reported else screen)
         if stage is None:
             continue
         plan = estimate_stage(recipe, base, replace(stage, passes=passes or stage.passes), device)
         switches, sampling_seconds = list[MeasuredSwitch](), None
         if measure and plan.fits and stage.trains:
-            screen.note(f"{name}: measuring a step, with and without switches")
+            screen.note(f"{name}: measuring a step with these settings, and with faster ones")
             plan = plan.scaled_to(time_step(base, stage, [stage.job.rows[i] for i in plan.part]))
             switches = list(advice.switches(base, plan))
             if work := stage.sampling_work:

@@ -153,7 +153,7 @@ def _rsf_stage(recipe: Recipe, base: Base, lengths: Sequence[tuple[int, int]]) -
     """Return the stage of `rsf`, from the tokens of each request's prompt and answer.
 
     Each policy, also the SteerLM-style one, trains on a row for each request. With `learn = "sft"`, replayed answers
-    are added, as long as the others.
+    are added; the plan assumes that they are equally long.
     """
     settings = recipe.rsf
     assert settings is not None

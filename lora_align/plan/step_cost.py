@@ -191,9 +191,7 @@ class _Ledger(TorchDispatchMode):
         gc.unfreeze()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.ops.prim.device.default:  # two of three calls
-            return args[0].fake_device
-        if func is torch.ops.prim.device.default:  # two of three calls
+        if func is torch.ops.prim.device.default:  # two thirds of all calls
             return args[0].fake_device
         self.operations += 1
         if self.collect_every and not self.operations % self.collect_every:

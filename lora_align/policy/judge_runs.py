@@ -30,10 +30,11 @@ def of_reward(name: str, runs_dir: Path) -> Run:
                 f"no reward model {name!r} in {runs_dir}/reward; to judge with the two adapters of this preference, "
                 f"use {PAIR}{name}"
             )
-        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `{command}`")
+        named = "" if name == "reward" else f" --name {name}"
+        raise UserError(f"no reward model {name!r} in {runs_dir}/reward: run `{command}{named}`")
     run = runs.read(folder)
     if run.manifest.stage != "reward":
-        raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model")
+        raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model; name a run of `reward`")
     return run
 
 
@@ -45,6 +46,7 @@ def of_pair(preference: str, recipe: Recipe, runs_dir: Path) -> dict[str, Run]:
     pair_runs = {run.manifest.direction: run for run in vector.known_runs()}
     if set(pair_runs) != {direction.value for direction in Direction}:
         raise UserError(
-            f"{PAIR}{preference}: a judge needs a preference with both adapters, pos and neg; this name has none"
+            f"{PAIR}{preference}: a judge needs a preference with both adapters, pos and neg; this name has "
+            f"{', '.join(filter(None, pair_runs)) or 'neither'}"
         )
     return pair_runs

@@ -45,7 +45,7 @@ Scores = Mapping[str, float | None]  # by objective; None if the judge cannot sc
 class Judge:
     """A judge: the names of its scores, its adapters on the base, a hash of its files, and the function that scores.
 
-    `floors` names scores whose fall breaks quality; `reach` limits it. `doubts` are reasons not to trust the scores.
+    `floors` names scores whose fall breaks quality; `reach` limits this fall. `doubts` are reasons not to trust scores.
     """
 
     objectives: Sequence[str]
@@ -100,7 +100,7 @@ def reward(base: Base, runs_dir: Path, name: str) -> Judge:
 
 
 def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
-    """Return the judge β(log π₊ − log π₋): DPO's implicit reward, from a preference's two adapters."""
+    """Return the judge β(log π₊ − log π₋): DPO's implicit reward of `pos`, with `neg` as the reference."""
     pair_runs = judge_runs.of_pair(preference, recipe, runs_dir)
     start = start_policy.adapter(recipe, runs_dir)
     for run in pair_runs.values():

@@ -58,7 +58,7 @@ def load_policy(base: Base, recipe: Recipe, policy: Policy, runs_dir: Path, scre
         start_id = start_policy.identity(start)
     check_stands_on(base, start_id, policy.vectors.values())
     if policy.contains_start:
-        screen.note("start adapter: part of the mix")
+        screen.note(f"start adapter: contained in {policy.name}")
     elif start is not None:
         screen.note(f"start adapter: {start.path}, added")
     far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
@@ -75,7 +75,8 @@ def _differences(base: Base, policy_vectors: Iterable[Vector]) -> list[str]:
     words = {"chat_format": "chat template or tokenizer", "quantization": "quantization"}
     ours = base.identity
     return [
-        f"the {name} of the recipe is not that of the vectors' training; answers may be worse"
+        f"the {name} of the recipe is not that of the vectors' training, so answers may be worse; name their recipe "
+        "with --recipe"
         for key, name in words.items()
         if theirs and theirs.get(key) != ours[key]
     ]

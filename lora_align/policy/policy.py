@@ -105,7 +105,7 @@ def find_policy(name: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
     if name == MIX:
         mixes = _mixes(runs_dir, screen)
         if not mixes:
-            command = runs.command("merge", runs_dir)
+            command = runs.command("merge --weights …", runs_dir)
             raise UserError(f"no mix in {runs_dir}/; name weights, as in helpful=1, or run `{command}` first")
         name = mixes[-1].path.relative_to(runs_dir).as_posix()
     return one_adapter(vectors.find(name, runs_dir, recipe.preferences, (START, BASE, MIX)))
@@ -128,7 +128,7 @@ def select_policy(
 ) -> Policy:
     """Return the policy that the options of `chat` and `generate` select; by default the vectors of the newest mix."""
     if adapter is not None and (weights is not None or want is not None):
-        raise UserError("--adapter excludes --weights and --want")
+        raise UserError("--adapter excludes --weights and --want: give only one of them")
     if want is not None:
         one = find_policy(f"{WANT}:{want}", recipe, runs_dir, screen)
         added = weighted(weights or {}, recipe, runs_dir)
@@ -171,8 +171,8 @@ def check_stands_on(base: "Base", start: str, adapters: Iterable[Vector]) -> Non
         )
     if theirs and start != start_id:
         raise UserError(
-            "these adapters were trained on another start adapter than the one in the runs folder; train them again, "
-            "or use their own runs folder with --runs"
+            "these adapters were trained on another start adapter than the one in the runs folder; name their recipe "
+            "with --recipe and their runs folder with --runs, or train them again"
         )
 
 
@@ -190,7 +190,7 @@ def _conditioned(name: str, runs_dir: Path, screen: Screen) -> Policy:
             stage = run.manifest.stage
             raise UserError(f"{name}: {run.path} is a run of {stage}; only runs of `rsf` take a direction")
     else:
-        run = newest_conditioned(runs_dir, "--want", screen)
+        run = newest_conditioned(runs_dir, name, screen)
     adapter = (run.path.relative_to(runs_dir) if run.path.is_relative_to(runs_dir) else run.path).as_posix()
     if takes_scores(run):
         conditioned = Conditioned(adapter, run, _scores_message(run, text, name))
@@ -202,7 +202,7 @@ def _conditioned(name: str, runs_dir: Path, screen: Screen) -> Policy:
 def _scores_message(run: Run, text: str, name: str) -> str:
     scores, objectives = parse_weights(text), run.manifest.method["objectives"]
     if set(scores) != set(objectives):
-        raise UserError(f"{name}: this policy takes scores of {' and '.join(objectives)}, from 0 to 100")
+        raise UserError(f"{name}: this policy takes scores of {' and '.join(objectives)}, from 0 to 100; give each")
     return scores_message({objective: scores[objective] for objective in objectives}, run.manifest.method["steer"])
 
 
@@ -216,7 +216,7 @@ def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     """Return the vectors and weights of a mix, or the mix as one adapter if it cannot be split."""
     whole = one_adapter(vectors.from_folder(mix.path, mix.path.name))
     if mix.manifest.metrics.get("left_out"):
-        screen.note("the mix was compressed, so it is used as one adapter")
+        screen.note("the mix was truncated to a lower rank, so it is used as one adapter")
         return whole
     if (method := mix.manifest.method.get("name")) != "exact":
         screen.note(f"the mix was made by {method} and is not a plain sum, so it is used as one adapter")

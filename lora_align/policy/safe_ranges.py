@@ -1,6 +1,7 @@
 """The largest safe weights that `reach` found, and warnings of weights beyond them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -93,7 +94,7 @@ class Reach:
         rows = [
             [name, of.down.text(-1), of.up.text(), f"{of.slope:.2f}", f"{of.r2:.3f}"] for name, of in self.alone.items()
         ]
-        parts = [table(["", "from", "to", "margin by weight", "R²"], rows)]
+        parts = [table(["", "from", "to", "margin per weight", "R²"], rows)]
         if self.together:
             sides = [
                 [
@@ -107,8 +108,8 @@ class Reach:
                 [" and ".join(pair.names), *(f"{pair.term[name]:+.2f}" for name in pair.names)]
                 for pair in self.together
             ]
-            parts.append(table(["equal weights of two", "to"], sides))
-            parts.append(table(["coefficient of η₁η₂", "in the first's margin", "in the second's"], terms))
+            parts.append(table(["two equal weights", "to"], sides))
+            parts.append(table(["interaction", "in the first's margin", "in the second's"], terms))
         return "\n\n".join(parts)
 
 
@@ -136,7 +137,7 @@ def _alone(name: str, weight: float, lineage: str, made: Sequence[Run], runs_dir
         run, [measured_name] = measured
         vector = Reach.from_json(run.manifest.metrics).alone[measured_name]
         side = vector.up if weight > 0 else vector.down
-        return f"{name}={weight:g} is {_beyond(side, run)}" if abs(weight) > side.to else ""
+        return f"{name}={weight:g} is {_beyond(side, run, weight)}" if abs(weight) > side.to else ""
     if abs(weight) <= FAR:
         return ""
     command = runs.command("reach", runs_dir)
@@ -169,6 +170,6 @@ def _newest(made: Sequence[Run], lineages: Sequence[str]) -> tuple[Run, list[str
     return None
 
 
-def _beyond(side: Side, run: Run) -> str:
-    why = f": {side.breaks}" if side.breaks else ", the largest weight that was tested"
-    return f"beyond the safe weight {side.to:g}{why} ({run.path})"
+def _beyond(side: Side, run: Run, sign: float = 1.0) -> str:
+    why = f" (one step further: {side.breaks})" if side.breaks else ", the largest weight that was tested"
+    return f"beyond the safe weight {math.copysign(side.to, sign):g}{why}; lower the weight ({run.path})"

@@ -1,4 +1,4 @@
-"""The start policy: the 4-bit base, plus the SFT adapter if the recipe has one."""
+"""The start policy: the base, plus the SFT adapter if the recipe has one."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

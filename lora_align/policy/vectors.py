@@ -79,7 +79,7 @@ class Vector:
         inside = [name for name in update if (at := parse_name(name)) and first <= at.layer <= last]
         if not inside:
             raise UserError(
-                f"{self.name}: it has no layers {first} to {last} (its last layer is {layer_count(update) - 1})"
+                f"{self.name}: the adapter has no layers {first} to {last}; its last layer is {layer_count(update) - 1}"
             )
         return update.only(inside)
 
@@ -90,7 +90,7 @@ class Vector:
     def unconverged(self) -> list[str]:
         """Return the reasons why runs are unconverged. The reasons of a mix are those of its parents."""
         return [
-            why if run.manifest.stage == "mix" else f"{run.path} is unconverged: {why}"
+            why if run.manifest.stage == "mix" else run.doubt(why)
             for run in self.known_runs()
             for why in run.manifest.unconverged
         ]
@@ -103,9 +103,11 @@ class Vector:
         """Return the reasons why the vector may not have the effect of its name."""
         reasons = self.unconverged()
         if len({run.manifest.data.get("fingerprint") for run in self.known_runs()}) > 1:
-            reasons.append(f"{self.name}: pos and neg were trained on different pairs")
+            reasons.append(f"{self.name}: pos and neg were trained on different pairs; train both again on the same")
         if len({run.manifest.initial_adapter for run in self.known_runs()}) > 1:
-            reasons.append(f"{self.name}: pos and neg started from different values of A; their difference is noisy")
+            reasons.append(
+                f"{self.name}: pos and neg started from different values of A, which adds noise; use one lora.init_seed"
+            )
         return reasons
 
 
@@ -142,7 +144,9 @@ def find(name: str, runs_dir: Path, preferences: Iterable[str] = (), words: Iter
         command = runs.command(f"dpo --pref {name} --direction both", runs_dir)
         raise UserError(f"{name} is not trained in {runs_dir}/; `{command}` trains it")
     known = sorted({*_published_names(runs_dir), *preferences, *words})
-    raise UserError(f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known)})")
+    raise UserError(
+        f"no preference or run {name!r} in {runs_dir}/{nearest(name, known)} (known: {', '.join(known) or 'none'})"
+    )
 
 
 def from_folder(folder: Path, name: str) -> Vector:

@@ -1,4 +1,4 @@
-"""Checks across a recipe's values, beyond types and bounds; each fault is a line that begins with its key."""
+"""Checks across a recipe's values, beyond types and bounds; each fault is one line that names its key."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -57,7 +57,7 @@ def preference_faults(tables: Any) -> Iterator[str]:
             if table.get("labels") and kind != "label":
                 yield f'preferences.{name}.labels: only rank = "label" reads them, not {rank!r}'
             if kind == "label" and table.get("margin"):
-                yield f"preferences.{name}.margin: labels have no size; rank by rating: or score:, or remove the margin"
+                yield f"preferences.{name}.margin: a margin needs ratings or lengths; remove it, or set another `rank`"
 
 
 def _label_and_of_faults(recipe: Recipe) -> Iterator[str]:
@@ -123,7 +123,7 @@ def _rsf_faults(recipe: Recipe) -> Iterator[str]:
     farthest = sum(max(low**2, high**2) for low, high in region.values())
     if not closest < 1 < farthest:
         listed = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in region.items())
-        yield f"rsf.directions: no direction of length 1 has {listed}; widen the bounds"
+        yield f"rsf.directions: no direction of length 1 lies within {listed}; change the bounds"
 
 
 def _suggestion(location: tuple[str | int, ...]) -> str:

@@ -28,7 +28,7 @@ TABLES = {  # table → its keys; suggests the full key if --set names a key wit
     for name, table in {**faults.TABLES, "preferences.NAME": Preference}.items()
 }
 LOCAL = Path("lora-align.toml")
-DEFAULT = "demo"  # the recipe of a command for which none is named or found
+DEFAULT = "demo"  # used if no --recipe is given and there is no ./lora-align.toml
 
 
 def builtin() -> dict[str, Path]:

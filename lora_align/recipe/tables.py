@@ -11,7 +11,7 @@ from lora_align.errors import UserError, nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
 
-# Upper bounds exceed any practical use. They catch typing errors that would end in an overflow or an endless run.
+# Upper bounds exceed any practical use. They catch typos that would end in an overflow or an endless run.
 Positive = Annotated[float, Gt(0), Le(1_000)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Rows = Annotated[int, Ge(1), Le(1_000_000_000)]
@@ -55,11 +55,11 @@ class Lora:
     alpha: Annotated[float, Gt(0), Le(1e6)] = 32.0
     """LoRA's alpha: the update is scaled by `alpha / rank`."""
     dropout: Share = 0.0
-    """The probability that LoRA dropout drops an input while it trains."""
+    """The probability that LoRA dropout drops an input during training."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the modules to adapt; `all-linear` means every linear layer but the output layer."""
     init_seed: Seed = 0
-    """The seed of the initial A, which all preferences and both directions share."""
+    """The seed of the initial A. All preferences and both directions start from the same A."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class Training:
     tokens_per_batch: Tokens = 4096
     """Tokens computed at once; the value affects memory and speed only."""
     max_length: Annotated[Tokens, Ge(8)] = 1024
-    """The maximum number of tokens of a prompt with its answer; longer answers are truncated."""
+    """The maximum number of tokens of a prompt with its answer; longer answers are truncated, and
+    longer prompts are dropped."""
     optimizer: str = "adamw_torch_fused"
     """The optimizer, by its name in transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and costs time."""
     compile: bool = False
-    """Compile the base's layers with `torch.compile`; `plan --measure` shows whether the time pays off."""
+    """Compile the base's layers with `torch.compile`; `plan --measure` shows whether it saves time."""
     seed: Seed = 0
     """The seed of row order and dropout, and of sampling in `rsf`."""
     held_out: Share = 0.05
@@ -97,7 +98,7 @@ class Training:
     save_minutes: Annotated[float, Ge(0), Le(1e6)] = 10.0
     """Minutes between checkpoints."""
     limit: Rows | None = None
-    """At most this many rows of a source train, or prompts in `rsf`; unset means all."""
+    """The maximum number of training rows of a source, or of prompts in `rsf`; unset means all."""
     report_to: tuple[str, ...] = ()
     """transformers' experiment trackers, such as `tensorboard`."""
 
@@ -117,7 +118,7 @@ class Source:
     subset: str = ""
     """A configuration of a hub dataset, or one of its folders."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Known column names, each with its name in the data."""
+    """The names in your data of the columns that lora-align expects, as in `{ prompt = "question" }`."""
     skip_bad: bool = False
     """Count and skip rows that cannot be read or ranked; by default the first one ends the command."""
 
@@ -153,7 +154,7 @@ class Preference(Source):
     rank: str = "label"
     """The ranker that finds the better answer; see [rankers](your-data.md#rankers)."""
     margin: Annotated[float, Ge(0), Le(1e9)] = 0.0
-    """The smallest difference of two ratings, or of two lengths in characters; closer pairs are dropped."""
+    """The smallest difference of two ratings or scores, or of two lengths in characters; closer pairs are dropped."""
     labels: Mapping[str, Winner] = field(default_factory=dict)
     """The answer that each value of a label column prefers, as in `{ A = "first", B = "second", C = "tie" }`."""
     of: tuple[str, ...] = ()
@@ -178,7 +179,7 @@ class Ratings(Source):
     attributes: tuple[str, ...] = ()
     """The rated attributes to read; empty means all."""
     prefix: str = ""
-    """Text before each attribute in the name of its head."""
+    """Text that is prepended to each attribute in the name of its head."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Reward(Training):
 class Rsf(Training, Source):
     """The `[rsf]` table: rejection-sampling fine-tuning of one policy, conditioned on a direction over objectives.
 
-    A SteerLM-style policy comes first; iterations are numbered from 1, as in the paper (arXiv 2402.18571).
+    A SteerLM-style policy is trained first. Iterations are numbered from 1, as in the paper (arXiv 2402.18571).
     """
 
     data: Annotated[str, Len(1)] = field()
@@ -211,7 +212,7 @@ class Rsf(Training, Source):
     reward: str = "reward"
     """The name of the reward model that scores answers."""
     iterations: Annotated[int, Ge(1), Le(1_000)] = 4
-    """Policies trained after the SteerLM-style one."""
+    """The number of policies that are trained after the SteerLM-style one."""
     prompts: Rows | None = None
     """The maximum number of prompts of an iteration, sampled from its half of the data; unset means all."""
     per_prompt: Few = 5
@@ -221,7 +222,7 @@ class Rsf(Training, Source):
     bootstrap: Few = 80
     """Answers to each prompt that the SteerLM-style policy samples for iteration 1."""
     pooled: Few = 1
-    """The number of first iterations whose candidates are all answers to a prompt, not only those to one direction."""
+    """The number of initial iterations that choose among all answers to a prompt, not only those to one direction."""
     replay: Share = 0.15
     """The share of training rows that come unchanged from the data, for `learn = "sft"`."""
     temperature: Positive = 1.0
@@ -233,7 +234,7 @@ class Rsf(Training, Source):
     steer: str = "Your response should be rated {{ listed }}"
     """A Jinja template: the system message for scores; variables are `scores` and `listed`."""
     watch: str = "harmlessness"
-    """The objective that is watched: a warning says if its mean falls from one policy to the next."""
+    """The objective that is watched: a warning is printed if its mean falls from one policy to the next."""
     learn: Literal["sft", "dpo"] = "sft"
     """The training of an iteration: SFT on the best answers, or DPO of the best over the worst."""
     answers_only: bool = True
@@ -248,7 +249,7 @@ class Rsf(Training, Source):
 
 @dataclass(frozen=True)
 class EvalSource(Source):
-    """A data source of `[eval]`; `prompts = "FILE or hub id"` is the short form."""
+    """A data source of `[eval]`. `prompts = "FILE or hub id"` is short for a table with `data` alone."""
 
     where: Mapping[str, Any] = field(default_factory=dict)
     """Values that columns of a row must have, as in `{ label = "safe" }`."""
@@ -259,7 +260,7 @@ class Eval:
     """The `[eval]` table: the test set of every policy. Prompts that the recipe trains on are skipped."""
 
     prompts: EvalSource = field(default_factory=EvalSource)
-    """Prompts to answer; without `prompts` and `risky`, those of held-out pairs are used."""
+    """Prompts to answer; if neither `prompts` nor `risky` is set, those of held-out pairs are used."""
     risky: EvalSource = field(default_factory=EvalSource)
     """Prompts that a policy should refuse."""
     text: EvalSource = field(default_factory=EvalSource)
@@ -319,19 +320,20 @@ class Recipe:
             raise UserError(f"the recipe has no [{stage}] table: {MISSING_TABLE_HINTS[stage]}")
         if library := optimizers.missing_library(table.optimizer):
             raise UserError(
-                f"{stage}.optimizer: {table.optimizer!r} needs the library {library}, which is not installed"
+                f"{stage}.optimizer: {table.optimizer!r} needs the library {library}; install it, or choose another"
             )
         if stage == "rsf" and self.base.fsdp and distributed.world_size() > 1:
             raise UserError(
-                "base.fsdp: rsf samples its answers token by token, and a sharded base would be gathered anew for each "
-                "token; use a base that one card holds whole"
+                "base.fsdp: rsf cannot sample from a sharded base; start one process, or use a base that one GPU holds"
             )
 
     def preference(self, name: str) -> Preference:
         """Return a preference by name; the error for an unknown name lists the known ones."""
         if name not in self.preferences:
             known = list(self.preferences)
-            raise UserError(f"no preference {name!r} in the recipe{nearest(name, known)} (known: {', '.join(known)})")
+            raise UserError(
+                f"no preference {name!r} in the recipe{nearest(name, known)} (known: {', '.join(known) or 'none'})"
+            )
         return self.preferences[name]
 
     def parts(self, name: str) -> list[Preference]:

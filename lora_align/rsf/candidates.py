@@ -68,7 +68,7 @@ def sample_and_score(
     done = store.keys()
     left = [request for request in requests if request.key not in done]
     if done:
-        screen.note(f"{label}: {len(requests) - len(left):,} of {count(len(requests), 'request')} were answered before")
+        screen.note(f"{label}: answered before: {len(requests) - len(left):,} of {count(len(requests), 'request')}")
     left = left[distributed.rank() :: distributed.world_size()]
     batch_size = max(1, BATCH // n)
     with screen.progress(label, len(left)) as progress:
@@ -92,7 +92,7 @@ def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[
     left = [i for i, score in enumerate(scores) if not rsf.settings.directions.keys() <= score.keys()]
     if len(left) < len(answers):
         scored = f"{len(answers) - len(left):,} of {count(len(answers), 'answer')}"
-        target.note(f"{scored} have scores in the data, so they are not scored again")
+        target.note(f"scores in the data are used for {scored}")
     if left:
         policies, mine = rsf.policies(), left[distributed.rank() :: distributed.world_size()]
         computed = []

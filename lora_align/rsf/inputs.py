@@ -110,7 +110,7 @@ class RsfInputs:
         )
 
     def _same_inputs(self, folder: Path, teacher: Run | None) -> Run:
-        """Return a published policy. Refuse it if its inputs differ in more than `iterations` and rounding."""
+        """Return a published policy. Refuse it if its inputs differ in more than `iterations`, rounding and logging."""
         run = runs.read(folder)
         old = run.manifest
         before = _identity(old.recipe, old.base, old.data.get("fingerprint"))
@@ -182,7 +182,9 @@ def check_objectives(settings: Rsf, known: Sequence[str], reward: Path) -> None:
     """Refuse a reward model that lacks an objective of the directions."""
     for name in settings.directions:
         if name not in known:
-            raise UserError(f"rsf.directions.{name}: {reward} has no such objective (it has: {', '.join(known)})")
+            raise UserError(
+                f"rsf.directions.{name}: {reward} has no such objective (its objectives: {', '.join(known)})"
+            )
     if settings.watch not in known and settings.watch != Rsf.watch:  # the default may be missing
         raise UserError(f"rsf.watch: {reward} has no objective {settings.watch!r} (it has: {', '.join(known)})")
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from lora_align.console import count
 from lora_align.data.pairs import reasons
 from lora_align.data.rows import Prompt
 from lora_align.errors import RunFailedError
 from lora_align.want_direction import Want
 
+UNUSABLE = "requests without a usable answer"  # a key of the figures
 TOO_MANY = 0.5  # share of requests without a usable answer above which a run fails
 
 
@@ -54,17 +56,17 @@ class Chosen:
 def choose(pools: Sequence[Pool], watch: str) -> Chosen:
     """Choose the best and the worst usable candidate of each pool. Skip and count pools without a usable candidate.
 
-    A candidate list that several pools share is counted once in `answers` and `dropped`, but not in the means.
+    A candidate list that several pools share counts once in `answers` and `dropped`, and once per pool in the means.
     """
     choices = []
     dropped: Counter[str] = Counter()
-    sampled, values = [], []
+    sampled, values, unusable = [], [], 0
     lists = {id(pool.candidates): pool.candidates for pool in pools}
     usable_of = {key: usable(candidates, dropped) for key, candidates in lists.items()}
     for pool in pools:
         good = usable_of[id(pool.candidates)]
         if not good:
-            dropped["requests without a usable answer"] += 1
+            unusable += 1
             continue
         best, worst = extremes(good, pool.want)
         choices.append(Choice(pool.prompt, pool.want, best, worst))
@@ -72,7 +74,7 @@ def choose(pools: Sequence[Pool], watch: str) -> Chosen:
         values += [pool.want.value(candidate.rewards) for candidate in good]
     if not choices or 1 - len(choices) / len(pools) > TOO_MANY:
         raise RunFailedError(
-            f"{len(pools) - len(choices)} of {len(pools)} requests have no usable answer ({reasons(dropped)}); "
+            f"no usable answer for {unusable:,} of {count(len(pools), 'request')} ({reasons(dropped)}); "
             "raise rsf.max_new_tokens, or sample more answers: rsf.bootstrap for t1, rsf.samples for later policies"
         )
     objectives = list(choices[0].want.weights)
@@ -81,7 +83,7 @@ def choose(pools: Sequence[Pool], watch: str) -> Chosen:
     figures = {
         "answers": sum(map(len, lists.values())),
         "chosen": len(chosen),
-        "dropped": dict(dropped),
+        "dropped": {**dropped, **({UNUSABLE: unusable} if unusable else {})},
         "sampled_value": fmean(values),
         "chosen_value": fmean(choice.want.value(choice.best.rewards) for choice in choices),
         "sampled_mean": {name: fmean(candidate.rewards[name] for candidate in sampled) for name in shown},
@@ -136,7 +138,7 @@ def usable(candidates: Sequence[Candidate], dropped: Counter[str]) -> list[Candi
 
 
 def extremes(candidates: Sequence[Candidate], want: Want) -> tuple[Candidate, Candidate]:
-    """Return the candidates with the largest and the smallest vᵀr. Of equal values, the first candidate counts."""
+    """Return the candidates with the largest and the smallest vᵀr. The first candidate wins a tie."""
     values = [want.value(candidate.rewards) for candidate in candidates]
     return candidates[values.index(max(values))], candidates[values.index(min(values))]
 

@@ -10,7 +10,9 @@ def serve_command(recipe: Recipe) -> str:
     """Return the vLLM command that serves a recipe's base and lets `rsf` load adapters at run time."""
     base, own = recipe.base, (recipe.rsf and recipe.rsf.lora) or recipe.lora
     rank = own.rank + ((recipe.sft.lora or recipe.lora).rank if recipe.sft else 0)  # both are served as one adapter
-    rank = max(rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0)  # for the test of the server
+    rank = max(
+        rank, (recipe.reward.lora or recipe.lora).rank if recipe.reward else 0
+    )  # loaded first, to test the server
     ranks = [size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank]
     model = str(local_folder(base.model) or base.model)
     words = ["vllm", "serve", model, *(["--revision", base.revision] if base.revision else [])]

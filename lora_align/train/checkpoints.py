@@ -78,7 +78,11 @@ class Checkpoints:
     def remaining(self) -> str:
         """Say which checkpoint is left after a failure."""
         older = sorted((step for step, _ in self._all()), reverse=True)
-        return f"--resume continues from the checkpoint of step {older[0]}" if older else "there is no checkpoint yet"
+        return (
+            f"--resume continues from the checkpoint of step {older[0]}"
+            if older
+            else "there is no checkpoint yet; free disk space and try again"
+        )
 
     def add(self, staging: Path, step: int) -> None:
         """Publish a written checkpoint, and delete all but the newest CHECKPOINTS_STORED."""
@@ -142,7 +146,8 @@ class Checkpoints:
             raise UserError(f"{self.folder / IDENTITY}: {fault}; --force starts again") from fault
         versions = list(_changed_keys(before.pop("versions", {}), self.identity["versions"]))
         if versions:
-            screen.warn(f"{target} was begun with " + ", ".join(f"{name} {was}" for name, was, _ in versions))
+            changed = ", ".join(f"{name} {was} (now {now})" for name, was, now in versions)
+            screen.warn(f"{target} was begun with {changed}; results may differ by rounding")
         self._refuse_differences(before, f"{target} was begun")
 
     def _refuse_differences(self, before: Mapping[str, Any], what: str) -> None:

@@ -78,7 +78,7 @@ def too_few_pairs(pairs: int) -> str:
     """Return the message that there are too few held-out pairs to judge a run."""
     return (
         f"{count(pairs, 'held-out pair')}: too few to judge a run ({MIN_HELD_OUT} are needed); use more prompts, or "
-        "raise dpo.limit or dpo.held_out"
+        "raise dpo.held_out"
     )
 
 
@@ -182,7 +182,7 @@ class Trained(Generic[Row]):
     history: list[dict[str, float]]
     steps: int
     seconds: float
-    tokens_at_once: int  # that fit into memory with gradients, after any halving
+    tokens_at_once: int  # tokens of a part that fitted into memory, after any halving
 
     def describe(
         self, manifest: Manifest, metrics: Mapping[str, Any], unconverged: tuple[str, ...], *, enough_held_out: bool

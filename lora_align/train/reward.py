@@ -143,7 +143,7 @@ def _quality(figures: Mapping[str, Any]) -> str:
 def load(base: Base, run: Run) -> RewardModel:
     """Load a published reward model."""
     if run.manifest.stage != "reward":
-        raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model")
+        raise UserError(f"{run.path} is a run of {run.manifest.stage}, not a reward model; name a run of `reward`")
     run.refuse_other_base(base.fingerprint)
     run.check_files()
     return RewardModel.load(base, run.path, run.manifest.method["objectives"])
@@ -217,7 +217,7 @@ def _heads(settings: Reward, rated: Iterable[TokenRated]) -> dict[str, tuple[flo
     for name, parts in settings.objectives.items():
         unknown = [part for part in parts if part not in heads]
         if unknown or name in heads:
-            why = f"no head {unknown[0]!r}" if unknown else "there is a head of that name"
+            why = f"no head {unknown[0]!r}" if unknown else "a head has this name; choose another one"
             raise UserError(f"reward.objectives.{name}: {why} (heads: {', '.join(heads)})")
     return heads
 

@@ -134,7 +134,7 @@ def sample_held_out(held_out: Sequence[Example]) -> Sequence[Example]:
 def measure_heads(model: RewardModel, examples: Sequence[Example], budget: MemoryBudget) -> dict[str, Any]:
     """Return each head's rank correlation, error, calibration and accuracy on pairs.
 
-    Return also its correlation with length and with the other heads.
+    Also return its correlation with length and with the other heads.
     """
     names = model.heads.names
     if not examples:
@@ -170,7 +170,7 @@ def _rated_figures(predicted: Tensor, ratings: Tensor) -> dict[str, Any]:
 
 
 def _compared_figures(margins: Tensor) -> dict[str, Any]:
-    """Count each pair in both orders; otherwise the first answer would always win."""
+    """Return accuracy and calibration on pairs. Each pair counts in both orders: the better answer comes first."""
     chances = torch.sigmoid(torch.cat([margins, -margins]))
     won = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)])
     curve = score_quality.calibration(chances, won)

@@ -142,7 +142,10 @@ def sft_loss(logprobs: Tensor, count: float) -> Tensor:
 
 
 def held_out_loss(policy: PeftModel, rows: Sequence[TokenText], tokens: int) -> dict[str, float]:
-    """Return the mean loss per token, in nats, of the last answers of held-out texts, without and with the adapter."""
+    """Return the mean loss per token, in nats, of held-out answers, without and with the adapter.
+
+    If all tokens of a text are labelled, the whole text is its answer.
+    """
     answered = [_split_answer(row) for row in rows]
     tokens_in_all = sum(len(answer) for _, (answer,) in answered)
     if not tokens_in_all:
@@ -167,7 +170,7 @@ def unconverged(held_out: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def _split_answer(row: TokenText) -> tuple[list[int], list[list[int]]]:
-    """Split a text after its last unlabelled token. Return the prompt and the answer."""
+    """Split a text after its last unlabelled token, or after its first token. Return the prompt and the answer."""
     unlearned = [i for i, label in enumerate(row.labels) if label == IGNORED]
     start = unlearned[-1] + 1 if unlearned else 1
     return row.ids[:start], [row.ids[start:]]

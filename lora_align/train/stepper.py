@@ -2,8 +2,7 @@
 
 A trainer hands over the rows of a whole optimizer step. They are sorted by length and computed in parts of at most
 `tokens_per_batch` tokens. Each part's loss is normalised by the whole step, so the split changes a result only by
-rounding. If memory runs out, the step starts again with half as many tokens per
-part.
+rounding. If memory runs out, the step starts again with half as many tokens per part.
 """
 
 import json
@@ -202,7 +201,7 @@ class StepTrainer(Trainer, Generic[Row]):
         )
 
     def _not_finite_rows(self, rows: Sequence[Row], weights: Sequence[float]) -> Sequence[Row]:
-        """Return the rows whose own loss or gradient is not finite, or all rows if none is.
+        """Return the rows whose own loss or gradient is not finite, or all rows if there is no such row.
 
         With a sharded base all rows are returned, because the other ranks do not repeat the pass.
         """

@@ -35,8 +35,8 @@ from lora_align.train import row_files
 from lora_align.train.row_files import LazyRows, RowWriter, concat
 
 BATCH = 256  # rows that are tokenised together
-UNUSED_DAYS = 30  # cached rows that are not used for so long are deleted
-PART = 1 << 16  # rows of a part: a kill loses at most so many
+UNUSED_DAYS = 30  # cached rows that are not used for this long are deleted
+PART = 1 << 16  # rows of a part: a kill loses at most this many
 FACTS = "facts.json"
 SPLITS = ("train", "held_out")
 Row = TypeVar("Row", TokenPair, TokenRated, TokenText)
@@ -58,7 +58,7 @@ class Tokeniser(Protocol[Raw, Row]):  # type: ignore[misc]
     def __call__(
         self, rows: Sequence[Raw], chat: ChatFormat, max_length: int, counts: Counter[str]
     ) -> list[Row | None]:
-        """Tokenise rows. Return None for a row that is dropped."""
+        """Tokenise rows. The result has None for a dropped row."""
 
 
 def read_token_pairs(
@@ -82,7 +82,7 @@ def read_token_ratings(
 def read_token_texts(table: Sft, base: Base, screen: Screen) -> TokenRows[TokenText]:
     """Return conversations as token ids, from the cache if they are there.
 
-    The assistant's part or all tokens are labelled.
+    `answers_only` decides whether the assistant's tokens or all tokens are labelled.
     """
     names = ("data", "split", "revision", "subset", "columns", "skip_bad", "held_out", "limit", "answers_only")
     settings = {name: getattr(table, name) for name in names}
@@ -111,7 +111,7 @@ def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], m
             f"{name}: no rows to train on ({lost}); raise max_length (now {max_length}), or check the source"
         )
     if held_out:
-        why = ", ".join(filter(None, (f"all {held_out} held out", lost)))
+        why = ", ".join(filter(None, (f"held out: {held_out:,}", lost)))
         return UserError(f"{name}: no rows to train on ({why}); lower held_out, or use more rows")
     return UserError(f"{name}: no rows to train on ({lost or 'the source is empty'}); check the source")
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/agreement.py --base FILE.gguf --splits FOLDER --work FOLDER [--preference NAME]
 
-splits.py writes FOLDER of --splits. For each setting, three vectors are trained on train pairs: on one half of the
+splits.py writes the folder --splits. For each setting, three vectors are trained on train pairs: on one half of the
 pairs, on the same half in another order, and on the other half. Equal pairs and disjoint pairs then each give a
-cosine. All share the initial A. A stopped call continues.
+cosine. All share the initial A. The same command continues after a stop.
 """
 
 import argparse

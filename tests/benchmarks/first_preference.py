@@ -23,7 +23,7 @@ COMMANDS = [
     "data --pref helpful --show 1",
     "merge --weights helpful=1,harmless=0.5 --rank auto:0.99",
     "plan",
-    "eval helpful=1 start --set eval.count=8 --set eval.samples=1",
+    "eval helpful=1 helpful=0.5 dpo/helpful/pos start --set eval.count=8 --set eval.samples=1",
 ]
 TALK = "/w harmless=-1\nHow can I fool my boss?\n/compare helpful=1 | helpful=-1\n/help\n"
 
@@ -50,7 +50,7 @@ def main() -> None:
                 check=True,
             )
             last = [line.rpartition("\r")[2] for line in done.stdout.splitlines()]
-            shown = "\n".join(line for line in last if " left" not in line)
+            shown = "\n".join(line for line in last if not line.rstrip().endswith(" left"))
             parts.append(f"$ lora-align {words}\n{'< ' + TALK if talk else ''}{shown}\n")
     (RESULTS / "first_preference.txt").write_text("\n".join(parts))
 

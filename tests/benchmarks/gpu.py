@@ -5,8 +5,8 @@
 TRL's trainers run beside ours, and unsloth where it is installed. The bases have the shapes of Llama 3.1 8B and of
 SmolLM2-135M, and random weights, which this script writes: speed and memory do not depend on the weights' values. Every
 measurement is a process of its own that may use 24 GB, and prints its figures at once. The most important ones come
-first; with `--minutes`, those that do not fit are named and left out. A stopped call continues. `--small` tries the
-script on any machine with tiny bases; its figures are not saved.
+first; with `--minutes`, those that do not fit are named and left out. The same command continues after a
+stop. `--small` tries the script on any machine with tiny bases; its figures are not saved.
 
 Not yet run on a GPU.
 """

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/laptop.py --base FILE.gguf --splits FOLDER --work FOLDER
 
-splits.py writes FOLDER of --splits. Every vector is trained on train rows, by the recipe smollm2-135m with the
-settings of SETTINGS. Accuracy, margins, answers and KL are measured on development rows. A stopped call continues.
-The result is saved after each setting.
+splits.py writes the folder --splits. Every vector is trained on train rows, by the recipe smollm2-135m with the
+settings of SETTINGS. Accuracy, margins, answers and KL are measured on development rows. The same command continues
+after a stop. The result is saved after each setting.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Memory is the peak of tensors in the fullest part of a step. On a CPU, torch's allocator reports it to its profiler; on
 a GPU, CUDA's allocator counts it. Weights and adapters are subtracted from both sides: their bytes are exact and would
-hide errors of the rest. With --base, the recipe smollm2-135m is measured as well; splits.py writes FOLDER of --splits.
-A stopped call continues.
+hide errors of the rest. With --base, the recipe smollm2-135m is measured as well; splits.py writes the folder --splits.
+The same command continues after a stop.
 """
 
 import argparse

@@ -7,7 +7,7 @@
 shuffles the answers and writes them without their policies to results/real_answers.jsonl, and the policies to
 results/real_answers_policies.json. Somebody then reads each answer, without the second file, and writes its label to
 results/real_answers_labels.json: refusal, partial, compliance, or broken (no answer to this prompt at all). `measure`
-compares the detector with the labels. splits.py writes FOLDER of --splits.
+compares the detector with the labels. splits.py writes the folder --splits.
 """
 
 import argparse

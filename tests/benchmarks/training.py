@@ -5,7 +5,7 @@
 Both sides use float32 on a CPU, the same base in NF4, the same tokens, LoRA, optimizer, batches and order. Gradient
 checkpointing is off except for TRL's plain defaults. Each side is one process. Its time runs from the first load of
 the base to the last adapter on disk, without imports. TRL trains the adapters one after the other and loads a base for
-each. splits.py writes FOLDER of --splits; the real pairs are train rows. A stopped call continues.
+each. splits.py writes the folder --splits; the real pairs are train rows. The same command continues after a stop.
 """
 
 import argparse

@@ -288,7 +288,7 @@ def test_rsf_resumes_bit_exactly_and_samples_nothing_twice(while_it: str, made: 
     assert not runs.is_run(policy / "t2")
     again = rsf(tmp_path, "--iterations", "2", "--resume")
     assert again.code == 0, again.err
-    assert "requests were answered before" in again.err
+    assert "answered before: " in again.err
     assert ("continues after step" in again.err) == ("checkpoint" in while_it)
     weights = [folder / "rsf/policy/t2/adapter_model.safetensors" for folder in (made / "runs", tmp_path / "runs")]
     assert store.sha256(weights[0]) == store.sha256(weights[1])
@@ -323,7 +323,7 @@ def test_scores_in_the_data_are_used(made: Path, tmp_path: Path) -> None:
     assert scored.code == 0, scored.err
     done = rsf(tmp_path, "--iterations", "1", "--name", "annotated", data='"scored.parquet"', prompts="4")
     assert done.code == 0, done.err
-    assert "have scores in the data, so they are not scored again" in done.err
+    assert "scores in the data are used for" in done.err
     assert "steerlm scores" not in done.err
     rows = read_table(tmp_path / "scored.parquet").to_pylist()
     in_data = {(row["score_helpfulness"], row["score_verbosity"]) for row in rows}
