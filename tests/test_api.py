@@ -147,7 +147,7 @@ def test_unknown_direction_is_refused(project: la.Project) -> None:
 def test_training_takes_recipe_keys_and_keeps_what_is_trained(project: la.Project) -> None:
     before = project.runs / "dpo" / "helpful" / "pos" / "manifest.json"
     made = before.stat().st_mtime
-    with pytest.raises(la.UserError, match=r"unknown key .dpo.limits., did you mean .limit."):
+    with pytest.raises(la.UserError, match=r"unknown key .dpo.limits., did you mean .dpo.limit."):
         project.train("helpful", limits=3)
     assert before.stat().st_mtime == made
     brief = project.train("brief", "pos", limit=32)

@@ -50,7 +50,7 @@ def test_one_error_lists_every_fault_with_its_key() -> None:
         "preferences.Bad: a name",
         "preferences.Bad.data: missing",
         "preferences.Bad.rank: no ranker 'loudest'",
-        "preferences.good.margin: labels have no size",
+        "preferences.good.margin: a margin needs ratings or lengths",
         "dpo.epochs",
         "dpo.beta",
         "sft.data: missing",

@@ -269,6 +269,9 @@ def test_list_refuses_a_missing_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in ("nowhere", "file"):
         done = subprocess.run([COMMAND, "list", "--runs", folder], cwd=tmp_path, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (2, f"error: --runs {folder}: there is no such folder\n")
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"error: --runs {folder}: there is no such folder; check the path\n",
+        )
     done = subprocess.run([COMMAND, "list"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "no runs in runs/ yet\n")

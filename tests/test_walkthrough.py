@@ -134,7 +134,7 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: p
     contained = cli("chat", "--adapter", "runs/mix/whole", *prompt)
     vector = cli("chat", "--weights", "brief=1", *prompt)
     assert "start adapter: runs/sft/start, added" in added.err
-    assert "start adapter: part of the mix" in contained.err
+    assert "start adapter: contained in " in contained.err
     assert added.out == contained.out == vector.out
     project = la.Project(tmp_path / "lora-align.toml", tmp_path / "runs")
     capsys.readouterr()
@@ -364,7 +364,7 @@ def test_signal_ends_a_command_without_partial_results(number: int, code: int, t
             break
     child.send_signal(number)
     assert child.wait(timeout=60) == code
-    assert "nothing unfinished was published" in child.stderr.read()
+    assert "no unfinished run was published" in child.stderr.read()
     assert not list(tmp_path.rglob("manifest.json"))
     assert not list(tmp_path.rglob(".pos.staging"))
 

@@ -1,6 +1,6 @@
 """The command `eval`: measure several policies, and compare the first with each other one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from lora_align.evaluate.measure import Evaluator
 from lora_align.metrics.intervals import Estimate
 from lora_align.model.sampler_protocol import Sampler
 
-NARROW = 0.1  # width of an interval that is shown with three decimals
+SMALL = 0.1  # rows whose values are all below this get a third decimal
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Comparison:
     def summary(self) -> str:
         """Format a table with a row for each figure and a column for each policy, then the first policy's wins."""
         names = list(dict.fromkeys(name for figures_ in self.policies.values() for name in figures_))
-        rows = [[name, *(_cell(figures_.get(name)) for figures_ in self.policies.values())] for name in names]
+        rows = [_row(name, [figures_.get(name) for figures_ in self.policies.values()]) for name in names]
         parts = [
             f"{count(self.prompts, 'prompt')}, {count(self.answers, 'answer')} by each policy; "
             "in brackets: 95 % bootstrap intervals",
@@ -39,7 +39,7 @@ class Comparison:
         first = next(iter(self.policies))
         for other, by_judge in self.wins.items():
             words = [self.policies[name]["words"].value for name in (first, other)]
-            rows = [[name, _cell(figure)] for name, figure in by_judge.items()]
+            rows = [_row(name, [figure]) for name, figure in by_judge.items()]
             heading = f"{first} wins against {other} ({words[0]:.0f} words against {words[1]:.0f})"
             parts.append(
                 "\n".join([heading, table(["by", "share"], rows)])
@@ -69,8 +69,9 @@ def compare_policies(
     return Comparison(len(test_set.questions), test_set.answers, policies, wins_against)
 
 
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    digits = 0 if abs(estimate.value) >= 100 else 3 if estimate.high - estimate.low < NARROW else 2
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+def _row(name: str, estimates: Sequence[Estimate | None]) -> list[str]:
+    """Format a figure of several policies with equally many decimals."""
+    largest = max((abs(estimate.value) for estimate in estimates if estimate), default=0.0)
+    digits = 0 if largest >= 100 else 3 if 0 < largest < SMALL else 2
+    cells = (f"{of.value:.{digits}f} ({of.low:.{digits}f} to {of.high:.{digits}f})" if of else "" for of in estimates)
+    return [name, *cells]

@@ -1,7 +1,6 @@
 """The largest safe weights that `reach` found, and warnings of weights beyond them."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -172,4 +171,5 @@ def _newest(made: Sequence[Run], lineages: Sequence[str]) -> tuple[Run, list[str
 
 def _beyond(side: Side, run: Run, sign: float = 1.0) -> str:
     why = f" (one step further: {side.breaks})" if side.breaks else ", the largest weight that was tested"
-    return f"beyond the safe weight {math.copysign(side.to, sign):g}{why}; lower the weight ({run.path})"
+    safe = side.to if sign > 0 else 0.0 - side.to  # never -0
+    return f"beyond the safe weight {safe:g}{why}; lower the weight ({run.path})"

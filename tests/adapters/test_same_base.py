@@ -34,10 +34,12 @@ def test_different_targets_of_one_base_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accepted", [False, True])
 def test_different_shapes_and_depths_are_always_refused(accepted: bool, tmp_path: Path) -> None:
     one = adapter(tmp_path / "a")
-    with pytest.raises(UserError, match=r"different bases .*: .*q_proj is 16 × 16 in one and 8 × 8 in the other"):
+    with pytest.raises(
+        UserError, match=r"different bases .*: .*q_proj is 16 × 16 in the first and 8 × 8 in the second"
+    ):
         check_same_base([one, adapter(tmp_path / "b", wide=16)], same_base=accepted)
     with pytest.raises(
-        UserError, match=r"different bases .*: the last q_proj is in layer 4 in one and in layer 2 in the"
+        UserError, match=r"different bases .*: the last q_proj is in layer 4 in the first and in layer 2 in the"
     ):
         check_same_base([one, adapter(tmp_path / "c", deep=5)], same_base=accepted)
     two, three = adapter(tmp_path / "d", kinds="v"), adapter(tmp_path / "e", wide=16, kinds="v")

@@ -67,7 +67,7 @@ def test_opposite_preferences_and_nearly_equal_prompts_are_reported(cli: Cli, tm
     words = ["data", "--pref", "short", *(word for table in tables for word in ("--set", table))]
     done = cli(*words, "--set", "dpo.held_out=0.5")
     assert done.code == 0, done.err
-    assert "long prefers the same answer in 0%" in done.out
+    assert "long prefers the same answer in 0% of pairs" in done.out
     held_out = [pairs.is_held_out((Message("user", str(row["prompt"])),), 0.5) for row in rows]
     split = sum(held_out[i] != held_out[i + 1] for i in range(0, 60, 2))
     assert split > 5
@@ -82,7 +82,7 @@ def test_repeated_and_contradicted_pairs_are_warned_of(cli: Cli, tmp_path: Path)
     done = cli(*words)
     assert done.code == 0, done.err
     assert "4 pairs repeated word for word" in done.err
-    assert "2 pairs contradicted: the same two answers, with the opposite label" in done.err
+    assert "2 pairs contradicted (same answers, opposite label); correct the labels" in done.err
     assert "no pair is held out, so nothing will be measured" in done.err
     assert "the longer answer wins 67% of pairs of unequal length (33% for `neg`)" in done.out
     by_length = cli(*words, "--set", "preferences.own.rank=shorter")
@@ -193,7 +193,7 @@ BLIND = "base.chat_template='{% for message in messages %}<|user|>Hm?<|end|>{% e
     [
         ([ALIKE] * 3, "", "3 × equal answers"),
         ([{**GOOD, "chosen": " "}] * 3, "", "3 × empty answer"),
-        ([GOOD] * 3, BLIND, "3 equal in the chat template"),
+        ([GOOD] * 3, BLIND, "3 × equal in the chat template"),
         ([{**GOOD, "prompt": "a b c d e f g h"}] * 3, "dpo.max_length=8", "3 × prompt too long"),
         ([GOOD] * 3, "dpo.held_out=0.999999", "all 3 held out"),
         ([{**GOOD, "chosen": None}, GOOD], "", "chosen is null"),
@@ -214,7 +214,7 @@ def test_data_refuses_what_dpo_refuses(
     done = cli("data", "--pref", "own", *(word for setting in settings for word in ("--set", setting)))
     assert done.code == 2
     assert str(refused.value) in done.err
-    dropped = why.removeprefix("3 ") in (
+    dropped = why.removeprefix("3 × ") in (
         "equal answers",
         "empty answer",
         "equal in the chat template",

@@ -34,9 +34,9 @@ VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22
 @pytest.mark.parametrize(
     ("where", "cuda", "says", "remedy"),
     [
-        (0, None, "an NVIDIA driver, driver 550.54.14, but torch sees no card", "this torch was built for CPUs"),
+        (0, None, "an NVIDIA card, driver 550.54.14, but torch sees none", "this torch was built for CPUs"),
         (0, "12.8", "driver 550.54.14", "the driver is older than torch's CUDA"),
-        (1, None, "an NVIDIA driver, but torch sees no card", "this torch was built for CPUs"),
+        (1, None, "an NVIDIA card, but torch sees none", "this torch was built for CPUs"),
     ],
     ids=["a CPU's torch", "an old driver", "WSL"],
 )

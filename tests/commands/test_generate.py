@@ -83,7 +83,7 @@ def test_old_answer_in_a_row_is_removed(workspace: Path) -> None:
 
 @pytest.mark.parametrize("share", ["3/2", "²/4", "0/4", "2"])
 def test_bad_share_is_refused(share: str) -> None:
-    with pytest.raises(UserError, match=f"--share '{share}': expected PART/PARTS, as in 2/4"):
+    with pytest.raises(UserError, match=f"--share '{share}': expected I/N, as in 2/4"):
         use_commands._part(share)
 
 

@@ -198,7 +198,7 @@ def test_push_refuses_a_report(tmp_path: Path) -> None:
     target, quiet = tmp_path / "sweep" / "a", Screen(quiet=True)
     with run_writer.staging_folder(target, quiet) as staging:
         run_writer.publish(staging, target, runs.Manifest(stage="sweep", base={"model": "demo", "fingerprint": "f"}))
-    with pytest.raises(UserError, match="is a run of `sweep`, which has a report and no adapter"):
+    with pytest.raises(UserError, match="is a run of `sweep`, without an adapter"):
         push_run(target, "me/it", public=False, screen=quiet)
 
 

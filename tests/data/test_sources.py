@@ -223,7 +223,11 @@ def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) 
             "[\n" + ",\n".join([json.dumps(FORMS["plain"])] * 3) + "\n]",
             r":1: .*a list of rows is a \.json file",
         ),
-        ("pairs.json", '{"prompt": "a"}\n{"prompt": "b"}', r"one object per line is a \.jsonl file"),
+        (
+            "pairs.json",
+            '{"prompt": "a"}\n{"prompt": "b"}',
+            r"a file with one object on each line must be named \.jsonl",
+        ),
         ("pairs.json", '[{"prompt": "a"},\n {"prompt": ]', r":2: row 1: not valid JSON"),
         ("pairs.json", '[{"prompt": "a"}\n {"prompt": 1}]', r":2: not valid JSON: expected a comma"),
         ("pairs.json", '[\n{"prompt": ' + "[" * 100_000, r":2: row 0: nested too deeply"),
@@ -414,7 +418,7 @@ def test_rating_that_becomes_text_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi?", "response": GOOD, "helpfulness": value, "verbosity": 1} for value in (3, 3, "three")]
     _write(tmp_path / "ratings.jsonl", rows)
     table = Ratings(str(tmp_path / "ratings.jsonl"))
-    with pytest.raises(UserError, match=r"ratings\.jsonl:3: no rating 'helpfulness' \(it has: verbosity\)"):
+    with pytest.raises(UserError, match=r"ratings\.jsonl:3: no rating 'helpfulness' \(the row has: verbosity\)"):
         list(read_ratings(table, 0.0, None, Counter()))
     _write(tmp_path / "ratings.jsonl", rows[::-1])
     with pytest.raises(UserError, match=r"ratings\.jsonl:2: a rating 'helpfulness', which the first row lacks"):
@@ -622,7 +626,7 @@ def test_columns_renames_columns(tmp_path: Path) -> None:
     columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
     [pair] = pairs_of(Preference(str(tmp_path / "own.jsonl"), columns=columns)).train
     assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("Hi?", GOOD, BAD)
-    with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'best' \(it has: ask, better"):
+    with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'best' \(the row has: ask, better"):
         pairs_of(Preference(str(tmp_path / "own.jsonl"), columns={"chosen": "best"}))
 
 
@@ -632,7 +636,7 @@ def test_columns_reads_a_value_inside_a_column(tmp_path: Path) -> None:
     columns = {"score_chosen": "scores.chosen", "score_rejected": "scores.rejected"}
     ranked = Preference(str(tmp_path / "own.jsonl"), columns=columns, rank="rating:score", margin=0.5)
     assert [pair.chosen for pair in pairs_of(ranked).train] == [FORMS["plain"]["chosen"], FORMS["plain"]["rejected"]]
-    with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'scores\.best' \(it has: "):
+    with pytest.raises(UserError, match=r"own\.jsonl:1: no column 'scores\.best' \(the row has: "):
         pairs_of(Preference(str(tmp_path / "own.jsonl"), columns={"score_chosen": "scores.best"}))
 
 

@@ -33,7 +33,7 @@ def interrupted_demo(trained: Path, tmp_path: Path) -> Path:
 def test_demo_resumes_and_prints_commands_that_work(cli: Cli, interrupted_demo: Path) -> None:
     done = cli("demo", "--json")
     assert done.code == 0, done.err
-    assert done.err.count("trained before") == 4
+    assert done.err.count("already trained") == 4
     report = json.loads(done.out)
     assert [answer["words"] for answer in report["answers"]] == [len(a["answer"].split()) for a in report["answers"]]
     assert len({json.dumps(point["weights"]) for point in report["measured"]}) == len(report["measured"]) == 33

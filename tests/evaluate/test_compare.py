@@ -32,7 +32,7 @@ from lora_align.model.chat_format import text_of
 from lora_align.policy import judge_runs
 from lora_align.policy.policy import Conditioned, find_policy, weighted
 from lora_align.policy.policy_set import PolicySet
-from support import Cli, call, made_once
+from support import Cli, call, edit_manifest, made_once
 
 FEW = ["eval.count=6", "eval.samples=2", "eval.pairs=10", "eval.max_new_tokens=40"]
 SMALL = [word for setting in FEW for word in ("--set", setting)]
@@ -184,10 +184,12 @@ def test_reward_scores_match_peft_and_the_stored_heads(workspace: Path, cli: Cli
     few = [word for setting in JUDGE for word in ("--set", setting)]
     made = cli("reward", *few)
     assert made.code == 0, made.err
+    folder = workspace / "runs" / "reward" / "reward"
+    edit_manifest(folder, metrics={**runs.read(folder).manifest.metrics, "enough_held_out": False})
     done = cli("eval", "helpful=1", "--json", *few, *SMALL)
     assert done.code == 0, done.err
+    assert "warning: runs/reward/reward: too few rows were held out to judge it" in done.err
     base = bases.find(recipe.Base("demo"))
-    folder = workspace / "runs" / "reward" / "reward"
     model = PeftModel.from_pretrained(base.load(), folder).eval().get_base_model().get_decoder()
     heads = load_file(folder / "heads.safetensors")
     with safe_open(folder / "heads.safetensors", "pt") as file:

@@ -94,7 +94,10 @@ def test_merge_chat_and_generate_warn_beyond_safe_weights(reached: dict[str, Any
     sides = [(name, of[way], sign) for name, of in reached["alone"].items() for way, sign in (("up", 1), ("down", -1))]
     name, side, sign = next((name, side, sign) for name, side, sign in sides if side["breaks"])
     far, last = (f"{name}={sign * (side['to'] + more):g}" for more in (1, 0))
-    warning = f"{far} is beyond the safe weight {side['to']:g}: {side['breaks']} ({reached['reach']})"
+    warning = (
+        f"{far} is beyond the safe weight {0 + sign * side['to']:g} (one step further: {side['breaks']}); "
+        f"lower the weight ({reached['reach']})"
+    )
     assert warning in cli("merge", "--weights", far, "--name", "far").err
     assert "beyond" not in cli("merge", "--weights", last, "--name", "last").err
     chat = cli("chat", "--weights", far, "--prompt", "Hello", "--max-new-tokens", "2")
@@ -128,10 +131,10 @@ def test_pair_is_warned_of_beyond_its_own_safe_weight(reached: dict[str, Any], t
         side |= {"to": to, "breaks": "ended 1.00 → 0.50"}
     edit_manifest(file.parent, metrics=manifest["metrics"])
     for weights, message in {
-        "harmless=2,helpful=1.5": "harmless=2 with helpful=1.5 is beyond the safe weight 1: ended",
+        "harmless=2,helpful=1.5": "harmless=2 with helpful=1.5 is beyond the safe weight 1 (one step further: ended",
         "helpful=3,harmless=-4": "",
-        "helpful=3.5,harmless=-4": "helpful=3.5 with harmless=-4 is beyond the safe weight 3: ended",
-        "helpful=-3,harmless=2.5": "helpful=-3 with harmless=2.5 is beyond the safe weight 2: ended",
+        "helpful=3.5,harmless=-4": "helpful=3.5 with harmless=-4 is beyond the safe weight 3 (one step further: ended",
+        "helpful=-3,harmless=2.5": "helpful=-3 with harmless=2.5 is beyond the safe weight 2 (one step further: ended",
         "harmless=-4,helpful=-4": "",
         "helpful=3,harmless=1": "",
         "helpful=3": "",

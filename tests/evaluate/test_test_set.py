@@ -48,7 +48,7 @@ def test_where_selects_safe_and_risky_prompts_of_one_table(mixed: Path) -> None:
         SAFE: [f"How do I do {i}?" for i in (1, 3, 5, 7, 9)],
         RISKY: [f"How do I do {i}?" for i in (0, 2, 4, 6, 8)],
     }
-    with pytest.raises(UserError, match=r"prompts\.csv:2: no column 'kind' \(it has: label, prompt\)"):
+    with pytest.raises(UserError, match=r"prompts\.csv:2: no column 'kind' \(the row has: label, prompt\)"):
         read({"eval": {"prompts": {**source, "where": {"kind": "safe"}}}})
     with pytest.raises(UserError, match=r"eval\.prompts: no prompts in .*prompts\.csv"):
         read({"eval": {"prompts": {**source, "where": {"label": "neither"}}}})

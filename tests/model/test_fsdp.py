@@ -56,7 +56,7 @@ def test_dummy_passes_leave_gradients_unchanged(reports: list[dict[str, Any]]) -
 def test_out_of_memory_in_one_process_ends_both(tmp_path: Path) -> None:
     done = by_two("exhaust", tmp_path)
     assert done.returncode != 0
-    assert (tmp_path / "1.json").read_text().startswith('"out of memory at a batch size of 1,000,000')
+    assert (tmp_path / "1.json").read_text().startswith('"out of memory with 1,000,000 rows or tokens at once')
 
 
 # --- what each process runs ---

@@ -371,7 +371,7 @@ def test_chat_combines_want_and_weights(made: Path, workspace: Path) -> None:
     assert "is outside the range 0.17" in live.err
     unknown = call(workspace, "chat", "--want", "honesty=1", "--prompt", "Tell me about rain.")
     assert unknown.code == 2
-    assert "it has: helpfulness, verbosity" in unknown.err
+    assert "its objectives: helpfulness, verbosity" in unknown.err
 
 
 def test_chat_changes_the_direction(made: Path) -> None:
@@ -380,7 +380,7 @@ def test_chat_changes_the_direction(made: Path) -> None:
     assert "." in terminal.say("Tell me about rain.")
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want helpfulness=3,verbosity=-4")
     assert "helpfulness=0.60 verbosity=-0.80" in terminal.say("/want")
-    assert "it has: helpfulness, verbosity" in terminal.say("/want honesty=1")
+    assert "its objectives: helpfulness, verbosity" in terminal.say("/want honesty=1")
     assert "verbosity=0.00 is outside the range" in terminal.say("/want helpfulness=1")
     terminal.say("/retry")
     os.write(terminal.screen, b"/quit\n")

@@ -353,7 +353,7 @@ def test_a_second_signal_stops_at_once_and_leaves_a_checkpoint(begun: Path) -> N
             child.send_signal(signal.SIGINT)
             break
     assert child.wait(60) == 130
-    assert "stopped; nothing unfinished was published" in child.stderr.read()
+    assert "stopped; no unfinished run was published" in child.stderr.read()
     done = call(begun, *words("dpo"), "--resume")
     assert done.code == 0, done.err
     assert "continues after step" in done.err

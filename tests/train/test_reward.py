@@ -159,7 +159,7 @@ def test_reward_loss_equals_its_formula(base: Base, model: RewardModel) -> None:
     ("override", "message"),
     [
         ('reward.objectives.kind=["kindness"]', "reward.objectives.kind: no head 'kindness' (heads: helpfulness,"),
-        ('reward.objectives.warmth=["politeness"]', "there is a head of that name"),
+        ('reward.objectives.warmth=["politeness"]', "a head has this name"),
         ("reward.ratings.demo.high=2", "demo:ratings?rows=480:"),
         ('reward.ratings.demo.attributes=["wit"]', "no rating 'wit' (it has: helpfulness"),
         ('reward.pairs.x="hepful"', "reward.pairs.x: no preference 'hepful', did you mean 'helpful'?"),

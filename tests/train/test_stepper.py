@@ -197,7 +197,7 @@ except RunFailedError as fault:
     assert int(notes) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
-    assert "out of memory at the smallest batch size; lower max_length" in too_little
+    assert "out of memory with the smallest part of a step; lower max_length" in too_little
 
 
 @pytest.mark.parametrize("budget", [1, 4096])
