@@ -157,7 +157,7 @@ def test_readme_says_how_large_the_package_is() -> None:
 
 def test_card_table_has_the_figures_of_the_recorded_plans() -> None:
     """Rows: recipe, pairs and tokens, card, GB, whether it fits, hours."""
-    [table] = re.findall(r"\| recipe \| pairs each.*?\n\n", README.read_text(), re.DOTALL)
+    [table] = re.findall(r"\| recipe \| pairs per.*?\n\n", README.read_text(), re.DOTALL)
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
     plans = json.loads((ROOT / "tests/benchmarks/results/plans.json").read_text())["figures"]
     [recorded] = plans.values()

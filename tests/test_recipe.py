@@ -254,8 +254,8 @@ def test_unknown_recipes_and_files_are_refused() -> None:
     ("bounds", "fault"),
     [
         (("[0.5, 0.5]", "[0.0, 1.0]"), "rsf.directions.helpfulness: expected [low, high] from -1 to 1, low < high"),
-        (("[0.9, 1.0]", "[0.9, 1.0]"), "no direction of length 1 has helpfulness 0.9 to 1, verbosity 0.9 to 1"),
-        (("[-0.2, 0.2]", "[-0.2, 0.2]"), "no direction of length 1 has helpfulness -0.2 to 0.2"),
+        (("[0.9, 1.0]", "[0.9, 1.0]"), "no direction of length 1 lies within helpfulness 0.9 to 1, verbosity 0.9 to 1"),
+        (("[-0.2, 0.2]", "[-0.2, 0.2]"), "no direction of length 1 lies within helpfulness -0.2 to 0.2"),
     ],
 )
 def test_empty_regions_of_directions_are_refused(bounds: tuple[str, str], fault: str) -> None:

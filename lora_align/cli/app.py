@@ -176,7 +176,7 @@ def _exit(text: str, code: int) -> None:
     if distributed.rank() == 0:
         Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # all other errors are raised on rank 0 as well
-        write(f"rank {distributed.rank()}: error: {text}", sys.stderr)
+        write(f"rank {distributed.rank()}: {text}", sys.stderr)
     if distributed.rank() and code < SIGNALLED:  # a signal reaches all ranks
         time.sleep(RANK_0_SECONDS)
     sys.exit(code)

@@ -44,9 +44,9 @@ class Correlation:
     def __post_init__(self) -> None:
         """Refuse axes that are not planned, such as verbosity, and too strong a correlation."""
         if self.first == self.second or not {self.first, self.second} <= PLANNED.keys():
-            raise ValueError(f"correlate: expected two different axes of {', '.join(PLANNED)}")
+            raise ValueError(f"expected two different axes of {', '.join(PLANNED)}")
         if not abs(self.strength) <= STRONGEST:
-            raise ValueError(f"correlate: expected a number from {-STRONGEST} to {STRONGEST}, not {self.strength}")
+            raise ValueError(f"expected a number from {-STRONGEST} to {STRONGEST}, not {self.strength}")
 
 
 def prompts(

@@ -220,7 +220,7 @@ def folder(llama: Path, tmp_path: Path) -> Path:
         ("use_qalora", True, "pools"),
         ("init_lora_weights", "pissa", "need a changed base"),
         ("init_lora_weights", "olora", "need a changed base"),
-        ("r", 5, "the rank is 5"),
+        ("r", 5, "says rank 5"),
         ("r", "4", 'r cannot be "4"'),
         ("r", 0, "r cannot be 0"),
         ("lora_alpha", float("inf"), "lora_alpha cannot be Infinity"),

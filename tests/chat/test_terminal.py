@@ -83,7 +83,7 @@ def test_piped_commands_run_line_by_line(cli: Cli) -> None:
     assert "saved 3 messages to talk.json" in done.err
     refused = cli(*words, stdin="/w unheard=1\nHello.\n")
     assert refused.code == 1
-    assert "error: line 1: no preference or run 'unheard'" in refused.err
+    assert "error: line 1 of the input: no preference or run 'unheard'" in refused.err
     assert refused.out == ""
 
 

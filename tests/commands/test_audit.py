@@ -84,9 +84,9 @@ def test_repeated_and_contradicted_pairs_are_warned_of(cli: Cli, tmp_path: Path)
     assert "4 pairs repeated word for word" in done.err
     assert "2 pairs contradicted (same answers, opposite label); correct the labels" in done.err
     assert "no pair is held out, so nothing will be measured" in done.err
-    assert "the longer answer wins 67% of pairs of unequal length (33% for `neg`)" in done.out
+    assert "the longer answer wins 67% of pairs of unequal length (33% in `neg`)" in done.out
     by_length = cli(*words, "--set", "preferences.own.rank=shorter")
-    assert "the longer answer wins 0% of pairs of unequal length (100% for `neg`)" in by_length.out
+    assert "the longer answer wins 0% of pairs of unequal length (100% in `neg`)" in by_length.out
     assert "the adapter learns length" not in by_length.err, "the ranker asks for length"
 
 
@@ -128,7 +128,7 @@ def test_drops_length_bias_unsafe_pairs_and_truncation_are_reported(cli: Cli, tm
     assert done.code == 0, done.err
     assert "22 rows, 20 pairs of 20 prompts" in done.out
     assert "dropped: 1 × tie, 1 × invalid row" in done.out
-    assert "the longer answer wins 100% of pairs of unequal length: the adapter learns length as well" in done.err
+    assert "the longer answer wins 100% of pairs of unequal length, which the adapter learns" in done.err
     assert "both answers are unsafe: 15 pairs" in done.out
     assert "answers of 1 pair truncated" in done.err
 
@@ -195,7 +195,7 @@ BLIND = "base.chat_template='{% for message in messages %}<|user|>Hm?<|end|>{% e
         ([{**GOOD, "chosen": " "}] * 3, "", "3 × empty answer"),
         ([GOOD] * 3, BLIND, "3 × equal in the chat template"),
         ([{**GOOD, "prompt": "a b c d e f g h"}] * 3, "dpo.max_length=8", "3 × prompt too long"),
-        ([GOOD] * 3, "dpo.held_out=0.999999", "all 3 held out"),
+        ([GOOD] * 3, "dpo.held_out=0.999999", "held out: 3"),
         ([{**GOOD, "chosen": None}, GOOD], "", "chosen is null"),
         ([{"prompt": "a", "response_0": "b", "response_1": "c", "label": label} for label in (1, 2)], "", "label is 2"),
         ([], "", "the source is empty"),

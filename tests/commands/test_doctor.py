@@ -35,7 +35,7 @@ VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22
     ("where", "cuda", "says", "remedy"),
     [
         (0, None, "an NVIDIA card, driver 550.54.14, but torch sees none", "this torch was built for CPUs"),
-        (0, "12.8", "driver 550.54.14", "the driver is older than torch's CUDA"),
+        (0, "12.8", "driver 550.54.14", "the driver may be too old, or CUDA_VISIBLE_DEVICES hides the card"),
         (1, None, "an NVIDIA card, but torch sees none", "this torch was built for CPUs"),
     ],
     ids=["a CPU's torch", "an old driver", "WSL"],

@@ -139,4 +139,4 @@ def test_inspect_refuses_an_empty_folder_and_a_wrong_picture(tmp_path: Path) -> 
     assert "no preference is trained in runs/" in done.err
     done = call(tmp_path, "inspect", "--picture", "map.gif")
     assert done.code == 2
-    assert "expected a file name that ends in .png, .pdf, .svg" in done.err
+    assert "expected a file name that ends in .png, .pdf or .svg" in done.err

@@ -186,7 +186,9 @@ def test_merge_refuses_a_missing_parent_and_a_small_disk(foreign: Path, cli: Cli
     assert (failed.code, refused.code) == (1, 2)
     message = r"error: disk/mix: No space left on device \(\d+ kB to write, \d+ kB free\); make room, or write .*--out"
     assert re.search(message, failed.err), failed.err
-    message = r"error: disk: about \d+ kB will be written, 0 kB are free; make room, or write elsewhere with --out"
+    message = (
+        r"error: disk: about \d+ kB will be written, 0 kB are free; make room, or write to another disk with --out"
+    )
     assert re.search(message, refused.err), refused.err
 
 

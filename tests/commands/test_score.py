@@ -89,7 +89,7 @@ def test_score_resumes_after_a_kill(workspace: Path) -> None:
 
     resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
-    assert f"score: {part_count * 256} of " in resumed.err
+    assert f"score: done before: {part_count * 256} of " in resumed.err
     assert not parts.exists()
     whole = call(workspace, *words, "--out", "whole.jsonl")
     assert whole.code == 0, whole.err

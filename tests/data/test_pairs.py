@@ -41,14 +41,14 @@ def test_split_stops_reading_a_large_source_early() -> None:
 
 
 def test_limit_does_not_shrink_the_held_out_pairs(tmp_path: Path) -> None:
-    rows = [{"prompt": f"What is {i}?", "chosen": "x" * (i % 3 + 1), "rejected": "x"} for i in range(1000)]
+    rows = [{"prompt": f"What is {i}?", "chosen": "x" * (i % 3 + 1), "rejected": "x"} for i in range(3000)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     limited, whole = (pairs_of(Preference(str(file), "longer"), 0.05, limit) for limit in (30, None))
     assert len(limited.train) == 30
     assert limited.train == whole.train[:30]
-    assert len(limited.held_out) == pairs.MIN_HELD_OUT
-    assert limited.held_out == whole.held_out[: pairs.MIN_HELD_OUT]
+    assert len(limited.held_out) == pairs.READ_HELD_OUT
+    assert limited.held_out == whole.held_out[: pairs.READ_HELD_OUT]
     assert limited.dropped["tie"] < whole.dropped["tie"], "rows after the limit are not counted"
     assert len(pairs_of(Preference(str(file), "longer"), 0.0, 30).train) == 30
 

@@ -133,8 +133,8 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen is a number; expected text or a list of turns"),
         ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', ":1: .*surrogate"),
         ('{"chosen": "\\n\\nHi \\ud800", "rejected": "\\n\\nHi c"}', ":1: .*surrogate"),
-        ('{"chosen": "b", "rejected": "c"}', "have no common beginning, and there is no prompt column"),
-        ('{"chosen": "better", "rejected": "best"}', "have no common beginning, and there is no prompt column"),
+        ('{"chosen": "b", "rejected": "c"}', "have no common beginning; name the prompt column"),
+        ('{"chosen": "better", "rejected": "best"}', "have no common beginning; name the prompt column"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}', ":2: "),
         ('{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 2}', "better_response_id is 2"),
         ("", "no rows to train on"),
@@ -142,7 +142,7 @@ def test_byte_order_mark_and_crlf_are_not_part_of_text(suffix: str, tmp_path: Pa
         ('{"prompt": null, "chosen": "b", "rejected": "c"}', ":1: prompt is null; expected text"),
         ('{"prompt": "a", "chosen": null, "rejected": "c"}', ":1: chosen is null; expected text"),
         ('{"prompt": "a", "response_0": "b", "response_1": null}', ":1: response_1 is null; expected text"),
-        ('{"prompt": "a", "chosen": [{"role": "user"}], "rejected": []}', ":1: chosen: content is null; expected text"),
+        ('{"prompt": "a", "chosen": [{"role": "user"}], "rejected": []}', ":1: a turn of chosen has neither"),
         ('{"prompt": "a", "chosen": [null], "rejected": []}', ":1: a turn of chosen is null; expected an object"),
         (
             '{"prompt": "a", "response": "b"}',
@@ -198,7 +198,7 @@ def test_unparsable_rows_of_a_json_list_are_counted_with_skip_bad(tmp_path: Path
     read = pairs_of(Preference(str(file), skip_bad=True))
     assert len(read.train) + len(read.held_out) == 3
     assert read.dropped == {"invalid row": 2}
-    with pytest.raises(UserError, match=r"pairs\.json:2: row 1: nested too deeply"):
+    with pytest.raises(UserError, match=r"pairs\.json:2: row 2: nested too deeply"):
         pairs_of(Preference(str(file)))
 
 
@@ -228,9 +228,9 @@ def test_unparsable_rows_are_counted_with_skip_bad(suffix: str, tmp_path: Path) 
             '{"prompt": "a"}\n{"prompt": "b"}',
             r"a file with one object on each line must be named \.jsonl",
         ),
-        ("pairs.json", '[{"prompt": "a"},\n {"prompt": ]', r":2: row 1: not valid JSON"),
+        ("pairs.json", '[{"prompt": "a"},\n {"prompt": ]', r":2: row 2: not valid JSON"),
         ("pairs.json", '[{"prompt": "a"}\n {"prompt": 1}]', r":2: not valid JSON: expected a comma"),
-        ("pairs.json", '[\n{"prompt": ' + "[" * 100_000, r":2: row 0: nested too deeply"),
+        ("pairs.json", '[\n{"prompt": ' + "[" * 100_000, r":2: row 1: nested too deeply"),
         ("pairs.csv", "prompt;chosen;rejected\na;b, c;d\n", r":1: fields are separated by semicolons"),
         ("pairs.csv", "prompt\tchosen\trejected\na\tb\td\n", r":1: fields are separated by tabs"),
     ],
@@ -363,8 +363,8 @@ def test_unread_known_columns_are_counted(form: str, column: str, value: Any, tm
 def test_unread_label_is_reported_as_a_label() -> None:
     [warning] = sources.unread_warnings({"safer_response_id": 3})
     assert warning == (
-        "column 'safer_response_id' is filled in 3 rows but not read; it looks like a label, but this form of rows "
-        "does not use it"
+        "column 'safer_response_id' is filled in 3 rows but not read; it looks like a label, but this form does not "
+        "use it; check the order of chosen and rejected"
     )
 
 
@@ -471,7 +471,7 @@ def test_undecodable_files_are_refused_with_a_line(tmp_path: Path) -> None:
 
 def test_error_says_that_all_rows_are_held_out(tmp_path: Path) -> None:
     _write(tmp_path / "pairs.jsonl", [FORMS["plain"]])
-    with pytest.raises(UserError, match="all 1 held out"):
+    with pytest.raises(UserError, match="held out: 1"):
         material_of(Preference(str(tmp_path / "pairs.jsonl")), 0.999999)
 
 

@@ -253,7 +253,7 @@ def test_parts_are_disjoint_and_held_out_topics_are_not_trained_on() -> None:
         ("demo:pairs?part=exam", "one of train, dev, test"),
         ("demo:pairs?rows=many", "rows: "),
         ("demo:pairs?rows=0", "0 is less than 1"),
-        ("demo:pairs?correlate=helpfulness,verbosity,0.1", "takes two of"),
+        ("demo:pairs?correlate=helpfulness,verbosity,0.1", "expected two different axes"),
         ("demo:pairs?correlate=helpfulness,warmth,0.9", "from -0.8 to 0.8"),
         ("demo:conversations?noise=0.1", "no option 'noise'"),
     ],

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.model import base as bases
-from lora_align.model import sampling as sampling_module
+from lora_align.model import batch_sampling
 from lora_align.model.base import Base
 from lora_align.model.batch_sampling import affordable, sample
 from lora_align.model.kv_cache import growing_cache
@@ -156,7 +156,7 @@ def test_sampling_starts_with_a_batch_that_fits_memory(
 ) -> None:
     config, tokens = model.config, 100
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * 4
-    monkeypatch.setattr(sampling_module, "device_memory", lambda _: (0, model.get_memory_footprint() + 6 * row))
+    monkeypatch.setattr(batch_sampling, "device_memory", lambda _: (0, model.get_memory_footprint() + 6 * row))
     assert affordable(model, tokens) == 3
     budget = MemoryBudget(512)
     prompt = [5] * (tokens - 8)

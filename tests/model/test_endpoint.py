@@ -82,7 +82,7 @@ def test_generate_samples_from_a_server(server: str, served: str, cli: Cli, tmp_
 
     nobody = cli(*words, "--model", "nobody", "--out", "other.jsonl")
     assert nobody.code == 1
-    assert f"{server}/v1/chat/completions: 400" in nobody.err
+    assert f"{server}/v1/chat/completions: the server answered 400" in nobody.err
     with_adapter = cli(*words, "--model", served, "--adapter", ".", "--out", "other.jsonl")
     assert with_adapter.code == 2
     assert "cannot load adapters at run time (404" in with_adapter.err

@@ -194,7 +194,9 @@ def test_file_that_would_be_misread_is_refused(
 def test_missing_weight_is_refused(llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "short.gguf"
     write_gguf(llama, file, omit="model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(UserError, match=r"finds no model\.layers\.1\.mlp\.up_proj\.weight in it \(1 weight missing\)"):
+    with pytest.raises(
+        UserError, match=r"finds no model\.layers\.1\.mlp\.up_proj\.weight in the file \(1 weight missing\)"
+    ):
         _found(file)
 
 

@@ -73,7 +73,7 @@ def test_every_failure_of_the_trial_is_a_refusal(
 ) -> None:
     trial = tmp_path / "trial.py"
     trial.write_text(f"import sys\nsys.exit('{ending}')\n")
-    monkeypatch.setattr(template_check, "TRIAL", trial)
+    monkeypatch.setattr(template_check, "RENDER", trial)
     with pytest.raises(UserError, match=rf"^x {message} "):
         check_template(GOOD, {}, "x")
 
@@ -81,7 +81,7 @@ def test_every_failure_of_the_trial_is_a_refusal(
 def test_warnings_of_libraries_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = tmp_path / "trial.py"
     trial.write_text("import sys\nprint('a warning', file=sys.stderr)\n")
-    monkeypatch.setattr(template_check, "TRIAL", trial)
+    monkeypatch.setattr(template_check, "RENDER", trial)
     check_template(GOOD, {}, "x")
 
 

@@ -58,7 +58,7 @@ def test_mix_of_layer_ranges_is_split_into_them(workspace: Path, cli: Cli) -> No
 def test_layers_beyond_the_last_are_rejected(workspace: Path, cli: Cli) -> None:
     done = cli("merge", "--weights", "helpful@7-9=1")
     assert done.code == 2
-    assert "helpful@7-9: it has no layers 7 to 9 (its last layer is 3)" in done.err
+    assert "helpful@7-9: the adapter has no layers 7 to 9; its last layer is 3" in done.err
     assert "no preference or run 'helpfull'" in cli("merge", "--weights", "helpfull@1=1").err
 
 

@@ -416,7 +416,7 @@ def test_samples_have_the_system_message_of_their_direction(made: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "changed", "message"),
     [
-        ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (it has: helpfulness"),
+        ([], {"directions.honesty": "[0.0, 1.0]"}, "has no such objective (its objectives: helpfulness"),
         ([], {"reward": '"other"'}, "no reward model 'other'"),
         ([], {"learn": '"dpo"', "samples": "1"}, "compares two answers; set rsf.samples to 2 or more"),
         ([], {"watch": '"harmlesness"'}, "rsf.watch: runs/reward/reward has no objective 'harmlesness'"),

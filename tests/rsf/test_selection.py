@@ -62,7 +62,7 @@ def test_pools_without_usable_candidates_are_skipped_up_to_half() -> None:
     assert chosen.figures["chosen_value"] == pytest.approx(0.8 * 60 - 0.6 * 20)
     assert chosen.figures["sampled_value"] == pytest.approx(0.8 * 55 - 0.6 * 20)
     assert chosen.figures["chosen_mean"] == {"helpfulness": 60, "verbosity": 20, "harmlessness": 90}
-    with pytest.raises(RunFailedError, match="2 of 3 requests have no usable answer"):
+    with pytest.raises(RunFailedError, match="no usable answer for 2 of 3 requests"):
         choose([good, bad, bad], "harmlessness")
 
 

@@ -161,9 +161,12 @@ def test_reward_loss_equals_its_formula(base: Base, model: RewardModel) -> None:
         ('reward.objectives.kind=["kindness"]', "reward.objectives.kind: no head 'kindness' (heads: helpfulness,"),
         ('reward.objectives.warmth=["politeness"]', "a head has this name"),
         ("reward.ratings.demo.high=2", "demo:ratings?rows=480:"),
-        ('reward.ratings.demo.attributes=["wit"]', "no rating 'wit' (it has: helpfulness"),
+        ('reward.ratings.demo.attributes=["wit"]', "no rating 'wit' (the row has: helpfulness"),
         ('reward.pairs.x="hepful"', "reward.pairs.x: no preference 'hepful', did you mean 'helpful'?"),
-        ("reward.ratings.demo.hihg=5", "unknown key 'reward.ratings.demo.hihg', did you mean 'high'?"),
+        (
+            "reward.ratings.demo.hihg=5",
+            "unknown key 'reward.ratings.demo.hihg', did you mean 'reward.ratings.demo.high'?",
+        ),
     ],
 )
 def test_unusable_reward_settings_are_refused(override: str, message: str, tmp_path: Path) -> None:

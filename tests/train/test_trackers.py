@@ -60,5 +60,5 @@ def test_a_missing_tracker_is_refused_before_reading_data(cli: Cli, tmp_path: Pa
 
 def test_an_optimizer_without_its_library_is_refused_early() -> None:
     project = recipe.load(recipe.builtin()["demo"], ["dpo.optimizer=galore_adamw"])
-    with pytest.raises(UserError, match=r"dpo.optimizer: 'galore_adamw' needs the library galore_torch, which is not"):
+    with pytest.raises(UserError, match=r"dpo.optimizer: 'galore_adamw' needs the library galore_torch; install it"):
         project.check_trains("dpo")
