@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 LOADED = ("matplotlib.pyplot", "pyarrow.parquet", "lora_align.cli", "lora_align.demo.story", "lora_align.rsf.loop")
-PATIENCE = 300.0  # seconds
+MATCH_SECONDS = 300.0  # seconds
 
 os.environ["PYTHONSAFEPATH"] = "1"  # test the installed package, not the current folder
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a forked process may have no thread but its own
@@ -27,7 +27,7 @@ def run(program: Path, cwd: Path, words: Sequence[str], stdin: str) -> tuple[int
         streams[0].write_text(stdin, encoding="utf-8")
         child = _loaded.Process(target=_obey, args=([str(program), *words], cwd, dict(os.environ), streams))
         child.start()
-        child.join(PATIENCE)
+        child.join(MATCH_SECONDS)
         if child.exitcode is None:
             child.kill()
             child.join(30)

@@ -15,7 +15,7 @@ from lora_align.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6  # larger numbers are errors or attacks
-PATIENCE = 1.0  # seconds to match one pattern against one name
+MATCH_SECONDS = 1.0  # seconds to match one pattern against one name
 
 # Keys that never affect ΔW = scaling · B A.
 HARMLESS = frozenset(
@@ -215,7 +215,7 @@ def _module_value(config: Mapping[str, Any], key: str, module: str, default: flo
 def _matches(pattern: str, module: str) -> bool:
     """Match a pattern against the whole name, with a time limit because some patterns would run forever."""
     try:
-        return regex.fullmatch(pattern, module, timeout=PATIENCE) is not None
+        return regex.fullmatch(pattern, module, timeout=MATCH_SECONDS) is not None
     except TimeoutError:
         raise UserError(
             f"{CONFIG}: the pattern {pattern[:80]!r} takes too long to match; list the modules by name"

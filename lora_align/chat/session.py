@@ -15,7 +15,7 @@ from lora_align.model.sampler_protocol import Sampling
 from lora_align.model.streaming import PrefixCache, stream_tokens, text_pieces
 from lora_align.policy import safe_ranges, vectors
 from lora_align.policy.loading import load_policy
-from lora_align.policy.policy import Conditioned, Policy, check_stands_on
+from lora_align.policy.policy import Conditioned, Policy, check_base_and_start
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 
@@ -73,7 +73,7 @@ class Session:
         merged = {**self.weights, **weights}
         if new:
             vectors.refuse_start_inside(new.values())
-            check_stands_on(self.base, self.start, new.values())
+            check_base_and_start(self.base, self.start, new.values())
             updates = {**loaded, **{name: vector.load() for name, vector in new.items()}}
             mixer = Mixer(self.model, updates, merged)
             if self.mixer:

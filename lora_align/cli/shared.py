@@ -162,9 +162,9 @@ class Given:
         """Print a result: its summary, or with --json its data."""
         self.screen.result(result.summary(), result.as_json())
 
-    def refuse_existing(self, target: Path, keep_both: str = "--name NEW keeps both") -> None:
+    def refuse_existing(self, target: Path, remedy: str = "--name NEW keeps both") -> None:
         """Refuse a run that is being written, or that exists without --resume or --force."""
-        run_writer.refuse_before_training(target, force=self.force, resume=self.resume, remedy=keep_both)
+        run_writer.refuse_before_training(target, force=self.force, resume=self.resume, remedy=remedy)
 
     def check_vectors(self, names: Iterable[str], recipe: Recipe) -> None:
         """Refuse a name that is not a trained preference, a run or an adapter folder."""

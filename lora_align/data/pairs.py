@@ -66,7 +66,7 @@ def rank_comparisons(
     """Rank a preference's comparisons within a Quota of pairs; count those without a pair in `dropped`."""
     if labels := labels_of(preference):
         preference = replace(preference, rank=f"label:{labels.column}")
-    below = split_at(
+    below = held_out_threshold(
         (one.prompt for _, some in sources.readable_rows(preference, row_reader.comparisons) for one in some), held_out
     )
     quota = Quota(limit, held_out)
@@ -116,7 +116,7 @@ def rank_comparison(comparison: Comparison, preference: Preference, where: str) 
 def read_conversations(sft: Sft, dropped: Counter[str]) -> Split[Conversation]:
     """Yield the conversations of an [sft] table within a Quota."""
     quota = Quota(sft.limit, sft.held_out)
-    below = split_at(
+    below = held_out_threshold(
         (one.messages[:-1] for _, one in sources.readable_rows(sft, row_reader.conversation)), sft.held_out
     )
     for _, conversation in sources.read(sft, row_reader.conversation, dropped):
@@ -140,7 +140,7 @@ def is_held_out(prompt: Prompt, below: float) -> bool:
     return _hash(prompt) < below
 
 
-def split_at(prompts: Iterable[Prompt], share: float) -> float:
+def held_out_threshold(prompts: Iterable[Prompt], share: float) -> float:
     """Return the hash below which a source's prompts are held out: `share`, or more for a small source.
 
     If `share` holds out fewer than MIN_HELD_OUT rows, MIN_HELD_OUT prompts are held out, but at most a fifth of all

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from lora_align.data import row_reader, sources
-from lora_align.data.pairs import Quota, Split, is_held_out, split_at
+from lora_align.data.pairs import Quota, Split, held_out_threshold, is_held_out
 from lora_align.data.rows import Rated
 from lora_align.errors import UserError
 from lora_align.recipe import Ratings
@@ -15,7 +15,7 @@ SCALE = 100.0
 def read_ratings(table: Ratings, held_out: float, limit: int | None, dropped: Counter[str]) -> Split[Rated]:
     """Yield rated answers within a Quota, with nan for a missing rating. All answers of a row are read."""
     quota, names, refused = Quota(limit, held_out), frozenset[str](), ""
-    below = split_at(
+    below = held_out_threshold(
         (one.prompt for _, some in sources.readable_rows(table, row_reader.rated) for one in some), held_out
     )
     for where, answers in sources.read(table, row_reader.rated, dropped):

@@ -25,7 +25,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.plan.stages import TUNE_PAIRS
 from lora_align.policy.policy import START, START_POLICY
 from lora_align.recipe import Training
-from lora_align.train.lora_trainer import TOO_LONG
+from lora_align.train.lora_trainer import OUT_OF_MEMORY_ADVICE
 
 MAX_ANSWERS, MAX_TEXTS = 32, 16  # answers of the start policy, and ordinary texts
 DECIMAL_SCALE = 1000  # weights are truncated to three decimals
@@ -80,7 +80,7 @@ class TuneObjective:
     def __init__(self, evaluator: Evaluator, aims: Mapping[str, float], bounds: Bounds, settings: Training) -> None:
         self.evaluator, self.policies = evaluator, evaluator.policies
         self.aims, self.bounds, self.settings = aims, bounds, settings
-        self.budget = MemoryBudget(settings.tokens_per_batch, TOO_LONG)
+        self.budget = MemoryBudget(settings.tokens_per_batch, OUT_OF_MEMORY_ADVICE)
         self.max_length = min(settings.max_length, evaluator.base.max_length)
         self.names = list(evaluator.policies.vectors)  # preferences, or groups of their layers
         self.reader = Reader.of(evaluator.model)

@@ -24,12 +24,14 @@ def mean(values: Sequence[float], groups: Sequence[int]) -> Estimate:
     return ratio(values, [1.0] * len(values), groups)
 
 
-def ratio(above: Sequence[float], below: Sequence[float], groups: Sequence[int]) -> Estimate:
-    """Return sum(above) / sum(below), with an interval from resampling whole groups."""
+def ratio(numerator: Sequence[float], denominator: Sequence[float], groups: Sequence[int]) -> Estimate:
+    """Return sum(numerator) / sum(denominator), with an interval from resampling whole groups."""
     _, where = numpy.unique(numpy.asarray(groups), return_inverse=True)
-    sums = numpy.stack([numpy.bincount(where, numpy.asarray(part, dtype=float)) for part in (above, below)])  # [2, g]
+    sums = numpy.stack(
+        [numpy.bincount(where, numpy.asarray(part, dtype=float)) for part in (numerator, denominator)]
+    )  # [2, g]
     count = sums.shape[1]
     sampled = numpy.random.default_rng(0).integers(0, count, (RESAMPLES, count))
     totals = sums[:, sampled].sum(2)  # [2, resamples]
     low, high = numpy.percentile(totals[0] / totals[1], WITHIN)
-    return Estimate(float(sums[0].sum() / sums[1].sum()), float(low), float(high), len(above))
+    return Estimate(float(sums[0].sum() / sums[1].sum()), float(low), float(high), len(numerator))

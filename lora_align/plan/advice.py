@@ -44,7 +44,7 @@ class MeasuredSwitch:
 
 def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
     """Measure each switch against the fastest settings found so far."""
-    for option, of_base, of_stage in _ways(base, plan.stage):
+    for option, of_base, of_stage in _candidate_switches(base, plan.stage):
         other = replace(base, recipe=replace(base.recipe, **of_base))
         stage = plan.stage.with_settings(**of_stage)
         try:
@@ -60,7 +60,7 @@ def switches(base: Base, plan: StageEstimate) -> Iterator[MeasuredSwitch]:
             base, plan = other, with_it
 
 
-def _ways(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _candidate_switches(base: Base, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield each switch: its text for --set, and the settings that it changes in the base's and the stage's table."""
     if not stage.trains:  # `tune` neither compiles nor trains
         return

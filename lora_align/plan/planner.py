@@ -14,7 +14,7 @@ from lora_align.plan.advice import MeasuredSwitch
 from lora_align.plan.device import Device, device_of
 from lora_align.plan.estimate import SHARE, StageEstimate, estimate_stage, shape_of, size
 from lora_align.plan.stages import stage_of
-from lora_align.plan.timing import time_sampling, time_step
+from lora_align.plan.timing import sampling_rate, time_step
 from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
 
 SHARED_TABLES = ("lora", "base")  # tables that every stage uses
@@ -135,7 +135,7 @@ def plan_stages(
             switches = list(advice.switches(base, plan))
             if work := stage.sampling_work:
                 screen.note(f"{name}: sampling answers")
-                sampling_seconds = work.answers / time_sampling(base, work)
+                sampling_seconds = work.answers / sampling_rate(base, work)
         if plan.fits:
             advised = advice.faster(recipe, base, plan) if stage.trains else ""  # tune uses dpo's settings and advice
         else:

@@ -55,7 +55,7 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     return StepTiming(seconds, first - seconds, peak)
 
 
-def time_sampling(base: Base, work: SamplingWork) -> float:
+def sampling_rate(base: Base, work: SamplingWork) -> float:
     """Return how many answers per second the base samples on this device.
 
     The base stands in for the policies, which do not exist yet.

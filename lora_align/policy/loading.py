@@ -12,7 +12,7 @@ from lora_align.model.base import Base
 from lora_align.model.batch_sampling import LocalSampler
 from lora_align.model.mixer import Mixer
 from lora_align.policy import safe_ranges, start_policy, vectors
-from lora_align.policy.policy import Policy, check_stands_on
+from lora_align.policy.policy import Policy, check_base_and_start
 from lora_align.policy.vectors import Vector
 from lora_align.recipe import Recipe
 
@@ -56,7 +56,7 @@ def load_policy(base: Base, recipe: Recipe, policy: Policy, runs_dir: Path, scre
     elif policy.start:
         start = start_policy.adapter(recipe, runs_dir)
         start_id = start_policy.identity(start)
-    check_stands_on(base, start_id, policy.vectors.values())
+    check_base_and_start(base, start_id, policy.vectors.values())
     if policy.contains_start:
         screen.note(f"start adapter: contained in {policy.name}")
     elif start is not None:

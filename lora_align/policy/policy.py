@@ -161,7 +161,7 @@ def takes_scores(run: Run) -> bool:
     return bool(run.manifest.method["steer"])
 
 
-def check_stands_on(base: "Base", start: str, adapters: Iterable[Vector]) -> None:
+def check_base_and_start(base: "Base", start: str, adapters: Iterable[Vector]) -> None:
     """Refuse vectors that were trained on another base or another start adapter."""
     theirs, start_id = vectors.common_base(adapters)
     if theirs and theirs["fingerprint"] != base.fingerprint:

@@ -17,7 +17,7 @@ from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.policy import start_policy, vectors
 from lora_align.policy.judges import Judge, Scores, tokenise_answer
-from lora_align.policy.policy import START, Policy, check_stands_on
+from lora_align.policy.policy import START, Policy, check_base_and_start
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
@@ -50,7 +50,7 @@ class PolicySet:
         """Check that policies were trained on a recipe's base and start adapter; warn of doubtful ones and judges."""
         start = start_policy.adapter(recipe, runs_dir)
         made = cls(base, policies, start, judges)
-        check_stands_on(base, start_policy.identity(start), made.vectors.values())
+        check_base_and_start(base, start_policy.identity(start), made.vectors.values())
         warnings = [warning for vector in made.vectors.values() for warning in vector.warnings()]
         doubts = [doubt for judge in made.judges.values() for doubt in judge.doubts]
         for warning in dict.fromkeys([*warnings, *doubts]):

@@ -18,7 +18,7 @@ from lora_align.model.base import Base
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
-IDENTITY, PREFIX = "who.json", "checkpoint-"
+IDENTITY, PREFIX = "identity.json", "checkpoint-"
 CHECKPOINTS_STORED = 2
 # recipe keys that a resumed run may change: they change rounding, logging or the number of policies, not a policy
 MAY_DIFFER = {"tokens_per_batch", "save_minutes", "report_to", "gradient_checkpointing", "compile", "iterations"}

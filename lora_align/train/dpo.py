@@ -38,7 +38,7 @@ from lora_align.train.token_rows import TokenRows
 
 TINY_UPDATE = 1e-4  # ‖Δ‖/‖W‖ below which an adapter has no visible effect
 DIVERGED_MARGIN = -1.0  # mean margin at which the loss is about twice that of an untrained adapter
-LOW_MARGIN, DIVERGED_NATS = -1.0, -5.0  # mean margins in nats, without β: clearly below 0, and diverged
+LOW_NATS, DIVERGED_NATS = -1.0, -5.0  # mean margin / β, in nats, of an unconverged and of a diverged run
 LAST_STEPS = 10  # steps at the end whose mean margin is reported as `last_margin`
 
 
@@ -141,7 +141,7 @@ def train_dpo(
         identity = checkpoints.run_identity("dpo", recipe, base, start_policy.identity(start), fingerprint)
         saved[target] = target.checkpoints({**identity, "direction": direction.value})
     references = ReferenceCache.of(base, start_policy.identity(start))
-    budget = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.TOO_LONG)  # one for all adapters
+    budget = MemoryBudget(recipe.dpo.tokens_per_batch, lora_trainer.OUT_OF_MEMORY_ADVICE)  # one for all adapters
     with_logprobs: dict[str, TokenRows[TokenPair]] = {}
     model: PreTrainedModel | None = None
     published = []
@@ -304,7 +304,7 @@ def unconverged(metrics: Mapping[str, Any], beta: float) -> tuple[str, ...]:
         return (f"{DIVERGED}{' and '.join(worse)}; lower learning_rate",)
     reasons = []
     accuracy, number = held_out.get("accuracy"), count(held_out["pairs"], "pair")
-    low = margins["held-out"] / beta < LOW_MARGIN
+    low = margins["held-out"] / beta < LOW_NATS
     if accuracy is not None:
         noise = 2 * math.sqrt(0.25 / held_out["pairs"])
         measured = f"held-out accuracy {accuracy:.2f} on {number} is "

@@ -39,7 +39,7 @@ STATE_BYTES = 12  # in a checkpoint, per trained parameter: its float32 value an
 HUGE_UPDATE = 0.5  # ‖Δ‖/‖W‖ above which little of the base is left
 MEASURE_AT_MOST = 256  # held-out rows measured at the end of a run
 FEW_STEPS = 10  # optimizer steps; with fewer, an adapter learns hardly anything
-TOO_LONG = "lower max_length or lora.rank"
+OUT_OF_MEMORY_ADVICE = "lower max_length or lora.rank"
 
 
 def arguments(settings: Training, base: Base, folder: Path, label: str) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def train(
     """Train an adapter on a model, from the newest checkpoint if there is one, and save it to a folder."""
     with accepted_by_libraries():
         loss = job.loss(model, Reader.of(model))
-        budget = budget or MemoryBudget(job.settings.tokens_per_batch, TOO_LONG)
+        budget = budget or MemoryBudget(job.settings.tokens_per_batch, OUT_OF_MEMORY_ADVICE)
         steps = StepInputs(loss, job.rows, budget, checkpoints, target.note)
         settings = arguments(job.settings, job.base, folder, target.label)
         trainer = job.trainer(model, job.base, job.lora, settings, steps)

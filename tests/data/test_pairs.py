@@ -20,23 +20,23 @@ def prompts(count: int) -> list[Prompt]:
 @pytest.mark.parametrize(("count", "held_out"), [(4, 0), (5, 1), (30, 6), (100, 20), (200, 20)])
 def test_small_source_holds_out_a_fifth_of_its_prompts(count: int, held_out: int) -> None:
     some = prompts(count)
-    below = pairs.split_at(some, 0.001)
+    below = pairs.held_out_threshold(some, 0.001)
     assert sum(pairs.is_held_out(prompt, below) for prompt in some) == held_out
-    assert pairs.split_at(some * 3, 0.001) == below, "repeated prompts count once"
-    assert pairs.split_at(some[::-1], 0.001) == below
+    assert pairs.held_out_threshold(some * 3, 0.001) == below, "repeated prompts count once"
+    assert pairs.held_out_threshold(some[::-1], 0.001) == below
 
 
 def test_split_keeps_the_share_of_a_large_source() -> None:
-    assert pairs.split_at(prompts(1000), 0.05) == 0.05
-    assert pairs.split_at(prompts(60), 0.5) == 0.5
-    assert pairs.split_at(prompts(20), 0.5) == 0.5, "fewer than MIN_HELD_OUT, but more than a fifth"
-    assert pairs.split_at(prompts(60), 0.0) == 0.0
-    assert pairs.split_at(prompts(1), 0.05) == 0.05, "the only prompt is for training"
+    assert pairs.held_out_threshold(prompts(1000), 0.05) == 0.05
+    assert pairs.held_out_threshold(prompts(60), 0.5) == 0.5
+    assert pairs.held_out_threshold(prompts(20), 0.5) == 0.5, "fewer than MIN_HELD_OUT, but more than a fifth"
+    assert pairs.held_out_threshold(prompts(60), 0.0) == 0.0
+    assert pairs.held_out_threshold(prompts(1), 0.05) == 0.05, "the only prompt is for training"
 
 
 def test_split_stops_reading_a_large_source_early() -> None:
     stream = iter(prompts(10_000))
-    assert pairs.split_at(stream, 0.05) == 0.05
+    assert pairs.held_out_threshold(stream, 0.05) == 0.05
     assert len(list(stream)) > 9000
 
 

@@ -333,7 +333,7 @@ def test_resume_accepts_changes_without_effect_on_results(begun: Path) -> None:
 
 
 def test_resume_warns_of_other_library_versions(begun: Path) -> None:
-    who = unfinished_of(begun, "dpo") / "who.json"
+    who = unfinished_of(begun, "dpo") / "identity.json"
     before = json.loads(who.read_text())
     before["versions"]["trl"] = "1.15.9"
     who.write_text(json.dumps(before))

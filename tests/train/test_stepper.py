@@ -180,7 +180,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 250 * 2**20, resource.RLIM_INFINI
 made.training_step(made.model, {"rows": pairs})
 actual = gradients(made.model)
 print(len(notes), made.budget.size, float((actual - wanted).norm() / wanted.norm()))
-made.budget = MemoryBudget(2**20, lora_trainer.TOO_LONG)
+made.budget = MemoryBudget(2**20, lora_trainer.OUT_OF_MEMORY_ADVICE)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
 try:
