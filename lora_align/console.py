@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +145,7 @@ class _Lines(Progress):
         if done != self.total and now - self.printed < self.every:
             return
         self.printed = now
-        counted = f"{done}/{self.total}" if self.total else f"{done:,}"
+        counted = f"{done:,}/{self.total:,}" if self.total else f"{done:,}"
         parts = [f"{self.title}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
         if done != self.total:
             each = self.seconds_each(done)
@@ -183,7 +183,7 @@ class _Bar(Progress):
 
     def _update(self, done: int, parts: list[str]) -> None:
         """Redraw the bar with as many figures as fit on the line, in their order."""
-        counted = f"{done}/{self.total}" if self.total else f"{done:,}"
+        counted = f"{done:,}/{self.total:,}" if self.total else f"{done:,}"
         width = self.bar.console.width - self.width - self.time_left - 3
         title_width = width - len(counted)
         title = self.title if cell_width(self.title) <= title_width else f"{self.title[: max(title_width - 1, 0)]}…"
@@ -218,18 +218,65 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Format an aligned table; columns with mostly numbers are right-aligned."""
+LONG_WORD = 24  # columns; a longer word may be broken to make a table fit
+
+
+def table(columns: list[str], rows: list[list[str]], width: int = 0) -> str:
+    """Format an aligned table; columns with mostly numbers are right-aligned.
+
+    Cells are wrapped, so that the table fits into `width`, by default the terminal's. Elsewhere, no cell is wrapped.
+    """
     columns, *rows = [[inert(cell).replace("\n", "\\n") for cell in row] for row in [columns, *rows]]
     widths = [max(cell_width(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     numbers = [2 * sum(_is_number(row[i]) for row in rows) > len(rows) for i in range(len(columns))]
+    width = width or _columns(sys.stdout)
+    if width and sum(widths) + 2 * (len(widths) - 1) > width:
+        widths = _narrowed(widths, [columns, *rows], width - 2 * (len(widths) - 1))
 
-    def line(row: list[str]) -> str:
-        gaps = [" " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = zip(row, gaps, numbers, strict=True)
-        return "  ".join(gap + cell if right else cell + gap for cell, gap, right in cells).rstrip()
+    def lines(row: list[str]) -> list[str]:
+        wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
+        made = []
+        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+            gaps = [" " * (width - cell_width(part)) for part, width in zip(parts, widths, strict=True)]
+            cells = zip(parts, gaps, numbers, strict=True)
+            made.append("  ".join(gap + part if right else part + gap for part, gap, right in cells).rstrip())
+        return made
 
-    return "\n".join([line(columns), "  ".join("─" * w for w in widths), *(line(row) for row in rows)])
+    ruler = "  ".join("─" * w for w in widths)
+    return "\n".join([*lines(columns), ruler, *itertools.chain.from_iterable(map(lines, rows))])
+
+
+def _narrowed(widths: Sequence[int], rows: Sequence[Sequence[str]], space: int) -> list[int]:
+    """Narrow the widest columns until they fit into the space, or until each is as wide as its longest word."""
+    narrowed = list(widths)
+    longest = [max(cell_width(word) for row in rows for word in _words(row[i])) for i in range(len(widths))]
+    while sum(narrowed) > space:
+        wide = [i for i, width in enumerate(narrowed) if width > min(longest[i], LONG_WORD)]
+        if not wide:
+            break
+        narrowed[max(wide, key=narrowed.__getitem__)] -= 1
+    return narrowed
+
+
+def _words(cell: str) -> list[str]:
+    """Split a cell where it may be wrapped: at spaces outside brackets, so that an interval stays whole."""
+    return re.findall(r"\([^()]*\)|[^ ]+", cell) or [""]
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """Wrap a cell. A word that is too long is broken."""
+    if cell_width(cell) <= width:
+        return [cell]
+    parts = [""]
+    for word in _words(cell):
+        if parts[-1] and cell_width(parts[-1]) + 1 + cell_width(word) <= width:
+            parts[-1] += f" {word}"
+            continue
+        while cell_width(word) > width:
+            parts.append(word[:width])
+            word = word[width:]
+        parts.append(word)
+    return [part for part in parts if part]
 
 
 def _is_number(cell: str) -> bool:

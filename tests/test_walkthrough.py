@@ -332,7 +332,7 @@ def test_libraries_print_nothing_on_the_screen(cli: Cli, tmp_path: Path) -> None
             "helpful reference",
             "helpful pos  ",
             "warning: helpful pos: 1 optimizer step (16 pairs): too few to learn much",
-            "warning: runs/dpo/helpful/pos: unconverged",
+            "warning: runs/dpo/helpful/pos is unconverged",
         )
         ours += ("helpful: 16 rows to train on, 40 held out; dropped: 51 × too close, 21 × tie",)
         assert line.startswith(ours), line

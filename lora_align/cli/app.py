@@ -147,7 +147,9 @@ def main() -> None:
         _exit(f"stopped; no unfinished run was published{line and f'; to continue: {line}{launched}'}", stop.exit_code)
     except TyperException as fault:
         message = fault.format_message() if hasattr(fault, "format_message") else str(fault)
-        _exit(f"{message.rstrip('.')} (see `lora-align COMMAND --help`)", 2)
+        if message.startswith("No such command"):
+            message = message.replace("No such", "no", 1)
+        _exit(f"{message.rstrip('.')} (see `lora-align --help`, or `--help` after a command)", 2)
     except Exception as fault:  # noqa: BLE001 - unforeseen errors also print one line
         message = f"{type(fault).__name__}: {fault} (for the traceback, put --debug before the command)"
         _exit(message, RunFailedError.exit_code)

@@ -52,15 +52,20 @@ def list_recipes(given: Given) -> None:
 def init(
     given: Given,
     name: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="The built-in recipe to copy; `lora-align recipes` lists them.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="The recipe to copy: a built-in one, which `lora-align recipes` lists, or a .toml file.",
+        ),
     ],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a built-in recipe to ./lora-align.toml, to edit it.
+    """Copy a recipe to ./lora-align.toml, to edit it.
 
     Example: lora-align init qwen3-8b
     """
     path, _ = recipes.find(name)
+    recipes.load(path)  # refuses a file with faults
     if recipes.LOCAL.exists() and not force:
         raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
     recipes.LOCAL.write_bytes(path.read_bytes())

@@ -72,7 +72,7 @@ class Audit:
         if self.dropped:
             parts[-1] += f"\ndropped: {pairs.reasons(Counter(self.dropped))}"
         lengths = [[side, *(f"{length:,}" for length in quantiles)] for side, quantiles in self.tokens.items()]
-        parts.append(table(["tokens", *QUANTILES], lengths))
+        parts.append(table(["tokens before truncation", *QUANTILES], lengths))
         parts.append("\n".join(["tokens of a prompt with its longer answer:", *bars(self.histogram)]))
         lines = []
         if (wins := self.longer_wins) is not None:
@@ -199,8 +199,8 @@ def _warnings(audit: Audit, settings: Dpo) -> list[str]:
         equal = audit.equal_once_truncated
         dropped = f", {equal:,} of these dropped as equal once truncated" if equal else ""
         warnings.append(
-            f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, answers of "
-            f"{count(audit.answers_truncated, 'pair')} truncated{dropped}; raise dpo.max_length if memory allows"
+            f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, "
+            f"{count(audit.answers_truncated, 'answer')} truncated{dropped}; raise dpo.max_length if memory allows"
         )
     return warnings
 

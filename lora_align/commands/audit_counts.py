@@ -62,7 +62,9 @@ class AuditCounts:
             self.invalid += pair == sources.INVALID
             return
         self.made[ranked.held_out] += 1
-        self.usable[ranked.held_out] += self._fits(pair)
+        if not self._fits(pair):
+            return
+        self.usable[ranked.held_out] += 1
         self.prompts[ranked.held_out].add(_digest([WORD.findall(turn.content.casefold()) for turn in pair.prompt]))
         if (safe := ranked.comparison.safe) is not None:
             self.known_safety += 1
@@ -80,13 +82,15 @@ class AuditCounts:
         chat = self.base.chat
         [texts] = tokenise.truncate_texts([(pair.prompt, (pair.chosen, pair.rejected))], chat, self.max_length)
         prompt, answers = chat.answered(*texts)
-        for side, ids in zip(SIDES, (prompt, *answers), strict=True):
-            self.lengths[side].append(len(ids))
         space, (chosen, rejected) = self.max_length - len(prompt), answers
         self.prompts_too_long += space < 1
-        self.answers_truncated += 0 < space < max(map(len, answers))
+        self.answers_truncated += sum(0 < space < len(answer) for answer in answers)
         self.equal_once_truncated += space > 0 and chosen != rejected and chosen[:space] == rejected[:space]
-        return tokenise.pair(prompt, answers, self.max_length, self.dropped) is not None
+        if tokenise.pair(prompt, answers, self.max_length, self.dropped) is None:
+            return False
+        for side, ids in zip(SIDES, (prompt, *answers), strict=True):
+            self.lengths[side].append(len(ids))
+        return True
 
     def _compare(self, ranked: RankedComparison, pair: Pair) -> None:
         """Count which other preferences choose the same answer; stop comparing one that cannot rank these rows."""

@@ -94,7 +94,7 @@ class Inspection:
             parts.append(table(["directions shared by", "outputs", "inputs"], rows))
             parts.append(
                 f"interference (STI) {self.interference.raw:.3g}, by size {self.interference.by_size:.3f}"
-                "; vectors that share the initial A overlap in inputs"
+                "; inputs overlap more if vectors share the initial A"
             )
         for preference, cosines in self.agreement.items():
             parts.append(f"{preference}: cosines between its runs are {min(cosines):.3f} to {max(cosines):.3f}")

@@ -137,7 +137,7 @@ def _lines(path: Path) -> Rows:
 
 def _object(line: bytes, where: str) -> tuple[str, Row | UserError]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except (ValueError, RecursionError) as fault:
         array = "; a list of rows is a .json file" if line.lstrip()[:1] == b"[" else ""
         return where, UserError(f"{where}: {_invalid(fault)}{array}")

@@ -179,7 +179,8 @@ def location(source: Source) -> tuple[str, str, str, str]:
 
 def name(source: Source) -> str:
     """Return a source's name for messages."""
-    return f"{source.data} {source.subset}" if source.subset else source.data
+    on_hub = source.subset and not Path(source.data).suffix
+    return f"{source.data} {source.subset}" if on_hub else source.data
 
 
 def rows(source: Source) -> Rows:

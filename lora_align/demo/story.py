@@ -173,4 +173,4 @@ def _weights(first: float, second: float) -> dict[str, float]:
 
 
 def _named(weights: Mapping[str, float]) -> str:
-    return " ".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or "no weights"
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or "no weights"

@@ -16,7 +16,7 @@ SMALL = 0.1  # rows whose values are all below this get a third decimal
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of policies on the same prompts, and how often the first wins against each other one."""
+    """Figures of policies on the same prompts, and how often the first wins against each of the others."""
 
     prompts: int
     answers: int  # number of answers of each policy
@@ -40,7 +40,8 @@ class Comparison:
         for other, by_judge in self.wins.items():
             words = [self.policies[name]["words"].value for name in (first, other)]
             rows = [_row(name, [figure]) for name, figure in by_judge.items()]
-            heading = f"{first} wins against {other} ({words[0]:.0f} words against {words[1]:.0f})"
+            lengths = f"mean words: {words[0]:.0f}, {words[1]:.0f}"
+            heading = f"share of prompts on which {first} scores higher than {other} ({lengths})"
             parts.append(
                 "\n".join([heading, table(["by", "share"], rows)])
                 if rows

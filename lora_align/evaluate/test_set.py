@@ -47,9 +47,11 @@ class TestSet:
 
     @property
     def gaps(self) -> list[str]:
-        """Name what cannot be checked, because the recipe has no data for it."""
-        gaps = []
-        if SAFE not in {question.kind for question in self.questions}:
+        """A warning for each check that has no data, or too few prompts."""
+        gaps, safe = [], sum(question.kind == SAFE for question in self.questions)
+        if 0 < safe < MIN_HELD_OUT:
+            gaps.append(f"{count(safe, 'safe prompt')}: too few to measure refusals; raise eval.count")
+        if not safe:
             gaps.append("eval.prompts names no safe prompts: refusals of safe prompts are not checked")
         if not self.texts:
             gaps.append("eval.text names no ordinary text: the loss on ordinary text is not checked")
@@ -78,7 +80,8 @@ def read_test_set(recipe: Recipe, screen: Screen, preferences: Iterable[str] | N
             continue
         if 0 < len(pairs[name]) < MIN_HELD_OUT:
             screen.warn(
-                f"{name}: {count(len(pairs[name]), 'held-out pair')}: too few for an accuracy ({MIN_HELD_OUT} needed)"
+                f"{name}: {count(len(pairs[name]), 'held-out pair')}: too few for an accuracy ({MIN_HELD_OUT} "
+                "needed); raise eval.pairs or dpo.held_out"
             )
     dropped: dict[str, Counter[str]] = defaultdict(Counter)
     prompt_sources = {SAFE: ("eval.prompts", settings.prompts), RISKY: ("eval.risky", settings.risky)}

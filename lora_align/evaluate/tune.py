@@ -56,7 +56,7 @@ class Tuned:
         merge = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in self.weights.items())}"
         tables = [table(["", "weight"], weights) + "\n"]
         tables += [table(["", "accuracy"], shares) + "\n"] if shares else []
-        return "\n".join([*tables, figures, runs.command(merge, runs_dir)])
+        return "\n".join([*tables, figures, f"next: {runs.command(merge, runs_dir)}"])
 
 
 def tune_weights(

@@ -89,7 +89,7 @@ def control_curves(
         for seed in seeds if len(seeds) > 1 else ():
             plot(panel, weights, seed, PALE, width=1)
         mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
-        plot(panel, weights, mean, width=BOLD, marker="o", size=3.5, label="own score")
+        plot(panel, weights, mean, width=BOLD, marker="o", size=3.5, label="score on its own preference")
         plot(panel, weights, well_formed[name], BROKEN, width=1, dashed=True, label="share well-formed")
         panel.axvline(0, color="#dddddd", linewidth=1, zorder=0)
         panel.grid(axis="y", color="#eeeeee", linewidth=0.8)

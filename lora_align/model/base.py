@@ -231,7 +231,7 @@ def _report_hub_errors(name: str, revision: str | None, files: str) -> Iterator[
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as fault:
         raise NotFetchedError(
             f"base {name!r} is not in the cache and the hub cannot be reached; with a network, run "
-            f"`hf download {name}{files}`, or set base.model to a local folder"
+            f"`hf download {name}{files}`, or set base.model to a local folder or GGUF file"
         ) from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise NotFetchedError(f"base {name!r} could not be fetched: {first_line(fault)}") from fault

@@ -15,7 +15,7 @@ from lora_align.plan.device import Device, device_of
 from lora_align.plan.estimate import SHARE, StageEstimate, estimate_stage, shape_of, size
 from lora_align.plan.stages import stage_of
 from lora_align.plan.timing import sampling_rate, time_step
-from lora_align.recipe import Base, Preference, Recipe, Reward, Rsf, Sft, flat
+from lora_align.recipe import Base, Preference, Ratings, Recipe, Reward, Rsf, Sft, flat
 
 SHARED_TABLES = ("lora", "base")  # tables that every stage uses
 DEFAULTS = Recipe(Base(""), sft=Sft(data=""), reward=Reward(), rsf=Rsf(data="", directions={}))
@@ -44,7 +44,8 @@ class StagePlan:
         """Yield lines about the stage."""
         plan, stage = self.estimate, self.estimate.stage
         passes = f"{stage.passes} passes over " if stage.passes > 1 else ""
-        size_ = f"{count(len(plan.lengths), 'row')}, {count(plan.tokens, 'token')}"
+        each = " each" if stage.passes > 1 else ""
+        size_ = f"{count(len(plan.lengths), 'row')}, {count(plan.tokens, 'token')}{each}"
         fits = "fits" if plan.fits else "does not fit"
         yield f"{stage.name}: {fits}; {passes}{size_}: about {clock(round(plan.seconds))}"
         yield stage.assumed
@@ -172,10 +173,14 @@ def resolved(recipe: Recipe, stage: str) -> str:
     """
     values, defaults = dict(flat(recipe.as_dict())), dict(flat(asdict(DEFAULTS)))
     del values["source"]  # the recipe's name, which --set does not change
-    of_preference = dict(flat(asdict(Preference())))
+    of_preference, of_ratings = dict(flat(asdict(Preference()))), dict(flat(asdict(Ratings(""))))
     for key in values:
         if key.startswith("preferences."):
             defaults[key] = of_preference.get(key.split(".", 2)[2])
+        elif key.startswith("reward.ratings."):
+            defaults[key] = of_ratings.get(key.split(".", 3)[3])
+        elif ".lora." in key:
+            defaults[key] = defaults[f"lora.{key.rpartition('.')[2]}"]
     own = sorted(
         (key for key in values if key.split(".")[0] in (stage, *SHARED_TABLES)),
         key=lambda key: key.split(".")[0] in SHARED_TABLES,
@@ -197,4 +202,6 @@ def _shown(value: Any) -> str:
 
 
 def _unless_default(value: Any, default: Any) -> str:
-    return f"  ({_shown(default)})" if default not in (None, value, "", {}) else ""
+    if default is None:
+        return "" if value in (None, "", {}) else "  (unset)"
+    return f"  ({_shown(default)})" if default not in (value, "", {}) else ""

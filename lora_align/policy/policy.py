@@ -140,8 +140,10 @@ def select_policy(
         return one_adapter(vectors.from_folder(inside if runs.is_run(inside) else adapter.expanduser(), adapter.name))
     mixes = _mixes(runs_dir, screen)
     if not mixes:
-        command = runs.command("merge --weights …", runs_dir)
-        screen.note(f"no mix in {runs_dir}/, so this is the start policy; `{command}` makes a mix")
+        made = bool(vectors.trained(runs_dir))
+        command = runs.command("merge --weights …" if made else "dpo --pref NAME", runs_dir)
+        what = "makes a mix" if made else "trains a preference"
+        screen.note(f"no mix in {runs_dir}/, so this is the start policy; `{command}` {what}")
         return START_POLICY
     screen.note(f"mix: {mixes[-1].path}")
     return _split_mix(mixes[-1], runs_dir, screen)

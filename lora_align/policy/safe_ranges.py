@@ -25,7 +25,7 @@ class Side:
 
     def text(self, sign: int = 1) -> str:
         """Return the weight with its sign, and what breaks beyond it."""
-        return f"{sign * self.to + 0.0:g}" + (f" ({self.breaks})" if self.breaks else " (largest tested)")
+        return f"{sign * self.to + 0.0:g}" + (f" (next step: {self.breaks})" if self.breaks else " (largest tested)")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Reach:
         rows = [
             [name, of.down.text(-1), of.up.text(), f"{of.slope:.2f}", f"{of.r2:.3f}"] for name, of in self.alone.items()
         ]
-        parts = [table(["", "from", "to", "margin per weight", "R²"], rows)]
+        parts = [table(["", "lowest weight", "highest weight", "margin per weight", "R²"], rows)]
         if self.together:
             sides = [
                 [
@@ -107,7 +107,7 @@ class Reach:
                 [" and ".join(pair.names), *(f"{pair.term[name]:+.2f}" for name in pair.names)]
                 for pair in self.together
             ]
-            parts.append(table(["two equal weights", "to"], sides))
+            parts.append(table(["two equal weights", "largest"], sides))
             parts.append(table(["interaction", "in the first's margin", "in the second's"], terms))
         return "\n\n".join(parts)
 

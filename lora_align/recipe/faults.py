@@ -130,8 +130,11 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
     """Return the nearest known key of the same table as a question, or else all of its keys."""
     *table, key = map(str, location)
     known = {field.name: ".".join([*table, field.name]) for field in fields(_table(location[:-1]))}
-    if match := closest(key, list(known)):
-        return f", did you mean {known[match]!r}?"
+    known.pop("source", None)  # not set by hand
+    inside = {} if table else {of.name: f"{name}.{of.name}" for name, kind in TABLES.items() for of in fields(kind)}
+    for names in (known, inside):
+        if match := closest(key, list(names)):
+            return f", did you mean {names[match]!r}?"
     return f" (known: {', '.join(known)})"
 
 

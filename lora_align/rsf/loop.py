@@ -134,7 +134,7 @@ def summary(policies: Sequence[Run], runs_dir: Path) -> str:
         for label, of in collected.items()
     ]
     command = runs.command(f"chat --want {_example_direction(newest)}", runs_dir)
-    return "\n".join([table(columns, rows), f"{newest.path}  {command}"])
+    return "\n".join([table(columns, rows), f"{newest.path}; try: {command}"])
 
 
 def _example_direction(run: Run) -> str:

@@ -5,6 +5,7 @@ two newest checkpoints are stored.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -194,10 +195,12 @@ def base_identity(identity: Mapping[str, Any], table: Mapping[str, Any]) -> dict
 
 
 def differences(before: Any, now: Any) -> Iterator[str]:
-    """Yield `KEY was OLD, is NEW` for each difference that may change a result."""
+    """Yield `KEY was OLD, is NEW` for each difference that may change a result; `KEY changed` for a hash."""
     for key, was, is_ in _changed_keys(before, now):
         if key.rpartition(".")[2] not in MAY_DIFFER:
-            yield f"{key} was {was}, is {is_}"
+            name = key.removeprefix("recipe.")
+            hashed = all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in (was, is_))
+            yield f"{name} changed" if hashed else f"{name} was {was}, is {is_}"
 
 
 def _changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

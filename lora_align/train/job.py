@@ -14,7 +14,7 @@ from lora_align.console import Screen, library_log
 from lora_align.model.base import Base
 from lora_align.model.logprobs import Reader
 from lora_align.recipe import Lora, Training
-from lora_align.runs import DIVERGED, LOG, Manifest, Run
+from lora_align.runs import LOG, Manifest, Run
 from lora_align.train import checkpoints
 from lora_align.train.checkpoints import Checkpoints
 from lora_align.train.stepper import Loss, StepInputs, StepTrainer
@@ -71,7 +71,7 @@ class Target:
         run = run_writer.publish(staging, self.path, manifest)
         shutil.rmtree(checkpoints.checkpoint_folder(self.path), ignore_errors=True)
         for reason in manifest.unconverged:
-            self.screen.warn(f"{run.path}: {reason if reason.startswith(DIVERGED) else f'unconverged: {reason}'}")
+            self.screen.warn(run.doubt(reason))
         return run
 
     def note(self, text: str) -> None:

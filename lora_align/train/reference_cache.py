@@ -69,7 +69,7 @@ class ReferenceCache:
         # another program may write between the reads of two ranks; a row that any rank misses is computed again
         left = np.unique(np.concatenate(distributed.all_gather(unknown)))
         if len(left) < len(rows):
-            screen.note(f"{label}: cached: {len(rows) - len(left):,} of {count(len(rows), 'row')}")
+            screen.note(f"{label}: {len(rows) - len(left):,} of {count(len(rows), 'row')} cached")
         longest_first = left[np.argsort(-answers.lengths[left], kind="stable")]
         mine = longest_first[distributed.rank() :: distributed.world_size()]
         with keep_in_step(model):

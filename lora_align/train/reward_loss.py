@@ -187,16 +187,16 @@ def unconverged(report: Mapping[str, Any]) -> tuple[str, ...]:
     for name, figures in report["heads"].items():
         measured = []  # name, distance from chance, noise
         if (rated := figures["rated"]) >= MIN_HELD_OUT:
-            what = f"rank correlation {figures['spearman']:.2f} on {rated} held-out answers"
+            what = f"the rank correlation of {name} is {figures['spearman']:.2f} on {rated} held-out answers"
             measured.append((what, figures["spearman"], 2 / math.sqrt(rated)))
         if (count := figures["pairs"]) >= MIN_HELD_OUT:
-            what = f"accuracy {figures['accuracy']:.2f} on {count} held-out pairs"
+            what = f"the accuracy of {name} is {figures['accuracy']:.2f} on {count} held-out pairs"
             measured.append((what, figures["accuracy"] - 0.5, 1 / math.sqrt(count)))
         for what, distance, noise in measured:
             if math.isnan(distance):
-                reasons.append(f"{name}: {what}: the scores are constant or not finite; lower learning_rate")
+                reasons.append(f"{what}: the scores are constant or not finite; lower learning_rate")
             elif distance < -noise:
-                reasons.append(f"{name}: {what} is worse than chance; lower learning_rate, or check the data")
+                reasons.append(f"{what}, worse than chance; lower learning_rate, or check the data")
             elif distance <= noise:
-                reasons.append(f"{name}: {what} is near chance; train longer, raise learning_rate, or check the data")
+                reasons.append(f"{what}, near chance; train longer, raise learning_rate, or check the data")
     return tuple(reasons)

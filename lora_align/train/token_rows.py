@@ -112,7 +112,7 @@ def no_rows_left(source: Source, read: tuple[int, int], dropped: Counter[str], m
         )
     if held_out:
         why = ", ".join(filter(None, (f"held out: {held_out:,}", lost)))
-        return UserError(f"{name}: no rows to train on ({why}); lower held_out, or use more rows")
+        return UserError(f"{name}: no rows to train on ({why}); lower the stage's `held_out`, or use more rows")
     return UserError(f"{name}: no rows to train on ({lost or 'the source is empty'}); check the source")
 
 

@@ -44,14 +44,14 @@ def test_each_value_is_computed_once(
     references = ReferenceCache(tmp_path / "references.sqlite")
     first = logprobs(references, model, ROWS[:4])
     assert torch.allclose(first.flatten(), answer_logprobs(model, ROWS[:4], MemoryBudget(4096)), atol=1e-4)
-    assert "cached:" not in capsys.readouterr().err
+    assert "cached" not in capsys.readouterr().err
     again = logprobs(references, model, ROWS)
-    assert "cached: 4 of 6 rows" in capsys.readouterr().err
+    assert "4 of 6 rows cached" in capsys.readouterr().err
     assert torch.equal(again[:4], first)
     switched = [(prompt, answers[::-1]) for prompt, answers in ROWS]
     assert torch.equal(logprobs(references, model, switched), again.flip(1))
     notes = capsys.readouterr().err
-    assert "cached: 6 of 6 rows" in notes
+    assert "6 of 6 rows cached" in notes
     assert not re.search(r"\d/\d", notes), "nothing was left to compute"
 
 
@@ -80,7 +80,7 @@ def test_a_repeated_answer_is_stored_before_its_first_row_is_computed(
         assert table.execute("SELECT count(*), count(value) FROM logprobs").fetchall() == [(3, 3)]
     capsys.readouterr()
     assert torch.equal(logprobs(references, model, rows), first)
-    assert "cached: 2 of 2 rows" in capsys.readouterr().err
+    assert "2 of 2 rows cached" in capsys.readouterr().err
 
 
 def test_a_value_that_is_null_is_computed_again(
@@ -122,7 +122,7 @@ def test_an_interrupted_pass_resumes_bit_exactly(
             logprobs(ReferenceCache(tmp_path / "stopped.sqlite"), model, rows)
     capsys.readouterr()
     assert torch.equal(logprobs(ReferenceCache(tmp_path / "stopped.sqlite"), model, rows), whole)
-    assert "cached: 6 of 8 rows" in capsys.readouterr().err
+    assert "6 of 8 rows cached" in capsys.readouterr().err
 
 
 def test_a_changed_value_is_deleted_and_computed_again(
@@ -138,7 +138,7 @@ def test_a_changed_value_is_deleted_and_computed_again(
     with closing(sqlite3.connect(references.file)) as table:
         assert table.execute("SELECT count(*) FROM logprobs").fetchall() == [(stored,)]
     logprobs(references, model, ROWS[:3])
-    assert "cached: 3 of 3 rows" in capsys.readouterr().err
+    assert "3 of 3 rows cached" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["not a database", "overwritten pages"])
