@@ -190,4 +190,4 @@ def test_generate_and_evaluate_take_vectors_and_words(project: la.Project) -> No
     comparison = project.evaluate(policies=[helpful, "start"])
     assert list(comparison.policies) == ["helpful", "start"]
     assert comparison.policies["start"]["KL"].value == 0
-    assert "helpful wins against start" in repr(comparison)
+    assert "share of prompts on which helpful scores higher than start" in repr(comparison)

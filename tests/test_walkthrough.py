@@ -197,7 +197,7 @@ def test_truncation_reports_the_lost_energy(workspace: Path) -> None:
             ["chat", "--prompt", "hi", "--set", "base.model=nobody/nothing"],
             "not in the cache and the hub cannot be reached",
         ),
-        (["frobnicate"], "No such command"),
+        (["frobnicate"], "no command"),
         (["init", "nothing"], "no recipe 'nothing'"),
         (["recipes", "--frob"], "No such option"),
     ],

@@ -18,7 +18,7 @@ def recipe_to_train(name: str | None, overrides: Sequence[str], screen: Screen, 
     trained = [] if name or recipes.LOCAL.exists() else runs.list_runs(runs_dir)
     trained = [run for run in trained if run.manifest.stage in runs.TRAINING]
     source = str(trained[-1].manifest.recipe.get("source", "")) if trained else ""
-    if source not in ("", recipes.DEFAULT):
+    if source:
         path = trained[-1].path
         if not Path(source).is_file() and source not in recipes.builtin():
             raise UserError(

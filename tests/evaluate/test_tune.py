@@ -150,7 +150,7 @@ def test_tune_prints_a_merge_command_with_weights_within_bounds(workspace: Path,
     assert all(0.5 <= share <= 1 for share in result["preferred"].values())
     printed = cli(*words[: -1 - 2 * len(FEW)], *words[-2 * len(FEW) :])
     named = ",".join(f"{name}={weight:g}" for name, weight in result["weights"].items())
-    assert printed.out.splitlines()[-1] == f"lora-align merge --weights {named}"
+    assert printed.out.splitlines()[-1] == f"next: lora-align merge --weights {named}"
     assert cli("merge", "--weights", named).code == 0
 
 

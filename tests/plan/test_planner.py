@@ -291,7 +291,7 @@ def test_dry_run_shows_recipe_lengths_and_plan_without_training(stage: str, cli:
     done = cli(*words)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert f"{stage}.limit=40" in lines
+    assert f"{stage}.limit=40  (unset)" in lines
     own = lines[1 : lines.index("")]
     assert {line.split(".")[0] for line in own} == {stage, "lora", "base"}
     assert own[0].startswith(f"{stage}.")

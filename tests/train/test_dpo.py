@@ -246,7 +246,7 @@ def test_low_margin_is_reported_for_few_pairs_and_at_a_good_accuracy() -> None:
 def test_a_diverged_run_is_reported_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wild = demo("dpo.learning_rate=1e3", "dpo.max_grad_norm=1e6", "dpo.limit=128", "lora.alpha=64")
     (run,) = dpo.train_dpo(wild, ["helpful"], [Direction.pos], tmp_path, QUIET)
-    assert "pos: diverged: " in capsys.readouterr().err
+    assert "pos diverged: " in capsys.readouterr().err
     assert headline_figure(run) == "diverged"
 
 

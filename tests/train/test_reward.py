@@ -192,6 +192,6 @@ def test_heads_worse_than_chance_are_reported_from_20_examples_on() -> None:
     [reason] = reward_loss.unconverged({"heads": constant})
     assert reason.endswith("the scores are constant or not finite; lower learning_rate")
     worse, chance = reward_loss.unconverged({"heads": heads})
-    assert worse.startswith("turned: rank correlation -0.60 on 100 held-out answers is worse than chance; lower")
-    assert chance.startswith("by chance: accuracy 0.52 on 100 held-out pairs is near chance")
+    assert worse.startswith("the rank correlation of turned is -0.60 on 100 held-out answers, worse than chance; lower")
+    assert chance.startswith("the accuracy of by chance is 0.52 on 100 held-out pairs, near chance")
     assert reward._quality(heads["few"]) == "2 ratings: too few to judge, 1 pair: too few to judge"
