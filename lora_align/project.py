@@ -119,12 +119,12 @@ class Chat:
 
     @property
     def weights(self) -> MutableMapping[str, float]:
-        """The current weights. Assign one to change it for the next answers."""
+        """Return the current weights. Assign one to change it for the next answers."""
         return _Weights(self.session)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation so far."""
+        """Return the conversation so far."""
         return [{"role": turn.role, "content": turn.content} for turn in self.session.turns]
 
     def __call__(self, text: str, show: Callable[[str], None] | None = None) -> str:

@@ -66,7 +66,7 @@ class Run:
 
     @property
     def judged(self) -> bool:
-        """Whether enough rows were held out to judge this run, or each run of this mix."""
+        """Return whether enough rows were held out to judge this run, or each run of this mix."""
         return bool(self.manifest.metrics.get("enough_held_out", True))
 
     def doubt(self, reason: str) -> str:

@@ -36,14 +36,14 @@ class Vector:
 
     @property
     def name(self) -> str:
-        """The terms of the sum, such as `helpful` or `helpful=1,harmless=-0.5`."""
+        """Return the terms of the sum, such as `helpful` or `helpful=1,harmless=-0.5`."""
         if list(self.weights.values()) == [1.0]:
             return next(iter(self.weights))
         return ",".join(f"{name}={weight:g}" for name, weight in self.weights.items()) or "0"
 
     @property
     def policy(self) -> Policy:
-        """The start policy with this vector added."""
+        """Return the start policy with this vector added."""
         if list(self.weights.values()) == [1.0]:
             return one_adapter(self._vectors[self.name])
         vectors.refuse_start_inside(self._vectors.values())
@@ -51,7 +51,7 @@ class Vector:
 
     @cached_property
     def delta(self) -> LoraDelta:
-        """The factors B and A of every module, loaded on first use."""
+        """Return the factors B and A of every module, loaded on first use."""
         from lora_align.adapters.delta import LoraDelta, total
 
         loaded, _ = vectors.load_updates(self.policy.vectors)
@@ -59,17 +59,17 @@ class Vector:
 
     @property
     def rank(self) -> int:
-        """The largest rank of a module."""
+        """Return the largest rank of a module."""
         return self.delta.rank
 
     @property
     def norm(self) -> float:
-        """The Frobenius norm over all modules."""
+        """Return the Frobenius norm over all modules."""
         return self.delta.norm()
 
     @property
     def unconverged(self) -> list[str]:
-        """The reasons why runs of this vector are unconverged; empty if none is known."""
+        """Return the reasons why runs of this vector are unconverged; empty if none is known."""
         return [reason for vector in self._vectors.values() for reason in vector.unconverged()]
 
     def inner(self, other: Vector) -> float:

@@ -76,12 +76,12 @@ class Evaluator:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The loaded base."""
+        """Return the loaded base."""
         return self.policies.model
 
     @cached_property
     def start_log_ratios(self) -> Mapping[str, Tensor]:
-        """The log-ratios of all pairs under the start policy."""
+        """Return the log-ratios of all pairs under the start policy."""
         return self.pair_log_ratios(START_POLICY)
 
     def measure(self, policy: Policy, report: Callable[[int], None] = lambda sampled: None) -> Measurement:

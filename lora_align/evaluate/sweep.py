@@ -40,7 +40,7 @@ class SweepPlan:
 
     @property
     def policies(self) -> list[str]:
-        """The words of all policies; the start policy is first."""
+        """Return the words of all policies; the start policy is first."""
         return list(dict.fromkeys([START, *self.weights, *self.wants, *self.others]))
 
 

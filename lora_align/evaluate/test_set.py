@@ -42,12 +42,12 @@ class TestSet:
 
     @property
     def answers(self) -> int:
-        """The number of answers of each policy."""
+        """Return the number of answers of each policy."""
         return len(self.questions) * self.samples
 
     @property
     def gaps(self) -> list[str]:
-        """A warning for each check that has no data, or too few prompts."""
+        """Return a warning for each check that has no data, or too few prompts."""
         gaps, safe = [], sum(question.kind == SAFE for question in self.questions)
         if 0 < safe < MIN_HELD_OUT:
             gaps.append(f"{count(safe, 'safe prompt')}: too few to measure refusals; raise eval.count")
@@ -59,7 +59,7 @@ class TestSet:
 
     @property
     def key(self) -> str:
-        """The sha256 of the whole test set."""
+        """Return the sha256 of the whole test set."""
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -45,7 +45,7 @@ class Bounds:
 
     @property
     def without_sampling(self) -> Mapping[str, float]:
-        """The bounds that need no sampled answers of the mix."""
+        """Return the bounds that need no sampled answers of the mix."""
         return {KL: self.kl, LOSS: self.loss}
 
 

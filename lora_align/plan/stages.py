@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def table(self) -> str:
-        """The recipe's table that holds the settings."""
+        """Return the recipe's table that holds the settings."""
         return self.name if self.trains else "dpo"
 
 
