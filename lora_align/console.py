@@ -234,10 +234,10 @@ def table(columns: list[str], rows: list[list[str]], width: int = 0) -> str:
         widths = _narrowed(widths, [columns, *rows], width - 2 * (len(widths) - 1))
 
     def lines(row: list[str]) -> list[str]:
-        wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
+        wrapped = [_wrapped(cell, space) for cell, space in zip(row, widths, strict=True)]
         made = []
         for parts in itertools.zip_longest(*wrapped, fillvalue=""):
-            gaps = [" " * (width - cell_width(part)) for part, width in zip(parts, widths, strict=True)]
+            gaps = [" " * (space - cell_width(part)) for part, space in zip(parts, widths, strict=True)]
             cells = zip(parts, gaps, numbers, strict=True)
             made.append("  ".join(gap + part if right else part + gap for part, gap, right in cells).rstrip())
         return made
@@ -267,16 +267,15 @@ def _wrapped(cell: str, width: int) -> list[str]:
     """Wrap a cell. A word that is too long is broken."""
     if cell_width(cell) <= width:
         return [cell]
+    from rich.cells import chop_cells
+
     parts = [""]
     for word in _words(cell):
         if parts[-1] and cell_width(parts[-1]) + 1 + cell_width(word) <= width:
             parts[-1] += f" {word}"
             continue
-        while cell_width(word) > width:
-            parts.append(word[:width])
-            word = word[width:]
-        parts.append(word)
-    return [part for part in parts if part]
+        parts += chop_cells(word, width)
+    return parts[1:]
 
 
 def _is_number(cell: str) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora_align.console import Screen, clock, count, library_log, rate, table
 from lora_align.errors import inert
-from lora_align.line_wrapping import Wrapper
+from lora_align.line_wrapping import Wrapper, cell_width
 from support import Terminal
 
 
@@ -178,3 +178,14 @@ def test_tabs_count_as_several_columns() -> None:
     lines = Wrapper(20)
     shown = lines.feed("\tif x:\n\t\treturn alpha beta gamma\n") + lines.flush()
     assert max(len(line.expandtabs(8)) for line in shown.splitlines()) <= 20
+
+
+def test_table_wraps_cells_to_the_width_and_keeps_intervals_whole() -> None:
+    cells = ["0.88 (0.62 to 1.00)", "0.61 (0.35 to 0.85)", "demo:conversations?rows=3000&risky=0.25", "你好" * 15]
+    columns, rows = ["", "a", "b", "c", "d"], [["oracle: harmless", *cells]]
+    assert len(table(columns, rows).splitlines()) == 3, "a pipe has no width"
+    lines = table(columns, rows, 110).splitlines()
+    assert max(map(cell_width, lines)) <= 110
+    assert all(interval in "\n".join(lines) for interval in ("(0.62 to 1.00)", "(0.35 to 0.85)"))
+    assert "".join("".join(lines).split()).count("你") == 15
+    assert table(columns, rows, 200) == table(columns, rows)

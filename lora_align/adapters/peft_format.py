@@ -27,7 +27,7 @@ class Adapter(Mapping[str, Factors]):
     """
 
     def __init__(self, folder: Path, whole: bool = False) -> None:
-        """With `whole`, a manifest has verified the files, so missing tensors are not searched for."""
+        """Open an adapter. With `whole`, a manifest has verified the files, so missing tensors are not searched for."""
         self.folder, self.config = folder, peft_config.read(folder)
         self._is_target = peft_config.target_matcher(self.config)
         self._file = _weights(folder)

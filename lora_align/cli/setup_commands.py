@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -37,15 +36,9 @@ def list_recipes(given: Given) -> None:
     """
     loaded = {name: recipes.load(path) for name, path in recipes.builtin().items()}
     builtin = dict(sorted(loaded.items(), key=lambda named: [int(gb) for gb in GIGABYTES.findall(named[1].about)]))
-    width = max(32, shutil.get_terminal_size().columns - max(map(len, builtin)) - 2)
-    rows = []
-    for name, recipe in builtin.items():
-        first, *more = textwrap.wrap(
-            f"{recipe.about} ({recipe.base.model})", width, break_long_words=False, break_on_hyphens=False
-        )
-        rows += [[name, first], *(["", line] for line in more)]
+    rows = [[name, f"{recipe.about} ({recipe.base.model})"] for name, recipe in builtin.items()]
     data = {name: {"base": recipe.base.model, "about": recipe.about} for name, recipe in builtin.items()}
-    given.screen.result(table(["recipe", "about"], rows), data)
+    given.screen.result(table(["recipe", "about"], rows, shutil.get_terminal_size().columns), data)
 
 
 @takes()
