@@ -148,6 +148,7 @@ def test_chat_template_override_is_relative_to_the_working_directory(
         ("reward.ratings.demo.lo=0", "'reward.ratings.demo.lo', did you mean 'reward.ratings.demo.low'"),
         ("dpo.betta=1", "'dpo.betta', did you mean 'dpo.beta'"),
         ("evall.count=3", "'evall', did you mean 'eval'"),
+        ("max_lengths=3", "'max_lengths', did you mean '\\w+.max_length'"),
     ],
 )
 def test_unknown_key_gets_a_suggestion_from_its_own_table(override: str, message: str) -> None:

@@ -312,6 +312,14 @@ def test_a_folder_of_another_base_is_refused(cli: Cli, workspace: Path, llama: P
     assert "--runs DIR" in done.err
 
 
+def test_init_refuses_a_recipe_with_faults(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[base]\nmodle = "demo"\n')
+    done = cli("init", "mine.toml")
+    assert done.code == 2
+    assert "unknown key 'base.modle', did you mean 'base.model'?" in done.err
+    assert not (tmp_path / "lora-align.toml").exists()
+
+
 def test_init_copies_a_recipe(cli: Cli, tmp_path: Path) -> None:
     assert cli("init", "qwen3-8b").code == 0
     assert (tmp_path / "lora-align.toml").is_file()

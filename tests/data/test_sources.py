@@ -20,7 +20,7 @@ from lora_align.data.ratings import read_ratings
 from lora_align.data.rows import Comparison, Message, Rated
 from lora_align.errors import UserError
 from lora_align.rankers import Ranker
-from lora_align.recipe import Preference, Ratings, Sft
+from lora_align.recipe import Preference, Ratings, Sft, Source
 from support import material_of, pairs_of
 
 ASK = [{"role": "user", "content": "Hi?"}]
@@ -687,3 +687,12 @@ def test_many_rows_are_read_in_bounded_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert count == 80_001
     assert peak < 60e6
+
+
+def test_column_of_a_json_fault_and_name_of_a_file_are_right(tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b"\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: not valid JSON: .* at column 30"):
+        list(sources.rows_or_raise(str(file)))
+    assert sources.name(Source(str(file), subset="harmless-base")) == str(file)
+    assert sources.name(Source("Anthropic/hh-rlhf", subset="harmless-base")) == "Anthropic/hh-rlhf harmless-base"
