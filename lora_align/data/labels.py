@@ -49,7 +49,8 @@ class Labels:
 def labels_of(preference: Preference) -> Labels | None:
     """Read every label of a preference's data and return their meaning; None if the rows have no label column."""
     ranker = preference.ranker
-    if ranker.kind not in ("label", "rating"):
+    by_strength = ranker.kind == "rating" and ranker.column in row_reader.strength_columns()
+    if ranker.kind != "label" and not by_strength:
         return None
     columns: dict[str, Column] = {}
     strength, names = "", forms.ANSWER_COLUMNS[0]
@@ -66,8 +67,8 @@ def labels_of(preference: Preference) -> Labels | None:
                 key = cells.label_text(row[name])
                 column.values[key] += 1
                 column.places.setdefault(key, where)
-    if ranker.kind == "rating":  # a strength is a rating, too
-        if strength and ranker.column == strength:
+    if by_strength:
+        if ranker.column == strength:
             _check_strengths(columns[strength], strength)
         return None
     ranks = ranker.column or ("label" if "label" in preference.columns else "")

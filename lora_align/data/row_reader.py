@@ -66,6 +66,12 @@ def strength_column(row: Row) -> str:
 
 
 @cache
+def strength_columns() -> frozenset[str]:
+    """Return the columns with a strength of all forms."""
+    return frozenset(form.strength for form in _all_forms() if form.strength)
+
+
+@cache
 def text_columns() -> tuple[str, ...]:
     """Return the columns with text or turns of all forms except forms of facts."""
     columns = (column for form in _all_forms() if form.shape is not Fact for column in form.columns)
