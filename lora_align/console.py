@@ -247,7 +247,7 @@ def table(columns: list[str], rows: list[list[str]], width: int = 0) -> str:
 
 
 def _narrowed(widths: Sequence[int], rows: Sequence[Sequence[str]], space: int) -> list[int]:
-    """Narrow the widest columns until they fit into the space, or until each is as wide as its longest word."""
+    """Narrow the widest columns until all fit into the space, but none below its longest word or LONG_WORD."""
     narrowed = list(widths)
     longest = [max(cell_width(word) for row in rows for word in _words(row[i])) for i in range(len(widths))]
     while sum(narrowed) > space:
@@ -290,7 +290,7 @@ class _LogFile(logging.FileHandler):
             Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
             super().emit(record)
         except OSError as fault:
-            write(f"cannot write {self.baseFilename}: {fault.strerror}", sys.stderr)
+            write(f"cannot write the log {self.baseFilename}: {fault.strerror}; the command continues", sys.stderr)
 
 
 @contextmanager

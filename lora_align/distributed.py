@@ -33,7 +33,7 @@ def local_world_size() -> int:
 
 
 def check(command: str, *, trains: bool) -> None:
-    """Refuse to run a command that does not train in several processes. Refuse accelerate's own FSDP and DeepSpeed.
+    """Refuse several processes for a command that does not train. Refuse accelerate's own FSDP and DeepSpeed.
 
     These would also shard adapters, optimizer and checkpoints. The recipe sets the precision, not accelerate.
     """

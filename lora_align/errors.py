@@ -4,7 +4,7 @@ A message says in one line for each fault what happened, where, and what to do. 
 people, so control characters in them are escaped.
 """
 
-# C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline stay visible.
+# C0 and C1 controls, DEL, marks that reorder or hide text, and unpaired surrogates. Tab and newline are not escaped.
 CONTROLS = {*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 CONTROLS = (CONTROLS | {*range(0xD800, 0xE000)}) - {0x09, 0x0A}
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in CONTROLS}

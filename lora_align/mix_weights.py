@@ -28,10 +28,10 @@ def parse_weights(text: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not equals or not name.strip() or not math.isfinite(weight):
-            raise UserError(f"weights: {part!r}: expected NAME=NUMBER, as in helpful=1,harmless=0.5")
+            raise UserError(f"{part!r}: expected NAME=NUMBER, as in helpful=1,harmless=0.5")
         if name.strip() in weights:
-            raise UserError(f"weights: {name.strip()!r} is given twice")
+            raise UserError(f"{name.strip()!r} is given twice; give it once")
         weights[name.strip()] = weight
     if not weights:
-        raise UserError("weights: none given; expected NAME=NUMBER, as in helpful=1,harmless=0.5")
+        raise UserError("the list is empty; expected NAME=NUMBER, as in helpful=1,harmless=0.5")
     return weights

@@ -51,7 +51,7 @@ def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
 
 
 def fill_once(folder: Path, what: str, fill: Callable[[Path], None]) -> None:
-    """Make a cache folder with `fill`, which gets the staging folder, unless the folder exists.
+    """Make a cache folder with `fill`, unless the folder exists. `fill` gets the staging folder.
 
     One process makes it, the others wait. `what` names its contents in the error for a full disk.
     """

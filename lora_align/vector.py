@@ -43,7 +43,7 @@ class Vector:
 
     @property
     def policy(self) -> Policy:
-        """Return the start policy with this vector added."""
+        """Return the start policy plus this vector, or the base plus a vector that contains the start adapter."""
         if list(self.weights.values()) == [1.0]:
             return one_adapter(self._vectors[self.name])
         vectors.refuse_start_inside(self._vectors.values())

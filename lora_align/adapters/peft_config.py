@@ -70,7 +70,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as fault:
-        raise UserError(f"{path}: not valid JSON: {fault}") from fault
+        raise UserError(f"{path}: not valid JSON: {fault}; save or download the adapter again") from fault
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: not a LoRA adapter; expected peft_type LORA")
     for key, value in config.items():
@@ -84,7 +84,7 @@ def read(folder: Path) -> dict[str, Any]:
             )
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing")
+        raise UserError(f"{path}: {missing[0]} is missing; save or download the adapter again")
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise UserError(

@@ -148,7 +148,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
         raise UserError("/compare takes two or more sets of weights: /compare helpful=1 | harmless=1")
     question = _last_question(session)
     if question is None:
-        raise UserError("/compare: no question was asked yet; type one first")
+        raise UserError("/compare: there is no question; type one first")
     weights_before, turns = session.weights, session.turns
     table = Table(expand=True)
     answers = []
@@ -171,7 +171,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
 def _retry(session: Session, screen: Screen) -> None:
     question = _last_question(session)
     if question is None:
-        raise UserError("/retry: no question was asked yet; type one first")
+        raise UserError("/retry: there is no question; type one first")
     session.retries += 1
     _stream_answer(session, session.turns[: question + 1], screen)
 
@@ -183,7 +183,7 @@ def _last_question(session: Session) -> int | None:
 
 def _undo(session: Session, screen: Screen) -> None:
     if not session.turns:
-        raise UserError("/undo: no question was asked yet")
+        raise UserError("/undo: there is no question to remove")
     while session.turns and session.turns.pop().role != "user":
         pass
     screen.say(f"removed the last question; {count(len(session.turns), 'message')} remain")

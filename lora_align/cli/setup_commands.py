@@ -13,7 +13,7 @@ from lora_align.console import table
 from lora_align.errors import RunFailedError, UserError
 from lora_align.plan.cards import card_name
 
-GIGABYTES = re.compile(r"(\d+) GB")  # GPU memory in what a recipe says about itself
+GIGABYTES = re.compile(r"(\d+) GB")  # GPU memory in a recipe's `about`
 
 
 @takes("runs_dir", runs_dir=Path("lora-align-demo"))
@@ -140,7 +140,7 @@ def data(
         typer.Option("--picture", metavar="FILE", help="Plot the lengths to this .png, .pdf or .svg file."),
     ] = None,
 ) -> None:
-    """Audit a preference's pairs before training. Print examples as the model sees them, lengths and warnings.
+    """Audit a preference's pairs before training. Print lengths, warnings, and examples as the model sees them.
 
     Example: lora-align data --pref helpful --show 3
     """

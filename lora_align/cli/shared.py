@@ -56,7 +56,7 @@ OPTIONS = {  # parameter name → annotation and default, in the order of --help
         "--limit",
         metavar="N",
         min=1,
-        help="Train on at most N rows of each source (pairs in dpo, prompts in rsf).",
+        help="Use at most N training rows of each source (pairs in data and dpo, prompts in rsf).",
     ),
     "dry_run": _option(
         bool, False, "--dry-run", help="Print the recipe, the lengths of rows and the plan; train nothing."

@@ -45,7 +45,7 @@ class Audit:
     histogram: Sequence[tuple[int, int, int]]  # lengths of a prompt with its longer answer
     max_length: int
     prompts_too_long: int
-    answers_truncated: int  # pairs with a truncated answer
+    answers_truncated: int  # answers that exceed the space after their prompt
     equal_once_truncated: int  # pairs whose answers are equal once truncated
     longer_wins: float | None  # share of the pairs whose answers differ in length
     repeated: int
@@ -199,7 +199,7 @@ def _warnings(audit: Audit, settings: Dpo) -> list[str]:
         equal = audit.equal_once_truncated
         dropped = f", {equal:,} of these dropped as equal once truncated" if equal else ""
         warnings.append(
-            f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'prompt')} dropped, "
+            f"at max_length {audit.max_length:,}: {count(audit.prompts_too_long, 'pair')} dropped (prompt too long), "
             f"{count(audit.answers_truncated, 'answer')} truncated{dropped}; raise dpo.max_length if memory allows"
         )
     return warnings

@@ -64,7 +64,7 @@ def generate_file(
 ) -> GeneratedFile:
     """Sample n answers to every prompt.
 
-    `who` is the identity of the model. Answers that another model or other settings began are refused. `share` (2, 4)
+    `who` is the identity of the model. An unfinished file of another model or other settings is refused. `share` (2, 4)
     selects the second of four parts of the prompts, by their hash.
     """
     shards.check_out_file(out)
@@ -82,7 +82,11 @@ def generate_file(
         screen.warn(f"{data}: {warning}")
     fitting = [item for item in work if sampler.fits(item.prompt)]
     if not work:
-        raise UserError(f"{data}: no prompts" + (f" in share {share[0]}/{share[1]}" if share[1] > 1 else ""))
+        raise UserError(
+            f"{data}: no prompts in share {share[0]}/{share[1]}; leave this share out"
+            if share[1] > 1
+            else f"{data}: no prompts; check the file"
+        )
     if not fitting:
         raise UserError(f"{data}: every prompt fills the context; shorten the prompts")
 
@@ -97,7 +101,7 @@ def generate_file(
             answers.setdefault(row.pop(KEY), []).append(row)
         fitting = [item for item in fitting if item.key in answers]  # only the server knows its context
         if not fitting:
-            raise RunFailedError(f"{data}: every prompt fills the server's context")
+            raise RunFailedError(f"{data}: every prompt fills the server's context; shorten the prompts")
         rows = [{**_without_answer(item), **row} for item in fitting for row in sorted(answers[item.key], key=_number)]
         shards.finish(rows, out)
     if n > 1 and sampling.temperature and all(len({row["response"] for row in of}) == 1 for of in answers.values()):

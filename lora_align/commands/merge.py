@@ -71,8 +71,9 @@ def merge_adapters(
     force: bool = False,
     by_name: Mapping[str, Vector] | None = None,
 ) -> Mix:
-    """Merge the start adapter and the weighted vectors, truncate the result if `how` sets a rank, and publish it.
+    """Merge the start adapter and the weighted vectors, and publish the result.
 
+    It is truncated if `how` or the method sets a rank.
     `by_name` has the vectors; by default they are found by their names in `weights`.
     """
     if out:
@@ -176,7 +177,7 @@ def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:
 
 
 def _bytes(adapters: Sequence[Adapter], rank: int | None, padded: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes of the mix. Its rank is the sum of its parents' ranks, from `padded` to `rank`."""
+    """Estimate the bytes of the mix. Its rank is the sum of its parents' ranks, at least `padded`, at most `rank`."""
     ranks_: Counter[str] = Counter()
     for adapter in adapters:
         ranks_.update({name: peft_config.rank(adapter.config, name) for name in adapter.shapes})

@@ -19,7 +19,7 @@ from lora_align.runs import Run
 CARD = "README.md"
 DPO = "dpo"
 ABOUT = {  # stage → first words of its card; DPO has its own
-    "mix": "A weighted sum of preference vectors",
+    "mix": "A merge of preference vectors",
     "sft": "A start policy, trained by SFT",
     "reward": "A reward model, with its heads in `heads.safetensors`",
     "rsf": "A policy that takes a direction in its system message",
@@ -50,7 +50,7 @@ Trained on:
 {% for line in data %}
 - {{ line }}
 {% endfor %}{% endif %}{% if parents %}
-Sum of:
+Merged by {{ method }} from:
 {% for line in parents %}
 - {{ line }}
 {% endfor %}{% endif %}{% if unconverged %}
@@ -134,6 +134,7 @@ def model_card(run: Run, repository: str) -> str:
         quantization=QUANTIZED.get(manifest.base.get("quantization", ""), "in an unknown precision"),
         fingerprint=_literal(manifest.base["fingerprint"]) or "an unknown value",
         data=list(_sources(manifest.data)),
+        method=_literal(manifest.method.get("name", "")),
         parents=[f"{_literal(of['name'])}: weight {of['weight']:g}" for of in manifest.parents],
         unconverged=_literal("; ".join(manifest.unconverged)),
         versions=_literal(", ".join(f"{name} {number}" for name, number in manifest.versions.items())),

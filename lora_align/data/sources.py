@@ -250,7 +250,9 @@ def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
         holder = row if theirs in row else row.get(column)
         name = theirs if theirs in row else key
         if not isinstance(holder, Mapping) or name not in holder:
-            raise UserError(f"{where}: no column {theirs!r} (the row has: {', '.join(map(str, row))})")
+            raise UserError(
+                f"{where}: no column {theirs!r} (the row has: {', '.join(map(str, row))}); correct `columns`"
+            )
         renamed[ours] = holder[name]
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return others | renamed

@@ -24,7 +24,7 @@ AXES = {
     "formal": "formality",
     "concrete": "concreteness",
 }
-FULL_LENGTH = 44  # words from which an answer is as verbose as can be
+FULL_LENGTH = 44  # number of words from which the verbosity is 1
 EXAMPLE = re.compile(
     "For example, (?:{}) saw this( (?:{}))?( (?:{}))?( (?:{}))?\\.".format(
         *map("|".join, (lexicon.WITNESSES, lexicon.PLACES, lexicon.DAYS, lexicon.TIMES))
@@ -46,7 +46,7 @@ FRAME = {
 }
 
 
-# every fact that can be said of one, and of many, whether it is true of them or not
+# plural? → the facts of such subjects; each is true of its own subject, and may be false of another
 FACTS = {
     plural: {
         fact for subject, facts in lexicon.SUBJECTS.items() if lexicon.is_plural(subject) == plural for fact in facts
@@ -71,7 +71,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Score:
-    """The oracle's verdict on an answer. `grades` has the name of each rating."""
+    """The oracle's verdict on an answer. `grades` maps each axis to its grade."""
 
     well_formed: bool
     refused: bool
@@ -89,7 +89,7 @@ class Score:
 def score(prompt: Prompt, text: str) -> Score:
     """Parse and grade an answer. A sentence that is unknown or out of place makes it ill-formed.
 
-    The grades of an ill-formed answer are those of what could be read in it.
+    In an ill-formed answer, sentences that cannot be parsed count for verbosity and certainty only.
     """
     sentences = [part.strip() for part in re.findall(r"[^.]*\.|[^.]+$", text) if part.strip()]
     sums = {"formality": 0, "politeness": 0, "warmth": 0}

@@ -18,7 +18,7 @@ from lora_align.demo.oracle import AXES, Prompt, Score, score
 
 Part = Literal["train", "dev", "test"]
 Topics = Literal["seen", "held out", "all"]
-# how often the undecided answer has each grade, from 0 to 4
+# relative frequency of each grade, from 0 to 4, in a random answer
 PLANNED: Mapping[str, tuple[int, int, int, int, int]] = {
     "helpfulness": (1, 1, 1, 1, 1),
     "harmlessness": (1, 1, 1, 1, 1),

@@ -41,7 +41,7 @@ class Comparison:
             words = [self.policies[name]["words"].value for name in (first, other)]
             rows = [_row(name, [figure]) for name, figure in by_judge.items()]
             lengths = f"mean words: {words[0]:.0f}, {words[1]:.0f}"
-            heading = f"share of prompts on which {first} scores higher than {other} ({lengths})"
+            heading = f"{first} against {other}: share of answers won, a tie counts half ({lengths})"
             parts.append(
                 "\n".join([heading, table(["by", "share"], rows)])
                 if rows

@@ -25,8 +25,8 @@ class GoalScore:
 def score_of(goal: str, names: Sequence[str], ranker: Ranker | None = None, *, lower: bool = False) -> GoalScore | None:
     """Return the score of a preference or objective, chosen among the names of figures; None if none fits.
 
-    The first that exists is chosen: a judge's score of that name, `pair:NAME`, the head or length by which its pairs
-    are ranked, the margin. `helpful@0-10` has the score of `helpful`. `lower` is True for an
+    The first that exists is chosen: a judge's score of that name, `pair:NAME`, the head, length or refusals by which
+    its pairs are ranked, the margin. `helpful@0-10` has the score of `helpful`. `lower` is True for an
     objective whose weights are at most 0 in all directions.
     """
     preference = goal.partition("@")[0]

@@ -84,7 +84,7 @@ def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, scree
             unfinished.write_text(json.dumps({"task": name, "policy": policy.name, "values": values}))
     values = json.loads(cached.read_text())["values"]
     if not values:
-        screen.warn(f"{name}: left out: no metric of this task has a number for every question")
+        screen.warn(f"{name}: left out: no metric of this task is a number")
     return values  # type: ignore[no-any-return]
 
 

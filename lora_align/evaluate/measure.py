@@ -67,7 +67,7 @@ class Evaluator:
     ) -> "Evaluator":
         """Check the policies, and read the test set with held-out pairs of `preferences`, or of all.
 
-        The judges named in `by`, or else the default reward model, and those registered for the base score answers.
+        The judges are the base's own and those named in `by`. An empty `by` means the default reward model.
         """
         base = bases.find(recipe.base)
         judges_ = judges.find_all(by, base, recipe, runs_dir)

@@ -77,9 +77,10 @@ def curves(
 
 
 def front(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
-    """Return every point by the first two scores; better is up and to the right.
+    """Plot every point by the first two scores; better is up and to the right.
 
-    A line joins the points that no other point beats. Points outside the grid have their names beside them.
+    A line joins the points that no other point beats. Their weights, and the names of points outside the grid, are
+    beside them.
     """
     if len(scores) < 2:
         return None
@@ -124,7 +125,7 @@ def _without_overlap(names: Sequence[Annotation]) -> None:
 
 
 def lengths(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
-    """Return how often each point beats the start policy, over how much longer its answers are."""
+    """Plot each point: the share of wins against the start policy over the relative length of its answers."""
     judged = [score for score in scores.values() if any(score.name in policy.wins for policy in policies)]
     if not judged:
         return None
@@ -159,7 +160,7 @@ def direction_curves(scores: Mapping[str, GoalScore], policies: Sequence[SweepPo
 
 
 def costs(scores: Mapping[str, GoalScore], policies: Sequence[SweepPolicy]) -> Figure | None:
-    """Return the scores over their costs: text loss, facts known, and KL from the start policy (a star)."""
+    """Plot the scores against their costs: text loss, facts known, and KL from the start policy (a star)."""
     shown = [name for name in COSTS if any(name in policy.figures for policy in policies)]
     if not shown or not scores:
         return None

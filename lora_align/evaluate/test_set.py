@@ -153,7 +153,7 @@ def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str]
             raise UserError(f"{message}; no prompts are left; name other prompts in `{key}`, or raise held_out")
         screen.warn(message)
     if not prompts:
-        raise UserError(f"{key}: no prompts in {sources.name(source)}")
+        raise UserError(f"{key}: no prompts in {sources.name(source)}; check the data, or correct `where`")
     return list(prompts.values())
 
 

@@ -256,7 +256,9 @@ def _get(url: str, seconds: float) -> Response:
     try:
         return asyncio.run(get())
     except TimeoutError:
-        raise UserError(f"{url}: no complete response within {seconds:g} s") from None
+        raise UserError(
+            f"{url}: no complete response within {seconds:g} s; try again when the server has loaded its model"
+        ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as fault:
         raise UserError(f"no server at {url} ({first_line(fault)}); start it, or correct the address") from fault
 

@@ -25,7 +25,7 @@ class MemoryBudget:
     """The number of rows, or tokens, to compute at once. A halved budget stays halved for later batches."""
 
     size: int
-    advice: str = ""  # remedy in the error when even the smallest size does not fit
+    advice: str = "use shorter prompts and answers, a smaller base, or a device with more memory"
     whole: int = field(init=False)  # the size before any halving
 
     def __post_init__(self) -> None:
@@ -47,8 +47,7 @@ class MemoryBudget:
                     "halved: lower tokens_per_batch or max_length"
                 ) from fault
             if self.size <= smallest:
-                remedy = f"; {self.advice}" if self.advice else ""
-                raise RunFailedError(f"out of memory with the smallest part of a step{remedy}") from fault
+                raise RunFailedError(f"out of memory even with the smallest batch; {self.advice}") from fault
             self.size //= 2
         gc.collect()  # outside the handler, because there the exception still references the failed frames
         if torch.accelerator.is_available():

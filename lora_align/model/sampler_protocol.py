@@ -1,6 +1,6 @@
 """The settings of sampling, sampled answers, and the `Sampler` protocol.
 
-`sampling` has the sampler that uses a local model, `endpoint` the one that uses a server.
+`batch_sampling` has the sampler that uses a local model, `endpoint` the one that uses a server.
 """
 
 from collections.abc import Iterator, Sequence

@@ -84,9 +84,10 @@ def what_fits(recipe: Recipe, base: Base, plan: StageEstimate) -> str:
         for count, (options, estimate) in itertools.product(CARDS, tried):
             if replace(estimate, device=replace(plan.device, count=count), sharded=True).fits:
                 return f"it fits on {count} cards that shard the base, with --set base.fsdp=true{options}"
-    return (
-        "no value of tokens_per_batch, gradient_checkpointing, optimizer or lora.rank makes it fit; use a smaller base"
-    )
+    keys = "tokens_per_batch or gradient_checkpointing"
+    if plan.stage.trains:
+        keys = "tokens_per_batch, gradient_checkpointing, optimizer or lora.rank"
+    return f"no value of {keys} makes it fit; use a smaller base"
 
 
 def faster(recipe: Recipe, base: Base, plan: StageEstimate) -> str:

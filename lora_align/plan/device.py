@@ -35,7 +35,7 @@ def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: 
         memory, rate = cards.CARDS[card]
         half = torch.float16 if card in cards.NO_BFLOAT16 else torch.bfloat16
         dtype = half if recipe.base.dtype == "auto" else getattr(torch, recipe.base.dtype)
-        named = f"a card with the speed of an {card}" if vram else card
+        named = f"a card as fast as {card}" if vram else card
         return Device(named, 1e9 * (vram or memory), 1e12 * rate, dtype, DRIVER, count)
     dtype, where = compute_dtype(recipe.base), bases.device(recipe.base)
     free, total = bases.device_memory(where)

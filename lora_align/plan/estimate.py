@@ -43,7 +43,7 @@ class StageEstimate:
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes by kind of use."""
+        """Return the bytes by kind of use."""
         moments = next((each for name, each in MOMENTS.items() if name in self.stage.settings.optimizer), 8)
         return {
             "weights": self._weights,
@@ -62,7 +62,7 @@ class StageEstimate:
 
     @property
     def total(self) -> float:
-        """Peak memory in bytes."""
+        """Return the peak memory in bytes."""
         return sum(self.memory.values())
 
     @property
@@ -78,7 +78,7 @@ class StageEstimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole stage, without communication between devices."""
+        """Return the seconds of the whole stage, without communication between devices."""
         tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
         each = sum(self.lengths[i] for i in self.part)
         operations = tokens * self.cost.whole / each
@@ -113,7 +113,7 @@ def shape_of(recipe: Recipe, base: Base, lora: Lora, device: Device, *, checkpoi
     if recipe.base.attention == "eager":  # all other kernels store as little as the default one
         config._attn_implementation = "eager"
     packed = recipe.base.quantization == "nf4"
-    adapter = lora_trainer.fresh_adapter(lora, base)
+    adapter = lora_trainer.adapter_config(lora, base)
     shape = Shape(config, device.dtype, packed, False, recipe.base.double_quant, adapter, checkpointing)
     dense = packed and device.cpu and not recipe.base.fsdp and fits_dequantised(shape.linears(), device.dtype)
     return replace(shape, dequantised=dense)

@@ -44,7 +44,7 @@ class StagePlan:
         """Yield lines about the stage."""
         plan, stage = self.estimate, self.estimate.stage
         passes = f"{stage.passes} passes over " if stage.passes > 1 else ""
-        each = " each" if stage.passes > 1 else ""
+        each = " per pass" if stage.passes > 1 else ""
         size_ = f"{count(len(plan.lengths), 'row')}, {count(plan.tokens, 'token')}{each}"
         fits = "fits" if plan.fits else "does not fit"
         yield f"{stage.name}: {fits}; {passes}{size_}: about {clock(round(plan.seconds))}"

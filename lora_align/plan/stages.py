@@ -43,7 +43,7 @@ class Stage:
 
     name: str
     job: Job[Any]
-    passes: int  # passes over the rows; if the stage trains, each pass trains one adapter
+    passes: int  # over the rows: one for each direction in `dpo`, one for each policy in `rsf`
     referenced: bool = False  # whether the start policy's log-probabilities are computed first
     assumed: str = ""  # why the plan assumes rows instead of reading them
     sampling_work: SamplingWork | None = None

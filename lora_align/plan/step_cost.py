@@ -59,7 +59,7 @@ class Shape:
 
     @property
     def layers(self) -> int:
-        """Number of layers of the whole base."""
+        """Return the number of layers of the whole base."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     def parameters(self) -> int:

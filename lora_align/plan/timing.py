@@ -35,7 +35,7 @@ def time_step(base: Base, stage: Stage, rows: Sequence[Any]) -> StepTiming:
     if stage.settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    policy = get_peft_model(model, lora_trainer.fresh_adapter(stage.job.lora, base)).train()
+    policy = get_peft_model(model, lora_trainer.adapter_config(stage.job.lora, base)).train()
     loss, where, dtype = stage.loss(model), bases.device(base.recipe), compute_dtype(base.recipe)
     if stage.settings.compile:
         loss = with_padding(loss)

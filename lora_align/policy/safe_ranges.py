@@ -44,7 +44,7 @@ class PairReach:
 
     names: tuple[str, ...]
     sides: Mapping[tuple[float, ...], Side]  # by the signs of both weights
-    term: Mapping[str, float]  # the coefficient of η₁η₂ in the margin of each
+    term: Mapping[str, float]  # preference → the part of its margin at weights 1, 1 that single vectors do not explain
 
 
 @dataclass(frozen=True)
@@ -172,4 +172,4 @@ def _newest(made: Sequence[Run], lineages: Sequence[str]) -> tuple[Run, list[str
 def _beyond(side: Side, run: Run, sign: float = 1.0) -> str:
     why = f" (one step further: {side.breaks})" if side.breaks else ", the largest weight that was tested"
     safe = side.to if sign > 0 else 0.0 - side.to  # never -0
-    return f"beyond the safe weight {safe:g}{why}; lower the weight ({run.path})"
+    return f"beyond the safe weight {safe:g}{why}; choose a weight closer to 0 (measured in {run.path})"

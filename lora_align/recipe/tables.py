@@ -35,7 +35,8 @@ class Base:
     double_quant: bool = True
     """Quantise the scales of NF4 as well, which saves memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of activations; `auto` means float32 on a CPU, and bfloat16 or float16 on a GPU."""
+    """The dtype of activations; `auto` means float32 on a CPU or an Apple GPU, and bfloat16 or
+    float16 on another GPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """transformers' attention implementation; `auto` means the model's own choice."""
     fsdp: bool = False
@@ -81,7 +82,7 @@ class Training:
     batch_size: Few = 16
     """Rows in an optimizer step, over all processes together; a row of `dpo` is a pair."""
     tokens_per_batch: Tokens = 4096
-    """Tokens computed at once; the value affects memory and speed only."""
+    """Tokens computed at once; the value changes results only by rounding and by dropout's draws."""
     max_length: Annotated[Tokens, Ge(8)] = 1024
     """The maximum number of tokens of a prompt with its answer; longer answers are truncated, and
     longer prompts are dropped."""

@@ -54,7 +54,7 @@ def _trainer(
         model=model,
         args=DPOConfig(disable_dropout=False, **settings),  # True would turn off lora.dropout; the base has none
         processing_class=base.chat.tokenizer,
-        peft_config=lora_trainer.fresh_adapter(lora, base),
+        peft_config=lora_trainer.adapter_config(lora, base),
     )
 
 

@@ -94,7 +94,7 @@ def too_few_steps(rows: int, settings: Training) -> str:
     )
 
 
-def fresh_adapter(lora: Lora, base: Base) -> LoraConfig:
+def adapter_config(lora: Lora, base: Base) -> LoraConfig:
     """Return the configuration of a new adapter; `initialise` sets its values."""
     targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     name = base.recipe.model

@@ -232,7 +232,7 @@ class RewardStepTrainer(StepTrainer[Example], Trainer):
 def _trainer(
     model: PreTrainedModel, base: Base, lora: Lora, settings: dict[str, Any], steps: StepInputs[Example]
 ) -> RewardStepTrainer:
-    policy = get_peft_model(model, lora_trainer.fresh_adapter(lora, base))
+    policy = get_peft_model(model, lora_trainer.adapter_config(lora, base))
     policy.heads = cast(RewardLoss, steps.loss).heads  # gradient clipping and the optimizer see them
     if settings["gradient_checkpointing"]:
         policy.enable_input_require_grads()

@@ -102,7 +102,7 @@ def _trainer(
         model=model,
         args=SFTConfig(**settings),
         processing_class=base.chat.tokenizer,
-        peft_config=lora_trainer.fresh_adapter(lora, base),
+        peft_config=lora_trainer.adapter_config(lora, base),
     )
 
 

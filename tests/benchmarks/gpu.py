@@ -274,7 +274,7 @@ def their_dpo(work: Path, length: int, how: str) -> dict[str, Any]:
     base = bases.find(project.base)
     rows = pairs(length, AutoConfig.from_pretrained(base.folder).vocab_size)
     settings: dict[str, Any] = {"precompute_ref_log_probs": True} if how == "precomputed" else {}
-    adapter = lora_trainer.fresh_adapter(project.lora, base)
+    adapter = lora_trainer.adapter_config(project.lora, base)
     if how != "unsloth":
         model = base.load()
     else:
@@ -343,7 +343,7 @@ def their_sft(work: Path, length: int) -> dict[str, Any]:
             args=args,
             train_dataset=Dataset.from_dict({"input_ids": texts}),
             processing_class=base.chat.tokenizer,
-            peft_config=lora_trainer.fresh_adapter(project.lora, base),
+            peft_config=lora_trainer.adapter_config(project.lora, base),
         ).train()
     tokens, each = length * TEXTS, ANEW if args.gradient_checkpointing else LEARNING
     return meter.figures(tokens) | share(base, project, each, tokens, meter.seconds)

@@ -49,7 +49,7 @@ def seconds(work: Callable[[], object]) -> float:
 def policy_of(base: Base, project: recipe.Recipe, *, dequantised: bool) -> PeftModel:
     """Return the base with a fresh adapter; its 4-bit weights are dequantised once or in every pass."""
     nf4.SHARE = 1.0 if dequantised else 0.0
-    return get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base)).train()
+    return get_peft_model(base.load(), lora_trainer.adapter_config(project.lora, base)).train()
 
 
 def plain(policy: PeftModel, rows: int, length: int, *, logits: bool = False) -> Callable[[], None]:

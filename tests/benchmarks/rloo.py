@@ -67,7 +67,7 @@ def train(project: Recipe, judge: Path, wanted: Mapping[str, float], prompts: Se
         ),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in prompts]),
         processing_class=base.chat.tokenizer,
-        peft_config=lora_trainer.fresh_adapter(project.lora, base),
+        peft_config=lora_trainer.adapter_config(project.lora, base),
     )
     lora_trainer.initialise(trainer.model, project.lora.init_seed)
     began = time.perf_counter()

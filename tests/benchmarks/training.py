@@ -139,7 +139,7 @@ def trl(world: str, words: argparse.Namespace, how: str) -> dict[str, Any]:
                 ),
                 train_dataset=Dataset.from_list(columns(rows)),
                 processing_class=base.chat.tokenizer,
-                peft_config=lora_trainer.fresh_adapter(project.lora, base),
+                peft_config=lora_trainer.adapter_config(project.lora, base),
             )
             if not plain:
                 lora_trainer.initialise(trainer.model, project.lora.init_seed)

@@ -35,7 +35,7 @@ def session(loaded: Session) -> Session:
 
 
 def test_undo_without_a_question_is_an_error(session: Session) -> None:
-    with pytest.raises(UserError, match="/undo: no question was asked yet"):
+    with pytest.raises(UserError, match="/undo: there is no question to remove"):
         terminal.run_script(session, ["/undo"], SCREEN)
     terminal.run_script(session, ["Tell me about rain.", "/undo"], SCREEN)
     assert session.turns == []

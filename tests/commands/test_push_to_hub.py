@@ -139,7 +139,7 @@ def test_push_uploads_all_files_to_a_private_repository(made: Path, hub: Hub) ->
 
 def test_card_describes_the_run(made: Path, hub: Hub, tmp_path: Path) -> None:
     for path, expected in (
-        (MIX, ["A weighted sum of preference vectors", "- `helpful`: weight 0.5"]),
+        (MIX, ["A merge of preference vectors", "Merged by `exact` from:", "- `helpful`: weight 0.5"]),
         ("runs/dpo/helpful/neg", ["away from the preference `helpful`", "64 rows (dropped: "]),
     ):
         assert push(made, hub, path, "--to", "me/it").code == 0
@@ -216,6 +216,7 @@ def test_recipe_text_on_a_card_is_inert(tmp_path: Path) -> None:
     parents = ({"name": hostile, "weight": 1.0, "adapters": []},)
     for kind in ("dpo", "mix"):
         manifest = runs.Manifest(kind, about, preference=hostile, start=hostile, data=data, parents=parents)
+        manifest = replace(manifest, method={"name": hostile})
         manifest = replace(manifest, unconverged=(hostile,), versions={hostile: hostile})
         text = model_card(runs.Run(tmp_path, manifest), "me/it").split("---\n", 2)[2]
         tokens = MarkdownIt().parse(text)

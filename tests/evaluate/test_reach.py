@@ -96,7 +96,7 @@ def test_merge_chat_and_generate_warn_beyond_safe_weights(reached: dict[str, Any
     far, last = (f"{name}={sign * (side['to'] + more):g}" for more in (1, 0))
     warning = (
         f"{far} is beyond the safe weight {0 + sign * side['to']:g} (one step further: {side['breaks']}); "
-        f"lower the weight ({reached['reach']})"
+        f"choose a weight closer to 0 (measured in {reached['reach']})"
     )
     assert warning in cli("merge", "--weights", far, "--name", "far").err
     assert "beyond" not in cli("merge", "--weights", last, "--name", "last").err

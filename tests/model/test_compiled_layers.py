@@ -29,7 +29,7 @@ def base(llama: Path) -> Base:
 
 @pytest.fixture
 def policy(base: Base) -> PeftModel:
-    made = get_peft_model(base.load(), lora_trainer.fresh_adapter(recipe.Lora(rank=4), base)).train()
+    made = get_peft_model(base.load(), lora_trainer.adapter_config(recipe.Lora(rank=4), base)).train()
     lora_trainer.initialise(made, 0)
     with torch.no_grad():
         for name, parameter in lora_trainer.trainable(made):

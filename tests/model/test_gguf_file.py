@@ -16,7 +16,7 @@ from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.train.lora_trainer import fresh_adapter
+from lora_align.train.lora_trainer import adapter_config
 from support import make_base
 
 IDS = torch.arange(5, 45).view(2, 20)
@@ -218,6 +218,6 @@ def test_missing_file_names_both_ways(tmp_path: Path) -> None:
 
 def test_adapters_name_a_folder_that_peft_loads(llama: Path, tmp_path: Path) -> None:
     write_gguf(llama, tmp_path / "small.gguf")
-    adapter = fresh_adapter(recipe.Lora(), _found(tmp_path / "small.gguf"))
+    adapter = adapter_config(recipe.Lora(), _found(tmp_path / "small.gguf"))
     assert adapter.base_model_name_or_path
     AutoModelForCausalLM.from_pretrained(adapter.base_model_name_or_path)

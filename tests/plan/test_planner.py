@@ -41,7 +41,7 @@ def project() -> recipe.Recipe:
 def test_weights_and_adapters_are_planned_to_the_byte(project: recipe.Recipe) -> None:
     [planned] = planner.plan_stages(project, ["dpo"], QUIET).as_json()["stages"]
     base = bases.find(project.base)
-    policy = get_peft_model(base.load(), lora_trainer.fresh_adapter(project.lora, base))
+    policy = get_peft_model(base.load(), lora_trainer.adapter_config(project.lora, base))
     trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
     frozen = sum(p.untyped_storage().nbytes() for p in policy.parameters() if not p.requires_grad)
     scales = 0.0
@@ -168,7 +168,7 @@ def test_extrapolated_cost_equals_that_of_all_layers(project: recipe.Recipe, mon
 
     config = AutoConfig.from_pretrained(base.folder)
     config.num_hidden_layers = 8
-    shape = Shape(config, torch.float32, True, False, True, lora_trainer.fresh_adapter(project.lora, base), False)
+    shape = Shape(config, torch.float32, True, False, True, lora_trainer.adapter_config(project.lora, base), False)
     by_cuts = shape.cost(step)
     monkeypatch.setattr(step_cost, "CUTS", (8, 9))
     whole = shape.cost(step)

@@ -124,7 +124,7 @@ def test_loss_and_gradient_equal_trl_for_every_split_of_a_step(
         ),
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=base.chat.tokenizer,
-        peft_config=lora_trainer.fresh_adapter(settings.lora, base),
+        peft_config=lora_trainer.adapter_config(settings.lora, base),
     )
     theirs = dict(trl.model.named_parameters())
     for name, parameter in lora_trainer.trainable(ours.model):
@@ -197,7 +197,7 @@ except RunFailedError as fault:
     assert int(notes) >= 1
     assert int(size) < 2**20
     assert float(off) < 1e-5
-    assert "out of memory with the smallest part of a step; lower max_length" in too_little
+    assert "out of memory even with the smallest batch; lower max_length" in too_little
 
 
 @pytest.mark.parametrize("budget", [1, 4096])
