@@ -12,6 +12,7 @@ from lora_align.data.rows import Message
 from lora_align.model import base as bases
 from lora_align.model.logprobs import answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
+from lora_align.model.packing import Backbone
 from support import call, made_once
 
 WHY = "\n\nThis is a long explanation of the matter, with reasons, caveats and a closing remark."
@@ -75,3 +76,9 @@ def test_both_directions_learned_their_pairs(folder: Path) -> None:
         chosen, rejected = (answer_logprobs(policy, rows, MemoryBudget(4096)) - before).tolist()
         assert sign * (chosen - rejected) > 5, direction
         policy.unload()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_rows_are_packed_in_float32(folder: Path, quantization: str) -> None:
+    settings = recipe.load(folder / "lora-align.toml", [f'base.quantization="{quantization}"', 'base.dtype="float32"'])
+    assert Backbone.of(bases.find(settings.base).load()).longest, "its states are up to 55, and differ by 0.002"
