@@ -132,9 +132,10 @@ class RsfInputs:
 
 @dataclass(frozen=True)
 class RatedHalves:
-    """Rated answers in two halves without common prompts, with counts of dropped rows and unread columns."""
+    """Rated answers in two halves without common prompts, with counts of prompts, dropped rows and unread columns."""
 
     halves: tuple[list[Rated], list[Rated]]
+    prompts: tuple[int, int]
     dropped: Mapping[str, int]
     unread: Mapping[str, int]
     fingerprint: str
@@ -159,6 +160,8 @@ def prepare(
     answers = answers_of(settings, base)
     for warning in sources.unread_warnings(answers.unread):
         screen.warn(f"rsf: {warning}")
+    first, second = answers.prompts
+    screen.note(f"rsf: {count(first, 'prompt')} for t1, t3, …; {count(second, 'prompt')} for steerlm, t2, t4, …")
     # each policy is later loaded on the server under its own name, such as t1
     server = Endpoint.at(endpoint, NAME, template=recipe.base.chat_template_kwargs) if endpoint else None
     if server:  # fail early if the server cannot load adapters
@@ -194,7 +197,7 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
     digest = hashlib.sha256()
     halves: tuple[list[Rated], list[Rated]] = ([], [])
     dropped: Counter[str] = Counter()
-    prompts: set[str] = set()
+    prompts: tuple[set[str], set[str]] = (set(), set())
     longest = min(settings.max_length, base.max_length)
     longest_ask = max(sorted(sampling_requests.example_messages(settings)), key=len)
     for _, answers in sources.read(settings, row_reader.answers, dropped):
@@ -206,17 +209,17 @@ def answers_of(settings: Rsf, base: Base) -> RatedHalves:
                 dropped["prompt too long"] += 1
             else:
                 key = prompt_key(answer.prompt)
-                prompts.add(key)
-                # by the last hex digit, because the first digits decide which prompts are held out
-                halves[int(key[-1], 16) % 2].append(answer)
+                half = int(key[-1], 16) % 2  # by the last hex digit, because the first decide which are held out
+                prompts[half].add(key)
+                halves[half].append(answer)
                 digest.update(json.dumps(asdict(answer)).encode())
-        if settings.limit and len(prompts) >= settings.limit:
+        if settings.limit and sum(map(len, prompts)) >= settings.limit:
             break
     unread = sources.pop_unread(dropped)
     if not all(halves):
         lost = f" (dropped: {pairs.reasons(dropped)})" if dropped else ""
         raise UserError(
-            f"{sources.name(settings)}: {count(len(prompts), 'prompt')} cannot be split into two halves{lost}; "
-            "give rsf more prompts"
+            f"{sources.name(settings)}: {count(sum(map(len, prompts)), 'prompt')} cannot be split into two halves"
+            f"{lost}; give rsf more prompts"
         )
-    return RatedHalves(halves, dict(dropped), unread, digest.hexdigest())
+    return RatedHalves(halves, (len(prompts[0]), len(prompts[1])), dict(dropped), unread, digest.hexdigest())
