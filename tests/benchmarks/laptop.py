@@ -23,10 +23,11 @@ from lora_align.evaluate.measure import Evaluator
 SETTINGS = [  # preference and keys of [dpo]
     ("brief", {"learning_rate": 2e-4, "limit": 200}),
     ("harmless", {"learning_rate": 1e-3, "limit": 200}),
+    ("harmless", {"learning_rate": 3e-4, "limit": 500}),
     ("cautious", {"learning_rate": 1e-3, "limit": 200}),
     ("cautious", {"learning_rate": 3e-4, "limit": 200}),
     ("helpful", {"learning_rate": 1e-3, "limit": 200}),
-    ("helpful", {"learning_rate": 3e-4, "limit": 200}),
+    ("helpful", {"learning_rate": 3e-4, "limit": 400}),
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
