@@ -7,14 +7,13 @@ import splits
 
 import lora_align as la
 
+Split = Literal["train", "development"]
 PAIRS = {"helpful": "ultrafeedback"} | dict.fromkeys(("harmless", "cautious", "brief"), "hh-harmless")
 HERE = {"split": "train", "subset": ""}  # a file has no other split
 SCORES = {f"score_{side}": f"metadata.score_{side}" for side in ("chosen", "rejected")}
 
 
-def project(
-    base: str, folder: Path, runs: Path, split: Literal["train", "development"] = "train", **tables: Any
-) -> la.Project:
+def project(base: str, folder: Path, runs: Path, split: Split = "train", **tables: Any) -> la.Project:
     """Return the recipe smollm2-135m with this base and the rows of a split. `tables` override further keys."""
     data = {source: str(splits.file_of(folder, source, split)) for source in ("hh-harmless", "ultrafeedback", "xstest")}
     prompts = {"data": data["xstest"]}
