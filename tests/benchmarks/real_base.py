@@ -13,7 +13,7 @@ HERE = {"split": "train", "subset": ""}  # a file has no other split
 SCORES = {f"score_{side}": f"metadata.score_{side}" for side in ("chosen", "rejected")}
 
 
-def project(base: str, folder: Path, runs: Path, split: Split = "train", **tables: Any) -> la.Project:
+def project(base: str, folder: Path, runs: Path, split: Split = "train", /, **tables: Any) -> la.Project:
     """Return the recipe smollm2-135m with this base and the rows of a split. `tables` override further keys."""
     data = {source: str(splits.file_of(folder, source, split)) for source in ("hh-harmless", "ultrafeedback", "xstest")}
     prompts = {"data": data["xstest"]}
