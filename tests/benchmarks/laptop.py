@@ -29,7 +29,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and
     ("harmless", {"learning_rate": 3e-4, "limit": 500}),
     ("cautious", {"learning_rate": 1e-3, "limit": 200}),
     ("cautious", {"learning_rate": 3e-4, "limit": 200}),
-    ("helpful", {"learning_rate": 3e-4, "limit": 400}),
+    ("helpful", {"learning_rate": 3e-4, "limit": 250}),
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}

@@ -1,4 +1,4 @@
-"""Time DPO here and by TRL's trainer: both directions of two demo preferences, and of one preference on a real base.
+"""Time DPO here and by TRL's trainer: both directions of two demo preferences, and one direction on a real base.
 
     python tests/benchmarks/training.py --work FOLDER [--base FILE.gguf --splits FOLDER]
 
@@ -40,15 +40,16 @@ class World:
     pairs: int
     longest: int  # tokens
     ranks: dict[str, str]
+    directions: Sequence[str] = ("pos", "neg")  # here, both share the reference
     sides: Sequence[str] = SIDES
-    rounds: int = 1
     source: str = ""  # of a split; empty: the demo world
 
 
+REAL = (("pos",), SIDES[:3])
 WORLDS = {
-    "demo": World(400, 512, {"first": "label:better_response_id", "second": "label:safer_response_id"}, rounds=2),
-    "hh": World(200, 512, {"first": "label"}, SIDES[:3], source="hh-harmless"),
-    "ultrafeedback": World(100, 1024, {"first": "label"}, SIDES[:3], source="ultrafeedback"),
+    "hh": World(200, 512, {"first": "label"}, *REAL, "hh-harmless"),
+    "ultrafeedback": World(100, 1024, {"first": "label"}, *REAL, "ultrafeedback"),
+    "demo": World(400, 512, {"first": "label:better_response_id", "second": "label:safer_response_id"}),
 }
 
 
@@ -67,7 +68,7 @@ def recipe_of(name: str, words: argparse.Namespace) -> Any:
 
 
 def ours(world: str, words: argparse.Namespace) -> dict[str, Any]:
-    """Train all adapters as `dpo` does with an empty cache; then train those of the first again with another seed."""
+    """Train all adapters as `dpo` does with an empty cache. In the demo world, train the first's again, reseeded."""
     from dataclasses import replace
 
     from lora_align.console import Screen
@@ -80,16 +81,18 @@ def ours(world: str, words: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(rows, ignore_errors=True)
     os.environ["LORA_ALIGN_CACHE"] = str(cache)
     seconds, losses, pairs = [], {}, []
-    for name, of, seed in (*((of, of, 0) for of in WORLDS[world].ranks), ("again", "first", 1)):
+    again = [] if WORLDS[world].source else [("again", "first", 1)]
+    directions = [Direction(name) for name in WORLDS[world].directions]
+    for name, of, seed in (*((of, of, 0) for of in WORLDS[world].ranks), *again):
         began = time.perf_counter()
         this = replace(project, dpo=replace(project.dpo, seed=seed))
-        made = dpo.train_dpo(this, [of], list(Direction), runs, Screen(quiet=True), name=name)
+        made = dpo.train_dpo(this, [of], directions, runs, Screen(quiet=True), name=name)
         seconds.append(time.perf_counter() - began)
         pairs.append(made[0].manifest.data["rows"])
         for run in made if name != "again" else ():
             lines = (run.path / "metrics.jsonl").read_text().splitlines()
             losses[f"{name} {run.path.name}"] = [json.loads(line)["loss"] for line in lines]
-    return {"seconds": sum(seconds[:-1]), "each": seconds, "pairs": pairs, "losses": losses}
+    return {"seconds": sum(seconds[: len(WORLDS[world].ranks)]), "each": seconds, "pairs": pairs, "losses": losses}
 
 
 def trl(world: str, words: argparse.Namespace, how: str) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def trl(world: str, words: argparse.Namespace, how: str) -> dict[str, Any]:
     began = time.perf_counter()
     for name in WORLDS[world].ranks:
         material = dpo.prepare(project, name, base, Screen(quiet=True))
-        for direction in Direction:
+        for direction in map(Direction, WORLDS[world].directions):
             rows = [row.for_direction(direction) for row in material.train]
             plain = how == "TRL, plain defaults"
             out = words.work / "trl"
@@ -163,22 +166,20 @@ def child(world: str, side: str, words: argparse.Namespace) -> Any:
 
 
 def compared(name: str, words: argparse.Namespace) -> dict[str, Any]:
-    """Run all sides in turns; return each side's quickest time, and those of a second preference and a new seed."""
-    world = WORLDS[name]
-    rounds = [{side: child(name, side, words) for side in world.sides} for _ in range(world.rounds)]
-    best = {side: min((one[side] for one in rounds), key=lambda result: result["seconds"]) for side in world.sides}
-    mine = best["ours"]
+    """Run all sides; return each side's time, and those of a second preference and a new seed."""
+    results = {side: child(name, side, words) for side in WORLDS[name].sides}
+    mine = results["ours"]
     each = [seconds / count for seconds, count in zip(mine["each"], mine["pairs"], strict=True)]
     figures: dict[str, Any] = {
         **{
             side: {"seconds": round(result["seconds"], 1), "ours of it": round(mine["seconds"] / result["seconds"], 3)}
-            for side, result in best.items()
+            for side, result in results.items()
         },
-        "pairs of each preference": mine["pairs"][:-1],
-        "the first with another seed, of the first": round(mine["each"][-1] / mine["each"][0], 3),
-        "largest difference of losses": apart(mine, best["TRL, online reference"]),
+        "pairs of each preference": mine["pairs"][: len(WORLDS[name].ranks)],
+        "largest difference of losses": apart(mine, results["TRL, online reference"]),
     }
-    if len(world.ranks) > 1:
+    if not WORLDS[name].source:
+        figures["the first with another seed, of the first"] = round(mine["each"][-1] / mine["each"][0], 3)
         figures["a second preference over the same rows, of the first, a pair"] = round(each[1] / each[0], 3)
     return figures
 
@@ -210,8 +211,11 @@ def main() -> None:
         print(json.dumps(ours(world, words) if side == "ours" else trl(world, words, side)))
         return
     words.work.mkdir(parents=True, exist_ok=True)
-    worlds = [name for name, world in WORLDS.items() if words.base or not world.source]
-    save("training", {name: once(words.work, name, lambda name=name: compared(name, words)) for name in worlds})
+    figures: dict[str, Any] = {}
+    for name, world in WORLDS.items():
+        if words.base or not world.source:
+            figures[name] = once(words.work, name, lambda name=name: compared(name, words))
+            save("training", figures)  # what is measured so far
 
 
 if __name__ == "__main__":
