@@ -97,11 +97,12 @@ def main() -> None:
     parser.add_argument("--preference", choices=["brief", "helpful"], default="brief")
     words = parser.parse_args()
     words.work.mkdir(parents=True, exist_ok=True)
-    rows = [
-        report.once(words.work, f"{words.preference} {name}", lambda n=name, t=tables: measure(words, n, t))
-        for name, tables in SETTINGS.items()
-    ]
-    report.save(f"agreement_{words.preference}", {"pairs of a half": EACH, "common": COMMON, "settings": rows})
+    rows = []
+    for name, tables in SETTINGS.items():
+        key = f"{words.preference} {name}"
+        rows.append(report.once(words.work, key, lambda n=name, t=tables: measure(words, n, t)))
+        figures = {"pairs of a half": EACH, "common": COMMON, "settings": rows}
+        report.save(f"agreement_{words.preference}", figures)  # what is measured so far
 
 
 if __name__ == "__main__":
