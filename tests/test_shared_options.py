@@ -49,6 +49,16 @@ def test_overrides_of_training_are_inherited_and_printed(folder: Path, capsys: p
     assert "/dpo, changed from demo: lora.rank=8\n" in capsys.readouterr().err
 
 
+def test_many_changes_of_a_stored_recipe_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"rsf.{name}=7" for name in ("prompts", "per_prompt", "samples", "bootstrap", "iterations", "epochs")]
+    publish(folder, "dpo", "dpo", demo(*rows, "dpo.limit=64", 'rsf.columns={ prompt = "question" }'))
+    recipe_of_runs(None, (), Screen(), folder)
+    line = capsys.readouterr().err
+    assert line.count("=") == 6
+    assert line.endswith(", and 2 more\n")
+    assert "not set" not in line
+
+
 def test_stored_recipe_without_its_file_is_compared_with_defaults(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

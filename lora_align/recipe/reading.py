@@ -29,6 +29,7 @@ TABLES = {  # table → its keys; suggests the full key if --set names a key wit
 }
 LOCAL = Path("lora-align.toml")
 DEFAULT = "demo"  # used if no --recipe is given and there is no ./lora-align.toml
+LISTED = 6  # changes of a recipe that are listed
 
 
 def builtin() -> dict[str, Path]:
@@ -123,7 +124,7 @@ def flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 
 
 def changes_from_source(recipe: Recipe) -> str:
-    """List the values of a stored recipe that differ from the current contents of its source file.
+    """List values of a stored recipe that differ from the current contents of its source file, LISTED at most.
 
     If the file cannot be read, list those that differ from the defaults. Return "" if nothing differs.
     """
@@ -134,7 +135,9 @@ def changes_from_source(recipe: Recipe) -> str:
     ours, theirs = (dict(flat(json.loads(json.dumps(one.as_dict())))) for one in (recipe, current))
     changed = {key: value for key, value in ours.items() if theirs.get(key) != value}
     changes = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
-    changes += [f"{key} not set" for key in theirs if key not in ours]
+    changes += [f"{key} not set" for key, value in theirs.items() if key not in ours and value != {}]
+    if more := len(changes) - LISTED:
+        changes = [*changes[:LISTED], f"and {more} more"] if more > 1 else changes
     return f", changed from {name}: {', '.join(changes)}" if changes else ""
 
 
