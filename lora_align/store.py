@@ -155,10 +155,10 @@ def check_free_space(folder: Path, needed: int, remedy: str) -> None:
         raise UserError(f"{folder}: about {_size(needed)} will be written, {_size(free)} are free; {remedy}")
 
 
-def refuse_missing_parent(out: Path) -> None:
-    """Refuse an --out path whose folder does not exist. Call this before slow work."""
+def refuse_missing_parent(out: Path, option: str = "--out") -> None:
+    """Refuse the path of an option if its folder does not exist. Call this before slow work."""
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first (mkdir -p), or choose another")
+        raise UserError(f"{option} {out}: there is no folder {out.parent}; make it first (mkdir -p), or choose another")
 
 
 def cache_folder() -> Path:

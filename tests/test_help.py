@@ -21,7 +21,7 @@ GROUPS = {
     "Mix": "merge inspect tune reach",
     "Use": "chat generate score",
     "Measure": "eval sweep list",
-    "Share": "push",
+    "Share": "export push",
 }
 
 

@@ -30,6 +30,7 @@ FLOORS = [
     {"plan"},
     {"chat", "evaluate"},
     {"commands"},
+    {"export"},
     {"demo"},
     {"vector"},
     {"project"},

@@ -155,6 +155,9 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: p
         assert "contains the start adapter" in twice.err
     turned = cli("chat", "--adapter", "mix/small", *prompt)
     assert turned.code == 0, turned.err
+    exported = json.loads(cli("export", "brief=0.5", "--gguf", "vectors", "--each", "--json").out)
+    assert list(exported["files"]) == ["vectors/brief.gguf", "vectors/start.gguf"]
+    assert '"lora": [{"id": 0, "scale": 0.5}, {"id": 1, "scale": 1.0}]' in exported["use"]
     (tmp_path / "runs" / "sft").rename(tmp_path / "sft-elsewhere")
     alone = cli("chat", "--adapter", "mix/whole", *prompt)
     assert alone.out == contained.out

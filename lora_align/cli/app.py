@@ -65,7 +65,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Use": {"chat": use_commands.chat, "generate": use_commands.generate, "score": use_commands.score},
     "Measure": {"eval": measure_commands.evaluate, "sweep": measure_commands.sweep, "list": measure_commands.list_runs},
-    "Share": {"push": mix_commands.push},
+    "Share": {"export": mix_commands.export, "push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 SAME_LINE = {"demo", "score", "generate", "eval", "sweep", "reach"}  # the same command line continues these

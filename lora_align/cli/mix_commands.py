@@ -10,6 +10,7 @@ from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
+from lora_align.export import GGUF_DTYPES
 from lora_align.mix_weights import parse_weights
 
 MethodOption = Annotated[
@@ -135,6 +136,45 @@ def inspect(
     for warning in inspection.doubts:
         given.screen.warn(warning)
     given.show(inspection)
+
+
+@takes(*RUNS)
+def export(
+    given: Given,
+    policy: Annotated[
+        str,
+        typer.Argument(
+            metavar="WEIGHTS|RUN|FOLDER",
+            help="What to export: weights, as in helpful=1,harmless=-0.5, a run or an adapter's folder.",
+        ),
+    ],
+    gguf: Annotated[
+        Path,
+        typer.Option(
+            "--gguf", metavar="FILE", help="Write a LoRA adapter that llama.cpp loads; with --each, a folder of them."
+        ),
+    ],
+    each: Annotated[
+        bool, typer.Option("--each", help="Write one file a vector, so that each request can change the weights.")
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="Store float32, float16 or q8_0.")] = "float16",
+) -> None:
+    """Export a mix for another program.
+
+    Example: lora-align export helpful=1,harmless=0.5 --gguf mix.gguf
+    """
+    if dtype not in GGUF_DTYPES:
+        raise UserError(f"--dtype {dtype!r}: expected one of {', '.join(GGUF_DTYPES)}")
+    store.refuse_missing_parent(gguf, "--gguf")
+    if gguf.exists():
+        raise UserError(f"--gguf {gguf}: it exists; delete it, or give another path")
+    recipe = given.recipe_of_runs()
+    given.screen.loading(recipe.base.model)
+    from lora_align.export.gguf_export import export_each, export_gguf
+    from lora_align.export.source import find_source
+
+    source = find_source(policy, recipe, given.runs_dir, given.screen)
+    given.show((export_each if each else export_gguf)(source, gguf, dtype))
 
 
 @takes()

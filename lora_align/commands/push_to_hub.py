@@ -124,20 +124,20 @@ def model_card(run: Run, repository: str) -> str:
         name=repository.split("/")[1],
         about=_about(run),
         base=base,
-        base_shown=_literal(base),
+        base_shown=literal(base),
         on_hub=on_hub,
         curve="curve.png" if "curve.png" in manifest.files else "",
         version=__version__,
         needs_start=bool(manifest.start) and not manifest.contains_start,
-        start=_literal(manifest.start),
+        start=literal(manifest.start),
         repository=repository,
         quantization=QUANTIZED.get(manifest.base.get("quantization", ""), "in an unknown precision"),
-        fingerprint=_literal(manifest.base["fingerprint"]) or "an unknown value",
-        data=list(_sources(manifest.data)),
-        method=_literal(manifest.method.get("name", "")),
-        parents=[f"{_literal(of['name'])}: weight {of['weight']:g}" for of in manifest.parents],
-        unconverged=_literal("; ".join(manifest.unconverged)),
-        versions=_literal(", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
+        fingerprint=literal(manifest.base["fingerprint"]) or "an unknown value",
+        data=list(data_lines(manifest.data)),
+        method=literal(manifest.method.get("name", "")),
+        parents=[f"{literal(of['name'])}: weight {of['weight']:g}" for of in manifest.parents],
+        unconverged=literal("; ".join(manifest.unconverged)),
+        versions=literal(", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
     )
     return str(card)
 
@@ -146,24 +146,24 @@ def _about(run: Run) -> str:
     manifest = run.manifest
     if manifest.stage == DPO:
         towards = "towards" if manifest.direction == "pos" else "away from"
-        return f"A policy that was trained by DPO {towards} the preference {_literal(manifest.preference)}"
+        return f"A policy that was trained by DPO {towards} the preference {literal(manifest.preference)}"
     if manifest.stage == "rsf" and takes_scores(run):
         return STEERLM
     return ABOUT[manifest.stage]
 
 
-def _sources(data: Mapping[str, Any]) -> Iterator[str]:
+def data_lines(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each data source: its name, its rows, and why rows were dropped."""
     if "source" in data:
-        dropped = ", ".join(f"{number:,} × {_literal(reason)}" for reason, number in data["dropped"].items())
+        dropped = ", ".join(f"{number:,} × {literal(reason)}" for reason, number in data["dropped"].items())
         without = f" (dropped: {dropped})" if dropped else ""
-        yield f"{_literal(data['source'])}, {count(data['rows'], 'row')}{without}"
+        yield f"{literal(data['source'])}, {count(data['rows'], 'row')}{without}"
     else:
         for one in data.values():
-            yield from _sources(one)
+            yield from data_lines(one)
 
 
-def _literal(text: object) -> str:
+def literal(text: object) -> str:
     """Return text as a Markdown code span, in which Markdown and HTML have no effect; "" for no text."""
     line = " ".join(inert(str(text or "")).split())
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)

@@ -131,6 +131,12 @@ def warnings_beyond_reach(weights: Mapping[str, float], vectors: Mapping[str, Ve
     return list(filter(None, [*warnings.values(), *pairs]))
 
 
+def measured(vector: Vector, runs_dir: Path) -> tuple[VectorReach, Run] | None:
+    """Return what the newest run of `reach` that measured a vector found, and that run."""
+    found = _newest(runs.list_runs(runs_dir / FOLDER)[::-1], [json.dumps(vector.lineage())])
+    return (Reach.from_json(found[0].manifest.metrics).alone[found[1][0]], found[0]) if found else None
+
+
 def _alone(name: str, weight: float, lineage: str, made: Sequence[Run], runs_dir: Path) -> str:
     if measured := _newest(made, [lineage]):
         run, [measured_name] = measured

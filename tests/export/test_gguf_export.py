@@ -1,0 +1,139 @@
+"""`export --gguf`: names, order of rows, types and refusals. tests/test_real_base.py asks llama.cpp itself."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from lora_align.adapters import peft_format
+from lora_align.adapters.delta import Factors
+from lora_align.demo import BASE
+from lora_align.errors import UserError
+from lora_align.export.gguf_adapter import About, Layout, write
+from support import Cli
+
+ABOUT = About("name", "description", "owner/base", "0" * 64)
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+
+def products(file: Path) -> dict[str, Matrix]:
+    """Return ΔW of every weight in a GGUF file, in llama.cpp's order of rows."""
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
+    names = {name.rpartition(".")[0] for name in tensors}
+    return {name: tensors[f"{name}.lora_b"].astype(float) @ tensors[f"{name}.lora_a"] for name in names}
+
+
+def interleaved(rows: Matrix, heads: int) -> Matrix:
+    """Return rows in llama.cpp's order, head by head: first of the first half, first of the second half, and so on."""
+    size = len(rows) // heads
+    order = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return rows[order]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("float16", 2e-3), ("q8_0", 2e-2)])
+def test_gguf_holds_the_weighted_sum_in_llama_cpps_order(workspace: Path, cli: Cli, dtype: str, error: float) -> None:
+    done = cli("export", "helpful=1,harmless=-0.5", "--gguf", "mix.gguf", "--dtype", dtype)
+    assert done.code == 0, done.err
+    signs = {"helpful/pos": 1.0, "helpful/neg": -1.0, "harmless/pos": -0.5, "harmless/neg": 0.5}
+    parts = [(peft_format.load(workspace / "runs/dpo" / name), sign) for name, sign in signs.items()]
+    written = products(workspace / "mix.gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 64)
+    config = LlamaConfig.from_pretrained(BASE)
+    for module in parts[0][0]:
+        dense = sum(sign * (part[module].B.double() @ part[module].A.double()).numpy() for part, sign in parts)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
+        expected = interleaved(dense, heads) if heads else dense
+        found = written.pop(f"{names.get_name(module)}.weight")
+        assert np.abs(found - expected).max() <= error * np.abs(expected).max(), module
+    assert not written
+
+
+def test_gguf_names_its_base_and_leaves_no_scaling_to_llama_cpp(tmp_path: Path) -> None:
+    factors = {"model.layers.0.mlp.up_proj": Factors(torch.ones(6, 2), torch.ones(2, 4))}
+    layout = Layout.of(LlamaConfig(num_hidden_layers=1))
+    write(tmp_path / "one.gguf", factors.items(), layout, ABOUT, "float32")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "one.gguf").fields.items()}
+    assert fields["adapter.lora.alpha"] == 0.0
+    assert fields["general.type"] == "adapter"
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.base_model.0.organization"] == "owner"
+    assert fields["general.base_model.0.name"] == "base"
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/owner/base"
+    assert ABOUT.fingerprint in fields["general.base_model.0.description"]
+
+
+def test_modules_may_have_different_ranks(tmp_path: Path) -> None:
+    made = torch.Generator().manual_seed(0)
+    modules = {
+        f"model.layers.0.mlp.{kind}_proj": Factors(
+            torch.randn(64, r, generator=made), torch.randn(r, 32, generator=made)
+        )
+        for kind, r in (("up", 3), ("gate", 40))
+    }
+    write(tmp_path / "one.gguf", modules.items(), Layout.of(LlamaConfig(num_hidden_layers=1)), ABOUT, "q8_0")
+    for kind, found in ((name.split(".")[2], matrix) for name, matrix in products(tmp_path / "one.gguf").items()):
+        factors = modules[f"model.layers.0.mlp.{kind.removeprefix('ffn_')}_proj"]
+        expected = (factors.B.double() @ factors.A.double()).numpy()
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_each_vector_gets_a_file_and_the_request_lists_every_scale(workspace: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=1,harmless=-0.5", "--gguf", "vectors", "--each", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert list(result["files"]) == ["vectors/helpful.gguf", "vectors/harmless.gguf"]
+    assert '"lora": [{"id": 0, "scale": 1.0}, {"id": 1, "scale": -0.5}]' in result["use"]
+    assert "--lora vectors/helpful.gguf,vectors/harmless.gguf" in result["use"]
+    card = (workspace / "vectors/README.md").read_text()
+    assert "- `harmless`: weight -0.5; its safe weights were not measured" in card
+    assert "`pos` was trained on `demo:pairs" in card
+
+
+def test_export_of_a_mix_equals_that_of_its_weights(workspace: Path, cli: Cli) -> None:
+    assert cli("merge", "-w", "helpful=0.5,harmless=1").code == 0
+    for source, file in (("runs/mix/helpful0p5_harmless1", "one.gguf"), ("helpful=0.5,harmless=1", "two.gguf")):
+        done = cli("export", source, "--gguf", file, "--dtype", "float32")
+        assert done.code == 0, done.err
+    one, two = (products(workspace / file) for file in ("one.gguf", "two.gguf"))
+    assert one.keys() == two.keys()
+    assert all(np.abs(one[name] - two[name]).max() < 1e-7 for name in one)
+    assert "- `helpful`: weight 0.5" in (workspace / "one.md").read_text()
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["helpful=1", "--gguf", "runs"], "--gguf runs: it exists; delete it, or give another path"),
+        (["helpful=1", "--gguf", "no/mix.gguf"], "--gguf no/mix.gguf: there is no folder no"),
+        (["helpful=1", "--gguf", "a.gguf", "--dtype", "q4"], "--dtype 'q4': expected one of float32, float16, q8_0"),
+        (["start", "--gguf", "a.gguf"], "start: this policy has no adapter to export"),
+    ],
+)
+def test_export_refuses(cli: Cli, words: list[str], message: str) -> None:
+    done = cli("export", *words)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="an adapter of a 'gpt2' base cannot be written as GGUF"):
+        Layout.of(GPT2Config())
+
+
+def test_module_that_llama_cpp_lacks_is_refused_by_name() -> None:
+    tied = Layout.of(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True))
+    with pytest.raises(UserError, match=r"^lm_head cannot be exported to GGUF: its weight is that of the embeddings"):
+        tied.name("lm_head")
+    with pytest.raises(UserError, match=r"^model.layers.0.extra cannot be exported to GGUF: llama.cpp has no such"):
+        tied.name("model.layers.0.extra")
+
+
+def test_value_too_large_for_float16_is_refused(tmp_path: Path) -> None:
+    factors = {"model.layers.0.mlp.up_proj": Factors(torch.full((6, 2), 1e9), torch.full((2, 4), 1e9))}
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.up_proj: a value is too large for float16"):
+        write(tmp_path / "a.gguf", factors.items(), Layout.of(LlamaConfig(num_hidden_layers=1)), ABOUT, "float16")
