@@ -1,4 +1,4 @@
-"""The commands merge, inspect and push, which load no base."""
+"""The commands merge, inspect, export and push, which load no base."""
 
 from pathlib import Path
 from typing import Annotated
@@ -166,8 +166,9 @@ def export(
     if dtype not in GGUF_DTYPES:
         raise UserError(f"--dtype {dtype!r}: expected one of {', '.join(GGUF_DTYPES)}")
     store.refuse_missing_parent(gguf, "--gguf")
-    if gguf.exists():
-        raise UserError(f"--gguf {gguf}: it exists; delete it, or give another path")
+    for path in (gguf, *([] if each else [gguf.with_suffix(".md")])):  # the second is the card
+        if path.exists():
+            raise UserError(f"--gguf {gguf}: {path} exists; delete it, or give another path")
     recipe = given.recipe_of_runs()
     given.screen.loading(recipe.base.model)
     from lora_align.export.gguf_export import export_each, export_gguf

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData,
 from lora_align import __version__, runs
 from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError, UserError, first_line, inert
+from lora_align.model.base_folder import is_hub_id
 from lora_align.policy.policy import takes_scores
 from lora_align.runs import Run
 
@@ -112,7 +113,7 @@ def model_card(run: Run, repository: str) -> str:
     """Return the model card of a run."""
     manifest = run.manifest
     base = str(manifest.base["model"])
-    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    on_hub = is_hub_id(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft",

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from lora_align.adapters.delta import Factors, is_finite
 from lora_align.errors import UserError
+from lora_align.model.base_folder import is_hub_id
 
 ARCHITECTURES = {  # transformers' model_type → llama.cpp's architecture
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -73,7 +74,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class About:
-    """What a GGUF file says about its adapter and the adapter's base."""
+    """Describe an adapter and its base, as a GGUF file states them."""
 
     name: str
     description: str
@@ -113,7 +114,7 @@ def write(file: Path, modules: Iterable[tuple[str, Factors]], layout: Layout, ab
 def _add_base(writer: gguf.GGUFWriter, about: About) -> None:
     writer.add_base_model_count(1)
     owner, _, name = about.base.partition("/")
-    on_hub = about.base.count("/") == 1 and not about.base.startswith((".", "/", "~"))
+    on_hub = is_hub_id(about.base)
     writer.add_base_model_name(0, name if on_hub else Path(about.base).stem)
     writer.add_base_model_description(0, f"sha256 of its weights: {about.fingerprint}")
     if on_hub:

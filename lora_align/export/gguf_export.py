@@ -50,9 +50,9 @@ def export_gguf(source: Source, target: Path, dtype: str) -> Exported:
 
 def export_each(source: Source, folder: Path, dtype: str) -> Exported:
     """Write one GGUF file a vector, so that each request can scale them, and a start adapter if there is one."""
-    files = {folder / f"{name.replace('/', '-')}{GGUF}": merge for name, merge in source.each().items()}
-    weights = {START: 1.0, **source.policy.weights}
-    scales = [{"id": number, "scale": weights[name]} for number, name in enumerate(source.each())]
+    parts, weights = source.each(), {START: 1.0, **source.policy.weights}
+    files = {folder / f"{name.replace('/', '-')}{GGUF}": merge for name, merge in parts.items()}
+    scales = [{"id": number, "scale": weights[name]} for number, name in enumerate(parts)]
     base = _base_file(source)
     request = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "lora": scales})
     use = (

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lora_align import distributed, recipe, store
 from lora_align.errors import NotFetchedError, UserError, first_line
-from lora_align.model.base_folder import local_folder
+from lora_align.model.base_folder import is_hub_id, local_folder
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
@@ -168,7 +168,7 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     """Return the base's folder: registered, on this disk, or from the hub's cache, fetched if necessary."""
     if folder := local_folder(base.model):
         return folder
-    if base.model.count("/") != 1 or base.model.startswith((".", "/", "~")):
+    if not is_hub_id(base.model):
         raise UserError(
             f"base.model {base.model!r} is neither a folder, nor a GGUF file, nor a hub id (owner/name or "
             "owner/name/file.gguf)"

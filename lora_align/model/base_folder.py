@@ -15,3 +15,8 @@ def local_folder(model: str) -> Path | None:
         return path
     registered = BASES.get(model)
     return registered() if registered else None
+
+
+def is_hub_id(model: str) -> bool:
+    """Return whether base.model is the form OWNER/NAME of a model on the hub, and not a path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))

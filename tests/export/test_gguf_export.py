@@ -104,17 +104,18 @@ def test_export_of_a_mix_equals_that_of_its_weights(workspace: Path, cli: Cli) -
     assert "- `helpful`: weight 0.5" in (workspace / "one.md").read_text()
 
 
-@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["helpful=1", "--gguf", "runs"], "--gguf runs: it exists; delete it, or give another path"),
+        (["helpful=1", "--gguf", "runs"], "--gguf runs: runs exists; delete it, or give another path"),
+        (["helpful=1", "--gguf", "card.gguf"], "--gguf card.gguf: card.md exists; delete it, or give another path"),
         (["helpful=1", "--gguf", "no/mix.gguf"], "--gguf no/mix.gguf: there is no folder no"),
         (["helpful=1", "--gguf", "a.gguf", "--dtype", "q4"], "--dtype 'q4': expected one of float32, float16, q8_0"),
         (["start", "--gguf", "a.gguf"], "start: this policy has no adapter to export"),
     ],
 )
-def test_export_refuses(cli: Cli, words: list[str], message: str) -> None:
+def test_export_refuses(workspace: Path, cli: Cli, words: list[str], message: str) -> None:
+    (workspace / "card.md").touch()
     done = cli("export", *words)
     assert done.code == 2
     assert message in done.err
