@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_origin
@@ -191,7 +192,10 @@ def check_base(folder: Path, base: Mapping[str, Any]) -> None:
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that a result may depend on."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-    return {"lora-align": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    versions = {"lora-align": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"):
+        with suppress(PackageNotFoundError):  # vLLM's environment lacks some
+            versions[name] = version(name)
+    return versions

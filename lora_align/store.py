@@ -32,8 +32,10 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, resume: bool = False, sealed: bool = True) -> Iterator[Path]:
     """Yield a staging folder beside `target`. When the block ends, seal the folder and rename it to `target`.
+
+    Without `sealed`, the folder gets no hashes of its files.
 
     An exception deletes the staging folder; a signal does not. With `resume`, the contents of a staging
     folder that a killed program left are kept.
@@ -44,7 +46,7 @@ def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     try:
         yield staging
-        seal(staging, target)
+        (seal if sealed else move)(staging, target)
     except Exception:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2 as httpx
 import pytest
 from filelock import FileLock
 
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 
 COMMAND = Path(sys.executable).with_name("lora-align")
 PAIRS = ["--set", "dpo.limit=64"]
+VLLM = os.environ.get("LORA_ALIGN_VLLM")
+# with a seed, chunked prefill ends a CPU server
+PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"
+VLLM_OPTIONS = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-model-len 512 {PARTS}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,31 @@ def listening(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+@contextmanager
+def vllm_server(folder: Path, **settings: str) -> Iterator[str]:
+    """Serve the demo base as `demo` with vLLM; yield the address. The log is in the folder."""
+    from lora_align.demo import BASE as DEMO
+
+    log, port = folder / "log.txt", free_port()
+    words = [str(VLLM), "serve", str(DEMO), "--served-model-name", "demo", "--port", str(port), *VLLM_OPTIONS.split()]
+    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
+    with log.open("a") as stream:
+        child = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **settings})
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    try:
+        while time.monotonic() < until and child.poll() is None:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
+                    break
+            time.sleep(0.5)
+        else:
+            pytest.fail(log.read_text()[-3000:])
+        yield url
+    finally:
+        child.terminate()
+        child.wait(60)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -125,6 +125,25 @@ def test_llama_cpp_computes_the_exported_vectors(folder: Path, tmp_path: Path) -
     assert error((0.5, 1.0), (brief, 0.5), (pos, 1.0)) < 0.003
 
 
+def test_modelfile_names_the_base_and_an_adapter(folder: Path, tmp_path: Path) -> None:
+    done = call(folder, "export", "brief=1", "--ollama", str(tmp_path / "out"))
+    assert done.code == 0, done.err
+    base, adapter, template, *_ = (tmp_path / "out/Modelfile").read_text().splitlines()
+    assert base == f"FROM {Path(os.environ['LORA_ALIGN_REAL_BASE']).resolve()}"
+    assert adapter == "ADAPTER ./mix.gguf"
+    assert template.startswith('TEMPLATE """{{- $before')
+    assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "out/Modelfile").read_text()
+    assert (tmp_path / "out/mix.gguf").is_file()
+    assert "Licence: `apache-2.0`" in (tmp_path / "out/README.md").read_text()
+
+
+def test_merged_model_answers_as_the_mix(folder: Path, tmp_path: Path) -> None:
+    out, options = str(tmp_path / "out"), ["--dtype", "float32", "--set", 'base.quantization="none"', "--json"]
+    done = call(folder, "export", "brief=1", "--merged", out, *options)
+    assert done.code == 0, done.err
+    assert abs(json.loads(done.out)["figures"]["KL of the mix from the merged model, nats per token"]) < 1e-5
+
+
 def distance(one: Tensor, other: Tensor) -> float:
     """Return the mean absolute difference of two log-probabilities of the next token, weighted by the first's."""
     return float((one.exp() * (one - other.clamp_min(-30)).abs()).sum(-1).mean())

@@ -24,7 +24,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     start: int
-    size: int
+    size: int  # bytes
 
 
 class TensorFile:

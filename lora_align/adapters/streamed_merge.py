@@ -47,14 +47,18 @@ class Merge:
 
     def modules(self, rank: int | None = None) -> Iterator[MergedModule]:
         """Yield the result module by module, truncated to `rank` or else to the method's default rank."""
-        default_rank = METHODS[self.method].rank
         for name in self.names():
-            having = tuple(key for key in self._weighted() if name in self.vectors[key])
-            updates = tuple(self.vectors[key][name] for key in having)
-            start = [self.start[name]] if name in self.start else []
-            ranks = [part.rank for part in (*updates, *start)]
-            merged = self._merged(Parts(name, having, updates, tuple(self.weights[key] for key in having)), start)
-            yield _truncated(name, merged, rank or (default_rank(ranks) if default_rank else None))
+            yield self.module(name, rank)
+
+    def module(self, name: str, rank: int | None = None) -> MergedModule:
+        """Return the result for one module; see `modules`."""
+        default_rank = METHODS[self.method].rank
+        having = tuple(key for key in self._weighted() if name in self.vectors[key])
+        updates = tuple(self.vectors[key][name] for key in having)
+        start = [self.start[name]] if name in self.start else []
+        ranks = [part.rank for part in (*updates, *start)]
+        merged = self._merged(Parts(name, having, updates, tuple(self.weights[key] for key in having)), start)
+        return _truncated(name, merged, rank or (default_rank(ranks) if default_rank else None))
 
     def cancels(self) -> bool:
         """Return whether the exact weighted sum is zero up to rounding, tested with a random input per module."""

@@ -1,5 +1,6 @@
 """The commands merge, inspect, export and push, which load no base."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
-from lora_align.export import GGUF_DTYPES
+from lora_align.export import FORMATS, ExportOptions
 from lora_align.mix_weights import parse_weights
 
 MethodOption = Annotated[
@@ -149,33 +150,76 @@ def export(
         ),
     ],
     gguf: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--gguf", metavar="FILE", help="Write a LoRA adapter that llama.cpp loads; with --each, a folder of them."
         ),
-    ],
+    ] = None,
     each: Annotated[
         bool, typer.Option("--each", help="Write one file a vector, so that each request can change the weights.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="Store float32, float16 or q8_0.")] = "float16",
+    merged: Annotated[
+        Path | None,
+        typer.Option("--merged", metavar="DIR", help="Write the whole model, with the mix added to its weights."),
+    ] = None,
+    gguf_merged: Annotated[
+        Path | None,
+        typer.Option(
+            "--gguf-merged", metavar="FILE", help="Write the whole model as a GGUF file, with llama.cpp's converter."
+        ),
+    ] = None,
+    ollama: Annotated[
+        Path | None, typer.Option("--ollama", metavar="DIR", help="Write a Modelfile and what it names.")
+    ] = None,
+    dequantised: Annotated[
+        bool,
+        typer.Option("--dequantised", help="Add the mix to what remains of the base in NF4 (with a merged model)."),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare answers of a merged model with those of the mix.")
+    ] = True,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Store float16, float32, q8_0 (--gguf), or bfloat16, float16, float32 (merged models).",
+        ),
+    ] = None,
 ) -> None:
     """Export a mix for another program.
 
     Example: lora-align export helpful=1,harmless=0.5 --gguf mix.gguf
     """
-    if dtype not in GGUF_DTYPES:
-        raise UserError(f"--dtype {dtype!r}: expected one of {', '.join(GGUF_DTYPES)}")
-    store.refuse_missing_parent(gguf, "--gguf")
-    for path in (gguf, *([] if each else [gguf.with_suffix(".md")])):  # the second is the card
+    targets = {"--gguf": gguf, "--merged": merged, "--gguf-merged": gguf_merged, "--ollama": ollama}
+    given_targets = [(option, target) for option, target in targets.items() if target is not None]
+    if len(given_targets) != 1:
+        raise UserError(f"export: give one of {', '.join(targets)}")
+    [(option, target)] = given_targets
+    _check_options(option, {"--each": each, "--dequantised": dequantised, "--no-check": not check, "--dtype": dtype})
+    store.refuse_missing_parent(target, option)
+    card_beside = FORMATS[option].card_beside and not each
+    for path in (target, *([target.with_suffix(".md")] if card_beside else [])):
         if path.exists():
-            raise UserError(f"--gguf {gguf}: {path} exists; delete it, or give another path")
+            raise UserError(f"{option} {target}: {path} exists; delete it, or give another path")
     recipe = given.recipe_of_runs()
     given.screen.loading(recipe.base.model)
-    from lora_align.export.gguf_export import export_each, export_gguf
+    from lora_align.export.exporters import EXPORTERS
     from lora_align.export.source import find_source
 
     source = find_source(policy, recipe, given.runs_dir, given.screen)
-    given.show((export_each if each else export_gguf)(source, gguf, dtype))
+    how = ExportOptions(dtype, each=each, dequantised=dequantised, check=check)
+    given.show(EXPORTERS[option](source, target, given.screen, how))
+
+
+def _check_options(option: str, used: Mapping[str, object]) -> None:
+    """Refuse options that a format does not read, and a type that it does not store."""
+    for word in (word for word, value in used.items() if value and word not in FORMATS[option].options):
+        others = [name for name, form in FORMATS.items() if word in form.options]
+        raise UserError(f"{word} has no effect with {option}; it needs {' or '.join(others)}")
+    if used["--dtype"] and used["--dtype"] not in FORMATS[option].dtypes:
+        known = ", ".join(FORMATS[option].dtypes)
+        raise UserError(f"--dtype {used['--dtype']!r}: with {option}, expected one of {known}")
 
 
 @takes()

@@ -165,9 +165,10 @@ def generate(
 
     Example: lora-align generate --prompts prompts.txt --out answers.jsonl -n 4
     """
-    if endpoint and (weights is not None or want is not None):
-        remedy = "leave out --endpoint" if want is not None else "merge the weights, and give --adapter DIR"
-        raise UserError(f"generate: --endpoint excludes --weights and --want; {remedy}")
+    if endpoint and want is not None:
+        raise UserError("generate: --endpoint excludes --want; leave out --endpoint")
+    if endpoint and weights is not None and (model or adapter is not None):
+        raise UserError("generate: with --endpoint, --weights is the model; leave out --model and --adapter")
     check_url("--endpoint", endpoint)
     check_text("--system", system)
     recipe = given.recipe_of_runs()
@@ -191,7 +192,7 @@ def generate(
     from lora_align.model.sampler_protocol import Sampling
 
     if endpoint:
-        sampler, who = _served(endpoint, model, adapter, recipe)
+        sampler, who = _served(endpoint, weights or model, adapter, recipe)
     elif policy is not None:
         from lora_align.model import base as bases
         from lora_align.policy.loading import load_policy

@@ -1,12 +1,21 @@
 """Write the card of an export: its base, its vectors with their weights and data, and the measured safe weights."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
-from lora_align import __version__
+import gguf
+
+from lora_align import __version__, store
 from lora_align.commands.push_to_hub import data_lines, literal
 from lora_align.export.source import Source
+from lora_align.model.base import Base, gguf_file
+from lora_align.model.base_folder import is_hub_id
 from lora_align.policy import safe_ranges
 from lora_align.policy.vectors import Vector
+
+CARD = "README.md"  # in an exported folder, and in a base of the hub
+STATED = re.compile(r"\A---\n(?:.*\n)*?license: *(\S.*)\n")  # in the front matter of a base's card
 
 
 def card(source: Source, about: str, use: str) -> str:
@@ -17,19 +26,43 @@ def card(source: Source, about: str, use: str) -> str:
         f"{about} Made with lora-align {__version__}.",
         f"```\n{use}\n```",
         "## Base",
-        f"{literal(base.recipe.model)}. Hash of its weights: {literal(base.fingerprint)}.",
+        f"{literal(base.recipe.model)}. Hash of its weights: {literal(base.fingerprint)}. Licence: {_licence(base)}.",
         "## Vectors",
         "\n".join(_vector_lines(source)),
-        "The licences of the base and of the data apply: see their pages.",
+        "The licences of the base and of the data apply.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _licence(base: Base) -> str:
+    """Return the licence that the base's files state, or where to look."""
+    if file := gguf_file(base.recipe):
+        field = gguf.GGUFReader(file).get_field(gguf.Keys.General.LICENSE)
+        stated = field.contents() if field else ""
+    else:
+        card_ = base.folder / CARD
+        found = STATED.search(card_.read_text(encoding="utf-8")) if card_.is_file() else None
+        stated = found[1] if found else ""
+    return literal(stated) or f"not stated in its files{_page('', base.recipe.model)}"
+
+
+def _page(kind: str, name: str) -> str:
+    """Return where to read about something on the hub; "" for a file."""
+    return f"; see https://huggingface.co/{kind}{name}" if is_hub_id(name) else ""
+
+
+def write_beside(file: Path, text: str) -> None:
+    """Write a card beside an exported file, under its name with the suffix .md."""
+    with store.new_file(file.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _vector_lines(source: Source) -> Iterator[str]:
     for name, vector in source.policy.vectors.items():
         yield f"- {literal(name)}: weight {source.policy.weights[name]:g}{_safe(vector, source)}"
         for run in vector.known_runs():
-            yield from (f"  - {literal(run.path.name)} was trained on {line}" for line in data_lines(run.manifest.data))
+            for line in data_lines(run.manifest.data):
+                yield f"  - {literal(run.path.name)} was trained on {line}"
             yield from (f"  - {literal(of['name'])}: weight {of['weight']:g}" for of in run.manifest.parents)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lora_align import distributed, recipe, store
 from lora_align.errors import NotFetchedError, UserError, first_line
-from lora_align.model.base_folder import is_hub_id, local_folder
+from lora_align.model.base_folder import fingerprint, is_hub_id, local_folder, weight_files
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 GGUF = ".gguf"  # suffix of base.model
-CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configuration, tokenizer and templates
+CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # configuration, tokenizer, templates, licence
 CACHE_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
 
 transformers.utils.logging.disable_default_handler()
@@ -62,7 +62,7 @@ class Base:
         From `cache_from` bytes of weights on, the 4-bit model is cached on disk.
         """
         gc.collect()  # a base that is no longer used must be freed before the next one is loaded
-        weights = sum(file.stat().st_size for file in _weights(self.folder))
+        weights = sum(file.stat().st_size for file in weight_files(self.folder))
         source = self.folder
         if self.recipe.quantization == "nf4" and weights >= cache_from:
             source = _quantized(self)
@@ -84,7 +84,7 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
     With `outline`, weights are neither fetched nor hashed, and they may be missing. A GGUF file is always fetched,
     converted and hashed, because it also holds the configuration.
     """
-    file = _gguf_file(base)
+    file = gguf_file(base)
     folder = _converted(file) if file else _folder(base, outline)
     if not (folder / "config.json").is_file():
         raise UserError(f"base.model {base.model!r}: no config.json in {folder}; give a folder in transformers' format")
@@ -93,7 +93,7 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
             f"base.fsdp shards 4-bit weights, but base.quantization is {base.quantization!r}; "
             'set base.quantization = "nf4" or base.fsdp = false'
         )
-    weights = [] if outline else _weights(folder)
+    weights = [] if outline else weight_files(folder)
     if not weights and not outline:
         raise UserError(
             f"base.model {base.model!r}: no .safetensors weights in {folder}; pickle files are "
@@ -115,11 +115,10 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
     whose = "base.chat_template" if base.chat_template else f"the chat template of base.model {base.model!r}"
     check_template(template, {**tokenizer.special_tokens_map, **base.chat_template_kwargs}, whose)
     hashed = [file] if file else weights
-    digest = hashlib.sha256("".join(map(store.known_sha256, hashed)).encode())
     return Base(
         folder=folder,
         recipe=base,
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint(hashed),
         chat=ChatFormat(tokenizer, template, base.chat_template_kwargs, _stops(folder, tokenizer.eos_token_id)),
         max_length=getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20,
     )
@@ -164,6 +163,28 @@ def compute_dtype(base: recipe.Base) -> torch.dtype:
     return torch.bfloat16
 
 
+def gguf_file(base: recipe.Base) -> Path | None:
+    """Return the GGUF file that base.model names, fetched from the hub if necessary. None for other bases."""
+    if not base.model.endswith(GGUF):
+        return None
+    file = Path(base.model).expanduser()
+    if file.is_file():
+        return file
+    owner, _, name = base.model.partition("/")
+    name, _, path = name.partition("/")
+    if not path or base.model.startswith((".", "/", "~")):
+        raise UserError(f"no file {base.model}; base.model may also be a file on the hub: owner/name/file.gguf")
+    from huggingface_hub import hf_hub_download
+
+    with _report_hub_errors(f"{owner}/{name}", base.revision or None, f" {path}"):
+        return Path(hf_hub_download(f"{owner}/{name}", path, revision=base.revision or None))
+
+
+def comes_quantized(folder: Path) -> bool:
+    """Return whether a folder holds quantised weights."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def _folder(base: recipe.Base, outline: bool) -> Path:
     """Return the base's folder: registered, on this disk, or from the hub's cache, fetched if necessary."""
     if folder := local_folder(base.model):
@@ -181,23 +202,6 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     revision = base.revision or None
     with _report_hub_errors(base.model, revision, "".join(f" --include '{files}'" for files in wanted if outline)):
         return Path(snapshot_download(base.model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-
-
-def _gguf_file(base: recipe.Base) -> Path | None:
-    """Return the GGUF file that base.model names, fetched from the hub if necessary. None for other bases."""
-    if not base.model.endswith(GGUF):
-        return None
-    file = Path(base.model).expanduser()
-    if file.is_file():
-        return file
-    owner, _, name = base.model.partition("/")
-    name, _, path = name.partition("/")
-    if not path or base.model.startswith((".", "/", "~")):
-        raise UserError(f"no file {base.model}; base.model may also be a file on the hub: owner/name/file.gguf")
-    from huggingface_hub import hf_hub_download
-
-    with _report_hub_errors(f"{owner}/{name}", base.revision or None, f" {path}"):
-        return Path(hf_hub_download(f"{owner}/{name}", path, revision=base.revision or None))
 
 
 def _converted(file: Path) -> Path:
@@ -239,7 +243,7 @@ def _report_hub_errors(name: str, revision: str | None, files: str) -> Iterator[
 
 def _load(source: Path, base: recipe.Base, where: torch.device) -> PreTrainedModel:
     chosen: dict[str, Any] = {}  # keys left out here keep the values of the model's own configuration
-    if base.quantization == "nf4" and not _comes_quantized(source):
+    if base.quantization == "nf4" and not comes_quantized(source):
         chosen["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -279,7 +283,7 @@ def _quantized(base: Base) -> Path:
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     folder = store.cache_folder() / "bases" / f"{base.folder.name}-nf4-{key}"
-    if _comes_quantized(base.folder):
+    if comes_quantized(base.folder):
         return base.folder
 
     def quantise(staging: Path) -> None:
@@ -289,26 +293,6 @@ def _quantized(base: Base) -> Path:
 
     store.fill_once(folder, "the 4-bit base", quantise)
     return folder
-
-
-def _weights(folder: Path) -> list[Path]:
-    """Return the base's safetensors files: the single file, or every shard that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise UserError(f"{index}: damaged ({first_line(fault)}); fetch the base again") from fault
-    shards = sorted({folder / name for name in named})
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise UserError(f"{folder}: missing: {', '.join(missing)}; fetch the base again")
-    return shards
-
-
-def _comes_quantized(folder: Path) -> bool:
-    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _stops(folder: Path, eos: int | None) -> frozenset[int]:

@@ -1,9 +1,15 @@
-"""The folder of a base on this disk: a local folder, or that of a registered base. Does not import torch."""
+"""The folder of a base on this disk, its weight files and their fingerprint. Does not import torch."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lora_align import store
+from lora_align.errors import UserError, first_line
 from lora_align.plugins import Registry
+
+INDEX = "model.safetensors.index.json"
 
 BASES: Registry[Callable[[], Path]] = Registry("bases")
 
@@ -20,3 +26,24 @@ def local_folder(model: str) -> Path | None:
 def is_hub_id(model: str) -> bool:
     """Return whether base.model is the form OWNER/NAME of a model on the hub, and not a path."""
     return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the base's safetensors files: the single file, or every shard that its index names."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        raise UserError(f"{index}: damaged ({first_line(fault)}); fetch the base again") from fault
+    shards = sorted({folder / name for name in named})
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{folder}: missing: {', '.join(missing)}; fetch the base again")
+    return shards
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Return the hash that identifies a base: of the hashes of its weight files."""
+    return hashlib.sha256("".join(map(store.known_sha256, files)).encode()).hexdigest()

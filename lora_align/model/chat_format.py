@@ -45,6 +45,10 @@ class ChatFormat:
         stand_ins = self._stand_ins(messages)
         return self._encode(self._render(messages, stand_ins, generation=True), stand_ins)
 
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation, with the generation prompt at its end."""
+        return self._render(messages, {}, generation=True)
+
     def answer_ids(self, prompt: Sequence[Message], answer: str) -> list[int]:
         """Return the ids of the answer to `prompt`, up to and including its stop token."""
         return self.answered(prompt, [answer])[1][0]

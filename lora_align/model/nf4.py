@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from lora_align import distributed
 
@@ -32,7 +33,7 @@ def _compile_when_called(function: Callable[..., Any] | None = None, **options: 
 # bitsandbytes compiles fallbacks that no device here uses. Importing torch's compiler for them takes over a second.
 _torch_compile, torch.compile = torch.compile, _compile_when_called  # type: ignore[assignment]
 try:
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from bitsandbytes.nn import Linear4bit
 finally:
     torch.compile = _torch_compile
@@ -44,6 +45,8 @@ __all__ = [
     "dequantise_once",
     "disable_cpu_repacking",
     "fits_dequantised",
+    "quantised_layers",
+    "through_nf4",
 ]
 
 SHARE = 0.5  # the largest share of the available memory for dequantised weights
@@ -86,6 +89,23 @@ def dequantise_once(model: nn.Module, dtype: torch.dtype) -> None:
             state.dtype = dtype  # the state of a base stored in 4-bit may name a dtype that rounds more
             layer.__class__ = DequantisedLinear4bit
             layer.dense = dequantize_4bit(layer.weight.data, state)
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that transformers quantises, by name: every linear layer except the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if (type(layer) is nn.Linear or isinstance(layer, Conv1D)) and layer is not head
+    }
+
+
+def through_nf4(weight: Tensor, *, double_quant: bool) -> Tensor:
+    """Return what remains of a weight [out, in] after quantisation to NF4, in float32."""
+    stored, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+    state.dtype = torch.float32
+    return dequantize_4bit(stored, state)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

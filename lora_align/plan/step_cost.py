@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from lora_align.model.base import base_model_of
-from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit
+from lora_align.model.nf4 import DequantisedLinear4bit, Linear4bit, quantised_layers
 
 CUTS = (2, 3)  # layers of the short bases; with one layer, activations of a whole layer would be counted wrongly
 COLLECT_EVERY = 50  # operations between two garbage collections
@@ -71,8 +71,7 @@ class Shape:
         """Count the weights that 4-bit quantisation covers: of every linear layer except the output head."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
-        head = model.get_output_embeddings()
-        return sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head)
+        return sum(layer.get_parameter("weight").numel() for layer in quantised_layers(model).values())
 
     def cost(self, step: Step) -> Cost:
         """Return the cost of one forward and backward pass."""

@@ -102,7 +102,15 @@ def test_refused_generate_writes_nothing(workspace: Path) -> None:
     words = ["generate", "--prompts", "demo:pairs?rows=3", "--out", "a.jsonl"]
     for more, message in {
         ("--want", "helpfulness=1"): "`lora-align rsf` trains one",
-        ("--endpoint", "http://localhost:1", "--weights", "helpful=1"): "--endpoint excludes --weights and --want",
+        ("--endpoint", "http://localhost:1", "--want", "helpful=1"): "--endpoint excludes --want",
+        (
+            "--endpoint",
+            "http://localhost:1",
+            "-w",
+            "helpful=1",
+            "--model",
+            "x",
+        ): "--weights is the model",
     }.items():
         done = call(workspace, *words, *more)
         assert done.code == 2

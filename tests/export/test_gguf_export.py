@@ -110,7 +110,10 @@ def test_export_of_a_mix_equals_that_of_its_weights(workspace: Path, cli: Cli) -
         (["helpful=1", "--gguf", "runs"], "--gguf runs: runs exists; delete it, or give another path"),
         (["helpful=1", "--gguf", "card.gguf"], "--gguf card.gguf: card.md exists; delete it, or give another path"),
         (["helpful=1", "--gguf", "no/mix.gguf"], "--gguf no/mix.gguf: there is no folder no"),
-        (["helpful=1", "--gguf", "a.gguf", "--dtype", "q4"], "--dtype 'q4': expected one of float32, float16, q8_0"),
+        (
+            ["helpful=1", "--gguf", "a.gguf", "--dtype", "q4"],
+            "--dtype 'q4': with --gguf, expected one of float16, float32, q8_0",
+        ),
         (["start", "--gguf", "a.gguf"], "start: this policy has no adapter to export"),
     ],
 )

@@ -4,9 +4,6 @@ These tests ran on vLLM's CPU build. This build has no NF4 and serves the demo b
 """
 
 import json
-import os
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,35 +18,16 @@ from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.demo import BASE as DEMO
 from lora_align.model import base as bases
-from support import call, free_port
+from support import VLLM, call, vllm_server
 
-COMMAND = os.environ.get("LORA_ALIGN_VLLM")
-pytestmark = pytest.mark.skipif(not COMMAND, reason="LORA_ALIGN_VLLM does not name a vllm command")
-PARTS = "--max-num-batched-tokens 65536 --no-enable-chunked-prefill"  # with a seed, chunked prefill ends a CPU server
-WORDS = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-model-len 512 {PARTS}"
+pytestmark = pytest.mark.skipif(not VLLM, reason="LORA_ALIGN_VLLM does not name a vllm command")
 SMALL = ['rsf.data="demo:conversations?rows=60"', "rsf.per_prompt=2", "rsf.samples=3", "rsf.bootstrap=6"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("vllm") / "log.txt"
-    port = free_port()
-    words = [str(COMMAND), "serve", str(DEMO), "--served-model-name", "demo", "--port", str(port), *WORDS.split()]
-    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("w") as stream:
-        child = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **settings})
-    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
-    while time.monotonic() < until and child.poll() is None:
-        try:
-            if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
-                break
-        except httpx.HTTPError:
-            time.sleep(0.5)
-    else:
-        pytest.fail(log.read_text()[-3000:])
-    yield url
-    child.terminate()
-    child.wait(60)
+    with vllm_server(tmp_path_factory.mktemp("vllm")) as url:
+        yield url
 
 
 def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:

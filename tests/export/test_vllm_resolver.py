@@ -1,0 +1,176 @@
+"""The plug-in of vLLM: weights in a model's name. LORA_ALIGN_VLLM names the vllm command for the last test."""
+
+import asyncio
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_align import recipe
+from lora_align.adapters import peft_format
+from lora_align.data.rows import Message
+from lora_align.demo import BASE
+from lora_align.errors import UserError
+from lora_align.export.vllm_resolver import MixResolver
+from lora_align.model import base as bases
+from support import VLLM, vllm_server
+
+MIXED, QUESTION = 20, "Tell me about rain."
+
+LIGHT = """
+import sys
+from pathlib import Path
+from lora_align.export.vllm_resolver import MixResolver
+MixResolver(Path("runs"), 9).folder(sys.argv[1], "helpful=1,harmless=-0.5")
+heavy = {"transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "typer"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+@pytest.fixture
+def resolver(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MixResolver:
+    monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path / "cache"))
+    return MixResolver(workspace / "runs", 9)
+
+
+def test_folder_holds_the_mix_at_a_rank_that_vllm_accepts(resolver: MixResolver, workspace: Path) -> None:
+    folder = resolver.folder(str(BASE), "helpful=1,harmless=-0.5")
+    signs = {"helpful/pos": 1.0, "helpful/neg": -1.0, "harmless/pos": -0.5, "harmless/neg": 0.5}
+    parts = [(peft_format.load(workspace / "runs/dpo" / name), sign) for name, sign in signs.items()]
+    made = peft_format.load(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] in (8, 16, 32, 64)
+    for module, factors in made.items():
+        expected = sum(sign * (part[module].B.double() @ part[module].A.double()) for part, sign in parts)
+        assert torch.allclose(factors.B.double() @ factors.A.double(), torch.as_tensor(expected), atol=1e-6)
+
+
+def test_equal_mixes_share_a_folder(resolver: MixResolver) -> None:
+    first = resolver.folder(str(BASE), "helpful=1,harmless=-0.5")
+    stamp = (first / "manifest.json").stat().st_mtime_ns
+    for name in ("harmless=-0.5,helpful=1.0", "helpful=1.001,harmless=-0.5"):  # the grid is 1/64
+        assert resolver.folder(str(BASE), name) == first
+    assert (first / "manifest.json").stat().st_mtime_ns == stamp
+    assert resolver.folder(str(BASE), "helpful=1.01,harmless=-0.5") != first
+
+
+def test_processes_that_want_one_mix_make_it_once(resolver: MixResolver) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        folders = set(threads.map(lambda _: resolver.folder(str(BASE), "helpful=0.25"), range(16)))
+    [folder] = folders
+    assert list(folder.parent.glob("[!.]*")) == [folder]
+
+
+def test_damaged_folder_is_made_anew(resolver: MixResolver) -> None:
+    folder = resolver.folder(str(BASE), "helpful=1")
+    weights = folder / "adapter_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert resolver.folder(str(BASE), "helpful=1") == folder
+    assert weights.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("served", "name", "message"),
+    [
+        (str(BASE), "kind=1", "no preference or run 'kind'"),
+        (str(BASE), "helpful=x", "expected NAME=NUMBER"),
+        (str(BASE), "/etc=1", "'/etc' is not the name of a preference or a run"),
+        (str(BASE), "../other=1", "'../other' is not the name of a preference or a run"),
+        (str(BASE), "other=1", "'other' is not the name of a preference or a run"),
+        (str(BASE), "helpful=0.001", "the weighted sum is zero"),
+        ("owner/name", "helpful=1", "the vectors were trained on demo, but this server runs owner/name"),
+    ],
+)
+def test_names_that_are_no_mix_are_refused(
+    resolver: MixResolver, workspace: Path, monkeypatch: pytest.MonkeyPatch, served: str, name: str, message: str
+) -> None:
+    shutil.copytree(workspace / "runs/dpo/helpful/pos", workspace / "other")
+    monkeypatch.chdir(workspace)
+    with pytest.raises(UserError, match=message):
+        resolver.folder(served, name)
+    assert not resolver.names
+
+
+def test_names_are_limited(resolver: MixResolver) -> None:
+    resolver.most = 2
+    for weight in (0.5, 1.0):
+        resolver.folder(str(BASE), f"helpful={weight}")
+    with pytest.raises(UserError, match="2 mixes were named already; raise LORA_ALIGN_MIXES, or restart the server"):
+        resolver.folder(str(BASE), "helpful=2")
+    resolver.folder(str(BASE), "helpful=0.5")
+
+
+def test_other_models_are_left_to_other_resolvers(resolver: MixResolver) -> None:
+    assert asyncio.run(resolver.resolve_lora(str(BASE), "gpt-4")) is None
+
+
+def test_resolver_needs_no_library_of_training(workspace: Path, tmp_path: Path) -> None:
+    """vLLM pins its own transformers, and its environment has neither PEFT nor bitsandbytes."""
+    environment = {**os.environ, "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
+    words = [sys.executable, "-c", LIGHT, str(BASE)]
+    done = subprocess.run(words, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not VLLM, reason="LORA_ALIGN_VLLM does not name a vllm command")
+def test_vllm_answers_each_request_with_its_mix(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients ask for twenty mixes at the same time. The answers are those of stock PEFT on the merged adapters."""
+    weights = [f"helpful={30 * math.cos(turn):.3f},harmless={30 * math.sin(turn):.3f}" for turn in range(MIXED)]
+    settings = {"LORA_ALIGN_RUNS": str(workspace / "runs"), "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
+    for most in (MIXED, 1):  # the second server finds the mixes of the first
+        with vllm_server(tmp_path, LORA_ALIGN_MIXES=str(most), **settings) as url, ThreadPoolExecutor(4) as clients:
+            asked = weights[:most]
+            answers = dict(zip(asked, clients.map(lambda name: answer_of(url, name), asked), strict=True))
+            again = dict(zip(asked, clients.map(lambda name: answer_of(url, name), asked), strict=True))
+            assert again == answers
+            for name in ("helpful=2", "nobody=1", "helpful=x"):
+                refused = httpx.post(f"{url}/v1/chat/completions", json=request(name))
+                assert refused.status_code == httpx.codes.NOT_FOUND
+            if most == MIXED:
+                first, made = answers, {folder.name for folder in (tmp_path / "cache/mixes").glob("[!.]*")}
+                stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache/mixes").rglob("manifest.json")}
+    log = (tmp_path / "log.txt").read_text()
+    assert "helpful=2: 20 mixes were named already" in log
+    assert "nobody=1: " in log
+    assert len(made) == MIXED
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    assert answers.items() <= first.items()
+    assert len(set(first.values())) > MIXED / 2
+    monkeypatch.setenv("LORA_ALIGN_CACHE", settings["LORA_ALIGN_CACHE"])
+    resolver = MixResolver(workspace / "runs", MIXED)
+    for name, answer in first.items():
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), resolver.folder(str(BASE), name)
+        )
+        assert greedy(model) == answer, name
+
+
+def request(name: str) -> dict[str, Any]:
+    message = {"role": "user", "content": QUESTION}
+    return {"model": name, "messages": [message], "temperature": 0, "max_tokens": 40}
+
+
+def answer_of(url: str, name: str) -> str:
+    response = httpx.post(f"{url}/v1/chat/completions", json=request(name), timeout=300)
+    assert response.status_code == httpx.codes.OK, response.text
+    return str(response.json()["choices"][0]["message"]["content"]).strip()
+
+
+def greedy(model: PeftModel) -> str:
+    chat = bases.find(recipe.Base("demo")).chat
+    ids = torch.tensor([chat.prompt_ids([Message("user", QUESTION)])])
+    tokens = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, eos_token_id=sorted(chat.stop_ids))
+    return str(chat.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()
