@@ -103,12 +103,20 @@ def listening(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 @contextmanager
-def vllm_server(folder: Path, **settings: str) -> Iterator[str]:
-    """Serve the demo base as `demo` with vLLM; yield the address. The log is in the folder."""
-    from lora_align.demo import BASE as DEMO
-
+def vllm_server(folder: Path, model: Path, *options: str, **settings: str) -> Iterator[str]:
+    """Serve a model as `demo` with vLLM; yield the address. The log is in the folder."""
     log, port = folder / "log.txt", free_port()
-    words = [str(VLLM), "serve", str(DEMO), "--served-model-name", "demo", "--port", str(port), *VLLM_OPTIONS.split()]
+    words = [
+        str(VLLM),
+        "serve",
+        str(model),
+        "--served-model-name",
+        "demo",
+        "--port",
+        str(port),
+        *VLLM_OPTIONS.split(),
+        *options,
+    ]
     settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
     with log.open("a") as stream:
         child = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **settings})
@@ -125,6 +133,33 @@ def vllm_server(folder: Path, **settings: str) -> Iterator[str]:
     finally:
         child.terminate()
         child.wait(60)
+
+
+def vllm_answer(url: str, model: str, question: str, tokens: int = 40) -> str:
+    """Return a greedy answer of a vLLM server."""
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": tokens,
+    }
+    response = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=300)
+    assert response.status_code == httpx.codes.OK, response.text
+    return str(response.json()["choices"][0]["message"]["content"]).strip()
+
+
+def greedy_answer(model: Any, question: str, tokens: int = 40) -> str:
+    """Return the greedy answer of a transformers model with the demo base's tokenizer."""
+    import torch
+
+    from lora_align import recipe
+    from lora_align.data.rows import Message
+    from lora_align.model import base as bases
+
+    chat = bases.find(recipe.Base("demo")).chat
+    ids = torch.tensor([chat.prompt_ids([Message("user", question)])])
+    made = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=sorted(chat.stop_ids))
+    return str(chat.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -1,6 +1,6 @@
 """The command `export --ollama`: a folder with a Modelfile, and an adapter or a merged model beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lora_align import store
@@ -25,7 +25,7 @@ def export_ollama(source: Source, folder: Path, screen: Screen, how: ExportOptio
     base = gguf_file(source.base.recipe)
     name = source.name.lower()
     use = f"ollama create {name} -f {folder / 'Modelfile'}\nollama run {name}"
-    figures = {}
+    figures: Mapping[str, float] = {}
     with store.new_folder(folder, sealed=False) as staging:
         if base:
             write_gguf(

@@ -111,6 +111,7 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolverRegistry
 
+    os.environ.setdefault("LORA_ALIGN_CACHE", str(Path.home() / ".cache" / "lora-align"))  # without platformdirs
     resolver = MixResolver(Path(folder).expanduser(), int(os.environ.get(MIXES, DEFAULT_MIXES)))
     LoRAResolverRegistry.register_resolver("lora-align", resolver)
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -17,14 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_align import recipe
 from lora_align.adapters import peft_format
-from lora_align.data.rows import Message
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.vllm_resolver import MixResolver
-from lora_align.model import base as bases
-from support import VLLM, vllm_server
+from support import VLLM, greedy_answer, vllm_answer, vllm_server
 
 MIXED, QUESTION = 20, "Tell me about rain."
 
@@ -131,13 +127,16 @@ def test_vllm_answers_each_request_with_its_mix(
     weights = [f"helpful={30 * math.cos(turn):.3f},harmless={30 * math.sin(turn):.3f}" for turn in range(MIXED)]
     settings = {"LORA_ALIGN_RUNS": str(workspace / "runs"), "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
     for most in (MIXED, 1):  # the second server finds the mixes of the first
-        with vllm_server(tmp_path, LORA_ALIGN_MIXES=str(most), **settings) as url, ThreadPoolExecutor(4) as clients:
+        with (
+            vllm_server(tmp_path, BASE, LORA_ALIGN_MIXES=str(most), **settings) as url,
+            ThreadPoolExecutor(4) as clients,
+        ):
             asked = weights[:most]
-            answers = dict(zip(asked, clients.map(lambda name: answer_of(url, name), asked), strict=True))
-            again = dict(zip(asked, clients.map(lambda name: answer_of(url, name), asked), strict=True))
+            answers = dict(zip(asked, clients.map(lambda name: vllm_answer(url, name, QUESTION), asked), strict=True))
+            again = dict(zip(asked, clients.map(lambda name: vllm_answer(url, name, QUESTION), asked), strict=True))
             assert again == answers
             for name in ("helpful=2", "nobody=1", "helpful=x"):
-                refused = httpx.post(f"{url}/v1/chat/completions", json=request(name))
+                refused = httpx.post(f"{url}/v1/completions", json={"model": name, "prompt": QUESTION})
                 assert refused.status_code == httpx.codes.NOT_FOUND
             if most == MIXED:
                 first, made = answers, {folder.name for folder in (tmp_path / "cache/mixes").glob("[!.]*")}
@@ -148,29 +147,11 @@ def test_vllm_answers_each_request_with_its_mix(
     assert len(made) == MIXED
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     assert answers.items() <= first.items()
-    assert len(set(first.values())) > MIXED / 2
+    assert len(set(first.values())) > 4  # the mixes answer differently
     monkeypatch.setenv("LORA_ALIGN_CACHE", settings["LORA_ALIGN_CACHE"])
     resolver = MixResolver(workspace / "runs", MIXED)
     for name, answer in first.items():
         model = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), resolver.folder(str(BASE), name)
         )
-        assert greedy(model) == answer, name
-
-
-def request(name: str) -> dict[str, Any]:
-    message = {"role": "user", "content": QUESTION}
-    return {"model": name, "messages": [message], "temperature": 0, "max_tokens": 40}
-
-
-def answer_of(url: str, name: str) -> str:
-    response = httpx.post(f"{url}/v1/chat/completions", json=request(name), timeout=300)
-    assert response.status_code == httpx.codes.OK, response.text
-    return str(response.json()["choices"][0]["message"]["content"]).strip()
-
-
-def greedy(model: PeftModel) -> str:
-    chat = bases.find(recipe.Base("demo")).chat
-    ids = torch.tensor([chat.prompt_ids([Message("user", QUESTION)])])
-    tokens = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, eos_token_id=sorted(chat.stop_ids))
-    return str(chat.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        assert greedy_answer(model, QUESTION) == answer, name

@@ -14,19 +14,17 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 from transformers import AutoModelForCausalLM
 
-from lora_align import recipe
-from lora_align.data.rows import Message
 from lora_align.demo import BASE as DEMO
-from lora_align.model import base as bases
-from support import VLLM, call, vllm_server
+from support import VLLM, call, greedy_answer, vllm_answer, vllm_server
 
+QUESTIONS = ["Tell me about rain.", "Can you explain trains?", "Tell me about the moon."]
 pytestmark = pytest.mark.skipif(not VLLM, reason="LORA_ALIGN_VLLM does not name a vllm command")
 SMALL = ['rsf.data="demo:conversations?rows=60"', "rsf.per_prompt=2", "rsf.samples=3", "rsf.bootstrap=6"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with vllm_server(tmp_path_factory.mktemp("vllm")) as url:
+    with vllm_server(tmp_path_factory.mktemp("vllm"), DEMO) as url:
         yield url
 
 
@@ -34,8 +32,7 @@ def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
     """Greedy answers of a loaded mix equal those of PEFT. Prompts that exceed the context are counted."""
     mixed = call(workspace, "merge", "-w", "helpful=30", "--fit", "vllm", "--out", "strong")
     assert mixed.code == 0, mixed.err
-    questions = ["Tell me about rain.", "Can you explain trains?", "Tell me about the moon."]
-    (workspace / "prompts.txt").write_text("\n".join([*questions, questions[0] * 200]))
+    (workspace / "prompts.txt").write_text("\n".join([*QUESTIONS, QUESTIONS[0] * 200]))
     words = ["generate", "--prompts", "prompts.txt", "--endpoint", server, "--model", "demo", "--temperature", "0"]
     answers = {}
     for name, more in (("base", []), ("mix", ["--adapter", "strong"])):
@@ -46,15 +43,23 @@ def test_loaded_mix_answers_as_in_peft(server: str, workspace: Path) -> None:
             json.loads(line)["response"] for line in (workspace / f"{name}.jsonl").read_text().splitlines()
         ]
     assert answers["mix"] != answers["base"]
-    chat = bases.find(recipe.Base("demo")).chat
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     for name in ("base", "mix"):
         model = model if name == "base" else PeftModel.from_pretrained(model, workspace / "strong")
-        for text, answer in zip(questions, answers[name], strict=True):
-            ids = torch.tensor([chat.prompt_ids([Message("user", text)])])
-            stops = sorted(chat.stop_ids)
-            tokens = model.generate(input_ids=ids, max_new_tokens=60, do_sample=False, eos_token_id=stops)
-            assert chat.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
+        assert [greedy_answer(model, question, 60) for question in QUESTIONS] == answers[name]
+
+
+def test_merged_model_answers_as_in_peft(workspace: Path, tmp_path: Path) -> None:
+    mixed = call(workspace, "merge", "-w", "helpful=30", "--out", "strong")
+    assert mixed.code == 0, mixed.err
+    merged = call(workspace, "export", "./strong", "--merged", "merged", "--dtype", "float32", "--no-check")
+    assert merged.code == 0, merged.err
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32), workspace / "strong"
+    )
+    with vllm_server(tmp_path, workspace / "merged") as url:
+        for question in QUESTIONS:
+            assert vllm_answer(url, "demo", question, 60) == greedy_answer(model, question, 60)
 
 
 def test_rsf_loads_every_policy_on_the_server(server: str, tmp_path: Path) -> None:
