@@ -139,12 +139,13 @@ class _Lines(Progress):
     def __init__(self, title: str, total: int | None, already: int) -> None:
         super().__init__(title, total, already)
         self.printed = self.started - (self.every if total else 0.0)
+        self.doing = ""
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
-        now = time.monotonic()
-        if done != self.total and now - self.printed < self.every:
+        now, doing = time.monotonic(), figures.get("now", "")
+        if done != self.total and now - self.printed < self.every and doing == self.doing:
             return
-        self.printed = now
+        self.printed, self.doing = now, doing
         counted = f"{done:,}/{self.total:,}" if self.total else f"{done:,}"
         parts = [f"{self.title}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
         if done != self.total:

@@ -32,6 +32,7 @@ from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Recipe
 
 Row = dict[str, Any]
+Report = Callable[[int, str], None]  # the answers sampled so far, and what is measured after them
 FOLDER = "eval"  # the folder of cached measurements, in the runs folder
 TABLES = ("answers", "margins", "texts", "facts")
 FORM = 4  # part of the cache key; raise it whenever a table changes its content
@@ -84,11 +85,11 @@ class Evaluator:
         """Return the log-ratios of all pairs under the start policy."""
         return self.pair_log_ratios(START_POLICY)
 
-    def measure(self, policy: Policy, report: Callable[[int], None] = lambda sampled: None) -> Measurement:
+    def measure(self, policy: Policy, report: Report = lambda sampled, now: None) -> Measurement:
         """Return the cached measurement of a policy, or measure it.
 
-        `report` is called with the number of answers sampled so far. The cache key names the files of the policy, the
-        test set, the judges and the versions of libraries.
+        `report` is called with the number of answers sampled so far, and with what is measured now. The cache key
+        names the files of the policy, the test set, the judges and the versions of libraries.
         """
         identity = {
             "form": FORM,
@@ -102,13 +103,13 @@ class Evaluator:
         if not store.is_intact(stored):
             tables = {
                 "answers": self._answers(policy, report),
-                "margins": self._margins(policy),
-                "texts": self._texts(policy),
-                "facts": self._facts(policy),
+                "margins": self._margins(policy, report),
+                "texts": self._texts(policy, report),
+                "facts": self._facts(policy, report),
             }
             self._store(tables, stored, {"name": policy.name, **identity})
         else:
-            report(self.test_set.answers)
+            report(self.test_set.answers, "")
         from pyarrow.parquet import read_table
 
         return Measurement(policy.name, **{name: read_table(stored / f"{name}.parquet").to_pylist() for name in TABLES})
@@ -119,8 +120,8 @@ class Evaluator:
         with screen.progress("answers", each * len(self.policies.policies)) as progress:
             for number, policy in enumerate(self.policies.policies):
 
-                def report(done: int, before: int = number * each) -> None:
-                    progress.show(before + done, {})
+                def report(done: int, now: str, before: int = number * each) -> None:
+                    progress.show(before + done, {"now": now} if now else {})
 
                 yield self.measure(policy, report)
 
@@ -132,13 +133,13 @@ class Evaluator:
 
     # --- answers ---
 
-    def _answers(self, policy: Policy, report: Callable[[int], None]) -> list[Row]:
+    def _answers(self, policy: Policy, report: Report) -> list[Row]:
         prompts = [with_system_prompt(policy.system, question.prompt) for question in self.test_set.questions]
         self.policies.activate(policy)
         rows: list[Row] = []
         for batch in self.policies.sampler.draw(prompts, self.test_set.samples, self.test_set.sampling):
             rows += [self._answer_row(sampled) for sampled in batch]
-            report(len(rows))
+            report(len(rows), "")
         rows.sort(key=lambda row: (row["prompt"], row["number"]))
         if self.test_set.sampling.temperature == 1:
             self._add_kl(policy, rows)
@@ -206,9 +207,11 @@ class Evaluator:
             ratios[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(ratios[name])
         return ratios
 
-    def _margins(self, policy: Policy) -> list[Row]:
+    def _margins(self, policy: Policy, report: Report = lambda sampled, now: None) -> list[Row]:
         """Return the margin of each pair that fits into the context with and without the policy's system message."""
-        start, ratios = self.start_log_ratios, self.pair_log_ratios(policy)
+        report(self.test_set.answers, "pairs")
+        start = self.start_log_ratios
+        ratios = start if policy == START_POLICY else self.pair_log_ratios(policy)
         return [
             {"preference": name, "pair": place, "margin": margin}
             for name, of_pairs in ratios.items()
@@ -218,8 +221,9 @@ class Evaluator:
 
     # --- ordinary text and facts ---
 
-    def _texts(self, policy: Policy) -> list[Row]:
+    def _texts(self, policy: Policy, report: Report) -> list[Row]:
         """Return the loss of each text without its first token, in nats. No chat template is applied."""
+        report(self.test_set.answers, "texts")
         self.policies.activate(policy)
         encode = self.base.chat.tokenizer
         ids = [
@@ -234,7 +238,8 @@ class Evaluator:
             for place, (row, value) in enumerate(zip(ids, sums.tolist(), strict=True))
         ]
 
-    def _facts(self, policy: Policy) -> list[Row]:
+    def _facts(self, policy: Policy, report: Report) -> list[Row]:
+        report(self.test_set.answers, "facts")
         self.policies.activate(policy)
         facts = [replace(fact, prompt=with_system_prompt(policy.system, fact.prompt)) for fact in self.test_set.facts]
         known = facts_known(self.model, self.base, facts)
