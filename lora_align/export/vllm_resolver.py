@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class MixResolver:
             async with self.merging:
                 folder = await asyncio.to_thread(self.folder, base_model_name, lora_name)
         except (UserError, RunFailedError) as fault:
-            logger.warning("%s: %s", lora_name, fault)
+            logger.warning("%r: %s", lora_name, fault)
             return None
         return LoRARequest(lora_name, 1, str(folder))  # vLLM sets the number
 
@@ -92,16 +93,17 @@ class MixResolver:
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.once")):
-            if runs.is_run(folder):
-                try:
-                    return runs.read(folder).check_files()
-                except UserError as fault:
-                    logger.warning("%s; it is merged again", fault)
+            try:
+                if runs.is_run(folder):
+                    runs.read(folder).check_files()
+                    return
+            except UserError as fault:
+                logger.warning("%s; it is merged again", fault)
+                shutil.rmtree(folder)
             made = next(run for vector in found.values() for run in vector.known_runs())
             settings = recipe.from_dict(made.manifest.recipe, str(made.path))
             how, screen = MergeOptions(fit="vllm"), Screen(quiet=True)
-            merge_adapters(weights, settings, self.runs_dir, screen, how, out=folder, force=True, by_name=found)
-        return None
+            merge_adapters(weights, settings, self.runs_dir, screen, how, out=folder, by_name=found)
 
 
 def register() -> None:

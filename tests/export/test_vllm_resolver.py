@@ -74,6 +74,7 @@ def test_damaged_folder_is_made_anew(resolver: MixResolver) -> None:
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert resolver.folder(str(BASE), "helpful=1") == folder
     assert weights.read_bytes() == good
+    assert list(folder.parent.glob("[!.]*")) == [folder]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,8 @@ def test_vllm_answers_each_request_with_its_mix(
                 first, made = answers, {folder.name for folder in (tmp_path / "cache/mixes").glob("[!.]*")}
                 stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache/mixes").rglob("manifest.json")}
     log = (tmp_path / "log.txt").read_text()
-    assert "helpful=2: 20 mixes were named already" in log
-    assert "nobody=1: " in log
+    assert "'helpful=2': 20 mixes were named already" in log
+    assert "'nobody=1': no preference or run" in log
     assert len(made) == MIXED
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     assert answers.items() <= first.items()
