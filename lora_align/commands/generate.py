@@ -1,7 +1,7 @@
 """The command `generate`: sample answers to a file of prompts."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,12 @@ def generate_file(
     if not fitting:
         raise UserError(f"{data}: every prompt fills the context; shorten the prompts")
 
-    def answer(items: Sequence[PromptRow]) -> list[dict[str, Any]]:
-        sampled = sampler.draw([item.prompt for item in items], n, sampling)
-        return [_row(items[answer.prompt], answer) for batch in sampled for answer in batch]
+    def answer(items: Sequence[PromptRow], done: Callable[[int], None]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for batch in sampler.draw([item.prompt for item in items], n, sampling):
+            rows += [_row(items[answer.prompt], answer) for answer in batch]
+            done(len(rows) // n)
+        return rows
 
     with shards.shards_for(out, settings) as parts:
         parts.fill(fitting, max(1, BATCH // n), answer, screen, "generate")

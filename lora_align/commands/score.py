@@ -22,7 +22,7 @@ from lora_align.policy.policy_set import PolicySet
 from lora_align.rankers import SCORE
 from lora_align.recipe import Recipe
 
-BATCH = 256  # rows in a file of scores; a kill loses at most the rows of the file being written
+BATCH = 64  # rows in a file of scores; a kill loses at most the rows of the file being written
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def score_file(recipe: Recipe, runs_dir: Path, data: str, out: Path, by: str, sc
         screen.warn(doubt)
     policies = PolicySet(base, [], None, {by: judge})
     with shards.shards_for(out, {"data": data, "judge": judge.identity}) as parts:
-        parts.fill(work, BATCH, lambda items: _scored(items, policies, by), screen, "score")
+        parts.fill(work, BATCH, lambda items, _: _scored(items, policies, by), screen, "score")
         scores = {row[KEY]: json.loads(row["scores"]) for row in parts.rows()}
         rows = [{**item.row, **scores[item.key]} for item in work]
         scored = [

@@ -30,6 +30,7 @@ class Keyed(Protocol):
 
 Work = TypeVar("Work", bound=Keyed)
 Rows = Sequence[Mapping[str, Any]]
+Done = Callable[[int], None]  # reports how many items of a batch are done
 
 
 class Shards:
@@ -73,16 +74,30 @@ class Shards:
         self.files.append(file)
 
     def fill(
-        self, work: Sequence[Work], size: int, rows_of: Callable[[Sequence[Work]], Rows], screen: Screen, title: str
+        self,
+        work: Sequence[Work],
+        size: int,
+        rows_of: Callable[[Sequence[Work], Done], Rows],
+        screen: Screen,
+        title: str,
     ) -> None:
-        """Append `rows_of(batch)` for all work that has no rows yet, in batches of `size`."""
+        """Append `rows_of(batch, done)` for all work that has no rows yet, in batches of `size`.
+
+        `rows_of` may call `done` with the number of items of the batch that are done.
+        """
         done = self.keys()
         left = [item for item in work if item.key not in done]
         if done:
             screen.note(f"{title}: done before: {len(work) - len(left):,} of {len(work):,}")
         with screen.progress(title, len(left)) as progress:
             for begin in range(0, len(left), size):
-                if rows := rows_of(batch := left[begin : begin + size]):
+                batch = left[begin : begin + size]
+
+                def done_of_batch(number: int, begin: int = begin, size: int = len(batch)) -> None:
+                    if number < size:
+                        progress.show(begin + number, {})
+
+                if rows := rows_of(batch, done_of_batch):
                     self.append(rows)
                 progress.show(begin + len(batch), {})
 

@@ -12,7 +12,7 @@ from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta, total
 from lora_align.adapters.peft_config import BaseInfo
 from lora_align.adapters.peft_format import Adapter
-from lora_align.console import count
+from lora_align.console import Progress, count
 from lora_align.data import shards
 from lora_align.data.rows import Rated, with_system_prompt
 from lora_align.data.shards import KEY, Shards
@@ -29,6 +29,7 @@ from lora_align.train import checkpoints
 from lora_align.train.job import Target
 
 WANT = "want_"  # prefix of the columns with a direction's weights
+SCORED = 64  # answers scored between two updates of the progress
 BATCH = 512  # answers in one file; a kill loses at most one file
 
 
@@ -58,12 +59,16 @@ def sample_and_score(
         adapter = distributed.on_rank_0(lambda: _with_start(rsf, teacher, store.folder))
         server = rsf.server.load_adapter(adapter, teacher.path.name, serve_command(rsf.recipe))
 
-    def sample(batch: Sequence[Request]) -> list[SampledText]:
+    def sample(batch: Sequence[Request], before: int, progress: Progress) -> list[SampledText]:
         if not server:
             policies.activate(policies.policies[0])
         prompts = [with_system_prompt(request.system, request.prompt) for request in batch]
-        sampled = (server or policies.sampler).draw(prompts, n, sampling)
-        return [answer for answers in sampled for answer in answers]
+        sampled: list[SampledText] = []
+        for answers in (server or policies.sampler).draw(prompts, n, sampling):
+            sampled += answers
+            if len(sampled) < n * len(batch):
+                progress.show(before + len(sampled) // n, {})
+        return sampled
 
     done = store.keys()
     left = [request for request in requests if request.key not in done]
@@ -74,7 +79,7 @@ def sample_and_score(
     with screen.progress(label, len(left)) as progress:
         for begin in range(0, len(left), batch_size):
             batch = left[begin : begin + batch_size]
-            rows = _scored(batch, sample(batch), policies)
+            rows = _scored(batch, sample(batch, begin, progress), policies)
             if rows:
                 store.append(rows)
             pools = sampling_requests.pools(settings, batch, by_request(rows), t)
@@ -97,8 +102,8 @@ def scores_of(rsf: RsfInputs, answers: Sequence[Rated], target: Target) -> list[
         policies, mine = rsf.policies(), left[distributed.rank() :: distributed.world_size()]
         computed = []
         with target.screen.progress(f"{STEERLM} scores", len(mine)) as progress:
-            for begin in range(0, len(mine), BATCH):
-                batch = [answers[i] for i in mine[begin : begin + BATCH]]
+            for begin in range(0, len(mine), SCORED):
+                batch = [answers[i] for i in mine[begin : begin + SCORED]]
                 computed += policies.score(JUDGE, [(row.prompt, row.answer) for row in batch])
                 progress.show(begin + len(batch), {})
         for indices, rank_scores in distributed.all_gather((mine, computed)):

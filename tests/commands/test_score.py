@@ -82,14 +82,14 @@ def test_score_resumes_after_a_kill(workspace: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.wait(60)
     part_count = len(list(parts.glob("part-*.parquet")))
-    assert 1 <= part_count < 640 / 256
+    assert 1 <= part_count < 640 / 64
     other = call(workspace, "score", "--data", "demo:ratings?rows=3", "--out", "killed.jsonl")
     assert other.code == 2
     assert "was begun with other settings (data); delete the folder" in other.err
 
     resumed = call(workspace, *[word for word in words if word != "--quiet"], "--out", "killed.jsonl")
     assert resumed.code == 0, resumed.err
-    assert f"score: done before: {part_count * 256} of " in resumed.err
+    assert f"score: done before: {part_count * 64} of " in resumed.err
     assert not parts.exists()
     whole = call(workspace, *words, "--out", "whole.jsonl")
     assert whole.code == 0, whole.err
