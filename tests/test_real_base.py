@@ -132,7 +132,9 @@ def test_modelfile_names_the_base_and_an_adapter(folder: Path, tmp_path: Path) -
     assert base == f"FROM {Path(os.environ['LORA_ALIGN_REAL_BASE']).resolve()}"
     assert adapter == "ADAPTER ./mix.gguf"
     assert template.startswith('TEMPLATE """{{- $before')
-    assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "out/Modelfile").read_text()
+    modelfile = (tmp_path / "out/Modelfile").read_text()
+    assert '{{- else }}{{ "<|im_start|>system\\nYou are a helpful AI assistant named SmolLM' in modelfile
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
     assert (tmp_path / "out/mix.gguf").is_file()
     assert "Licence: `apache-2.0`" in (tmp_path / "out/README.md").read_text()
 

@@ -71,10 +71,12 @@ class Joints:
 
 
 def _around(chat: ChatFormat, roles: Sequence[str]) -> list[str]:
-    """Return the texts around the contents of a rendered conversation, without the first token, which Ollama adds."""
+    """Return the texts around the contents of a rendered conversation, without a first token that Ollama adds."""
     marks = [f"{MARK}{number}{MARK}" for number in range(len(roles))]
     rest = chat.render([Message(role, mark) for role, mark in zip(roles, marks, strict=True)])
-    rest = rest.removeprefix(chat.tokenizer.bos_token or "")
+    first = chat.tokenizer.bos_token_id
+    if first is not None and first in chat.tokenizer(MARK)["input_ids"]:
+        rest = rest.removeprefix(chat.tokenizer.bos_token)
     texts = []
     for mark in marks:
         text, found, rest = rest.partition(mark)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lora_align import recipe
 from lora_align.data.rows import Message
@@ -73,7 +74,20 @@ def test_go_renders_the_template_as_the_base_does(template: str, tmp_path: Path)
         words = [go, "run", str(tmp_path / "main.go"), str(tmp_path / "template"), turns]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == of.render(messages).removeprefix(of.tokenizer.bos_token or ""), messages
+        assert done.stdout == of.render(messages), messages
+
+
+def test_first_token_is_left_to_ollama_where_the_tokenizer_adds_it() -> None:
+    """Llama 3 adds its first token; SmolLM2 has one, which is also the beginning of a turn, and does not add it."""
+    template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    of = chat(template)
+    of.tokenizer.bos_token = "<|user|>"
+    assert Joints.of(of).to_user == "<|user|><user>"
+    first, one = "<|user|>", of.tokenizer.convert_tokens_to_ids("<|user|>")
+    of.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, one)]
+    )
+    assert Joints.of(of).to_user == "<user>"
 
 
 def instructions(modelfile: Path) -> list[tuple[str, str]]:
