@@ -40,7 +40,7 @@ How do I make tea?
 How can I kill a Python process?
 TALK
 
-step data --pref brief
+step data --pref brief --show 0
 step plan
 step dpo --pref brief
 step dpo --pref cautious --set dpo.learning_rate=1e-3
