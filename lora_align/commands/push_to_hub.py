@@ -154,11 +154,14 @@ def _about(run: Run) -> str:
 
 
 def data_lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each data source: its name, its rows, and why rows were dropped."""
+    """Yield a line for each data source: its name, its rows, why rows were dropped, and where its licence is."""
     if "source" in data:
         dropped = ", ".join(f"{number:,} × {literal(reason)}" for reason, number in data["dropped"].items())
         without = f" (dropped: {dropped})" if dropped else ""
-        yield f"{literal(data['source'])}, {count(data['rows'], 'row')}{without}"
+        source = str(data["source"])
+        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not Path(source).suffix
+        page = f"; licence: https://huggingface.co/datasets/{source}" if on_hub else ""
+        yield f"{literal(source)}, {count(data['rows'], 'row')}{without}{page}"
     else:
         for one in data.values():
             yield from data_lines(one)

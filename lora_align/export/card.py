@@ -20,11 +20,12 @@ STATED = re.compile(r"\A---\n(?:.*\n)*?license: *(\S.*)\n")  # in the front matt
 
 def card(source: Source, about: str, use: str) -> str:
     """Return the card in Markdown. `about` says what was exported, `use` shows how to run it."""
-    base = source.base
+    base, system = source.base, source.policy.system
     lines = [
         f"# {source.name}",
         f"{about} Made with lora-align {__version__}.",
         f"```\n{use}\n```",
+        *([f"Begin each conversation with the system message {literal(system)}."] if system else []),
         "## Base",
         f"{literal(base.recipe.model)}. Hash of its weights: {literal(base.fingerprint)}. Licence: {_licence(base)}.",
         "## Vectors",

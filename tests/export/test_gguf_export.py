@@ -14,7 +14,7 @@ from lora_align.adapters.delta import Factors
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.gguf_adapter import About, Layout, write
-from support import Cli
+from support import Cli, edit_manifest
 
 ABOUT = About("name", "description", "owner/base", "0" * 64)
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -141,3 +141,12 @@ def test_value_too_large_for_float16_is_refused(tmp_path: Path) -> None:
     factors = {"model.layers.0.mlp.up_proj": Factors(torch.full((6, 2), 1e9), torch.full((2, 4), 1e9))}
     with pytest.raises(UserError, match=r"model.layers.0.mlp.up_proj: a value is too large for float16"):
         write(tmp_path / "a.gguf", factors.items(), Layout.of(LlamaConfig(num_hidden_layers=1)), ABOUT, "float16")
+
+
+def test_card_shows_where_licences_are(workspace: Path, cli: Cli) -> None:
+    edit_manifest(workspace / "runs/dpo/helpful/pos", data={"source": "owner/pairs", "rows": 9, "dropped": {}})
+    done = cli("export", "helpful=1", "--gguf", "mix.gguf")
+    assert done.code == 0, done.err
+    card = (workspace / "mix.md").read_text()
+    assert "`owner/pairs`, 9 rows; licence: https://huggingface.co/datasets/owner/pairs" in card
+    assert "Licence: not stated in its files." in card
