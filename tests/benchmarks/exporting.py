@@ -97,7 +97,7 @@ def copied(work: Path) -> float:
 
 def child(work: Path, option: str) -> dict[str, float]:
     """Export in a new process."""
-    words = [sys.executable, __file__, "--work", str(work), "--child", option]
+    words = [sys.executable, __file__, "--work", str(work), f"--child={option}"]
     result: dict[str, float] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
     return result
 
