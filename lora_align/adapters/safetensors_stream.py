@@ -48,15 +48,22 @@ class TensorFile:
             for name, one in header.items()
         }
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor with its stored dtype."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """Read one tensor with its stored dtype.
+
+        `into` is memory for its bytes, which a later read may overwrite. Fresh memory for every tensor of a large file
+        takes longer than reading it.
+        """
         entry = self.entries[name]
-        buffer = bytearray(entry.size)
+        buffer = torch.empty(entry.size, dtype=torch.uint8) if into is None else into[: entry.size]
+        view, done = buffer.numpy().data, 0
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
-            if stream.readinto(buffer) != entry.size:
-                raise UserError(f"{self.path}: the file was truncated while it was read")
-        return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
+            while done < entry.size and (count := stream.readinto(view[done:])):  # one call reads at most 2 GiB
+                done += count
+        if done != entry.size:
+            raise UserError(f"{self.path}: the file was truncated while it was read")
+        return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]], names: Collection[str]) -> None:
@@ -76,6 +83,7 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]], names: Collection[s
             }
             stream.write(array.data)
             at += array.nbytes
+            del tensor, array  # before the next tensor is computed
         text = json.dumps(header, separators=(",", ":")).encode()
         assert len(text) <= header_bytes, "the header exceeds its reserved space"
         stream.seek(0)

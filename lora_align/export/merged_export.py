@@ -33,7 +33,7 @@ from lora_align.model.base_folder import INDEX
 from lora_align.model.nf4 import through_nf4
 
 BLOCK = 1 << 18  # weights computed at once: few enough for the processor's cache
-SAMPLED = 256  # rows of a weight, about, on which errors are measured
+SAMPLED = 256  # rows of a weight, at most, on which errors are measured
 CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's program
 CONVERTED = {None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # --dtype → its --outtype
 REMEDY = "make room, or write to another disk"
@@ -84,9 +84,10 @@ class MergedWeights:
         return sum(math.prod(of.shape) * self.dtype.itemsize if len(of.shape) > 1 else of.size for of in entries)
 
     def tensors(self, file: TensorFile) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of one file of the checkpoint."""
+        """Yield the tensors of one file of the checkpoint. The next tensor overwrites the last."""
+        buffer = torch.empty(max(entry.size for entry in file.entries.values()), dtype=torch.uint8)
         for name in file.entries:
-            yield name, self._tensor(name, file.read(name))
+            yield name, self._tensor(name, file.read(name, buffer))
 
     def _tensor(self, name: str, weight: Tensor) -> Tensor:
         if weight.ndim < 2 or not weight.is_floating_point():
@@ -104,10 +105,10 @@ class MergedWeights:
         factors = self.source.merge.module(self.modules[name]).factors
         if weight.shape != (len(factors.B), factors.A.shape[1]):
             raise UserError(f"{self.modules[name]}: the mix does not fit the base's weight {tuple(weight.shape)}")
-        some = slice(None, None, max(1, len(weight) // SAMPLED))
-        before, plain = (rows[some].to(torch.float32, copy=True) for rows in (base, weight))  # `added` may overwrite
+        some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:SAMPLED]
+        before, plain = base[some].float(), weight[some].float()  # copies: `added` may overwrite both
         result = added(base, factors, self.dtype)
-        if not is_finite(result):
+        if result is None:
             raise UserError(f"{self.modules[name]}: a value is too large for {self.dtype}; give smaller weights")
         update = factors.B[some].float() @ factors.A.float()
         self.errors.update += _energy(update)
@@ -163,13 +164,18 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
     return Exported({target: target.stat().st_size}, use, figures)
 
 
-def added(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
-    """Return W + BA, computed in float32 and rounded once. A weight of the same dtype is overwritten."""
+def added(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor | None:
+    """Return W + BA, computed in float32 and rounded once; None if a value is not finite.
+
+    A weight of the same dtype is overwritten.
+    """
     B, A = factors.B.float(), factors.A.float()
     result = weight if weight.dtype == dtype else torch.empty(weight.shape, dtype=dtype)
     rows = max(1, BLOCK // weight.shape[1])
     for before, after, left in zip(weight.split(rows), result.split(rows), B.split(rows), strict=True):
         after.copy_(torch.addmm(before.float(), left, A))
+        if not is_finite(after):
+            return None
     return result
 
 

@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_base_plus_the_mix(workspace: Path, cli: Cli, d
         assert after[name].dtype == (getattr(torch, dtype) if weight.ndim > 1 else weight.dtype)
         assert torch.allclose(after[name].double(), expected, rtol=error, atol=1e-7), name
     found = json.loads(done.out)["figures"].get(f"error of rounding to {dtype} / norm of the mix", 0.0)
-    assert found == pytest.approx((squares["rounding"] / squares["update"]) ** 0.5, rel=0.05, abs=1e-4)
+    assert found == pytest.approx((squares["rounding"] / squares["update"]) ** 0.5, rel=0.15, abs=1e-4)
 
 
 def test_dequantised_adds_to_the_weights_that_training_saw(workspace: Path, cli: Cli) -> None:
@@ -91,7 +91,7 @@ def test_dequantised_adds_to_the_weights_that_training_saw(workspace: Path, cli:
         squares["error"] += float((dense - before[f"{name}.weight"]).square().sum())
         squares["update"] += float(update.square().sum())
     share = (squares["error"] / squares["update"]) ** 0.5
-    assert json.loads(done.out)["figures"]["error of NF4 / norm of the mix"] == pytest.approx(share, rel=0.05)
+    assert json.loads(done.out)["figures"]["error of NF4 / norm of the mix"] == pytest.approx(share, rel=0.15)
 
 
 def test_checkpoint_knows_which_layers_are_quantised() -> None:
