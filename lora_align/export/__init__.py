@@ -14,7 +14,7 @@ class Format:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export."""
+    """Select how a mix is exported."""
 
     dtype: str | None = None  # None: the default
     each: bool = False  # one file a vector

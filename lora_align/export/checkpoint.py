@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_align.adapters.safetensors_stream import TensorFile
+from lora_align.adapters.safetensors_stream import DTYPES, TensorFile
 from lora_align.errors import UserError
 from lora_align.model.base import Base, comes_quantized
 from lora_align.model.base_folder import weight_files
@@ -32,7 +32,11 @@ class Checkpoint:
             )
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
-        return cls(base, tuple(map(TensorFile, weight_files(base.folder))), outline)
+        files = tuple(map(TensorFile, weight_files(base.folder)))
+        for name, entry in (item for file in files for item in file.entries.items()):
+            if entry.dtype not in DTYPES:
+                raise UserError(f"{base.folder}: {name} has the type {entry.dtype}; known: {', '.join(DTYPES)}")
+        return cls(base, files, outline)
 
     @cached_property
     def quantised(self) -> frozenset[str]:

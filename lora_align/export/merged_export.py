@@ -41,7 +41,7 @@ REMEDY = "make room, or write to another disk"
 
 @dataclass
 class Errors:
-    """Squared norms, summed over sampled rows of the changed weights."""
+    """Squared norms over the changed weights, estimated from sampled rows."""
 
     update: float = 0.0
     rounding: float = 0.0  # of the result
@@ -111,18 +111,26 @@ class MergedWeights:
         if result is None:
             raise UserError(f"{self.modules[name]}: a value is too large for {self.dtype}; give smaller weights")
         update = factors.B[some].float() @ factors.A.float()
-        self.errors.update += _energy(update)
-        self.errors.rounding += _energy(result[some].float() - (before + update))
-        self.errors.nf4 += _energy(through_nf4(plain, double_quant=double_quant) - plain) if quantised else 0.0
+        rows = len(weight) / len(some)  # each sampled row stands for so many
+        self.errors.update += rows * _energy(update)
+        self.errors.rounding += rows * _energy(result[some].float() - (before + update))
+        if quantised:
+            self.errors.nf4 += rows * _energy(through_nf4(plain, double_quant=double_quant) - plain)
         return result
 
 
 def export_merged(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
-    """Write the merged model to a folder. If wanted, measure how far its answers are from those of the mix."""
-    weights = MergedWeights.of(source, how)
+    """Write the merged model to a folder, with its card."""
     use = f"vllm serve {target}"
     kind = "what remains of it in NF4" if how.dequantised else "its 16-bit weights"
     about = f"The base with the mix {source.weights} added to {kind}."
+    figures = write_model(source, target, screen, how, card(source, about, use))
+    return Exported({target: sum(file.stat().st_size for file in target.iterdir())}, use, figures)
+
+
+def write_model(source: Source, target: Path, screen: Screen, how: ExportOptions, readme: str = "") -> dict[str, float]:
+    """Write the merged model to a folder; return its errors and, if wanted, how far its answers are from the mix's."""
+    weights = MergedWeights.of(source, how)
     if source.base.recipe.chat_template_kwargs:
         screen.warn("base.chat_template_kwargs are not part of the files; send them with each request")
     store.check_free_space(target.parent, weights.size, REMEDY)
@@ -135,11 +143,12 @@ def export_merged(source: Source, target: Path, screen: Screen, how: ExportOptio
             safetensors_stream.write(staging / file.path.name, weights.tensors(file), file.entries)
             progress.show(done, {})
         _copy_settings(source, weights, staging)
-        (staging / CARD).write_text(card(source, about, use), encoding="utf-8")
+        if readme:
+            (staging / CARD).write_text(readme, encoding="utf-8")
     figures = weights.errors.figures(weights.dtype)
     if how.check:
         figures |= kl_from_mix(source, target, screen)
-    return Exported({target: sum(file.stat().st_size for file in target.iterdir())}, use, figures)
+    return figures
 
 
 def export_gguf_merged(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
@@ -152,7 +161,7 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
         )
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary, store.new_file(target) as file:
         folder = Path(temporary, "model")
-        figures = export_merged(source, folder, screen, how).figures
+        figures = write_model(source, folder, screen, how)
         screen.note(f"running {converter} …")
         words = [converter, str(folder), "--outfile", str(file), "--outtype", CONVERTED[how.dtype]]
         done = subprocess.run(words, capture_output=True, text=True, check=False)

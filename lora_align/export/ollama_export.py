@@ -10,7 +10,7 @@ from lora_align.export import FORMATS, ExportOptions
 from lora_align.export.card import CARD, card
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_export import write_gguf
-from lora_align.export.merged_export import export_merged
+from lora_align.export.merged_export import write_model
 from lora_align.export.ollama_template import Joints
 from lora_align.export.source import Source
 from lora_align.model.base import gguf_file
@@ -33,7 +33,7 @@ def export_ollama(source: Source, folder: Path, screen: Screen, how: ExportOptio
             )
             lines = [f"FROM {base.resolve()}", f"ADAPTER ./{ADAPTER}"]
         else:
-            figures = export_merged(source, staging / MODEL, screen, how).figures
+            figures = write_model(source, staging / MODEL, screen, how)
             lines = [f"FROM ./{MODEL}"]
         (staging / "Modelfile").write_text("\n".join([*lines, *_settings(source, screen)]) + "\n", encoding="utf-8")
         about = f"A model for Ollama, the mix {source.weights}."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_base_plus_the_mix(workspace: Path, cli: Cli, d
         assert after[name].dtype == (getattr(torch, dtype) if weight.ndim > 1 else weight.dtype)
         assert torch.allclose(after[name].double(), expected, rtol=error, atol=1e-7), name
     found = json.loads(done.out)["figures"].get(f"error of rounding to {dtype} / norm of the mix", 0.0)
-    assert found == pytest.approx((squares["rounding"] / squares["update"]) ** 0.5, rel=0.15, abs=1e-4)
+    assert found == pytest.approx((squares["rounding"] / squares["update"]) ** 0.5, rel=0.05, abs=1e-4)
 
 
 def test_dequantised_adds_to_the_weights_that_training_saw(workspace: Path, cli: Cli) -> None:
@@ -91,7 +91,7 @@ def test_dequantised_adds_to_the_weights_that_training_saw(workspace: Path, cli:
         squares["error"] += float((dense - before[f"{name}.weight"]).square().sum())
         squares["update"] += float(update.square().sum())
     share = (squares["error"] / squares["update"]) ** 0.5
-    assert json.loads(done.out)["figures"]["error of NF4 / norm of the mix"] == pytest.approx(share, rel=0.15)
+    assert json.loads(done.out)["figures"]["error of NF4 / norm of the mix"] == pytest.approx(share, rel=0.05)
 
 
 def test_checkpoint_knows_which_layers_are_quantised() -> None:
@@ -205,6 +205,16 @@ def test_module_that_the_files_lack_is_refused(sharded: Path) -> None:
         file.entries.pop("model.layers.0.self_attn.q_proj.weight", None)
     with pytest.raises(UserError, match=r"base has no tensor model\.layers\.0\.self_attn\.q_proj\.weight"):
         checkpoint.tensor("model.layers.0.self_attn.q_proj")
+
+
+def test_weights_of_an_unknown_type_are_refused(sharded: Path, cli: Cli) -> None:
+    file = min((sharded / "base").glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name].long()}, file, {"format": "pt"})
+    done = cli("export", "./one", "--set", 'base.model="base"', "--merged", "out", "--no-check")
+    assert done.code == 2
+    assert f"{name} has the type I64; known: F64, F32, F16, BF16" in done.err
 
 
 def test_full_disk_leaves_nothing(sharded: Path, cli: Cli) -> None:

@@ -105,6 +105,7 @@ def test_folder_of_a_base_in_safetensors_has_the_merged_model(workspace: Path, c
     expected = [("FROM", "./model"), ("TEMPLATE", Joints.of(of).template()), *stops]
     assert instructions(workspace / "out/Modelfile") == expected
     assert (workspace / "out/model/model.safetensors").is_file()
+    assert not (workspace / "out/model/README.md").exists(), "the folder has one card"
     assert "- `harmless`: weight -0.5" in (workspace / "out/README.md").read_text()
 
 

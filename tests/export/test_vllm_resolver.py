@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_align.adapters import peft_format
+from lora_align.adapters.module_names import parse_name
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.vllm_resolver import MixResolver
@@ -60,7 +61,7 @@ def test_equal_mixes_share_a_folder(resolver: MixResolver) -> None:
     assert resolver.folder(str(BASE), "helpful=1.01,harmless=-0.5") != first
 
 
-def test_processes_that_want_one_mix_make_it_once(resolver: MixResolver) -> None:
+def test_requests_that_want_one_mix_make_it_once(resolver: MixResolver) -> None:
     with ThreadPoolExecutor(8) as threads:
         folders = set(threads.map(lambda _: resolver.folder(str(BASE), "helpful=0.25"), range(16)))
     [folder] = folders
@@ -97,6 +98,11 @@ def test_names_that_are_no_mix_are_refused(
     with pytest.raises(UserError, match=message):
         resolver.folder(served, name)
     assert not resolver.names
+
+
+def test_name_may_select_layers(resolver: MixResolver) -> None:
+    folder = resolver.folder(str(BASE), "helpful@0-0=1")
+    assert {parse_name(module).layer for module in peft_format.load(folder)} == {0}  # type: ignore[union-attr]
 
 
 def test_names_are_limited(resolver: MixResolver) -> None:
