@@ -143,7 +143,7 @@ def test_merged_model_answers_as_the_mix(folder: Path, tmp_path: Path) -> None:
     out, options = str(tmp_path / "out"), ["--dtype", "float32", "--set", 'base.quantization="none"', "--json"]
     done = call(folder, "export", "brief=1", "--merged", out, *options)
     assert done.code == 0, done.err
-    assert abs(json.loads(done.out)["figures"]["KL of the mix from the merged model, nats per token"]) < 1e-5
+    assert abs(json.loads(done.out)["figures"]["KL(mix‖merged), nats per token"]) < 1e-5
 
 
 def distance(one: Tensor, other: Tensor) -> float:

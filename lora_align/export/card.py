@@ -41,15 +41,11 @@ def _licence(base: Base) -> str:
         field = gguf.GGUFReader(file).get_field(gguf.Keys.General.LICENSE)
         stated = field.contents() if field else ""
     else:
-        card_ = base.folder / CARD
-        found = STATED.search(card_.read_text(encoding="utf-8")) if card_.is_file() else None
+        readme = base.folder / CARD
+        found = STATED.search(readme.read_text(encoding="utf-8")) if readme.is_file() else None
         stated = found[1] if found else ""
-    return literal(stated) or f"not stated in its files{_page('', base.recipe.model)}"
-
-
-def _page(kind: str, name: str) -> str:
-    """Return where to read about something on the hub; "" for a file."""
-    return f"; see https://huggingface.co/{kind}{name}" if is_hub_id(name) else ""
+    page = f"; see https://huggingface.co/{base.recipe.model}" if is_hub_id(base.recipe.model) else ""
+    return literal(stated) or f"not stated in its files{page}"
 
 
 def write_beside(file: Path, text: str) -> None:

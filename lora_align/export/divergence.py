@@ -34,7 +34,7 @@ Answered = tuple[list[int], Sequence[int]]  # the tokens of a prompt and of an a
 
 
 def kl_from_mix(source: Source, folder: Path, screen: Screen) -> dict[str, float]:
-    """Return the KL divergence of the mix from the merged model, in nats per token of answers that the mix samples.
+    """Return KL(mix‖merged) in nats per token, on answers that the mix samples.
 
     Warn and return nothing if the merged model does not fit into memory.
     """
@@ -55,7 +55,7 @@ def kl_from_mix(source: Source, folder: Path, screen: Screen) -> dict[str, float
     del model
     ours = _logprobs(merged.load(), rows)
     terms = [(p.exp() * (p - q)).sum(-1) for p, q in zip(theirs, ours, strict=True)]
-    return {"KL of the mix from the merged model, nats per token": float(torch.cat(terms).mean())}
+    return {"KL(mix‖merged), nats per token": float(torch.cat(terms).mean())}
 
 
 @torch.no_grad()

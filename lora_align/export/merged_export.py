@@ -85,7 +85,7 @@ class MergedWeights:
 
     def tensors(self, file: TensorFile) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of one file of the checkpoint. The next tensor overwrites the last."""
-        buffer = torch.empty(max(entry.size for entry in file.entries.values()), dtype=torch.uint8)
+        buffer = torch.empty(max((entry.size for entry in file.entries.values()), default=0), dtype=torch.uint8)
         for name in file.entries:
             yield name, self._tensor(name, file.read(name, buffer))
 

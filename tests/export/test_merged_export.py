@@ -110,7 +110,7 @@ def test_answers_are_those_of_the_mix(workspace: Path, cli: Cli) -> None:
     }.items():
         done = cli("export", "helpful=1", "--merged", name, "--json", *options)
         assert done.code == 0, done.err
-        kl[name] = json.loads(done.out)["figures"]["KL of the mix from the merged model, nats per token"]
+        kl[name] = json.loads(done.out)["figures"]["KL(mix‖merged), nats per token"]
     assert abs(kl["exact"]) < 1e-6
     assert kl["exact"] < kl["dequantised"] < kl["nf4"]
 
