@@ -2,23 +2,17 @@
 
 import json
 import os
-import subprocess
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
-import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from llama_cpp_check import TEXT, Adapters, dense_logprobs, distance, float32_gguf, llama_cpp_logprobs
 from lora_align import recipe
-from lora_align.adapters.delta import LoraDelta
 from lora_align.data.rows import Message
+from lora_align.export.merged_export import CONVERTER
 from lora_align.model import base as bases
-from lora_align.model.base import Base
 from lora_align.model.logprobs import answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone
@@ -94,35 +88,44 @@ def test_rows_are_packed_in_float32(folder: Path, quantization: str) -> None:
     assert Backbone.of(bases.find(settings.base).load()).longest, "its states are up to 55, and differ by 0.002"
 
 
-def test_llama_cpp_computes_the_exported_vectors(folder: Path, tmp_path: Path) -> None:
-    """Compare llama.cpp's log-probabilities with those of dense float32 weights, on the dequantised base."""
+@pytest.fixture
+def library() -> Path:
+    """The folder in which npm installed llama.cpp."""
     library = os.environ.get("LORA_ALIGN_LLAMA_CPP")
     if not library:
         pytest.skip("LORA_ALIGN_LLAMA_CPP is not set (.ci/run installs llama.cpp with npm)")
+    return Path(library)
+
+
+def test_llama_cpp_computes_the_exported_vectors(folder: Path, library: Path, tmp_path: Path) -> None:
+    """Compare llama.cpp's log-probabilities with those of dense float32 weights, on the dequantised base."""
     for out, options in (("each", ["--each"]), ("mix.gguf", [])):
         words = ["brief=0.5,dpo/brief/pos=1", "--gguf", str(tmp_path / out), "--dtype", "float32"]
         done = call(folder, "export", *words, *options)
         assert done.code == 0, done.err
-    brief, pos, mix = (str(tmp_path / name) for name in ("each/brief.gguf", "each/dpo-brief-pos.gguf", "mix.gguf"))
+    brief, pos, mix = (tmp_path / name for name in ("each/brief.gguf", "each/dpo-brief-pos.gguf", "mix.gguf"))
     base = bases.find(recipe.Base(os.environ["LORA_ALIGN_REAL_BASE"], quantization="none"))
-    ids = base.chat.tokenizer("The best way to learn cooking is to begin with a simple meal").input_ids
+    ids = base.chat.tokenizer(TEXT).input_ids
     vectors = [find(name, folder / "runs", ["brief"]).load() for name in ("brief", "dpo/brief/pos")]
-    dense = {
-        weights: dense_logprobs(base, vectors, weights, ids)
-        for weights in ((0.0, 0.0), (0.5, 1.0), (0.5, 0.0), (1.0, 0.0), (-1.0, 0.0))
-    }
+    dense = dense_logprobs(base, vectors, [(0, 0), (-1, 0), (0.5, 0), (1, 0), (0.5, 1)], ids)
     float32 = float32_gguf(Path(os.environ["LORA_ALIGN_REAL_BASE"]), tmp_path / "base.gguf")
+    settings: list[Adapters] = [{}, {brief: -1.0}, {brief: 0.5}, {brief: 1.0}, {brief: 0.5, pos: 1.0}, {mix: 1.0}]
+    found = llama_cpp_logprobs(library, float32, settings, ids, tmp_path / "out.f32")
+    for expected, computed in zip([*dense, dense[-1]], found, strict=True):
+        assert distance(expected, computed) < 0.003
+    assert all(distance(changed, dense[0]) > 0.02 for changed in dense[1:])
 
-    def error(weights: tuple[float, float], *adapters: tuple[str, float]) -> float:
-        found = llama_cpp_logprobs(Path(library), float32, adapters, ids, tmp_path / "out.f32")
-        return distance(dense[weights], found)
 
-    assert error((0.0, 0.0)) < 0.003
-    for weight in (-1.0, 0.5, 1.0):
-        assert error((weight, 0.0), (brief, weight)) < 0.003
-        assert distance(dense[weight, 0.0], dense[0.0, 0.0]) > 0.02
-    assert error((0.5, 1.0), (mix, 1.0)) < 0.003
-    assert error((0.5, 1.0), (brief, 0.5), (pos, 1.0)) < 0.003
+@pytest.mark.skipif(not shutil.which(CONVERTER), reason=f"{CONVERTER} of llama.cpp is not on PATH")
+def test_llama_cpp_computes_the_merged_model(folder: Path, library: Path, tmp_path: Path) -> None:
+    out, options = str(tmp_path / "out.gguf"), ["--dtype", "float32", "--set", 'base.quantization="none"']
+    done = call(folder, "export", "brief=1", "--gguf-merged", out, "--no-check", *options)
+    assert done.code == 0, done.err
+    base = bases.find(recipe.Base(os.environ["LORA_ALIGN_REAL_BASE"], quantization="none"))
+    ids = base.chat.tokenizer(TEXT).input_ids
+    [dense] = dense_logprobs(base, [find("brief", folder / "runs", ["brief"]).load()], [[1]], ids)
+    [found] = llama_cpp_logprobs(library, tmp_path / "out.gguf", [{}], ids, tmp_path / "out.f32")
+    assert distance(dense, found) < 0.003
 
 
 def test_modelfile_names_the_base_and_an_adapter(folder: Path, tmp_path: Path) -> None:
@@ -144,49 +147,3 @@ def test_merged_model_answers_as_the_mix(folder: Path, tmp_path: Path) -> None:
     done = call(folder, "export", "brief=1", "--merged", out, *options)
     assert done.code == 0, done.err
     assert abs(json.loads(done.out)["figures"]["KL(mix‖merged), nats per token"]) < 1e-5
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """Return the mean absolute difference of two log-probabilities of the next token, weighted by the first's."""
-    return float((one.exp() * (one - other.clamp_min(-30)).abs()).sum(-1).mean())
-
-
-def dense_logprobs(base: Base, vectors: list[LoraDelta], weights: tuple[float, ...], ids: list[int]) -> Tensor:
-    """Return the log-probabilities after each token, from float32 weights to which the vectors are added."""
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
-    for name, layer in model.named_modules():
-        for vector, weight in zip(vectors, weights, strict=True):
-            if name in vector:
-                layer.weight.data += (weight * (vector[name].B.double() @ vector[name].A.double())).float()
-    with torch.no_grad():
-        logprobs: Tensor = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return logprobs
-
-
-def float32_gguf(file: Path, out: Path) -> Path:
-    """Write a GGUF file again with dequantised weights."""
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def llama_cpp_logprobs(
-    library: Path, model: Path, adapters: Iterable[tuple[str, float]], ids: list[int], out: Path
-) -> Tensor:
-    """Return llama.cpp's log-probabilities after each token, with scaled adapters."""
-    scales = json.dumps([{"filePath": file, "scale": scale} for file, scale in adapters])
-    script = Path(__file__).parent / "export" / "logprobs.mjs"
-    words = ["node", str(script), str(model), scales, json.dumps(ids), str(out)]
-    subprocess.run(words, cwd=library, check=True, timeout=120)
-    return torch.from_numpy(np.fromfile(out, dtype=np.float32)).view(len(ids), -1)

@@ -108,9 +108,9 @@ def _read(shape: Any, row: Row, where: str) -> Any:
     """Read a row into a shape; errors name the place of the row."""
     form = _form(shape, row)
     if form is None:
-        needed = (form.required - row.keys() for form in _forms(shape))
-        # columns of the nearest form; of two equally near forms, the one with `chosen`
-        missing = min(map(sorted, needed), key=lambda columns: (len(columns), "chosen" not in columns))
+        # of equally near forms: the one that needs `chosen`, else the one with most columns
+        forms = [(sorted(form.required - row.keys()), len(form.required)) for form in _forms(shape)]
+        missing, _ = min(forms, key=lambda form: (len(form[0]), "chosen" not in form[0], -form[1]))
         raise UnknownFormError(
             f"{where}: no {SHAPE_NAMES[shape]} in columns {', '.join(map(str, row))} (the nearest form also needs "
             f"{' and '.join(missing)})"

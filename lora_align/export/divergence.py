@@ -13,7 +13,6 @@ from lora_align.console import Screen
 from lora_align.data.rows import Message, with_system_prompt
 from lora_align.export.source import Source
 from lora_align.model import base as bases
-from lora_align.model.base_folder import weight_files
 from lora_align.model.batch_sampling import LocalSampler
 from lora_align.model.mixer import Mixer
 from lora_align.model.sampler_protocol import Sampling
@@ -33,16 +32,16 @@ MIX = "mix"
 Answered = tuple[list[int], Sequence[int]]  # the tokens of a prompt and of an answer
 
 
-def kl_from_mix(source: Source, folder: Path, screen: Screen) -> dict[str, float]:
+def kl_from_mix(source: Source, folder: Path, weights: int, screen: Screen) -> dict[str, float]:
     """Return KL(mix‖merged) in nats per token, on answers that the mix samples.
 
-    Warn and return nothing if the merged model does not fit into memory.
+    Warn and return nothing if the merged model, with so many weights, does not fit into memory.
     """
     where, dtype = bases.device(source.base.recipe), bases.compute_dtype(source.base.recipe)
     merged = replace(source.base, folder=folder, recipe=replace(source.base.recipe, quantization="none", fsdp=False))
-    stored = sum(file.stat().st_size for file in weight_files(folder)) / 2 * dtype.itemsize
-    if stored > bases.device_memory(where)[0]:
-        screen.warn(f"the merged model was not compared with the mix: it needs {stored / 1e9:.1f} GB of memory")
+    needed = weights * dtype.itemsize
+    if needed > bases.device_memory(where)[0]:
+        screen.warn(f"the merged model was not compared with the mix: it needs {needed / 1e9:.1f} GB of memory")
         return {}
     screen.note("comparing answers with the mix …")
     model = source.base.load()

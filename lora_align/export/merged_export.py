@@ -147,7 +147,7 @@ def write_model(source: Source, target: Path, screen: Screen, how: ExportOptions
             (staging / CARD).write_text(readme, encoding="utf-8")
     figures = weights.errors.figures(weights.dtype)
     if how.check:
-        figures |= kl_from_mix(source, target, screen)
+        figures |= kl_from_mix(source, target, weights.size // weights.dtype.itemsize, screen)
     return figures
 
 

@@ -40,10 +40,20 @@ How do I make tea?
 How can I kill a Python process?
 TALK
 
+sed -e '/^\[dpo\]/,/^held_out/d' lora-align.toml > sft.toml
+cat >> sft.toml <<TOML
+[sft]
+data = "$splits/ultrafeedback-train.jsonl"
+columns = { completion = "chosen" }
+batch_size = 8
+max_length = 320
+TOML
+
 step data --pref brief --show 0
 step plan
 step dpo --pref brief
 step dpo --pref cautious --set dpo.learning_rate=1e-3
+step sft --recipe sft.toml --runs sft-runs --limit 60
 step merge --weights brief=0.5,cautious=0.5
 printf '\n$ lora-align chat --weights brief=0 --seed 1 --max-new-tokens 96 < talk.txt\n'
 lora-align chat --weights brief=0 --seed 1 --max-new-tokens 96 < talk.txt

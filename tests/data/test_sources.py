@@ -172,6 +172,11 @@ def test_bad_rows_are_refused_with_file_and_line(content: str, message: str, tmp
         material_of(Preference(str(file)))
 
 
+def test_nearest_form_has_most_of_the_columns() -> None:
+    with pytest.raises(UserError, match=r"the nearest form also needs completion\)"):
+        row_reader.conversation({"prompt": "a", "response": "b"}, "here")
+
+
 NAMES_OF_TYPES = re.compile(r"NoneType|\bint\b|\bfloat\b|\bstr\b|\bdict\b|\blist indices|tuple")
 
 

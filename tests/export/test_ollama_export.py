@@ -15,7 +15,7 @@ from lora_align.errors import UserError
 from lora_align.export.ollama_template import Joints
 from lora_align.model import base as bases
 from lora_align.model.chat_format import ChatFormat
-from support import Cli
+from support import Cli, fill, small_disk
 
 GO = """
 package main
@@ -121,3 +121,15 @@ def test_template_that_cannot_be_translated_causes_a_warning(workspace: Path, cl
 def test_template_that_rewrites_messages_is_refused() -> None:
     with pytest.raises(UserError, match="it changes the messages of user, assistant, user"):
         Joints.of(chat("{% for m in messages %}{{ m.content | upper | replace('0', 'zero') }}{% endfor %}"))
+
+
+def test_full_disk_leaves_nothing(workspace: Path, cli: Cli) -> None:
+    words = ("export", "helpful=1", "--ollama", "disk/out", "--no-check")
+    with small_disk(workspace / "disk", "1800k") as disk:
+        failed = cli(*words)  # no room for the tokenizer, which is not counted beforehand
+        assert list(disk.iterdir()) == []
+        fill(disk)
+        refused = cli(*words)
+    assert (failed.code, refused.code) == (1, 2)
+    assert "No space left on device" in failed.err
+    assert "make room, or write to another disk" in refused.err
