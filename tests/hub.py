@@ -1,4 +1,4 @@
-"""Serve datasets by their commits from this machine, over the HTTP requests of the hub's own libraries."""
+"""Serve datasets and files of models from this machine, over the HTTP requests of the hub's own libraries."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def read(endpoint: str, home: Path, *tables: Mapping[str, str], offline: bool = 
 
 @contextmanager
 def serving(sets: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
-    """Serve datasets by name and revision; yield the address for HF_ENDPOINT."""
+    """Serve datasets and files of models by name and revision; yield the address for HF_ENDPOINT."""
 
     class Hub(_Hub):
         commits: ClassVar = {
@@ -74,7 +74,7 @@ class _Hub(BaseHTTPRequestHandler):
         match words:
             case ["api", "datasets", owner, name, *segments]:
                 self._about(f"{owner}/{name}", segments)
-            case ["datasets", owner, name, "resolve", revision, *path]:
+            case ["datasets", owner, name, "resolve", revision, *path] | [owner, name, "resolve", revision, *path]:
                 self._file(f"{owner}/{name}", revision, "/".join(path))
             case _:
                 self._refuse("EntryNotFound")

@@ -14,7 +14,7 @@ from lora_align.export.card import CARD, card, write_beside
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_adapter import About, Layout
 from lora_align.export.source import Source
-from lora_align.model.base import GGUF
+from lora_align.model.base_folder import GGUF
 from lora_align.policy.policy import START
 
 BASE = "BASE.gguf"  # stands for the base's file in printed commands

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lora_align import distributed, recipe, store
 from lora_align.errors import NotFetchedError, UserError, first_line
-from lora_align.model.base_folder import fingerprint, is_hub_id, local_folder, weight_files
+from lora_align.model.base_folder import GGUF, fingerprint, is_hub_id, local_folder, weight_files
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
@@ -25,7 +25,6 @@ from lora_align.model.template_check import check_template
 if TYPE_CHECKING:
     from peft import PeftModel
 
-GGUF = ".gguf"  # suffix of base.model
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # configuration, tokenizer, templates, licence
 CACHE_QUANTIZED_FROM = 1 << 30  # bytes of weights; quantising a smaller base is faster than loading it from the cache
 

@@ -10,6 +10,7 @@ from lora_align.errors import UserError, first_line
 from lora_align.plugins import Registry
 
 INDEX = "model.safetensors.index.json"
+GGUF = ".gguf"  # suffix of base.model
 
 BASES: Registry[Callable[[], Path]] = Registry("bases")
 

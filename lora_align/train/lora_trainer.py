@@ -23,7 +23,8 @@ from lora_align import store
 from lora_align.console import count
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.errors import RunFailedError, Stopped, UserError, first_line
-from lora_align.model.base import GGUF, Base, compute_dtype, device
+from lora_align.model.base import Base, compute_dtype, device
+from lora_align.model.base_folder import GGUF
 from lora_align.model.compiled_layers import compiled_layers
 from lora_align.model.logprobs import Reader
 from lora_align.model.memory_budget import MemoryBudget

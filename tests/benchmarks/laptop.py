@@ -30,6 +30,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and
     ("cautious", {"learning_rate": 1e-3, "limit": 200}),
     ("cautious", {"learning_rate": 3e-4, "limit": 200}),
     ("helpful", {"learning_rate": 3e-4, "limit": 250}),
+    ("brief", {"learning_rate": 2e-4, "limit": 200, "beta": 0.3}),
+    ("brief", {"learning_rate": 2e-4, "limit": 100, "epochs": 2}),
+    ("brief", {"learning_rate": 2e-4, "limit": 200, "max_length": 512}),
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from hub import read, serving
 from lora_align import recipe
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
+from lora_align.rsf.serving import serve_command
 from lora_align.train.lora_trainer import adapter_config
 from support import make_base
 
@@ -142,6 +144,20 @@ def test_file_is_converted_once_and_known_by_its_hash(
     second = _found(moved)
     assert second.fingerprint == first.fingerprint
     assert (second.folder / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_file_on_the_hub_is_fetched_once(llama: Path, tmp_path: Path) -> None:
+    write_gguf(llama, tmp_path / "a.gguf")
+    wanted = {"model": "owner/name/a.gguf", "revision": "main", "quantization": "none"}
+    with serving({"owner/name": {"main": {"a.gguf": (tmp_path / "a.gguf").read_bytes()}}}) as address:
+        assert read(address, tmp_path, wanted) == ["owner/name/a.gguf"]
+    assert read("http://127.0.0.1:9", tmp_path, wanted, offline=True) == ["owner/name/a.gguf"]
+
+
+def test_server_gets_the_converted_folder(llama: Path, tmp_path: Path) -> None:
+    write_gguf(llama, tmp_path / "a.gguf")
+    settings = recipe.load(recipe.builtin()["demo"], [f"base.model={json.dumps(str(tmp_path / 'a.gguf'))}"])
+    assert f"vllm serve {_found(tmp_path / 'a.gguf').folder} " in serve_command(settings)
 
 
 def test_llama_3_rotary_scaling_is_read(tmp_path: Path) -> None:
