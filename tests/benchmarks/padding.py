@@ -1,7 +1,8 @@
 """Time a DPO step on a CPU beside plain forward and backward passes over as many tokens without padding.
 
-Also time how much it saves to dequantise 4-bit weights once. Takes a base folder in Hugging Face form and a file of
-pairs.
+    python tests/benchmarks/padding.py --base BASE --pairs FILE
+
+Steps are timed in NF4 and in float32. Also time how much it saves to dequantise 4-bit weights once.
 """
 
 import argparse
@@ -80,13 +81,17 @@ def step(policy: PeftModel, base: Base, reader: Reader, rows: Sequence[TokenPair
     return work
 
 
-def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict[str, Any]:
+def steps(project: recipe.Recipe, quantization: str) -> dict[str, Any]:
     """Time packed steps and padded steps beside plain passes over as many tokens.
 
     The rows of a plain pass have one length, so that nothing is padded. Plain passes are timed without logits and with
     logits and cross-entropy over all tokens; a step needs logits of the answers' tokens.
     """
+    base = bases.find(replace(project.base, quantization=quantization))
+    rows = list(dpo.prepare(project, "pairs", base, Screen(quiet=True)).train)
+    rows = [replace(row, reference=(0.0, 0.0)) for row in rows]
     policy = policy_of(base, project, dequantised=True)
+    flops = 4e-9 * base_model_of(policy).num_parameters()  # of a token: forward, and backward without weights
     packed = Reader.of(base_model_of(policy))
     figures = []
     for at in range(STEPS):
@@ -97,12 +102,14 @@ def steps(base: Base, project: recipe.Recipe, rows: Sequence[TokenPair]) -> dict
         }
         sequences = [len(row.prompt) + len(answer) for row in some for answer in (row.chosen, row.rejected)]
         shared = sum(packed.length(row.shared()) for row in some)
-        for name, tokens in (("plain, prompts shared", shared), ("plain, prompts not shared", sum(sequences))):
+        counts = {"prompts shared": shared, "prompts not shared": sum(sequences)}
+        for name, tokens in counts.items():
             length = round(tokens / BATCH)
             for logits, end in ((False, ""), (True, ", with logits")):
                 work = plain(policy, BATCH, length, logits=logits)
-                took[name + end] = seconds(work) * tokens / (BATCH * length)
-        figures.append({"tokens, prompts shared": shared, "tokens, prompts not shared": sum(sequences), **took})
+                took[f"plain, {name}{end}"] = seconds(work) * tokens / (BATCH * length)
+        tokens_by = {f"tokens, {name}": tokens for name, tokens in counts.items()}
+        figures.append({**tokens_by, **took, "GFLOP/s of a packed step": round(flops * shared / took["packed"], 1)})
 
     def share(of: str, beside: str) -> float:
         return round(statistics.median(one[beside] / one[of] for one in figures), 3)
@@ -153,18 +160,15 @@ def main() -> None:
     settings = [f'base.model="{options.base}"', f'preferences.pairs.data="{options.pairs}"', "lora.rank=16"]
     settings += ['lora.targets=["all-linear"]', "dpo.max_length=1024", f"dpo.limit={BATCH * STEPS}"]
     project = recipe.load(recipe.builtin()["demo"], settings)
-    base = bases.find(project.base)
     torch.manual_seed(0)
-    rows = list(dpo.prepare(project, "pairs", base, Screen(quiet=True)).train)
-    rows = [replace(row, reference=(0.0, 0.0)) for row in rows]
     save(
         options.name,
         {
             "base": Path(options.base).name,
             "pairs": options.pairs.name,
             "threads": torch.get_num_threads(),
-            "passes": passes(base, project),
-            **steps(base, project, rows),
+            "passes": passes(bases.find(project.base), project),
+            **{f"steps, {kind}": steps(project, kind) for kind in ("nf4", "none")},
         },
     )
 

@@ -1,4 +1,4 @@
-"""Time light commands (target: 0.3 s), an answer (6 s) and merges (3 s, and 5 s for 8B shapes).
+"""Time light commands (targets: --help 0.2 s, list 0.3 s), an answer (5 s), and merges (3 s, and 5 s for 8B shapes).
 
 The first two figures show how fast the machine is at the moment: Python alone, and the import of torch.
 """
