@@ -1,5 +1,6 @@
 """Crash-safe files and folders: written under a temporary name, synced to disk, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -142,10 +143,15 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[None]:
-    """Turn an OSError into a RunFailedError that names the path, the bytes `needed` if given, and the remedy."""
+    """Turn an OSError into a RunFailedError that names the path, the bytes `needed` if given, and the remedy.
+
+    The remedy is that of a full disk; other errors get another one.
+    """
     try:
         yield
     except OSError as fault:
+        if fault.errno not in (None, errno.ENOSPC, errno.EDQUOT):  # numpy reports a full disk without a number
+            raise RunFailedError(f"{folder}: {fault.strerror}; write elsewhere") from fault
         why = first_line(fault) if fault.strerror is None else fault.strerror
         bytes_ = f" ({_size(needed)} to write, {_size(_free(folder))} free)" if needed else ""
         raise RunFailedError(f"{folder}: {why}{bytes_}; {remedy}") from fault

@@ -143,6 +143,9 @@ def test_modelfile_names_the_base_and_an_adapter(folder: Path, tmp_path: Path) -
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
     assert (tmp_path / "out/mix.gguf").is_file()
     assert "Licence: `apache-2.0`" in (tmp_path / "out/README.md").read_text()
+    refused = call(folder, "export", "brief=1", "--ollama", str(tmp_path / "other"), "--dequantised")
+    assert refused.code == 2
+    assert "--dequantised has no effect: the base is a GGUF file" in refused.err
 
 
 def test_merged_model_answers_as_the_mix(folder: Path, tmp_path: Path) -> None:

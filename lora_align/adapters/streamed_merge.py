@@ -69,7 +69,8 @@ class Merge:
             parts = [(self.vectors[key][name], w) for key, w in self.weights.items() if name in self.vectors[key]]
             x = torch.randn(parts[0][0].A.shape[1], generator=draw, dtype=torch.float64)
             outputs = [part.B.double() @ (part.A.double() @ x) * weight for part, weight in parts]
-            if float(torch.stack(outputs).sum(0).norm()) > ROUNDING * sum(float(one.norm()) for one in outputs):
+            total = float(torch.stack(outputs).sum(0).norm())
+            if not math.isfinite(total) or total > ROUNDING * sum(float(one.norm()) for one in outputs):
                 return False
         return True
 

@@ -11,8 +11,9 @@ from lora_align.adapters.merge_methods import METHODS
 from lora_align.adapters.merge_options import MergeOptions, check_weights
 from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
-from lora_align.export import FORMATS, ExportOptions
+from lora_align.export import FORMATS, FULL_DISK, ExportOptions
 from lora_align.mix_weights import parse_weights
+from lora_align.policy.policy import find_policy
 
 MethodOption = Annotated[
     str,
@@ -169,11 +170,12 @@ def export(
         ),
     ] = None,
     ollama: Annotated[
-        Path | None, typer.Option("--ollama", metavar="DIR", help="Write a Modelfile and what it names.")
+        Path | None,
+        typer.Option("--ollama", metavar="DIR", help="Write a Modelfile, with an adapter or a merged model."),
     ] = None,
     dequantised: Annotated[
         bool,
-        typer.Option("--dequantised", help="Add the mix to what remains of the base in NF4 (with a merged model)."),
+        typer.Option("--dequantised", help="Add the mix to the dequantised NF4 base (with a merged model)."),
     ] = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare answers of a merged model with those of the mix.")
@@ -198,18 +200,27 @@ def export(
     [(option, target)] = given_targets
     _check_options(option, {"--each": each, "--dequantised": dequantised, "--no-check": not check, "--dtype": dtype})
     store.refuse_missing_parent(target, option)
-    card_beside = FORMATS[option].card_beside and not each
-    for path in (target, *([target.with_suffix(".md")] if card_beside else [])):
-        if path.exists():
-            raise UserError(f"{option} {target}: {path} exists; delete it, or give another path")
+    is_file = FORMATS[option].is_file and not each
+    if is_file and target.suffix != ".gguf":
+        raise UserError(f"{option} {str(target)!r}: expected a file name that ends in .gguf")
+    for path, what in ((target, ""), *([(target.with_suffix(".md"), ", where the card would be")] if is_file else [])):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{option} {target}: {path} exists{what}; delete it, or give another path")
     recipe = given.recipe_of_runs()
+    chosen = find_policy(policy, recipe, given.runs_dir, given.screen)
+    if not chosen.vectors:
+        raise UserError(f"{policy}: this policy has no adapter to export; name weights, a run or an adapter folder")
     given.screen.loading(recipe.base.model)
+    from lora_align.commands.merge import refuse_zero
     from lora_align.export.exporters import EXPORTERS
     from lora_align.export.source import find_source
 
-    source = find_source(policy, recipe, given.runs_dir, given.screen)
+    source = find_source(chosen, recipe, given.runs_dir, given.screen)
+    if not each:
+        refuse_zero(source.merge, given.screen)
     how = ExportOptions(dtype, each=each, dequantised=dequantised, check=check)
-    given.show(EXPORTERS[option](source, target, given.screen, how))
+    with store.report_write_errors(target, FULL_DISK):
+        given.show(EXPORTERS[option](source, target, given.screen, how))
 
 
 def _check_options(option: str, used: Mapping[str, object]) -> None:

@@ -87,10 +87,7 @@ def merge_adapters(
     far = [] if METHODS[how.method].of_policies else safe_ranges.warnings_beyond_reach(weights, ready.vectors, runs_dir)
     for warning in [*(warning for vector in ready.vectors.values() for warning in vector.warnings()), *far]:
         screen.warn(warning)
-    if ready.merge.cancels():
-        if not ready.merge.start:
-            raise UserError("--weights: the weighted sum is zero: the adapter would do nothing; change a weight")
-        screen.warn("the weighted sum is zero: this mix is the start adapter alone")
+    refuse_zero(ready.merge, screen)
     tally, (rank, padded) = Tally(), ranks(ready.merge, how)
     parents_dtype = reduce(torch.promote_types, (adapter.dtype for adapter in ready.adapters))
     dtype = getattr(torch, how.dtype) if how.dtype else parents_dtype
@@ -166,6 +163,14 @@ def prepare(
         adapters.append(Adapter(_start(runs_dir, start_id).path, whole=True))
         start = LoraDelta.of(adapters[-1])
     return MergeInputs(by_name, adapters, base, start_id, Merge(updates, weights, how.method, how.options, start))
+
+
+def refuse_zero(merge: Merge, screen: Screen) -> None:
+    """Refuse an update of zero. Warn if only the start adapter remains."""
+    if merge.cancels():
+        if not merge.start:
+            raise UserError("the weighted sum is zero: the adapter would do nothing; change a weight")
+        screen.warn("the weighted sum is zero: this mix is the start adapter alone")
 
 
 def ranks(job: Merge, how: MergeOptions) -> tuple[int | None, int]:

@@ -9,7 +9,7 @@ class Format:
 
     dtypes: tuple[str, ...]
     options: tuple[str, ...]
-    card_beside: bool = False  # the card is FILE.md; other formats are folders
+    is_file: bool = False  # with a card, FILE.md, beside it; other formats are folders
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,16 @@ class ExportOptions:
 
     dtype: str | None = None  # None: the default
     each: bool = False  # one file a vector
-    dequantised: bool = False  # merge into what remains of the base in NF4
+    dequantised: bool = False  # merge into the dequantised NF4 base
     check: bool = True  # compare a merged model with the mix
 
 
+FULL_DISK = "make room, or write to another disk"  # a remedy
 _ADAPTER, _MODEL = ("float16", "float32", "q8_0"), ("bfloat16", "float16", "float32")
+_MERGING = ("--dequantised", "--no-check", "--dtype")
 FORMATS = {
-    "--gguf": Format(_ADAPTER, ("--each", "--dtype"), card_beside=True),
-    "--merged": Format(_MODEL, ("--dequantised", "--no-check", "--dtype")),
-    "--gguf-merged": Format(_MODEL, ("--dequantised", "--no-check", "--dtype"), card_beside=True),
-    "--ollama": Format((), ("--no-check",)),
+    "--gguf": Format(_ADAPTER, ("--each", "--dtype"), is_file=True),
+    "--merged": Format(_MODEL, _MERGING),
+    "--gguf-merged": Format(_MODEL, _MERGING, is_file=True),
+    "--ollama": Format(_MODEL, _MERGING),
 }

@@ -1,25 +1,27 @@
 """Write the card of an export: its base, its vectors with their weights and data, and the measured safe weights."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
+import yaml
+from huggingface_hub import ModelCard
 
-from lora_align import __version__, store
+from lora_align import __version__, runs, store
+from lora_align.adapters.peft_config import WEIGHTS
 from lora_align.commands.push_to_hub import data_lines, literal
 from lora_align.export.source import Source
 from lora_align.model.base import Base, gguf_file
 from lora_align.model.base_folder import is_hub_id
 from lora_align.policy import safe_ranges
 from lora_align.policy.vectors import Vector
+from lora_align.runs import Run
 
 CARD = "README.md"  # in an exported folder, and in a base of the hub
-STATED = re.compile(r"\A---\n(?:.*\n)*?license: *(\S.*)\n")  # in the front matter of a base's card
 
 
-def card(source: Source, about: str, use: str) -> str:
-    """Return the card in Markdown. `about` says what was exported, `use` shows how to run it."""
+def card(source: Source, about: str, use: str, figures: Mapping[str, float] | None = None) -> str:
+    """Return the card in Markdown. `about` says what was exported, `use` how to run it, `figures` what was measured."""
     base, system = source.base, source.policy.system
     lines = [
         f"# {source.name}",
@@ -30,6 +32,7 @@ def card(source: Source, about: str, use: str) -> str:
         f"{literal(base.recipe.model)}. Hash of its weights: {literal(base.fingerprint)}. Licence: {_licence(base)}.",
         "## Vectors",
         "\n".join(_vector_lines(source)),
+        *(["## Measured", "\n".join(f"- {name}: {value:.3g}" for name, value in figures.items())] if figures else []),
         "The licences of the base and of the data apply.",
     ]
     return "\n\n".join(lines) + "\n"
@@ -41,11 +44,22 @@ def _licence(base: Base) -> str:
         field = gguf.GGUFReader(file).get_field(gguf.Keys.General.LICENSE)
         stated = field.contents() if field else ""
     else:
-        readme = base.folder / CARD
-        found = STATED.search(readme.read_text(encoding="utf-8")) if readme.is_file() else None
-        stated = found[1] if found else ""
+        stated = _licence_of_card(base.folder / CARD)
     page = f"; see https://huggingface.co/{base.recipe.model}" if is_hub_id(base.recipe.model) else ""
     return literal(stated) or f"not stated in its files{page}"
+
+
+def _licence_of_card(readme: Path) -> str:
+    """Return the licences in the metadata of a base's card."""
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if not text.startswith("---"):
+        return ""
+    try:
+        data = ModelCard(text).data
+    except (ValueError, yaml.YAMLError):
+        return ""
+    stated = data.get("license_name") or data.get("license") or ""
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
 def write_beside(file: Path, text: str) -> None:
@@ -56,11 +70,25 @@ def write_beside(file: Path, text: str) -> None:
 
 def _vector_lines(source: Source) -> Iterator[str]:
     for name, vector in source.policy.vectors.items():
-        yield f"- {literal(name)}: weight {source.policy.weights[name]:g}{_safe(vector, source)}"
+        yield f"- {literal(name)}: weight {source.policy.weights[name]:.15g}{_safe(vector, source)}"
         for run in vector.known_runs():
-            for line in data_lines(run.manifest.data):
-                yield f"  - {literal(run.path.name)} was trained on {line}"
-            yield from (f"  - {literal(of['name'])}: weight {of['weight']:g}" for of in run.manifest.parents)
+            yield from _data_of(run, source.runs_dir)
+
+
+def _data_of(run: Run, runs_dir: Path) -> Iterator[str]:
+    """Yield a line for each dataset of a run. For a mix, yield its vectors and the datasets of their runs."""
+    path = run.path.relative_to(runs_dir) if run.path.is_relative_to(runs_dir) else run.path
+    for line in data_lines(run.manifest.data):
+        yield f"  - {literal(path)} was trained on {line}"
+    for vector in run.manifest.parents:
+        yield f"  - {literal(path)} has {literal(vector['name'])} with weight {vector['weight']:.15g}"
+        for adapter in vector["adapters"]:
+            folder = Path(adapter["folder"])
+            parent = runs.read(folder) if runs.is_run(folder) else None
+            if parent and parent.manifest.files[WEIGHTS]["sha256"] == adapter["sha256"]:
+                yield from _data_of(parent, runs_dir)
+            else:
+                yield f"  - {literal(folder)} is not there any more, so its data is unknown"
 
 
 def _safe(vector: Vector, source: Source) -> str:

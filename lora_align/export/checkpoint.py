@@ -33,9 +33,13 @@ class Checkpoint:
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
         files = tuple(map(TensorFile, weight_files(base.folder)))
+        shapes = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
         for name, entry in (item for file in files for item in file.entries.items()):
             if entry.dtype not in DTYPES:
                 raise UserError(f"{base.folder}: {name} has the type {entry.dtype}; known: {', '.join(DTYPES)}")
+            stated = shapes.get(name, shapes.get(f"{outline.base_model_prefix}.{name}", entry.shape))
+            if entry.shape != stated:
+                raise UserError(f"{base.folder}: {name} is {entry.shape}, but config.json says {stated}")
         return cls(base, files, outline)
 
     @cached_property
@@ -47,7 +51,10 @@ class Checkpoint:
     def tensor(self, module: str) -> str:
         """Return the name of a module's weight in the files, which may lack the prefix of the whole model."""
         name = f"{module}.weight"
-        layer = self.outline.get_submodule(module)
+        try:
+            layer = self.outline.get_submodule(module)
+        except AttributeError as fault:
+            raise UserError(f"{module} cannot be merged: {self.outline.config.model_type} has no such layer") from fault
         if layer is self.outline.get_output_embeddings() and self.outline.config.tie_word_embeddings:
             raise UserError(f"{module} cannot be merged: its weight is that of the embeddings")
         for candidate in (name, name.removeprefix(f"{self.outline.base_model_prefix}.")):

@@ -3,17 +3,20 @@
 import json
 import re
 from pathlib import Path
+from shlex import quote
 
 from transformers import AutoConfig
 
 from lora_align import store
 from lora_align.adapters.streamed_merge import Merge
 from lora_align.console import Screen
+from lora_align.errors import UserError
 from lora_align.export import FORMATS, ExportOptions, gguf_adapter
 from lora_align.export.card import CARD, card, write_beside
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_adapter import About, Layout
 from lora_align.export.source import Source
+from lora_align.model.base import gguf_file
 from lora_align.model.base_folder import GGUF
 from lora_align.policy.policy import START
 
@@ -25,43 +28,48 @@ def export_gguf(source: Source, target: Path, _screen: Screen, how: ExportOption
     dtype = how.dtype or FORMATS["--gguf"].dtypes[0]
     if how.each:
         return _each(source, target, dtype)
-    use = f"llama-server -m {_base_file(source)} --lora {target}"
-    write_gguf(source, target, source.merge, f"a mix of {source.weights}", dtype)
+    use = f"{_server(source)} --lora {quote(str(target))}"
+    with store.new_file(target) as file:
+        write_gguf(source, file, source.merge, f"a mix of {source.weights}", dtype, target.stem)
     about = f"A LoRA adapter for llama.cpp, the mix {source.weights}."
     write_beside(target, card(source, about, use))
     return Exported({target: target.stat().st_size}, use)
 
 
-def write_gguf(source: Source, target: Path, merge: Merge, description: str, dtype: str) -> None:
+def write_gguf(source: Source, file: Path, merge: Merge, description: str, dtype: str, name: str) -> None:
     """Write the update of a merge to a GGUF file."""
     layout = Layout.of(AutoConfig.from_pretrained(source.base.folder))
-    about = About(target.stem, description, source.base.recipe.model, source.base.fingerprint)
-    modules = ((merged.module, merged.factors) for merged in merge.modules())
-    with store.report_write_errors(target, "make room, or write to another disk"), store.new_file(target) as file:
-        gguf_adapter.write(file, modules, layout, about, dtype)
+    about = About(name, description, source.base.recipe.model, source.base.fingerprint)
+    gguf_adapter.write(file, ((merged.module, merged.factors) for merged in merge.modules()), layout, about, dtype)
 
 
 def _each(source: Source, folder: Path, dtype: str) -> Exported:
     """Write one GGUF file a vector, so that each request can scale them, and a start adapter if there is one."""
     parts, weights = source.each(), {START: 1.0, **source.policy.weights}
     files = {name: re.sub(r"[^\w@.]+", "-", name).strip("-.") + GGUF for name in parts}
+    for name, file in files.items():
+        if others := [other for other in files if other != name and files[other].lower() == file.lower()]:
+            raise UserError(f"--each: {name} and {others[0]} would both be written to {file}; export one of them alone")
+    if "," in str(folder):
+        raise UserError(f"--gguf {folder}: llama-server reads a comma as the end of a path; give another folder")
     scales = [{"id": number, "scale": weights[name]} for number, name in enumerate(parts)]
     request = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "lora": scales})
-    use = (
-        f"llama-server -m {_base_file(source)} --lora {','.join(str(folder / file) for file in files.values())}\n"
-        f"curl localhost:8080/v1/chat/completions -d '{request}'"
-    )
+    adapters = quote(",".join(str(folder / file) for file in files.values()))
+    use = f"{_server(source)} --lora {adapters}\ncurl localhost:8080/v1/chat/completions -d '{request}'"
     about = (
         "LoRA adapters for llama.cpp, one file a vector. Send the scale of every file with each request: llama.cpp "
         "takes a missing one as 0, but an empty list as the scales of its start."
     )
     with store.new_folder(folder, sealed=False) as staging:
         for name, file in files.items():
-            write_gguf(source, staging / file, parts[name], f"the vector {name}, to be scaled by a weight", dtype)
+            about_one = f"the vector {name}, to be scaled by a weight"
+            write_gguf(source, staging / file, parts[name], about_one, dtype, Path(file).stem)
         (staging / CARD).write_text(card(source, about, use), encoding="utf-8")
     return Exported({folder / file: (folder / file).stat().st_size for file in files.values()}, use)
 
 
-def _base_file(source: Source) -> str:
-    model = source.base.recipe.model
-    return model if model.endswith(GGUF) else BASE
+def _server(source: Source) -> str:
+    """Return the beginning of the command that serves the base. Say what stands for its file if it is not known."""
+    if file := gguf_file(source.base.recipe):
+        return f"llama-server -m {quote(str(file))}"
+    return f"# {BASE} is the base as a GGUF file; llama.cpp's convert_hf_to_gguf.py writes one\nllama-server -m {BASE}"

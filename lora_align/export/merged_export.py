@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import torch
@@ -22,7 +23,7 @@ from lora_align.adapters.delta import Factors, is_finite
 from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError
-from lora_align.export import ExportOptions
+from lora_align.export import FULL_DISK, ExportOptions
 from lora_align.export.card import CARD, card, write_beside
 from lora_align.export.checkpoint import Checkpoint
 from lora_align.export.divergence import kl_from_mix
@@ -36,7 +37,7 @@ BLOCK = 1 << 18  # weights computed at once: few enough for the processor's cach
 SAMPLED = 256  # rows of a weight, at most, on which errors are measured
 CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's program
 CONVERTED = {None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # --dtype → its --outtype
-REMEDY = "make room, or write to another disk"
+LARGE = 0.5  # an error of rounding that is reported, as a share of the mix's norm
 
 
 @dataclass
@@ -62,7 +63,7 @@ class MergedWeights:
     source: Source
     checkpoint: Checkpoint
     dtype: torch.dtype  # of matrices; vectors keep their dtype
-    dequantised: bool  # the mix is added to what remains of the base in NF4
+    dequantised: bool  # the mix is added to the dequantised NF4 base
     modules: dict[str, str]  # tensor name → module
     errors: Errors = field(default_factory=Errors)
 
@@ -114,40 +115,44 @@ class MergedWeights:
         rows = len(weight) / len(some)  # each sampled row stands for so many
         self.errors.update += rows * _energy(update)
         self.errors.rounding += rows * _energy(result[some].float() - (before + update))
-        if quantised:
+        if quantised and not self.dequantised:
             self.errors.nf4 += rows * _energy(through_nf4(plain, double_quant=double_quant) - plain)
         return result
 
 
 def export_merged(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
     """Write the merged model to a folder, with its card."""
-    use = f"vllm serve {target}"
-    kind = "what remains of it in NF4" if how.dequantised else "its 16-bit weights"
-    about = f"The base with the mix {source.weights} added to {kind}."
-    figures = write_model(source, target, screen, how, card(source, about, use))
+    use = f"vllm serve {quote(str(target))}"
+    with store.new_folder(target, sealed=False) as staging:
+        figures = write_model(source, staging, screen, how)
+        (staging / CARD).write_text(card(source, f"{about_model(source, how)}.", use, figures), encoding="utf-8")
     return Exported({target: sum(file.stat().st_size for file in target.iterdir())}, use, figures)
 
 
-def write_model(source: Source, target: Path, screen: Screen, how: ExportOptions, readme: str = "") -> dict[str, float]:
+def about_model(source: Source, how: ExportOptions) -> str:
+    """Return what a merged model is."""
+    return f"The mix {source.weights} added to {'the dequantised NF4 base' if how.dequantised else 'its base'}"
+
+
+def write_model(source: Source, folder: Path, screen: Screen, how: ExportOptions) -> dict[str, float]:
     """Write the merged model to a folder; return its errors and, if wanted, how far its answers are from the mix's."""
     weights = MergedWeights.of(source, how)
     if source.base.recipe.chat_template_kwargs:
         screen.warn("base.chat_template_kwargs are not part of the files; send them with each request")
-    store.check_free_space(target.parent, weights.size, REMEDY)
-    with (
-        store.report_write_errors(target, REMEDY, weights.size),
-        store.new_folder(target, sealed=False) as staging,
-        screen.progress("files", len(weights.checkpoint.files)) as progress,
-    ):
+    store.check_free_space(folder.parent, weights.size, FULL_DISK)
+    folder.mkdir(exist_ok=True)
+    with screen.progress("files", len(weights.checkpoint.files)) as progress:
         for done, file in enumerate(weights.checkpoint.files, 1):
-            safetensors_stream.write(staging / file.path.name, weights.tensors(file), file.entries)
+            safetensors_stream.write(folder / file.path.name, weights.tensors(file), file.entries)
             progress.show(done, {})
-        _copy_settings(source, weights, staging)
-        if readme:
-            (staging / CARD).write_text(readme, encoding="utf-8")
+    _copy_settings(source, weights, folder)
     figures = weights.errors.figures(weights.dtype)
+    if weights.errors.rounding > LARGE**2 * weights.errors.update:
+        screen.warn(f"rounding to {weights.dtype} removes much of this mix; give --dtype float32, or larger weights")
     if how.check:
-        figures |= kl_from_mix(source, target, weights.size // weights.dtype.itemsize, screen)
+        figures |= kl_from_mix(source, folder, weights.size // weights.dtype.itemsize, screen)
+        if weights.errors.nf4:
+            screen.note("compare with the KL of --dequantised, which adds the mix to the dequantised NF4 base")
     return figures
 
 
@@ -163,14 +168,23 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
         folder = Path(temporary, "model")
         figures = write_model(source, folder, screen, how)
         screen.note(f"running {converter} …")
-        words = [converter, str(folder), "--outfile", str(file), "--outtype", CONVERTED[how.dtype]]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RunFailedError(f"{converter} failed: {done.stderr.strip().splitlines()[-1]}")
-    use = f"llama-server -m {target}"
-    about = f"The base with the mix {source.weights} added to its weights, as a GGUF file."
-    write_beside(target, card(source, about, use))
+        _convert([converter, str(folder), "--outfile", str(file), "--outtype", CONVERTED[how.dtype]])
+        if not file.is_file():
+            raise RunFailedError(f"{converter} wrote no file")
+    use = f"llama-server -m {quote(str(target))}"
+    write_beside(target, card(source, f"{about_model(source, how)}, as a GGUF file.", use, figures))
     return Exported({target: target.stat().st_size}, use, figures)
+
+
+def _convert(words: list[str]) -> None:
+    """Run the converter; an error shows the last line that it wrote."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as fault:
+        raise RunFailedError(f"{words[0]} does not run: {fault.strerror}") from fault
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunFailedError(f"{words[0]} failed: {last}")
 
 
 def added(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 
 from lora_align import store
 from lora_align.console import Screen
@@ -10,7 +11,7 @@ from lora_align.export import FORMATS, ExportOptions
 from lora_align.export.card import CARD, card
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_export import write_gguf
-from lora_align.export.merged_export import write_model
+from lora_align.export.merged_export import about_model, write_model
 from lora_align.export.ollama_template import Joints
 from lora_align.export.source import Source
 from lora_align.model.base import gguf_file
@@ -23,21 +24,23 @@ QUOTES = '"""'
 def export_ollama(source: Source, folder: Path, screen: Screen, how: ExportOptions) -> Exported:
     """Write the folder: with an adapter if the base is a GGUF file, else with the merged model."""
     base = gguf_file(source.base.recipe)
+    if base and (how.dtype or how.dequantised):
+        option = "--dtype" if how.dtype else "--dequantised"
+        raise UserError(f"{option} has no effect: the base is a GGUF file, so the Modelfile names an adapter")
     name = source.name.lower()
-    use = f"ollama create {name} -f {folder / 'Modelfile'}\nollama run {name}"
+    use = f"ollama create {name} -f {quote(str(folder / 'Modelfile'))}\nollama run {name}"
     figures: Mapping[str, float] = {}
     with store.new_folder(folder, sealed=False) as staging:
         if base:
-            write_gguf(
-                source, staging / ADAPTER, source.merge, f"a mix of {source.weights}", FORMATS["--gguf"].dtypes[0]
-            )
+            about, dtype = f"a mix of {source.weights}", FORMATS["--gguf"].dtypes[0]
+            write_gguf(source, staging / ADAPTER, source.merge, about, dtype, source.name)
             lines = [f"FROM {base.resolve()}", f"ADAPTER ./{ADAPTER}"]
         else:
             figures = write_model(source, staging / MODEL, screen, how)
             lines = [f"FROM ./{MODEL}"]
         (staging / "Modelfile").write_text("\n".join([*lines, *_settings(source, screen)]) + "\n", encoding="utf-8")
-        about = f"A model for Ollama, the mix {source.weights}."
-        (staging / CARD).write_text(card(source, about, use), encoding="utf-8")
+        about = f"A model for Ollama. {about_model(source, how)}."
+        (staging / CARD).write_text(card(source, about, use, figures), encoding="utf-8")
     files = [file for file in folder.rglob("*") if file.is_file()]
     return Exported({folder: sum(file.stat().st_size for file in files)}, use, figures)
 

@@ -8,11 +8,11 @@ from lora_align.adapters.merge_options import MergeOptions
 from lora_align.adapters.streamed_merge import Merge
 from lora_align.commands.merge import default_name, prepare
 from lora_align.console import Screen
-from lora_align.errors import UserError
+from lora_align.mix_weights import name_of
 from lora_align.model import base as bases
 from lora_align.model.base import Base
-from lora_align.policy import safe_ranges
-from lora_align.policy.policy import START, Policy, check_base_and_start, find_policy
+from lora_align.policy.loading import warn_of
+from lora_align.policy.policy import START, Policy, check_base_and_start
 from lora_align.recipe import Recipe
 
 
@@ -27,13 +27,16 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Return a name without special characters, such as `helpful1_harmless0p5`."""
+        """Return a name without special characters, such as `helpful1_harmless0p5`, or the name of a run."""
+        vectors = self.policy.vectors
+        if list(self.policy.weights.values()) == [1.0] and all(len(vector.parents) == 1 for vector in vectors.values()):
+            return name_of(Path(key).name for key in vectors) or "mix"
         return default_name(self.policy.weights)
 
     @property
     def weights(self) -> str:
         """Return the weights, as in `helpful=1,harmless=0.5`."""
-        return ",".join(f"{name}={weight:g}" for name, weight in self.policy.weights.items())
+        return ",".join(f"{name}={weight:.15g}" for name, weight in self.policy.weights.items())
 
     def each(self) -> Mapping[str, Merge]:
         """Return the merges of the single vectors at weight 1, and of the start adapter if the policy has one."""
@@ -42,15 +45,10 @@ class Source:
         return {**parts, **start}
 
 
-def find_source(name: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Source:
-    """Return the policy of this name and its base. Warn of weights beyond their safe range."""
-    policy = find_policy(name, recipe, runs_dir, screen)
-    if not policy.vectors:
-        raise UserError(f"{name}: this policy has no adapter to export; name weights, a run or an adapter folder")
+def find_source(policy: Policy, recipe: Recipe, runs_dir: Path, screen: Screen) -> Source:
+    """Find the adapters and the base of a policy. Warn as the commands do that sample from it."""
     inputs = prepare(policy.weights, recipe, runs_dir, MergeOptions(with_start=bool(policy.start)), policy.vectors)
-    far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
-    for warning in [*policy.warnings(), *far]:
-        screen.warn(warning)
     base = bases.find(recipe.base)
     check_base_and_start(base, inputs.start, policy.vectors.values())
+    warn_of(policy, base, runs_dir, screen)
     return Source(policy, inputs.merge, base, runs_dir)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RUNS = "LORA_ALIGN_RUNS"  # the runs folder; without it, the plug-in does nothing
 MIXES = "LORA_ALIGN_MIXES"  # the most names of mixes that one server process serves
-GRID = 64  # weights are rounded to multiples of 1/64
+GRID, LARGEST = 64, 64.0  # weights are rounded to multiples of 1/64; the largest weight
 DEFAULT_MIXES = "1000"
 MERGES = 2  # at the same time
 NAME = re.compile(r"[\w-]+(/[\w-]+)*(@\d+(-\d+)?)?")  # of a preference or a run; no other folder can be named
@@ -49,14 +49,14 @@ class MixResolver:
         """
         if "=" not in lora_name:
             return None
-        from vllm.lora.request import LoRARequest
-
         try:
             async with self.merging:
                 folder = await asyncio.to_thread(self.folder, base_model_name, lora_name)
-        except (UserError, RunFailedError) as fault:
-            logger.warning("%r: %s", lora_name, fault)
+        except (UserError, RunFailedError, OSError) as fault:
+            logger.warning("%.200r: %s", lora_name, fault)
             return None
+        from vllm.lora.request import LoRARequest
+
         return LoRARequest(lora_name, 1, str(folder))  # vLLM sets the number
 
     def folder(self, served: str, name: str) -> Path:
@@ -64,6 +64,8 @@ class MixResolver:
         if name not in self.names and len(self.names) >= self.most:
             raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
         weights = {key: round(weight * GRID) / GRID for key, weight in parse_weights(name).items()}
+        if not 0 < max(map(abs, weights.values())) <= LARGEST:
+            raise UserError(f"expected weights up to ±{LARGEST:g} that do not all round to 0 (in steps of 1/{GRID})")
         found = {key: self._vector(key) for key in weights}
         _refuse_other_base(served, found.values())
         lineage = [[weights[key], vector.lineage()] for key, vector in sorted(found.items())]
@@ -93,13 +95,14 @@ class MixResolver:
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.once")):
-            try:
-                if runs.is_run(folder):
+            if folder.is_dir():
+                try:
                     runs.read(folder).check_files()
+                except UserError as fault:
+                    logger.warning("%s; it is merged again", fault)
+                    shutil.rmtree(folder)
+                else:
                     return
-            except UserError as fault:
-                logger.warning("%s; it is merged again", fault)
-                shutil.rmtree(folder)
             made = next(run for vector in found.values() for run in vector.known_runs())
             settings = recipe.from_dict(made.manifest.recipe, str(made.path))
             how, screen = MergeOptions(fit="vllm"), Screen(quiet=True)
@@ -113,8 +116,13 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolverRegistry
 
+    most = os.environ.get(MIXES, DEFAULT_MIXES)
+    if not most.isdecimal():
+        raise UserError(f"{MIXES}={most!r}: expected a number")
+    if not Path(folder).expanduser().is_dir():
+        logger.warning("%s=%r: there is no such folder yet", RUNS, folder)
     os.environ.setdefault("LORA_ALIGN_CACHE", str(Path.home() / ".cache" / "lora-align"))  # without platformdirs
-    resolver = MixResolver(Path(folder).expanduser(), int(os.environ.get(MIXES, DEFAULT_MIXES)))
+    resolver = MixResolver(Path(folder).expanduser(), int(most))
     LoRAResolverRegistry.register_resolver("lora-align", resolver)
 
 

@@ -16,6 +16,7 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_align import distributed, recipe, store
+from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.errors import NotFetchedError, UserError, first_line
 from lora_align.model.base_folder import GGUF, fingerprint, is_hub_id, local_folder, weight_files
 from lora_align.model.chat_format import ChatFormat
@@ -98,6 +99,8 @@ def find(base: recipe.Base, *, outline: bool = False) -> Base:
             f"base.model {base.model!r}: no .safetensors weights in {folder}; pickle files are "
             "not read: convert them with save_pretrained"
         )
+    for one in weights:
+        TensorFile(one)  # refuses a damaged file
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

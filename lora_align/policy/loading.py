@@ -61,12 +61,17 @@ def load_policy(base: Base, recipe: Recipe, policy: Policy, runs_dir: Path, scre
         screen.note(f"start adapter: contained in {policy.name}")
     elif start is not None:
         screen.note(f"start adapter: {start.path}, added")
-    far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
-    for warning in [*policy.warnings(), *_differences(base, policy.vectors.values()), *far]:
-        screen.warn(warning)
+    warn_of(policy, base, runs_dir, screen)
     model = start_policy.load(base, start)
     mixer = Mixer(model, {name: vector.load() for name, vector in mixed.items()}, policy.weights) if mixed else None
     return LoadedPolicy(base, policy, model, mixer, start_id, fixed)
+
+
+def warn_of(policy: Policy, base: Base, runs_dir: Path, screen: Screen) -> None:
+    """Warn of a policy's vectors, of a base that differs from training, and of weights beyond their safe range."""
+    far = safe_ranges.warnings_beyond_reach(policy.weights, policy.vectors, runs_dir)
+    for warning in [*policy.warnings(), *_differences(base, policy.vectors.values()), *far]:
+        screen.warn(warning)
 
 
 def _differences(base: Base, policy_vectors: Iterable[Vector]) -> list[str]:

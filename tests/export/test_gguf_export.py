@@ -1,6 +1,7 @@
 """`export --gguf`: names, order of rows, types and refusals. tests/test_real_base.py asks llama.cpp itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -90,7 +91,7 @@ def test_each_vector_gets_a_file_and_the_request_lists_every_scale(workspace: Pa
     assert "--lora vectors/helpful.gguf,vectors/harmless.gguf" in result["use"]
     card = (workspace / "vectors/README.md").read_text()
     assert "- `harmless`: weight -0.5; its safe weights were not measured" in card
-    assert "`pos` was trained on `demo:pairs" in card
+    assert "`dpo/helpful/pos` was trained on `demo:pairs" in card
 
 
 def test_export_of_a_mix_equals_that_of_its_weights(workspace: Path, cli: Cli) -> None:
@@ -101,14 +102,49 @@ def test_export_of_a_mix_equals_that_of_its_weights(workspace: Path, cli: Cli) -
     one, two = (products(workspace / file) for file in ("one.gguf", "two.gguf"))
     assert one.keys() == two.keys()
     assert all(np.abs(one[name] - two[name]).max() < 1e-7 for name in one)
-    assert "- `helpful`: weight 0.5" in (workspace / "one.md").read_text()
+    card = (workspace / "one.md").read_text()
+    assert "`mix/helpful0p5_harmless1` has `helpful` with weight 0.5" in card
+    assert "`dpo/harmless/neg` was trained on `demo:pairs" in card
+
+
+def test_vectors_whose_files_would_have_one_name_are_refused(workspace: Path, cli: Cli) -> None:
+    for name in ("pos one", "pos-one"):
+        shutil.copytree(workspace / "runs/dpo/helpful/pos", workspace / name)
+    done = cli("export", "pos one=1,pos-one=0.5", "--gguf", "out", "--each")
+    assert done.code == 2
+    assert "--each: pos one and pos-one would both be written to pos-one.gguf" in done.err
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ('license: "mit"', "`mit`"),
+        ("license: [mit, apache-2.0]", "`mit, apache-2.0`"),
+        ("license: other\nlicense_name: llama3.1", "`llama3.1`"),
+        ("tags: [a]", "not stated in its files"),
+        ("license: [", "not stated in its files"),
+    ],
+)
+def test_card_has_the_licence_in_the_metadata_of_the_bases_card(
+    front: str, licence: str, workspace: Path, cli: Cli
+) -> None:
+    shutil.copytree(BASE, workspace / "base")
+    (workspace / "base/README.md").write_text(f"---\n{front}\n---\n\nlicense: false\n\n---\n")
+    done = cli("export", "helpful=1", "--gguf", "mix.gguf", "--set", 'base.model="base"')
+    assert done.code == 0, done.err
+    assert f"Licence: {licence}." in (workspace / "mix.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["helpful=1", "--gguf", "runs"], "--gguf runs: runs exists; delete it, or give another path"),
-        (["helpful=1", "--gguf", "card.gguf"], "--gguf card.gguf: card.md exists; delete it, or give another path"),
+        (["helpful=1", "--gguf", "runs", "--each"], "--gguf runs: runs exists; delete it, or give another path"),
+        (["helpful=1", "--gguf", "card.gguf"], "card.md exists, where the card would be; delete it, or give another"),
+        (["helpful=1", "--gguf", "mix.md"], "--gguf 'mix.md': expected a file name that ends in .gguf"),
+        (["helpful=1", "--gguf", ""], "--gguf '.': expected a file name that ends in .gguf"),
+        (["helpful=1", "--gguf", "a,b", "--each"], "--gguf a,b: llama-server reads a comma as the end of a path"),
+        (["helpful=0", "--gguf", "a.gguf"], "the weighted sum is zero: the adapter would do nothing"),
+        (["helpful=nan", "--gguf", "a.gguf"], "'helpful=nan': expected NAME=NUMBER"),
         (["helpful=1", "--gguf", "no/mix.gguf"], "--gguf no/mix.gguf: there is no folder no"),
         (
             ["helpful=1", "--gguf", "a.gguf", "--dtype", "q4"],

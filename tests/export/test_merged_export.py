@@ -1,6 +1,8 @@
 """`export --merged`: weights, files and refusals. Stock PEFT and transformers check them."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from lora_align.data.rows import Message
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.checkpoint import Checkpoint
+from lora_align.export.merged_export import CONVERTER
 from lora_align.model import base as bases
 from lora_align.model.nf4 import Linear4bit, dense_weight
 from support import Cli, fill, peft_adapter, small_disk
@@ -74,8 +77,9 @@ def test_weights_are_those_of_the_base_plus_the_mix(workspace: Path, cli: Cli, d
 
 
 def test_dequantised_adds_to_the_weights_that_training_saw(workspace: Path, cli: Cli) -> None:
-    done = cli("export", "helpful=1", "--merged", "out", "--dequantised", "--dtype", "float32", "--no-check", "--json")
-    assert done.code == 0, done.err
+    words = ("export", "helpful=1", "--dtype", "float32", "--no-check", "--json")
+    done, plain = cli(*words, "--merged", "out", "--dequantised"), cli(*words, "--merged", "plain")
+    assert done.code == plain.code == 0, done.err
     pos, neg = (peft_format.load(workspace / "runs/dpo/helpful" / name) for name in ("pos", "neg"))
     after, squares = weights_of(workspace / "out"), {"error": 0.0, "update": 0.0}
     before = weights_of(BASE)
@@ -91,7 +95,8 @@ def test_dequantised_adds_to_the_weights_that_training_saw(workspace: Path, cli:
         squares["error"] += float((dense - before[f"{name}.weight"]).square().sum())
         squares["update"] += float(update.square().sum())
     share = (squares["error"] / squares["update"]) ** 0.5
-    assert json.loads(done.out)["figures"]["error of NF4 / norm of the mix"] == pytest.approx(share, rel=0.05)
+    assert json.loads(plain.out)["figures"]["error of NF4 / norm of the mix"] == pytest.approx(share, rel=0.05)
+    assert "error of NF4 / norm of the mix" not in json.loads(done.out)["figures"]
 
 
 def test_checkpoint_knows_which_layers_are_quantised() -> None:
@@ -177,7 +182,6 @@ def test_transposed_layers_are_merged(tmp_path: Path, cli: Cli) -> None:
             ["--gguf", "out", "--no-check"],
             "--no-check has no effect with --gguf; it needs --merged or --gguf-merged or",
         ),
-        (["--ollama", "out", "--dtype", "float16"], "--dtype has no effect with --ollama"),
         (["--merged", "out", "--dtype", "q8_0"], "with --merged, expected one of bfloat16, float16, float32"),
         (
             ["--merged", "o", "--dequantised", "--set", 'base.quantization="none"'],
@@ -215,6 +219,58 @@ def test_weights_of_an_unknown_type_are_refused(sharded: Path, cli: Cli) -> None
     done = cli("export", "./one", "--set", 'base.model="base"', "--merged", "out", "--no-check")
     assert done.code == 2
     assert f"{name} has the type I64; known: F64, F32, F16, BF16" in done.err
+
+
+def test_weights_that_the_configuration_contradicts_are_refused(sharded: Path, cli: Cli) -> None:
+    config = json.loads((sharded / "base/config.json").read_text())
+    (sharded / "base/config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    done = cli("export", "./one", "--set", 'base.model="base"', "--merged", "out", "--no-check")
+    assert done.code == 2
+    assert "but config.json says (" in done.err
+
+
+def test_damaged_base_is_named_before_its_hash(workspace: Path, cli: Cli) -> None:
+    shutil.copytree(BASE, workspace / "base")
+    with (workspace / "base/model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    done = cli("export", "helpful=1", "--set", 'base.model="base"', "--merged", "out")
+    assert done.code == 2
+    assert "base/model.safetensors: damaged or cut short (1,000 bytes)" in done.err
+
+
+def test_other_template_than_that_of_training_causes_a_warning(workspace: Path, cli: Cli) -> None:
+    template = 'base.chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"'
+    done = cli("export", "helpful=1", "--merged", "out", "--no-check", "--set", template)
+    assert done.code == 0, done.err
+    assert "the chat template or tokenizer of the recipe is not that of the vectors' training" in done.err
+
+
+def test_mix_that_rounding_removes_causes_a_warning(workspace: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=0.001", "--merged", "out", "--no-check")
+    assert done.code == 0, done.err
+    assert "rounding to torch.bfloat16 removes much of this mix; give --dtype float32, or larger weights" in done.err
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("#!/bin/sh\nexit 3\n", "failed: exit code 3"),
+        ("#!/bin/sh\necho no such model >&2; exit 1\n", "failed: no such model"),
+        ("#!/bin/sh\n", "wrote no file"),
+        ("no program", "does not run: Exec format error"),
+    ],
+)
+def test_fault_of_the_converter_is_reported(
+    program: str, message: str, workspace: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workspace / "bin").mkdir()
+    (workspace / "bin" / CONVERTER).write_text(program)
+    (workspace / "bin" / CONVERTER).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{workspace / 'bin'}:{os.environ['PATH']}")
+    done = cli("export", "helpful=1", "--gguf-merged", "out.gguf", "--no-check")
+    assert done.code == 1
+    assert f"{CONVERTER} {message}" in done.err
+    assert not list(workspace.glob("*out*"))
 
 
 def test_full_disk_leaves_nothing(sharded: Path, cli: Cli) -> None:

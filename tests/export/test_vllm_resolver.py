@@ -68,6 +68,17 @@ def test_requests_that_want_one_mix_make_it_once(resolver: MixResolver) -> None:
     assert list(folder.parent.glob("[!.]*")) == [folder]
 
 
+def test_folder_without_a_manifest_is_made_anew(resolver: MixResolver) -> None:
+    folder = resolver.folder(str(BASE), "helpful=1")
+    (folder / "manifest.json").unlink()
+    assert resolver.folder(str(BASE), "helpful=1") == folder
+    assert (folder / "manifest.json").is_file()
+
+
+def test_name_that_no_file_can_have_is_refused(resolver: MixResolver) -> None:
+    assert asyncio.run(resolver.resolve_lora(str(BASE), f"{'a' * 5000}=1")) is None
+
+
 def test_damaged_folder_is_made_anew(resolver: MixResolver) -> None:
     folder = resolver.folder(str(BASE), "helpful=1")
     weights = folder / "adapter_model.safetensors"
@@ -86,7 +97,8 @@ def test_damaged_folder_is_made_anew(resolver: MixResolver) -> None:
         (str(BASE), "/etc=1", "'/etc' is not the name of a preference or a run"),
         (str(BASE), "../other=1", "'../other' is not the name of a preference or a run"),
         (str(BASE), "other=1", "'other' is not the name of a preference or a run"),
-        (str(BASE), "helpful=0.001", "the weighted sum is zero"),
+        (str(BASE), "helpful=0.001", "do not all round to 0"),
+        (str(BASE), "helpful=1e300", "expected weights up to ±64"),
         ("owner/name", "helpful=1", "the vectors were trained on demo, but this server runs owner/name"),
     ],
 )
