@@ -1,5 +1,6 @@
 """The commands that measure: eval, sweep, tune and reach; and list."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -39,6 +40,14 @@ def evaluate(
             help="The name of the model on the judge's server; needed if the server has several.",
         ),
     ] = "",
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", metavar="URL", help="Sample the answers on this vLLM server (docs/serving.md)."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="NAME", help="The base's name on the server; needed if it has several."),
+    ] = "",
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,6 +64,9 @@ def evaluate(
     Example: lora-align eval helpful=1 start --by pair:helpful
     """
     check_url("--judge", judge)
+    check_url("--endpoint", endpoint)
+    if model and not endpoint:
+        raise UserError("eval: --model has no effect without --endpoint")
     recipe = given.recipe_of_runs()
     chosen = find_policies(policies or ["mix", "start"], recipe, given.runs_dir, given.screen)
     given.check_judges(by, recipe)
@@ -64,10 +76,12 @@ def evaluate(
     from lora_align.evaluate.measure import Evaluator
     from lora_align.model.endpoint import Endpoint
 
-    server = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
-    evaluator = Evaluator.of(chosen, recipe, given.runs_dir, given.screen, by or ())
+    judging = Endpoint.at(judge, judge_model, options=("--judge", "--judge-model")) if judge else None
+    sampling = Endpoint.at(endpoint, model, template=recipe.base.chat_template_kwargs) if endpoint else None
+    sampling = replace(sampling, token_ids=True) if sampling else None
+    evaluator = Evaluator.of(chosen, recipe, given.runs_dir, given.screen, by or (), server=sampling)
     result = compare_policies(
-        evaluator, given.screen, server, task_figures(tasks, evaluator, given.screen) if tasks else {}
+        evaluator, given.screen, judging, task_figures(tasks, evaluator, given.screen) if tasks else {}
     )
     given.show(result)
 

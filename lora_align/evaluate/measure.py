@@ -23,6 +23,7 @@ from lora_align.metrics import repetition
 from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
+from lora_align.model.endpoint import Endpoint
 from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.sampler_protocol import SampledText
@@ -65,14 +66,16 @@ class Evaluator:
         screen: Screen,
         by: Sequence[str] = (),
         preferences: Iterable[str] | None = None,
+        server: Endpoint | None = None,
     ) -> "Evaluator":
         """Check the policies, and read the test set with held-out pairs of `preferences`, or of all.
 
-        The judges are the base's own and those named in `by`. An empty `by` means the default reward model.
+        The judges are the base's own and those named in `by`. An empty `by` means the default reward model. A `server`
+        samples the answers.
         """
         base = bases.find(recipe.base)
         judges_ = judges.find_all(by, base, recipe, runs_dir)
-        policy_set = PolicySet.of(policies, recipe, base, runs_dir, screen, judges_)
+        policy_set = PolicySet.of(policies, recipe, base, runs_dir, screen, judges_, server)
         return cls(policy_set, read_test_set(recipe, screen, preferences), runs_dir / FOLDER)
 
     @property
@@ -97,6 +100,7 @@ class Evaluator:
             "test_set": self.test_set.key,
             "judges": {name: judge.identity for name, judge in self.policies.judges.items()},
             "versions": runs.library_versions(),
+            **({"server": self.policies.server.url} if self.policies.server else {}),
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         stored = self.folder / key
@@ -135,9 +139,8 @@ class Evaluator:
 
     def _answers(self, policy: Policy, report: Report) -> list[Row]:
         prompts = [with_system_prompt(policy.system, question.prompt) for question in self.test_set.questions]
-        self.policies.activate(policy)
         rows: list[Row] = []
-        for batch in self.policies.sampler.draw(prompts, self.test_set.samples, self.test_set.sampling):
+        for batch in self.policies.sampler_of(policy).draw(prompts, self.test_set.samples, self.test_set.sampling):
             rows += [self._answer_row(sampled) for sampled in batch]
             report(len(rows), "")
         rows.sort(key=lambda row: (row["prompt"], row["number"]))

@@ -61,13 +61,13 @@ class MixResolver:
 
     def folder(self, served: str, name: str) -> Path:
         """Return the folder with a mix for the served base. Merge it if it is missing or damaged."""
-        if name not in self.names and len(self.names) >= self.most:
-            raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
         weights = {key: round(weight * GRID) / GRID for key, weight in parse_weights(name).items()}
         if not 0 < max(map(abs, weights.values())) <= LARGEST:
             raise UserError(f"expected weights up to ±{LARGEST:g} that do not all round to 0 (in steps of 1/{GRID})")
         found = {key: self._vector(key) for key in weights}
         _refuse_other_base(served, found.values())
+        if name not in self.names and len(self.names) >= self.most:
+            raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
         lineage = [[weights[key], vector.lineage()] for key, vector in sorted(found.items())]
         content = hashlib.sha256(json.dumps(lineage).encode()).hexdigest()[:32]
         folder = store.cache_folder() / "mixes" / content

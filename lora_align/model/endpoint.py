@@ -64,16 +64,21 @@ class Response:
         except (KeyError, TypeError) as fault:
             raise RunFailedError(f"{self.url}: the response is not a list of models: {self.excerpt}") from fault
 
-    def choices(self) -> list[tuple[str, bool]]:
-        """Return each answer of a chat completion, and whether it reached its stop token."""
+    def choices(self) -> list[tuple[str, bool, list[int]]]:
+        """Return each answer of a chat completion, whether it reached its stop token, and its tokens if stated."""
         try:
             choices = self.json_object()["choices"]
             if not isinstance(choices, list):
                 raise TypeError
             answers = [
-                (_text(choice["message"]["content"]), choice.get("finish_reason") == "stop") for choice in choices
+                (
+                    _text(choice["message"]["content"]),
+                    choice.get("finish_reason") == "stop",
+                    [int(token) for token in choice.get("token_ids") or ()],
+                )
+                for choice in choices
             ]
-        except (KeyError, TypeError, AttributeError) as fault:
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise RunFailedError(f"{self.url}: the response is not a chat completion: {self.excerpt}") from fault
         if not answers:
             raise RunFailedError(f"{self.url}: the response has no choices: {self.excerpt}")
@@ -88,6 +93,7 @@ class Endpoint:
     model: str
     deadline: float = DEADLINE
     template: Mapping[str, Any] = field(default_factory=dict)  # chat_template_kwargs
+    token_ids: bool = False  # ask for the sampled tokens, as vLLM states them
 
     @classmethod
     def at(
@@ -186,6 +192,8 @@ class Endpoint:
             }
             if self.template:
                 body["chat_template_kwargs"] = dict(self.template)
+            if self.token_ids:
+                body["return_token_ids"] = True
             if sampling.seed is not None:
                 key = f"{sampling.seed} {prompt_key(prompt)} {len(answers)}"
                 body["seed"] = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 2**31
@@ -196,8 +204,8 @@ class Endpoint:
                 raise RunFailedError(
                     f"{response.url}: the server answered {response.status} {response.excerpt}; see its log"
                 )
-            for text, ended in response.choices()[: n - len(answers)]:
-                answers.append(SampledText(index, len(answers), text.strip(), ended))
+            for text, ended, ids in response.choices()[: n - len(answers)]:
+                answers.append(SampledText(index, len(answers), text.strip(), ended, ids))
         return answers
 
     async def _send(self, client: httpx.AsyncClient, path: str, body: dict[str, Any], until: float) -> Response:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from transformers import PreTrainedModel
 from lora_align.adapters import peft_format
 from lora_align.console import Screen
 from lora_align.data.rows import Prompt
+from lora_align.errors import UserError
 from lora_align.model.base import Base
 from lora_align.model.batch_sampling import ROWS, LocalSampler
+from lora_align.model.endpoint import Endpoint
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
+from lora_align.model.sampler_protocol import Sampler
 from lora_align.policy import start_policy, vectors
 from lora_align.policy.judges import Judge, Scores, tokenise_answer
 from lora_align.policy.policy import START, Policy, check_base_and_start
@@ -32,9 +36,11 @@ class PolicySet:
         start: Run | None,
         judges: Mapping[str, Judge] | None = None,
         budget: MemoryBudget | None = None,
+        server: Endpoint | None = None,
     ) -> None:
         self.base, self.policies, self.start, self.judges = base, policies, start, judges or {}
         self.budget = budget or MemoryBudget(ROWS)  # answers sampled at once
+        self.server = server  # samples the answers in place of the local model
         self.vectors = {name: vector for policy in policies for name, vector in policy.vectors.items()}
 
     @classmethod
@@ -46,10 +52,15 @@ class PolicySet:
         runs_dir: Path,
         screen: Screen,
         judges: Mapping[str, Judge] | None = None,
+        server: Endpoint | None = None,
     ) -> "PolicySet":
         """Check that policies were trained on a recipe's base and start adapter; warn of doubtful ones and judges."""
         start = start_policy.adapter(recipe, runs_dir)
-        made = cls(base, policies, start, judges)
+        made = cls(base, policies, start, judges, server=server)
+        for policy in policies if server else ():
+            named = "=" in policy.name if policy.vectors else not (policy.start and start)
+            if policy.conditioned or not named:
+                raise UserError(f"--endpoint: {policy.name} has no name on the server; name weights, as in helpful=1")
         check_base_and_start(base, start_policy.identity(start), made.vectors.values())
         warnings = [warning for vector in made.vectors.values() for warning in vector.warnings()]
         doubts = [doubt for judge in made.judges.values() for doubt in judge.doubts]
@@ -66,6 +77,13 @@ class PolicySet:
     def sampler(self) -> LocalSampler:
         """Return the sampler of all policies. There is one, because it remembers how many answers fit into memory."""
         return LocalSampler(self.model, self.base, self.budget)
+
+    def sampler_of(self, policy: Policy) -> Sampler:
+        """Activate a policy, and return its sampler. On a server, the weights are the name of the model."""
+        if self.server:
+            return replace(self.server, model=policy.name) if policy.vectors else self.server
+        self.activate(policy)
+        return self.sampler
 
     @cached_property
     def mixer(self) -> Mixer:

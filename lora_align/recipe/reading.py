@@ -95,6 +95,8 @@ def from_dict(
         messages += faults.recipe_faults(recipe)
     if messages or recipe is None:
         origins = {override.partition("=")[0].strip(): "--set" for override in overrides}
+        tables = {key.partition(".")[0] for key in origins}
+        origins |= {repr(table): "--set" for table in tables - data.keys()}  # an unknown table
         for name, inner in (keywords or {}).items():
             keys = [f"{name}.{key}" for key in inner] if isinstance(inner, Mapping) else [name]
             origins |= dict.fromkeys(keys, "keyword")

@@ -14,14 +14,15 @@ import httpx2 as httpx
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from pyarrow.parquet import read_table
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.module_names import parse_name
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.vllm_resolver import MixResolver
-from support import VLLM, greedy_answer, vllm_answer, vllm_server
+from support import VLLM, Cli, greedy_answer, vllm_answer, vllm_server
 
 MIXED, QUESTION = 20, "Tell me about rain."
 
@@ -140,9 +141,10 @@ def test_resolver_needs_no_library_of_training(workspace: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(not VLLM, reason="LORA_ALIGN_VLLM does not name a vllm command")
 def test_vllm_answers_each_request_with_its_mix(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     """Clients ask for twenty mixes at the same time. The answers are those of stock PEFT on the merged adapters."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     weights = [f"helpful={30 * math.cos(turn):.3f},harmless={30 * math.sin(turn):.3f}" for turn in range(MIXED)]
     settings = {"LORA_ALIGN_RUNS": str(workspace / "runs"), "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
     for most in (MIXED, 1):  # the second server finds the mixes of the first
@@ -158,6 +160,14 @@ def test_vllm_answers_each_request_with_its_mix(
                 refused = httpx.post(f"{url}/v1/completions", json={"model": name, "prompt": QUESTION})
                 assert refused.status_code == httpx.codes.NOT_FOUND
             if most == MIXED:
+                words = ("eval", asked[0], "start", "--set", "eval.count=4", "--set", "eval.pairs=4", "--json")
+                done = cli(*words, "--endpoint", url, "--model", "demo")
+                assert done.code == 0, done.err
+                assert json.loads(done.out)["policies"][asked[0]]["KL"]["value"] > 0
+                tables = [read_table(file).to_pylist() for file in workspace.glob("runs/eval/*/answers.parquet")]
+                assert len(tables) == 2
+                for row in (row for table in tables for row in table):
+                    assert tokenizer.decode(row["ids"], skip_special_tokens=True).strip() == row["answer"] != ""
                 first, made = answers, {folder.name for folder in (tmp_path / "cache/mixes").glob("[!.]*")}
                 stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache/mixes").rglob("manifest.json")}
     log = (tmp_path / "log.txt").read_text()
