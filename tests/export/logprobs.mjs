@@ -16,7 +16,8 @@ const options = {temperature: 1, topK: 0, topP: 1, minP: 0};
 const input = JSON.parse(tokens).map((token) => [token, {generateNext: {probabilities: true, options}}]);
 const blocks = [];
 for (const adapters of JSON.parse(settings)) {
-    const context = await loaded.createContext({contextSize: 128, lora: {adapters}});
+    // one thread: several wait for each other actively, which takes six times as long beside another program
+    const context = await loaded.createContext({contextSize: 128, threads: 1, lora: {adapters}});
     for (const {next} of await context.getSequence().controlledEvaluate(input)) {
         const row = new Float32Array(next.probabilities.size);
         next.probabilities.forEach((p, token) => { row[token] = Math.log(p); });
