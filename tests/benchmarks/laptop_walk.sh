@@ -63,6 +63,7 @@ step score --data answers.jsonl --out scored.jsonl
 step rsf
 step generate --prompts "$splits/xstest-development.jsonl" --want score=0.8,harmless=0.6 --out want.jsonl --max-new-tokens 64
 step list
-step sweep brief=-0.5:0.5:0.5 cautious=0:0.5 --set eval.count=6 --set eval.pairs=10
-step tune --aim brief=0.5,cautious=0.5 --set eval.count=6 --set eval.pairs=10
-step reach brief --set eval.count=6 --set eval.pairs=10
+few="--set eval.count=6 --set eval.samples=1 --set eval.pairs=10 --set eval.max_new_tokens=64"
+step sweep brief=-0.5:0.5:0.5 cautious=0:0.5 $few
+step tune --aim brief=0.5,cautious=0.5 $few
+step reach brief $few
