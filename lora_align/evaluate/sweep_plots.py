@@ -1,6 +1,7 @@
 """Pictures of a sweep: what weights do, where the front lies, and what it costs."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from operator import itemgetter
@@ -45,15 +46,16 @@ def draw(
 def curves(
     values: Mapping[str, Sequence[float]], scores: Mapping[str, GoalScore], grid: Sequence[SweepPolicy]
 ) -> Figure | None:
-    """Return a panel for each axis: its own score and the scores of other axes, with intervals, over its weight.
+    """Return panels in a column for each axis: its own score and those of other axes, with intervals, over its weight.
 
-    All other weights are 0, or the nearest to 0 that the sweep has.
+    Scores of one kind share a row, and so a scale. All other weights are 0, or the nearest to 0 that the sweep has.
     """
     axes = [axis for axis in values if axis in scores and len(values[axis]) > 1]
     if not axes:
         return None
-    picture, panels = plots.grid(len(axes), (3.4, 3.2), len(axes))
-    for panel, axis in zip(panels, axes, strict=True):
+    kinds = list(dict.fromkeys(map(_kind, scores.values())))
+    picture, panels = plots.grid(len(kinds) * len(axes), (3.4, 3.2), len(axes), sharey="row")
+    for panel, (kind, axis) in zip(panels, product(kinds, axes), strict=True):
         fixed = {name: min(values[name], key=abs) for name in values if name != axis}
         line = sorted(
             (
@@ -63,7 +65,10 @@ def curves(
             ),
             key=itemgetter(0),
         )
-        for colour, (other, score) in zip((INK, *OTHERS), _first(axis, scores).items(), strict=False):
+        ordered = [(axis, scores[axis]), *((other, score) for other, score in scores.items() if other != axis)]
+        for colour, (other, score) in zip((INK, *OTHERS), ordered, strict=False):
+            if _kind(score) != kind:
+                continue
             known = [(place, policy.figures[score.name]) for place, policy in line if score.name in policy.figures]
             places, estimates = [place for place, _ in known], [figure for _, figure in known]
             plots.plot(panel, places, estimates, colour, width=BOLD if other == axis else THIN, label=score.name)
@@ -199,5 +204,6 @@ def _value(policy: SweepPolicy, name: str) -> float:
     return policy.figures[name].value if name in policy.figures else math.nan
 
 
-def _first(axis: str, scores: Mapping[str, GoalScore]) -> dict[str, GoalScore]:
-    return {axis: scores[axis], **scores}
+def _kind(score: GoalScore) -> str:
+    """Return the kind of a score, such as `margin` for `margin helpful`; scores of one kind have one scale."""
+    return re.split("[ :]", score.name)[0]
