@@ -148,7 +148,7 @@ class _Lines(Progress):
         self.printed, self.doing = now, doing
         counted = f"{done:,}/{self.total:,}" if self.total else f"{done:,}"
         parts = [f"{self.title}  {counted}", *(f"{name} {value}" for name, value in figures.items())]
-        if done != self.total:
+        if self.already < done != self.total:
             each = self.seconds_each(done)
             parts += [rate(each), *([f"{clock(each * (self.total - done))} left"] if self.total else [])]
         write("  ".join(parts), sys.stderr)
@@ -180,7 +180,7 @@ class _Bar(Progress):
 
     def show(self, done: int, figures: Mapping[str, str]) -> None:
         parts = [inert(f"{name} {value}") for name, value in figures.items()]
-        self._update(done, [rate(self.seconds_each(done)), *parts] if done != self.total else parts)
+        self._update(done, [rate(self.seconds_each(done)), *parts] if self.already < done != self.total else parts)
 
     def _update(self, done: int, parts: list[str]) -> None:
         """Redraw the bar with as many figures as fit on the line, in their order."""

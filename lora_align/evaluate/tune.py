@@ -80,6 +80,7 @@ def search_weights(
         screen.warn(gap)
     objective = TuneObjective(evaluator, aims, bounds, settings)
     with screen.progress("tune", STEPS) as progress:
+        progress.show(0, {"now": "the start policy"})  # which takes minutes on a CPU
         best, steps = maximise(objective, progress.show)
         progress.show(STEPS, {})
     best, refused = _shrink_until_answered(objective, within_bounds(objective, best))
