@@ -82,7 +82,8 @@ def search_weights(
     with screen.progress("tune", STEPS) as progress:
         progress.show(0, {"now": "the start policy"})  # which takes minutes on a CPU
         best, steps = maximise(objective, progress.show)
-        progress.show(STEPS, {})
+        if steps < STEPS:
+            progress.show(STEPS, {})
     best, refused = _shrink_until_answered(objective, within_bounds(objective, best))
     weights = {name: round(weight, 3) for name, weight in objective.named(best.weights).items()}
     loss = best.figures[LOSS] if evaluator.test_set.texts else None
