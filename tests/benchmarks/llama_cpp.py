@@ -110,6 +110,7 @@ def main() -> None:
             subprocess.run([COMMAND, "dpo", "--pref", name, "--quiet"], cwd=work, check=True)
     vectors = [find(name, work / "runs", [name]).load() for name in NAMES]
     dense = dense_logprobs(base, vectors, SETTINGS, ids)
+    os.environ.pop("PYTHONSAFEPATH", None)  # set for tests; the converter imports modules of its own folder
     compare = Comparison(work, Path(os.environ["LORA_ALIGN_LLAMA_CPP"]), ids, dense)
     figures = {"change by the vectors": dict(zip(LABELS, (distance(dense[0], one) for one in dense), strict=True))}
     for kind, model in (("float32", float32_gguf(file, work / "float32.gguf")), (file.stem.split(".")[-1], file)):
