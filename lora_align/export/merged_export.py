@@ -147,8 +147,11 @@ def write_model(source: Source, folder: Path, screen: Screen, how: ExportOptions
             progress.show(done, {})
     _copy_settings(source, weights, folder)
     figures = weights.errors.figures(weights.dtype)
-    if weights.errors.rounding > LARGE**2 * weights.errors.update:
-        screen.warn(f"rounding to {weights.dtype} removes much of this mix; give --dtype float32, or larger weights")
+    if (share := math.sqrt(weights.errors.rounding / (weights.errors.update or 1.0))) > LARGE:
+        dtype = str(weights.dtype).removeprefix("torch.")
+        screen.warn(
+            f"the error of rounding to {dtype} is {share:.2g} times the mix; see the KL, or give --dtype float32"
+        )
     if how.check:
         figures |= kl_from_mix(source, folder, weights.size // weights.dtype.itemsize, screen)
         if weights.errors.nf4:
