@@ -1,5 +1,6 @@
 """Crash-safe files and folders."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -102,8 +103,13 @@ def test_too_little_space_is_refused(tmp_path: Path) -> None:
 
 def test_write_errors_name_folder_cause_and_remedy(tmp_path: Path) -> None:
     with (
-        pytest.raises(RunFailedError, match=r"No such file or directory \(2 kB to write, .* free\); try again"),
-        store.report_write_errors(tmp_path, "try again", 2000),
+        pytest.raises(RunFailedError, match=r"No space left on device \(2 kB to write, .* free\); make room"),
+        store.report_write_errors(tmp_path, "make room", 2000),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(RunFailedError, match="No such file or directory; write elsewhere"),
+        store.report_write_errors(tmp_path, "make room", 2000),
     ):
         (tmp_path / "no" / "file").write_text("x")
 

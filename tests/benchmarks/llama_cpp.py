@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import splits
 from report import save
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def main() -> None:
     words = parser.parse_args()
     work, file = words.work.resolve(), words.base.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    pairs = words.splits.resolve() / "hh-harmless-development.jsonl"
+    pairs = splits.file_of(words.splits.resolve(), "hh-harmless", "development")
     (work / "lora-align.toml").write_text(RECIPE.format(base=file, pairs=pairs))
     base = bases.find(recipe.Base(str(file), quantization="none"))
     ids = base.chat.tokenizer(TEXT).input_ids

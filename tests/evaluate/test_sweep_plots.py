@@ -64,10 +64,9 @@ def test_front_hides_overlapping_names(grid: list[SweepPolicy]) -> None:
 def test_curves_hold_the_other_weights_at_0(grid: list[SweepPolicy]) -> None:
     picture = sweep_plots.curves({"talkative": [0.0, 1.0], "brief": [0.0, 1.0]}, SCORES, grid)
     assert picture
-    first, second = picture.axes
-    assert [list(line.get_ydata()) for line in first.lines] == [[30.0, 90.0], [100.0, 110.0]]
-    assert [list(line.get_ydata()) for line in second.lines] == [[100.0, 20.0], [30.0, 5.0]]
-    assert second.get_xlabel() == "weight of brief"
+    lines = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
+    assert lines == [[[30.0, 90.0]], [[30.0, 5.0]], [[100.0, 110.0]], [[100.0, 20.0]]]  # a row a kind of score
+    assert [panel.get_xlabel() for panel in picture.axes] == 2 * ["weight of talkative", "weight of brief"]
 
 
 def test_lengths_plots_wins_over_relative_words(grid: list[SweepPolicy]) -> None:
