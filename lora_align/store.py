@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ WINDOWS = os.name == "nt"
 UNFINISHED = ".unfinished"  # suffix of a file's temporary name
 CACHE_REMEDY = "LORA_ALIGN_CACHE moves the cache"
 HASH_ONCE_FROM = 1 << 26  # bytes; the hash of a smaller file is not cached
+_FULL_BY_NUMPY = re.compile(r"\d+ requested and \d+ written")  # the message of a short write, without a number
 DIGESTS = "files.json"  # the sha256 of every other file of a sealed folder
 
 
@@ -150,7 +152,9 @@ def report_write_errors(folder: Path, remedy: str, needed: int = 0) -> Iterator[
     try:
         yield
     except OSError as fault:
-        if fault.errno not in (None, errno.ENOSPC, errno.EDQUOT):  # numpy reports a full disk without a number
+        if fault.errno is None and not _FULL_BY_NUMPY.search(str(fault)):
+            raise  # a library's own error, not the disk's
+        if fault.errno not in (None, errno.ENOSPC, errno.EDQUOT):
             raise RunFailedError(f"{folder}: {fault.strerror}; write elsewhere") from fault
         why = first_line(fault) if fault.strerror is None else fault.strerror
         bytes_ = f" ({_size(needed)} to write, {_size(_free(folder))} free)" if needed else ""

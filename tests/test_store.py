@@ -114,6 +114,13 @@ def test_write_errors_name_folder_cause_and_remedy(tmp_path: Path) -> None:
         (tmp_path / "no" / "file").write_text("x")
 
 
+def test_only_numpy_reports_a_full_disk_without_a_number(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match="make room"), store.report_write_errors(tmp_path, "make room"):
+        raise OSError("64 requested and 0 written")  # as numpy.ndarray.tofile
+    with pytest.raises(OSError, match="no such model"), store.report_write_errors(tmp_path, "make room"):
+        raise OSError("no such model")  # as transformers
+
+
 def test_windows_syncs_files_but_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_ = os.open
 

@@ -33,6 +33,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and
     ("brief", {"learning_rate": 2e-4, "limit": 200, "beta": 0.3}),
     ("brief", {"learning_rate": 2e-4, "limit": 100, "epochs": 2}),
     ("brief", {"learning_rate": 2e-4, "limit": 200, "max_length": 512}),
+    ("brief", {"learning_rate": 0.5, "limit": 200, "optimizer": "sgd"}),
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
