@@ -26,7 +26,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import splits
 from report import once, save
 
-BATCH, MICRO = 8, 4  # pairs in a step, and pairs that TRL computes at once
+BATCH = 8  # pairs in a step
 SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", f"dpo.batch_size={BATCH}", "dpo.beta=0.1"]
 SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
 SETTINGS += ['lora.targets=["all-linear"]']
@@ -43,12 +43,14 @@ class World:
     directions: Sequence[str] = ("pos", "neg")  # here, both share the reference
     sides: Sequence[str] = SIDES
     source: str = ""  # of a split; empty: the demo world
+    micro: int = 4  # pairs that TRL computes at once
 
 
 REAL = (("pos",), SIDES[:3])
 WORLDS = {
     "hh": World(200, 512, {"first": "label"}, *REAL, "hh-harmless"),
-    "ultrafeedback": World(100, 1024, {"first": "label"}, *REAL, "ultrafeedback"),
+    # with 4 pairs at once, TRL needed more than 24 GB of memory
+    "ultrafeedback": World(100, 1024, {"first": "label"}, *REAL, "ultrafeedback", micro=2),
     "demo": World(400, 512, {"first": "label:better_response_id", "second": "label:safer_response_id"}),
 }
 
@@ -128,8 +130,8 @@ def trl(world: str, words: argparse.Namespace, how: str) -> dict[str, Any]:
                     lr_scheduler_type="linear",
                     warmup_steps=project.dpo.warmup,
                     optim="adamw_torch",
-                    per_device_train_batch_size=MICRO,
-                    gradient_accumulation_steps=BATCH // MICRO,
+                    per_device_train_batch_size=WORLDS[world].micro,
+                    gradient_accumulation_steps=BATCH // WORLDS[world].micro,
                     max_length=project.dpo.max_length,
                     precompute_ref_log_probs=how == "TRL, precomputed",
                     seed=project.dpo.seed,
@@ -167,7 +169,10 @@ def child(world: str, side: str, words: argparse.Namespace) -> Any:
 
 def compared(name: str, words: argparse.Namespace) -> dict[str, Any]:
     """Run all sides; return each side's time, and those of a second preference and a new seed."""
-    results = {side: child(name, side, words) for side in WORLDS[name].sides}
+    results = {
+        side: once(words.work, f"{name}, {side}", lambda side=side: child(name, side, words))
+        for side in WORLDS[name].sides
+    }
     mine = results["ours"]
     each = [seconds / count for seconds, count in zip(mine["each"], mine["pairs"], strict=True)]
     figures: dict[str, Any] = {
@@ -187,7 +192,7 @@ def compared(name: str, words: argparse.Namespace) -> dict[str, Any]:
 def apart(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Return the largest differences between the loss curves of this project and of TRL with an online reference.
 
-    The last step has fewer pairs and is counted apart: there TRL weighs a part of 1 pair like a part of 4.
+    The last step has fewer pairs and is counted apart: there TRL weighs a smaller part like a whole one.
     """
     distances = {"full steps": 0.0, "a last step of fewer pairs": 0.0}
     for name, losses in theirs["losses"].items():
