@@ -158,6 +158,7 @@ def main() -> None:
     wanted.add_argument("--name", default="padding", help="of the result")
     options = wanted.parse_args()
     settings = [f'base.model="{options.base}"', f'preferences.pairs.data="{options.pairs}"', "lora.rank=16"]
+    settings += ["preferences.pairs.skip_bad=true"]  # in a few rows of HH-RLHF, the two dialogues differ earlier
     settings += ['lora.targets=["all-linear"]', "dpo.max_length=1024", f"dpo.limit={BATCH * STEPS}"]
     project = recipe.load(recipe.builtin()["demo"], settings)
     torch.manual_seed(0)
