@@ -1,8 +1,9 @@
 """Time a DPO step on a CPU beside plain forward and backward passes over as many tokens without padding.
 
-    python tests/benchmarks/padding.py --base BASE --pairs FILE
+    python tests/benchmarks/padding.py --work FOLDER --base BASE --pairs FILE
 
-Steps are timed in NF4 and in float32. Also time how much it saves to dequantise 4-bit weights once.
+Steps are timed in NF4 and in float32. Also time how much it saves to dequantise 4-bit weights once. The same command
+continues after a stop.
 """
 
 import argparse
@@ -19,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from peft import PeftModel, get_peft_model
-from report import save
+from report import once, save
 from transformers import PreTrainedModel
 
 from lora_align import recipe
@@ -152,7 +153,8 @@ def passes(base: Base, project: recipe.Recipe) -> dict[str, Any]:
 
 def main() -> None:
     """Measure one base and its pairs."""
-    wanted = argparse.ArgumentParser(description=__doc__)
+    wanted = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    wanted.add_argument("--work", type=Path, required=True)
     wanted.add_argument("--base", required=True)
     wanted.add_argument("--pairs", type=Path, required=True)
     wanted.add_argument("--name", default="padding", help="of the result")
@@ -168,8 +170,11 @@ def main() -> None:
             "base": Path(options.base).name,
             "pairs": options.pairs.name,
             "threads": torch.get_num_threads(),
-            "passes": passes(bases.find(project.base), project),
-            **{f"steps, {kind}": steps(project, kind) for kind in ("nf4", "none")},
+            "passes": once(options.work, "passes", lambda: passes(bases.find(project.base), project)),
+            **{
+                f"steps, {kind}": once(options.work, f"steps, {kind}", lambda kind=kind: steps(project, kind))
+                for kind in ("nf4", "none")
+            },
         },
     )
 
