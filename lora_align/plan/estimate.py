@@ -16,7 +16,6 @@ from lora_align.plan.step_cost import Cost, Shape
 from lora_align.plan.timing import StepTiming
 from lora_align.recipe import Lora, Recipe
 from lora_align.train import lora_trainer
-from lora_align.train.stepper import Loss
 
 SHARE = 0.5  # assumed share of a device's matrix rate that training reaches; not measured on any GPU yet
 PLACES = 64  # candidates for the fullest part, spread over the sorted rows
@@ -32,6 +31,7 @@ class StageEstimate:
     stage: Stage
     cost: Cost
     tokens: int
+    judged: int  # tokens of the judged rows
     lengths: Sequence[int]
     part: Sequence[int]  # the rows of a step's fullest part
     device: Device
@@ -81,8 +81,9 @@ class StageEstimate:
         """Return the seconds of the whole stage, without communication between devices."""
         tokens = self.tokens * self.stage.settings.epochs * self.stage.passes
         each = sum(self.lengths[i] for i in self.part)
-        operations = tokens * self.cost.whole / each
-        operations += self.tokens * self.cost.forward / each if self.stage.referenced else 0
+        forward = self.judged * self.stage.passes * self.stage.readings
+        forward += (self.tokens + self.judged) * self.stage.referenced
+        operations = (tokens * self.cost.whole + forward * self.cost.forward) / each
         return operations / self.rate / self.device.count + (self.measured.before if self.measured else 0)
 
     def as_json(self) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class StageEstimate:
             "rows": len(self.lengths),
             "passes": self.stage.passes,
             "tokens": self.tokens,
+            "judged_tokens": self.judged,
             "histogram": histogram(self.lengths),
             "assumed": self.stage.assumed,
             "answers": self.stage.sampling_work.answers if self.stage.sampling_work else 0,
@@ -125,7 +127,9 @@ def estimate_stage(
     """Estimate a stage from the fullest part of its steps. `lengths` are the rows' lengths, if known already."""
     checkpointing = stage.settings.gradient_checkpointing
     shape = shape_of(recipe, base, stage.job.lora, device, checkpointing=checkpointing)
-    lengths = lengths or _lengths(stage, stage.loss(shape.outline()))
+    loss = stage.loss(shape.outline())
+    lengths = lengths or [loss.length(row) for row in stage.job.rows]
+    judged = sum(loss.length(row) for row in stage.judged)
     part = fullest(lengths, stage.settings.tokens_per_batch, stage.settings.batch_size)
     rows = [stage.job.rows[i] for i in part]
 
@@ -136,7 +140,7 @@ def estimate_stage(
     cost = shape.cost(step)
     gathered = GATHERED * cost.packed / shape.layers
     return StageEstimate(
-        stage, cost, sum(lengths), lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate
+        stage, cost, sum(lengths), judged, lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate
     )
 
 
@@ -145,10 +149,6 @@ def size(count: float, unit: str = "") -> str:
     unit = unit or ("MB" if count < 1e9 else "GB")
     shown = f"{count / 1e6:,.1f}" if unit == "MB" else f"{count / 1e9:,.2f}"
     return f"{'<0.01' if count and shown == '0.00' else shown} {unit}"
-
-
-def _lengths(stage: Stage, loss: Loss[Any]) -> list[int]:
-    return [loss.length(row) for row in stage.job.rows]
 
 
 def fullest(lengths: Sequence[int], budget: int, batch: int) -> list[int]:

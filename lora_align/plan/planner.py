@@ -53,7 +53,7 @@ class StagePlan:
             known = self.sampling_seconds
             time = f"about {clock(known)} more" if known is not None else "--measure estimates the time"
             answers = count(stage.sampling_work.answers, "answer")
-            yield f"it also samples {answers} ({time}) and scores them; the times above exclude both"
+            yield f"it also samples {answers} ({time}); the times above exclude this"
         yield self.advice
         if plan.measured:
             yield (

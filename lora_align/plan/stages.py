@@ -20,11 +20,14 @@ from lora_align.rsf import finetune, inputs, sampling_requests
 from lora_align.rsf.candidates import BATCH
 from lora_align.train import dpo, reward, reward_loss, sft, token_rows
 from lora_align.train.job import Job
+from lora_align.train.lora_trainer import MEASURE_AT_MOST
 from lora_align.train.row_files import LazyRows, concat
 from lora_align.train.stepper import Loss
 
 TUNE_PAIRS, TUNE_PASSES = 48, 8  # pairs of each preference that `tune` reads, and about how often
+SAMPLED_ROWS = 1000  # rated answers whose lengths are counted; the others are assumed to be like them
 UNKNOWN_ROWS = 1000  # assumed rows of a source if the data is not available and the recipe sets no limit
+Lengths = tuple[int, int]  # tokens of a prompt and of its answer
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,10 @@ class Stage:
 
     name: str
     job: Job[Any]
-    passes: int  # over the rows: one for each direction in `dpo`, one for each policy in `rsf`
-    referenced: bool = False  # whether the start policy's log-probabilities are computed first
+    passes: int  # over the rows: one for each direction in `dpo`
+    referenced: bool = False  # whether the start policy's log-probabilities of all rows are computed first
+    judged: Sequence[Any] = ()  # rows read without training after each pass: held-out rows, or answers that are scored
+    readings: int = 1  # forward passes over the judged rows
     assumed: str = ""  # why the plan assumes rows instead of reading them
     sampling_work: SamplingWork | None = None
     trains: bool = True  # False: tune trains no adapter, it runs existing vectors
@@ -99,13 +104,17 @@ def _sources(recipe: Recipe, name: str) -> list[Source]:
 
 def _sft(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     assert recipe.sft is not None
-    texts = token_rows.read_token_texts(recipe.sft, base, screen).train
-    return Stage("sft", sft.sft_job(recipe.sft, recipe.sft.lora or recipe.lora, texts, base), 1)
+    texts = token_rows.read_token_texts(recipe.sft, base, screen)
+    held_out = [[text] for text in texts.held_out[:MEASURE_AT_MOST]]
+    job = sft.sft_job(recipe.sft, recipe.sft.lora or recipe.lora, texts.train, base)
+    return Stage("sft", job, 1, judged=held_out, readings=2)
 
 
 def _dpo(recipe: Recipe, base: Base, screen: Screen) -> Stage:
-    pairs = [dpo.prepare(recipe, name, base, screen).train for name in recipe.preferences]
-    return Stage("dpo", dpo.dpo_job(recipe.dpo, recipe.lora, concat(pairs), base), 2, referenced=True)
+    pairs = [dpo.prepare(recipe, name, base, screen) for name in recipe.preferences]
+    job = dpo.dpo_job(recipe.dpo, recipe.lora, concat([of.train for of in pairs]), base)
+    held_out = concat([of.held_out[:MEASURE_AT_MOST] for of in pairs])
+    return Stage("dpo", job, 2, referenced=True, judged=held_out)
 
 
 def _tune(recipe: Recipe, base: Base, screen: Screen) -> Stage:
@@ -124,7 +133,8 @@ def _reward(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     settings = recipe.reward
     assert settings is not None
     data = reward.prepare(recipe, settings, base, screen)
-    return Stage("reward", reward.reward_job(settings, settings.lora or recipe.lora, data.heads, data.train, base), 1)
+    job = reward.reward_job(settings, settings.lora or recipe.lora, data.heads, data.train, base)
+    return Stage("reward", job, 1, judged=reward_loss.sample_held_out(data.held_out))
 
 
 def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
@@ -142,29 +152,50 @@ def _rsf(recipe: Recipe, base: Base, screen: Screen) -> Stage:
     work = SamplingWork(answers, prompts, per_request[-1], sampling)
     why = f"answers of {settings.max_new_tokens} tokens are assumed, because rsf samples its rows while it runs"
     longest = min(settings.max_length, base.max_length)
-    lengths = []
-    for of in max(requested, key=len):
-        prompt = min(len(base.chat.prompt_ids(with_system_prompt(of.system, of.prompt))), longest - 1)
-        lengths.append((prompt, min(settings.max_new_tokens, longest - prompt)))
-    return replace(_rsf_stage(recipe, base, lengths), assumed=why, sampling_work=work)
+
+    def lengths(prompt: Prompt, answer: int) -> Lengths:
+        """Return the tokens of a prompt and of its answer, truncated as in training."""
+        tokens = min(len(base.chat.prompt_ids(prompt)), longest - 1)
+        return tokens, min(answer, longest - tokens)
+
+    asked = [
+        lengths(with_system_prompt(of.system, of.prompt), settings.max_new_tokens) for of in max(requested, key=len)
+    ]
+    request = max(sampling_requests.example_messages(settings), key=len)
+    known = halves[1][:: max(1, len(halves[1]) // SAMPLED_ROWS)]
+    rated = [
+        lengths(with_system_prompt(request, of.prompt), len(base.chat.tokenizer(of.answer)["input_ids"]) + 1)
+        for of in known
+    ]
+    stage = _rsf_stage(recipe, base, asked, _repeated(rated, len(halves[1])), answers)
+    return replace(stage, assumed=why, sampling_work=work)
 
 
-def _rsf_stage(recipe: Recipe, base: Base, lengths: Sequence[tuple[int, int]]) -> Stage:
-    """Return the stage of `rsf`, from the tokens of each request's prompt and answer.
+def _rsf_stage(recipe: Recipe, base: Base, asked: Sequence[Lengths], rated: Sequence[Lengths], answers: int) -> Stage:
+    """Return the stage of `rsf`, from the tokens of each request's prompt and answer, and of each rated answer.
 
-    Each policy, also the SteerLM-style one, trains on a row for each request. With `learn = "sft"`, replayed answers
-    are added; the plan assumes that they are equally long.
+    The SteerLM-style policy trains on all rated answers, every later policy on one answer for each request. With
+    `learn = "sft"`, replayed answers are added; the plan assumes that they are equally long. Rated and sampled answers
+    are scored.
     """
     settings = recipe.rsf
     assert settings is not None
-    lora, passes = settings.lora or recipe.lora, settings.iterations + 1
-    if settings.learn == "dpo":
-        pairs = LazyRows(len(lengths), lambda i: _pair(*lengths[i]))
-        job: Job[Any] = dpo.dpo_job(finetune.dpo_settings(settings), lora, pairs, base)
-        return Stage("rsf", job, passes, referenced=True)
-    rows = len(lengths) + finetune.replayed(settings, len(lengths))
-    texts = LazyRows(rows, lambda i: _text(*lengths[i % len(lengths)]))
-    return Stage("rsf", sft.sft_job(settings, lora, texts, base), passes)
+    lora, scored = settings.lora or recipe.lora, concat([rated, _repeated(asked, answers)])
+    if settings.learn == "dpo":  # rated answers count as pairs with the same number of tokens
+        pairs = LazyRows(settings.iterations * len(asked), lambda i: _pair(*asked[i % len(asked)]))
+        trained = concat([pairs, LazyRows(len(rated), lambda i: _pair(sum(rated[i]) - 2, 1))])
+        job: Job[Any] = dpo.dpo_job(finetune.dpo_settings(settings), lora, trained, base)
+        judged = LazyRows(len(scored), lambda i: _pair(sum(scored[i]) - 2, 1))
+        return Stage("rsf", job, 1, referenced=True, judged=judged)
+    chosen = settings.iterations * (len(asked) + finetune.replayed(settings, len(asked)))
+    rows = concat([_repeated(asked, chosen), rated])
+    job = sft.sft_job(settings, lora, LazyRows(len(rows), lambda i: _text(*rows[i])), base)
+    return Stage("rsf", job, 1, judged=LazyRows(len(scored), lambda i: [_text(*scored[i])]))
+
+
+def _repeated(rows: Sequence[Lengths], count: int) -> Sequence[Lengths]:
+    """Return `count` rows, by repeating some."""
+    return LazyRows(count, lambda i: rows[i % len(rows)])
 
 
 _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
@@ -179,12 +210,20 @@ _STAGES: dict[str, Callable[[Recipe, Base, Screen], Stage]] = {
 def _assumed_sft(recipe: Recipe, base: Base) -> Stage:
     settings = recipe.sft
     assert settings is not None
-    return Stage("sft", _longest_texts(settings, settings.lora or recipe.lora, settings.limit or UNKNOWN_ROWS, base), 1)
+    job = _longest_texts(settings, settings.lora or recipe.lora, settings.limit or UNKNOWN_ROWS, base)
+    return Stage("sft", job, 1, judged=_held_out(job, MEASURE_AT_MOST), readings=2)
 
 
 def _assumed_dpo(recipe: Recipe, base: Base) -> Stage:
     pairs = _longest_pairs(recipe.dpo, (recipe.dpo.limit or UNKNOWN_ROWS) * len(recipe.preferences), base)
-    return Stage("dpo", dpo.dpo_job(recipe.dpo, recipe.lora, pairs, base), 2, referenced=True)
+    job = dpo.dpo_job(recipe.dpo, recipe.lora, pairs, base)
+    most = MEASURE_AT_MOST * len(recipe.preferences)
+    return Stage("dpo", job, 2, referenced=True, judged=_held_out(job, most))
+
+
+def _held_out(job: Job[Any], most: int) -> Sequence[Any]:
+    """Return as many held-out rows as the recipe's share asks for, all of the maximum length."""
+    return job.rows[: min(round(job.settings.held_out * len(job.rows)), most)]
 
 
 def _assumed_tune(recipe: Recipe, base: Base) -> Stage:
@@ -221,14 +260,18 @@ def _assumed_reward(recipe: Recipe, base: Base) -> Stage:
     heads = dict.fromkeys((*rated, *settings.pairs), reward.UNRATED)
     example = reward_loss.Example((([0] * prompt, [0] * answer),), (0.0,) * len(heads))
     rows = LazyRows((settings.limit or UNKNOWN_ROWS) * len((*settings.ratings, *settings.pairs)), lambda _: example)
-    return Stage("reward", reward.reward_job(settings, settings.lora or recipe.lora, heads, rows, base), 1)
+    job = reward.reward_job(settings, settings.lora or recipe.lora, heads, rows, base)
+    return Stage("reward", job, 1, judged=_held_out(job, reward_loss.MEASURE_AT_MOST))
 
 
 def _assumed_rsf(recipe: Recipe, base: Base) -> Stage:
     settings = recipe.rsf
     assert settings is not None
-    requests = (settings.prompts or settings.limit or UNKNOWN_ROWS) * settings.per_prompt
-    return _rsf_stage(recipe, base, [_longest(settings, base)] * requests)
+    prompts = settings.prompts or settings.limit or UNKNOWN_ROWS
+    per_request = [sampling_requests.answers_per_request(settings, t) for t in range(1, settings.iterations + 1)]
+    asked = [_longest(settings, base)] * prompts * settings.per_prompt
+    rated = [_longest(settings, base)] * ((settings.limit or UNKNOWN_ROWS) // 2)
+    return _rsf_stage(recipe, base, asked, rated, len(asked) * sum(per_request))
 
 
 _ASSUMED: dict[str, Callable[[Recipe, Base], Stage]] = {
