@@ -3,13 +3,11 @@
 Finished rows leave the batch.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from lora_align.data.rows import Prompt
@@ -18,11 +16,10 @@ from lora_align.model.chat_format import text_of
 from lora_align.model.kv_cache import growing_cache
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.sampler_protocol import SampledText, Sampling
-from lora_align.model.token_sampling import probabilities
+from lora_align.model.token_sampling import pick, uniforms
 
 RETIRE_AT = 0.75  # finished rows leave the cache when at most this share of rows is still running
 ROWS = 512  # rows sampled at once if memory allows
-BLOCK = 256  # vocabulary entries in one block of the two-level search in `_pick`
 CACHE_SHARE = 0.5  # the largest share of the memory that the base leaves free, for keys and values
 
 
@@ -129,7 +126,9 @@ def _batch(
     logits, mask = logits[rows], mask[rows]
     lengths = mask.sum(1)
     limit = (base.max_length - lengths).clamp(max=sampling.max_new_tokens)  # [b]
-    uniforms = torch.stack([_uniforms(seed, prompts[prompt], number, sampling) for prompt, number in wanted]).to(where)
+    of_each = [uniforms(seed, prompts[prompt], number, sampling.max_new_tokens) for prompt, number in wanted]
+    uniform = torch.stack(of_each).to(where)
+    temperature, top_p = torch.tensor([sampling.temperature]), torch.tensor([sampling.top_p])
     stops = torch.tensor(sorted(base.chat.stop_ids), device=where)
 
     sampled = torch.zeros(len(wanted), max(int(limit.max()), 0), dtype=torch.long, device=where)
@@ -139,7 +138,7 @@ def _batch(
     running = limit > 0  # for each row of the cache
     padded = not bool(mask.all())
     for step in range(sampled.shape[1]):
-        tokens = _pick(logits, sampling, uniforms[rows, step])
+        tokens = pick(logits, temperature, top_p, uniform[rows, step])
         stopped = torch.isin(tokens, stops)
         stop[rows[running & stopped]] = tokens[running & stopped]
         running = running & ~stopped
@@ -185,28 +184,3 @@ def _prefill(prompts: Sequence[Sequence[int]], model: PreTrainedModel, cache: Dy
         logits_to_keep=1,
     ).logits[:, -1]
     return logits, mask
-
-
-def _uniforms(seed: int, prompt: Sequence[int], number: int, sampling: Sampling) -> Tensor:
-    """Return one uniform random number in [0, 1) for each token of an answer."""
-    key = hashlib.sha256(f"{seed} {number} {list(prompt)}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
-    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
-
-
-def _pick(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
-    """Pick a token for each row of logits [b, v] by inverting the cumulative distribution at `uniforms` [b]."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    p = probabilities(logits.float(), sampling)
-    p = pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [b, blocks, BLOCK]
-    blocks = p.sum(-1).double()  # find the block that holds the target first, then the token within this block
-    edges = blocks.cumsum(-1)
-    target = (uniforms * edges[:, -1])[:, None]
-    block = torch.searchsorted(edges, target, right=True).clamp(max=edges.shape[-1] - 1)
-    left = target - (edges - blocks).gather(-1, block)
-    inside = p[torch.arange(len(p), device=p.device), block[:, 0]].double()
-    scale = blocks.gather(-1, block) / inside.sum(-1, keepdim=True)  # the two sums of a block are rounded differently
-    mass = inside.cumsum(-1) * scale
-    place = torch.searchsorted(mass, left, right=True).clamp(max=BLOCK - 1)
-    return (block * BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)

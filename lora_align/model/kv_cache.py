@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 MORE = 64  # smallest number of free positions in a new allocation
 
@@ -37,8 +37,12 @@ class GrowingLayer(DynamicLayer):
         return buffer
 
 
-def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache for a model. Only full-attention layers preallocate; the others are transformers' own."""
+def growing_cache(model: PreTrainedModel, whole: bool = False) -> DynamicCache:
+    """Return an empty cache for a model. Only full-attention layers preallocate; the others are transformers' own.
+
+    With `whole`, sliding-window layers also keep and preallocate all tokens; their mask hides those before the window.
+    """
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if whole else (DynamicLayer,)
+    cache.layers = [GrowingLayer() if type(layer) in kinds else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
     return cache

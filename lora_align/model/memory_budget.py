@@ -39,7 +39,7 @@ class MemoryBudget:
         try:
             return work(self.size)
         except (RuntimeError, MemoryError) as fault:
-            if not _out_of_memory(fault):
+            if not is_out_of_memory(fault):
                 raise
             if distributed.base_is_sharded:
                 raise OutOfStepError(
@@ -55,5 +55,6 @@ class MemoryBudget:
         return None
 
 
-def _out_of_memory(fault: Exception) -> bool:
+def is_out_of_memory(fault: Exception) -> bool:
+    """Return whether an error says that memory ran out."""
     return isinstance(fault, MemoryError) or any(words in str(fault) for words in NO_MEMORY)

@@ -51,17 +51,39 @@ def stream_tokens(
         fresh = [token]
 
 
+@dataclass
+class TextStream:
+    """Decodes tokens into text as they arrive. A character appears only when all its bytes have arrived."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+
+    def add(self, token: int) -> str:
+        """Add a token, and return the text that is complete now."""
+        self.pending.append(token)
+        text = self._text()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.context, self.pending = self.pending[-8:], []
+        return text
+
+    def rest(self) -> str:
+        """Return the text of the last tokens, complete or not."""
+        text = self._text() if self.pending else ""
+        self.pending = []
+        return text
+
+    def _text(self) -> str:
+        before = text_of(self.tokenizer, self.context, special=False)
+        return text_of(self.tokenizer, self.context + self.pending, special=False)[len(before) :]
+
+
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
-    """Decode a stream of tokens into pieces of text. Yield a character only when all its bytes have arrived."""
-    pending: list[int] = []
-    context: list[int] = []
+    """Decode a stream of tokens into pieces of text."""
+    stream = TextStream(tokenizer)
     for token in tokens:
-        pending.append(token)
-        before = text_of(tokenizer, context, special=False)
-        text = text_of(tokenizer, context + pending, special=False)[len(before) :]
-        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if text := stream.add(token):
             yield text
-            context, pending = pending[-8:], []
-    if pending:
-        before = text_of(tokenizer, context, special=False)
-        yield text_of(tokenizer, context + pending, special=False)[len(before) :]
+    if text := stream.rest():
+        yield text

@@ -111,3 +111,30 @@ def test_reward_heads_compute_in_float32_under_autocast() -> None:
         trained = heads(inputs)
     with torch.no_grad():
         assert torch.equal(trained, heads(inputs))
+
+
+def test_rows_of_one_batch_have_their_own_weights(model: PreTrainedModel) -> None:
+    mixer = Mixer(model, UPDATES, {})
+    rows = [{"a": 0.5, "b": -1.0}, {"b": 2.0}]
+    alone = []
+    for place, weights in enumerate(rows):
+        mixer.set(weights)
+        alone.append(_logits(model)[place])
+    mixer.set_rows(rows)
+    assert (_logits(model) - torch.stack(alone)).abs().max() < 1e-5
+    mixer.set_rows([{"a": 1.0}])  # one row of weights is for every row
+    one = _logits(model)
+    mixer.set({"a": 1.0})
+    assert torch.equal(_logits(model), one)
+    with pytest.raises(KeyError, match="c"):
+        mixer.set_rows([{"c": 1.0}])
+
+
+def test_rows_keep_their_weights_in_layers_that_get_flat_inputs(model: PreTrainedModel) -> None:
+    """Some layers of mixtures of experts get [rows · tokens, width]."""
+    mixer = Mixer(model, UPDATES, {})
+    layer = dict(model.named_modules())["model.layers.1.mlp.down_proj"]
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    mixer.set_rows([{"a": 0.5}, {"b": -1.0}])
+    with torch.inference_mode():
+        assert (layer(x.flatten(0, 1)) - layer(x).flatten(0, 1)).abs().max() < 1e-5
