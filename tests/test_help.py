@@ -19,7 +19,7 @@ GROUPS = {
     "Data": "data",
     "Train": "sft dpo reward rsf",
     "Mix": "merge inspect tune reach",
-    "Use": "chat generate score",
+    "Use": "chat generate serve score",
     "Measure": "eval sweep list",
     "Share": "export push",
 }

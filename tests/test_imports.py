@@ -30,7 +30,7 @@ FLOORS = [
     {"plan"},
     {"chat", "evaluate"},
     {"commands"},
-    {"export"},
+    {"export", "serve"},
     {"demo"},
     {"vector"},
     {"project"},

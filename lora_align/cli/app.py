@@ -63,12 +63,18 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "tune": measure_commands.tune,
         "reach": measure_commands.reach,
     },
-    "Use": {"chat": use_commands.chat, "generate": use_commands.generate, "score": use_commands.score},
+    "Use": {
+        "chat": use_commands.chat,
+        "generate": use_commands.generate,
+        "serve": use_commands.serve,
+        "score": use_commands.score,
+    },
     "Measure": {"eval": measure_commands.evaluate, "sweep": measure_commands.sweep, "list": measure_commands.list_runs},
     "Share": {"export": mix_commands.export, "push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 SAME_LINE = {"demo", "score", "generate", "eval", "sweep", "reach"}  # the same command line continues these
+WITHOUT_RUN = {"chat", "serve"}  # these publish nothing
 SIGNALLED = 128  # exit codes above it name a signal
 RANK_0_SECONDS = 30.0  # seconds that other ranks wait, so that rank 0 can print its error before it is ended
 for _name, _command in COMMANDS.items():
@@ -144,7 +150,8 @@ def main() -> None:
     except Stopped as stop:
         launched = " (or under the launcher again)" if distributed.world_size() > 1 else ""
         line = _continuing_line(has_checkpoint=stop.has_checkpoint)
-        _exit(f"stopped; no unfinished run was published{line and f'; to continue: {line}{launched}'}", stop.exit_code)
+        unpublished = "" if _typed_command() in WITHOUT_RUN else "; no unfinished run was published"
+        _exit(f"stopped{unpublished}{line and f'; to continue: {line}{launched}'}", stop.exit_code)
     except TyperException as fault:
         message = fault.format_message() if hasattr(fault, "format_message") else str(fault)
         if message.startswith("No such command"):
@@ -161,14 +168,17 @@ def _continuing_line(*, has_checkpoint: bool) -> str:
     If --force was given and the new run has no checkpoint, --resume would continue the old run, so --force stays. `rsf`
     publishes its policies one by one, so it continues without --force.
     """
-    typed = sys.argv[1:]
-    command = next((word for word in typed if not word.startswith("-")), "")
+    typed, command = sys.argv[1:], _typed_command()
     new = [word for word in typed if word not in ("--force", "--resume")]
     if command == "rsf":
         return f"lora-align {shlex.join(new)}"
     if command in runs.TRAINING and (has_checkpoint or "--force" not in typed):
         return f"lora-align {shlex.join([*new, '--resume'])}"
     return f"lora-align {shlex.join(typed)}" if command in {*SAME_LINE, *runs.TRAINING} else ""
+
+
+def _typed_command() -> str:
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
 def _exit(text: str, code: int) -> None:

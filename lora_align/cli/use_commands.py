@@ -1,4 +1,4 @@
-"""The commands chat, generate and score."""
+"""The commands chat, generate, serve and score."""
 
 import sys
 from collections.abc import Mapping
@@ -203,6 +203,48 @@ def generate(
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     result = generate_file(prompts, out, sampler, who, given.screen, n=n, sampling=sampling, system=system, share=part)
     given.show(result)
+
+
+@takes(*RUNS)
+def serve(
+    given: Given,
+    weights: WeightsOption = None,
+    host: Annotated[
+        str,
+        typer.Option("--host", metavar="ADDRESS", help="The address to listen on; 0.0.0.0 for all of this machine."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="The port; 0 for a free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", metavar="KEY", envvar="LORA_ALIGN_API_KEY", help="Answer only requests with this key."
+        ),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let other machines use the server without a key.")
+    ] = False,
+    max_new_tokens: LengthOption = 512,
+    deadline: Annotated[
+        float, typer.Option("--deadline", metavar="SECONDS", min=1.0, help="The longest time for one request.")
+    ] = 600.0,
+) -> None:
+    """Serve an OpenAI-compatible API, and a page with sliders.
+
+    The model of a request is a policy, as in helpful=1,harmless=-0.5. --weights is the default.
+
+    Example: lora-align serve --weights helpful=1
+    """
+    check_text("--api-key", api_key)
+    recipe = given.recipe_of_runs()
+    wanted = parse_weights(weights) if weights is not None else None
+    policy = select_policy(given.runs_dir, recipe, given.screen, wanted)
+    given.screen.loading(recipe.base.model)
+    from lora_align.serve.server import ServerSettings, run_server
+
+    settings = ServerSettings(host, port, api_key or None, no_auth, max_new_tokens, deadline)
+    run_server(recipe, given.runs_dir, policy, settings, given.screen)
 
 
 def _served(address: str, model: str, adapter: Path | None, recipe: Recipe) -> tuple["Sampler", Mapping[str, Any]]:

@@ -1,0 +1,494 @@
+// The page of `lora-align serve`. Text of the model is only ever set as textContent.
+
+const $ = (selector, inside = document) => inside.querySelector(selector);
+const fresh = (template) => $(`#${template}`).content.firstElementChild.cloneNode(true);
+const PRESETS = "lora-align presets", STATE = "lora-align columns", KEY = "lora-align key";
+const SPAN = 2; // the end of a slider whose safe range is not known or smaller
+const columns = [];
+let about = { vectors: [], conditioned: {}, map: null, default: { weights: {} } };
+
+// ---- server
+
+function headers() {
+  const key = sessionStorage.getItem(KEY);
+  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+}
+
+async function call(path, options = {}) {
+  const response = await fetch(path, { headers: headers(), ...options });
+  if (response.ok) return response;
+  if (response.status === 401 && !$("#key").open) $("#key").showModal();
+  const body = await response.json().catch(() => ({}));
+  throw new Error(body.error?.message ?? `the server answered ${response.status}`);
+}
+
+const post = (path, body, signal) => call(path, { method: "POST", body: JSON.stringify(body), signal });
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    const lines = (rest + value).split("\n\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      yield JSON.parse(line.slice("data: ".length));
+    }
+  }
+  throw new Error("the connection was lost");
+}
+
+async function health() {
+  const status = $("#status");
+  try {
+    const now = await (await call("/health")).json();
+    status.className = "";
+    status.textContent = now.running ? `${now.running} running, ${now.tokens_per_second} tokens/s` : "ready";
+    if (status.dataset.lost || String(now.vectors) !== String(about.vectors.map((vector) => vector.name))) await refresh();
+    delete status.dataset.lost;
+  } catch {
+    status.className = "lost";
+    status.textContent = "no connection";
+    status.dataset.lost = "yes";
+  }
+}
+
+async function refresh() {
+  about = await (await call("/v1/vectors")).json();
+  $("#base").textContent = about.base;
+  columns.forEach((column) => column.draw());
+  if (columns.length) return;
+  const saved = JSON.parse(sessionStorage.getItem(STATE) ?? "null");
+  for (const one of saved?.length ? saved : [undefined]) add(one);
+  $("#prompt").focus();
+}
+
+// ---- a column: weights, and a conversation
+
+class Column {
+  constructor(saved) {
+    this.weights = { ...(saved?.weights ?? about.default.weights) };
+    this.want = { ...saved?.want }; // objective → value, for the policy that takes a direction
+    this.policy = saved?.policy ?? null;
+    this.messages = saved?.messages ?? [];
+    this.nodes = new WeakMap(); // message → its article
+    this.node = fresh("column");
+    this.running = null;
+    $(".remove", this.node).onclick = () => this.remove();
+    $(".copy", this.node).onchange = (event) => this.copy(event.target);
+    $(".presets", this.node).onchange = (event) => this.preset(event.target);
+    $(".log", this.node).dataset.hint = "Move a slider, and ask something. You can move it while the answer is written.";
+    $("#columns").append(this.node);
+    this.draw();
+    this.messages.forEach((message) => this.show(message));
+  }
+
+  get mix() {
+    const known = new Set(about.vectors.map((vector) => vector.name));
+    return Object.fromEntries(Object.entries(this.weights).filter(([name, weight]) => weight && known.has(name)));
+  }
+
+  get name() {
+    const want = this.policy ? Object.entries(this.want) : [];
+    const parts = [...Object.entries(this.mix), ...want].map(([name, weight]) => `${name} ${number(weight)}`);
+    return parts.join(" · ") || (this.body().model ?? "start policy");
+  }
+
+  // ---- sliders
+
+  draw() {
+    const sliders = $(".sliders", this.node);
+    sliders.replaceChildren();
+    for (const vector of about.vectors) sliders.append(this.vectorSlider(vector));
+    for (const [name, policy] of Object.entries(about.conditioned)) this.drawDirection(sliders, name, policy);
+    if (!sliders.children.length) {
+      const none = document.createElement("p");
+      none.className = "part";
+      none.textContent = "No vector is trained yet. `lora-align dpo` trains one; it appears here.";
+      sliders.append(none);
+    }
+    this.drawPresets();
+    this.update();
+  }
+
+  vectorSlider({ name, safe, warnings }) {
+    const weight = this.weights[name] ?? 0;
+    const low = Math.min(-SPAN, safe?.low ?? 0, weight), high = Math.max(SPAN, safe?.high ?? 0, weight);
+    const made = slider(name, weight, low, high, safe, (value) => {
+      this.weights[name] = value;
+      this.changed();
+    });
+    const measured = safe ? `safe from ${number(safe.low)} to ${number(safe.high)}` : "`lora-align reach` measures its safe range";
+    made.title = [measured, "double-click sets 0", ...warnings].join("; ");
+    return made;
+  }
+
+  drawDirection(sliders, name, { objectives }) {
+    const part = document.createElement("label"), box = document.createElement("input"), own = document.createElement("div");
+    part.className = "part";
+    box.type = "checkbox";
+    box.checked = this.policy === name;
+    own.hidden = !box.checked;
+    part.append(box, `direction of ${name}`);
+    const set = (objective) => (value) => {
+      this.want[objective] = value;
+      this.changed();
+    };
+    objectives.forEach((objective, place) => {
+      const value = (box.checked ? this.want[objective] : undefined) ?? (place ? 0 : 1);
+      own.append(slider(objective, value, -1, 1, null, set(objective)));
+    });
+    box.onchange = () => {
+      for (const other of this.node.querySelectorAll(".part input")) if (other !== box && other.checked) other.click();
+      this.policy = box.checked ? name : null;
+      const values = [...own.querySelectorAll("[type=number]")].map((field) => field.valueAsNumber);
+      this.want = Object.fromEntries(objectives.map((objective, place) => [objective, values[place]]));
+      own.hidden = !box.checked;
+      this.changed();
+    };
+    sliders.append(part, own);
+  }
+
+  update() {
+    $("h2", this.node).textContent = this.name;
+    drawMap($(".map", this.node), this.weights);
+    $(".remove", this.node).hidden = columns.length < 2;
+  }
+
+  changed() {
+    this.update();
+    save();
+    this.steer();
+  }
+
+  async steer() { // sends the newest weights; one request at a time, so that none overtakes another
+    const running = this.running;
+    if (!running?.id || running.steering) return;
+    running.steering = true;
+    try {
+      while (this.running === running && running.sent !== JSON.stringify(this.mix)) {
+        running.sent = JSON.stringify(this.mix);
+        const changed = await (await post(`/v1/requests/${running.id}/weights`, { weights: this.mix })).json();
+        this.warn(changed.warnings);
+        running.changed = true;
+      }
+    } catch (fault) {
+      if (this.running === running) this.warn([fault.message]);
+    }
+    running.steering = false;
+  }
+
+  warn(warnings) {
+    const lines = (warnings ?? []).map((text) => {
+      const line = document.createElement("li");
+      line.textContent = text;
+      return line;
+    });
+    $(".warnings", this.node).replaceChildren(...lines);
+  }
+
+  // ---- conversation
+
+  show(message) {
+    const node = fresh("message"), log = $(".log", this.node);
+    this.nodes.set(message, node);
+    node.className = message.role;
+    $(".retry", node).onclick = () => this.retry();
+    log.append(node);
+    this.redraw(message);
+    log.scrollTop = log.scrollHeight;
+  }
+
+  redraw(message) {
+    const node = this.nodes.get(message), facts = $(".facts", node);
+    $(".text", node).textContent = [message.content, message.fault].filter(Boolean).join("\n");
+    node.classList.toggle("failed", Boolean(message.fault));
+    const said = [
+      message.tokens !== undefined && `${message.tokens} tokens`, message.stopped && "stopped", message.cut && "cut",
+      message.changed && "weights changed",
+    ];
+    facts.textContent = said.filter(Boolean).join(", ");
+    if (message.refused) {
+      const mark = document.createElement("span");
+      mark.className = "refused";
+      mark.textContent = " · refuses";
+      facts.append(mark);
+    }
+    for (const one of this.messages.filter((shown) => this.nodes.has(shown))) {
+      $(".retry", this.nodes.get(one)).hidden = Boolean(this.running) || one !== this.messages.at(-1);
+    }
+  }
+
+  add(message) {
+    this.messages.push(message);
+    this.show(message);
+  }
+
+  drop() {
+    this.nodes.get(this.messages.pop()).remove();
+  }
+
+  async ask(text) {
+    this.add({ role: "user", content: text });
+    await this.answer();
+  }
+
+  async retry() {
+    if (this.running) return;
+    while (this.messages.at(-1)?.role === "assistant") this.drop();
+    if (this.messages.length) await this.answer();
+  }
+
+  history() { // without answers that failed and the questions before them
+    const failed = (message) => !message || message.role === "user" || !message.content;
+    return this.messages
+      .filter((message, place, all) => (message.role === "user" ? place === all.length - 1 || !failed(all[place + 1]) : message.content))
+      .map(({ role, content }) => ({ role, content }));
+  }
+
+  body() {
+    const mix = this.mix, asDefault = about.default.fixed && !Object.keys(mix).length;
+    const want = this.policy ? { model: this.policy, want: this.want } : {};
+    return { messages: this.history(), ...(asDefault ? { model: about.default.model } : { weights: mix }), ...want, temperature: 0.7 };
+  }
+
+  async answer() {
+    const body = { ...this.body(), stream: true, stream_options: { include_usage: true } };
+    const running = (this.running = { abort: new AbortController(), sent: JSON.stringify(this.mix) });
+    const message = { role: "assistant", content: "" }, log = $(".log", this.node);
+    this.add(message);
+    this.nodes.get(message).classList.add("writing");
+    buttons();
+    try {
+      for await (const chunk of events(await post("/v1/chat/completions", body, running.abort.signal))) {
+        if (chunk.error) throw new Error(chunk.error.message);
+        if (!running.id) {
+          running.id = chunk.id;
+          this.warn(chunk.warnings);
+          this.steer();
+        }
+        const choice = chunk.choices[0], atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+        message.content += choice?.delta.content ?? "";
+        message.refused = choice?.refused ?? message.refused;
+        message.cut = message.cut || choice?.finish_reason === "length";
+        message.tokens = chunk.usage?.completion_tokens ?? message.tokens;
+        $(".text", this.nodes.get(message)).textContent = message.content;
+        if (atEnd) log.scrollTop = log.scrollHeight;
+      }
+    } catch (fault) {
+      if (fault.name === "AbortError") message.stopped = true;
+      else message.fault = fault.message;
+    }
+    this.running = null;
+    message.changed = running.changed;
+    this.nodes.get(message).classList.remove("writing");
+    if (this.messages.includes(message)) this.redraw(message);
+    save();
+    buttons();
+  }
+
+  clear() {
+    this.running?.abort.abort();
+    this.messages = [];
+    $(".log", this.node).replaceChildren();
+    this.warn([]);
+  }
+
+  remove() {
+    this.running?.abort.abort();
+    this.node.remove();
+    columns.splice(columns.indexOf(this), 1);
+    columns.forEach((column) => column.update());
+    save();
+  }
+
+  // ---- copies and presets
+
+  copy(select) {
+    const mix = Object.entries(this.mix).map(([name, weight]) => `${name}=${plain(weight)}`).join(",");
+    const body = this.body(), key = sessionStorage.getItem(KEY);
+    if (!body.messages.length) body.messages = [{ role: "user", content: $("#prompt").value || "Hello" }];
+    const { messages, temperature, model, ...extra } = body;
+    const texts = {
+      merge: `lora-align merge --weights ${mix || "NAME=1"}`,
+      curl: [
+        `curl ${location.origin}/v1/chat/completions`, ...(key ? ["-H 'authorization: Bearer KEY'"] : []),
+        "-H 'content-type: application/json'", `-d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`,
+      ].join(" \\\n  "),
+      python: [
+        "from openai import OpenAI", "", `client = OpenAI(base_url="${location.origin}/v1", api_key="${key ? "KEY" : "-"}")`,
+        "answer = client.chat.completions.create(", `    model=${JSON.stringify(model ?? (mix || "start"))},`,
+        `    messages=${JSON.stringify(messages)},`, `    temperature=${temperature},`,
+        ...(extra.want ? [`    extra_body=${JSON.stringify(extra)},`] : []), ")", "print(answer.choices[0].message.content)",
+      ].join("\n"),
+    };
+    const text = texts[select.value];
+    select.value = "";
+    const show = () => window.prompt("Copy this:", text);
+    if (text) navigator.clipboard?.writeText(text).then(() => note("copied"), show) ?? show();
+  }
+
+  drawPresets() {
+    const select = $(".presets", this.node), saved = Object.keys(presets());
+    const option = (value, text) => Object.assign(document.createElement("option"), { value, textContent: text });
+    select.replaceChildren(
+      option("", "Presets …"), option("zero:", "all weights 0"), option("save:", "save these weights …"),
+      ...saved.map((name) => option(`use:${name}`, name)), ...saved.map((name) => option(`drop:${name}`, `delete ${name}`)),
+    );
+  }
+
+  preset(select) {
+    const at = select.value.indexOf(":"), what = select.value.slice(0, at), name = select.value.slice(at + 1);
+    const all = presets();
+    if (what === "zero") this.weights = {};
+    if (what === "use") this.weights = { ...all[name] };
+    if (what === "drop") delete all[name];
+    const chosen = what === "save" && window.prompt("Name of the preset:", this.name);
+    if (chosen) all[chosen] = this.mix;
+    localStorage.setItem(PRESETS, JSON.stringify(all));
+    columns.forEach((column) => column.drawPresets());
+    this.draw();
+    this.changed();
+  }
+
+  get saved() {
+    return { weights: this.weights, want: this.want, policy: this.policy, messages: this.messages };
+  }
+}
+
+// ---- parts
+
+function slider(name, value, low, high, safe, set) {
+  const node = fresh("slider"), range = $("[type=range]", node), field = $("[type=number]", node);
+  let weight = value;
+  const share = (at) => `${(100 * (at - low)) / (high - low)}%`;
+  const show = () => {
+    range.value = weight;
+    range.style.setProperty("--from", share(Math.min(0, weight)));
+    range.style.setProperty("--to", share(Math.max(0, weight)));
+    node.classList.toggle("off", !weight);
+    node.classList.toggle("far", Boolean(safe) && (weight < safe.low || weight > safe.high));
+  };
+  const change = (to) => {
+    weight = Number.isFinite(to) ? Math.min(high, Math.max(low, to)) : 0;
+    show();
+    if (document.activeElement !== field) field.value = plain(weight);
+    set(weight);
+  };
+  $("label", node).textContent = name;
+  range.setAttribute("aria-label", name);
+  field.setAttribute("aria-label", `${name}, as a number`);
+  for (const input of [range, field]) [input.min, input.max] = [low, high];
+  const tick = (at, kind) => {
+    const mark = document.createElement("i");
+    mark.className = kind;
+    mark.style.left = share(at);
+    $(".ticks", node).append(mark);
+  };
+  tick(0, "zero");
+  if (safe) [safe.low, safe.high].filter((at) => at > low && at < high && at).forEach((at) => tick(at, "edge"));
+  show();
+  field.value = plain(weight);
+  range.oninput = () => change(range.valueAsNumber);
+  field.oninput = () => change(field.valueAsNumber);
+  field.onblur = () => { field.value = plain(weight); };
+  for (const part of [$(".track", node), $("label", node)]) part.ondblclick = () => change(0);
+  return node;
+}
+
+function drawMap(figure, weights) {
+  const map = about.map;
+  figure.hidden = !map;
+  if (!map) return;
+  const all = [...map.points.map((point) => point.weights), map.axes.map((axis) => weights[axis] ?? 0)];
+  const ends = [0, 1].map((axis) => [Math.min(...all.map((at) => at[axis])), Math.max(...all.map((at) => at[axis]))]);
+  const place = (at, axis) => 10 + (100 * (at - ends[axis][0])) / (ends[axis][1] - ends[axis][0] || 1);
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 120 120");
+  const circle = (at, kind, radius, title) => {
+    const dot = document.createElementNS(svg.namespaceURI, "circle"), label = document.createElementNS(svg.namespaceURI, "title");
+    const [x, y] = [place(at[0], 0), 120 - place(at[1], 1)];
+    for (const [key, value] of Object.entries({ cx: x, cy: y, r: radius, class: kind })) dot.setAttribute(key, value);
+    label.textContent = title;
+    dot.append(label);
+    svg.append(dot);
+  };
+  for (const point of map.points) {
+    const scores = Object.entries(point.scores).map(([name, value]) => `${name} ${number(value)}`);
+    circle(point.weights, "point", 3, [map.axes.map((axis, i) => `${axis} ${number(point.weights[i])}`).join(", "), ...scores].join("\n"));
+  }
+  circle(all.at(-1), "here", 6, "these weights");
+  const caption = document.createElement("figcaption");
+  caption.textContent = `${map.axes[0]} →  ${map.axes[1]} ↑`;
+  figure.replaceChildren(svg, caption);
+}
+
+function note(text) {
+  $("#status").textContent = text;
+}
+
+const plain = (value) => String(Math.round(value * 1000) / 1000);
+const number = (value) => plain(value).replace("-", "−");
+const presets = () => JSON.parse(localStorage.getItem(PRESETS) ?? "{}");
+const save = () => sessionStorage.setItem(STATE, JSON.stringify(columns.map((column) => column.saved)));
+
+function buttons() {
+  const busy = columns.some((column) => column.running);
+  $("#send").hidden = busy;
+  $("#stop").hidden = !busy;
+}
+
+// ---- the whole page
+
+function add(saved) {
+  columns.push(new Column(saved));
+  columns.forEach((column) => column.update());
+  save();
+}
+
+$("#add").onclick = () => {
+  const said = columns.at(-1).messages, end = said.findLastIndex((message) => message.role === "user") + 1;
+  add({ weights: {}, messages: structuredClone(said.slice(0, end)) });
+  columns.at(-1).node.scrollIntoView({ behavior: "smooth", inline: "end" });
+  if (end) columns.at(-1).answer();
+};
+$("#clear").onclick = () => {
+  columns.forEach((column) => column.clear());
+  save();
+};
+$("#export").onclick = () => {
+  const text = JSON.stringify({ base: about.base, columns: columns.map((column) => column.saved) }, null, 2);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  link.download = "conversation.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+};
+$("#stop").onclick = () => columns.forEach((column) => column.running?.abort.abort());
+$("#composer").onsubmit = (event) => {
+  event.preventDefault();
+  const field = $("#prompt"), text = field.value.trim();
+  if (!text || columns.some((column) => column.running)) return;
+  field.value = "";
+  field.style.height = "";
+  columns.forEach((column) => column.ask(text));
+};
+$("#prompt").oninput = ({ target }) => {
+  target.style.height = "";
+  target.style.height = `${target.scrollHeight + 2}px`;
+};
+$("#prompt").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("#composer").requestSubmit();
+};
+$("#key").onclose = () => {
+  sessionStorage.setItem(KEY, $("#key-text").value);
+  health();
+};
+
+$("#status").dataset.lost = "yes"; // so that `health` reads the vectors first
+setInterval(health, 3000);
+health();
