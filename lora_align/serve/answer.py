@@ -45,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are sampled and where they end."""
+    """The sampling settings, the lengths and the stop sequences of answers."""
 
     temperature: float
     top_p: float

@@ -4,8 +4,8 @@ A thread reads prompts in parts, and between the parts lets every running answer
 batch when its prompt is read, and leaves it when it ends. Answers in one batch differ only in rounding from answers
 that run alone.
 
-All computing happens in this thread, because OpenMP has a team of threads for each thread that computes. With more
-teams than cores, their threads sleep between any two operations, and a step of a small model takes three times as long.
+All computing happens in this thread, because OpenMP has a team of threads for each thread that computes. If the teams
+together have more threads than the machine has cores, they sleep between operations, which slows small models.
 """
 
 import gc

@@ -15,7 +15,7 @@ from lora_align.serve.answer import Answer, Piece, TokenInfo
 
 @dataclass
 class Completion:
-    """The answers to one request, and what every response about them repeats."""
+    """The answers to one request, with the fields that all its responses share."""
 
     id: str
     model: str
@@ -30,7 +30,7 @@ class Completion:
         """Return the response to a request that is not streamed, from the pieces of each answer."""
         choices = [self._choice(number, of) for number, of in enumerate(pieces)]
         return {
-            **self._head("" if self.chat else "text_completion", "chat.completion"),
+            **self._head("text_completion", "chat.completion"),
             "choices": choices,
             "usage": self.usage(),
         }

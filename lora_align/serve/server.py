@@ -174,7 +174,7 @@ def _bind(settings: ServerSettings) -> socket.socket:
     """Return a socket that is bound to the address."""
     settings.check()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # asyncio disables Nagle's algorithm, which delays answers by 40 ms, only if the protocol is named
+    # asyncio disables Nagle's algorithm, which delays answers, only if the protocol is named
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -106,6 +106,19 @@ def _alone(batcher: Batcher, *made: Callable[[], Answer]) -> list[list[int]]:
     return tokens
 
 
+def _counted(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of tokens in each row of every forward pass."""
+    lengths: list[int] = []
+    forward = batcher.model.forward
+
+    def counted(*args: Any, **named: Any) -> Any:
+        lengths.append(named["input_ids"].shape[1])
+        return forward(*args, **named)
+
+    monkeypatch.setattr(batcher.model, "forward", counted)
+    return lengths
+
+
 def test_answers_in_one_batch_equal_answers_alone(batcher: Batcher, base: Base) -> None:
     makers = [lambda q=q, w=w: _answer(base, q, w) for q in QUESTIONS for w in MIXES]
     answers = [make() for make in makers]
@@ -157,14 +170,7 @@ def test_cancelled_and_late_answers_leave(batcher: Batcher, base: Base) -> None:
 
 
 def test_a_shared_beginning_is_read_once(batcher: Batcher, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
-    forward = batcher.model.forward
-
-    def counted(*args: Any, **named: Any) -> Any:
-        lengths.append(named["input_ids"].shape[1])
-        return forward(*args, **named)
-
-    monkeypatch.setattr(batcher.model, "forward", counted)
+    lengths = _counted(batcher, monkeypatch)
 
     def read(answer: Answer) -> int:
         lengths.clear()
@@ -195,14 +201,7 @@ def test_a_shared_beginning_is_read_once(batcher: Batcher, base: Base, monkeypat
 
 
 def test_n_answers_read_their_prompt_once(batcher: Batcher, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    widths: list[int] = []
-    forward = batcher.model.forward
-
-    def counted(*args: Any, **named: Any) -> Any:
-        widths.append(named["input_ids"].shape[1])
-        return forward(*args, **named)
-
-    monkeypatch.setattr(batcher.model, "forward", counted)
+    widths = _counted(batcher, monkeypatch)
     answers = [_answer(base, QUESTIONS[0], MIXES[0], number) for number in range(5)]
     batcher.submit(answers)
     assert len(set(map(tuple, _wait(*answers)))) > 1

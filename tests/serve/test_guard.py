@@ -1,4 +1,4 @@
-"""What must not reach the application does not, and slow or large requests are bounded."""
+"""The guard refuses forged requests before they reach the application, and bounds slow and large ones."""
 
 import asyncio
 from collections.abc import AsyncIterator
