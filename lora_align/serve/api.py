@@ -6,7 +6,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,20 +19,19 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from lora_align.data.rows import Message, Prompt, with_system_prompt
-from lora_align.errors import RunFailedError, UserError, first_line, inert
-from lora_align.model.memory_budget import is_out_of_memory
+from lora_align.errors import UserError, first_line, inert
 from lora_align.policy.policy import WANT
 from lora_align.serve.answer import Answer, AnswerSettings, Context, Piece
 from lora_align.serve.batcher import Batcher
 from lora_align.serve.catalogue import Catalogue, Served, UnknownNameError
+from lora_align.serve.delivery import EventStream, Pieces, events, gathered, status_of
 from lora_align.serve.requests import ChatBody, CompletionBody, TextBody, parse, weights_of
-from lora_align.serve.responses import Completion, error_body, event
+from lora_align.serve.responses import Completion, error_body
 from lora_align.serve.vector_facts import facts
 
 PAGE = {
@@ -49,7 +48,6 @@ HEADERS = {
 }
 WARNING = "x-lora-align-warning"
 MOST_ANSWERS = 128  # to one request
-Pieces = asyncio.Queue[tuple[int, tuple[Piece, ...]]]  # of the answer with a number
 
 
 @dataclass
@@ -211,8 +209,8 @@ class Api:
                 self.batcher.submit(group)
             if body.stream:
                 usage = body.stream_options is not None and body.stream_options.include_usage
-                return _Stream(_events(completion, pieces, usage), headers, stack.pop_all())
-            return JSONResponse(completion.whole(await _gathered(request, completion, pieces)), headers=headers)
+                return EventStream(events(completion, pieces, usage), headers, stack.pop_all())
+            return JSONResponse(completion.whole(await gathered(request, completion, pieces)), headers=headers)
 
     @contextmanager
     def _writing(self, completion: Completion, served: Served) -> Iterator[None]:
@@ -252,71 +250,6 @@ class Api:
         )
 
 
-class _Stream(StreamingResponse):
-    """A stream of events that closes a context at its end, even if the client left before its beginning."""
-
-    def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str], stack: ExitStack) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._stack = stack
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._stack:
-            await super().__call__(scope, receive, send)
-
-
-async def _following(completion: Completion, pieces: Pieces) -> AsyncIterator[tuple[int, Piece]]:
-    """Yield the pieces of all answers to their ends. Raise the first error."""
-    left = len(completion.answers)
-    while left:
-        at, some = await pieces.get()
-        for piece in some:
-            if piece.error is not None:
-                raise piece.error
-            left -= bool(piece.finish)
-            yield at, piece
-
-
-async def _gathered(request: Request, completion: Completion, pieces: Pieces) -> list[list[Piece]]:
-    """Return the pieces of each answer. Stop waiting if the client leaves."""
-
-    async def gather() -> list[list[Piece]]:
-        parts: list[list[Piece]] = [[] for _ in completion.answers]
-        async for at, piece in _following(completion, pieces):
-            parts[at].append(piece)
-        return parts
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(gather()), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _events(completion: Completion, pieces: Pieces, usage: bool) -> AsyncIterator[bytes]:
-    """Yield the events of a streamed response."""
-    opened: set[int] = set()
-    try:
-        async for at, piece in _following(completion, pieces):
-            if completion.chat and at not in opened:
-                opened.add(at)
-                yield event(completion.opening(at))
-            yield event(completion.chunk(at, piece))
-        if usage:
-            yield event(completion.closing())
-        yield event("[DONE]")
-    except (UserError, TimeoutError, RuntimeError, MemoryError) as fault:
-        yield event(error_body(*_status(fault)))
-
-
 async def _json(request: Request) -> Any:
     """Return the body of a request."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -334,23 +267,8 @@ async def _json(request: Request) -> Any:
     return await run_in_threadpool(read)
 
 
-def _status(fault: Exception) -> tuple[int, str, str]:
-    """Return the status, the message and the code of an error."""
-    if isinstance(fault, UnknownNameError):
-        return 404, str(fault), "model_not_found"
-    if isinstance(fault, RunFailedError):
-        return 503, str(fault), ""
-    if isinstance(fault, UserError):
-        return 400, str(fault), ""
-    if isinstance(fault, TimeoutError):
-        return 504, str(fault), "timeout"
-    if is_out_of_memory(fault):
-        return 503, "out of memory; send a shorter prompt, or lower max_tokens", "out_of_memory"
-    return 500, str(fault), ""
-
-
 async def _fault(_: Request, fault: Exception) -> Response:
-    status, message, code = _status(fault)
+    status, message, code = status_of(fault)
     return JSONResponse(error_body(status, message, code), status)
 
 
