@@ -35,10 +35,8 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(target: Path, *, resume: bool = False, sealed: bool = True) -> Iterator[Path]:
+def new_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield a staging folder beside `target`. When the block ends, seal the folder and rename it to `target`.
-
-    Without `sealed`, the folder gets no hashes of its files.
 
     An exception deletes the staging folder; a signal does not. With `resume`, the contents of a staging
     folder that a killed program left are kept.
@@ -49,8 +47,28 @@ def new_folder(target: Path, *, resume: bool = False, sealed: bool = True) -> It
     staging.mkdir(parents=True, exist_ok=True)
     try:
         yield staging
-        (seal if sealed else move)(staging, target)
+        seal(staging, target)
     except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def exported_folder(target: Path) -> Iterator[Path]:
+    """Yield a staging folder of this process beside `target`, which must not exist. When the block ends, rename it.
+
+    An exception or a signal deletes the staging folder. A target that another program made meanwhile is kept.
+    """
+    staging = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        sync_tree(staging)
+        if target.exists():
+            raise RunFailedError(f"{target} was made by another program meanwhile; give another path")
+        staging.rename(target)
+        sync(target.parent)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
@@ -76,14 +94,9 @@ def fill_once(folder: Path, what: str, fill: Callable[[Path], None]) -> None:
 
 
 def seal(staging: Path, target: Path) -> None:
-    """Write the sha256 of a folder's files into the folder, sync it, and rename it to `target`."""
+    """Write the sha256 of a folder's files into the folder, sync it, and rename it to `target`, which is replaced."""
     files = {file.name: sha256(file) for file in sorted(staging.iterdir()) if file.is_file() and file.name != DIGESTS}
     (staging / DIGESTS).write_text(json.dumps(files), encoding="utf-8")
-    move(staging, target)
-
-
-def move(staging: Path, target: Path) -> None:
-    """Sync a folder, delete `target` if it exists, and rename the folder to `target`."""
     sync_tree(staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)

@@ -96,6 +96,32 @@ def test_a_folder_that_was_sealed_but_not_renamed_is_resumed(tmp_path: Path) -> 
     assert store.is_intact(tmp_path / "folder")
 
 
+def test_exported_folder_keeps_a_target_that_appeared_meanwhile(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+
+    def export() -> None:
+        with store.exported_folder(target) as staging:
+            (staging / "a").write_text("mine")
+            target.mkdir()
+            (target / "a").write_text("theirs")
+
+    with pytest.raises(RunFailedError, match="was made by another program"):
+        export()
+    assert (target / "a").read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_signal_leaves_nothing_of_an_exported_folder(tmp_path: Path) -> None:
+    def export() -> None:
+        with store.exported_folder(tmp_path / "folder") as staging:
+            (staging / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export()
+    assert os.listdir(tmp_path) == []
+
+
 def test_too_little_space_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"about .* MB will be written, .* are free; elsewhere"):
         store.check_free_space(tmp_path / "not" / "there", 10**18, "elsewhere")

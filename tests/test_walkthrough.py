@@ -158,6 +158,10 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: p
     exported = json.loads(cli("export", "brief=0.5", "--gguf", "vectors", "--each", "--json").out)
     assert list(exported["files"]) == ["vectors/brief.gguf", "vectors/start.gguf"]
     assert '"lora": [{"id": 0, "scale": 0.5}, {"id": 1, "scale": 1.0}]' in exported["use"]
+    assert (
+        "- the start adapter: weight 1\n  - `sft/start` was trained on `demo:conversations"
+        in (tmp_path / "vectors/README.md").read_text()
+    )
     (tmp_path / "runs" / "sft").rename(tmp_path / "sft-elsewhere")
     alone = cli("chat", "--adapter", "mix/whole", *prompt)
     assert alone.out == contained.out

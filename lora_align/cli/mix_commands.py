@@ -13,7 +13,7 @@ from lora_align.cli.shared import RUNS, Given, check_picture, takes
 from lora_align.errors import UserError
 from lora_align.export import FORMATS, FULL_DISK, ExportOptions
 from lora_align.mix_weights import parse_weights
-from lora_align.policy.policy import find_policy
+from lora_align.policy.policy import find_policy, split_mix
 
 MethodOption = Annotated[
     str,
@@ -215,6 +215,8 @@ def export(
     from lora_align.export.exporters import EXPORTERS
     from lora_align.export.source import find_source
 
+    if each:
+        chosen = split_mix(chosen, given.runs_dir, given.screen)
     source = find_source(chosen, recipe, given.runs_dir, given.screen)
     if not each:
         refuse_zero(source.merge, given.screen)

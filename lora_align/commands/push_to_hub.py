@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData,
 from lora_align import __version__, runs
 from lora_align.console import Screen, count
 from lora_align.errors import RunFailedError, UserError, first_line, inert
-from lora_align.model.base_folder import is_hub_id
+from lora_align.model.base_folder import hub_id
 from lora_align.policy.policy import takes_scores
 from lora_align.runs import Run
 
@@ -113,9 +113,9 @@ def model_card(run: Run, repository: str) -> str:
     """Return the model card of a run."""
     manifest = run.manifest
     base = str(manifest.base["model"])
-    on_hub = is_hub_id(base)
+    on_hub = hub_id(base) == base
     data = ModelCardData(
-        base_model=base if on_hub else None,
+        base_model=hub_id(base) or None,
         library_name="peft",
         tags=["lora", "lora-align", manifest.stage],
     )

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import yaml
 from huggingface_hub import ModelCard
 
-from lora_align import __version__, runs, store
-from lora_align.adapters.peft_config import WEIGHTS
+from lora_align import __version__, store
 from lora_align.commands.push_to_hub import data_lines, literal
+from lora_align.errors import UserError
 from lora_align.export.source import Source
 from lora_align.model.base import Base, gguf_file
-from lora_align.model.base_folder import is_hub_id
-from lora_align.policy import safe_ranges
+from lora_align.model.base_folder import hub_id
+from lora_align.policy import safe_ranges, vectors
+from lora_align.policy.policy import is_made_of
 from lora_align.policy.vectors import Vector
 from lora_align.runs import Run
 
@@ -45,7 +47,7 @@ def _licence(base: Base) -> str:
         stated = field.contents() if field else ""
     else:
         stated = _licence_of_card(base.folder / CARD)
-    page = f"; see https://huggingface.co/{base.recipe.model}" if is_hub_id(base.recipe.model) else ""
+    page = f"; see https://huggingface.co/{hub_id(base.recipe.model)}" if hub_id(base.recipe.model) else ""
     return literal(stated) or f"not stated in its files{page}"
 
 
@@ -63,14 +65,20 @@ def _licence_of_card(readme: Path) -> str:
 
 
 def write_beside(file: Path, text: str) -> None:
-    """Write a card beside an exported file, under its name with the suffix .md."""
+    """Write a card beside an exported file, under its name with the suffix .md.
+
+    Call this before the file itself is published, so that a full disk leaves no file without a card.
+    """
     with store.new_file(file.with_suffix(".md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _vector_lines(source: Source) -> Iterator[str]:
+    if source.start:
+        yield "- the start adapter: weight 1"
+        yield from _data_of(source.start, source.runs_dir)
     for name, vector in source.policy.vectors.items():
-        yield f"- {literal(name)}: weight {source.policy.weights[name]:.15g}{_safe(vector, source)}"
+        yield f"- {literal(name)}: weight {source.policy.weights[name]:.15g}{_safe(vector, source.runs_dir)}"
         for run in vector.known_runs():
             yield from _data_of(run, source.runs_dir)
 
@@ -80,19 +88,25 @@ def _data_of(run: Run, runs_dir: Path) -> Iterator[str]:
     path = run.path.relative_to(runs_dir) if run.path.is_relative_to(runs_dir) else run.path
     for line in data_lines(run.manifest.data):
         yield f"  - {literal(path)} was trained on {line}"
-    for vector in run.manifest.parents:
-        yield f"  - {literal(path)} has {literal(vector['name'])} with weight {vector['weight']:.15g}"
-        for adapter in vector["adapters"]:
-            folder = Path(adapter["folder"])
-            parent = runs.read(folder) if runs.is_run(folder) else None
-            if parent and parent.manifest.files[WEIGHTS]["sha256"] == adapter["sha256"]:
-                yield from _data_of(parent, runs_dir)
-            else:
-                yield f"  - {literal(folder)} is not there any more, so its data is unknown"
+    for part in run.manifest.parents:
+        vector = _still_there(part, runs_dir)
+        safe = _safe(vector, runs_dir) if vector else "; its adapters are not there any more, so its data is unknown"
+        yield f"  - {literal(path)} has {literal(part['name'])} with weight {part['weight']:.15g}{safe}"
+        for parent in vector.known_runs() if vector else ():
+            yield from _data_of(parent, runs_dir)
 
 
-def _safe(vector: Vector, source: Source) -> str:
-    found = safe_ranges.measured(vector, source.runs_dir)
+def _still_there(part: Mapping[str, Any], runs_dir: Path) -> Vector | None:
+    """Return the vector that a mix's manifest names; None if its adapters were removed or trained again."""
+    try:
+        vector = vectors.find(part["name"], runs_dir)
+    except UserError:
+        return None
+    return vector if is_made_of(vector, part["adapters"]) else None
+
+
+def _safe(vector: Vector, runs_dir: Path) -> str:
+    found = safe_ranges.measured(vector, runs_dir)
     if found is None:
         return "; its safe weights were not measured (`lora-align reach`)"
     reach, run = found

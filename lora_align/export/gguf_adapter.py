@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from lora_align.adapters.delta import Factors, is_finite
 from lora_align.errors import UserError
-from lora_align.model.base_folder import is_hub_id
+from lora_align.model.base_folder import hub_id
 
 ARCHITECTURES = {  # transformers' model_type → llama.cpp's architecture
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -97,6 +97,11 @@ def write(file: Path, modules: Iterable[tuple[str, Factors]], layout: Layout, ab
     for module, factors in modules:
         name = layout.name(module)
         if dtype == "q8_0":
+            if factors.A.shape[1] % BLOCK:
+                raise UserError(
+                    f"{module}: q8_0 needs an input width that is a multiple of {BLOCK}, not {factors.A.shape[1]}; "
+                    "give --dtype float16"
+                )
             factors = factors.padded(-(-factors.rank // BLOCK) * BLOCK)
         if dtype != "float32":
             factors = factors.balanced()
@@ -113,10 +118,10 @@ def write(file: Path, modules: Iterable[tuple[str, Factors]], layout: Layout, ab
 
 def _add_base(writer: gguf.GGUFWriter, about: About) -> None:
     writer.add_base_model_count(1)
-    owner, _, name = about.base.partition("/")
-    on_hub = is_hub_id(about.base)
-    writer.add_base_model_name(0, name if on_hub else Path(about.base).stem)
+    repository = hub_id(about.base)
+    owner, _, name = repository.partition("/")
+    writer.add_base_model_name(0, name or Path(about.base).stem)
     writer.add_base_model_description(0, f"sha256 of its weights: {about.fingerprint}")
-    if on_hub:
+    if repository:
         writer.add_base_model_organization(0, owner)
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{about.base}")
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{repository}")

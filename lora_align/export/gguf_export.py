@@ -28,11 +28,12 @@ def export_gguf(source: Source, target: Path, _screen: Screen, how: ExportOption
     dtype = how.dtype or FORMATS["--gguf"].dtypes[0]
     if how.each:
         return _each(source, target, dtype)
+    _refuse_comma(target)
     use = f"{_server(source)} --lora {quote(str(target))}"
+    about = f"A LoRA adapter for llama.cpp, the mix {source.weights}."
     with store.new_file(target) as file:
         write_gguf(source, file, source.merge, f"a mix of {source.weights}", dtype, target.stem)
-    about = f"A LoRA adapter for llama.cpp, the mix {source.weights}."
-    write_beside(target, card(source, about, use))
+        write_beside(target, card(source, about, use))
     return Exported({target: target.stat().st_size}, use)
 
 
@@ -50,8 +51,7 @@ def _each(source: Source, folder: Path, dtype: str) -> Exported:
     for name, file in files.items():
         if others := [other for other in files if other != name and files[other].lower() == file.lower()]:
             raise UserError(f"--each: {name} and {others[0]} would both be written to {file}; export one of them alone")
-    if "," in str(folder):
-        raise UserError(f"--gguf {folder}: llama-server reads a comma as the end of a path; give another folder")
+    _refuse_comma(folder)
     scales = [{"id": number, "scale": weights[name]} for number, name in enumerate(parts)]
     request = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "lora": scales})
     adapters = quote(",".join(str(folder / file) for file in files.values()))
@@ -60,12 +60,17 @@ def _each(source: Source, folder: Path, dtype: str) -> Exported:
         "LoRA adapters for llama.cpp, one file a vector. Send the scale of every file with each request: llama.cpp "
         "takes a missing one as 0, but an empty list as the scales of its start."
     )
-    with store.new_folder(folder, sealed=False) as staging:
+    with store.exported_folder(folder) as staging:
         for name, file in files.items():
             about_one = f"the vector {name}, to be scaled by a weight"
             write_gguf(source, staging / file, parts[name], about_one, dtype, Path(file).stem)
         (staging / CARD).write_text(card(source, about, use), encoding="utf-8")
     return Exported({folder / file: (folder / file).stat().st_size for file in files.values()}, use)
+
+
+def _refuse_comma(target: Path) -> None:
+    if "," in str(target):
+        raise UserError(f"--gguf {target}: llama-server reads a comma as the end of a path; give another path")
 
 
 def _server(source: Source) -> str:

@@ -123,7 +123,7 @@ class MergedWeights:
 def export_merged(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
     """Write the merged model to a folder, with its card."""
     use = f"vllm serve {quote(str(target))}"
-    with store.new_folder(target, sealed=False) as staging:
+    with store.exported_folder(target) as staging:
         figures = write_model(source, staging, screen, how)
         (staging / CARD).write_text(card(source, f"{about_model(source, how)}.", use, figures), encoding="utf-8")
     return Exported({target: sum(file.stat().st_size for file in target.iterdir())}, use, figures)
@@ -134,12 +134,15 @@ def about_model(source: Source, how: ExportOptions) -> str:
     return f"The mix {source.weights} added to {'the dequantised NF4 base' if how.dequantised else 'its base'}"
 
 
-def write_model(source: Source, folder: Path, screen: Screen, how: ExportOptions) -> dict[str, float]:
-    """Write the merged model to a folder; return its errors and, if wanted, how far its answers are from the mix's."""
+def write_model(source: Source, folder: Path, screen: Screen, how: ExportOptions, copies: int = 1) -> dict[str, float]:
+    """Write the merged model to a folder; return its errors and, if wanted, how far its answers are from the mix's.
+
+    The disk must have room for `copies` models.
+    """
     weights = MergedWeights.of(source, how)
     if source.base.recipe.chat_template_kwargs:
         screen.warn("base.chat_template_kwargs are not part of the files; send them with each request")
-    store.check_free_space(folder.parent, weights.size, FULL_DISK)
+    store.check_free_space(folder.parent, copies * weights.size, FULL_DISK)
     folder.mkdir(exist_ok=True)
     with screen.progress("files", len(weights.checkpoint.files)) as progress:
         for done, file in enumerate(weights.checkpoint.files, 1):
@@ -169,13 +172,13 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
         )
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary, store.new_file(target) as file:
         folder = Path(temporary, "model")
-        figures = write_model(source, folder, screen, how)
+        figures = write_model(source, folder, screen, how, copies=2)
         screen.note(f"running {converter} …")
         _convert([converter, str(folder), "--outfile", str(file), "--outtype", CONVERTED[how.dtype]])
         if not file.is_file():
             raise RunFailedError(f"{converter} wrote no file")
-    use = f"llama-server -m {quote(str(target))}"
-    write_beside(target, card(source, f"{about_model(source, how)}, as a GGUF file.", use, figures))
+        use = f"llama-server -m {quote(str(target))}"
+        write_beside(target, card(source, f"{about_model(source, how)}, as a GGUF file.", use, figures))
     return Exported({target: target.stat().st_size}, use, figures)
 
 

@@ -30,7 +30,7 @@ def export_ollama(source: Source, folder: Path, screen: Screen, how: ExportOptio
     name = source.name.lower()
     use = f"ollama create {name} -f {quote(str(folder / 'Modelfile'))}\nollama run {name}"
     figures: Mapping[str, float] = {}
-    with store.new_folder(folder, sealed=False) as staging:
+    with store.exported_folder(folder) as staging:
         if base:
             about, dtype = f"a mix of {source.weights}", FORMATS["--gguf"].dtypes[0]
             write_gguf(source, staging / ADAPTER, source.merge, about, dtype, source.name)
@@ -46,7 +46,11 @@ def export_ollama(source: Source, folder: Path, screen: Screen, how: ExportOptio
 
 
 def _settings(source: Source, screen: Screen) -> Iterator[str]:
-    """Yield the Modelfile's template and its stop texts."""
+    """Yield the Modelfile's system message of a conditioned policy, its template and its stop texts."""
+    if system := source.policy.system:
+        if QUOTES in system:
+            raise UserError(f"--ollama: the system message contains {QUOTES}, which a Modelfile cannot quote")
+        yield f"SYSTEM {QUOTES}{system}{QUOTES}"
     chat = source.base.chat
     try:
         template = Joints.of(chat).template()

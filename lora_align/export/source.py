@@ -11,9 +11,11 @@ from lora_align.console import Screen
 from lora_align.mix_weights import name_of
 from lora_align.model import base as bases
 from lora_align.model.base import Base
+from lora_align.policy import start_policy
 from lora_align.policy.loading import warn_of
 from lora_align.policy.policy import START, Policy, check_base_and_start
 from lora_align.recipe import Recipe
+from lora_align.runs import Run
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Source:
     policy: Policy
     merge: Merge
     base: Base
+    start: Run | None  # the start adapter, if the update contains it and it is in the runs folder
     runs_dir: Path
 
     @property
@@ -51,4 +54,5 @@ def find_source(policy: Policy, recipe: Recipe, runs_dir: Path, screen: Screen) 
     base = bases.find(recipe.base)
     check_base_and_start(base, inputs.start, policy.vectors.values())
     warn_of(policy, base, runs_dir, screen)
-    return Source(policy, inputs.merge, base, runs_dir)
+    start = start_policy.published(runs_dir, inputs.start) if inputs.merge.start else None
+    return Source(policy, inputs.merge, base, start, runs_dir)

@@ -50,8 +50,7 @@ class MixResolver:
         if "=" not in lora_name:
             return None
         try:
-            async with self.merging:
-                folder = await asyncio.to_thread(self.folder, base_model_name, lora_name)
+            folder = await self._made(base_model_name, lora_name)
         except (UserError, RunFailedError, OSError) as fault:
             logger.warning("%.200r: %s", lora_name, fault)
             return None
@@ -59,20 +58,40 @@ class MixResolver:
 
         return LoRARequest(lora_name, 1, str(folder))  # vLLM sets the number
 
+    async def _made(self, served: str, name: str) -> Path:
+        """Call `folder` in a thread. MERGES threads run at most, also if vLLM cancels requests that wait for them."""
+        await self.merging.acquire()
+        thread = asyncio.ensure_future(asyncio.to_thread(self.folder, served, name))
+        thread.add_done_callback(self._release)
+        return await asyncio.shield(thread)
+
+    def _release(self, thread: "asyncio.Future[Path]") -> None:
+        self.merging.release()
+        thread.exception()  # asyncio would report an error that a cancelled request does not fetch
+
     def folder(self, served: str, name: str) -> Path:
         """Return the folder with a mix for the served base. Merge it if it is missing or damaged."""
-        weights = {key: round(weight * GRID) / GRID for key, weight in parse_weights(name).items()}
-        if not 0 < max(map(abs, weights.values())) <= LARGEST:
+        from lora_align.runs import SCHEMA
+
+        asked = parse_weights(name)
+        weights = {key: round(weight * GRID) / GRID for key, weight in asked.items() if abs(weight) <= LARGEST}
+        if len(weights) < len(asked) or not any(weights.values()):
             raise UserError(f"expected weights up to ±{LARGEST:g} that do not all round to 0 (in steps of 1/{GRID})")
         found = {key: self._vector(key) for key in weights}
         _refuse_other_base(served, found.values())
         if name not in self.names and len(self.names) >= self.most:
             raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
         lineage = [[weights[key], vector.lineage()] for key, vector in sorted(found.items())]
-        content = hashlib.sha256(json.dumps(lineage).encode()).hexdigest()[:32]
+        content = hashlib.sha256(json.dumps([SCHEMA, lineage]).encode()).hexdigest()[:32]
         folder = store.cache_folder() / "mixes" / content
-        self._merge(folder, weights, found)
-        self.names.add(name)
+        added = name not in self.names
+        self.names.add(name)  # before the merge, so that merges under way count
+        try:
+            self._merge(folder, weights, found)
+        except BaseException:
+            if added:
+                self.names.discard(name)
+            raise
         return folder
 
     def _vector(self, name: str) -> "Vector":
@@ -99,6 +118,8 @@ class MixResolver:
                 try:
                     runs.read(folder).check_files()
                 except UserError as fault:
+                    if isinstance(fault.__cause__, OSError):  # too many open files, for example: not damaged
+                        raise
                     logger.warning("%s; it is merged again", fault)
                     shutil.rmtree(folder)
                 else:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lora_align import distributed, recipe, store
 from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.errors import NotFetchedError, UserError, first_line
-from lora_align.model.base_folder import GGUF, fingerprint, is_hub_id, local_folder, weight_files
+from lora_align.model.base_folder import GGUF, fingerprint, hub_id, local_folder, weight_files
 from lora_align.model.chat_format import ChatFormat
 from lora_align.model.nf4 import dequantise_once, disable_cpu_repacking
 from lora_align.model.template_check import check_template
@@ -134,8 +134,8 @@ def device(base: recipe.Base) -> torch.device:
 
 
 def device_memory(where: torch.device) -> tuple[int, int]:
-    """Return the free and the total memory of a GPU, or of this machine, in bytes."""
-    if where.type == "cpu":
+    """Return the free and the total memory of a GPU in bytes, or that of this machine, which an Apple GPU shares."""
+    if where.type in ("cpu", "mps"):
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
     return torch.accelerator.get_memory_info(where)
@@ -191,7 +191,7 @@ def _folder(base: recipe.Base, outline: bool) -> Path:
     """Return the base's folder: registered, on this disk, or from the hub's cache, fetched if necessary."""
     if folder := local_folder(base.model):
         return folder
-    if not is_hub_id(base.model):
+    if not hub_id(base.model):
         raise UserError(
             f"base.model {base.model!r} is neither a folder, nor a GGUF file, nor a hub id (owner/name or "
             "owner/name/file.gguf)"

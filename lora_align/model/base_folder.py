@@ -24,9 +24,13 @@ def local_folder(model: str) -> Path | None:
     return registered() if registered else None
 
 
-def is_hub_id(model: str) -> bool:
-    """Return whether base.model is the form OWNER/NAME of a model on the hub, and not a path."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+def hub_id(model: str) -> str:
+    """Return the OWNER/NAME of a base.model on the hub: an id, or a GGUF file in a repository. Return "" for a path."""
+    owner, _, rest = model.partition("/")
+    name, _, file = rest.partition("/")
+    if not owner or not name or owner.startswith((".", "~")) or Path(model).exists():
+        return ""
+    return f"{owner}/{name}" if not file or file.endswith(GGUF) else ""
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -214,6 +214,17 @@ def one_adapter(vector: Vector) -> Policy:
     return Policy(vector.name, {vector.name: vector}, {vector.name: 1.0}, start=float(not contains_start))
 
 
+def split_mix(policy: Policy, runs_dir: Path, screen: Screen) -> Policy:
+    """Return the vectors and weights of a policy that is one mix. Return any other policy unchanged."""
+    several = [run for vector in policy.vectors.values() for run in vector.known_runs()]
+    if [run.manifest.stage for run in several] != ["mix"] or list(policy.weights.values()) != [1.0]:
+        return policy
+    [mix] = several
+    parts = _split_mix(mix, runs_dir, screen)
+    with_start = mix.manifest.contains_start or not mix.manifest.start
+    return parts if parts.vectors.keys() == policy.vectors.keys() else replace(parts, start=float(with_start))
+
+
 def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     """Return the vectors and weights of a mix, or the mix as one adapter if it cannot be split."""
     whole = one_adapter(vectors.from_folder(mix.path, mix.path.name))
@@ -225,7 +236,7 @@ def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
         return whole
     try:
         parts = {parent["name"]: vectors.find(parent["name"], runs_dir) for parent in mix.manifest.parents}
-        same = all(_same(parts[parent["name"]], parent["adapters"]) for parent in mix.manifest.parents)
+        same = all(is_made_of(parts[parent["name"]], parent["adapters"]) for parent in mix.manifest.parents)
     except UserError:
         same = False
     if not same:
@@ -234,7 +245,7 @@ def _split_mix(mix: Run, runs_dir: Path, screen: Screen) -> Policy:
     return Policy(mix.path.name, parts, {parent["name"]: parent["weight"] for parent in mix.manifest.parents})
 
 
-def _same(vector: Vector, adapters: Sequence[Mapping[str, Any]]) -> bool:
+def is_made_of(vector: Vector, adapters: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a vector has the adapters of a mix's manifest, by sign and hashes."""
     keys = ("sign", "sha256", "config_sha256")  # the configuration holds the scaling
     now = [parent.lineage() for parent in vector.parents]

@@ -82,6 +82,7 @@ def measure(words: argparse.Namespace, name: str, tables: dict[str, Any]) -> dic
     other = vector(words, name, second, tables, 0)
     return {
         "setting": name,
+        "measured": report.stamp(),
         "cosine, equal pairs in another order": round(one.cosine(again), 3),
         "cosine, disjoint pairs": round(one.cosine(other), 3),
         "norms": [round(each.norm, 3) for each in (one, again, other)],

@@ -31,6 +31,7 @@ from lora_align.demo import BASE
 from lora_align.export import ExportOptions
 from lora_align.export.exporters import EXPORTERS
 from lora_align.export.source import find_source
+from lora_align.policy.policy import find_policy
 
 ROUNDS, VOCABULARY, LAYERS_A_FILE = 3, 128256, 8
 
@@ -67,7 +68,8 @@ def exported(work: Path, option: str) -> dict[str, float]:
     weights = ",".join(f"{work / name.replace(' ', '-')}={weight:g}" for name, weight in VECTORS.items())
     before, out = peak(), work / "out"
     began = time.perf_counter()
-    source = find_source(weights, settings, work / "runs", Screen(quiet=True))
+    policy = find_policy(weights, settings, work / "runs", Screen(quiet=True))
+    source = find_source(policy, settings, work / "runs", Screen(quiet=True))
     found = time.perf_counter() - began
     made = EXPORTERS[option](source, out, Screen(quiet=True), ExportOptions(check=False))
     seconds = time.perf_counter() - began

@@ -486,6 +486,8 @@ def main() -> None:
             left.append(label)
             continue
         print(f"{label}: {json.dumps(figures[label])}", flush=True)
+        if not options.small:
+            save("gpu", figures)  # what is measured so far
     if left:
         figures["left out"] = left
         print(f"no time was left for: {'; '.join(left)}")

@@ -111,13 +111,14 @@ def main() -> None:
             gpu = spine(folder / dtype, base, on_gpu=True, dtype=dtype)
             differences = compare(folder / "cpu", folder / dtype)
             figures[dtype] = {**differences, "same greedy answer": gpu["answer"] == cpu["answer"]}
+            save("gpu_check", figures)  # what is known so far
             figures[dtype] |= resumed(folder / f"{dtype}, killed", base, dtype, folder / dtype)
+            save("gpu_check", figures)
             if any(abs(differences[f"{side} first margin"]) > NOUGHT[dtype] for side in ("pos", "neg")):
                 sys.exit(f"{dtype}: the first reward is not 0: {differences}")
             least = 0.99 if dtype == "float32" else 0.9
             if any(differences[f"{side} cosine to CPU"] < least for side in ("pos", "neg")):
                 sys.exit(f"{dtype}: the card and the CPU train different adapters: {differences}")
-    save("gpu_check", figures)
 
 
 if __name__ == "__main__":

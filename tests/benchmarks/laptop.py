@@ -19,6 +19,7 @@ import report
 import splits
 
 import lora_align as la
+from lora_align import runs
 from lora_align.evaluate.compare import compare_policies
 from lora_align.evaluate.measure import Evaluator
 
@@ -58,9 +59,9 @@ def project(
     **tables: Any,
 ) -> la.Project:
     """Return the project in which a setting's vector is trained, or measured on the rows of another split."""
-    runs = words.work / "-".join([preference, *map(str, settings.values())])
+    folder = words.work / "-".join([preference, *map(str, settings.values())])
     base = {name: value for name, value in settings.items() if name == "quantization"}
-    return real_base.project(words.base, words.splits, runs, split, base=base, **tables)
+    return real_base.project(words.base, words.splits, folder, split, base=base, **tables)
 
 
 def dpo_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +85,8 @@ def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]
     return {
         "preference": preference,
         **settings,
+        "measured": report.stamp(),
+        "pairs trained on": runs.read(trained.runs / "dpo" / preference / "pos").manifest.data["rows"],
         "seconds of training, both directions": round(seconds),
         "norm": vector.norm,
         "cosine of pos and neg": pos.cosine(neg),

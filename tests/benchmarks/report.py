@@ -26,21 +26,28 @@ def save(name: str, figures: dict[str, Any]) -> None:
 
 def record(figures: dict[str, Any]) -> dict[str, Any]:
     """Return the figures with the place, the time and the commit of their measurement."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    own = stamp()
     machine = {
-        "processor": names[0] if names else platform.processor(),
+        "processor": own["processor"],
         "cores": os.cpu_count(),
         "system": platform.system(),
         "GFLOP/s of a float32 matrix product": round(matrix_rate(torch.device("cpu"), torch.float32) / 1e9),
     }
     return {
-        "made": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
+        "made": own["made"],
+        "commit": own["commit"],
         "machine": machine,
         "versions": library_versions(),
         "figures": figures,
     }
+
+
+def stamp() -> dict[str, str]:
+    """Return date, commit and processor, for a part of a benchmark that may continue on another machine."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    return {"made": datetime.now(UTC).date().isoformat(), "commit": _commit(), "processor": processor}
 
 
 def _commit() -> str:

@@ -55,6 +55,10 @@ def main() -> None:
         figures["merge, four adapters of 8B shapes"] = seconds(four, cwd, 5)
         shutil.rmtree(cwd / "merged")
         figures["chat --prompt"] = seconds(["chat", "--prompt", "Tell me about rain."], cwd, 5)
+        settings = ["eval.count=4", "eval.samples=1", "eval.pairs=4", "eval.max_new_tokens=8"]
+        few = [word for setting in settings for word in ("--set", setting)]
+        figures["eval of 4 answers"] = seconds(["eval", "start", *few], cwd, 5)
+        figures["dpo of 32 pairs, one direction"] = seconds([*train[1:], "--direction", "pos", "--force"], cwd, 5)
         planned = ["plan", "--card", "4090", "--recipe", "qwen3-8b"]
         figures["plan of qwen3-8b for a 4090"] = seconds(planned, cwd, 2)
         os.environ["LORA_ALIGN_CACHE"] = str(cwd / "cache")  # an empty cache, as on a first day

@@ -15,7 +15,8 @@ from lora_align.adapters.delta import Factors
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.gguf_adapter import About, Layout, write
-from support import Cli, edit_manifest
+from lora_align.model.base_folder import hub_id
+from support import Cli, call, edit_manifest, small_disk
 
 ABOUT = About("name", "description", "owner/base", "0" * 64)
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -94,6 +95,64 @@ def test_each_vector_gets_a_file_and_the_request_lists_every_scale(workspace: Pa
     assert "`dpo/helpful/pos` was trained on `demo:pairs" in card
 
 
+def test_each_vector_of_a_mix_gets_a_file(workspace: Path, cli: Cli) -> None:
+    assert cli("merge", "-w", "helpful=0.5,harmless=1").code == 0
+    done = cli("export", "runs/mix/helpful0p5_harmless1", "--gguf", "vectors", "--each", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert list(result["files"]) == ["vectors/helpful.gguf", "vectors/harmless.gguf"]
+    assert '"lora": [{"id": 0, "scale": 0.5}, {"id": 1, "scale": 1.0}]' in result["use"]
+
+
+def test_card_of_a_mix_finds_its_vectors_from_another_folder(
+    workspace: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("merge", "-w", "helpful=0.5").code == 0
+    (workspace / "else").mkdir()
+    words = ["export", "../runs/mix/helpful0p5", "--runs", "../runs", "--gguf", "mix.gguf"]
+    done = call(workspace / "else", *words)
+    assert done.code == 0, done.err
+    card = (workspace / "else/mix.md").read_text()
+    assert "has `helpful` with weight 0.5; its safe weights were not measured" in card
+    assert "was trained on `demo:pairs" in card
+    shutil.rmtree(workspace / "runs/dpo/helpful/neg")
+    done = call(workspace / "else", *words[:-1], "again.gguf")
+    assert done.code == 0, done.err
+    assert "its adapters are not there any more" in (workspace / "else/again.md").read_text()
+
+
+def test_file_is_not_published_without_its_card(workspace: Path, cli: Cli) -> None:
+    size = cli("export", "helpful=1", "--gguf", "mix.gguf")
+    assert size.code == 0, size.err
+    pages = -(-(workspace / "mix.gguf").stat().st_size // 4096)  # of 4 KiB each: the file fits, its card does not
+    with small_disk(workspace / "disk", f"{pages * 4}k") as disk:
+        failed = cli("export", "helpful=1", "--gguf", "disk/mix.gguf")
+        assert list(disk.iterdir()) == []
+    assert failed.code == 1
+    assert "No space left on device" in failed.err
+
+
+@pytest.mark.parametrize(
+    ("base", "repository"),
+    [
+        ("owner/name", "owner/name"),
+        ("owner/name/folder/file.gguf", "owner/name"),
+        ("models/file.gguf", ""),
+        ("./models/file.gguf", ""),
+        ("/models/file.gguf", ""),
+        ("demo", ""),
+        ("owner/name/other", ""),
+    ],
+)
+def test_hub_id_is_told_from_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, repository: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/file.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    assert hub_id(base) == repository
+
+
 def test_export_of_a_mix_equals_that_of_its_weights(workspace: Path, cli: Cli) -> None:
     assert cli("merge", "-w", "helpful=0.5,harmless=1").code == 0
     for source, file in (("runs/mix/helpful0p5_harmless1", "one.gguf"), ("helpful=0.5,harmless=1", "two.gguf")):
@@ -143,6 +202,7 @@ def test_card_has_the_licence_in_the_metadata_of_the_bases_card(
         (["helpful=1", "--gguf", "mix.md"], "--gguf 'mix.md': expected a file name that ends in .gguf"),
         (["helpful=1", "--gguf", ""], "--gguf '.': expected a file name that ends in .gguf"),
         (["helpful=1", "--gguf", "a,b", "--each"], "--gguf a,b: llama-server reads a comma as the end of a path"),
+        (["helpful=1", "--gguf", "a,b.gguf"], "--gguf a,b.gguf: llama-server reads a comma as the end of a path"),
         (["helpful=0", "--gguf", "a.gguf"], "the weighted sum is zero: the adapter would do nothing"),
         (["helpful=nan", "--gguf", "a.gguf"], "'helpful=nan': expected NAME=NUMBER"),
         (["helpful=1", "--gguf", "no/mix.gguf"], "--gguf no/mix.gguf: there is no folder no"),
@@ -158,6 +218,12 @@ def test_export_refuses(workspace: Path, cli: Cli, words: list[str], message: st
     done = cli("export", *words)
     assert done.code == 2
     assert message in done.err
+
+
+def test_width_that_q8_0_cannot_divide_is_refused(tmp_path: Path) -> None:
+    factors = {"model.layers.0.mlp.up_proj": Factors(torch.ones(6, 2), torch.ones(2, 48))}
+    with pytest.raises(UserError, match="q8_0 needs an input width that is a multiple of 32, not 48"):
+        write(tmp_path / "one.gguf", factors.items(), Layout.of(LlamaConfig(num_hidden_layers=1)), ABOUT, "q8_0")
 
 
 def test_unknown_architecture_is_refused_by_name() -> None:

@@ -4,17 +4,22 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from lora_align import recipe
+from lora_align import recipe, runs
+from lora_align.console import Screen
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
+from lora_align.export.ollama_export import _settings
 from lora_align.export.ollama_template import Joints
+from lora_align.export.source import find_source
 from lora_align.model import base as bases
 from lora_align.model.chat_format import ChatFormat
+from lora_align.policy.policy import Conditioned, find_policy
 from support import Cli, fill, small_disk
 
 GO = """
@@ -121,6 +126,15 @@ def test_template_that_cannot_be_translated_causes_a_warning(workspace: Path, cl
 def test_template_that_rewrites_messages_is_refused() -> None:
     with pytest.raises(UserError, match="it changes the messages of user, assistant, user"):
         Joints.of(chat("{% for m in messages %}{{ m.content | upper | replace('0', 'zero') }}{% endfor %}"))
+
+
+def test_system_message_of_a_conditioned_policy_is_part_of_the_modelfile(workspace: Path) -> None:
+    project, runs_dir, screen = recipe.load(recipe.builtin()["demo"]), workspace / "runs", Screen(quiet=True)
+    policy = find_policy("helpful=1", project, runs_dir, screen)
+    run = runs.read(runs_dir / "dpo/helpful/pos")
+    asked = replace(policy, conditioned=Conditioned("helpful", run, 'Be "kind".'))
+    settings = list(_settings(find_source(asked, project, runs_dir, screen), screen))
+    assert settings[0] == 'SYSTEM """Be "kind"."""'
 
 
 def test_full_disk_leaves_nothing(workspace: Path, cli: Cli) -> None:

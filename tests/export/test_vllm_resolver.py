@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -21,7 +24,7 @@ from lora_align.adapters import peft_format
 from lora_align.adapters.module_names import parse_name
 from lora_align.demo import BASE
 from lora_align.errors import UserError
-from lora_align.export.vllm_resolver import MixResolver
+from lora_align.export.vllm_resolver import MERGES, MixResolver
 from support import VLLM, Cli, greedy_answer, vllm_answer, vllm_server
 
 MIXED, QUESTION = 20, "Tell me about rain."
@@ -69,6 +72,50 @@ def test_requests_that_want_one_mix_make_it_once(resolver: MixResolver) -> None:
     assert list(folder.parent.glob("[!.]*")) == [folder]
 
 
+def test_processes_that_want_one_mix_make_it_once(workspace: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
+    words = [sys.executable, "-c", LIGHT, str(BASE)]
+    several = [subprocess.Popen(words, cwd=workspace, env=environment) for _ in range(3)]
+    assert [process.wait(120) for process in several] == [0, 0, 0]
+    assert len(list((tmp_path / "cache/mixes").glob("[!.]*"))) == 1
+
+
+def test_cancelled_requests_do_not_raise_the_number_of_merges(resolver: MixResolver) -> None:
+    under_way, most, merge = Counter[str](), [], resolver._merge
+
+    def counted(*of: Any) -> None:
+        under_way["now"] += 1
+        most.append(under_way["now"])
+        merge(*of)
+        time.sleep(0.2)  # long enough for other requests to begin, if they may
+        under_way["now"] -= 1
+
+    async def ask() -> None:
+        for weight in range(1, 7):
+            request = asyncio.create_task(resolver.resolve_lora(str(BASE), f"helpful={weight}"))
+            await asyncio.sleep(0.05)
+            request.cancel()  # as vLLM does when a client leaves
+        while under_way["now"]:
+            await asyncio.sleep(0.05)
+
+    resolver._merge = counted  # type: ignore[method-assign]
+    asyncio.run(ask())
+    assert max(most) == MERGES
+
+
+def test_error_of_the_system_does_not_delete_a_folder(resolver: MixResolver) -> None:
+    folder = resolver.folder(str(BASE), "helpful=1")
+    weights = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()  # reading it is an OSError, as with too many open files
+    with pytest.raises(UserError, match="damaged"):
+        resolver.folder(str(BASE), "helpful=1")
+    assert (folder / "adapter_model.safetensors").is_file()
+    (folder / "manifest.json").rmdir()
+    (folder / "manifest.json").write_bytes(weights)
+    assert resolver.folder(str(BASE), "helpful=1") == folder
+
+
 def test_folder_without_a_manifest_is_made_anew(resolver: MixResolver) -> None:
     folder = resolver.folder(str(BASE), "helpful=1")
     (folder / "manifest.json").unlink()
@@ -100,6 +147,7 @@ def test_damaged_folder_is_made_anew(resolver: MixResolver) -> None:
         (str(BASE), "other=1", "'other' is not the name of a preference or a run"),
         (str(BASE), "helpful=0.001", "do not all round to 0"),
         (str(BASE), "helpful=1e300", "expected weights up to ±64"),
+        (str(BASE), "helpful=1e308", "expected weights up to ±64"),
         ("owner/name", "helpful=1", "the vectors were trained on demo, but this server runs owner/name"),
     ],
 )
