@@ -229,6 +229,9 @@ def serve(
     deadline: Annotated[
         float, typer.Option("--deadline", metavar="SECONDS", min=1.0, help="The longest time for one request.")
     ] = 600.0,
+    log_texts: Annotated[
+        bool, typer.Option("--log-texts", help="Print prompts and answers, not only their numbers of tokens.")
+    ] = False,
 ) -> None:
     """Serve an OpenAI-compatible API, and a page with sliders.
 
@@ -243,7 +246,7 @@ def serve(
     given.screen.loading(recipe.base.model)
     from lora_align.serve.server import ServerSettings, run_server
 
-    settings = ServerSettings(host, port, api_key or None, no_auth, max_new_tokens, deadline)
+    settings = ServerSettings(host, port, api_key or None, no_auth, max_new_tokens, deadline, log_texts)
     run_server(recipe, given.runs_dir, policy, settings, given.screen)
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.errors import UserError, first_line, inert
+from lora_align.model.chat_format import text_of
 from lora_align.policy.policy import WANT
 from lora_align.serve.answer import Answer, AnswerSettings, Context, Piece
 from lora_align.serve.batcher import Batcher
@@ -59,6 +60,7 @@ class Api:
     length: int  # maximum tokens of an answer, if a request gives none
     deadline: float  # seconds for one request
     log: Callable[[str], None]
+    log_texts: bool = False  # log prompts and answers, too
     running: dict[str, tuple[Served, list[Answer]]] = field(default_factory=dict)  # by the id of the request
     encoding: threading.Lock = field(default_factory=threading.Lock)
 
@@ -229,6 +231,9 @@ class Api:
                 f"{completion.model}: {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {seconds:.1f} s"
                 + (", cancelled" if cancelled else "")
             )
+            for answer in answers if self.log_texts else ():
+                self.log(f"prompt: {inert(text_of(self.decoder, answer.contexts[0].prompt))}")
+                self.log(f"answer: {inert(answer.text)}")
 
     def _context(self, prompt: Sequence[int], served: Served) -> Context:
         most = self.catalogue.base.max_length

@@ -35,6 +35,7 @@ PART_TOKENS = 256  # of prompts that are read between two steps of the running a
 LARGEST_BATCH = 64  # rows
 STORED_SHARE = 0.25  # of the token budget, for the keys and values of finished answers
 RATE_SECONDS = 10.0  # over which tokens per second are averaged
+REGROW_SECONDS = 60.0  # after which a token budget that was halved is doubled, because other programs may have ended
 Result = TypeVar("Result")
 
 
@@ -73,8 +74,9 @@ class Batcher:
 
     def __init__(self, model: PreTrainedModel, budget: int) -> None:
         self.model, self.mixer = model, Mixer(model, {}, {})
-        self.budget = budget  # tokens whose keys and values fit into memory, counted as rows times the longest row
-        self.cache, self.store = SlotCache(model), PrefixStore(int(STORED_SHARE * budget))
+        self.largest = budget  # tokens whose keys and values fit into memory, counted as rows times the longest row
+        self.cache, self.store = SlotCache(model), PrefixStore(0)
+        self._set_budget(budget)
         self.rows: list[tuple[Answer, int]] = []  # of the cache: an answer, and which of its contexts
         self.waiting: list[Reading] = []
         self.reading: Reading | None = None
@@ -216,6 +218,8 @@ class Batcher:
         self._progress.append((now, self.sampled))
         while self._progress[0][0] < now - RATE_SECONDS:
             self._progress.popleft()
+        if self.budget < self.largest and now > self._resized + REGROW_SECONDS:
+            self._set_budget(min(self.largest, 2 * self.budget))
 
     def _next(self) -> Reading | None:
         """Take the next prompt to read, if its answer fits. The client with the fewest rows comes first."""
@@ -315,6 +319,10 @@ class Batcher:
             self.mixer.set_rows(rows)
             self._set = rows
 
+    def _set_budget(self, tokens: int) -> None:
+        self.budget, self.store.budget = tokens, int(STORED_SHARE * tokens)
+        self._resized = time.monotonic()
+
     def _recover(self, fault: Exception) -> None:
         """Begin all answers in progress again with half the budget, if memory ran out. Otherwise fail them.
 
@@ -330,7 +338,7 @@ class Batcher:
             self.waiting = [*again, *self.waiting]
             for reading in self.waiting:
                 reading.forget()
-            self.budget, self.store.budget = max(1, self.budget // 2), self.store.budget // 2
+            self._set_budget(max(1, self.budget // 2))
             self.store.clear()
         else:
             for answer in answers:

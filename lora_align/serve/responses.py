@@ -94,8 +94,15 @@ class Completion:
         return {
             "tokens": [self._text(info.token) for info in infos],
             "token_logprobs": [info.logprob for info in infos],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in info.top} for info in infos],
+            "top_logprobs": [self._by_text(info.top) for info in infos],
         }
+
+    def _by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Return log-probabilities by text. Of tokens with equal texts, such as parts of characters, keep the first."""
+        by_text: dict[str, float] = {}
+        for token, logprob in top:
+            by_text.setdefault(self._text(token), logprob)
+        return by_text
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)

@@ -42,6 +42,7 @@ class ServerSettings:
     without_auth: bool
     length: int
     deadline: float
+    log_texts: bool = False
 
     @property
     def local(self) -> bool:
@@ -140,7 +141,7 @@ def run_server(recipe: Recipe, runs_dir: Path, policy: Policy, settings: ServerS
     batcher = started.result()
     catalogue = Catalogue(base, recipe, runs_dir, policy, batcher, screen.warn)
     catalogue.serve("", None, None)  # loads the default's vectors before the first request
-    api = Api(catalogue, batcher, settings.length, settings.deadline, screen.note)
+    api = Api(catalogue, batcher, settings.length, settings.deadline, screen.note, settings.log_texts)
     config = uvicorn.Config(
         Guard(api.app(), settings.key, [settings.host, socket.gethostname()]),
         http=_Protocol,

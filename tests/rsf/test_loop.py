@@ -26,6 +26,7 @@ from lora_align.model import base as bases
 from lora_align.policy.policy import Conditioned
 from lora_align.rsf.inputs import prepare
 from lora_align.want_direction import Want
+from serve_support import serving
 from support import COMMAND, Done, Terminal, call, edit_manifest, made_once
 
 SMALL = {
@@ -78,6 +79,18 @@ def test_every_policy_is_published_with_its_samples(made: Path) -> None:
     assert "mean value of chosen" in output
     assert "t2 sampling" in output
     assert "chat --want helpfulness=0.5,verbosity=-0.8" in output, "a direction from the region it was trained on"
+
+
+def test_server_takes_a_direction(made: Path) -> None:
+    prompt, want = "Tell me about rain.", {"helpfulness": 0.8, "verbosity": -0.6}
+    with serving(made) as server:
+        names = {model["id"]: model for model in server.get("/v1/models")["data"]}
+        assert names["rsf/policy/t2"]["objectives"]
+        answers = [server.text(prompt, want=want), server.text(prompt, model="want:helpfulness=0.8,verbosity=-0.6")]
+        other = server.text(prompt, want={"helpfulness": 0.8, "verbosity": 0.6})
+    words = ["--want", "helpfulness=0.8,verbosity=-0.6", "--temperature", "0", "--max-new-tokens", "30", "-p", prompt]
+    assert {answer.strip() for answer in answers} == {call(made, "chat", *words).out.strip()}
+    assert other != answers[0]
 
 
 def test_sweep_over_directions_needs_no_grid(made: Path, tmp_path: Path) -> None:

@@ -286,6 +286,11 @@ def test_out_of_memory_changes_no_answer(
         batcher.submit([answer])
     assert _wait(*answers) == expected
     assert batcher.budget < budget
+    monkeypatch.setattr("lora_align.serve.batcher.REGROW_SECONDS", 0.0)
+    later = makers[0]()
+    batcher.submit([later])
+    assert _wait(later) == expected[:1]
+    assert batcher.budget == budget
 
 
 def test_another_error_fails_the_answers_in_progress_only(

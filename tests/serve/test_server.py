@@ -249,6 +249,18 @@ def test_own_commands_use_the_server(server: Served, tmp_path: Path) -> None:
     assert rows[0]["response"] == server.text(model="helpful=1,harmless=-0.5").strip()
 
 
+@pytest.mark.parametrize("words", [(), ("--log-texts",)])
+def test_log_has_texts_only_on_request(words: tuple[str, ...], trained: Path) -> None:
+    with serving(trained, *words) as server:
+        answer = server.text("Tell me about \x1b[31mrain.")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.stderr is not None
+        log = server.process.stderr.read()
+    assert "tokens, " in log
+    assert ("answer: " in log and answer.strip() in log and "rain" in log) == bool(words)
+    assert "\x1b[31m" not in log
+
+
 def test_ctrl_c_ends_the_server_with_an_answer_under_way(trained: Path) -> None:
     with serving(trained) as server:
         asked = {"messages": HELLO, "max_tokens": 400, "stream": True, "ignore_eos": True, "n": 16}
