@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_align.adapters.peft_config import CONFIG, WEIGHTS
-from lora_align.policy.policy import _same
+from lora_align.policy.policy import is_made_of
 from lora_align.policy.vectors import Parent, Vector
 
 
@@ -16,6 +16,6 @@ def test_a_changed_file_of_an_adapter_makes_another_vector(changed: str, tmp_pat
         (tmp_path / name).write_text("before")
     vector = Vector("helpful", (Parent(tmp_path, 1.0, None),))
     adapters = [parent.lineage() for parent in vector.parents]
-    assert _same(vector, adapters)
+    assert is_made_of(vector, adapters)
     (tmp_path / changed).write_text("after")
-    assert not _same(vector, adapters)
+    assert not is_made_of(vector, adapters)
