@@ -29,6 +29,7 @@ from report import once, save
 BATCH = 8  # pairs in a step
 SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", f"dpo.batch_size={BATCH}", "dpo.beta=0.1"]
 SETTINGS += ["dpo.held_out=0", "dpo.epochs=1", "dpo.schedule=linear", "lora.rank=8", "lora.alpha=16"]
+SETTINGS += ["dpo.warmup=0"]  # TRL's warm-up begins with a rate of 0, the one here with a larger one
 SETTINGS += ['lora.targets=["all-linear"]']
 SIDES = ("ours", "TRL, online reference", "TRL, precomputed", "TRL, plain defaults")
 
@@ -48,6 +49,7 @@ class World:
 
 REAL = (("pos",), SIDES[:3])
 WORLDS = {
+    "hh, losses": World(24, 512, {"first": "label"}, ("pos",), SIDES[:2], "hh-harmless"),
     "hh": World(200, 512, {"first": "label"}, *REAL, "hh-harmless"),
     # with 4 pairs at once, TRL needed more than 24 GB of memory
     "ultrafeedback": World(100, 1024, {"first": "label"}, *REAL, "ultrafeedback", micro=2),
