@@ -282,7 +282,8 @@ class Batcher:
         self.cache.advance()
         answers = self.answers()
         if len(answers) < len(self.rows):
-            places = {answer: [i for i, (one, _) in enumerate(self.rows) if one is answer] for answer in answers}
+            rows = {row: place for place, row in enumerate(self.rows)}  # in any order: rows fill gaps
+            places = {answer: [rows[answer, of] for of in range(len(answer.contexts))] for answer in answers}
             logits = torch.stack([_combined(logits[places[answer]], answer.contexts) for answer in answers])
         self._take(answers, logits)
         self._leave()

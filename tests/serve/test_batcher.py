@@ -252,10 +252,11 @@ def test_an_answer_of_two_contexts_samples_from_the_weighted_logits(batcher: Bat
     prompted = tuple(base.chat.prompt_ids([Message("system", "Be brief."), Message("user", QUESTIONS[0])]))
     contexts = (Context(prompted, {}, 1.5), Context(plain, {}, -0.5))
     answer = _answer(base, "", {}, contexts=contexts, temperature=0.0)
+    short = _answer(base, QUESTIONS[1], MIXES[0], max_tokens=3)  # when it ends, a row of the answer fills its place
     beside = _answer(base, QUESTIONS[1], MIXES[0])
-    batcher.submit([answer])
-    batcher.submit([beside])
-    _wait(answer, beside)
+    for one in (short, answer, beside):
+        batcher.submit([one])
+    _wait(answer, beside, short)
     model, tokens = base.load(), []
     for _ in range(40):
         logits = [model(torch.tensor([[*ids, *tokens]])).logits[0, -1] for ids in (prompted, plain)]
