@@ -139,6 +139,7 @@ def _want(session: Session, argument: str, screen: Screen) -> None:
 
 def _compare(session: Session, argument: str, screen: Screen) -> None:
     """Answer the last question at each set of weights, with the same seed."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -150,7 +151,7 @@ def _compare(session: Session, argument: str, screen: Screen) -> None:
     if question is None:
         raise UserError("/compare: there is no question; type one first")
     weights_before, turns = session.weights, session.turns
-    table = Table(expand=True)
+    table = Table(expand=True, box=SIMPLE_HEAD)
     answers = []
     try:
         session.turns = turns[: question + 1]

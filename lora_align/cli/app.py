@@ -150,7 +150,9 @@ def main() -> None:
     except Stopped as stop:
         launched = " (or under the launcher again)" if distributed.world_size() > 1 else ""
         line = _continuing_line(has_checkpoint=stop.has_checkpoint)
-        unpublished = "" if _typed_command() in WITHOUT_RUN else "; no unfinished run was published"
+        if _typed_command() in WITHOUT_RUN:  # a signal is the usual end
+            _exit("stopped", stop.exit_code, "")
+        unpublished = "; no unfinished run was published"
         _exit(f"stopped{unpublished}{line and f'; to continue: {line}{launched}'}", stop.exit_code)
     except TyperException as fault:
         message = fault.format_message() if hasattr(fault, "format_message") else str(fault)
@@ -181,12 +183,12 @@ def _typed_command() -> str:
     return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
-def _exit(text: str, code: int) -> None:
+def _exit(text: str, code: int, begin: str = "error: ") -> None:
     """Print an error and exit. Rank 0 prints; other ranks print only failures that rank 0 may not have."""
     if os.environ.get("LORA_ALIGN_DEBUG"):
         write(traceback.format_exc().rstrip(), sys.stderr)
     if distributed.rank() == 0:
-        Screen().say("\n".join(f"error: {line}" for line in text.split("\n")))
+        Screen().say("\n".join(f"{begin}{line}" for line in text.split("\n")))
     elif code == RunFailedError.exit_code:  # all other errors are raised on rank 0 as well
         write(f"rank {distributed.rank()}: {text}", sys.stderr)
     if distributed.rank() and code < SIGNALLED:  # a signal reaches all ranks

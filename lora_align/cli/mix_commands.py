@@ -205,7 +205,7 @@ def export(
         raise UserError(f"{option} {str(target)!r}: expected a file name that ends in .gguf")
     for path, what in ((target, ""), *([(target.with_suffix(".md"), ", where the card would be")] if is_file else [])):
         if path.exists() or path.is_symlink():
-            raise UserError(f"{option} {target}: {path} exists{what}; delete it, or give another path")
+            raise UserError(f"{option}: {path} exists{what}; delete it, or give another path")
     recipe = given.recipe_of_runs()
     chosen = find_policy(policy, recipe, given.runs_dir, given.screen)
     if not chosen.vectors:

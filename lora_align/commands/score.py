@@ -73,7 +73,7 @@ class ScoredFile:
             agreed = (f"agrees with {label} in {share:.0%} of pairs" for label, share in scores.agreement.items())
             lines.append(
                 "  ".join(
-                    [f"  {name}", f"mean {scores.mean:.1f}", f"standard deviation {scores.deviation:.1f}", *agreed]
+                    [f"  {name}", f"mean {scores.mean:.3g}", f"standard deviation {scores.deviation:.3g}", *agreed]
                 )
             )
         return "\n".join(lines)

@@ -53,7 +53,8 @@ def _scaled(row: Rated, table: Ratings, names: frozenset[str]) -> dict[str, floa
     if missing := sorted(names - row.ratings.keys()):
         present = ", ".join(row.ratings) or "none"
         return (
-            f"no rating {missing[0]!r} (the row has: {present}); list in `attributes` only ratings that every row has"
+            f"no rating {missing[0]!r} (the row has: {present}); list in `attributes` only ratings that every row has, "
+            "or name their columns with `columns`"
         )
     if extra := [name for name in wanted if name not in names]:
         return f"a rating {extra[0]!r}, which the first row lacks; list the ratings to read in `attributes`"

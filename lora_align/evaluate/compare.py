@@ -41,11 +41,11 @@ class Comparison:
             words = [self.policies[name]["words"].value for name in (first, other)]
             rows = [_row(name, [figure]) for name, figure in by_judge.items()]
             lengths = f"mean words: {words[0]:.0f}, {words[1]:.0f}"
-            heading = f"{first} against {other}: share of answers won, a tie counts half ({lengths})"
+            heading = f"{first} against {other} ({lengths})"
             parts.append(
-                "\n".join([heading, table(["by", "share"], rows)])
+                "\n".join([f"{heading}: share of answers won, a tie counts half", table(["by", "share"], rows)])
                 if rows
-                else f"{heading}: no judge was given (--by or --judge)"
+                else f"{heading}: no judge was given (--by or --judge), so no share of answers won"
             )
         return "\n\n".join(parts)
 
@@ -74,5 +74,10 @@ def _row(name: str, estimates: Sequence[Estimate | None]) -> list[str]:
     """Format a figure of several policies with equally many decimals."""
     largest = max((abs(estimate.value) for estimate in estimates if estimate), default=0.0)
     digits = 0 if largest >= 100 else 3 if 0 < largest < SMALL else 2
-    cells = (f"{of.value:.{digits}f} ({of.low:.{digits}f} to {of.high:.{digits}f})" if of else "" for of in estimates)
-    return [name, *cells]
+    texts = (
+        [f"{round(number, digits) + 0.0:.{digits}f}" for number in (of.value, of.low, of.high)]
+        if of
+        else []  # never -0
+        for of in estimates
+    )
+    return [name, *(f"{of[0]} ({of[1]} to {of[2]})" if of else "" for of in texts)]

@@ -226,6 +226,8 @@ class Evaluator:
 
     def _texts(self, policy: Policy, report: Report) -> list[Row]:
         """Return the loss of each text without its first token, in nats. No chat template is applied."""
+        if not self.test_set.texts:
+            return []
         report(self.test_set.answers, "texts")
         self.policies.activate(policy)
         encode = self.base.chat.tokenizer
@@ -242,6 +244,8 @@ class Evaluator:
         ]
 
     def _facts(self, policy: Policy, report: Report) -> list[Row]:
+        if not self.test_set.facts:
+            return []
         report(self.test_set.answers, "facts")
         self.policies.activate(policy)
         facts = [replace(fact, prompt=with_system_prompt(policy.system, fact.prompt)) for fact in self.test_set.facts]

@@ -150,15 +150,15 @@ def write_model(source: Source, folder: Path, screen: Screen, how: ExportOptions
             progress.show(done, {})
     _copy_settings(source, weights, folder)
     figures = weights.errors.figures(weights.dtype)
+    if how.check:
+        figures |= kl_from_mix(source, folder, weights.size // weights.dtype.itemsize, screen)
+        if weights.errors.nf4:
+            screen.note("compare with the KL of --dequantised, which adds the mix to the dequantised NF4 base")
     if (share := math.sqrt(weights.errors.rounding / (weights.errors.update or 1.0))) > LARGE:
         dtype = str(weights.dtype).removeprefix("torch.")
         screen.warn(
             f"the error of rounding to {dtype} is {share:.2g} times the mix; see the KL, or give --dtype float32"
         )
-    if how.check:
-        figures |= kl_from_mix(source, folder, weights.size // weights.dtype.itemsize, screen)
-        if weights.errors.nf4:
-            screen.note("compare with the KL of --dequantised, which adds the mix to the dequantised NF4 base")
     return figures
 
 

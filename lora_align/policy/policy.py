@@ -107,6 +107,7 @@ def find_policy(name: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
         if not mixes:
             command = runs.command("merge --weights …", runs_dir)
             raise UserError(f"no mix in {runs_dir}/; name weights, as in helpful=1, or run `{command}` first")
+        screen.note(f"mix: {mixes[-1].path}")
         name = mixes[-1].path.relative_to(runs_dir).as_posix()
     return one_adapter(vectors.find(name, runs_dir, recipe.preferences, (START, BASE, MIX)))
 

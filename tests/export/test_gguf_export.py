@@ -197,7 +197,7 @@ def test_card_has_the_licence_in_the_metadata_of_the_bases_card(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["helpful=1", "--gguf", "runs", "--each"], "--gguf runs: runs exists; delete it, or give another path"),
+        (["helpful=1", "--gguf", "runs", "--each"], "--gguf: runs exists; delete it, or give another path"),
         (["helpful=1", "--gguf", "card.gguf"], "card.md exists, where the card would be; delete it, or give another"),
         (["helpful=1", "--gguf", "mix.md"], "--gguf 'mix.md': expected a file name that ends in .gguf"),
         (["helpful=1", "--gguf", ""], "--gguf '.': expected a file name that ends in .gguf"),

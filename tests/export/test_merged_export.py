@@ -175,7 +175,7 @@ def test_transposed_layers_are_merged(tmp_path: Path, cli: Cli) -> None:
         ([], "export: give one of --gguf, --merged, --gguf-merged, --ollama"),
         (["--merged", "a", "--gguf", "b"], "export: give one of --gguf, --merged, --gguf-merged, --ollama"),
         (["--gguf-merged", "a.gguf"], "convert_hf_to_gguf.py is not on PATH; it is part of llama.cpp"),
-        (["--merged", "runs"], "--merged runs: runs exists; delete it, or give another path"),
+        (["--merged", "runs"], "--merged: runs exists; delete it, or give another path"),
         (["--merged", "no/out"], "--merged no/out: there is no folder no"),
         (["--merged", "out", "--each"], "--each has no effect with --merged; it needs --gguf"),
         (["--gguf", "out", "--dequantised"], "--dequantised has no effect with --gguf; it needs --merged or --gguf"),
