@@ -1,14 +1,14 @@
-"""Rankers: find the better of two answers by a label, a rating, a score, the length or a refusal.
+"""Rankers: find the better of two answers by a label, a rating, a score, or a property of the text.
 
 Equal values are a tie. `Direction` says whether an adapter trains on the labels (pos) or on switched labels (neg).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from lora_align import refusals
+from lora_align import refusals, text_measures
 from lora_align.errors import UserError
 from lora_align.plugins import Registry
 
@@ -69,6 +69,7 @@ class Criterion:
     values: Callable[[TwoAnswers, str], tuple[float, float]]  # (answers, NAME or "") → a value for each
     lower: bool = False  # the smaller value wins
     figure: str = ""  # suffix of the figure of `eval` that measures the same property; {} is the NAME
+    names: Collection[str] | None = None  # the allowed NAMEs; None allows any
 
 
 def _label(two: TwoAnswers, column: str) -> tuple[float, float]:
@@ -96,6 +97,12 @@ def _length(two: TwoAnswers, _: str) -> tuple[float, float]:
 
 def _refuses(two: TwoAnswers, _: str) -> tuple[float, float]:
     first, second = (float(refusals.refuses(text)) for text in two.answers)
+    return first, second
+
+
+def _text(two: TwoAnswers, name: str) -> tuple[float, float]:
+    measure = text_measures.MEASURES[name].measure
+    first, second = map(measure, two.answers)
     return first, second
 
 
@@ -133,6 +140,15 @@ RANKERS = Registry(
             _score,
             figure=": {}",
         ),
+        "text": Criterion(
+            {
+                "text:MEASURE": "the answer with more of a measured property, such as `text:questions`",
+                "text:-MEASURE": "the answer with less of it, such as `text:-readability`",
+            },
+            _text,
+            figure="text:{}",
+            names=text_measures.MEASURES,
+        ),
     },
 )
 
@@ -153,6 +169,9 @@ class Ranker:
         endings = [usage.removeprefix(kind) for usage in criterion.usage] if criterion else []
         minus = column.startswith("-") and any(ending.startswith(":-") for ending in endings)
         column = column[minus:]
+        if criterion and column and criterion.names is not None and column not in criterion.names:
+            known = ", ".join(f"{kind}:{name}" for name in criterion.names)
+            raise ValueError(f"no {kind}:{column}; use one of {known}")
         if criterion and ("" in endings if not column else any(ending.startswith(":") for ending in endings)):
             return cls(kind, column, criterion.lower != minus)
         raise ValueError(f"no ranker {text!r}; use one of {', '.join(usages())}")

@@ -42,3 +42,27 @@ def test_margin_drops_nearly_equal_pairs() -> None:
         assert two.ranked(Ranker.parse(ranker), margin=apart + 0.01) == "too close"
         assert two.ranked(Ranker.parse(ranker), margin=apart) == two.ranked(Ranker.parse(ranker))
     assert two.ranked(Ranker.parse("rating:help"), margin=1) == "no rating"
+
+
+@pytest.mark.parametrize(
+    ("measure", "less", "more"),
+    [
+        ("words", "one two", "one two three"),
+        ("questions", "Why?", "Why? How?"),
+        ("exclamations", "Yes!", "Yes!!"),
+        ("lists", "- one", "1. one\n2) two\n* three"),
+        ("first_person", "It is mine.", "I like my tea."),
+        ("readability", "Photosynthesis constitutes indispensable biochemical transformation.", "A cat sat on a mat."),
+        ("sentiment", "This is terrible.", "This is wonderful!"),
+    ],
+)
+def test_text_is_ranked_by_a_measured_property(measure: str, less: str, more: str) -> None:
+    for answers in ((less, more), (more, less)):
+        two = Comparison((), answers)
+        assert two.ranked(Ranker.parse(f"text:{measure}")) == Pair((), more, less)
+        assert two.ranked(Ranker.parse(f"text:-{measure}")) == Pair((), less, more)
+
+
+def test_unknown_text_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="no text:wordz; use one of text:words, text:readability"):
+        Ranker.parse("text:wordz")

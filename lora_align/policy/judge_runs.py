@@ -1,8 +1,8 @@
-"""The runs behind a judge's name, found before a model is loaded."""
+"""Check a judge's name, and find the runs behind it, before a model is loaded."""
 
 from pathlib import Path
 
-from lora_align import runs
+from lora_align import runs, text_measures
 from lora_align.errors import UserError
 from lora_align.policy import vectors
 from lora_align.rankers import Direction
@@ -10,12 +10,16 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Run
 
 PAIR = "pair:"  # prefix of a preference whose two adapters are the judge
+TEXT = "text:"  # prefix of a measured property of the text
+PREFIXES = (PAIR, TEXT)  # a judge of these kinds has one objective, which its name ends in
 
 
 def check(name: str, recipe: Recipe, runs_dir: Path) -> None:
-    """Refuse a name that is neither a reward model nor `pair:` and a trained preference."""
+    """Refuse a name that is neither a reward model, `pair:` and a trained preference, nor `text:` and a measure."""
     if name.startswith(PAIR):
         of_pair(name.removeprefix(PAIR), recipe, runs_dir)
+    elif name.startswith(TEXT):
+        text_measures.find(name.removeprefix(TEXT))
     else:
         of_reward(name, runs_dir)
 

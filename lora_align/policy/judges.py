@@ -1,4 +1,4 @@
-"""Judges that score answers on the loaded base: a reward model, or the two adapters of a preference."""
+"""Judges that score answers: a reward model, the two adapters of a preference, or a measured property of the text."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_align import runs
+from lora_align import runs, text_measures
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import LoraDelta
 from lora_align.data.rows import Prompt
@@ -20,7 +20,7 @@ from lora_align.model.mixer import Mixer
 from lora_align.model.reward_model import Heads, RewardModel
 from lora_align.plugins import Registry
 from lora_align.policy import judge_runs, start_policy
-from lora_align.policy.judge_runs import PAIR
+from lora_align.policy.judge_runs import PAIR, PREFIXES, TEXT
 from lora_align.rankers import Direction
 from lora_align.recipe import Recipe
 from lora_align.runs import Run
@@ -60,9 +60,11 @@ JUDGES: Registry[Callable[[Base], Mapping[str, Judge]]] = Registry("judges")
 
 
 def find(name: str, base: Base, recipe: Recipe, runs_dir: Path) -> Judge:
-    """Return the judge for a name: `pair:helpful`, a reward model's name, or its folder."""
+    """Return the judge for a name: `pair:helpful`, `text:words`, a reward model's name, or its folder."""
     if name.startswith(PAIR):
         return pair(base, recipe, runs_dir, name.removeprefix(PAIR))
+    if name.startswith(TEXT):
+        return text(name.removeprefix(TEXT))
     return reward(base, runs_dir, name)
 
 
@@ -78,8 +80,8 @@ def find_all(names: Sequence[str], base: Base, recipe: Recipe, runs_dir: Path) -
 
 
 def column(name: str, objective: str) -> str:
-    """Return the title of a judge's score: `reward: helpfulness`, or just `pair:helpful`."""
-    return name if name == PAIR + objective else f"{name}: {objective}"
+    """Return the title of a judge's score: `reward: helpfulness`, or just `pair:helpful` or `text:words`."""
+    return name if name.startswith(PREFIXES) else f"{name}: {objective}"
 
 
 def reward(base: Base, runs_dir: Path, name: str) -> Judge:
@@ -127,6 +129,16 @@ def pair(base: Base, recipe: Recipe, runs_dir: Path, preference: str) -> Judge:
 
     doubts = [doubt for run in pair_runs.values() for doubt in run.doubts()]
     return Judge([preference], updates, " ".join(map(_identity, pair_runs.values())), score, doubts=doubts)
+
+
+def text(name: str) -> Judge:
+    """Return a measured property of the text as a judge. It needs no model."""
+    measure = text_measures.find(name).measure
+
+    def score(_: PreTrainedModel, __: Mixer, answers: Sequence[JudgedAnswer]) -> list[Scores]:
+        return [{name: measure(one.text)} for one in answers]
+
+    return Judge([name], {}, TEXT + name, score)
 
 
 def tokenise_answer(base: Base, prompt: Prompt, text: str) -> JudgedAnswer | None:
