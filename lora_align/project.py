@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_align import described_pairs
 from lora_align import recipe as recipes
 from lora_align.console import Screen, count
 from lora_align.data.rows import Message, with_system_prompt
@@ -29,20 +30,22 @@ class Project:
     ) -> None:
         """Read the recipe. `tables` override values: `Project("demo", dpo={"limit": 64})`."""
         path, _ = recipes.find(str(recipe))
-        self.recipe, self.runs, self.screen = recipes.load(path, (), tables), Path(runs), Screen(quiet=quiet)
+        self.runs, self.screen = Path(runs), Screen(quiet=quiet)
+        self.recipe = described_pairs.attach(recipes.load(path, (), tables), self.runs)
 
     def train(
         self, preference: str, direction: str = "both", *, resume: bool = True, force: bool = False, **settings: Any
     ) -> Vector:
-        """Train a preference by DPO and return its vector.
+        """Train a preference by DPO and return its vector. Pairs of a described preference are made first.
 
         A published run of the same settings is used as it is; one of other settings is refused, unless `force`.
         `settings` are keys of the recipe's [dpo] table, such as `limit=64` or `learning_rate=1e-4`.
         """
+        from lora_align.commands.make_pairs import make_missing
         from lora_align.train.dpo import train_dpo
 
         sides = Direction.parse(direction)
-        recipe = self._with("dpo", settings)
+        recipe = make_missing(self._with("dpo", settings), [preference], self.runs, self.screen)
         train_dpo(recipe, [preference], sides, self.runs, self.screen, force=force, resume=resume and not force)
         both = preference in vectors.trained(self.runs)
         return self.vector(preference if both else f"dpo/{preference}/{direction}")
@@ -108,7 +111,8 @@ class Project:
         return f"Project({self.recipe.source!r}, base {self.recipe.base.model!r}, runs {str(self.runs)!r})"
 
     def _with(self, table: str, settings: Mapping[str, Any]) -> recipes.Recipe:
-        return recipes.from_dict(self.recipe.as_dict(), self.recipe.source, keywords={table: settings})
+        recipe = recipes.from_dict(self.recipe.as_dict(), self.recipe.source, keywords={table: settings})
+        return described_pairs.attach(recipe, self.runs)
 
 
 class Chat:

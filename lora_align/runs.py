@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 LOG = "log.txt"
 DIVERGED = "diverged: "  # prefix of a reason in `Manifest.unconverged` that means divergence
 TRAINING = ("sft", "dpo", "reward", "rsf")  # stages that train an adapter
+FROM_RECIPE = (*TRAINING, "pairs")  # stages whose recipe is the default of later commands
 
 
 def command(words: str, folder: Path) -> str:

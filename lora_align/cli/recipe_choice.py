@@ -16,7 +16,7 @@ def recipe_to_train(name: str | None, overrides: Sequence[str], screen: Screen, 
     Without a name and without ./lora-align.toml, it is the file of the newest training run, without its overrides.
     """
     trained = [] if name or recipes.LOCAL.exists() else runs.list_runs(runs_dir)
-    trained = [run for run in trained if run.manifest.stage in runs.TRAINING]
+    trained = [run for run in trained if run.manifest.stage in runs.FROM_RECIPE]
     source = str(trained[-1].manifest.recipe.get("source", "")) if trained else ""
     if source:
         path = trained[-1].path
@@ -39,7 +39,7 @@ def recipe_of_runs(name: str | None, overrides: Sequence[str], screen: Screen, r
     """
     if name is None and not recipes.LOCAL.exists():
         stored = [run for run in runs.list_runs(runs_dir) if run.manifest.recipe]
-        trained = [run for run in stored if run.manifest.stage in runs.TRAINING]
+        trained = [run for run in stored if run.manifest.stage in runs.FROM_RECIPE]
         if candidates := trained or [run for run in stored if run.manifest.stage == "mix"]:
             path, table = candidates[-1].path, candidates[-1].manifest.recipe
             source = f"{path}/{runs.MANIFEST}"

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from lora_align import described_pairs, run_writer
 from lora_align import recipe as recipes
-from lora_align.cli.shared import RECIPE, Given, check_picture, takes
+from lora_align.cli.shared import RUNS, Given, check_picture, check_text, check_url, takes
 from lora_align.console import table
 from lora_align.errors import RunFailedError, UserError
+from lora_align.mix_weights import RESERVED
 from lora_align.plan.cards import card_name
+from lora_align.recipe.description import preference_table
 
 GIGABYTES = re.compile(r"(\d+) GB")  # GPU memory in a recipe's `about`
 
@@ -45,25 +48,46 @@ def list_recipes(given: Given) -> None:
 def init(
     given: Given,
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="RECIPE",
             help="The recipe to copy: a built-in one, which `lora-align recipes` lists, or a .toml file.",
         ),
-    ],
+    ] = None,
+    describe: Annotated[
+        str | None,
+        typer.Option(
+            "--describe",
+            metavar="TEXT",
+            help='Add a preference with this description, as in "more concise, less flattery".',
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a recipe to ./lora-align.toml, to edit it.
+    """Copy a recipe to ./lora-align.toml, or add a preference to it.
 
     Example: lora-align init qwen3-8b
     """
+    if name is None and not (describe and recipes.LOCAL.exists()):
+        raise UserError("init: name a recipe to copy, as in `lora-align init qwen3-8b`")
+    if name and recipes.LOCAL.exists() and not force:
+        raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
     path, _ = recipes.find(name)
     recipes.load(path)  # refuses a file with faults
-    if recipes.LOCAL.exists() and not force:
-        raise UserError(f"./{recipes.LOCAL} exists; --force replaces it")
-    recipes.LOCAL.write_bytes(path.read_bytes())
-    text = f"wrote ./{recipes.LOCAL} from {name}; every command in this folder now uses it"
-    given.screen.result(text, {"wrote": str(recipes.LOCAL), "from": name})
+    text, added = path.read_text(encoding="utf-8"), ""
+    if describe:
+        check_text("--describe", describe)
+        added, table_of = preference_table(describe)
+        if added in recipes.load(path).preferences:
+            raise UserError(f"{path} has a preference {added!r} already; begin --describe with another word")
+        if added in RESERVED:
+            raise UserError(f"--describe: {added!r} is reserved as a name; begin with another word")
+        text = f"{text.rstrip()}\n\n{table_of}"
+    recipes.LOCAL.write_text(text, encoding="utf-8", newline="\n")
+    wrote = f"wrote ./{recipes.LOCAL} from {name}; every command in this folder now uses it" if name else ""
+    made = f"added [preferences.{added}] to ./{recipes.LOCAL}: edit its sentences, then `lora-align dpo --pref {added}`"
+    lines = [*([wrote] if wrote else []), *([made] if added else [])]
+    given.screen.result("\n".join(lines), {"wrote": str(recipes.LOCAL), "from": name, "added": added})
 
 
 @takes("runs_dir")
@@ -81,7 +105,7 @@ def doctor(given: Given) -> None:
         raise typer.Exit(RunFailedError.exit_code)
 
 
-@takes(*RECIPE)
+@takes(*RUNS)
 def plan(
     given: Given,
     vram: Annotated[
@@ -128,7 +152,7 @@ def plan(
         raise typer.Exit(RunFailedError.exit_code)
 
 
-@takes(*RECIPE, "limit")
+@takes(*RUNS, "limit")
 def data(
     given: Given,
     pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="The preference of the recipe to audit.")],
@@ -157,3 +181,39 @@ def data(
         given.screen.warn(warning)
     if audit.refused:
         raise UserError(audit.refused)
+
+
+@takes(*RUNS, "force")
+def pairs(
+    given: Given,
+    pref: Annotated[str, typer.Option("--pref", metavar="NAME", help="The described preference of the recipe.")],
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server, of a larger model."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="NAME", help="The name of the model on the server; needed if it serves several."
+        ),
+    ] = "",
+) -> None:
+    """Make a preference's pairs from its description.
+
+    Answers are sampled under the system prompts `more` and `less`. The same command continues after a stop.
+
+    Example: lora-align pairs --pref warm
+    """
+    check_url("--endpoint", endpoint)
+    recipe = given.recipe_to_train()
+    recipe.preference(pref)
+    run_writer.refuse_before_training(
+        described_pairs.folder(pref, given.runs_dir), force=given.force, resume=False, remedy="--runs DIR keeps both"
+    )
+    given.screen.loading(recipe.base.model)
+    from lora_align.commands.make_pairs import make_pairs, summary
+    from lora_align.model.endpoint import Endpoint
+
+    server = Endpoint.at(endpoint, model, template=recipe.base.chat_template_kwargs) if endpoint else None
+    run = make_pairs(recipe, pref, given.runs_dir, given.screen, server=server, force=given.force)
+    given.screen.result(summary(run), run.as_json())

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from lora_align import run_writer, runs
+from lora_align import described_pairs, run_writer, runs
 from lora_align.cli import recipe_choice
 from lora_align.console import Screen
 from lora_align.data import sources
@@ -152,11 +152,13 @@ class Given:
         """Return the recipe of a command that trains or plans; --limit is short for `--set STAGE.limit`."""
         limit = [f"{stage}.limit={self.limit}"] if self.limit else []
         overrides = (*(self.overrides or []), *limit, *overrides)
-        return recipe_choice.recipe_to_train(self.recipe, overrides, self.screen, self.runs_dir)
+        recipe = recipe_choice.recipe_to_train(self.recipe, overrides, self.screen, self.runs_dir)
+        return described_pairs.attach(recipe, self.runs_dir)
 
     def recipe_of_runs(self) -> Recipe:
         """Return the recipe of a command that uses runs."""
-        return recipe_choice.recipe_of_runs(self.recipe, self.overrides or (), self.screen, self.runs_dir)
+        recipe = recipe_choice.recipe_of_runs(self.recipe, self.overrides or (), self.screen, self.runs_dir)
+        return described_pairs.attach(recipe, self.runs_dir)
 
     def show(self, result: Result) -> None:
         """Print a result: its summary, or with --json its data."""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lora_align import described_pairs
 from lora_align.cli.shared import RESUME_OR_FORCE, TRAINING, Given, check_url, show_plan, takes
 from lora_align.errors import UserError
 from lora_align.policy import judge_runs
@@ -58,7 +59,9 @@ def dpo(
         raise UserError("dpo: --name needs --pref, not --all")
     names = list(recipe.preferences) if pref is None else [pref]
     directions = Direction.parse(direction)
-    given.check_pairs(recipe, names)
+    unmade = described_pairs.missing(recipe, names, given.runs_dir)
+    complete = [name for name in names if given.dry_run or not {*(recipe.preference(name).of or (name,))} & {*unmade}]
+    given.check_pairs(recipe, complete)
     if given.dry_run:
         if pref is not None:  # a preference with `of` uses the pairs of other preferences
             chosen = {name: recipe.preferences[name] for name in recipe.preferences[pref].of or (pref,)}
@@ -70,6 +73,10 @@ def dpo(
             target = given.runs_dir / "dpo" / (given.name or preference) / side.value
             given.refuse_existing(target, "--resume keeps it and trains what is missing")
     given.screen.loading(recipe.base.model)
+    if unmade:
+        from lora_align.commands.make_pairs import make_missing
+
+        recipe = make_missing(recipe, names, given.runs_dir, given.screen)
     from lora_align.train.dpo import summary, train_dpo
 
     done = train_dpo(

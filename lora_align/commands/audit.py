@@ -86,9 +86,9 @@ class Audit:
 
 def audit_pairs(recipe: Recipe, preference: str, *, show: int, picture: Path | None) -> Audit:
     """Read all rows of a preference as `dpo` would; return the first `show` pairs, counts and warnings."""
-    axis = recipe.preference(preference)
-    if axis.of:
-        raise UserError(f"{preference} consists of the pairs of {', '.join(axis.of)}; audit each of them: --pref NAME")
+    if of := recipe.preference(preference).of:
+        raise UserError(f"{preference} consists of the pairs of {', '.join(of)}; audit each of them: --pref NAME")
+    [axis] = recipe.parts(preference)
     base = bases.find(recipe.base)
     max_length = min(recipe.dpo.max_length, base.max_length)
     others, incomparable = _same_source(recipe, preference)

@@ -77,6 +77,8 @@ def headline_figure(run: Run) -> str:
         return f"rank {run.manifest.method.get('rank', '?')}"
     if run.manifest.stage == "reward":
         return count(len(held_out.get("heads", {})), "head")
+    if run.manifest.stage == "pairs":
+        return count(run.manifest.data["pairs"], "pair")
     if "points" in run.manifest.metrics:
         return count(run.manifest.metrics["points"], "point")
     return f"norm {run.manifest.metrics['norm']:.2f}" if "norm" in run.manifest.metrics else ""

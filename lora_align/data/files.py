@@ -11,6 +11,7 @@ from lora_align.data.rows import Row
 from lora_align.errors import UserError
 
 Rows = Iterator[tuple[str, Row | UserError]]  # (place, row or the fault that makes it unreadable)
+EVERYDAY = Path(__file__).with_name("everyday_prompts.txt")  # prompts for those who bring none
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.S)  # strings hide the brackets inside them
 

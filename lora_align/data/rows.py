@@ -105,3 +105,11 @@ def with_system_prompt(text: str, prompt: Prompt) -> Prompt:
     if prompt and prompt[0].role == "system":
         return (Message("system", f"{text}\n\n{prompt[0].content}"), *prompt[1:])
     return (Message("system", text), *prompt)
+
+
+def without_system_prompt(text: str, prompt: Prompt) -> Prompt:
+    """Return the prompt from which `with_system_prompt` made this one."""
+    if not text:
+        return prompt
+    rest = prompt[0].content.removeprefix(text).removeprefix("\n\n")
+    return (Message("system", rest), *prompt[1:]) if rest else prompt[1:]

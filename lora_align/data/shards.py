@@ -172,19 +172,19 @@ def write(rows: Rows, out: Path) -> None:
             unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(
+    folder: Path, settings: Mapping[str, Any], remedy: str = "delete the folder or choose another name"
+) -> None:
     """Refuse to continue shards that were begun with other settings."""
-    distributed.on_rank_0(lambda: _refuse_other_settings(folder, settings))
+    distributed.on_rank_0(lambda: _refuse_other_settings(folder, settings, remedy))
 
 
-def _refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def _refuse_other_settings(folder: Path, settings: Mapping[str, Any], remedy: str) -> None:
     file, text = folder / "settings.json", json.dumps(settings, sort_keys=True)
     before = json.loads(file.read_text()) if file.exists() else {}
     changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
     if before and changed:
-        raise UserError(
-            f"{folder} was begun with other settings ({', '.join(changed)}); delete the folder or choose another name"
-        )
+        raise UserError(f"{folder} was begun with other settings ({', '.join(changed)}); {remedy}")
     with store.report_write_errors(folder, REMEDY, len(text)), store.new_file(file) as unfinished:
         unfinished.write_text(text)
 

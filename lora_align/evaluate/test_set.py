@@ -4,18 +4,19 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_align.console import Screen, count
 from lora_align.data import row_reader, sources
+from lora_align.data.files import EVERYDAY
 from lora_align.data.pairs import MIN_HELD_OUT, is_held_out, read_pairs, reasons
 from lora_align.data.rows import Fact, Pair, Prompt, prompt_key
 from lora_align.errors import NotFetchedError, UserError
 from lora_align.model.sampler_protocol import Sampling
-from lora_align.recipe import EvalSource, Recipe, Source
+from lora_align.recipe import EvalSource, Preference, Recipe, Source
 
 Item = TypeVar("Item")
 SAFE, RISKY, ANY = "safe", "risky", ""  # kinds of prompts: to answer, to refuse, unknown
@@ -160,19 +161,27 @@ def _prompts(recipe: Recipe, key: str, source: EvalSource, dropped: Counter[str]
 def _trained_on(recipe: Recipe, source: EvalSource) -> dict[str, float]:
     """Return the training tables of a recipe that read the same rows, and the share of prompts each holds out."""
     tables: dict[str, tuple[Source, float]] = {}
-    for name, preference in recipe.preferences.items():
-        tables[f"preferences.{name}"] = preference, recipe.dpo.held_out
+    own = {name: _prompts_of(table) for name, table in recipe.preferences.items()}
+    for name, prompts in own.items():
+        tables[f"preferences.{name}"] = prompts, recipe.dpo.held_out
     if recipe.sft:
         tables["sft"] = recipe.sft, recipe.sft.held_out
     if recipe.reward:
         for name, table in recipe.reward.ratings.items():
             tables[f"reward.ratings.{name}"] = table, recipe.reward.held_out
         for head, name in recipe.reward.pairs.items():
-            tables[f"reward.pairs.{head}"] = recipe.preferences[name], recipe.reward.held_out
+            tables[f"reward.pairs.{head}"] = own[name], recipe.reward.held_out
     if recipe.rsf:
         tables["rsf"] = recipe.rsf, recipe.rsf.held_out
     rows = _rows_of(source)
     return {name: share for name, (table, share) in tables.items() if table.data and _rows_of(table) == rows}
+
+
+def _prompts_of(preference: Preference) -> Source:
+    """Return the source of a preference's prompts: that of its data, or that of a description's prompts."""
+    if not (preference.described and preference.data):
+        return preference
+    return replace(preference, data=preference.prompts or str(EVERYDAY))
 
 
 def _rows_of(source: Source) -> tuple[str, ...]:

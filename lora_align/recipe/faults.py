@@ -8,11 +8,25 @@ from lora_align.errors import closest, nearest
 from lora_align.mix_weights import NAME, NAME_RULE, RESERVED
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
-from lora_align.recipe.tables import Base, Dpo, Eval, EvalSource, Lora, Preference, Ratings, Recipe, Reward, Rsf, Sft
+from lora_align.recipe.tables import (
+    Base,
+    Dpo,
+    Eval,
+    EvalSource,
+    Lora,
+    Pairs,
+    Preference,
+    Ratings,
+    Recipe,
+    Reward,
+    Rsf,
+    Sft,
+)
 
 TABLES: Mapping[str, Any] = {
-    "base": Base, "lora": Lora, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,
+    "base": Base, "lora": Lora, "pairs": Pairs, "sft": Sft, "dpo": Dpo, "reward": Reward, "rsf": Rsf, "eval": Eval,
 }  # fmt: skip
+DESCRIBED = ("less", "prompts", "limit", "match_length", "judge")  # keys that only a described preference reads
 
 
 def describe(fault: Mapping[str, Any]) -> str:
@@ -31,6 +45,7 @@ def describe(fault: Mapping[str, Any]) -> str:
 def recipe_faults(recipe: Recipe) -> Iterator[str]:
     """Yield the faults of a recipe whose types are correct."""
     yield from _optimizer_faults(recipe)
+    yield from _description_faults(recipe)
     yield from _label_and_of_faults(recipe)
     yield from _reward_faults(recipe)
     yield from _rsf_faults(recipe)
@@ -45,8 +60,8 @@ def preference_faults(tables: Any) -> Iterator[str]:
             yield f"preferences.{name}: this word names a policy; choose another name"
         if not isinstance(table, Mapping):
             continue
-        if not table.get("data") and not table.get("of"):
-            yield f"preferences.{name}.data: missing"
+        if not any(table.get(key) for key in ("data", "of", "more")):
+            yield f"preferences.{name}.data: missing; give `data`, or describe the preference with `more`"
         rank = table.get("rank", "label")
         if isinstance(rank, str):
             try:
@@ -58,6 +73,17 @@ def preference_faults(tables: Any) -> Iterator[str]:
                 yield f'preferences.{name}.labels: only rank = "label" reads them, not {rank!r}'
             if kind == "label" and table.get("margin"):
                 yield f"preferences.{name}.margin: a margin needs ratings or lengths; remove it, or set another `rank`"
+
+
+def _description_faults(recipe: Recipe) -> Iterator[str]:
+    """Yield faults of described preferences: pairs from two places, and keys that are not read."""
+    plain = Preference()
+    for name, table in recipe.preferences.items():
+        if table.described and table.data:
+            yield f"preferences.{name}: `data` and `more` exclude each other; remove one of them"
+        unread = [key for key in DESCRIBED if getattr(table, key) != getattr(plain, key)]
+        if unread and not table.described and not table.of:
+            yield f"preferences.{name}.{unread[0]}: only a preference with `more` reads this key; remove it"
 
 
 def _label_and_of_faults(recipe: Recipe) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """The tables of a recipe as dataclasses, with defaults and bounds."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
 from lora_align import distributed
-from lora_align.errors import UserError, nearest
+from lora_align.errors import NotFetchedError, UserError, nearest
 from lora_align.rankers import Ranker, Winner
 from lora_align.recipe import optimizers
 
@@ -110,7 +110,7 @@ class Source:
 
     data: str = ""
     """A file, a hub id (`owner/name`), or a registered source such as `demo:pairs`; required, except in `[eval]` and
-    with `of`."""
+    with `of` or `more`."""
     _: KW_ONLY
     split: str = "train"
     """The split of a hub dataset."""
@@ -148,9 +148,15 @@ class Dpo(Training):
     """The assumed probability that a label is wrong."""
 
 
+Descriptions = str | tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Preference(Source):
-    """One `[preferences.NAME]` table: where pairs come from and how they are ranked."""
+    """One `[preferences.NAME]` table: where pairs come from and how they are ranked.
+
+    Pairs come from `data`, from other preferences (`of`), or from a description (`more`).
+    """
 
     rank: str = "label"
     """The ranker that finds the better answer; see [rankers](your-data.md#rankers)."""
@@ -160,11 +166,44 @@ class Preference(Source):
     """The answer that each value of a label column prefers, as in `{ A = "first", B = "second", C = "tie" }`."""
     of: tuple[str, ...] = ()
     """Preferences whose pairs are combined; `of` replaces all other keys."""
+    more: Descriptions = ()
+    """The preferred behaviour, in place of `data`: the system prompt for the chosen answers. The texts of a list are
+    spread over the prompts."""
+    less: Descriptions = ()
+    """A description of the opposite, for the rejected answers; without it, they are sampled without a system prompt."""
+    prompts: str = ""
+    """Prompts for the described pairs: a file, a hub id or a registered source; empty means a built-in list."""
+    limit: Rows = 200
+    """The maximum number of prompts for the described pairs."""
+    match_length: bool = False
+    """Pair answers of similar length, and drop prompts that have none."""
+    judge: str = ""
+    """Keep only pairs with which a judge agrees: `base`, the URL of a server, `text:MEASURE`, `pair:PREFERENCE` or
+    `REWARD:OBJECTIVE`."""
+
+    @property
+    def described(self) -> bool:
+        """Return whether a description replaces the data."""
+        return bool(self.more)
 
     @property
     def ranker(self) -> Ranker:
         """Return the parsed `rank`."""
         return Ranker.parse(self.rank)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The `[pairs]` table: how `lora-align pairs` samples the answers of described preferences."""
+
+    samples: Few = 1
+    """Answers sampled under each description; with more than one, `match_length` has a choice."""
+    temperature: Positive = 1.0
+    """The sampling temperature."""
+    max_new_tokens: Tokens = 256
+    """The longest answer, in tokens; pairs with an unfinished answer are dropped."""
+    seed: Seed = 0
+    """The seed of sampling."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +342,8 @@ class Recipe:
     """The shape of the adapters."""
     preferences: Mapping[str, Preference] = field(default_factory=dict)
     """The preferences, each a table `[preferences.NAME]`."""
+    pairs: Pairs = field(default_factory=Pairs)
+    """Sampling of pairs from descriptions."""
     sft: Sft | None = None
     """Training of the start policy's adapter; without the table, the start policy is the base."""
     dpo: Dpo = field(default_factory=Dpo)
@@ -338,10 +379,26 @@ class Recipe:
         return self.preferences[name]
 
     def parts(self, name: str) -> list[Preference]:
-        """Return the tables that a preference's pairs come from: those named in `of`, or else its own."""
-        preference = self.preference(name)
-        return [self.preferences[part] for part in preference.of] or [preference]
+        """Return the tables that a preference's pairs come from: those named in `of`, or else its own.
+
+        A described preference whose pairs were not made yet is refused. Its `columns` are those of its prompts.
+        """
+        parts = {part: self.preferences[part] for part in self.preference(name).of or (name,)}
+        for part, table in parts.items():
+            if table.described and not table.data:
+                raise NotFetchedError(
+                    f"preferences.{part}: no pairs were made from this description; `lora-align pairs --pref {part}` "
+                    "makes them"
+                )
+        return [replace(table, columns={}) if table.described else table for table in parts.values()]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data, as stored in a run's manifest; `from_dict` reads it back."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Return plain data, as stored in a run's manifest; `from_dict` reads it back.
+
+        The `data` of described preferences is left out, because it is the file of their pairs in the runs folder.
+        """
+        plain = {key: value for key, value in asdict(self).items() if value is not None}
+        for name, table in self.preferences.items():
+            if table.described:
+                plain["preferences"][name]["data"] = ""
+        return plain

@@ -164,7 +164,7 @@ def prepare(recipe: Recipe, settings: Reward, base: Base, screen: Screen) -> Rew
         rated.append((answers.train, answers.held_out))
     compared = {}
     for head, preference in settings.pairs.items():
-        axis = recipe.preference(preference)
+        [axis] = recipe.parts(preference)
         pairs = token_rows.read_token_pairs(axis, base, settings.held_out, settings.limit, settings.max_length, screen)
         facts[f"pairs {head}"] = pairs.facts
         compared[head] = pairs.train, pairs.held_out

@@ -41,6 +41,8 @@ from lora_align.demo import measurement, oracle, oracle_judge, world
 from lora_align.demo.oracle import AXES
 from lora_align.evaluate.measure import facts_known
 from lora_align.model import base as bases
+from lora_align.model.logprobs import TOKENS, answer_logprobs
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
 from lora_align.policy import vectors
 from lora_align.rankers import Direction
@@ -144,9 +146,9 @@ class Examiner:
     def known(self, update: LoraDelta) -> list[float]:
         """Return for every fact whether it is likelier for its subject than three facts of other subjects."""
         mixer = Mixer(self.model, {"mix": update}, {"mix": 1.0})
-        hits = facts_known(
-            self.model, self.base, [row_reader.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
-        )
+        facts = [row_reader.fact(row, where) for where, row in sources.rows_or_raise("demo:facts")]
+        budget = MemoryBudget(TOKENS)
+        hits = facts_known(self.base, facts, "", lambda rows, _: answer_logprobs(self.model, rows, budget))
         mixer.remove()
         return [float(bool(one)) for one in hits]
 

@@ -86,7 +86,7 @@ def test_verdicts_that_follow_the_order_count_as_ties(workspace: Path, cli: Cli)
     [("1", 1.0), ("**2**.", 0.0), ("0", 0.5), ("Answer 2 is better.", 0.0), ("Of the 2, answer 1.", 0.5), ("Ok", 0.5)],
 )
 def test_verdict_is_the_first_or_only_number_of_a_reply(reply: str, share: float) -> None:
-    assert server_judge._share(reply) == share
+    assert server_judge._share(server_judge._verdict(reply)) == share
 
 
 def test_replies_without_a_verdict_are_counted(workspace: Path, cli: Cli) -> None:
