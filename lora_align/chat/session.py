@@ -39,6 +39,7 @@ class Session:
     turns: list[Message] = field(default_factory=list)
     system: str = ""
     conditioned: Conditioned | None = None
+    asked: str = ""  # the system prompt of a prompted policy
     cache: PrefixCache = field(default_factory=PrefixCache)
     tokens: int = 0  # number of tokens in the last answer
     retries: int = 0  # number of retries of the last question
@@ -88,7 +89,7 @@ class Session:
 
     def answer(self, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the assistant's next answer piece by piece, and count its tokens in `tokens`."""
-        request = self.conditioned.system if self.conditioned else ""
+        request = self.conditioned.system if self.conditioned else self.asked
         turns = with_system_prompt(request, with_system_prompt(self.system, tuple(self.turns)))
         prompt = self.base.chat.prompt_ids(turns)
         space = self.base.max_length - len(prompt)
@@ -112,6 +113,8 @@ def open_session(
     base: Base, runs_dir: Path, recipe: Recipe, policy: Policy, sampling: Sampling, screen: Screen
 ) -> Session:
     """Load a policy, and begin a conversation with it."""
+    if policy.strength != 1:
+        raise UserError(f"{policy.name}: chat uses a prompt at strength 1 only; `eval`, `sweep` and `serve` scale it")
     loaded = load_policy(base, recipe, policy, runs_dir, screen)
     return Session(
         base,
@@ -124,4 +127,5 @@ def open_session(
         vectors=dict(policy.vectors),
         mixer=loaded.mixer,
         conditioned=policy.conditioned,
+        asked=policy.system if policy.prompted else "",
     )

@@ -106,6 +106,14 @@ def sweep(
             "--directions", metavar="N", min=0, help="Measure the newest policy of `rsf` in this many directions."
         ),
     ] = 0,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="POLICY",
+            help='Compare the only axis with this rival at equal KL, as in "prompt:Be brief."; repeatable.',
+        ),
+    ] = None,
     by: ByOption = None,
 ) -> None:
     """Measure and plot a grid of weights or directions. The same command continues after a stop.
@@ -118,9 +126,14 @@ def sweep(
     if not axes and not directions:
         raise UserError("sweep: nothing to measure; name an axis, as in helpful=-1:1:0.5, or give --directions N")
     values, _ = grid(axes or [])
+    if against and len(values) != 1:
+        raise UserError("sweep: --against compares one preference with its rivals; name one axis")
+    if against and recipe.eval.temperature != 1:
+        raise UserError("sweep: --against needs answers that are sampled at temperature 1; set eval.temperature=1")
     run_writer.refuse_existing(target, given.force)
     given.check_vectors(values, recipe)
     find_policies(also or [], recipe, given.runs_dir, Screen(quiet=True))
+    rivals = find_policies(against or [], recipe, given.runs_dir, Screen(quiet=True))
     given.check_judges(by, recipe)
     if directions:
         newest_conditioned(given.runs_dir, "--directions", given.screen)
@@ -128,7 +141,7 @@ def sweep(
     from lora_align.evaluate.measure import Evaluator
     from lora_align.evaluate.sweep import plan_sweep, run_sweep
 
-    plan = plan_sweep(axes or [], directions, also or [], given.runs_dir, given.screen)
+    plan = plan_sweep(axes or [], directions, also or [], given.runs_dir, given.screen, rivals)
     policies = find_policies(plan.policies, recipe, given.runs_dir, given.screen)
     evaluator = Evaluator.of(policies, recipe, given.runs_dir, given.screen, by or ())
     result = run_sweep(plan, evaluator, recipe, target, given.screen, force=given.force)

@@ -1,8 +1,12 @@
 """Reported numbers of a policy with 95 % intervals: means, and win rates against another policy."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from lora_align.data.pairs import MIN_HELD_OUT
 from lora_align.evaluate.measure import SCORE, Measurement, Row
@@ -13,35 +17,73 @@ from lora_align.metrics.intervals import Estimate
 Figures = dict[str, Estimate]
 
 
+@dataclass(frozen=True)
+class Counted:
+    """A figure as a ratio of sums over groups, such as prompts: Σ above / Σ below."""
+
+    axis: str  # what the groups are: prompts, the pairs of a preference, texts or facts
+    above: Sequence[float]
+    below: Sequence[float]
+    of_group: Sequence[int]
+    groups: int
+
+    def estimate(self) -> Estimate:
+        """Return the figure with its interval."""
+        return intervals.ratio(self.above, self.below, self.of_group)
+
+    def means(self, samples: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
+        """Return the figure of each sample of groups [samples, groups]."""
+        size = int(samples.max()) + 1  # another policy may have more groups
+        sums = [numpy.bincount(self.of_group, of, size)[samples].sum(1) for of in (self.above, self.below)]
+        means: NDArray[numpy.float64] = sums[0] / numpy.maximum(sums[1], 1e-12)
+        return means
+
+
 def figures(measurement: Measurement) -> Figures:
     """Return every figure of one policy, by its name."""
-    rows, result = measurement.answers, Figures()
+    return {name: one.estimate() for name, one in counted_figures(measurement).items()}
+
+
+def counted_figures(measurement: Measurement) -> dict[str, Counted]:
+    """Return every figure of one policy as sums over its groups."""
+    rows, result = measurement.answers, dict[str, Counted]()
+    prompts = 1 + max((row["prompt"] for row in rows), default=-1)
+
+    def add(name: str, some: Sequence[Row], value: Callable[[Row], Any], below: str = "") -> None:
+        """Add the mean over the answers that have a value, or the sum divided by that of a column `below`."""
+        known = [row for row in some if value(row) is not None]
+        if known:
+            above = [float(value(row)) for row in known]
+            divisor = [float(row[below]) if below else 1.0 for row in known]
+            result[name] = Counted("prompts", above, divisor, [row["prompt"] for row in known], prompts)
+
     for column in _score_columns(rows):
-        result |= _mean(column.removeprefix(SCORE), rows, itemgetter(column))
+        add(column.removeprefix(SCORE), rows, itemgetter(column))
     for preference in dict.fromkeys(row["preference"] for row in measurement.margins):
         margins = [row for row in measurement.margins if row["preference"] == preference]
-        pairs = [row["pair"] for row in margins]
-        result[f"margin {preference}"] = intervals.mean([row["margin"] for row in margins], pairs)
-        if any(row["margin"] for row in margins) and len(margins) >= MIN_HELD_OUT:  # the start policy's margins are 0
-            result[f"accuracy {preference}"] = intervals.mean([float(row["margin"] > 0) for row in margins], pairs)
+        axis, pairs = f"pairs {preference}", [row["pair"] for row in margins]
+        ones, values = [1.0] * len(pairs), [row["margin"] for row in margins]
+        result[f"margin {preference}"] = Counted(axis, values, ones, pairs, 1 + max(pairs))
+        if any(values) and len(margins) >= MIN_HELD_OUT:  # the start policy's margins are 0
+            right = [float(value > 0) for value in values]
+            result[f"accuracy {preference}"] = Counted(axis, right, ones, pairs, 1 + max(pairs))
     for kind, name in ((SAFE, "refused safe"), (RISKY, "refused risky"), (ANY, "refused")):
-        result |= _mean(name, [row for row in rows if row["kind"] == kind], itemgetter("refused"))
+        add(name, [row for row in rows if row["kind"] == kind], itemgetter("refused"))
     for name in ("words", "ended", "repeated"):
-        result |= _mean(name, rows, itemgetter(name))
+        add(name, rows, itemgetter(name))
     answers: dict[int, list[str]] = {}
     for row in rows:
         answers.setdefault(row["prompt"], []).append(row["answer"])
-    result["distinct"] = intervals.mean([repetition.distinct(several) for several in answers.values()], list(answers))
-    result |= _mean("KL", rows, lambda row: row.get("kl"))
-    if measured := [row for row in rows if row.get("kl") is not None]:
-        kl, tokens, prompts = ([row[name] for row in measured] for name in ("kl", "tokens", "prompt"))
-        result["KL per token"] = intervals.ratio(kl, tokens, prompts)
-    if measurement.texts:
-        nats, tokens = ([row[name] for row in measurement.texts] for name in ("nats", "tokens"))
-        result["text loss"] = intervals.ratio(nats, tokens, [row["text"] for row in measurement.texts])
-    if measurement.facts:
-        known, facts = ([row[name] for row in measurement.facts] for name in ("known", "fact"))
-        result["facts known"] = intervals.mean(known, facts)
+    distinct = [repetition.distinct(several) for several in answers.values()]
+    result["distinct"] = Counted("prompts", distinct, [1.0] * len(answers), list(answers), prompts)
+    add("KL", rows, lambda row: row.get("kl"))
+    add("KL per token", rows, lambda row: row.get("kl"), "tokens")
+    if texts := measurement.texts:
+        nats, tokens, places = ([row[name] for row in texts] for name in ("nats", "tokens", "text"))
+        result["text loss"] = Counted("texts", nats, tokens, places, 1 + max(places))
+    if facts := measurement.facts:
+        known, places = ([row[name] for row in facts] for name in ("known", "fact"))
+        result["facts known"] = Counted("facts", list(map(float, known)), [1.0] * len(facts), places, 1 + max(places))
     return result
 
 
@@ -64,12 +106,6 @@ def paired_answers(one: Measurement, other: Measurement) -> list[tuple[Row, Row]
     """Pair the answers of two policies by prompt and number; drop answers that only one policy has."""
     theirs = {(row["prompt"], row["number"]): row for row in other.answers}
     return [(row, theirs[key]) for row in one.answers if (key := (row["prompt"], row["number"])) in theirs]
-
-
-def _mean(name: str, rows: Sequence[Row], value: Callable[[Row], Any]) -> Figures:
-    """Return the mean over the rows that have a value; empty if none has."""
-    known = [(float(value(row)), row["prompt"]) for row in rows if value(row) is not None]
-    return {name: intervals.mean(*map(list, zip(*known, strict=True)))} if known else {}
 
 
 def _score_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -64,6 +64,8 @@ def _values(name: str, task: "Task", policy: Policy, evaluator: Evaluator, scree
     """Return the cached values of a task, or compute them. The cache key names task, questions and policy."""
     import lm_eval
 
+    if policy.strength != 1:
+        raise UserError(f"--tasks: {policy.name} has a scaled prompt, which tasks do not support; use prompt:TEXT")
     chat = any(other.system for other in evaluator.policies.policies)
     identity = {
         "policy": evaluator.policies.lineage(policy),

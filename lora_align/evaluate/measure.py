@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_align.model import base as bases
 from lora_align.model import tokenise
 from lora_align.model.base import Base
 from lora_align.model.endpoint import Endpoint
-from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs
+from lora_align.model.logprobs import TOKENS, Shared, answer_logprobs, guided_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.sampler_protocol import SampledText
 from lora_align.policy import judges
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 Report = Callable[[int, str], None]  # the answers sampled so far, and what is measured after them
 FOLDER = "eval"  # the folder of cached measurements, in the runs folder
 TABLES = ("answers", "margins", "texts", "facts")
-FORM = 4  # part of the cache key; raise it whenever a table changes its content
+FORM = 5  # part of the cache key; raise it whenever a table changes its content
 SCORE = "score "  # prefix of columns that hold a judge's scores
 
 
@@ -171,19 +171,24 @@ class Evaluator:
         because that may give other tokens. An empty answer has no value.
         """
         rows = [row for row in rows if row["ids"]]
-        logprobs = []
-        for one in (policy, START_POLICY):
-            self.policies.activate(one)
-            tokenised: list[Shared] = []
-            for row in rows:
-                prompt = with_system_prompt(one.system, self.test_set.questions[row["prompt"]].prompt)
-                ids = self.base.chat.prompt_ids(prompt)
-                answer = row["ids"][: max(1, self.base.max_length - len(ids))]
-                tokenised.append((ids, [answer]))
-                row["tokens"] = len(answer)
-            logprobs.append(answer_logprobs(self.model, tokenised, MemoryBudget(TOKENS)))
-        for row, log_ratio in zip(rows, (logprobs[0] - logprobs[1]).tolist(), strict=True):
+        answered: list[list[Shared]] = [[], []]  # under the policy's system prompt, and without one
+        for row in rows:
+            prompt = self.test_set.questions[row["prompt"]].prompt
+            contexts = [self.base.chat.prompt_ids(with_system_prompt(of, prompt)) for of in (policy.system, "")]
+            row["tokens"] = min(len(row["ids"]), max(1, self.base.max_length - max(map(len, contexts))))
+            for of, ids in zip(answered, contexts, strict=True):
+                of.append((ids, [row["ids"][: row["tokens"]]]))
+        logprobs = self._logprobs(policy, *answered) - self._logprobs(START_POLICY, answered[1], answered[1])
+        for row, log_ratio in zip(rows, logprobs.tolist(), strict=True):
             row["kl"] = log_ratio
+
+    def _logprobs(self, policy: Policy, rows: Sequence[Shared], plain: Sequence[Shared]) -> Tensor:
+        """Return log π of every answer. `plain` has the same answers to the prompts without the system prompt."""
+        self.policies.activate(policy)
+        budget = MemoryBudget(TOKENS)
+        if policy.strength == 1:
+            return answer_logprobs(self.model, rows, budget)
+        return guided_logprobs(self.model, rows, plain, policy.strength, budget)
 
     def _add_scores(self, rows: Sequence[Row]) -> None:
         """Add each judge's scores. A judge sees the prompt without the policy's system message."""
@@ -199,15 +204,19 @@ class Evaluator:
 
         The value is nan if the prompt fills the context, or if the answers are equal once truncated.
         """
-        self.policies.activate(policy)
         ratios = {}
         for name, pairs in self.test_set.pairs.items():
             prompted = [replace(pair, prompt=with_system_prompt(policy.system, pair.prompt)) for pair in pairs]
-            tokens = tokenise.pairs(prompted, self.base.chat, self.base.max_length, Counter())
-            rows: list[Shared] = [row.shared() for row in tokens if row]
-            sums = answer_logprobs(self.model, rows, MemoryBudget(TOKENS)).view(-1, 2)
+            forms = (prompted, pairs) if policy.system else (pairs,)
+            tokens = [tokenise.pairs(of, self.base.chat, self.base.max_length, Counter()) for of in forms]
+            tokens = [*tokens, *tokens][:2]
+            fitting = [(one, plain) for one, plain in zip(*tokens, strict=True) if one and plain]
+            rows = [one.shared() for one, _ in fitting]
+            plain_rows: list[Shared] = [(plain.prompt, row[1]) for (_, plain), row in zip(fitting, rows, strict=True)]
+            sums = self._logprobs(policy, rows, plain_rows).view(-1, 2)
             ratios[name] = torch.full((len(pairs),), torch.nan)
-            ratios[name][[row is not None for row in tokens]] = (sums[:, 0] - sums[:, 1]).to(ratios[name])
+            fits = [one is not None and plain is not None for one, plain in zip(*tokens, strict=True)]
+            ratios[name][fits] = (sums[:, 0] - sums[:, 1]).to(ratios[name])
         return ratios
 
     def _margins(self, policy: Policy, report: Report = lambda sampled, now: None) -> list[Row]:
@@ -248,22 +257,30 @@ class Evaluator:
             return []
         report(self.test_set.answers, "facts")
         self.policies.activate(policy)
-        facts = [replace(fact, prompt=with_system_prompt(policy.system, fact.prompt)) for fact in self.test_set.facts]
-        known = facts_known(self.model, self.base, facts)
+        known = facts_known(self.base, self.test_set.facts, policy.system, partial(self._logprobs, policy))
         return [{"fact": place, "known": value} for place, value in enumerate(known) if value is not None]
 
 
-def facts_known(model: PreTrainedModel, base: Base, facts: Sequence[Fact]) -> list[bool | None]:
+def facts_known(
+    base: Base,
+    facts: Sequence[Fact],
+    system: str,
+    logprobs: Callable[[Sequence[Shared], Sequence[Shared]], Tensor],
+) -> list[bool | None]:
     """Return whether the correct answer of each fact has the highest mean log-probability per token.
 
-    The value is None for a fact that is too long.
+    The value is None for a fact that is too long. `logprobs` takes answers after prompts with the system prompt, and
+    the same answers after prompts without it.
     """
-    tokenised = base.chat.answered_each([(fact.prompt, [fact.right, *fact.wrong]) for fact in facts])
-    fits = [len(prompt) + max(map(len, answers)) <= base.max_length for prompt, answers in tokenised]
-    fitting = [row for row, fit in zip(tokenised, fits, strict=True) if fit]
-    sums = iter(answer_logprobs(model, fitting, MemoryBudget(TOKENS)).tolist())
+    with_system, plain = (
+        base.chat.answered_each([(with_system_prompt(text, fact.prompt), [fact.right, *fact.wrong]) for fact in facts])
+        for text in (system, "")
+    )
+    fits = [len(prompt) + max(map(len, answers)) <= base.max_length for prompt, answers in with_system]
+    fitting = [[row for row, fit in zip(of, fits, strict=True) if fit] for of in (with_system, plain)]
+    sums = iter(logprobs(*fitting).tolist())
     known: list[bool | None] = []
-    for (_, answers), fit in zip(tokenised, fits, strict=True):
+    for (_, answers), fit in zip(with_system, fits, strict=True):
         right, *wrong = [next(sums) / len(answer) for answer in answers] if fit else [math.nan]
         known.append(right > max(wrong) if fit else None)
     return known

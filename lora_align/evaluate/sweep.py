@@ -12,14 +12,15 @@ from pathlib import Path
 from lora_align import run_writer
 from lora_align.console import Screen
 from lora_align.data import shards
-from lora_align.evaluate import sweep_plots, sweep_report
+from lora_align.evaluate import equal_kl, sweep_plots, sweep_report
+from lora_align.evaluate.equal_kl import AtEqualKL, Curve
 from lora_align.evaluate.figures import Figures, figures, wins
 from lora_align.evaluate.goals import GoalScore, score_of
 from lora_align.evaluate.grid import Weights, grid, weights_text
-from lora_align.evaluate.measure import Evaluator
+from lora_align.evaluate.measure import Evaluator, Measurement
 from lora_align.evaluate.sweep_result import SweepPolicy, SweepResult
 from lora_align.metrics.intervals import Estimate
-from lora_align.policy.policy import START, WANT, newest_conditioned
+from lora_align.policy.policy import START, WANT, Policy, newest_conditioned
 from lora_align.recipe import Recipe
 from lora_align.runs import Manifest
 from lora_align.want_direction import Want, sample_direction
@@ -37,17 +38,24 @@ class SweepPlan:
     wants: Mapping[str, Want] = field(default_factory=dict)  # word of a sampled direction → the direction
     lower: Mapping[str, bool] = field(default_factory=dict)  # objective → whether its weights are all at most 0
     others: Sequence[str] = ()
+    rivals: Mapping[str, Mapping[float, str]] = field(default_factory=dict)  # word of a rival → scale → word
 
     @property
     def policies(self) -> list[str]:
         """Return the words of all policies; the start policy is first."""
-        return list(dict.fromkeys([START, *self.weights, *self.wants, *self.others]))
+        scaled = [word for words in self.rivals.values() for word in words.values()]
+        return list(dict.fromkeys([START, *self.weights, *self.wants, *self.others, *scaled]))
 
 
 def plan_sweep(
-    axes: Sequence[str], directions: int, others: Sequence[str], runs_dir: Path, screen: Screen
+    axes: Sequence[str],
+    directions: int,
+    others: Sequence[str],
+    runs_dir: Path,
+    screen: Screen,
+    against: Sequence[Policy] = (),
 ) -> SweepPlan:
-    """Parse the axes, and sample directions of the newest conditioned policy.
+    """Parse the axes, and sample directions of the newest conditioned policy. Scale the rivals in `against`.
 
     Directions are sampled uniformly from the trained region. For two objectives, more are sampled, and evenly spaced
     quantiles of their angles are used.
@@ -55,8 +63,9 @@ def plan_sweep(
     values, combined = grid(axes)
     weights = {weights_text(one): one for one in combined}
     weights.setdefault(START, dict.fromkeys(values, 0.0))
+    rivals = {one.name: {scale: equal_kl.scaled(one, scale) for scale in equal_kl.SCALES} for one in against}
     if not directions:
-        return SweepPlan(values, weights, others=others)
+        return SweepPlan(values, weights, others=others, rivals=rivals)
     region = newest_conditioned(runs_dir, "--directions", screen).manifest.recipe["rsf"]["directions"]
     draw = random.Random(0)
     wants = [sample_direction(region, draw) for _ in range(directions if len(region) > 2 else 50 * directions)]
@@ -66,7 +75,7 @@ def plan_sweep(
     by_word = {
         f"{WANT}:{','.join(f'{name}={weight:.3f}' for name, weight in one.weights.items())}": one for one in wants
     }
-    return SweepPlan(values, weights, by_word, {name: high <= 0 for name, (_, high) in region.items()}, others)
+    return SweepPlan(values, weights, by_word, {name: high <= 0 for name, (_, high) in region.items()}, others, rivals)
 
 
 def run_sweep(
@@ -78,13 +87,14 @@ def run_sweep(
         figures_of = [figures(one) for one in measurements]
         scores = _scores(plan, figures_of, recipe)
         lower = {score.name for score in scores.values() if score.lower}
+        compared = compare_rivals(plan, dict(zip(plan.policies, measurements, strict=True)))
         policies = [
             SweepPolicy(name, plan.weights.get(name), plan.wants.get(name), one, of, wins(one, measurements[0], lower))
             for name, one, of in zip(plan.policies, measurements, figures_of, strict=True)
         ]
-        result = SweepResult.of(policies, scores)
+        result = SweepResult.of(policies, scores, compared)
         write_tables(staging, list(plan.axes), policies)
-        sweep_plots.draw(staging, plan.axes, scores, policies)
+        sweep_plots.draw(staging, plan.axes, scores, policies, plan.rivals)
         base = evaluator.base.identity
         sweep_report.write_report(staging, f"sweep {target.name}", base["model"], result, policies)
         manifest = Manifest(
@@ -92,6 +102,19 @@ def run_sweep(
         )
         run_writer.publish(staging, target, manifest)
     return result
+
+
+def compare_rivals(plan: SweepPlan, measured: Mapping[str, Measurement]) -> list[AtEqualKL]:
+    """Compare the policies on the only axis with each rival, at equal KL."""
+    if not plan.rivals:
+        return []
+    [axis] = plan.axes
+    ours = Curve.of(axis, {weights[axis]: measured[word] for word, weights in plan.weights.items()})
+    compared = []
+    for name, words in plan.rivals.items():
+        rival = Curve.of(name, {0.0: measured[START], **{scale: measured[word] for scale, word in words.items()}})
+        compared += equal_kl.compare_at_equal_kl(ours, rival)
+    return compared
 
 
 def _scores(plan: SweepPlan, figures_of: Sequence[Figures], recipe: Recipe) -> dict[str, GoalScore]:

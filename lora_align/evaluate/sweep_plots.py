@@ -15,10 +15,12 @@ from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics import pareto, plots
 from lora_align.metrics.plots import BOLD, BROKEN, INK, LINE, THIN
+from lora_align.policy.policy import START
 
 OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # colours of the other axes' scores
 TICKS = 9  # most weights that are written below an axis
-COSTS = ("text loss", "facts known", "KL")
+KL = "KL"
+COSTS = ("text loss", "facts known", KL)
 
 
 def draw(
@@ -26,6 +28,7 @@ def draw(
     values: Mapping[str, Sequence[float]],
     scores: Mapping[str, GoalScore],
     policies: Sequence[SweepPolicy],
+    rivals: Mapping[str, Mapping[float, str]],
 ) -> None:
     """Draw each picture for which there is something to show."""
     grid = [policy for policy in policies if policy.weights is not None] if values else []
@@ -37,6 +40,7 @@ def draw(
         "length": lengths(scores, policies),
         "asked": direction_curves(scores, policies),
         "cost": costs(scores, policies),
+        "equal_kl": kl_curves(scores, grid, policies, rivals),
     }
     for name, picture in pictures.items():
         if picture:
@@ -76,6 +80,33 @@ def curves(
         panel.set_xlabel(f"weight of {axis}" + (f", at {', '.join(nonzero)}" if nonzero else ""))
         if len(line) <= TICKS:
             panel.set_xticks([place for place, _ in line], [f"{place:g}" for place, _ in line])
+        panel.legend(frameon=False, fontsize=7.5)
+        plots.plain(panel)
+    return picture
+
+
+def kl_curves(
+    scores: Mapping[str, GoalScore],
+    grid: Sequence[SweepPolicy],
+    policies: Sequence[SweepPolicy],
+    rivals: Mapping[str, Mapping[float, str]],
+) -> Figure | None:
+    """Return panels with each score over the KL from the start policy: a line for the axis, and one for each rival."""
+    if not rivals or not scores:
+        return None
+    by_name = {policy.name: policy for policy in policies}
+    start, axis = by_name[START], next(iter(scores))
+    lines = {axis: sorted(grid, key=lambda policy: (policy.weights or {}).get(axis, 0.0))}
+    lines |= {f"against {name}": [start, *(by_name[word] for word in words.values())] for name, words in rivals.items()}
+    shown = [*scores.values(), *(GoalScore(name) for name in ("words", "text loss") if name in start.figures)]
+    shown = list({score.name: score for score in shown}.values())
+    picture, panels = plots.grid(len(shown), (4.2, 3.4), 3)
+    for panel, score in zip(panels, shown, strict=True):
+        for colour, (name, line) in zip((INK, *OTHERS), lines.items(), strict=False):
+            known = [of.figures for of in line if {KL, score.name} <= of.figures.keys()]
+            distances, values = [of[KL] for of in known], [of[score.name] for of in known]
+            plots.plot(panel, distances, values, colour, width=BOLD if name == axis else THIN, marker="o", label=name)
+        panel.set(xlabel="KL from the start policy, nats per answer", ylabel=str(score))
         panel.legend(frameon=False, fontsize=7.5)
         plots.plain(panel)
     return picture

@@ -17,6 +17,7 @@ PLOTS = {
     "front.png": "Every policy by two scores. The dashed line joins the policies that no other policy beats.",
     "length.png": "Wins against the start policy, by the length of answers relative to the start policy's.",
     "asked.png": "Scores against the requested direction.",
+    "equal_kl.png": "Scores against the KL from the start policy, for the swept preference and its rivals.",
     "cost.png": "Cost: text loss, facts known, and KL from the start policy (star).",
 }
 TEMPLATE = """<!doctype html>

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_align.console import table
+from lora_align.evaluate import equal_kl
+from lora_align.evaluate.equal_kl import AtEqualKL
 from lora_align.evaluate.figures import Figures
 from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.grid import Weights
@@ -34,9 +36,12 @@ class SweepResult:
     front: Mapping[str, Mapping[str, float]]  # policy → score → value
     hypervolume: float
     worst: Mapping[str, float]  # score → its worst value; the corner from which the hypervolume is measured
+    at_equal_kl: Sequence[AtEqualKL] = ()  # comparisons with rivals
 
     @classmethod
-    def of(cls, policies: Sequence[SweepPolicy], scores: Mapping[str, GoalScore]) -> "SweepResult":
+    def of(
+        cls, policies: Sequence[SweepPolicy], scores: Mapping[str, GoalScore], at_equal_kl: Sequence[AtEqualKL] = ()
+    ) -> "SweepResult":
         """Compute the front and its hypervolume over the policies that have every score."""
         scored = [one for one in policies if all(score.name in one.figures for score in scores.values())]
         values = [[score.signed_value(one.figures) for score in scores.values()] for one in scored]
@@ -51,6 +56,7 @@ class SweepResult:
             },
             pareto.hypervolume(values, worst) if len(scores) > 1 else 0.0,
             {str(score): -w if score.lower else w for score, w in zip(scores.values(), worst, strict=False)},
+            at_equal_kl,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -61,6 +67,7 @@ class SweepResult:
             "front": [{"word": name, **values} for name, values in self.front.items()],
             "hypervolume": self.hypervolume,
             "above": self.worst,
+            "at equal KL": [one.as_json() for one in self.at_equal_kl],
         }
 
     def summary(self) -> str:
@@ -69,7 +76,9 @@ class SweepResult:
         front = table(["", *map(str, self.scores.values())], rows)
         if not self.scores:
             return "no score fits the axes; name a judge with --by"
-        return "\n\n".join(filter(None, ["policies that no other policy beats:", front, self.hypervolume_text()]))
+        parts = ["policies that no other policy beats:", front, self.hypervolume_text()]
+        score = next(iter(self.scores.values()))
+        return "\n\n".join(filter(None, [*parts, equal_kl.summary(self.at_equal_kl, score)]))
 
     def hypervolume_text(self) -> str:
         """Return the hypervolume and the corner from which it is measured; empty for fewer than two scores."""

@@ -30,6 +30,17 @@ REFUSAL_SHRINK, REFUSAL_TRIES = 0.85, 8  # factor on weights that refuse too man
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Weights that need no search, and the figures at these weights."""
+
+    weights: Mapping[str, float]
+    preferred: Mapping[str, float]
+    kl: float
+    loss: float | None
+    within_bounds: bool  # of KL and text loss
+
+
+@dataclass(frozen=True)
 class Tuned:
     """Weights within bounds, and the figures at these weights."""
 
@@ -39,6 +50,7 @@ class Tuned:
     loss: float | None  # None without ordinary text
     refused: float | None  # None without safe prompts
     steps: int
+    baselines: Mapping[str, Baseline]
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -56,7 +68,24 @@ class Tuned:
         merge = f"merge --weights {','.join(f'{name}={weight:g}' for name, weight in self.weights.items())}"
         tables = [table(["", "weight"], weights) + "\n"]
         tables += [table(["", "accuracy"], shares) + "\n"] if shares else []
+        tables += [f"without a search:\n{self._baselines()}\n"]
         return "\n".join([*tables, figures, f"next: {runs.command(merge, runs_dir)}"])
+
+    def _baselines(self) -> str:
+        """Return a table of the baselines."""
+        rows = [
+            [
+                name,
+                " ".join(f"{weight:.2f}" for weight in one.weights.values()),
+                *(f"{one.preferred[of]:.0%}" for of in self.preferred),
+                f"{one.kl:.3f}",
+                "" if one.loss is None else f"{one.loss:+.3f}",
+                "yes" if one.within_bounds else "no",
+            ]
+            for name, one in self.baselines.items()
+        ]
+        accuracies = [f"accuracy {name}" for name in self.preferred]
+        return table(["", "weights", *accuracies, "KL", "text loss", "within bounds"], rows)
 
 
 def tune_weights(
@@ -87,7 +116,28 @@ def search_weights(
     best, refused = _shrink_until_answered(objective, within_bounds(objective, best))
     weights = {name: round(weight, 3) for name, weight in objective.named(best.weights).items()}
     loss = best.figures[LOSS] if evaluator.test_set.texts else None
-    return Tuned(weights, best.preferred, best.figures[KL], loss, refused, steps)
+    return Tuned(weights, best.preferred, best.figures[KL], loss, refused, steps, baselines(objective))
+
+
+def baselines(objective: TuneObjective) -> dict[str, Baseline]:
+    """Measure the mixes of weights 1, and of weights that give all vectors the same norm, with a mean weight of 1."""
+    updates = objective.policies.mixer.updates
+    inverse = 1 / torch.tensor([max(float(updates[name].norm()), 1e-12) for name in objective.names])
+    ones, has_texts = torch.ones(len(objective.names)), bool(objective.evaluator.test_set.texts)
+    measured = {
+        name: objective.at(weights)
+        for name, weights in {"1 each": ones, "equal norms": inverse / inverse.mean()}.items()
+    }
+    return {
+        name: Baseline(
+            objective.named(one.weights),
+            one.preferred,
+            one.figures[KL],
+            one.figures[LOSS] if has_texts else None,
+            objective.excess(one) <= 1,
+        )
+        for name, one in measured.items()
+    }
 
 
 def maximise(objective: TuneObjective, report: Callable[[int, dict[str, str]], None]) -> tuple[Evaluation, int]:

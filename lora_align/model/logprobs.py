@@ -160,6 +160,11 @@ class Reader:
 
     def _read(self, rows: Sequence[Shared]) -> tuple[tuple[Tensor, Tensor], list[int]]:
         """Return log π of every answer token, whether it is the likeliest, and the answers' lengths."""
+        states, targets, lengths = self.predicting(rows)
+        return self.head.logprobs(states, targets), lengths
+
+    def predicting(self, rows: Sequence[Shared]) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the states [n, d] that predict the answers' tokens, these tokens [n], and the answers' lengths."""
         states = self.backbone.states([[prompt, *answers] for prompt, answers in rows])
         at, targets, lengths, start = list[int](), list[int](), list[int](), 0
         for prompt, answers in rows:
@@ -170,14 +175,17 @@ class Reader:
                 lengths.append(len(answer))
                 begin += len(answer)
             start = begin
-        return self.predicted(states, at, targets), lengths
+        return *_picked(states, at, targets), lengths
 
     def predicted(self, states: Sequence[Tensor], at: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return log p of each target after position `at` of the concatenated states, and whether it is likeliest."""
-        whole = torch.cat(list(states))
-        where = whole.device
-        picked = whole[torch.tensor(at, dtype=torch.long, device=where)]
-        return self.head.logprobs(picked, torch.tensor(targets, dtype=torch.long, device=where))
+        return self.head.logprobs(*_picked(states, at, targets))
+
+
+def _picked(states: Sequence[Tensor], at: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    whole = torch.cat(list(states))
+    where, ids = (torch.tensor(of, dtype=torch.long, device=whole.device) for of in (at, targets))
+    return whole[where], ids
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -232,6 +240,34 @@ def answer_logprobs(
     for part, sums in in_parts([reader.length(row) for row in rows], budget, some):
         logprobs.update(zip(part, sums.split([len(rows[i][1]) for i in part]), strict=True))
         report(len(logprobs))
+    return torch.cat([logprobs[i] for i in range(len(rows))])
+
+
+@torch.no_grad()
+def guided_logprobs(
+    model: PreTrainedModel, rows: Sequence[Shared], plain: Sequence[Shared], strength: float, budget: MemoryBudget
+) -> Tensor:
+    """Return log π of every answer in order, for logits (1 − s) · plain + s · guided, float32, on the CPU.
+
+    `rows` has the answers after the guided prompts, and `plain` the same answers after the plain prompts.
+    """
+    if not rows:
+        return torch.empty(0)
+    reader, logprobs = Reader.of(model), dict[int, Tensor]()
+
+    def some(part: list[int]) -> Tensor:
+        (guided, targets, lengths), (unguided, _, _) = (
+            reader.predicting([of[i] for i in part]) for of in (rows, plain)
+        )
+        chunk = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+        read = []
+        for of in zip(*(tensor.split(chunk) for tensor in (guided, unguided, targets)), strict=True):
+            logits = strength * reader.head.logits(of[0]) + (1 - strength) * reader.head.logits(of[1])
+            read.append(logits.log_softmax(-1).gather(-1, of[2][:, None])[:, 0])
+        return torch.stack([answer.sum() for answer in torch.cat(read).split(lengths)]).cpu()
+
+    for part, sums in in_parts([reader.length(row) for row in rows], budget, some):
+        logprobs.update(zip(part, sums.split([len(rows[i][1]) for i in part]), strict=True))
     return torch.cat([logprobs[i] for i in range(len(rows))])
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lora_align.console import Screen
 from lora_align.model.base import Base
-from lora_align.model.batch_sampling import LocalSampler
+from lora_align.model.batch_sampling import Guide, LocalSampler
 from lora_align.model.mixer import Mixer
 from lora_align.policy import safe_ranges, start_policy, vectors
 from lora_align.policy.policy import Policy, check_base_and_start
@@ -34,7 +34,8 @@ class LoadedPolicy:
     @property
     def sampler(self) -> LocalSampler:
         """Return a sampler of the policy."""
-        return LocalSampler(self.model, self.base)
+        guide = Guide(self.policy.system, self.policy.strength) if self.policy.strength != 1 else None
+        return LocalSampler(self.model, self.base, guide=guide)
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
-"""Parse a policy's name (`start`, `helpful=1,harmless=-0.5`, `want:…`, a folder); find its adapters and weights.
+"""Parse a policy's name (`start`, `helpful=1,harmless=-0.5`, `want:…`, `prompt:…`, a folder); find its adapters.
 
 Neither torch nor the base is loaded.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 BASE, START, MIX = "base", "start", "mix"  # names of policies
 WANT = "want"  # prefix of a name that requests a direction, as in want:helpfulness=0.8
+PROMPT = "prompt"  # prefix of a name with a system prompt, as in `prompt:Be brief.` and `prompt@1.5:Be brief.`
+STRONGEST = 10.0  # largest strength of a system prompt
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,52 @@ class Conditioned:
 
 
 @dataclass(frozen=True)
+class Prompted:
+    """A system prompt and its strength s: log π = (1 − s) log π_without + s log π_with, up to a constant.
+
+    This is classifier-free guidance (arXiv 2306.17806) with the plain prompt as the unconditional context.
+    """
+
+    text: str
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, name: str) -> "Prompted":
+        """Parse `prompt:TEXT` or `prompt@STRENGTH:TEXT`."""
+        strength, _, text = name.removeprefix(PROMPT).partition(":")
+        try:
+            value = float(strength.removeprefix("@") or 1)
+        except ValueError:
+            value = math.nan
+        if not text.strip() or not 0 <= value <= STRONGEST:
+            raise UserError(
+                f"{name!r}: expected {PROMPT}:TEXT or {PROMPT}@STRENGTH:TEXT, with a strength from 0 to {STRONGEST:g}"
+            )
+        return cls(text.strip(), value)
+
+
+@dataclass(frozen=True)
 class Policy:
-    """Weights over vectors, added to the start policy or to the base, and the direction of a conditioned policy."""
+    """Weights over vectors, added to the start policy or to the base, and the system prompt of some policies."""
 
     name: str
     vectors: Mapping[str, Vector] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     start: float = 1.0  # weight of the start adapter: 0 for the base, and for adapters that contain it
     conditioned: Conditioned | None = None
+    prompted: Prompted | None = None
 
     @property
     def system(self) -> str:
-        """Return the system message of a conditioned policy, or "" for other policies."""
+        """Return the system message of a conditioned or prompted policy, or "" for other policies."""
+        if self.prompted:
+            return self.prompted.text
         return self.conditioned.system if self.conditioned else ""
+
+    @property
+    def strength(self) -> float:
+        """Return the strength of the system message: 1 unless a prompted policy has another one."""
+        return self.prompted.strength if self.prompted else 1.0
 
     @property
     def scales(self) -> dict[str, float]:
@@ -91,9 +127,12 @@ def find_policies(names: Sequence[str], recipe: Recipe, runs_dir: Path, screen: 
 def find_policy(name: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Policy:
     """Return the policy with this name.
 
-    A name is `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, `want@rsf/policy/t2:helpfulness=0.8`, a run's or an
-    adapter's folder, `start`, `base`, or `mix` for the newest mix.
+    A name is `helpful=1,harmless=0.5`, `want:helpfulness=0.8`, `want@rsf/policy/t2:helpfulness=0.8`,
+    `prompt:Be brief.`, `prompt@1.5:Be brief.`, a run's or an adapter's folder, `start`, `base`, or `mix` for the newest
+    mix.
     """
+    if name.startswith((f"{PROMPT}:", f"{PROMPT}@")):
+        return Policy(name, prompted=Prompted.parse(name))
     if name == BASE:
         return BASE_ALONE
     if name == START:

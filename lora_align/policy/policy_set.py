@@ -14,7 +14,7 @@ from lora_align.console import Screen
 from lora_align.data.rows import Prompt
 from lora_align.errors import UserError
 from lora_align.model.base import Base
-from lora_align.model.batch_sampling import ROWS, LocalSampler
+from lora_align.model.batch_sampling import ROWS, Guide, LocalSampler
 from lora_align.model.endpoint import Endpoint
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.mixer import Mixer
@@ -59,7 +59,7 @@ class PolicySet:
         made = cls(base, policies, start, judges, server=server)
         for policy in policies if server else ():
             named = "=" in policy.name if policy.vectors else not (policy.start and start)
-            if policy.conditioned or not named:
+            if policy.conditioned or policy.strength != 1 or not named:
                 raise UserError(f"--endpoint: {policy.name} has no name on the server; name weights, as in helpful=1")
         check_base_and_start(base, start_policy.identity(start), made.vectors.values())
         warnings = [warning for vector in made.vectors.values() for warning in vector.warnings()]
@@ -83,7 +83,9 @@ class PolicySet:
         if self.server:
             return replace(self.server, model=policy.name) if policy.vectors else self.server
         self.activate(policy)
-        return self.sampler
+        return (
+            replace(self.sampler, guide=Guide(policy.system, policy.strength)) if policy.strength != 1 else self.sampler
+        )
 
     @cached_property
     def mixer(self) -> Mixer:
@@ -114,4 +116,5 @@ class PolicySet:
         parts = [[weight, policy.vectors[name].lineage()] for name, weight in policy.weights.items() if weight]
         start = start_policy.identity(self.start) if policy.start else ""
         ordered = sorted(parts, key=json.dumps)
-        return {"base": self.base.identity, "start": start, "made_of": ordered, "system": policy.system}
+        guided = {"strength": policy.strength} if policy.strength != 1 else {}
+        return {"base": self.base.identity, "start": start, "made_of": ordered, "system": policy.system, **guided}

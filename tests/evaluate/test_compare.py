@@ -29,6 +29,8 @@ from lora_align.evaluate.test_set import read_test_set
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.chat_format import text_of
+from lora_align.model.logprobs import answer_logprobs
+from lora_align.model.memory_budget import MemoryBudget
 from lora_align.policy import judge_runs
 from lora_align.policy.policy import Conditioned, find_policy, weighted
 from lora_align.policy.policy_set import PolicySet
@@ -123,7 +125,8 @@ def test_fact_with_swapped_answers_is_not_known() -> None:
     swapped = [{**row, "right": row["wrong"][0], "wrong": [row["right"]]} for row in rows]
     facts = [row_reader.fact(row, "") for row in rows + swapped]
     long = Fact((Message("user", "moon " * base.max_length),), "Yes.", ("No.",))
-    result = facts_known(base.load(), base, [*facts, long])
+    model = base.load()
+    result = facts_known(base, [*facts, long], "", lambda rows, _: answer_logprobs(model, rows, MemoryBudget(1024)))
     assert sum(map(bool, result[:12])) > 9
     assert sum(map(bool, result[12:24])) < 3
     assert result[24] is None, "the prompt fills the context"
