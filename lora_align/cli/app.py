@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from lora_align import __version__, distributed, runs, store
-from lora_align.cli import measure_commands, mix_commands, setup_commands, train_commands, use_commands
+from lora_align.cli import measure_commands, mix_commands, prefer_command, setup_commands, train_commands, use_commands
 from lora_align.console import Screen, library_log, write
 from lora_align.errors import RunFailedError, Stopped, UserError, nearest
 
@@ -50,7 +50,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "doctor": setup_commands.doctor,
         "plan": setup_commands.plan,
     },
-    "Data": {"data": setup_commands.data},
+    "Data": {"data": setup_commands.data, "pairs": setup_commands.pairs},
     "Train": {
         "sft": train_commands.sft,
         "dpo": train_commands.dpo,
@@ -61,6 +61,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "merge": mix_commands.merge,
         "inspect": mix_commands.inspect,
         "tune": measure_commands.tune,
+        "prefer": prefer_command.prefer,
         "reach": measure_commands.reach,
     },
     "Use": {
@@ -73,8 +74,8 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Share": {"export": mix_commands.export, "push": mix_commands.push},
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
-SAME_LINE = {"demo", "score", "generate", "eval", "sweep", "reach"}  # the same command line continues these
-WITHOUT_RUN = {"chat", "serve"}  # these publish nothing
+SAME_LINE = {"demo", "pairs", "score", "generate", "eval", "sweep", "reach"}  # the same command line continues these
+WITHOUT_RUN = {"chat", "serve", "prefer"}  # these publish nothing
 SIGNALLED = 128  # exit codes above it name a signal
 RANK_0_SECONDS = 30.0  # seconds that other ranks wait, so that rank 0 can print its error before it is ended
 for _name, _command in COMMANDS.items():

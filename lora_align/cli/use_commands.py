@@ -27,6 +27,7 @@ from lora_align.cli.shared import (
 from lora_align.data import shards
 from lora_align.errors import UserError
 from lora_align.mix_weights import parse_weights
+from lora_align.policy import profiles
 from lora_align.policy.policy import select_policy
 from lora_align.recipe import Recipe
 
@@ -74,6 +75,9 @@ def chat(
     weights: WeightsOption = None,
     adapter: AdapterOption = None,
     want: WantOption = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="The weights of a profile that `prefer` saved.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this prompt and exit.")
     ] = None,
@@ -105,7 +109,11 @@ def chat(
     if script and given.as_json:
         raise UserError("chat: --json needs one prompt and takes no commands; leave out --json")
     recipe = given.recipe_of_runs()
+    if profile is not None and (weights is not None or adapter is not None):
+        raise UserError("--profile excludes --weights and --adapter: give only one of them")
     wanted = parse_weights(weights) if weights is not None else None
+    if profile is not None:
+        wanted = profiles.weights(profile, given.runs_dir)
     policy = select_policy(given.runs_dir, recipe, given.screen, wanted, adapter, want)
     given.screen.loading(recipe.base.model)
     from lora_align.chat import session as sessions

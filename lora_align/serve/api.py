@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.errors import UserError, first_line, inert
 from lora_align.model.chat_format import text_of
-from lora_align.policy.policy import WANT
+from lora_align.policy.policy import PROMPT, WANT
 from lora_align.serve.answer import Answer, AnswerSettings, Context, Piece
 from lora_align.serve.batcher import Batcher
 from lora_align.serve.catalogue import Catalogue, Served, UnknownNameError
@@ -123,20 +123,21 @@ class Api:
         served = await run_in_threadpool(self._served, body)
         roles = {"developer": "system"}
         turns = tuple(Message(roles.get(message.role, message.role), message.text) for message in body.messages)
-        prompt = await run_in_threadpool(self._tokens, with_system_prompt(served.policy.system, turns))
+        forms = [with_system_prompt(served.policy.system, turns), *([turns] if served.policy.strength != 1 else [])]
+        prompt = [await run_in_threadpool(self._tokens, form) for form in forms]
         return await self._answer(request, body, served, [prompt])
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
         body: TextBody = parse(TextBody, await _json(request))
-        if body.want is not None or body.model.startswith(WANT):
-            raise UserError("a direction is a system message, so it needs /v1/chat/completions")
+        if body.want is not None or body.model.startswith((f"{WANT}:", f"{WANT}@", f"{PROMPT}:", f"{PROMPT}@")):
+            raise UserError("directions and prompts are system messages, so they need /v1/chat/completions")
         served = await run_in_threadpool(self._served, body)
         prompts = [await run_in_threadpool(self._tokens, one) if isinstance(one, str) else one for one in body.prompts]
         vocabulary = self.batcher.model.config.get_text_config().vocab_size
         if any(token >= vocabulary for prompt in prompts for token in prompt):
             raise UserError(f"prompt: a token is not in the vocabulary of {vocabulary:,}")
-        return await self._answer(request, body, served, prompts)
+        return await self._answer(request, body, served, [[prompt] for prompt in prompts])
 
     async def change_weights(self, request: Request) -> Response:
         """Change the weights of an answer that is being written, from its next token on."""
@@ -167,9 +168,9 @@ class Api:
             return list(chat.tokenizer(text)["input_ids"]) if isinstance(text, str) else chat.prompt_ids(text)
 
     async def _answer(
-        self, request: Request, body: ChatBody | TextBody, served: Served, prompts: Sequence[Sequence[int]]
+        self, request: Request, body: ChatBody | TextBody, served: Served, prompts: Sequence[Sequence[Sequence[int]]]
     ) -> Response:
-        """Queue the answers to some prompts, and return them or stream them."""
+        """Queue the answers to some prompts, and return them or stream them. A prompt may have two forms."""
         if len(prompts) * body.n > MOST_ANSWERS:
             raise UserError(f"{len(prompts) * body.n:,} answers were asked for; a request may have {MOST_ANSWERS}")
         chat, loop = isinstance(body, ChatBody), asyncio.get_running_loop()
@@ -177,9 +178,11 @@ class Api:
         client = request.client.host if request.client else ""
         groups: list[list[Answer]] = []
         for place, prompt in enumerate(prompts):
-            context, settings = self._context(prompt, served), self._settings(body, len(prompt))
+            contexts, settings = self._contexts(prompt, served), self._settings(body, max(map(len, prompt)))
 
-            def made(number: int, at: int, context: Context = context, settings: AnswerSettings = settings) -> Answer:
+            def made(
+                number: int, at: int, contexts: tuple[Context, ...] = contexts, settings: AnswerSettings = settings
+            ) -> Answer:
                 unsent: list[Piece] = []
 
                 def send(piece: Piece) -> None:
@@ -190,7 +193,7 @@ class Api:
                         unsent.clear()
 
                 deadline = time.monotonic() + self.deadline
-                return Answer((context,), settings, number, self.decoder, send, client, deadline)
+                return Answer(contexts, settings, number, self.decoder, send, client, deadline)
 
             groups.append([made(number, place * body.n + number) for number in range(body.n)])
         completion = Completion(
@@ -235,13 +238,15 @@ class Api:
                 self.log(f"prompt: {inert(text_of(self.decoder, answer.contexts[0].prompt))}")
                 self.log(f"answer: {inert(answer.text)}")
 
-    def _context(self, prompt: Sequence[int], served: Served) -> Context:
-        most = self.catalogue.base.max_length
-        if not prompt:
+    def _contexts(self, forms: Sequence[Sequence[int]], served: Served) -> tuple[Context, ...]:
+        """Return a row of the batch for each form of a prompt: with and without a system prompt of some strength."""
+        most, longest, strength = self.catalogue.base.max_length, max(map(len, forms)), served.policy.strength
+        if not min(map(len, forms)):
             raise UserError("the prompt is empty")
-        if len(prompt) >= most:
-            raise UserError(f"the prompt has {len(prompt):,} tokens, and the context of the base {most:,}; shorten it")
-        return Context(tuple(prompt), served.weights)
+        if longest >= most:
+            raise UserError(f"the prompt has {longest:,} tokens, and the context of the base {most:,}; shorten it")
+        shares = [1.0] if len(forms) == 1 else [strength, 1 - strength]
+        return tuple(Context(tuple(form), served.weights, of) for form, of in zip(forms, shares, strict=True))
 
     def _settings(self, body: ChatBody | TextBody, prompt: int) -> AnswerSettings:
         return AnswerSettings(

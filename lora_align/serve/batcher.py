@@ -24,7 +24,8 @@ from transformers import Cache, PreTrainedModel
 
 from lora_align.adapters.delta import LoraDelta
 from lora_align.errors import RunFailedError
-from lora_align.model.memory_budget import is_out_of_memory
+from lora_align.model.logprobs import TOKENS, Answered, Reader, Shared, answer_logprobs
+from lora_align.model.memory_budget import MemoryBudget, is_out_of_memory
 from lora_align.model.mixer import Mixer
 from lora_align.model.slot_cache import SlotCache, filled_cache, row_of
 from lora_align.model.token_sampling import pick
@@ -159,6 +160,16 @@ class Batcher:
         mixer = Mixer(self.model, {**old, **{name: load() for name, load in loaders.items()}}, {})
         self.mixer.remove()
         self.mixer, self._set = mixer, None
+
+    def sums(self, rows: Sequence[Shared], weights: Mapping[str, float]) -> Tensor:
+        """Return log π of every answer in order, for a policy with these weights. Let `call` run this."""
+        self._set_weights([weights])
+        return answer_logprobs(self.model, rows, MemoryBudget(TOKENS))
+
+    def token_logprobs(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> Tensor:
+        """Return log π of every token of the answers in order. Let `call` run this."""
+        self._set_weights([weights])
+        return Reader.of(self.model).tokens(rows).cpu()
 
     def change(self, answers: Sequence[Answer], weights: Mapping[str, float]) -> None:
         """Use other weights for some answers from their next token on. A prompt that is being read is read again."""

@@ -20,10 +20,11 @@ from lora_align.errors import UserError, nearest
 from lora_align.evaluate.grid import weights_text
 from lora_align.mix_weights import parse_weights
 from lora_align.model.base import Base
-from lora_align.policy import safe_ranges, start_policy, vectors
+from lora_align.policy import profiles, safe_ranges, start_policy, vectors
 from lora_align.policy.policy import (
     BASE,
     BASE_ALONE,
+    PROMPT,
     START,
     START_POLICY,
     WANT,
@@ -127,7 +128,10 @@ class Catalogue:
     def names(self) -> list[str]:
         """Return the names of all models."""
         known = self.known()
-        return list(dict.fromkeys([self.default.name, BASE, START, *known.vectors, *known.mixes, *known.conditioned]))
+        own = [f"{profiles.PREFIX}{name}" for name in profiles.names(self.runs_dir)]
+        return list(
+            dict.fromkeys([self.default.name, BASE, START, *known.vectors, *known.mixes, *known.conditioned, *own])
+        )
 
     def serve(self, model: str, weights: Mapping[str, float] | None, want: Mapping[str, float] | None) -> Served:
         """Return the policy of a request. Load its updates, and wait until the batcher has them.
@@ -136,9 +140,18 @@ class Catalogue:
         the catalogue are looked up, so a request cannot name a folder.
         """
         known, screen = self.known(), _Collecting()
-        if weights is None and "=" in model and not model.startswith((f"{WANT}:", f"{WANT}@")):
+        prompted = model.startswith((f"{PROMPT}:", f"{PROMPT}@"))
+        if model.startswith(profiles.PREFIX):
+            weights = (
+                profiles.weights(model.removeprefix(profiles.PREFIX), self.runs_dir) if weights is None else weights
+            )
+            model = START
+        elif weights is None and "=" in model and not prompted and not model.startswith((f"{WANT}:", f"{WANT}@")):
             model, weights = (self.default.name if model == self.default.name else START), parse_weights(model)
-        if want is not None or model.startswith((f"{WANT}:", f"{WANT}@")):
+        if prompted:
+            policy = find_policy(model, self.recipe, self.runs_dir, screen)
+            policy = self._weighted(known, policy, weights) if weights else policy
+        elif want is not None or model.startswith((f"{WANT}:", f"{WANT}@")):
             policy = self._conditioned(known, model, want, screen)
             policy = self._weighted(known, policy, weights) if weights else policy
         else:
@@ -209,6 +222,8 @@ class Catalogue:
         chosen = {name: known.vectors[name] for name in weights}
         vectors.refuse_start_inside(chosen.values())
         start = 0.0 if policy.name == BASE else 1.0
+        if policy.prompted:
+            return replace(policy, vectors=chosen, weights=weights)
         if policy.conditioned is None:
             return Policy(weights_text(weights) if start or any(weights.values()) else BASE, chosen, weights, start)
         adapter = policy.conditioned.name

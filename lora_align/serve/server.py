@@ -5,7 +5,6 @@ import errno
 import socket
 import sys
 import threading
-from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,18 +15,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError
 from lora_align.model import base as bases
-from lora_align.model.batch_sampling import affordable
 from lora_align.policy.loading import warn_of
 from lora_align.policy.policy import Policy
 from lora_align.recipe import Recipe
 from lora_align.serve.api import Api
-from lora_align.serve.batcher import LARGEST_BATCH, Batcher
+from lora_align.serve.batcher import Batcher
 from lora_align.serve.catalogue import Catalogue
+from lora_align.serve.engine import STOP_SECONDS, Engine
 from lora_align.serve.guard import Guard
 
 HEADER_SECONDS = 10.0  # for the headers of a request
 READ_SECONDS = 30.0  # in which a client must read some of its response
-STOP_SECONDS = 3  # for running answers, after Ctrl-C
 CONNECTIONS = 1000
 SWITCH_SECONDS = 0.0005  # until a thread gives way to another; the batcher must not wait for the API
 
@@ -119,26 +117,8 @@ def run_server(recipe: Recipe, runs_dir: Path, policy: Policy, settings: ServerS
     bound = _bind(settings)
     base = bases.find(recipe.base)
     warn_of(policy, base, runs_dir, screen)
-    started: Future[Batcher] = Future()
-    failure: list[Exception] = []
-
-    def compute() -> None:
-        try:
-            model = base.load()
-            budget = min(affordable(model, 1) // 2, LARGEST_BATCH * base.max_length)  # allocations have spare room
-            started.set_result(Batcher(model, budget))
-            started.result().run()
-        except Exception as fault:  # noqa: BLE001 - the main thread reports every error
-            failure.append(fault)
-            if not started.done():
-                started.set_exception(fault)
-        finally:
-            stopped.set()
-
-    stopped = threading.Event()
-    thread = threading.Thread(target=compute, name="batcher", daemon=True)
-    thread.start()
-    batcher = started.result()
+    engine = Engine.start(base)
+    batcher = engine.batcher
     catalogue = Catalogue(base, recipe, runs_dir, policy, batcher, screen.warn)
     catalogue.serve("", None, None)  # loads the default's vectors before the first request
     api = Api(catalogue, batcher, settings.length, settings.deadline, screen.note, settings.log_texts)
@@ -154,7 +134,7 @@ def run_server(recipe: Recipe, runs_dir: Path, policy: Policy, settings: ServerS
         timeout_keep_alive=30,
         timeout_graceful_shutdown=STOP_SECONDS + 1,
     )
-    server = _Server(config, batcher, stopped)
+    server = _Server(config, batcher, engine.stopped)
     sys.setswitchinterval(SWITCH_SECONDS)
     address = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{bound.getsockname()[1]}"
     screen.result(
@@ -165,10 +145,9 @@ def run_server(recipe: Recipe, runs_dir: Path, policy: Policy, settings: ServerS
     try:
         server.run(sockets=[bound])
     finally:
-        batcher.stop()
-        thread.join(STOP_SECONDS)
-    if failure:
-        raise RunFailedError(f"the server failed: {failure[0]}") from failure[0]
+        engine.stop()
+    if engine.failure:
+        raise RunFailedError(f"the server failed: {engine.failure[0]}") from engine.failure[0]
 
 
 def _bind(settings: ServerSettings) -> socket.socket:

@@ -308,3 +308,18 @@ def test_a_slow_client_does_not_stay_connected(server: Served, monkeypatch: pyte
     with socket.create_connection((at.hostname, at.port), timeout=SECONDS) as slow:
         slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         assert slow.recv(1) == b""  # closed by the server
+
+
+def test_prompted_policies_and_profiles_are_served(server: Served) -> None:
+    asked = "Your response should be rated helpfulness 0.9"
+    [prompted, same, plain] = [server.text(model=f"prompt{strength}:{asked}") for strength in ("", "@1", "@0")]
+    assert prompted == same
+    assert plain == server.text(model="start")
+    messages = [{"role": "system", "content": asked}, {"role": "user", "content": "Tell me about rain."}]
+    assert prompted == server.text(model="start", messages=messages)
+    assert server.text(model=f"prompt@2:{asked}")
+    refused = server.post("/v1/chat/completions", {"model": "prompt:", "messages": messages})
+    assert refused.status_code == 400
+    assert "expected prompt:TEXT" in refused.text
+    unknown = server.post("/v1/chat/completions", {"model": "profile:me", "messages": messages})
+    assert "no profile 'me'" in unknown.text

@@ -1,0 +1,1 @@
+"""Learn the weights that a person prefers, from picks between two answers."""
