@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -31,6 +32,7 @@ SECTIONS = {  # heading → dataclass
     "Keys of all data sources": tables.Source,
     "Keys of all training stages": tables.Training,
     "`[preferences.NAME]`": tables.Preference,
+    "`[pairs]`": tables.Pairs,
     "`[sft]`": tables.Sft,
     "`[dpo]`": tables.Dpo,
     "`[reward]`": tables.Reward,
@@ -101,6 +103,8 @@ def allowed(kind: Any) -> str:
         return f"table of {PLURAL.get(values, values)}" if values else "table"
     if type(None) in parts:
         return allowed(parts[0])
+    if origin is UnionType:
+        return ", or ".join(map(allowed, parts))
     return NAMES.get(kind, "table")
 
 

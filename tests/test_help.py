@@ -16,9 +16,9 @@ from support import COMMAND
 
 GROUPS = {
     "Start": "demo recipes init doctor plan",
-    "Data": "data",
+    "Data": "data pairs",
     "Train": "sft dpo reward rsf",
-    "Mix": "merge inspect tune reach",
+    "Mix": "merge inspect tune prefer reach",
     "Use": "chat generate serve score",
     "Measure": "eval sweep list",
     "Share": "export push",

@@ -18,10 +18,11 @@ PACKAGE = Path(lora_align.__file__).parent
 FLOORS = [
     {"errors"},
     {"distributed", "line_wrapping", "plugins", "refusals", "store"},
-    {"console", "mix_weights", "rankers"},
+    {"console", "mix_weights", "text_measures"},
+    {"rankers"},
     {"want_direction"},
     {"recipe", "runs"},
-    {"run_writer"},
+    {"described_pairs", "run_writer"},
     {"adapters", "data", "metrics"},
     {"model"},
     {"policy"},
@@ -31,7 +32,7 @@ FLOORS = [
     {"chat", "evaluate"},
     {"commands"},
     {"export", "serve"},
-    {"demo"},
+    {"demo", "prefer"},
     {"vector"},
     {"project"},
     {"cli"},
@@ -126,6 +127,10 @@ OF_A_BASE = {"transformers", "bitsandbytes", "peft", "trl", "datasets", "matplot
             2,
         ),
         (["push", "runs/none", "--to", "me/it"], 2),
+        (["pairs", "--pref", "helpfull"], 2),
+        (["prefer", "--prefs", "helpful"], 2),
+        (["prefer", "--json"], 2),
+        (["sweep", "helpful=0:1", "harmless=0:1", "--against", "prompt:a"], 2),
         (["merge", "-w", "helpful=1", "--out", "no/such/dir"], 2),
         (["merge", "-w", "helpful=1", "--method", "exact", "--option", "density=3"], 2),
         (["chat", "--seed", "99999999999999999999999"], 2),
@@ -222,7 +227,7 @@ def test_every_option_of_a_recipe_is_read_somewhere() -> None:
     nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     read = {(ast.unparse(node.value).split(".")[-1], node.attr) for node in nodes if isinstance(node, ast.Attribute)}
     tables = [recipe.Base, recipe.Lora, recipe.Training, recipe.Sft, recipe.Dpo, recipe.Preference]
-    tables += [recipe.Ratings, recipe.Reward, recipe.Rsf, recipe.Eval, recipe.EvalSource]
+    tables += [recipe.Pairs, recipe.Ratings, recipe.Reward, recipe.Rsf, recipe.Eval, recipe.EvalSource]
     holders = {
         "base",
         "recipe",
