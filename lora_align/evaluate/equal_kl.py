@@ -71,6 +71,7 @@ class AtEqualKL:
     policy: str
     rival: str
     kl: Mapping[str, float]  # by kind
+    reached: Mapping[str, float]  # the largest KL of the rival, by kind
     figures: Mapping[str, Mapping[str, Difference]]  # by kind of KL
 
     def verdict(self, score: GoalScore) -> str:
@@ -121,7 +122,8 @@ def compare_at_equal_kl(policy: Curve, rival: Curve) -> list[AtEqualKL]:
                 for kind in KINDS
             }
             kl = {kind: float(ours[kind][0, place]) for kind in KINDS}
-            compared.append(AtEqualKL(f"{policy.name}={scale:g}", rival.name, kl, figures))
+            reached = {kind: float(theirs[kind][0].max()) for kind in KINDS}
+            compared.append(AtEqualKL(f"{policy.name}={scale:g}", rival.name, kl, reached, figures))
     return compared
 
 
@@ -132,7 +134,8 @@ def summary(compared: Sequence[AtEqualKL], score: GoalScore | None) -> str:
         kl = ", ".join(f"{kind} {value:.3g}" for kind, value in one.kl.items())
         heading = f"{one.policy} against {one.rival} at equal KL ({kl})"
         rows = list(one.rows(score))
-        body = table(["", one.policy, "rival", "difference (95 %)", "verdict"], rows) if rows else "not reached"
+        least = f"not comparable: the rival's KL is between 0 and {one.reached[KINDS[0]]:.3g}"
+        body = table(["", one.policy, "rival", "difference (95 %)", "verdict"], rows) if rows else least
         parts.append(f"{heading}\n{body}")
     return "\n\n".join(parts)
 

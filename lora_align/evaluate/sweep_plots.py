@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
+from textwrap import shorten
 
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
@@ -15,11 +16,12 @@ from lora_align.evaluate.goals import GoalScore
 from lora_align.evaluate.sweep_result import SweepPolicy
 from lora_align.metrics import pareto, plots
 from lora_align.metrics.plots import BOLD, BROKEN, INK, LINE, THIN
-from lora_align.policy.policy import START
+from lora_align.policy.policy import PROMPT, START
 
 OTHERS = ("#0f766e", "#7c3aed", "#b45309", "#be185d")  # colours of the other axes' scores
 TICKS = 9  # most weights that are written below an axis
 KL = "KL"
+LABEL = 60  # characters of a policy in a legend
 COSTS = ("text loss", "facts known", KL)
 
 
@@ -97,7 +99,10 @@ def kl_curves(
     by_name = {policy.name: policy for policy in policies}
     start, axis = by_name[START], next(iter(scores))
     lines = {axis: sorted(grid, key=lambda policy: (policy.weights or {}).get(axis, 0.0))}
-    lines |= {f"against {name}": [start, *(by_name[word] for word in words.values())] for name, words in rivals.items()}
+    lines |= {
+        f"against {name.removeprefix(f'{PROMPT}:')}": [start, *(by_name[word] for word in words.values())]
+        for name, words in rivals.items()
+    }
     shown = [*scores.values(), *(GoalScore(name) for name in ("words", "text loss") if name in start.figures)]
     shown = list({score.name: score for score in shown}.values())
     picture, panels = plots.grid(len(shown), (4.2, 3.4), 3)
@@ -105,10 +110,11 @@ def kl_curves(
         for colour, (name, line) in zip((INK, *OTHERS), lines.items(), strict=False):
             known = [of.figures for of in line if {KL, score.name} <= of.figures.keys()]
             distances, values = [of[KL] for of in known], [of[score.name] for of in known]
-            plots.plot(panel, distances, values, colour, width=BOLD if name == axis else THIN, marker="o", label=name)
+            plots.plot(panel, distances, values, colour, width=BOLD if name == axis else THIN, marker="o")
         panel.set(xlabel="KL from the start policy, nats per answer", ylabel=str(score))
-        panel.legend(frameon=False, fontsize=7.5)
         plots.plain(panel)
+    labels = [shorten(name, LABEL, placeholder=" …") for name in lines]
+    picture.legend(panels[0].get_lines(), labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7.5)
     return picture
 
 

@@ -80,7 +80,7 @@ def test_noise_between_prompts_makes_a_small_difference_undecided() -> None:
 
 def test_verdict_must_hold_for_both_kinds_of_kl() -> None:
     ahead, level = Difference(2.0, 1.0, 0.5, 1.5), Difference(2.0, 1.9, -0.5, 0.7)
-    one = AtEqualKL("a=1", "b", {}, {"KL": {"score": ahead}, "KL per token": {"score": level}})
+    one = AtEqualKL("a=1", "b", {}, {}, {"KL": {"score": ahead}, "KL per token": {"score": level}})
     assert one.verdict(GoalScore("score")) == "undecided"
 
 
