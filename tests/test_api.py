@@ -190,4 +190,5 @@ def test_generate_and_evaluate_take_vectors_and_words(project: la.Project) -> No
     comparison = project.evaluate(policies=[helpful, "start"])
     assert list(comparison.policies) == ["helpful", "start"]
     assert comparison.policies["start"]["KL"].value == 0
-    assert "helpful against start: share of answers won" in repr(comparison)
+    assert "helpful against start (mean words: " in repr(comparison)
+    assert "share of answers won, a tie counts half" in repr(comparison)
