@@ -89,6 +89,7 @@ def make_pairs(
                         "source": preference.prompts or EVERYDAY.stem,
                         "prompts": len(tasks),
                         "pairs": len(pairs),
+                        "cut": sum(not one.ended for of in answers.values() for some in of.values() for one in some),
                         "dropped": dict(dropped),
                     },
                     method={"settings": settings, "model": model},
@@ -106,7 +107,10 @@ def summary(run: Run) -> str:
     data, metrics = run.manifest.data, run.manifest.metrics
     words = f"{metrics['chosen words']:.0f} words chosen, {metrics['rejected words']:.0f} rejected"
     dropped = f"; dropped {reasons(Counter(data['dropped']))}" if data["dropped"] else ""
-    return f"{run.path}  {count(data['pairs'], 'pair')} from {count(data['prompts'], 'prompt')}; {words}{dropped}"
+    cut = (
+        f"; {count(data['cut'], 'answer')} cut at the last sentence within pairs.max_new_tokens" if data["cut"] else ""
+    )
+    return f"{run.path}  {count(data['pairs'], 'pair')} from {count(data['prompts'], 'prompt')}; {words}{cut}{dropped}"
 
 
 def warnings(run: Run, preference: Preference) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Filters of `pairs`: pair the answers to a prompt, drop those that broke, and keep what a judge agrees with."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ REPEATED = 0.3  # share of repeated 4-grams above which an answer is dropped
 SIMILAR = 1.25  # largest ratio of the lengths of two answers that `match_length` pairs
 BASE = "base"  # the judge that is the base itself
 SIDES = ("more", "less")
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def pair_up(
     good: dict[str, list[str]] = {side: [] for side in SIDES}
     for side in SIDES:
         for answer in answers[side]:
-            if fault := _fault(answer):
+            text = whole_sentences(answer)
+            if fault := _fault(answer, text):
                 dropped[fault] += 1
             else:
-                good[side].append(answer.text)
+                good[side].append(text)
     more, less = good["more"], good["less"]
     pairs = []
     while more and less:
@@ -90,13 +93,19 @@ def pair_up(
     return pairs
 
 
-def _fault(answer: SampledText) -> str:
+def whole_sentences(answer: SampledText) -> str:
+    """Return an answer's text; of an unfinished answer, only its complete sentences."""
+    ends = [0, *(end.end() for end in SENTENCE_END.finditer(answer.text))]
+    return answer.text if answer.ended else answer.text[: ends[-1]]
+
+
+def _fault(answer: SampledText, text: str) -> str:
     """Return why an answer cannot be used, or ""."""
     if not answer.text.strip():
         return "empty answer"
-    if not answer.ended:
+    if not text:
         return "unfinished answer"
-    return "repetitive answer" if repetition.repeated(answer.text) > REPEATED else ""
+    return "repetitive answer" if repetition.repeated(text) > REPEATED else ""
 
 
 def _length_ratio(one: str, other: str) -> float:

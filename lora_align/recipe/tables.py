@@ -200,8 +200,8 @@ class Pairs:
     """Answers sampled under each description; with more than one, `match_length` has a choice."""
     temperature: Positive = 1.0
     """The sampling temperature."""
-    max_new_tokens: Tokens = 256
-    """The longest answer, in tokens; pairs with an unfinished answer are dropped."""
+    max_new_tokens: Tokens = 128
+    """The longest answer, in tokens; of an unfinished answer, only complete sentences are used."""
     seed: Seed = 0
     """The seed of sampling."""
 

@@ -12,7 +12,7 @@ import pytest
 import lora_align as la
 from lora_align import recipe
 from lora_align.commands.make_pairs import read_tasks
-from lora_align.commands.pair_filters import Task, pair_up
+from lora_align.commands.pair_filters import Task, pair_up, whole_sentences
 from lora_align.data.rows import Message
 from lora_align.model.sampler_protocol import SampledText
 from lora_align.recipe import Preference
@@ -231,6 +231,17 @@ def test_broken_answers_are_dropped_with_their_reason() -> None:
     assert pair_up(task, answers, Preference(more="a"), dropped) == []
     expected = {"empty answer": 1, "repetitive answer": 1, "unfinished answer": 1, "equal answers": 1}
     assert dropped == expected
+
+
+def test_unfinished_answer_is_cut_after_its_last_sentence() -> None:
+    for text, whole in (
+        ("One. Two!", "One. Two!"),
+        ('He said "Go." Then he', 'He said "Go."'),
+        ("Version 1.5 is", ""),
+        ("A (good one!) b", "A (good one!)"),
+    ):
+        assert whole_sentences(SampledText(0, 0, text, False)) == whole
+        assert whole_sentences(SampledText(0, 0, text, True)) == text
 
 
 def test_init_adds_a_described_preference(tmp_path: Path, cli: Cli) -> None:
