@@ -9,7 +9,7 @@ import typer
 
 from lora_align import described_pairs, run_writer
 from lora_align import recipe as recipes
-from lora_align.cli.shared import RUNS, Given, check_picture, check_text, check_url, takes
+from lora_align.cli.shared import RUNS, Given, ServedModelOption, check_picture, check_text, check_url, takes
 from lora_align.console import table
 from lora_align.errors import RunFailedError, UserError
 from lora_align.mix_weights import RESERVED
@@ -191,12 +191,7 @@ def pairs(
         str | None,
         typer.Option("--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server, of a larger model."),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", metavar="NAME", help="The name of the model on the server; needed if it serves several."
-        ),
-    ] = "",
+    model: ServedModelOption = "",
 ) -> None:
     """Make a preference's pairs from its description.
 

@@ -110,6 +110,10 @@ ByOption = Annotated[
         help="The judge: a reward model's name, or pair:PREFERENCE for a preference's two adapters; repeatable.",
     ),
 ]
+ServedModelOption = Annotated[
+    str,
+    typer.Option("--model", metavar="NAME", help="The name of the model on the server; needed if it serves several."),
+]
 SEED_RANGE = {"min": 0, "max": 2**63 - 1}
 
 

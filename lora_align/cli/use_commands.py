@@ -14,6 +14,7 @@ from lora_align.cli.shared import (
     AdapterOption,
     Given,
     LengthOption,
+    ServedModelOption,
     SystemOption,
     TemperatureOption,
     TopPOption,
@@ -152,12 +153,7 @@ def generate(
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", metavar="URL", help="Sample on this OpenAI-compatible server.")
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", metavar="NAME", help="The name of the model on the server; needed if it serves several."
-        ),
-    ] = "",
+    model: ServedModelOption = "",
     show_server: Annotated[
         bool, typer.Option("--show-server", help="Print the vLLM command that serves the recipe's base, and exit.")
     ] = False,

@@ -63,7 +63,7 @@ class Preferred:
 
 @dataclass(frozen=True)
 class Asked:
-    """How to learn: from a person, from a file, or from a simulated person."""
+    """Select how to learn: from a person, from a file, or from a simulated person."""
 
     picks: int
     prompts: str

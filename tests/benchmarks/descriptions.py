@@ -8,14 +8,12 @@ lexicon, a readability index, counts. splits.py writes the folder --splits. The 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import real_base
 import report
-import splits
 
 from lora_align import described_pairs, runs
 from lora_align.evaluate.compare import compare_policies
@@ -42,23 +40,12 @@ WEIGHTS = (-1.0, -0.5, 0.5, 1.0)
 PAIRS = {"max_new_tokens": 128, "seed": 0}
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
 MEASURES = sorted({judge for _, _, judge in DESCRIPTIONS.values()})
-TEXTS = 20
-
-
-def texts(words: argparse.Namespace) -> Path:
-    """Write the ordinary texts, and return their file."""
-    file = words.work / "texts.jsonl"
-    source = splits.file_of(words.splits, "ultrafeedback", "development")
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[-TEXTS:]]
-    chosen = [row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"] for row in rows]
-    file.write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in chosen))
-    return file
 
 
 def measure(words: argparse.Namespace, name: str) -> dict[str, Any]:
     """Make the pairs of a description, train its vector, and measure it at every weight."""
     more, less, judge = DESCRIPTIONS[name]
-    test_set = {**TEST_SET, "text": {"data": str(texts(words)), **real_base.HERE}}
+    test_set = {**TEST_SET, "text": {"data": str(real_base.texts(words.splits, words.work)), **real_base.HERE}}
     described = {name: {"more": more, "less": less}}
     project = real_base.project(
         words.base, words.splits, words.work / name, "development", preferences=described, pairs=PAIRS, eval=test_set

@@ -16,7 +16,6 @@ from typing import Any
 
 import real_base
 import report
-import splits
 
 import lora_align as la
 from lora_align import runs
@@ -38,17 +37,6 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
-TEXTS = 20  # chosen answers of UltraFeedback's development pairs
-
-
-def texts(words: argparse.Namespace) -> Path:
-    """Write the ordinary texts, and return their file."""
-    file = words.work / "texts.jsonl"
-    source = splits.file_of(words.splits, "ultrafeedback", "development")
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:TEXTS]]
-    chosen = [row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"] for row in rows]
-    file.write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in chosen))
-    return file
 
 
 def project(
@@ -76,7 +64,7 @@ def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]
     vector = trained.train(preference, **dpo_of(settings))
     seconds = time.monotonic() - began
     pos, neg = (trained.vector(f"dpo/{preference}/{direction}") for direction in ("pos", "neg"))
-    test_set = {**TEST_SET, "text": {"data": str(texts(words)), **real_base.HERE}}
+    test_set = {**TEST_SET, "text": {"data": str(real_base.texts(words.splits, words.work)), **real_base.HERE}}
     development = project(words, preference, settings, "development", dpo={"held_out": 0.95}, eval=test_set)
     policies = ["start", *(f"{preference}={weight:g}" for weight in (*WEIGHTS, -0.5))]
     chosen = [development.policy(name) for name in policies]

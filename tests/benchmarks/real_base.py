@@ -1,5 +1,6 @@
 """The laptop recipe on a GGUF file and on split rows, instead of a base and data from the hub."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import lora_align as la
 Split = Literal["train", "development"]
 PAIRS = {"helpful": "ultrafeedback"} | dict.fromkeys(("harmless", "cautious", "brief"), "hh-harmless")
 HERE = {"split": "train", "subset": ""}  # a file has no other split
+TEXTS = 20  # chosen answers of UltraFeedback's development pairs
 SCORES = {f"score_{side}": f"metadata.score_{side}" for side in ("chosen", "rejected")}
 
 
@@ -28,3 +30,12 @@ def project(base: str, folder: Path, runs: Path, split: Split = "train", /, **ta
     for name, table in tables.items():
         settings[name] = {**settings.get(name, {}), **table}
     return la.Project("smollm2-135m", runs, quiet=True, **settings)
+
+
+def texts(folder: Path, work: Path) -> Path:
+    """Write the ordinary texts whose loss is measured, and return their file."""
+    file, source = work / "texts.jsonl", splits.file_of(folder, "ultrafeedback", "development")
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:TEXTS]]
+    chosen = [row["chosen"] if isinstance(row["chosen"], str) else row["chosen"][-1]["content"] for row in rows]
+    file.write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in chosen))
+    return file
