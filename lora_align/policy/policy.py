@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BASE, START, MIX = "base", "start", "mix"  # names of policies
 WANT = "want"  # prefix of a name that requests a direction, as in want:helpfulness=0.8
 PROMPT = "prompt"  # prefix of a name with a system prompt, as in `prompt:Be brief.` and `prompt@1.5:Be brief.`
+WANTS, PROMPTS = ((f"{word}:", f"{word}@") for word in (WANT, PROMPT))  # how such names begin
 STRONGEST = 10.0  # largest strength of a system prompt
 
 
@@ -131,13 +132,13 @@ def find_policy(name: str, recipe: Recipe, runs_dir: Path, screen: Screen) -> Po
     `prompt:Be brief.`, `prompt@1.5:Be brief.`, a run's or an adapter's folder, `start`, `base`, or `mix` for the newest
     mix.
     """
-    if name.startswith((f"{PROMPT}:", f"{PROMPT}@")):
+    if name.startswith(PROMPTS):
         return Policy(name, prompted=Prompted.parse(name))
     if name == BASE:
         return BASE_ALONE
     if name == START:
         return START_POLICY
-    if name.startswith((f"{WANT}:", f"{WANT}@")):
+    if name.startswith(WANTS):
         return _conditioned(name, runs_dir, screen)
     if "=" in name and not Path(name).exists():
         return weighted(parse_weights(name), recipe, runs_dir, name)

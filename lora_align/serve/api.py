@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.errors import UserError, first_line, inert
 from lora_align.model.chat_format import text_of
-from lora_align.policy.policy import PROMPT, WANT
+from lora_align.policy.policy import PROMPTS, WANTS
 from lora_align.serve.answer import Answer, AnswerSettings, Context, Piece
 from lora_align.serve.batcher import Batcher
 from lora_align.serve.catalogue import Catalogue, Served, UnknownNameError
@@ -130,7 +130,7 @@ class Api:
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
         body: TextBody = parse(TextBody, await _json(request))
-        if body.want is not None or body.model.startswith((f"{WANT}:", f"{WANT}@", f"{PROMPT}:", f"{PROMPT}@")):
+        if body.want is not None or body.model.startswith((*WANTS, *PROMPTS)):
             raise UserError("directions and prompts are system messages, so they need /v1/chat/completions")
         served = await run_in_threadpool(self._served, body)
         prompts = [await run_in_threadpool(self._tokens, one) if isinstance(one, str) else one for one in body.prompts]

@@ -24,10 +24,11 @@ from lora_align.policy import profiles, safe_ranges, start_policy, vectors
 from lora_align.policy.policy import (
     BASE,
     BASE_ALONE,
-    PROMPT,
+    PROMPTS,
     START,
     START_POLICY,
     WANT,
+    WANTS,
     Policy,
     check_base_and_start,
     find_policy,
@@ -140,18 +141,18 @@ class Catalogue:
         the catalogue are looked up, so a request cannot name a folder.
         """
         known, screen = self.known(), _Collecting()
-        prompted = model.startswith((f"{PROMPT}:", f"{PROMPT}@"))
+        prompted = model.startswith(PROMPTS)
         if model.startswith(profiles.PREFIX):
             weights = (
                 profiles.weights(model.removeprefix(profiles.PREFIX), self.runs_dir) if weights is None else weights
             )
             model = START
-        elif weights is None and "=" in model and not prompted and not model.startswith((f"{WANT}:", f"{WANT}@")):
+        elif weights is None and "=" in model and not prompted and not model.startswith(WANTS):
             model, weights = (self.default.name if model == self.default.name else START), parse_weights(model)
         if prompted:
             policy = find_policy(model, self.recipe, self.runs_dir, screen)
             policy = self._weighted(known, policy, weights) if weights else policy
-        elif want is not None or model.startswith((f"{WANT}:", f"{WANT}@")):
+        elif want is not None or model.startswith(WANTS):
             policy = self._conditioned(known, model, want, screen)
             policy = self._weighted(known, policy, weights) if weights else policy
         else:
