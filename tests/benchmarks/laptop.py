@@ -22,7 +22,8 @@ from lora_align import runs
 from lora_align.evaluate.compare import compare_policies
 from lora_align.evaluate.measure import Evaluator
 
-SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and the base's quantization if it has one
+NOT_OF_DPO = ("quantization", "max_new_tokens")  # keys of [base] and [eval]
+SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and of NOT_OF_DPO
     ("brief", {"learning_rate": 2e-4, "limit": 200}),
     ("brief", {"learning_rate": 2e-4, "limit": 200, "quantization": "nf4"}),
     ("harmless", {"learning_rate": 1e-3, "limit": 200}),
@@ -34,6 +35,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and
     ("brief", {"learning_rate": 2e-4, "limit": 100, "epochs": 2}),
     ("brief", {"learning_rate": 2e-4, "limit": 200, "max_length": 512}),
     ("brief", {"learning_rate": 0.5, "limit": 200, "optimizer": "sgd"}),
+    ("helpful", {"learning_rate": 3e-4, "limit": 250, "max_new_tokens": 256}),
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
@@ -54,7 +56,7 @@ def project(
 
 def dpo_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of [dpo] among a setting's keys."""
-    return {name: value for name, value in settings.items() if name != "quantization"}
+    return {name: value for name, value in settings.items() if name not in NOT_OF_DPO}
 
 
 def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +66,12 @@ def measure(words: argparse.Namespace, preference: str, settings: dict[str, Any]
     vector = trained.train(preference, **dpo_of(settings))
     seconds = time.monotonic() - began
     pos, neg = (trained.vector(f"dpo/{preference}/{direction}") for direction in ("pos", "neg"))
-    test_set = {**TEST_SET, "text": {"data": str(real_base.texts(words.splits, words.work)), **real_base.HERE}}
+    length = {name: value for name, value in settings.items() if name == "max_new_tokens"}
+    test_set = {
+        **TEST_SET,
+        **length,
+        "text": {"data": str(real_base.texts(words.splits, words.work)), **real_base.HERE},
+    }
     development = project(words, preference, settings, "development", dpo={"held_out": 0.95}, eval=test_set)
     policies = ["start", *(f"{preference}={weight:g}" for weight in (*WEIGHTS, -0.5))]
     chosen = [development.policy(name) for name in policies]
