@@ -60,6 +60,6 @@ gpu-check:
     .venv/bin/python tests/benchmarks/gpu_check.py
 
 # Measure bases of 8 B and 135 M parameters within 24 GB of a CUDA card, beside TRL and unsloth. Needs 23 GB of disk.
-# `just gpu-bench --minutes 10` measures the most important first, and stops.
+# `just gpu-bench --minutes 7` measures the most important first, and stops.
 gpu-bench *options:
     .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu {{options}}

@@ -188,9 +188,11 @@ def refuse_missing_parent(out: Path, option: str = "--out") -> None:
 
 def cache_folder() -> Path:
     """Return the cache folder; LORA_ALIGN_CACHE sets it."""
+    if chosen := os.environ.get("LORA_ALIGN_CACHE"):
+        return Path(chosen)
     import platformdirs
 
-    return Path(os.environ.get("LORA_ALIGN_CACHE") or platformdirs.user_cache_dir("lora-align"))
+    return Path(platformdirs.user_cache_dir("lora-align"))
 
 
 def _free(folder: Path) -> int:

@@ -42,7 +42,7 @@ def turns(i: int, text: str) -> list[dict[str, str]]:
 
 ROWS: dict[str, Any] = {  # columns as the hub's pages give them
     "PKU-Alignment/PKU-SafeRLHF": lambda i: {
-        "prompt": f"What is {i}?", "response_0": f"It is {i}.", "response_1": "No.",
+        "prompt": f"What is {i}?", "response_0": f"It is {i}" + 20 * ", yes" + ".", "response_1": "No.",
         "better_response_id": i % 2, "safer_response_id": 0,
     },
     "openbmb/UltraFeedback": lambda i: {"instruction": f"Tell me of {i}.", "completions": [answer(i), answer(i + 1)]},

@@ -67,8 +67,9 @@ def _convert(file: Path, staging: Path) -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=file.name)
         model, loaded = _loaded(Path(alone), file.name, dtype)
     _check_weights(file, model, loaded, sizes)
-    _check_config(file, model.config, metadata)
-    _set_rope(file, model.config, metadata, factors)
+    with _report_faults(file):
+        _check_config(file, model.config, metadata)
+        _set_rope(file, model.config, metadata, factors)
     # save_pretrained refuses a model that it believes quantised
     del model.config.quantization_config
     vars(model).update(hf_quantizer=None, is_quantized=False)

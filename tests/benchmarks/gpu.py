@@ -482,6 +482,8 @@ def main() -> None:
                 written = child(folder, remaining(end), "write", SMALL if options.small else SHAPES[shape])
                 assert not written, written
             figures[label] = once(work, label, lambda f=folder, a=args: child(f, remaining(end), *a))
+            if "failed" in figures[label]:
+                (work / "measured" / f"{label}.json").unlink()  # so that the same command tries it again
         except subprocess.TimeoutExpired:
             left.append(label)
             continue

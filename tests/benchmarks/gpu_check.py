@@ -38,11 +38,13 @@ def train(base: Path, dtype: str, *more: str) -> list[str]:
 
 def run(folder: Path, words: Sequence[str], on_gpu: bool = True) -> str:
     """Run a command in a folder, on the GPU or with the GPU hidden."""
+    began = time.perf_counter()
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}
     done = subprocess.run([COMMAND, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{words}: {done.stderr}")
+    print(f"{folder.name}: {words[0]} took {time.perf_counter() - began:.0f} s", flush=True)
     return done.stdout
 
 

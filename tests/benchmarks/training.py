@@ -24,7 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import splits
-from report import once, save
+from report import once, save, stamp
 
 BATCH = 8  # pairs in a step
 SETTINGS = ["dpo.optimizer=adamw_torch", "dpo.learning_rate=1e-4", f"dpo.batch_size={BATCH}", "dpo.beta=0.1"]
@@ -178,6 +178,7 @@ def compared(name: str, words: argparse.Namespace) -> dict[str, Any]:
     mine = results["ours"]
     each = [seconds / count for seconds, count in zip(mine["each"], mine["pairs"], strict=True)]
     figures: dict[str, Any] = {
+        "measured": stamp(),
         **{
             side: {"seconds": round(result["seconds"], 1), "ours of it": round(mine["seconds"] / result["seconds"], 3)}
             for side, result in results.items()

@@ -29,13 +29,18 @@ from support import VLLM, Cli, greedy_answer, vllm_answer, vllm_server
 
 MIXED, QUESTION = 20, "Tell me about rain."
 
-LIGHT = """
+OF_VLLM = {"filelock", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "rich"}
+LIGHT = f"""
 import sys
 from pathlib import Path
+import safetensors.torch
+before = set(sys.modules)
 from lora_align.export.vllm_resolver import MixResolver
 MixResolver(Path("runs"), 9).folder(sys.argv[1], "helpful=1,harmless=-0.5")
-heavy = {"transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "typer"} & sys.modules.keys()
-assert not heavy, heavy
+more = [module for name, module in sys.modules.items() if name not in before]
+installed = [module.__name__ for module in more if "site-packages" in (getattr(module, "__file__", None) or "")]
+others = {{name.partition(".")[0] for name in installed}} - {OF_VLLM} - {{"lora_align"}}
+assert not others, others
 """
 
 
@@ -54,6 +59,13 @@ def test_folder_holds_the_mix_at_a_rank_that_vllm_accepts(resolver: MixResolver,
     for module, factors in made.items():
         expected = sum(sign * (part[module].B.double() @ part[module].A.double()) for part, sign in parts)
         assert torch.allclose(factors.B.double() @ factors.A.double(), torch.as_tensor(expected), atol=1e-6)
+
+
+def test_folder_is_that_of_merge(resolver: MixResolver, workspace: Path, cli: Cli) -> None:
+    name = "helpful=1,harmless=-0.5"
+    assert cli("merge", "--weights", name, "--fit", "vllm", "--out", "merged").code == 0
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (resolver.folder(str(BASE), name) / file).read_bytes() == (workspace / "merged" / file).read_bytes()
 
 
 def test_equal_mixes_share_a_folder(resolver: MixResolver) -> None:
@@ -179,7 +191,7 @@ def test_other_models_are_left_to_other_resolvers(resolver: MixResolver) -> None
     assert asyncio.run(resolver.resolve_lora(str(BASE), "gpt-4")) is None
 
 
-def test_resolver_needs_no_library_of_training(workspace: Path, tmp_path: Path) -> None:
+def test_resolver_needs_only_libraries_that_vllm_needs(workspace: Path, tmp_path: Path) -> None:
     """vLLM pins its own transformers, and its environment has neither PEFT nor bitsandbytes."""
     environment = {**os.environ, "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
     words = [sys.executable, "-c", LIGHT, str(BASE)]

@@ -22,7 +22,36 @@ from lora_align.train.lora_trainer import adapter_config
 from support import make_base
 
 IDS = torch.arange(5, 45).view(2, 20)
+PIECES = ["▁a", "▁ab", "ab", "▁", "a", "b"]
 F32, Q8, Q4 = (gguf.GGMLQuantizationType[name] for name in ("F32", "Q8_0", "Q4_1"))
+
+
+def write_byte_pairs(writer: gguf.GGUFWriter, base: Path) -> None:
+    """Write the base's own tokens, as those of Llama 3 and Qwen."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.added_tokens_encoder)
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads((base / "tokenizer.json").read_text())["model"]["merges"]]
+    )
+
+
+def write_sentencepiece(writer: gguf.GGUFWriter, base: Path) -> None:
+    """Write other tokens with scores and bytes, as those of Llama 2 and Mistral."""
+    kinds = {"<unk>": gguf.TokenType.UNKNOWN, "<s>": gguf.TokenType.CONTROL, "</s>": gguf.TokenType.CONTROL}
+    kinds |= {f"<0x{byte:02X}>": gguf.TokenType.BYTE for byte in range(256)}
+    kinds |= dict.fromkeys(PIECES, gguf.TokenType.NORMAL)
+    unused = AutoConfig.from_pretrained(base).vocab_size - len(kinds)
+    kinds |= {f"<unused{number}>": gguf.TokenType.CONTROL for number in range(unused)}
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(kinds))
+    writer.add_token_types(list(kinds.values()))
+    writer.add_token_scores([-float(number) for number in range(len(kinds))])
 
 
 def write_gguf(
@@ -31,6 +60,7 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = F32,
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     omit: str = "",
+    write_tokens: Callable[[gguf.GGUFWriter, Path], None] = write_byte_pairs,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write a folder's model as a GGUF file, as llama.cpp's converter does. Return what the file's weights stand for.
 
@@ -55,16 +85,7 @@ def write_gguf(
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
         writer.add_sliding_window(config.sliding_window)
-    vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.added_tokens_encoder)
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges(
-        [" ".join(pair) for pair in json.loads((base / "tokenizer.json").read_text())["model"]["merges"]]
-    )
+    write_tokens(writer, base)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_eot_token_id(4)
@@ -115,6 +136,15 @@ def test_logits_and_token_ids_equal_those_of_the_original(family: str, tmp_path:
     assert base.chat.template == expected.chat.template
     assert base.chat.stop_ids == {*expected.chat.stop_ids, 4}  # the end of a turn is a stop token, too
     assert base.max_length == expected.max_length
+
+
+def test_sentencepiece_tokens_are_read_with_their_spaces_and_bytes(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pieces.gguf"
+    write_gguf(llama, file, write_tokens=write_sentencepiece)
+    tokenizer = _found(file).chat.tokenizer
+    ids = {name: number for number, name in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))}
+    expected = ["▁ab", "▁", "b", "a", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer("ab ba é", add_special_tokens=False).input_ids == [ids[name] for name in expected]
 
 
 @pytest.mark.parametrize("kind", [Q8, Q4])
