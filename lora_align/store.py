@@ -21,13 +21,18 @@ DIGESTS = "files.json"  # the sha256 of every other file of a sealed folder
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`. When the block ends, sync the file and rename it to `target`."""
+def new_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `target`. When the block ends, sync the file and rename it to `target`.
+
+    Without `replace`, a target that another program made meanwhile is kept.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         sync(temporary)
+        if not replace:
+            _refuse_target(target)
         temporary.replace(target)
         sync(target.parent)
     finally:
@@ -64,13 +69,17 @@ def exported_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         sync_tree(staging)
-        if target.exists():
-            raise RunFailedError(f"{target} was made by another program meanwhile; give another path")
+        _refuse_target(target)
         staging.rename(target)
         sync(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _refuse_target(target: Path) -> None:
+    if target.exists():
+        raise RunFailedError(f"{target} was made by another program meanwhile; give another path")
 
 
 def fill_once(folder: Path, what: str, fill: Callable[[Path], None]) -> None:

@@ -103,13 +103,21 @@ def test_llama_cpp_computes_the_exported_vectors(folder: Path, library: Path, tm
         words = ["brief=0.5,dpo/brief/pos=1", "--gguf", str(tmp_path / out), "--dtype", "float32"]
         done = call(folder, "export", *words, *options)
         assert done.code == 0, done.err
+        assert f"llama-server -m {os.environ['LORA_ALIGN_REAL_BASE']} --lora {tmp_path}" in done.out
     brief, pos, mix = (tmp_path / name for name in ("each/brief.gguf", "each/dpo-brief-pos.gguf", "mix.gguf"))
     base = bases.find(recipe.Base(os.environ["LORA_ALIGN_REAL_BASE"], quantization="none"))
     ids = base.chat.tokenizer(TEXT).input_ids
     vectors = [find(name, folder / "runs", ["brief"]).load() for name in ("brief", "dpo/brief/pos")]
     dense = dense_logprobs(base, vectors, [(0, 0), (-1, 0), (0.5, 0), (1, 0), (0.5, 1)], ids)
     float32 = float32_gguf(Path(os.environ["LORA_ALIGN_REAL_BASE"]), tmp_path / "base.gguf")
-    settings: list[Adapters] = [{}, {brief: -1.0}, {brief: 0.5}, {brief: 1.0}, {brief: 0.5, pos: 1.0}, {mix: 1.0}]
+    settings: list[Adapters] = [
+        {brief: 0.0},
+        {brief: -1.0},
+        {brief: 0.5},
+        {brief: 1.0},
+        {brief: 0.5, pos: 1.0},
+        {mix: 1.0},
+    ]
     found = llama_cpp_logprobs(library, float32, settings, ids, tmp_path / "out.f32")
     for expected, computed in zip([*dense, dense[-1]], found, strict=True):
         assert distance(expected, computed) < 0.003

@@ -111,6 +111,20 @@ def test_exported_folder_keeps_a_target_that_appeared_meanwhile(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_new_file_keeps_a_target_that_appeared_meanwhile(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+
+    def export() -> None:
+        with store.new_file(target, replace=False) as temporary:
+            temporary.write_text("mine")
+            target.write_text("theirs")
+
+    with pytest.raises(RunFailedError, match="was made by another program"):
+        export()
+    assert target.read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_signal_leaves_nothing_of_an_exported_folder(tmp_path: Path) -> None:
     def export() -> None:
         with store.exported_folder(tmp_path / "folder") as staging:

@@ -1,6 +1,7 @@
 """Write the card of an export: its base, its vectors with their weights and data, and the measured safe weights."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,16 @@ def _licence_of_card(readme: Path) -> str:
     return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
-def write_beside(file: Path, text: str) -> None:
-    """Write a card beside an exported file, under its name with the suffix .md.
+@contextmanager
+def file_with_card(file: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield temporary paths of an exported file and of its card, NAME.md. When the block ends, publish both.
 
-    Call this before the file itself is published, so that a full disk leaves no file without a card.
+    Both are synced before, so that a full disk leaves neither.
     """
-    with store.new_file(file.with_suffix(".md")) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    beside = file.with_suffix(".md")
+    with store.new_file(beside, replace=False) as text, store.new_file(file, replace=False) as temporary:
+        yield temporary, text
+        store.sync(text)
 
 
 def _vector_lines(source: Source) -> Iterator[str]:

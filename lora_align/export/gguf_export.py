@@ -12,7 +12,7 @@ from lora_align.adapters.streamed_merge import Merge
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.export import FORMATS, ExportOptions, gguf_adapter
-from lora_align.export.card import CARD, card, write_beside
+from lora_align.export.card import CARD, card, file_with_card
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_adapter import About, Layout
 from lora_align.export.source import Source
@@ -31,9 +31,9 @@ def export_gguf(source: Source, target: Path, _screen: Screen, how: ExportOption
     _refuse_comma(target)
     use = f"{_server(source)} --lora {quote(str(target))}"
     about = f"A LoRA adapter for llama.cpp, the mix {source.weights}."
-    with store.new_file(target) as file:
+    with file_with_card(target) as (file, text):
         write_gguf(source, file, source.merge, f"a mix of {source.weights}", dtype, target.stem)
-        write_beside(target, card(source, about, use))
+        text.write_text(card(source, about, use), encoding="utf-8")
     return Exported({target: target.stat().st_size}, use)
 
 

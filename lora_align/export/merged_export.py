@@ -24,7 +24,7 @@ from lora_align.adapters.safetensors_stream import TensorFile
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError
 from lora_align.export import FULL_DISK, ExportOptions
-from lora_align.export.card import CARD, card, write_beside
+from lora_align.export.card import CARD, card, file_with_card
 from lora_align.export.checkpoint import Checkpoint
 from lora_align.export.divergence import kl_from_mix
 from lora_align.export.exported import Exported
@@ -170,7 +170,8 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
             f"--gguf-merged: {CONVERTER} is not on PATH; it is part of llama.cpp. Or give --merged DIR, and run it "
             f"elsewhere: python {CONVERTER} DIR --outfile {target.name}"
         )
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary, store.new_file(target) as file:
+    aside = TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    with aside as temporary, file_with_card(target) as (file, text):
         folder = Path(temporary, "model")
         figures = write_model(source, folder, screen, how, copies=2)
         screen.note(f"running {converter} …")
@@ -178,7 +179,8 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
         if not file.is_file():
             raise RunFailedError(f"{converter} wrote no file")
         use = f"llama-server -m {quote(str(target))}"
-        write_beside(target, card(source, f"{about_model(source, how)}, as a GGUF file.", use, figures))
+        about = f"{about_model(source, how)}, as a GGUF file."
+        text.write_text(card(source, about, use, figures), encoding="utf-8")
     return Exported({target: target.stat().st_size}, use, figures)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from lora_align import store
 from lora_align.errors import RunFailedError, UserError
@@ -127,7 +128,14 @@ class MixResolver:
             made = next(run for vector in found.values() for run in vector.known_runs())
             settings = recipe.from_dict(made.manifest.recipe, str(made.path))
             how, screen = MergeOptions(fit="vllm"), Screen(quiet=True)
-            merge_adapters(weights, settings, self.runs_dir, screen, how, out=folder, by_name=found)
+            aside = folder.with_name(f".{folder.name}.{uuid4().hex}")  # another node may not see the lock
+            merge_adapters(weights, settings, self.runs_dir, screen, how, out=aside, by_name=found)
+            try:
+                aside.rename(folder)
+            except OSError:
+                shutil.rmtree(aside)
+                if not folder.is_dir():
+                    raise
 
 
 def register() -> None:

@@ -80,9 +80,7 @@ class Comparison:
             self.align("export", MIX, "--gguf", str(folder), "--each", "--dtype", dtype)
             self.align("export", MIX, "--gguf", str(mix), "--dtype", dtype)
         files = [folder / f"{name}.gguf" for name in NAMES]
-        scales: list[Adapters] = [
-            {file: of for file, of in zip(files, weights, strict=True) if of} for weights in SETTINGS
-        ]
+        scales: list[Adapters] = [dict(zip(files, weights, strict=True)) for weights in SETTINGS]
         errors = self.errors(model, [*scales, {mix: 1.0}], [*self.dense, self.dense[-1]])
         return dict(zip([*LABELS, "the last as one file"], errors, strict=True))
 

@@ -108,6 +108,13 @@ def test_merge_chat_and_generate_warn_beyond_safe_weights(reached: dict[str, Any
     assert "beyond" not in soup.err, "its weights are shares"
 
 
+def test_card_of_an_export_states_the_safe_weights(reached: dict[str, Any], tmp_path: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=1", "--gguf", "mix.gguf")
+    assert done.code == 0, done.err
+    up, down = (reached["alone"]["helpful"][side]["to"] for side in ("up", "down"))
+    assert f"- `helpful`: weight 1; safe from {0 - down:g} to {up:g}, measured 20" in (tmp_path / "mix.md").read_text()
+
+
 def test_session_warns_when_a_weight_goes_beyond_the_safe_one(reached: dict[str, Any], tmp_path: Path) -> None:
     project, quiet = recipe.load(recipe.builtin()["demo"]), Screen(quiet=True)
     runs_dir = tmp_path / "runs"

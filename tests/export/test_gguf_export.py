@@ -8,15 +8,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors
 from lora_align.demo import BASE
 from lora_align.errors import UserError
-from lora_align.export.gguf_adapter import About, Layout, write
+from lora_align.export.gguf_adapter import ARCHITECTURES, About, Layout, write
 from lora_align.model.base_folder import hub_id
-from support import Cli, call, edit_manifest, small_disk
+from support import Cli, call, edit_manifest, peft_adapter, small_disk
 
 ABOUT = About("name", "description", "owner/base", "0" * 64)
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -226,9 +226,50 @@ def test_width_that_q8_0_cannot_divide_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "one.gguf", factors.items(), Layout.of(LlamaConfig(num_hidden_layers=1)), ABOUT, "q8_0")
 
 
-def test_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="an adapter of a 'gpt2' base cannot be written as GGUF"):
-        Layout.of(GPT2Config())
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "phi3"])
+def test_each_type_of_base_gets_llama_cpps_names_and_its_order_of_rows(kind: str, tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = CONFIG_MAPPING[kind](num_hidden_layers=2, hidden_size=64, **heads)
+    made = torch.Generator().manual_seed(0)
+    modules = {
+        f"model.layers.1.{module}": Factors(torch.randn(rows, 2, generator=made), torch.randn(2, 64, generator=made))
+        for module, rows in (("self_attn.q_proj", 64), ("self_attn.k_proj", 32), ("mlp.gate_proj", 96))
+    }
+    write(tmp_path / "one.gguf", modules.items(), Layout.of(config), ABOUT, "float32")
+    found = products(tmp_path / "one.gguf")
+    dense = [(factors.B.double() @ factors.A.double()).numpy() for factors in modules.values()]
+    if kind in ("llama", "mistral"):
+        dense[:2] = interleaved(dense[0], 4), interleaved(dense[1], 2)
+    names = ["blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_gate.weight"]
+    assert found.keys() == set(names)
+    for name, expected in zip(names, dense, strict=True):
+        assert np.abs(found[name] - expected).max() < 1e-5, name
+    architecture = gguf.GGUFReader(tmp_path / "one.gguf").fields["general.architecture"].contents()
+    assert architecture == {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind, kind)
+
+
+def test_unknown_architecture_is_refused_by_name(tmp_path: Path, cli: Cli) -> None:
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=2, n_positions=256))
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "base")
+    peft_adapter(tmp_path / "base", tmp_path / "one", 0, r=3, target_modules=["c_attn"], fan_in_fan_out=True)
+    done = cli("export", "./one", "--set", 'base.model="base"', "--gguf", "out.gguf")
+    assert done.code == 2
+    assert "an adapter of a 'gpt2' base cannot be written as GGUF (known: llama, mistral, qwen2" in done.err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_vectors_of_another_base_are_refused(workspace: Path, llama: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=1", "--set", f"base.model={json.dumps(str(llama))}", "--gguf", "out.gguf")
+    assert done.code == 2
+    assert "the adapters were trained on the base demo (" in done.err
+    assert "name their recipe with --recipe" in done.err
+
+
+def test_base_that_cannot_be_fetched_is_named_with_its_download(workspace: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=1", "--set", 'base.model="owner/absent"', "--merged", "out")
+    assert done.code == 2
+    assert "hf download owner/absent" in done.err
 
 
 def test_module_that_llama_cpp_lacks_is_refused_by_name() -> None:

@@ -20,16 +20,24 @@ from peft import PeftModel
 from pyarrow.parquet import read_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_align import runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.module_names import parse_name
 from lora_align.demo import BASE
 from lora_align.errors import UserError
 from lora_align.export.vllm_resolver import MERGES, MixResolver
-from support import VLLM, Cli, greedy_answer, vllm_answer, vllm_server
+from support import VLLM, Cli, greedy_answer, small_disk, vllm_answer, vllm_server
 
 MIXED, QUESTION = 20, "Tell me about rain."
 
-OF_VLLM = {"filelock", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "rich"}
+UNLOCKED = """
+import filelock, os
+class OwnLock(filelock.FileLock):
+    def __init__(self, path, *more, **others):
+        super().__init__(f"{path}.{os.getpid()}", *more, **others)
+filelock.FileLock = OwnLock
+"""
+OF_VLLM = {"regex", "filelock", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "rich"}
 LIGHT = f"""
 import sys
 from pathlib import Path
@@ -90,6 +98,25 @@ def test_processes_that_want_one_mix_make_it_once(workspace: Path, tmp_path: Pat
     several = [subprocess.Popen(words, cwd=workspace, env=environment) for _ in range(3)]
     assert [process.wait(120) for process in several] == [0, 0, 0]
     assert len(list((tmp_path / "cache/mixes").glob("[!.]*"))) == 1
+
+
+def test_nodes_whose_locks_do_not_see_each_other_make_one_mix(workspace: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
+    words = [sys.executable, "-c", UNLOCKED + LIGHT, str(BASE)]
+    several = [subprocess.Popen(words, cwd=workspace, env=environment) for _ in range(3)]
+    assert [process.wait(120) for process in several] == [0, 0, 0]
+    [folder] = (tmp_path / "cache/mixes").glob("[!.]*")
+    runs.read(folder).check_files()
+
+
+def test_full_disk_leaves_no_mix(
+    resolver: MixResolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LORA_ALIGN_CACHE", str(tmp_path / "disk"))
+    with small_disk(tmp_path / "disk", "400k") as disk:
+        assert asyncio.run(resolver.resolve_lora(str(BASE), "helpful=1,harmless=-0.5")) is None
+        assert not [file for file in (disk / "mixes").rglob("*") if file.suffix == ".safetensors"]
+    assert "No space left on device" in caplog.text
 
 
 def test_cancelled_requests_do_not_raise_the_number_of_merges(resolver: MixResolver) -> None:
@@ -224,6 +251,10 @@ def test_vllm_answers_each_request_with_its_mix(
                 done = cli(*words, "--endpoint", url, "--model", "demo")
                 assert done.code == 0, done.err
                 assert json.loads(done.out)["policies"][asked[0]]["KL"]["value"] > 0
+                (workspace / "asked.jsonl").write_text(json.dumps({"prompt": QUESTION}))
+                words = ("generate", "--endpoint", url, "--weights", asked[0], "--prompts", "asked.jsonl")
+                done = cli(*words, "--model", "demo", "--out", "answers.jsonl", "--temperature", "0")
+                assert done.code == 0, done.err
                 tables = [read_table(file).to_pylist() for file in workspace.glob("runs/eval/*/answers.parquet")]
                 assert len(tables) == 2
                 for row in (row for table in tables for row in table):
