@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright import sync_api as playwright
 
 from serve_support import Served, serving
 
-playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("LORA_ALIGN_CHROMIUM") or shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed; LORA_ALIGN_CHROMIUM names it")
 LONG = "Tell me about rain."
