@@ -248,10 +248,11 @@ def serve(
     wanted = parse_weights(weights) if weights is not None else None
     policy = select_policy(given.runs_dir, recipe, given.screen, wanted)
     given.screen.loading(recipe.base.model)
+    from lora_align.prefer.pick_routes import pick_routes
     from lora_align.serve.server import ServerSettings, run_server
 
     settings = ServerSettings(host, port, api_key or None, no_auth, max_new_tokens, deadline, log_texts)
-    run_server(recipe, given.runs_dir, policy, settings, given.screen)
+    run_server(recipe, given.runs_dir, policy, settings, given.screen, pick_routes)
 
 
 def _served(address: str, model: str, adapter: Path | None, recipe: Recipe) -> tuple["Sampler", Mapping[str, Any]]:

@@ -37,8 +37,9 @@ from lora_align.serve.vector_facts import facts
 
 PAGE = {
     "/": ("index.html", "text/html"),
+    "/picks": ("picks.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "picks.js", "parts.js", "requests.js")},
 }
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -69,9 +70,9 @@ class Api:
         """Return a tokenizer for answers. A fast tokenizer fails while another thread encodes with it."""
         return copy.deepcopy(self.catalogue.base.chat.tokenizer)
 
-    def app(self) -> Starlette:
-        """Return the application."""
-        routes = [Route(path, self._file) for path in PAGE]
+    def app(self, more: Sequence[Route] = ()) -> Starlette:
+        """Return the application, with more routes."""
+        routes = [*more, *(Route(path, self._file) for path in PAGE)]
         routes += [
             Route("/health", self.health),
             Route("/v1/models", self.models),
@@ -119,7 +120,7 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
-        body: ChatBody = parse(ChatBody, await _json(request))
+        body: ChatBody = parse(ChatBody, await read_json(request))
         served = await run_in_threadpool(self._served, body)
         roles = {"developer": "system"}
         turns = tuple(Message(roles.get(message.role, message.role), message.text) for message in body.messages)
@@ -129,7 +130,7 @@ class Api:
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
-        body: TextBody = parse(TextBody, await _json(request))
+        body: TextBody = parse(TextBody, await read_json(request))
         if body.want is not None or body.model.startswith((*WANTS, *PROMPTS)):
             raise UserError("directions and prompts are system messages, so they need /v1/chat/completions")
         served = await run_in_threadpool(self._served, body)
@@ -141,7 +142,7 @@ class Api:
 
     async def change_weights(self, request: Request) -> Response:
         """Change the weights of an answer that is being written, from its next token on."""
-        body: CompletionBody = parse(CompletionBody, await _json(request))
+        body: CompletionBody = parse(CompletionBody, await read_json(request))
         weights = weights_of(body, await run_in_threadpool(self.catalogue.ids))
         if weights is None:
             raise UserError('give weights, as in {"weights": {"helpful": 0.5}}')
@@ -260,7 +261,7 @@ class Api:
         )
 
 
-async def _json(request: Request) -> Any:
+async def read_json(request: Request) -> Any:
     """Return the body of a request."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the content type must be application/json")

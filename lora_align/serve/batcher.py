@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -37,6 +38,7 @@ LARGEST_BATCH = 64  # rows
 STORED_SHARE = 0.25  # of the token budget, for the keys and values of finished answers
 RATE_SECONDS = 10.0  # over which tokens per second are averaged
 REGROW_SECONDS = 60.0  # after which a token budget that was halved is doubled, because other programs may have ended
+STOPPED = "the server was stopped; send the request again when it runs"
 Result = TypeVar("Result")
 
 
@@ -85,7 +87,7 @@ class Batcher:
         self._requests = 0
         self._progress: deque[tuple[float, int]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = threading.Event()
+        self._stopping, self._ended = threading.Event(), threading.Event()
         self._set: list[Mapping[str, float]] | None = None  # the weights in the mixer
 
     def submit(self, answers: Sequence[Answer]) -> None:
@@ -93,6 +95,7 @@ class Batcher:
 
         def add() -> None:
             try:
+                self._refuse_stopped()
                 self._refuse_missing(name for context in answers[0].contexts for name in context.weights)
             except RunFailedError as fault:
                 for answer in answers:
@@ -101,7 +104,7 @@ class Batcher:
             self._requests += 1
             self.waiting.append(Reading(list(answers), self._requests))
 
-        self._inbox.put(add)
+        self._post(add)
 
     def call(self, work: Callable[[], Result]) -> "Future[Result]":
         """Let the batcher's thread do some work between two steps."""
@@ -111,11 +114,12 @@ class Batcher:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                self._refuse_stopped()
                 future.set_result(work())
             except Exception as fault:  # noqa: BLE001 - the caller gets every error
                 future.set_exception(fault)
 
-        self._inbox.put(do)
+        self._post(do)
         return future
 
     def stop(self) -> None:
@@ -138,9 +142,11 @@ class Batcher:
                 if failure is not None:
                     self._recover(failure)
         finally:
+            self._stopping.set()
+            self._ended.set()
             self._obey()
             for answer in self._everyone():
-                answer.fail(RunFailedError("the server was stopped; send the request again when it runs"))
+                answer.fail(RunFailedError(STOPPED))
 
     def answers(self) -> list[Answer]:
         """Return the running answers."""
@@ -180,6 +186,16 @@ class Batcher:
             if any(answer in answers for answer in reading.answers):
                 reading.forget()
 
+    def _post(self, work: Callable[[], None]) -> None:
+        """Let the thread do some work, which refuses by itself after the thread's end."""
+        self._inbox.put(work)
+        if self._ended.is_set():
+            self._obey()
+
+    def _refuse_stopped(self) -> None:
+        if self._stopping.is_set():
+            raise RunFailedError(STOPPED)
+
     def _refuse_missing(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self.mixer.updates:
@@ -199,8 +215,9 @@ class Batcher:
         self._obey()
 
     def _obey(self) -> None:
-        while not self._inbox.empty():
-            self._inbox.get()()
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
 
     def _drop(self) -> None:
         """Drop the answers that were cancelled or are too late."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import hmac
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -15,7 +15,6 @@ from lora_align.serve.responses import error_body
 
 LARGEST = 4 << 20  # bytes of a request's body
 BODY_SECONDS = 20.0  # for the whole body of a request
-PUBLIC = ("/", "/page.css", "/page.js")  # contain nothing secret
 CLOSE = {"connection": "close"}
 
 
@@ -24,10 +23,12 @@ class Guard:
 
     Without an API key, only requests to an address or a known host name are answered, because a web page could point
     its own domain name at this server (DNS rebinding). Requests that a page of another origin sends are refused.
+    `public` are the paths of the page, which contain nothing secret and need no key.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Sequence[str]) -> None:
-        self.app, self.key, self.hosts = app, key, {"localhost", *map(str.lower, hosts)}
+    def __init__(self, app: ASGIApp, key: str | None, hosts: Sequence[str], public: Collection[str]) -> None:
+        self.app, self.key, self.public = app, key, public
+        self.hosts = {"localhost", *map(str.lower, hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,11 +47,11 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.key is None and not self._is_known(host):
             return 403, f"this server does not answer for the host {host!r}; start it with --host or --api-key"
-        followed_link = method == "GET" and path in PUBLIC
+        followed_link = method == "GET" and path in self.public
         elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed_link
         if elsewhere or (origin is not None and origin.partition("://")[2] != host):
             return 403, "requests from pages of another origin are refused"
-        if self.key is not None and path not in PUBLIC:
+        if self.key is not None and path not in self.public:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):  # headers are read as Latin-1
                 return 401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"

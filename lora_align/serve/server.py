@@ -5,11 +5,13 @@ import errno
 import socket
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
+from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_align.console import Screen
@@ -18,7 +20,7 @@ from lora_align.model import base as bases
 from lora_align.policy.loading import warn_of
 from lora_align.policy.policy import Policy
 from lora_align.recipe import Recipe
-from lora_align.serve.api import Api
+from lora_align.serve.api import PAGE, Api
 from lora_align.serve.batcher import Batcher
 from lora_align.serve.catalogue import Catalogue
 from lora_align.serve.engine import STOP_SECONDS, Engine
@@ -112,8 +114,15 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(recipe: Recipe, runs_dir: Path, policy: Policy, settings: ServerSettings, screen: Screen) -> None:
-    """Serve until Ctrl-C."""
+def run_server(
+    recipe: Recipe,
+    runs_dir: Path,
+    policy: Policy,
+    settings: ServerSettings,
+    screen: Screen,
+    more: Callable[[Catalogue], Sequence[Route]] = lambda catalogue: [],
+) -> None:
+    """Serve until Ctrl-C. `more` makes further routes."""
     bound = _bind(settings)
     base = bases.find(recipe.base)
     warn_of(policy, base, runs_dir, screen)
@@ -123,7 +132,7 @@ def run_server(recipe: Recipe, runs_dir: Path, policy: Policy, settings: ServerS
     catalogue.serve("", None, None)  # loads the default's vectors before the first request
     api = Api(catalogue, batcher, settings.length, settings.deadline, screen.note, settings.log_texts)
     config = uvicorn.Config(
-        Guard(api.app(), settings.key, [settings.host, socket.gethostname()]),
+        Guard(api.app(more(catalogue)), settings.key, [settings.host, socket.gethostname()], PAGE),
         http=_Protocol,
         ws="none",
         lifespan="off",

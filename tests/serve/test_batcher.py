@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_align import recipe
 from lora_align.data.rows import Message
+from lora_align.errors import RunFailedError
 from lora_align.model import base as bases
 from lora_align.model.base import Base
 from lora_align.model.batch_sampling import sample
@@ -343,6 +344,16 @@ def test_answers_whose_vector_was_removed_fail(batcher: Batcher, base: Base) -> 
     batcher.submit([answer])
     with pytest.raises(Exception, match="gone was removed or trained again"):
         _wait(answer)
+
+
+def test_work_after_the_end_fails_instead_of_waiting(model: PreTrainedModel, base: Base) -> None:
+    batcher = Batcher(model, 1000)
+    thread = threading.Thread(target=batcher.run)
+    thread.start()
+    batcher.stop()
+    thread.join(SECONDS)
+    with pytest.raises(RunFailedError, match="the server was stopped"):
+        batcher.call(lambda: None).result(SECONDS)
 
 
 def test_logprobs_are_those_of_the_model(batcher: Batcher, base: Base) -> None:

@@ -26,7 +26,7 @@ def _ask(key: str | None = None, method: str = "GET", path: str = "/v1/models", 
     """Send one request to the guarded application."""
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(Guard(APP, key, ["box"]))
+        transport = httpx.ASGITransport(Guard(APP, key, ["box"], ["/", "/page.js"]))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await client.request(method, path, **how)
 
