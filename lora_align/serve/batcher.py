@@ -16,12 +16,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_align.adapters.delta import LoraDelta
 from lora_align.errors import RunFailedError
@@ -30,8 +29,9 @@ from lora_align.model.memory_budget import MemoryBudget, is_out_of_memory
 from lora_align.model.mixer import Mixer
 from lora_align.model.slot_cache import SlotCache, filled_cache, row_of
 from lora_align.model.token_sampling import pick
-from lora_align.serve.answer import Answer, Context
+from lora_align.serve.answer import Answer
 from lora_align.serve.prefix_store import PrefixStore
+from lora_align.serve.reading import Reading, combined
 
 PART_TOKENS = 256  # of prompts that are read between two steps of the running answers
 LARGEST_BATCH = 64  # rows
@@ -40,33 +40,6 @@ RATE_SECONDS = 10.0  # over which tokens per second are averaged
 REGROW_SECONDS = 60.0  # after which a token budget that was halved is doubled, because other programs may have ended
 STOPPED = "the server was stopped; send the request again when it runs"
 Result = TypeVar("Result")
-
-
-@dataclass
-class Reading:
-    """A prompt that is read for some answers. An interrupted answer continues: its own tokens are read as well."""
-
-    answers: list[Answer]
-    number: int  # of the request, in order of arrival
-    caches: list[Cache] = field(default_factory=list)  # of the contexts that were read or are being read
-    logits: list[Tensor] = field(default_factory=list)  # [v] after each context that was read completely
-    left: list[int] = field(default_factory=list)  # tokens of the context that is being read
-
-    @property
-    def contexts(self) -> Sequence[Context]:
-        return self.answers[0].contexts
-
-    @property
-    def complete(self) -> bool:
-        return len(self.logits) == len(self.contexts)
-
-    def ids(self, place: int) -> list[int]:
-        """Return the tokens of a context."""
-        return [*self.contexts[place].prompt, *self.answers[0].tokens]
-
-    def forget(self) -> None:
-        """Drop what was read."""
-        self.caches, self.logits, self.left = [], [], []
 
 
 class Batcher:
@@ -283,7 +256,7 @@ class Batcher:
 
     def _join(self, reading: Reading) -> None:
         """Let the answers to a prompt join the batch. If some do not fit, the prompt waits with what was read."""
-        logits = _combined(torch.stack(reading.logits), reading.contexts)
+        logits = combined(torch.stack(reading.logits), reading.contexts)
         while reading.answers and self._fits(reading.answers[0]):
             answer = reading.answers.pop(0)
             self.rows += [(answer, place) for place in range(len(reading.caches))]
@@ -312,7 +285,7 @@ class Batcher:
         if len(answers) < len(self.rows):
             rows = {row: place for place, row in enumerate(self.rows)}  # in any order: rows fill gaps
             places = {answer: [rows[answer, of] for of in range(len(answer.contexts))] for answer in answers}
-            logits = torch.stack([_combined(logits[places[answer]], answer.contexts) for answer in answers])
+            logits = torch.stack([combined(logits[places[answer]], answer.contexts) for answer in answers])
         self._take(answers, logits)
         self._leave()
 
@@ -375,11 +348,3 @@ class Batcher:
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-
-
-def _combined(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
-    """Return the logits [v] of an answer from those of its contexts [contexts, v]."""
-    if len(contexts) == 1:
-        return logits[0]
-    shares = torch.tensor([context.share for context in contexts], device=logits.device)
-    return (logits.float() * shares[:, None]).sum(0)
