@@ -1,6 +1,6 @@
 """Time `lora-align serve`: many weightings in one batch, beside one at a time, one weighting, and the bare model.
 
-    python tests/benchmarks/serving.py --work FOLDER --runs RUNS [--recipe FILE] [--name NAME]
+    python tests/benchmarks/serving.py --work FOLDER --runs RUNS [--recipe FILE] [--name NAME] [--copies N]
 
 Clients send their requests at the same moment over HTTP. Answers are greedy and have TOKENS tokens. Rates are medians
 of ROUNDS rounds. The first token and a long answer are compared with the model in this process, in turns. The same
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,6 +51,16 @@ def served(words: argparse.Namespace) -> Iterator[str]:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["url"]
         process.send_signal(signal.SIGINT)
+
+
+def with_copies(words: argparse.Namespace) -> Path:
+    """Return a copy of the runs folder in which trained vectors have further names, up to a number of vectors."""
+    runs = words.work / "runs"
+    shutil.copytree(words.runs / "dpo", runs / "dpo", dirs_exist_ok=True)
+    trained = sorted((words.runs / "dpo").iterdir())
+    for number in range(len(trained), words.copies):
+        shutil.copytree(trained[number % len(trained)], runs / "dpo" / f"copy{number}", dirs_exist_ok=True)
+    return runs
 
 
 async def rate(url: str, bodies: Sequence[dict[str, Any]], *, together: bool) -> float:
@@ -166,7 +177,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--recipe")
     parser.add_argument("--name", default="serving", help="of the result")
+    parser.add_argument("--copies", type=int, default=0, help="copy vectors under other names, up to so many")
     words = parser.parse_args()
+    if words.copies:
+        words.runs = with_copies(words)
     with served(words) as url:
         names = [vector["name"] for vector in httpx.get(f"{url}/v1/vectors", timeout=600).json()["vectors"]]
         parts = {
