@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_align import runs
+from lora_align import runs, store
 from lora_align.errors import UserError
 from lora_align.recipe import Recipe, flat
 
@@ -20,10 +20,11 @@ def folder(name: str, runs_dir: Path) -> Path:
 
 
 def settings(recipe: Recipe, name: str) -> Mapping[str, Any]:
-    """Return the settings that decide which pairs are made, as plain data: the preference's table and [pairs]."""
+    """Return what decides which pairs are made, as plain data: the preference's table, its prompts, and [pairs]."""
     table = replace(recipe.preference(name), data="", rank="label", margin=0.0, labels={})  # not read by `pairs`
     plain: dict[str, Any] = json.loads(json.dumps({"preference": asdict(table), STAGE: asdict(recipe.pairs)}))
-    return plain
+    prompts = Path(table.prompts).expanduser()
+    return {**plain, "hash of the prompts": store.sha256(prompts) if table.prompts and prompts.is_file() else ""}
 
 
 def attach(recipe: Recipe, runs_dir: Path) -> Recipe:
@@ -46,8 +47,24 @@ def missing(recipe: Recipe, names: Iterable[str], runs_dir: Path) -> list[str]:
 
 def refuse_outdated(recipe: Recipe, name: str, runs_dir: Path) -> None:
     """Refuse pairs that were made with other settings than those of the recipe."""
+    if fault := _outdated(recipe, name, runs_dir):
+        raise UserError(fault)
+
+
+def warnings(recipe: Recipe, runs_dir: Path) -> list[str]:
+    """Return a warning for each described preference whose pairs are of other settings."""
+    described = [name for name, table in recipe.preferences.items() if table.described]
+    made = [name for name in described if runs.is_run(folder(name, runs_dir))]
+    return [fault for name in made if (fault := _outdated(recipe, name, runs_dir))]
+
+
+def _outdated(recipe: Recipe, name: str, runs_dir: Path) -> str:
     run = runs.read(folder(name, runs_dir))
     now, then = dict(flat(settings(recipe, name))), dict(flat(run.manifest.method["settings"]))
-    if changed := [key for key in {**now, **then} if now.get(key) != then.get(key)]:
-        command = runs.command(f"pairs --pref {name} --force", runs_dir)
-        raise UserError(f"{run.path} was made with other settings ({', '.join(changed)}); `{command}` makes new pairs")
+    changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
+    command = runs.command(f"pairs --pref {name} --force", runs_dir)
+    return (
+        f"{run.path} was made with other settings ({', '.join(changed)}); `{command}` makes new pairs"
+        if changed
+        else ""
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from lora_align.errors import UserError
 
 LONGEST = 64  # characters in a name
+LARGEST = 64.0  # weight on a server; a much larger one overflows float32
 RESERVED = ("start", "base", "mix")  # words that name a policy
 NAME_RULE = "1 to 64 characters of a-z 0-9 _ -, starting with a letter or digit"
 NAME = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{LONGEST - 1}}}")

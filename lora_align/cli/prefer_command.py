@@ -61,7 +61,7 @@ def prefer(
     if not NAME.fullmatch(profile):
         raise UserError(f"--profile {profile!r}: expected {NAME_RULE}")
     recipe = given.recipe_of_runs()
-    names = [name.strip() for name in prefs.split(",")] if prefs else vectors.trained(given.runs_dir)
+    names = list(dict.fromkeys(name.strip() for name in prefs.split(","))) if prefs else vectors.trained(given.runs_dir)
     taste = parse_weights(simulate) if simulate is not None else None
     if len(names) < 2:
         raise UserError(

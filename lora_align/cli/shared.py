@@ -162,6 +162,8 @@ class Given:
     def recipe_of_runs(self) -> Recipe:
         """Return the recipe of a command that uses runs."""
         recipe = recipe_choice.recipe_of_runs(self.recipe, self.overrides or (), self.screen, self.runs_dir)
+        for warning in described_pairs.warnings(recipe, self.runs_dir):
+            self.screen.warn(warning)
         return described_pairs.attach(recipe, self.runs_dir)
 
     def show(self, result: Result) -> None:

@@ -28,7 +28,7 @@ from lora_align.policy.policy_set import PolicySet
 from lora_align.recipe import Preference, Recipe, Source
 from lora_align.runs import Manifest, Run
 
-BATCH = 128  # answers in a file of answers; a kill loses at most the answers of the file being written
+BATCH = 256  # answers in a file of answers; a kill loses at most the answers of the file being written
 LONGER = 1.25  # ratio of mean lengths from which the difference is reported
 FEWEST = 8  # pairs without which nothing is published
 COMPARED = 32  # pairs on which the descriptions' effect is measured
@@ -53,6 +53,11 @@ def make_pairs(
     run_writer.refuse_before_training(target, force=force, resume=False, remedy="--runs DIR keeps both")
     base = bases.find(recipe.base)
     runs.check_base(runs_dir, base.identity)
+    if not server and not base.chat.takes_system:
+        raise UserError(
+            f"preferences.{name}: the chat template of {recipe.base.model} takes no system message, so its answers "
+            "cannot follow a description; sample from another model with --endpoint, or set base.chat_template"
+        )
     tasks = read_tasks(preference)
     scoring = scoring_judge(preference, base, recipe, runs_dir)
     judge_server = Endpoint.at(preference.judge, options=("judge", "judge")) if is_url(preference.judge) else None
@@ -65,13 +70,15 @@ def make_pairs(
         shards.delete(work)
     with run_writer.staging_folder(target, screen, force=force) as staging:
         with shards.opened(work) as parts:
-            sampled = {described_pairs.STAGE: asdict(recipe.pairs), "model": model}
+            known = {"model": server.model} if server else model  # the same model may be served at another address
+            sampled = {described_pairs.STAGE: asdict(recipe.pairs), "model": known}
             shards.check_settings(work, sampled, "--force starts again")
             answers = sample_answers(tasks, sampler, recipe, parts, screen, name)
             dropped: Counter[str] = Counter()
             pairs = [pair for task in tasks for pair in pair_up(task, answers[task.key], preference, dropped)]
             if preference.judge:
-                pairs = agreed(pairs, preference, policies, judge_server or sampler, dropped, screen)
+                reader = judge_server or policies.sampler_of(START_POLICY)
+                pairs = agreed(pairs, preference, policies, reader, dropped, screen)
             _refuse_too_few(pairs, tasks, dropped, name)
             metrics = {**lengths(pairs), **({} if server else {"effect": effect(pairs, policies)})}
             shards.write([pair.as_row() for pair in pairs], staging / described_pairs.FILE)
@@ -193,7 +200,7 @@ def _refuse_too_few(pairs: Sequence[MadePair], tasks: Sequence[Task], dropped: C
         most = dropped.most_common(1)[0][0] if dropped else ""
         raise RunFailedError(
             f"preferences.{name}: only {count(len(pairs), 'pair')} from {count(len(tasks), 'prompt')} "
-            f"(dropped {reasons(dropped)}); {remedies.get(most, 'give more prompts')}"
+            f"(dropped {reasons(dropped) or 'none'}); {remedies.get(most, 'give more prompts')}"
         )
 
 

@@ -130,11 +130,13 @@ def agreed(
             verdicts = server_judge.ask(asked, comparisons, criteria, lambda done: progress.show(done, {}))
         keep = [verdict == ("1", "2") for verdict in verdicts]
     else:
-        name, objective = _judge_and_objective(judge)
+        name, objective, sign = _judge_and_objective(judge)
         answers = [(made.pair.prompt, text) for made in pairs for text in (made.pair.chosen, made.pair.rejected)]
         scores = [of.get(objective) for of in policies.score(name, answers)]
         both = zip(scores[::2], scores[1::2], strict=True)
-        keep = [chosen is not None and rejected is not None and chosen > rejected for chosen, rejected in both]
+        keep = [
+            chosen is not None and rejected is not None and sign * chosen > sign * rejected for chosen, rejected in both
+        ]
     kept = [made for made, keeps in zip(pairs, keep, strict=True) if keeps]
     if lost := len(pairs) - len(kept):
         dropped["the judge disagrees"] += lost
@@ -145,17 +147,18 @@ def is_url(judge: str) -> bool:
     return judge.startswith(("http://", "https://"))
 
 
-def _judge_and_objective(judge: str) -> tuple[str, str]:
-    """Return the name of a scoring judge and its objective, as in `reward:helpfulness` or `text:words`."""
+def _judge_and_objective(judge: str) -> tuple[str, str, int]:
+    """Return the name, the objective and the sign of a scoring judge, as in `reward:helpfulness` or `text:-words`."""
     name, _, objective = judge.partition(":")
-    return (judge if judge.startswith(PREFIXES) else name), objective
+    sign, objective = (-1 if objective.startswith("-") else 1), objective.removeprefix("-")
+    return (f"{name}:{objective}" if judge.startswith(PREFIXES) else name), objective, sign
 
 
 def scoring_judge(preference: Preference, base: Base, recipe: Recipe, runs_dir: Path) -> dict[str, judges.Judge]:
     """Return the judge that scores answers, by its name; none if the preference's judge reads both answers."""
     if preference.judge in ("", BASE) or is_url(preference.judge):
         return {}
-    name, objective = _judge_and_objective(preference.judge)
+    name, objective, _ = _judge_and_objective(preference.judge)
     judge = judges.find(name, base, recipe, runs_dir)
     if objective not in judge.objectives:
         raise UserError(

@@ -19,14 +19,14 @@ from uuid import uuid4
 
 from lora_align import store
 from lora_align.errors import RunFailedError, UserError
-from lora_align.mix_weights import parse_weights
+from lora_align.mix_weights import LARGEST, parse_weights
 
 if TYPE_CHECKING:
     from lora_align.policy.vectors import Vector
 
 RUNS = "LORA_ALIGN_RUNS"  # the runs folder; without it, the plug-in does nothing
 MIXES = "LORA_ALIGN_MIXES"  # the most names of mixes that one server process serves
-GRID, LARGEST = 64, 64.0  # weights are rounded to multiples of 1/64; the largest weight
+GRID = 64  # weights are rounded to multiples of 1/64
 DEFAULT_MIXES = "1000"
 MERGES = 2  # at the same time
 NAME = re.compile(r"[\w-]+(/[\w-]+)*(@\d+(-\d+)?)?")  # of a preference or a run; no other folder can be named

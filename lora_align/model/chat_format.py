@@ -88,6 +88,14 @@ class ChatFormat:
         return ids[: stops[0] + 1] if stops else [*ids, self._stop]
 
     @cached_property
+    def takes_system(self) -> bool:
+        """Return whether the template renders a system message. Some refuse it, others leave it out."""
+        try:
+            return PROBE in self.render([Message("system", PROBE), Message("user", "?")])
+        except UserError:
+            return False
+
+    @cached_property
     def longest_token(self) -> int:
         """Return the length of the longest token, in characters."""
         return max(map(len, self.tokenizer.get_vocab()))

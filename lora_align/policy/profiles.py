@@ -20,8 +20,10 @@ def path(name: str, runs_dir: Path) -> Path:
 
 
 def save(name: str, runs_dir: Path, content: Mapping[str, Any]) -> Path:
-    """Write a profile, and replace an earlier one."""
+    """Write a profile. An earlier one of that name is renamed to NAME.old."""
     file = path(name, runs_dir)
+    if file.is_file():
+        file.replace(file.with_suffix(".old"))
     text = json.dumps({**content, "made": datetime.now(UTC).isoformat(timespec="seconds")}, indent=2) + "\n"
     with store.report_write_errors(file.parent, "make room, and run the command again"), store.new_file(file) as fresh:
         fresh.write_text(text, encoding="utf-8")
@@ -44,7 +46,16 @@ def weights(name: str, runs_dir: Path) -> dict[str, float]:
         stored = json.loads(file.read_text(encoding="utf-8"))["weights"]
         values = {key: of["mean"] if isinstance(of, Mapping) else of for key, of in stored.items()}
         return parse_weights(",".join(f"{key}={float(value)!r}" for key, value in values.items()))
-    except (ValueError, KeyError, TypeError, AttributeError, UserError) as fault:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+        UserError,
+    ) as fault:
         raise UserError(
             f'{file}: {fault}; expected {{"weights": {{"helpful": 0.5}}}}, or make the profile again'
         ) from fault

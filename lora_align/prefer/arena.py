@@ -1,6 +1,7 @@
 """Answers of mixes to prompts, and each vector's score of them: how much likelier the vector makes an answer."""
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import pstdev
@@ -16,6 +17,7 @@ from lora_align.serve.batcher import Batcher
 from lora_align.serve.catalogue import Catalogue
 
 LEAST_SPREAD = 1e-3  # nats
+SECONDS = 600.0  # for the answers to a question
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ class Question:
 class Arena:
     """Samples and scores answers in the batcher's thread. Several mixes share a batch."""
 
-    base: Base
-    batcher: Batcher
+    catalogue: Catalogue
     keys: Mapping[str, str]  # vector → the name of its update in the batcher
     start: Mapping[str, float]  # weight of the start adapter, if there is one
     sampling: Sampling
@@ -51,7 +52,17 @@ class Arena:
         served = catalogue.serve("", dict.fromkeys(names, 1.0), None)
         keys = dict(zip(served.policy.weights, served.weights, strict=False))  # the start adapter comes last
         start = {key: weight for key, weight in served.weights.items() if key not in keys.values()}
-        return cls(catalogue.base, catalogue.batcher, keys, start, sampling)
+        return cls(catalogue, keys, start, sampling)
+
+    @property
+    def base(self) -> Base:
+        """Return the base."""
+        return self.catalogue.base
+
+    @property
+    def batcher(self) -> Batcher:
+        """Return the batcher that computes."""
+        return self.catalogue.batcher
 
     @property
     def names(self) -> list[str]:
@@ -63,15 +74,15 @@ class Arena:
 
     def ask(self, prompt: Prompt, mixes: Sequence[Mapping[str, float]]) -> Question:
         """Return the distinct answers of some mixes to a prompt."""
-        texts = {text: ended for text, ended in self._texts(prompt, mixes) if text.strip()}
+        texts = {text: ended for text, ended in self.sample([(prompt, mix) for mix in mixes]) if text.strip()}
         return self.scored(prompt, texts)
 
     def scored(self, prompt: Prompt, texts: Mapping[str, bool]) -> Question:
         """Score answers to a prompt. `texts` says for each whether it reached a stop token."""
-        rows: list[Shared] = [(ids, [answer]) for ids, answer in self._answered(prompt, texts)]
-        columns = {name: self._sums(rows, {name: 1.0}) for name in self.names}
-        start = self._sums(rows, {})
-        scores = [{name: of[i] - start[i] for name, of in columns.items()} for i in range(len(texts))]
+        rows = self.answered(prompt, texts)
+        start = self.sums(rows, {})
+        columns = {name: self.sums(rows, {name: 1.0}) - start for name in self.names}
+        scores = [{name: float(of[i]) for name, of in columns.items()} for i in range(len(texts))]
         scored = zip(texts, scores, texts.values(), strict=True)
         return Question(prompt, [ScoredAnswer(*one) for one in scored])
 
@@ -80,30 +91,30 @@ class Arena:
         rows = [
             row
             for question in questions
-            for row in self._answered(question.prompt, {one.text: one.ended for one in question.answers})
+            for row in self.answered(question.prompt, {one.text: one.ended for one in question.answers})
         ]
         start = self._tokens(rows, {})
         return {name: self._tokens(rows, {name: 1.0}) - start for name in self.names}
 
-    def _answered(self, prompt: Prompt, texts: Mapping[str, bool]) -> list[Answered]:
+    def answered(self, prompt: Prompt, texts: Mapping[str, bool]) -> list[Answered]:
         """Tokenise answers. An answer that was cut has no stop token, because none was sampled."""
-        ids, answers = self.base.chat.answered(prompt, list(texts))
+        with self.catalogue.encoding:
+            ids, answers = self.base.chat.answered(prompt, list(texts))
         left = max(1, self.base.max_length - len(ids))
         cut = (answer if ended else answer[:-1] for answer, ended in zip(answers, texts.values(), strict=True))
         return [(ids, answer[:left]) for answer in cut]
 
-    def _sums(self, rows: Sequence[Shared], mix: Mapping[str, float]) -> list[float]:
-        return list(self.batcher.call(lambda: self.batcher.sums(rows, self._weights(mix))).result().tolist())
+    def sums(self, rows: Sequence[Answered], mix: Mapping[str, float]) -> Tensor:
+        """Return a mix's log-probability of each answer."""
+        shared: list[Shared] = [(ids, [answer]) for ids, answer in rows]
+        return self.batcher.call(lambda: self.batcher.sums(shared, self._weights(mix))).result()
 
     def _tokens(self, rows: Sequence[Answered], mix: Mapping[str, float]) -> Tensor:
         return self.batcher.call(lambda: self.batcher.token_logprobs(rows, self._weights(mix))).result()
 
-    def _texts(self, prompt: Prompt, mixes: Sequence[Mapping[str, float]]) -> list[tuple[str, bool]]:
-        """Sample one answer of each mix, all in one batch; return also whether it reached a stop token."""
-        base, how = self.base, self.sampling
-        ids = tuple(base.chat.prompt_ids(prompt))
-        most = min(how.max_new_tokens, base.max_length - len(ids))
-        settings = AnswerSettings(how.temperature, how.top_p, most, how.seed or 0, base.chat.stop_ids)
+    def sample(self, asked: Sequence[tuple[Prompt, Mapping[str, float]]]) -> list[tuple[str, bool]]:
+        """Sample an answer of each mix to its prompt, in one batch; return also whether it reached a stop token."""
+        base, how, deadline = self.base, self.sampling, time.monotonic() + SECONDS
         answers, ended, failed = list[Answer](), threading.Semaphore(0), list[Exception]()
 
         def send(piece: Piece) -> None:
@@ -112,9 +123,13 @@ class Arena:
             if piece.error or piece.finish:
                 ended.release()
 
-        for number, mix in enumerate(mixes):
+        for number, (prompt, mix) in enumerate(asked):
+            with self.catalogue.encoding:
+                ids = tuple(base.chat.prompt_ids(prompt))
+            most = min(how.max_new_tokens, base.max_length - len(ids))
+            settings = AnswerSettings(how.temperature, how.top_p, most, how.seed or 0, self.catalogue.stop_ids)
             context = Context(ids, self._weights(mix))
-            answers.append(Answer((context,), settings, number, base.chat.tokenizer, send))
+            answers.append(Answer((context,), settings, number, self.catalogue.decoder, send, deadline=deadline))
         for answer in answers:
             self.batcher.submit([answer])
         for _ in answers:

@@ -78,10 +78,10 @@ class Learner:
             raise RunFailedError("all answers to the prompts are empty; give other prompts")
         self.tokens: Mapping[str, Tensor] = self.arena.token_scores(start)
         alone = [sized(self.tokens, {name: sign}, self.budget) for name in names for sign in (1.0, -1.0)]
-        self.pool += [question for question in start if len(question.answers) > 1]
-        for place, question in enumerate(list(self.pool)):
+        for place, question in enumerate(start):
             mixes = [alone[(place * MIXES + i) % len(alone)] for i in range(MIXES)]
-            self.pool[place] = self._merged(question, self.arena.ask(question.prompt, mixes))
+            self.pool.append(self._merged(question, self.arena.ask(question.prompt, mixes)))
+        self.pool = [question for question in self.pool if len(question.answers) > 1]
         if not self.pool:
             raise RunFailedError("all answers to the prompts are equal; raise --temperature, or give other prompts")
         self.posterior = Posterior(spreads(self.pool), self.seed)
@@ -109,7 +109,8 @@ class Learner:
     def learned(self) -> Learned:
         """Return the weights, sized by the budget."""
         direction = self.posterior.direction()
-        size = sum(map(abs, sized(self.tokens, direction, self.budget).values()))
+        some = direction if any(direction.values()) else dict.fromkeys(direction, 1.0)
+        size = sum(map(abs, sized(self.tokens, some, self.budget).values()))
         weights = {}
         for name, of in self.posterior.weights().items():
             mean = size * direction[name]  # normalised, so that it may lie outside of the interval
@@ -135,9 +136,10 @@ class Learner:
 
     def _collect(self, *, wait: bool = False) -> None:
         """Move the questions that are ready into the pool."""
-        ready = [future for future in self._ahead if wait or self.patient or future.done()]
-        self._ahead = [future for future in self._ahead if future not in ready]
-        self.pool += [question for future in ready if (question := future.result())]
+        for future in [future for future in self._ahead if wait or self.patient or future.done()]:
+            self._ahead.remove(future)
+            if question := future.result():
+                self.pool.append(question)
 
     def _merged(self, one: Question, other: Question) -> Question:
         texts = {answer.text: answer for answer in [*one.answers, *other.answers]}

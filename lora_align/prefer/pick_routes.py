@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,7 +25,9 @@ from lora_align.serve.catalogue import Catalogue, UnknownNameError
 from lora_align.serve.requests import Name, parse
 
 PATH = "/v1/picks"
-MOST = 4  # sessions at a time; another one ends the oldest
+MOST = 4  # sessions at a time; another one ends the one that was not used for longest
+THREADS = 4  # for sampling, so that other requests keep theirs
+ENDED = "this session has ended; reload the page"
 BUDGET = 0.2  # KL(start‖mix) per token, as the default of the command `prefer`
 LENGTH = 128  # tokens of an answer
 
@@ -56,22 +58,25 @@ class Session:
 
     id: str
     learner: Learner
-    choice: Choice
+    choice: Choice | None = None
     number: int = 0  # of the choice
+    ended: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def pick(self, body: Pick) -> dict[str, Any]:
         """Learn from a pick of the choice that is shown. A second pick of one choice has no effect."""
         with self.lock:
-            if body.number == self.number:
-                self.number += 1
+            if self.ended:
+                raise UnknownNameError(ENDED)
+            if body.number == self.number and (choice := self.choice):
+                self.choice, self.number = None, self.number + 1
                 if body.won is not None:
-                    self.learner.learn(self.choice, body.won)
-                self.choice = self.learner.choice()
+                    self.learner.learn(choice, body.won)
             return self.state()
 
     def state(self) -> dict[str, Any]:
         """Return the choice, and the weights learned so far."""
+        self.choice = self.choice or self.learner.choice()
         learned = self.learner.learned().as_json()
         return {
             "id": self.id,
@@ -87,53 +92,61 @@ class Sessions:
     """The sessions of a server."""
 
     catalogue: Catalogue
-    running: dict[str, Session] = field(default_factory=dict)
+    running: dict[str, Session] = field(default_factory=dict)  # by id, the last used one at the end
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, body: Begin) -> dict[str, Any]:
         """Sample the first answers."""
-        names = body.vectors or list(self.catalogue.known().vectors)
+        names = list(dict.fromkeys(body.vectors)) or list(self.catalogue.known().vectors)
         if len(names) < 2:
             raise UserError(f"two vectors or more are needed, and there are {', '.join(names) or 'none'}")
         sampling = Sampling(1.0, 1.0, LENGTH, secrets.randbits(31))
         arena = Arena.of(self.catalogue, names, sampling)
         learner = Learner(arena, prompts_of(str(EVERYDAY), arena.base), body.kl, sampling.seed or 0)
-        session = Session(secrets.token_hex(16), learner, learner.choice())
-        self.running[session.id] = session
-        while len(self.running) > MOST:
-            self.running.pop(next(iter(self.running))).learner.close()
-        return session.state()
+        session = Session(secrets.token_hex(16), learner)
+        state = session.state()
+        with self.lock:
+            self.running[session.id] = session
+            oldest = [self.running.pop(name) for name in list(self.running)[:-MOST]]
+        for old in oldest:
+            with old.lock:
+                old.ended = True
+                old.learner.close()
+        return state
 
     def save(self, session: Session, body: Save) -> dict[str, Any]:
         """Save the weights of a session."""
         if not NAME.fullmatch(body.profile):
             raise UserError(f"profile {body.profile!r}: expected {NAME_RULE}")
-        profiles.save(body.profile, self.catalogue.runs_dir, session.learner.learned().as_json())
+        with session.lock, self.lock:
+            profiles.save(body.profile, self.catalogue.runs_dir, session.learner.learned().as_json())
         return {"model": f"{profiles.PREFIX}{body.profile}"}
 
     def find(self, request: Request) -> Session:
         """Return the session that a path names."""
-        if found := self.running.get(request.path_params["id"]):
-            return found
-        raise UnknownNameError("this session has ended; reload the page")
+        with self.lock:
+            if found := self.running.pop(request.path_params["id"], None):
+                self.running[found.id] = found
+                return found
+        raise UnknownNameError(ENDED)
 
 
 def pick_routes(catalogue: Catalogue) -> list[Route]:
     """Return the routes of picks."""
-    sessions = Sessions(catalogue)
+    sessions, threads = Sessions(catalogue), CapacityLimiter(THREADS)
+
+    async def answer(work: Callable[[Any], dict[str, Any]], body: BaseModel) -> Response:
+        return JSONResponse(await to_thread.run_sync(work, body, limiter=threads))
 
     async def begin(request: Request) -> Response:
-        return await _answer(sessions.begin, parse(Begin, await read_json(request)))
+        return await answer(sessions.begin, parse(Begin, await read_json(request)))
 
     async def pick(request: Request) -> Response:
-        return await _answer(sessions.find(request).pick, parse(Pick, await read_json(request)))
+        return await answer(sessions.find(request).pick, parse(Pick, await read_json(request)))
 
     async def save(request: Request) -> Response:
         session, body = sessions.find(request), parse(Save, await read_json(request))
-        return await _answer(lambda given: sessions.save(session, given), body)
+        return await answer(lambda given: sessions.save(session, given), body)
 
     paths = {PATH: begin, f"{PATH}/{{id}}": pick, f"{PATH}/{{id}}/profile": save}
     return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
-
-
-async def _answer(work: Callable[[Any], dict[str, Any]], body: BaseModel) -> Response:
-    return JSONResponse(await run_in_threadpool(work, body))

@@ -21,6 +21,7 @@ SHARPNESS = 0.7  # scale of the prior of v: log-odds of a pick for one standard 
 LAPSES, MOST_LAPSES = 9.0, 0.5  # the prior of λ is proportional to (1 − λ)^(LAPSES − 1) up to MOST_LAPSES
 ENOUGH = 0.5  # share of effective particles below which they are sampled again
 INTERVAL = (5.0, 95.0)  # percentiles: a 90 % interval
+KNOWN = 0.05  # Σ|mean weight| below which the mean is mostly the noise of the particles
 TINY = 1e-12
 
 
@@ -82,8 +83,10 @@ class Posterior:
         }
 
     def direction(self) -> dict[str, float]:
-        """Return the direction with the mean of the weights."""
+        """Return the direction with the mean of the weights, or zeros if the picks say nothing about it."""
         mean = self._shares @ self.directions()
+        if numpy.abs(mean).sum() < KNOWN:
+            mean = numpy.zeros_like(mean)
         return dict(zip(self.names, (mean / max(float(numpy.abs(mean).sum()), TINY)).tolist(), strict=True))
 
     def sample(self, count: int) -> list[dict[str, float]]:
@@ -119,8 +122,8 @@ class Posterior:
         here = _log_prior(self._v, self._lapse) + _log_likelihood(self._v, self._lapse, x, won)
         for _ in range(SWEEPS):
             move = self._draw.standard_normal((PARTICLES, size)) @ step.T
-            v, lapse = self._v + move[:, :-1], numpy.abs(self._lapse + move[:, -1])  # reflected at 0
-            there = _log_prior(v, lapse) + _log_likelihood(v, numpy.minimum(lapse, MOST_LAPSES), x, won)
+            v, lapse = self._v + move[:, :-1], self._lapse + move[:, -1]
+            there = _log_prior(v, lapse) + _log_likelihood(v, numpy.clip(lapse, 0, MOST_LAPSES), x, won)
             taken = numpy.log(self._draw.random(PARTICLES)) < there - here
             self._v[taken], self._lapse[taken], here[taken] = v[taken], lapse[taken], there[taken]
 
@@ -141,7 +144,7 @@ def _log_likelihood(v: Array, lapse: Array, x: Array, won: Array) -> Array:
 
 def _log_prior(v: Array, lapse: Array) -> Array:
     prior: Array = -numpy.abs(v).sum(1) / SHARPNESS + (LAPSES - 1) * numpy.log1p(-numpy.minimum(lapse, MOST_LAPSES))
-    prior[lapse >= MOST_LAPSES] = -numpy.inf
+    prior[(lapse < 0) | (lapse >= MOST_LAPSES)] = -numpy.inf
     return prior
 
 

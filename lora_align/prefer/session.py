@@ -116,7 +116,13 @@ def ask_person(learner: Learner, most: int, screen: Screen) -> None:
     screen.note(HELP)
     picks = 0
     while picks < most:
-        choice = learner.choice()
+        try:
+            choice = learner.choice()
+        except RunFailedError as fault:
+            if not picks:
+                raise
+            screen.warn(f"{fault}; the weights are those of the picks so far")
+            return
         screen.show(_shown(choice, picks + 1, most))
         typed = _read(screen)
         if typed in QUIT:
@@ -129,11 +135,11 @@ def ask_person(learner: Learner, most: int, screen: Screen) -> None:
 
 
 def _read(screen: Screen) -> str:
-    """Read a valid line; the end of input means to finish."""
+    """Read a valid line; the end of input and Ctrl-C mean to finish."""
     while True:
         try:
             typed = input("› ").strip().lower()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return QUIT[0]
         if typed in (*ANSWERS, "s", *QUIT):
             return typed
@@ -151,6 +157,7 @@ def learn_from(learner: Learner, data: str, screen: Screen) -> None:
     several = [one for _, of in sources.read_all(data, row_reader.comparisons, unread) for one in of]
     if not several:
         raise UserError(f"{data}: no comparisons; expected rows such as prompt, chosen, rejected")
+    too_long = 0
     with screen.progress("comparisons", len(several)) as progress:
         for done, one in enumerate(several, 1):
             if len(one.labels) != 1:
@@ -158,11 +165,16 @@ def learn_from(learner: Learner, data: str, screen: Screen) -> None:
             [label] = one.labels.values()
             if label is not None and label not in (0, 1):
                 raise UserError(f"{data}: the label {label!r} names neither answer; use rows with chosen and rejected")
+            if len(learner.arena.base.chat.prompt_ids(one.prompt)) >= learner.arena.base.max_length:
+                too_long += 1
+                continue
             scored = learner.arena.scored(one.prompt, dict.fromkeys(one.answers, True))
             if len(scored.answers) < 2:
                 continue
             learner.learn(Choice(one.prompt, *scored.answers), 0.5 if label is None else float(label == 0))
             progress.show(done, {})
+    if too_long:
+        screen.warn(f"{data}: {count(too_long, 'comparison')} left out, because the prompt fills the context")
 
 
 def simulate(learner: Learner, taste: Mapping[str, float], noise: float, most: int, seed: int) -> Iterator[float]:

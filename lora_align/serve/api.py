@@ -1,15 +1,12 @@
 """The routes of the server: OpenAI's completions with weights per request, the vectors, and the page."""
 
 import asyncio
-import copy
 import json
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -21,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from transformers import PreTrainedTokenizerBase
 
 from lora_align.data.rows import Message, Prompt, with_system_prompt
 from lora_align.errors import UserError, first_line, inert
@@ -63,12 +59,6 @@ class Api:
     log: Callable[[str], None]
     log_texts: bool = False  # log prompts and answers, too
     running: dict[str, tuple[Served, list[Answer]]] = field(default_factory=dict)  # by the id of the request
-    encoding: threading.Lock = field(default_factory=threading.Lock)
-
-    @cached_property
-    def decoder(self) -> PreTrainedTokenizerBase:
-        """Return a tokenizer for answers. A fast tokenizer fails while another thread encodes with it."""
-        return copy.deepcopy(self.catalogue.base.chat.tokenizer)
 
     def app(self, more: Sequence[Route] = ()) -> Starlette:
         """Return the application, with more routes."""
@@ -99,6 +89,7 @@ class Api:
                 "tokens_per_second": round(batcher.tokens_per_second(), 1),
                 "tokens": {"cached": batcher.cache.tokens, "stored": batcher.store.tokens, "budget": batcher.budget},
                 "memory_bytes": memory,
+                "content": await run_in_threadpool(self.catalogue.content),
                 "vectors": list(known.vectors),
             }
         )
@@ -163,9 +154,14 @@ class Api:
         return self.catalogue.serve(body.model, weights_of(body, self.catalogue.ids()), body.want)
 
     def _tokens(self, text: str | Prompt) -> list[int]:
-        """Return the tokens of a text or of a chat. Tokenizers have settings that one call changes for another."""
-        chat = self.catalogue.base.chat
-        with self.encoding:
+        """Return the tokens of a text or of a chat. Refuse a long text before its tokens are counted."""
+        chat, most = self.catalogue.base.chat, self.catalogue.base.max_length
+        size = len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
+        if size > most * chat.longest_token:
+            raise UserError(
+                f"the prompt has {size:,} characters, and the context of the base {most:,} tokens; shorten it"
+            )
+        with self.catalogue.encoding:
             return list(chat.tokenizer(text)["input_ids"]) if isinstance(text, str) else chat.prompt_ids(text)
 
     async def _answer(
@@ -176,10 +172,16 @@ class Api:
             raise UserError(f"{len(prompts) * body.n:,} answers were asked for; a request may have {MOST_ANSWERS}")
         chat, loop = isinstance(body, ChatBody), asyncio.get_running_loop()
         pieces: Pieces = asyncio.Queue()
-        client = request.client.host if request.client else ""
+        client = f"{request.client.host}:{request.client.port}" if request.client else ""
         groups: list[list[Answer]] = []
         for place, prompt in enumerate(prompts):
             contexts, settings = self._contexts(prompt, served), self._settings(body, max(map(len, prompt)))
+            needed = len(contexts) * (max(map(len, prompt)) + settings.max_tokens)
+            if needed > self.batcher.largest:
+                raise UserError(
+                    f"the prompt and max_tokens need memory for {needed:,} tokens, and there is memory for "
+                    f"{self.batcher.largest:,}; lower max_tokens"
+                )
 
             def made(
                 number: int, at: int, contexts: tuple[Context, ...] = contexts, settings: AnswerSettings = settings
@@ -194,14 +196,14 @@ class Api:
                         unsent.clear()
 
                 deadline = time.monotonic() + self.deadline
-                return Answer(contexts, settings, number, self.decoder, send, client, deadline)
+                return Answer(contexts, settings, number, self.catalogue.decoder, send, client, deadline)
 
             groups.append([made(number, place * body.n + number) for number in range(body.n)])
         completion = Completion(
             f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(16)}",
             served.policy.name,
             chat,
-            self.decoder,
+            self.catalogue.decoder,
             [answer for group in groups for answer in group],
             served.warnings,
             body.return_token_ids,
@@ -231,12 +233,15 @@ class Api:
             for answer in answers:
                 answer.ended = True
             usage, seconds = completion.usage(), time.monotonic() - began
+            model = completion.model
+            if model.startswith(PROMPTS) and not self.log_texts:
+                model = model.partition(":")[0]
             self.log(
-                f"{completion.model}: {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {seconds:.1f} s"
+                f"{model}: {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {seconds:.1f} s"
                 + (", cancelled" if cancelled else "")
             )
             for answer in answers if self.log_texts else ():
-                self.log(f"prompt: {inert(text_of(self.decoder, answer.contexts[0].prompt))}")
+                self.log(f"prompt: {inert(text_of(self.catalogue.decoder, answer.contexts[0].prompt))}")
                 self.log(f"answer: {inert(answer.text)}")
 
     def _contexts(self, forms: Sequence[Sequence[int]], served: Served) -> tuple[Context, ...]:

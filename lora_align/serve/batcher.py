@@ -142,11 +142,13 @@ class Batcher:
 
     def sums(self, rows: Sequence[Shared], weights: Mapping[str, float]) -> Tensor:
         """Return log π of every answer in order, for a policy with these weights. Let `call` run this."""
+        self._refuse_missing(weights)
         self._set_weights([weights])
         return answer_logprobs(self.model, rows, MemoryBudget(TOKENS))
 
     def token_logprobs(self, rows: Sequence[Answered], weights: Mapping[str, float]) -> Tensor:
         """Return log π of every token of the answers in order. Let `call` run this."""
+        self._refuse_missing(weights)
         self._set_weights([weights])
         return Reader.of(self.model).tokens(rows).cpu()
 
@@ -328,7 +330,7 @@ class Batcher:
     def _recover(self, fault: Exception) -> None:
         """Begin all answers in progress again with half the budget, if memory ran out. Otherwise fail them.
 
-        A single answer fails, too.
+        The answers to a single prompt fail, too.
         """
         again = [Reading([answer], 0) for answer in self.answers() if not answer.ended]
         if self.reading:
@@ -336,7 +338,7 @@ class Batcher:
         self.rows, self.reading = [], None
         self.cache.clear()
         answers = [answer for reading in again for answer in reading.answers]
-        if is_out_of_memory(fault) and (self.store.tokens or len(answers) > 1):
+        if is_out_of_memory(fault) and (self.store.tokens or len(again) > 1):
             self.waiting = [*again, *self.waiting]
             for reading in self.waiting:
                 reading.forget()
@@ -345,6 +347,7 @@ class Batcher:
         else:
             for answer in answers:
                 answer.fail(fault)
+            self._set_budget(self.largest)
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()

@@ -1,5 +1,6 @@
 """Find the policy that a request names, among the vectors, mixes and conditioned policies of the runs folder."""
 
+import copy
 import hashlib
 import json
 import threading
@@ -18,7 +19,7 @@ from lora_align.adapters.geometry import Geometry
 from lora_align.console import Screen
 from lora_align.errors import UserError, nearest
 from lora_align.evaluate.grid import weights_text
-from lora_align.mix_weights import parse_weights
+from lora_align.mix_weights import LARGEST, parse_weights
 from lora_align.model.base import Base
 from lora_align.policy import profiles, safe_ranges, start_policy, vectors
 from lora_align.policy.policy import (
@@ -39,6 +40,7 @@ from lora_align.recipe import Recipe
 from lora_align.runs import Run
 from lora_align.serve.batcher import Batcher
 
+SWEEP = "sweep"  # folder in the runs folder
 FRESH_SECONDS = 1.0  # after them, the runs folder is read again
 
 
@@ -74,6 +76,7 @@ class Served:
     policy: Policy
     weights: Mapping[str, float]
     warnings: list[str]
+    on_base: bool = False  # without a start adapter, whatever the weights are
 
 
 @dataclass
@@ -97,6 +100,10 @@ class Catalogue:
     def __post_init__(self) -> None:
         if not self.default.name:
             self.default = replace(self.default, name=weights_text(self.default.weights))
+        chat = self.base.chat
+        # A fast tokenizer fails while another thread encodes with it. `encoding` is held by whoever encodes.
+        self.encoding, self.decoder = threading.Lock(), copy.deepcopy(chat.tokenizer)
+        self.stop_ids = chat.stop_ids  # found by encoding, once
 
     @cached_property
     def start(self) -> Run | None:
@@ -141,14 +148,16 @@ class Catalogue:
         the catalogue are looked up, so a request cannot name a folder.
         """
         known, screen = self.known(), _Collecting()
-        prompted = model.startswith(PROMPTS)
+        prompted, on_base = model.startswith(PROMPTS), model == BASE and want is None
         if model.startswith(profiles.PREFIX):
-            weights = (
-                profiles.weights(model.removeprefix(profiles.PREFIX), self.runs_dir) if weights is None else weights
+            own = self._profile(model.removeprefix(profiles.PREFIX))
+            model, weights = START, own if weights is None else weights
+        elif "=" in model and not prompted and not model.startswith(WANTS):
+            own = parse_weights(model)
+            model, weights = (
+                (self.default.name if model == self.default.name else START),
+                own if weights is None else weights,
             )
-            model = START
-        elif weights is None and "=" in model and not prompted and not model.startswith(WANTS):
-            model, weights = (self.default.name if model == self.default.name else START), parse_weights(model)
         if prompted:
             policy = find_policy(model, self.recipe, self.runs_dir, screen)
             policy = self._weighted(known, policy, weights) if weights else policy
@@ -158,20 +167,38 @@ class Catalogue:
         else:
             policy = self._named(known, model)
             policy = policy if weights is None else self._weighted(known, policy, weights)
-        return self._loaded(policy, screen.warnings)
+        return replace(self._loaded(policy, screen.warnings), on_base=on_base)
 
     def reweigh(self, served: Served, weights: Mapping[str, float]) -> Served:
         """Return a policy with other weights; the adapter and the prompt of a direction stay."""
-        return self._loaded(self._weighted(self.known(), served.policy, weights), [])
+        policy = BASE_ALONE if served.on_base else served.policy
+        return replace(self._loaded(self._weighted(self.known(), policy, weights), []), on_base=served.on_base)
+
+    def content(self) -> str:
+        """Return a hash of what the page shows; it changes when a run is trained, measured or removed."""
+        known = self.known()
+        folders = [folder for stage in (safe_ranges.FOLDER, SWEEP) for folder in (self.runs_dir / stage).glob("*")]
+        found = [*map(_key, known.vectors.values()), *known.mixes, *known.conditioned, *map(str, sorted(folders))]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
     def geometry(self, known: Known) -> Geometry:
-        """Return the norms and cosines of all vectors."""
+        """Return the norms and cosines of all vectors whose files are intact."""
         keys = tuple(map(_key, known.vectors.values()))
         with self._geometry_lock:
             if self._geometry is None or self._geometry[0] != keys:
-                made = self.batcher.call(lambda: Geometry.of(vectors.load_updates(known.vectors)[0]))
+                intact: dict[str, Vector] = {}
+                for name, vector in known.vectors.items():
+                    with self.skipping():
+                        vector.load()
+                        intact[name] = vector
+                made = self.batcher.call(lambda: Geometry.of(vectors.load_updates(intact)[0]))
                 self._geometry = keys, made.result()
             return self._geometry[1]
+
+    def _profile(self, name: str) -> dict[str, float]:
+        if name not in (known := profiles.names(self.runs_dir)):
+            raise UnknownNameError(f"no profile {name!r}{nearest(name, known)} (known: {', '.join(known) or 'none'})")
+        return profiles.weights(name, self.runs_dir)
 
     def _read(self) -> Known:
         """Read the runs folder, without runs that are damaged, unfinished or just being removed."""
@@ -179,19 +206,20 @@ class Catalogue:
         mixes: dict[str, Policy] = {}
         conditioned: dict[str, Run] = {}
         for name in vectors.trained(self.runs_dir):
-            with self._skipping():
+            with self.skipping():
                 found[name] = vectors.find(name, self.runs_dir)
         for run in runs.list_runs(self.runs_dir):
             name = run.path.relative_to(self.runs_dir).as_posix()
             if run.manifest.stage == "mix":
-                with self._skipping():
-                    mixes[run.path.name] = find_policy(name, self.recipe, self.runs_dir, _Collecting())
+                with self.skipping():
+                    mix = find_policy(name, self.recipe, self.runs_dir, _Collecting())
+                    mixes[run.path.name] = replace(mix, name=run.path.name)
             elif run.manifest.stage == "rsf" and not takes_scores(run):
                 conditioned[name] = run
         return Known(found, mixes, conditioned, time.monotonic())
 
     @contextmanager
-    def _skipping(self) -> Iterator[None]:
+    def skipping(self) -> Iterator[None]:
         """Skip a run that cannot be read, because it is damaged or is removed at this moment; report it once."""
         try:
             yield
@@ -220,6 +248,8 @@ class Catalogue:
             if name not in known.vectors:
                 hint, names = nearest(name, list(known.vectors)), ", ".join(known.vectors) or "none"
                 raise UnknownNameError(f"no vector {name!r}{hint} (known: {names})")
+            if not abs(weights[name]) <= LARGEST:
+                raise UserError(f"{name}={weights[name]:g}: expected a weight from -{LARGEST:g} to {LARGEST:g}")
         chosen = {name: known.vectors[name] for name in weights}
         vectors.refuse_start_inside(chosen.values())
         start = 0.0 if policy.name == BASE else 1.0

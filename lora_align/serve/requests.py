@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_align.errors import UserError
-from lora_align.mix_weights import LONGEST
+from lora_align.mix_weights import LARGEST, LONGEST
+from lora_align.serve.catalogue import UnknownNameError
 
 OWN_FIELDS = ("weights", "want", "lora")  # other servers do not have these
 ALIKE = 0.8  # similarity at which an unknown field counts as a typo of one of them
@@ -26,8 +27,17 @@ UNSUPPORTED = {  # field → the values that mean the default, which clients may
     "echo": (False,),
     "audio": (),
     "modalities": (["text"],),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "grammar": ("",),
+    "json_schema": (),
+    **{f"guided_{kind}": () for kind in ("json", "regex", "choice", "grammar")},
+    "chat_template_kwargs": ({},),
 }
-Weight = Annotated[float, Field(ge=-64, le=64, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=4 * LONGEST)]
 Weights = Annotated[dict[Name, Weight], Field(max_length=64)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
@@ -181,5 +191,5 @@ def weights_of(body: CompletionBody, ids: Mapping[str, int]) -> Mapping[str, flo
     names = {number: name for name, number in ids.items()}
     unknown = [entry.id for entry in body.lora if entry.id not in names]
     if unknown:
-        raise UserError(f"lora: no vector has the id {unknown[0]}; /v1/vectors lists the ids")
+        raise UnknownNameError(f"lora: no vector has the id {unknown[0]}; /v1/vectors lists the ids")
     return {names[entry.id]: entry.scale for entry in body.lora}

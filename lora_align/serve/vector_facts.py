@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_align import runs
 from lora_align.policy import safe_ranges
-from lora_align.serve.catalogue import Catalogue, Known
+from lora_align.serve.catalogue import SWEEP, Catalogue, Known
 
 POINTS = "points.json"  # of a sweep
 
@@ -17,13 +17,13 @@ def facts(catalogue: Catalogue) -> dict[str, Any]:
     known, ids = catalogue.known(), catalogue.ids()
     norms: dict[str, float] = {}
     cosines: dict[str, dict[str, float | None]] = {}
-    if known.vectors:
-        geometry = catalogue.geometry(known)
+    if known.vectors and (geometry := catalogue.geometry(known)).names:
         norms = geometry.norms()
         for name, row in zip(geometry.names, geometry.cosines(), strict=True):
             cosines[name] = {other: _number(value) for other, value in zip(geometry.names, row, strict=True)}
     default = catalogue.default
     return {
+        "content": catalogue.content(),
         "base": catalogue.base.recipe.model,
         "default": {
             "model": default.name,
@@ -40,6 +40,7 @@ def facts(catalogue: Catalogue) -> dict[str, Any]:
                 "warnings": vector.warnings(),
             }
             for name, vector in known.vectors.items()
+            if name in norms
         ],
         "conditioned": {
             name: {
@@ -54,7 +55,9 @@ def facts(catalogue: Catalogue) -> dict[str, Any]:
 
 def _safe(catalogue: Catalogue, known: Known, name: str) -> dict[str, Any] | None:
     """Return the safe weights of a vector, if `reach` has measured them."""
-    found = safe_ranges.measured(known.vectors[name], catalogue.runs_dir)
+    found = None
+    with catalogue.skipping():
+        found = safe_ranges.measured(known.vectors[name], catalogue.runs_dir)
     if found is None:
         return None
     reach, run = found
@@ -68,7 +71,7 @@ def _safe(catalogue: Catalogue, known: Known, name: str) -> dict[str, Any] | Non
 
 def _map(catalogue: Catalogue, known: Known) -> dict[str, Any] | None:
     """Return the points of the newest sweep over two vectors: their weights and scores."""
-    for run in reversed(runs.list_runs(catalogue.runs_dir / "sweep")):
+    for run in reversed(runs.list_runs(catalogue.runs_dir / SWEEP)):
         axes = list(run.manifest.method.get("axes", {}))
         if len(axes) == 2 and set(axes) <= known.vectors.keys():
             try:

@@ -77,8 +77,11 @@ async def client(
             key = json.dumps(asked, sort_keys=True)
             counts["answers"] += 1
             if text != seen.setdefault(key, text):
-                same = next((i for i, (a, b) in enumerate(zip(text, seen[key], strict=False)) if a != b), 10)
-                counts["equal at first" if same >= 10 or asked["temperature"] == 0 else "mixed up"] += 1
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(text, seen[key], strict=False)) if a != b),
+                    min(len(text), len(seen[key])),
+                )
+                counts["equal at first" if same >= 10 else "mixed up"] += 1
 
 
 async def whole(http: httpx.AsyncClient, url: str, asked: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Picks over HTTP, as the page sends them."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ PICKS = "/v1/picks"
 
 
 @pytest.fixture(scope="module")
-def server(trained: Path) -> Iterator[Served]:
-    with serving(trained) as served:
+def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("picks")
+    shutil.copytree(trained / "runs", folder / "runs")
+    with serving(folder) as served:
         yield served
 
 

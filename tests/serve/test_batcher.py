@@ -295,6 +295,30 @@ def test_out_of_memory_changes_no_answer(
     assert batcher.budget == budget
 
 
+def test_a_prompt_that_never_fits_fails_and_the_others_are_answered(
+    batcher: Batcher, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, budget = batcher.model.forward, batcher.budget
+    prompts = [len(_answer(base, question, {}).contexts[0].prompt) for question in QUESTIONS[:2]]
+    assert prompts[1] > prompts[0]
+
+    def failing(*args: Any, **named: Any) -> Any:
+        if named["input_ids"].shape[1] == prompts[1]:
+            raise RuntimeError("CUDA out of memory")
+        return forward(*args, **named)
+
+    monkeypatch.setattr(batcher.model, "forward", failing)
+    never = [_answer(base, QUESTIONS[1], {}, number=number) for number in (0, 1)]  # n = 2
+    other = _answer(base, QUESTIONS[0], {})
+    batcher.submit(never)
+    batcher.submit([other])
+    for answer in never:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            _wait(answer)
+    assert _wait(other)[0]
+    assert batcher.budget == budget
+
+
 def test_another_error_fails_the_answers_in_progress_only(
     batcher: Batcher, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,24 +228,28 @@ def test_a_server_with_a_key_asks_for_it(browser: Any, trained: Path) -> None:
         opened.close()
 
 
-def test_picks_give_weights_for_the_chat(page: Any, server: Served) -> None:
-    page.get_by_text("Find my weights").click()
-    first, status = page.locator(".pair button").first, page.locator("#status")
-    playwright.expect(status).to_have_text("Which answer is better?", timeout=120_000)
-    page.keyboard.press("1")
-    playwright.expect(status).to_have_text("1 pick", timeout=60_000)
-    playwright.expect(first).to_be_enabled()
-    page.get_by_text("Skip").click()
-    playwright.expect(first).to_be_enabled(timeout=60_000)
-    first.click()
-    playwright.expect(status).to_have_text("2 picks", timeout=60_000)
-    assert page.locator(".learned tr").count() == 2
-    page.get_by_label("Save as profile").fill("mine")
-    page.get_by_role("button", name="Save").click()
-    playwright.expect(page.locator("#saved")).to_have_text("saved; lora-align chat --profile mine")
-    assert (server.folder / "runs/profiles/mine.json").is_file()
-    page.get_by_text("Chat with these weights").click()
-    page.wait_for_selector(".slider")
-    heading = page.locator("h2").text_content()
-    assert re.fullmatch(r"(\w+ −?[\d.]+( · )?)+|start policy", heading)
-    assert heading != "helpful 1"
+def test_picks_give_weights_for_the_chat(browser: Any, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    with serving(tmp_path) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.get_by_text("Find my weights").click()
+        first, status = page.locator(".pair button").first, page.locator("#status")
+        playwright.expect(status).to_have_text("Which answer is better?", timeout=120_000)
+        page.keyboard.press("1")
+        playwright.expect(status).to_have_text("1 pick", timeout=60_000)
+        playwright.expect(first).to_be_enabled()
+        page.get_by_text("Skip").click()
+        playwright.expect(first).to_be_enabled(timeout=60_000)
+        first.click()
+        playwright.expect(status).to_have_text("2 picks", timeout=60_000)
+        assert page.locator(".learned tr").count() == 2
+        page.get_by_label("Save as profile").fill("mine")
+        page.get_by_role("button", name="Save").click()
+        playwright.expect(page.locator("#saved")).to_have_text("saved; lora-align chat --profile mine")
+        assert (server.folder / "runs/profiles/mine.json").is_file()
+        page.get_by_text("Chat with these weights").click()
+        page.wait_for_selector(".slider")
+        heading = page.locator("h2").text_content()
+        assert re.fullmatch(r"(\w+ −?[\d.]+( · )?)+|start policy", heading)
+        assert heading != "helpful 1"

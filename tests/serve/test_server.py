@@ -40,6 +40,7 @@ def test_weights_may_be_given_in_four_ways(server: Served) -> None:
         server.text(lora=[{"id": ids["helpful"], "scale": 1}, {"id": ids["harmless"], "scale": -0.5}]),
     ]
     assert len(set(mixes)) == 1
+    assert server.text(model="harmless=9", weights={"helpful": 1, "harmless": -0.5}) == mixes[0]  # weights replace it
     assert server.text() == server.text(model="helpful") == server.text(model="helpful=1") != mixes[0]
     assert server.text(weights={}) == server.text(model="start") == server.text(model="base")  # no SFT
 
@@ -65,7 +66,12 @@ def test_answers_equal_those_of_chat(server: Served) -> None:
         ({"model": "nobody", "weights": {"helpful": 1}}, 404, "no model 'nobody'"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "not JSON in UTF-8"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
-        ({"messages": [{"role": "user", "content": "x " * 5000}]}, 400, "tokens, and the context of the base"),
+        ({"messages": [{"role": "user", "content": "x " * 2000}]}, 400, "tokens, and the context of the base"),
+        ({"messages": [{"role": "user", "content": "x" * 500_000}]}, 400, "the prompt has 500,000 characters"),
+        ({"model": "helpful=1e39"}, 400, "helpful=1e+39: expected a weight from -64 to 64"),
+        ({"model": "profile:nobody"}, 404, "no profile 'nobody'"),
+        ({"lora": [{"id": 99, "scale": 1}]}, 404, "no vector has the id 99"),
+        ({"top_k": 5}, 400, "top_k is not supported"),
     ],
 )
 def test_errors_have_the_form_of_openai(fields: dict[str, Any], status: int, message: str, server: Served) -> None:
@@ -225,6 +231,16 @@ def test_vectors_have_norms_and_angles(server: Served) -> None:
     assert facts["map"] is None
 
 
+def test_a_damaged_vector_hides_no_other(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    with serving(tmp_path, "--weights", "helpful=1") as server:
+        (tmp_path / "runs/dpo/harmless/pos/adapter_model.safetensors").write_bytes(b"damaged")
+        assert [vector["name"] for vector in server.get("/v1/vectors")["vectors"]] == ["helpful"]
+        before = server.get("/health")["content"]
+        shutil.rmtree(tmp_path / "runs/dpo/harmless")
+        _until(lambda: server.get("/health")["content"] != before)
+
+
 def test_runs_appear_and_vanish_without_a_restart(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "runs", tmp_path / "runs")
     with serving(tmp_path) as server:
@@ -252,12 +268,13 @@ def test_own_commands_use_the_server(server: Served, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [(), ("--log-texts",)])
 def test_log_has_texts_only_on_request(words: tuple[str, ...], trained: Path) -> None:
     with serving(trained, *words) as server:
-        answer = server.text("Tell me about \x1b[31mrain.")
+        answer = server.text("Tell me about \x1b[31mrain.", model="prompt:Be discreet.")
         server.process.send_signal(signal.SIGINT)
         assert server.process.stderr is not None
         log = server.process.stderr.read()
     assert "tokens, " in log
     assert ("answer: " in log and answer.strip() in log and "rain" in log) == bool(words)
+    assert ("discreet" in log) == bool(words)
     assert "\x1b[31m" not in log
 
 

@@ -1,7 +1,7 @@
 // The page of `lora-align serve`. Text of the model is only ever set as textContent.
 
 import { drawMap, number, plain, slider } from "./parts.js";
-import { $, KEY, STATE, call, events, fresh, post } from "./requests.js";
+import { $, KEY, STATE, call, events, fresh, post, stored } from "./requests.js";
 
 const PRESETS = "lora-align presets";
 const SPAN = 2; // the end of a slider whose safe range is not known or smaller
@@ -16,11 +16,11 @@ async function health() {
     const now = await (await call("/health")).json();
     status.className = "";
     status.textContent = now.running ? `${now.running} running, ${now.tokens_per_second} tokens/s` : "ready";
-    if (status.dataset.lost || String(now.vectors) !== String(about.vectors.map((vector) => vector.name))) await refresh();
+    if (status.dataset.lost || now.content !== about.content) await refresh();
     delete status.dataset.lost;
-  } catch {
+  } catch (fault) {
     status.className = "lost";
-    status.textContent = "no connection";
+    status.textContent = fault instanceof TypeError ? "no connection" : fault.message; // fetch throws a TypeError
     status.dataset.lost = "yes";
   }
 }
@@ -30,8 +30,8 @@ async function refresh() {
   $("#base").textContent = about.base;
   columns.forEach((column) => column.draw());
   if (columns.length) return;
-  const saved = JSON.parse(sessionStorage.getItem(STATE) ?? "null");
-  for (const one of saved?.length ? saved : [undefined]) add(one);
+  const saved = stored(sessionStorage, STATE, []).filter((one) => Array.isArray(one?.messages));
+  for (const one of saved.length ? saved : [undefined]) add(one);
   $("#prompt").focus();
 }
 
@@ -85,7 +85,8 @@ class Column {
 
   vectorSlider({ name, safe, warnings }) {
     const weight = this.weights[name] ?? 0;
-    const low = Math.min(-SPAN, safe?.low ?? 0, weight), high = Math.max(SPAN, safe?.high ?? 0, weight);
+    const reach = Math.max(SPAN, ...[safe?.low ?? 0, safe?.high ?? 0, weight].map((end) => Math.ceil(4 * Math.abs(end) + 1) / 4));
+    const [low, high] = [-reach, reach]; // beyond the marks, and a multiple of the step
     const made = slider(name, weight, low, high, safe, (value) => {
       this.weights[name] = value;
       this.changed();
@@ -313,7 +314,7 @@ class Column {
     const at = select.value.indexOf(":"), what = select.value.slice(0, at), name = select.value.slice(at + 1);
     const all = presets();
     if (what === "zero") this.weights = {};
-    if (what === "use") this.weights = { ...all[name] };
+    if (what === "use" && all[name]) this.weights = { ...all[name] };
     if (what === "drop") delete all[name];
     const chosen = what === "save" && window.prompt("Name of the preset:", this.name);
     if (chosen) all[chosen] = this.mix;
@@ -332,8 +333,15 @@ function note(text) {
   $("#status").textContent = text;
 }
 
-const presets = () => JSON.parse(localStorage.getItem(PRESETS) ?? "{}");
-const save = () => sessionStorage.setItem(STATE, JSON.stringify(columns.map((column) => column.saved)));
+const presets = () => stored(localStorage, PRESETS, {});
+
+function save() {
+  try {
+    sessionStorage.setItem(STATE, JSON.stringify(columns.map((column) => column.saved)));
+  } catch (fault) {
+    note(`this conversation is too long to be kept after a reload: ${fault.message}`);
+  }
+}
 
 function buttons() {
   const busy = columns.some((column) => column.running);

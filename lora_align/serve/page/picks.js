@@ -1,8 +1,9 @@
 // The page on which a person picks the better of two answers. Text of the model is only ever set as textContent.
 
 import { number } from "./parts.js";
-import { $, KEY, STATE, post } from "./requests.js";
+import { $, KEY, STATE, post, stored } from "./requests.js";
 
+const SESSION = "lora-align picks";
 const KEYS = { 1: "1", 2: "0", 0: "0.5", s: "" };
 const buttons = [...document.querySelectorAll("[data-won]")];
 let state = null;
@@ -19,6 +20,7 @@ async function send(path, body) {
 
 function show(next) {
   state = next;
+  sessionStorage.setItem(SESSION, state.id);
   $("#status").textContent = state.picks ? `${state.picks} ${state.picks === 1 ? "pick" : "picks"}` : "Which answer is better?";
   $("#question").textContent = state.prompt;
   document.querySelectorAll(".pair .text").forEach((node, place) => { node.textContent = state.answers[place]; });
@@ -53,7 +55,9 @@ document.onkeydown = (event) => {
 };
 $("#use").onclick = () => {
   const weights = Object.entries(state.weights).map(([name, { mean }]) => [name, round(mean)]);
-  sessionStorage.setItem(STATE, JSON.stringify([{ weights: Object.fromEntries(weights), messages: [] }]));
+  const [first, ...others] = stored(sessionStorage, STATE, []);
+  const column = { ...first, messages: first?.messages ?? [], weights: Object.fromEntries(weights) };
+  sessionStorage.setItem(STATE, JSON.stringify([column, ...others]));
   location.href = "./";
 };
 $("#profile").onsubmit = async (event) => {
@@ -68,6 +72,13 @@ $("#profile").onsubmit = async (event) => {
 };
 $("#key").onclose = () => {
   sessionStorage.setItem(KEY, $("#key-text").value);
-  send("v1/picks", {});
+  begin();
 };
-send("v1/picks", {});
+
+async function begin() { // a reload continues; a number that no question has asks for the state alone
+  const id = sessionStorage.getItem(SESSION);
+  if (id) await send(`v1/picks/${id}`, { number: -1, won: null });
+  if (!state) await send("v1/picks", {});
+}
+
+begin();

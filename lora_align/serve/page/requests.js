@@ -4,6 +4,15 @@ export const STATE = "lora-align columns", KEY = "lora-align key";
 export const $ = (selector, inside = document) => inside.querySelector(selector);
 export const fresh = (template) => $(`#${template}`).content.firstElementChild.cloneNode(true);
 
+export function stored(storage, name, otherwise) { // what another page or version wrote may be damaged
+  try {
+    const value = JSON.parse(storage.getItem(name));
+    return value && Array.isArray(value) === Array.isArray(otherwise) && typeof value === "object" ? value : otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
 function headers() {
   const key = sessionStorage.getItem(KEY);
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
