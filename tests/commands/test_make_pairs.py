@@ -113,7 +113,7 @@ def test_killed_pairs_are_continued(project: Path, cli: Cli) -> None:
     assert ".long.parts was begun with other settings (pairs); --force starts again" in other.err
     done = cli(*words)
     assert done.code == 0, done.err
-    assert "pairs of long: done before: 64 of 150" in done.err
+    assert "pairs of long: done before: 128 of 150" in done.err
     assert not parts.exists()
     resumed = rows(project)
     assert cli(*words, "--force").code == 0
