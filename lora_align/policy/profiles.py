@@ -1,6 +1,7 @@
 """Profiles: the weights that a person prefers, as a file that can be edited. Nothing is sent anywhere."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +21,10 @@ def path(name: str, runs_dir: Path) -> Path:
 
 
 def save(name: str, runs_dir: Path, content: Mapping[str, Any]) -> Path:
-    """Write a profile. An earlier one of that name is renamed to NAME.old."""
+    """Write a profile. An earlier one of that name is copied to NAME.old."""
     file = path(name, runs_dir)
     if file.is_file():
-        file.replace(file.with_suffix(".old"))
+        shutil.copyfile(file, file.with_suffix(".old"))  # the profile itself stays until the new one is complete
     text = json.dumps({**content, "made": datetime.now(UTC).isoformat(timespec="seconds")}, indent=2) + "\n"
     with store.report_write_errors(file.parent, "make room, and run the command again"), store.new_file(file) as fresh:
         fresh.write_text(text, encoding="utf-8")

@@ -77,6 +77,8 @@ def test_prefer_refuses(workspace: Path, cli: Cli, words: list[str], message: st
 def test_profile_may_be_written_by_hand(tmp_path: Path) -> None:
     profiles.save("me", tmp_path, {"weights": {"helpful": {"mean": 0.5, "low": 0.1, "high": 0.9}, "brief": -0.25}})
     assert profiles.weights("me", tmp_path) == {"helpful": 0.5, "brief": -0.25}
+    profiles.save("me", tmp_path, {"weights": {"helpful": 1}})
+    assert "-0.25" in profiles.path("me", tmp_path).with_suffix(".old").read_text()
     profiles.path("me", tmp_path).write_text('{"weights": {"helpful": "much"}}')
     with pytest.raises(UserError, match=r"me.json: .*; expected \{\"weights\": \{\"helpful\": 0.5\}\}"):
         profiles.weights("me", tmp_path)
