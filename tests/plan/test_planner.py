@@ -83,12 +83,12 @@ def test_planned_activations_match_a_measured_step(checkpointing: bool, project:
 
 def test_time_includes_measuring_the_held_out_rows(project: recipe.Recipe) -> None:
     """They are read once for each direction, and once for the reference log-probabilities."""
-    base, plans = bases.find(project.base), []
+    base, device, plans = bases.find(project.base), device_of(project), []  # its rate is measured once
     for held_out in (0.0, 0.5):
         of = replace(project, dpo=replace(project.dpo, held_out=held_out, limit=40))
         stage = stage_of(of, "dpo", base, QUIET)
         assert stage is not None
-        plans.append(estimate.estimate_stage(of, base, stage, device_of(of)))
+        plans.append(estimate.estimate_stage(of, base, stage, device))
     without, with_ = plans
     assert without.judged == 0
     assert with_.judged > with_.tokens / 2
