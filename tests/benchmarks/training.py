@@ -52,6 +52,7 @@ WORLDS = {
     "hh, losses": World(24, 512, {"first": "label"}, ("pos",), SIDES[:2], "hh-harmless"),
     "hh": World(200, 512, {"first": "label"}, *REAL, "hh-harmless"),
     # with 4 pairs at once, TRL needed more than 24 GB of memory
+    "ultrafeedback, losses": World(24, 1024, {"first": "label"}, ("pos",), SIDES[:2], "ultrafeedback", micro=2),
     "ultrafeedback": World(100, 1024, {"first": "label"}, *REAL, "ultrafeedback", micro=2),
     "demo": World(400, 512, {"first": "label:better_response_id", "second": "label:safer_response_id"}),
 }
