@@ -15,7 +15,7 @@ import termios
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -103,21 +103,8 @@ def listening(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 @contextmanager
-def vllm_server(folder: Path, model: Path, *options: str, **settings: str) -> Iterator[str]:
-    """Serve a model as `demo` with vLLM; yield the address. The log is in the folder."""
-    log, port = folder / "log.txt", free_port()
-    words = [
-        str(VLLM),
-        "serve",
-        str(model),
-        "--served-model-name",
-        "demo",
-        "--port",
-        str(port),
-        *VLLM_OPTIONS.split(),
-        *options,
-    ]
-    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
+def program_server(words: Sequence[str], port: int, log: Path, **settings: str) -> Iterator[str]:
+    """Run another program's server until its health page answers; yield the address."""
     with log.open("a") as stream:
         child = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **settings})
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
@@ -133,6 +120,16 @@ def vllm_server(folder: Path, model: Path, *options: str, **settings: str) -> It
     finally:
         child.terminate()
         child.wait(60)
+
+
+@contextmanager
+def vllm_server(folder: Path, model: Path, *options: str, **settings: str) -> Iterator[str]:
+    """Serve a model as `demo` with vLLM; yield the address. The log is in the folder."""
+    port = free_port()
+    words = [str(VLLM), "serve", str(model), "--served-model-name", "demo", "--port", str(port)]
+    settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
+    with program_server([*words, *VLLM_OPTIONS.split(), *options], port, folder / "log.txt", **settings) as url:
+        yield url
 
 
 def vllm_answer(url: str, model: str, question: str, tokens: int = 40) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from peft import PeftModel
 
@@ -17,8 +19,9 @@ from lora_align.model.logprobs import answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone
 from lora_align.policy.vectors import find
-from support import call, made_once
+from support import call, free_port, made_once, program_server
 
+LLAMA_SERVER = os.environ.get("LORA_ALIGN_LLAMA_SERVER", "")
 WHY = "\n\nThis is a long explanation of the matter, with reasons, caveats and a closing remark."
 QUESTIONS = ["What is rain?", "Name a fruit.", "Is ice cold?", "What is tea?"]
 QUESTIONS += ["Where is Rome?", "Who bakes bread?", "What do cats eat?", "How many days has a week?"]
@@ -122,6 +125,36 @@ def test_llama_cpp_computes_the_exported_vectors(folder: Path, library: Path, tm
     for expected, computed in zip([*dense, dense[-1]], found, strict=True):
         assert distance(expected, computed) < 0.003
     assert all(distance(changed, dense[0]) > 0.02 for changed in dense[1:])
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LORA_ALIGN_LLAMA_SERVER does not name llama.cpp's llama-server")
+def test_printed_commands_run_in_llama_cpps_server(folder: Path, tmp_path: Path) -> None:
+    """Run them on the dequantised base; scales change with each request, and an empty list means those of the start."""
+    done = call(folder, "export", "brief=1,dpo/brief/pos=0.5", "--gguf", str(tmp_path / "each"), "--each")
+    assert done.code == 0, done.err
+    line, request = (line for line in done.out.splitlines() if line.startswith(("llama-server ", "curl ")))
+    original, port = os.environ["LORA_ALIGN_REAL_BASE"], free_port()
+    float32 = float32_gguf(Path(original), tmp_path / "base.gguf")
+    words = shlex.split(line.replace(original, str(float32)).replace("llama-server", LLAMA_SERVER, 1))
+    base = bases.find(recipe.Base(original, quantization="none"))
+    ids = base.chat.tokenizer(TEXT).input_ids
+    vectors = [find(name, folder / "runs", ["brief"]).load() for name in ("brief", "dpo/brief/pos")]
+    dense = dense_logprobs(base, vectors, [(1, 0.5), (0, 0), (-1, 0), (1, 1)], ids)
+    printed = json.loads(shlex.split(request)[-1])
+    requests = [printed["lora"], scales(0, 0), scales(-1), []]
+    with program_server([*words, "--port", str(port)], port, tmp_path / "log.txt") as url:
+        for expected, lora in zip(dense, requests, strict=True):
+            body = {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0, "lora": lora}
+            [token] = httpx.post(f"{url}/completion", json=body, timeout=300).json()["completion_probabilities"]
+            for of in token["top_logprobs"]:
+                assert abs(of["logprob"] - float(expected[-1][of["id"]])) < 0.01, (lora, of)
+        answer = httpx.post(f"{url}/v1/chat/completions", json={**printed, "max_tokens": 4}, timeout=300)
+        assert answer.json()["choices"][0]["message"]["content"]
+
+
+def scales(*of: float) -> list[dict[str, float]]:
+    """Return a request's scales of the files."""
+    return [{"id": at, "scale": scale} for at, scale in enumerate(of)]
 
 
 @pytest.mark.skipif(not shutil.which(CONVERTER), reason=f"{CONVERTER} of llama.cpp is not on PATH")

@@ -1,6 +1,6 @@
 """Compare GGUF adapters with those of llama.cpp's own converter, for each type of base, with random weights.
 
-    python tests/benchmarks/gguf_converter.py --llama-cpp FOLDER --work FOLDER
+    python tests/benchmarks/gguf_converter.py --llama-cpp FOLDER --llama-cpp-version TEXT --work FOLDER
 
 --llama-cpp is llama.cpp's source; the package index has it inside llama-cpp-python's source (vendor/llama.cpp).
 """
@@ -9,6 +9,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,14 @@ def main() -> None:
     """Compare every type of base."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True)
+    parser.add_argument("--llama-cpp-version", required=True, help="for the record")
     parser.add_argument("--work", type=Path, required=True)
     words = parser.parse_args()
     words.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     converter = words.llama_cpp / "convert_lora_to_gguf.py"
-    save("gguf_converter", {kind: compare(kind, words.work, converter) for kind in ARCHITECTURES})
+    figures = {"gguf": version("gguf"), "llama.cpp": words.llama_cpp_version}
+    save("gguf_converter", figures | {kind: compare(kind, words.work, converter) for kind in ARCHITECTURES})
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ llama.cpp's convert_hf_to_gguf.py is on PATH, the merged model is compared as we
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -111,13 +114,17 @@ def main() -> None:
     dense = dense_logprobs(base, vectors, SETTINGS, ids)
     os.environ.pop("PYTHONSAFEPATH", None)  # set for tests; the converter imports modules of its own folder
     compare = Comparison(work, Path(os.environ["LORA_ALIGN_LLAMA_CPP"]), ids, dense)
-    figures = {"change by the vectors": dict(zip(LABELS, (distance(dense[0], one) for one in dense), strict=True))}
+    figures: dict[str, Any] = {
+        "change by the vectors": dict(zip(LABELS, (distance(dense[0], one) for one in dense), strict=True))
+    }
     for kind, model in (("float32", float32_gguf(file, work / "float32.gguf")), (file.stem.split(".")[-1], file)):
         for dtype in ("float32", "float16", "q8_0"):
             figures[f"error, base in {kind}, adapters in {dtype}"] = compare.adapters(model, dtype)
     if shutil.which(CONVERTER):
         figures["error, merged model"] = {dtype: compare.merged(dtype) for dtype in ("float32", "bfloat16")}
-    save("llama_cpp", figures)
+    release = Path("node_modules/node-llama-cpp/llama/binariesGithubRelease.json")
+    versions = json.loads((compare.library / release).read_text())
+    save("llama_cpp", {"llama.cpp": versions["release"], "gguf": version("gguf"), **figures})
 
 
 if __name__ == "__main__":
