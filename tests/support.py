@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import socket
@@ -130,6 +131,20 @@ def vllm_server(folder: Path, model: Path, *options: str, **settings: str) -> It
     settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
     with program_server([*words, *VLLM_OPTIONS.split(), *options], port, folder / "log.txt", **settings) as url:
         yield url
+
+
+INSTRUCTION = r'(FROM|PARAMETER|TEMPLATE|SYSTEM|ADAPTER|LICENSE|MESSAGE) (?:"""(.*?)"""|([^"\n][^\n]*))\n'
+
+
+def instructions(modelfile: Path) -> list[tuple[str, str]]:
+    """Parse a whole Modelfile: an instruction a line, whose value may be in three double quotes."""
+    text, at, found = modelfile.read_text(), 0, []
+    while at < len(text):
+        match = re.compile(INSTRUCTION, re.DOTALL).match(text, at)
+        assert match, f"no instruction: {text[at : at + 80]!r}"
+        found.append((match[1], match[2] or match[3]))
+        at = match.end()
+    return found
 
 
 def vllm_answer(url: str, model: str, question: str, tokens: int = 40) -> str:

@@ -19,7 +19,7 @@ from lora_align.model.logprobs import answer_logprobs
 from lora_align.model.memory_budget import MemoryBudget
 from lora_align.model.packing import Backbone
 from lora_align.policy.vectors import find
-from support import call, free_port, made_once, program_server
+from support import call, free_port, instructions, made_once, program_server
 
 LLAMA_SERVER = os.environ.get("LORA_ALIGN_LLAMA_SERVER", "")
 WHY = "\n\nThis is a long explanation of the matter, with reasons, caveats and a closing remark."
@@ -162,26 +162,26 @@ def test_llama_cpp_computes_the_merged_model(
     folder: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # the converter imports modules of its own folder
-    out, options = str(tmp_path / "out.gguf"), ["--dtype", "float32", "--set", 'base.quantization="none"']
+    out, options = str(tmp_path / "m{ftype}.gguf"), ["--dtype", "float32", "--set", 'base.quantization="none"']
     done = call(folder, "export", "brief=1", "--gguf-merged", out, "--no-check", *options)
     assert done.code == 0, done.err
     base = bases.find(recipe.Base(os.environ["LORA_ALIGN_REAL_BASE"], quantization="none"))
     ids = base.chat.tokenizer(TEXT).input_ids
     [dense] = dense_logprobs(base, [find("brief", folder / "runs", ["brief"]).load()], [[1]], ids)
-    [found] = llama_cpp_logprobs(library, tmp_path / "out.gguf", [{}], ids, tmp_path / "out.f32")
+    [found] = llama_cpp_logprobs(library, Path(out), [{}], ids, tmp_path / "out.f32")
     assert distance(dense, found) < 0.003
 
 
 def test_modelfile_names_the_base_and_an_adapter(folder: Path, tmp_path: Path) -> None:
     done = call(folder, "export", "brief=1", "--ollama", str(tmp_path / "out"))
     assert done.code == 0, done.err
-    base, adapter, template, *_ = (tmp_path / "out/Modelfile").read_text().splitlines()
-    assert base == f"FROM {Path(os.environ['LORA_ALIGN_REAL_BASE']).resolve()}"
-    assert adapter == "ADAPTER ./mix.gguf"
-    assert template.startswith('TEMPLATE """{{- $before')
-    modelfile = (tmp_path / "out/Modelfile").read_text()
-    assert '{{- else }}{{ "<|im_start|>system\\nYou are a helpful AI assistant named SmolLM' in modelfile
-    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    base, adapter, (word, template), stop = instructions(tmp_path / "out/Modelfile")
+    assert base == ("FROM", str(Path(os.environ["LORA_ALIGN_REAL_BASE"]).resolve()))
+    assert adapter == ("ADAPTER", "./mix.gguf")
+    assert word == "TEMPLATE"
+    assert template.startswith("{{- $before")
+    assert '{{- else }}{{ "<|im_start|>system\\nYou are a helpful AI assistant named SmolLM' in template
+    assert stop == ("PARAMETER", 'stop "<|im_end|>"')
     assert (tmp_path / "out/mix.gguf").is_file()
     assert "Licence: `apache-2.0`" in (tmp_path / "out/README.md").read_text()
     refused = call(folder, "export", "brief=1", "--ollama", str(tmp_path / "other"), "--dequantised")

@@ -136,6 +136,11 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: p
     assert "start adapter: runs/sft/start, added" in added.err
     assert "start adapter: contained in " in contained.err
     assert added.out == contained.out == vector.out
+    exported = [cli("export", name, "--merged", name[-4:], "--no-check") for name in ("runs/mix/whole", "brief=1")]
+    assert [done.code for done in exported] == [0, 0], exported[0].err
+    files = [(tmp_path / name[-4:] / "model.safetensors").read_bytes() for name in ("runs/mix/whole", "brief=1")]
+    assert files[0] == files[1]
+    assert "- the start adapter: weight 1" in (tmp_path / "hole/README.md").read_text()
     project = la.Project(tmp_path / "lora-align.toml", tmp_path / "runs")
     capsys.readouterr()
     project.chat("base")

@@ -154,6 +154,13 @@ def prepare(
     if METHODS[how.method].of_policies:
         by_name = {key: vector.policy() for key, vector in by_name.items()}
     vectors.refuse_start_inside(by_name.values(), how.with_start)
+    return opened(weights, by_name, runs_dir, how)
+
+
+def opened(
+    weights: Mapping[str, float], by_name: Mapping[str, Vector], runs_dir: Path, how: MergeOptions
+) -> MergeInputs:
+    """Open the adapters of vectors, and the start adapter."""
     base, start_id = vectors.common_base(by_name.values())
     updates, adapters = vectors.load_updates(by_name)
     known = all(map(_base_known, by_name.values()))

@@ -69,12 +69,19 @@ def _licence_of_card(readme: Path) -> str:
 def file_with_card(file: Path) -> Iterator[tuple[Path, Path]]:
     """Yield temporary paths of an exported file and of its card, NAME.md. When the block ends, publish both.
 
-    Both are synced before, so that a full disk leaves neither.
+    Both are synced before, so that a full disk leaves neither. A file whose card cannot be published is deleted.
     """
-    beside = file.with_suffix(".md")
-    with store.new_file(beside, replace=False) as text, store.new_file(file, replace=False) as temporary:
-        yield temporary, text
-        store.sync(text)
+    beside, published = file.with_suffix(".md"), False
+    try:
+        with store.new_file(beside, replace=False) as text:
+            with store.new_file(file, replace=False) as temporary:
+                yield temporary, text
+                store.sync(text)
+            published = True
+    except BaseException:
+        if published:
+            file.unlink()
+        raise
 
 
 def _vector_lines(source: Source) -> Iterator[str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from lora_align.adapters.delta import Factors, is_finite
 from lora_align.errors import UserError
-from lora_align.model.base_folder import hub_id
+from lora_align.model.base_folder import GGUF, hub_id
 
 ARCHITECTURES = {  # transformers' model_type → llama.cpp's architecture
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -120,7 +120,7 @@ def _add_base(writer: gguf.GGUFWriter, about: About) -> None:
     writer.add_base_model_count(1)
     repository = hub_id(about.base)
     owner, _, name = repository.partition("/")
-    writer.add_base_model_name(0, name or Path(about.base).stem)
+    writer.add_base_model_name(0, name or Path(about.base).name.removesuffix(GGUF))
     writer.add_base_model_description(0, f"sha256 of its weights: {about.fingerprint}")
     if repository:
         writer.add_base_model_organization(0, owner)

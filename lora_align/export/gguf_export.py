@@ -23,9 +23,11 @@ from lora_align.policy.policy import START
 BASE = "BASE.gguf"  # stands for the base's file in printed commands
 
 
-def export_gguf(source: Source, target: Path, _screen: Screen, how: ExportOptions) -> Exported:
+def export_gguf(source: Source, target: Path, screen: Screen, how: ExportOptions) -> Exported:
     """Write the whole mix to one GGUF file with its card beside it, or one file a vector to a folder."""
     dtype = how.dtype or FORMATS["--gguf"].dtypes[0]
+    if source.base.recipe.chat_template:
+        screen.warn("base.chat_template is not part of the files; give it to llama-server with --chat-template-file")
     if how.each:
         return _each(source, target, dtype)
     _refuse_comma(target)
@@ -53,9 +55,10 @@ def _each(source: Source, folder: Path, dtype: str) -> Exported:
             raise UserError(f"--each: {name} and {others[0]} would both be written to {file}; export one of them alone")
     _refuse_comma(folder)
     scales = [{"id": number, "scale": weights[name]} for number, name in enumerate(parts)]
-    request = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "lora": scales})
+    system = [{"role": "system", "content": source.policy.system}] if source.policy.system else []
+    request = json.dumps({"messages": [*system, {"role": "user", "content": "Hello"}], "lora": scales})
     adapters = quote(",".join(str(folder / file) for file in files.values()))
-    use = f"{_server(source)} --lora {adapters}\ncurl localhost:8080/v1/chat/completions -d '{request}'"
+    use = f"{_server(source)} --lora {adapters}\ncurl localhost:8080/v1/chat/completions -d {quote(request)}"
     about = (
         "LoRA adapters for llama.cpp, one file a vector. Send the scale of every file with each request: llama.cpp "
         "takes a missing one as 0, but an empty list as the scales of its start."
@@ -75,6 +78,9 @@ def _refuse_comma(target: Path) -> None:
 
 def _server(source: Source) -> str:
     """Return the beginning of the command that serves the base. Say what stands for its file if it is not known."""
+    template = source.base.recipe.chat_template_kwargs
+    kwargs = f" --chat-template-kwargs {quote(json.dumps(dict(template)))}" if template else ""
     if file := gguf_file(source.base.recipe):
-        return f"llama-server -m {quote(str(file))}"
-    return f"# {BASE} is the base as a GGUF file; llama.cpp's convert_hf_to_gguf.py writes one\nllama-server -m {BASE}"
+        return f"llama-server -m {quote(str(file))}{kwargs}"
+    note = f"# {BASE} is the base as a GGUF file; llama.cpp's convert_hf_to_gguf.py writes one"
+    return f"{note}\nllama-server -m {BASE}{kwargs}"

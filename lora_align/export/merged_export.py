@@ -36,6 +36,7 @@ from lora_align.model.nf4 import through_nf4
 BLOCK = 1 << 18  # weights computed at once: few enough for the processor's cache
 SAMPLED = 256  # rows of a weight, at most, on which errors are measured
 CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's program
+MODEL, WRITTEN = "model", "model.gguf"  # the folder that it reads, and the file that it writes
 CONVERTED = {None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # --dtype → its --outtype
 LARGE = 0.5  # an error of rounding that is reported, as a share of the mix's norm
 
@@ -101,8 +102,12 @@ class MergedWeights:
         """Return a matrix [out, in] of the result. Count its errors if the mix changes it."""
         quantised, double_quant = name in self.checkpoint.quantised, self.source.base.recipe.double_quant
         base = through_nf4(weight, double_quant=double_quant) if quantised and self.dequantised else weight
+        too_large = f"a value is too large for {str(self.dtype).removeprefix('torch.')}"
         if name not in self.modules:
-            return base.to(self.dtype)
+            converted = base.to(self.dtype)
+            if self.dtype == torch.float16 and not is_finite(converted):
+                raise UserError(f"{name}: {too_large}; give --dtype bfloat16")
+            return converted
         factors = self.source.merge.module(self.modules[name]).factors
         if weight.shape != (len(factors.B), factors.A.shape[1]):
             raise UserError(f"{self.modules[name]}: the mix does not fit the base's weight {tuple(weight.shape)}")
@@ -110,7 +115,7 @@ class MergedWeights:
         before, plain = base[some].float(), weight[some].float()  # copies: `added` may overwrite both
         result = added(base, factors, self.dtype)
         if result is None:
-            raise UserError(f"{self.modules[name]}: a value is too large for {self.dtype}; give smaller weights")
+            raise UserError(f"{self.modules[name]}: {too_large}; give smaller weights")
         update = factors.B[some].float() @ factors.A.float()
         rows = len(weight) / len(some)  # each sampled row stands for so many
         self.errors.update += rows * _energy(update)
@@ -124,7 +129,8 @@ def export_merged(source: Source, target: Path, screen: Screen, how: ExportOptio
     """Write the merged model to a folder, with its card."""
     use = f"vllm serve {quote(str(target))}"
     with store.exported_folder(target) as staging:
-        figures = write_model(source, staging, screen, how)
+        warn_of_kwargs(source, screen)
+        figures = write_model(source, staging, target, screen, how)
         (staging / CARD).write_text(card(source, f"{about_model(source, how)}.", use, figures), encoding="utf-8")
     return Exported({target: sum(file.stat().st_size for file in target.iterdir())}, use, figures)
 
@@ -134,15 +140,21 @@ def about_model(source: Source, how: ExportOptions) -> str:
     return f"The mix {source.weights} added to {'the dequantised NF4 base' if how.dequantised else 'its base'}"
 
 
-def write_model(source: Source, folder: Path, screen: Screen, how: ExportOptions, copies: int = 1) -> dict[str, float]:
-    """Write the merged model to a folder; return its errors and, if wanted, how far its answers are from the mix's.
-
-    The disk must have room for `copies` models.
-    """
-    weights = MergedWeights.of(source, how)
+def warn_of_kwargs(source: Source, screen: Screen) -> None:
+    """Warn that a model's files cannot hold the arguments of the chat template."""
     if source.base.recipe.chat_template_kwargs:
         screen.warn("base.chat_template_kwargs are not part of the files; send them with each request")
-    store.check_free_space(folder.parent, copies * weights.size, FULL_DISK)
+
+
+def write_model(
+    source: Source, folder: Path, target: Path, screen: Screen, how: ExportOptions, copies: int = 1
+) -> dict[str, float]:
+    """Write the merged model to a folder; return its errors and, if wanted, how far its answers are from the mix's.
+
+    The disk of the target must have room for `copies` models.
+    """
+    weights = MergedWeights.of(source, how)
+    store.check_free_space(target.parent, copies * weights.size, FULL_DISK)
     folder.mkdir(exist_ok=True)
     with screen.progress("files", len(weights.checkpoint.files)) as progress:
         for done, file in enumerate(weights.checkpoint.files, 1):
@@ -172,27 +184,29 @@ def export_gguf_merged(source: Source, target: Path, screen: Screen, how: Export
         )
     aside = TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
     with aside as temporary, file_with_card(target) as (file, text):
-        folder = Path(temporary, "model")
-        figures = write_model(source, folder, screen, how, copies=2)
+        warn_of_kwargs(source, screen)
+        figures = write_model(source, Path(temporary, MODEL), target, screen, how, copies=2)
         screen.note(f"running {converter} …")
-        _convert([converter, str(folder), "--outfile", str(file), "--outtype", CONVERTED[how.dtype]])
-        if not file.is_file():
-            raise RunFailedError(f"{converter} wrote no file")
+        words = [str(Path(converter).absolute()), MODEL, "--outfile", WRITTEN, "--outtype", CONVERTED[how.dtype]]
+        _convert(words, Path(temporary))  # inside, because the converter replaces braces in a path
+        Path(temporary, WRITTEN).replace(file)
         use = f"llama-server -m {quote(str(target))}"
         about = f"{about_model(source, how)}, as a GGUF file."
         text.write_text(card(source, about, use, figures), encoding="utf-8")
     return Exported({target: target.stat().st_size}, use, figures)
 
 
-def _convert(words: list[str]) -> None:
-    """Run the converter; an error shows the last line that it wrote."""
+def _convert(words: list[str], folder: Path) -> None:
+    """Run the converter in a folder; an error shows the last line that it wrote."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     except OSError as fault:
         raise RunFailedError(f"{words[0]} does not run: {fault.strerror}") from fault
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RunFailedError(f"{words[0]} failed: {last}")
+    if not (folder / WRITTEN).is_file():
+        raise RunFailedError(f"{words[0]} wrote no file")
 
 
 def added(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor | None:
@@ -217,8 +231,9 @@ def _energy(matrix: Tensor) -> float:
 def _copy_settings(source: Source, weights: MergedWeights, staging: Path) -> None:
     """Copy configuration and tokenizer; write the index, the dtype and the recipe's chat template."""
     folder, dtype = source.base.folder, str(weights.dtype).removeprefix("torch.")
+    aside = (store.DIGESTS, CARD)  # the base's own
     for file in folder.iterdir():
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in CONFIG_FILES) and file.name != store.DIGESTS:
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in CONFIG_FILES) and file.name not in aside:
             shutil.copyfile(file, staging / file.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -30,15 +30,16 @@ def export_ollama(source: Source, folder: Path, screen: Screen, how: ExportOptio
     name = source.name.lower()
     use = f"ollama create {name} -f {quote(str(folder / 'Modelfile'))}\nollama run {name}"
     figures: Mapping[str, float] = {}
+    settings = list(_settings(source, screen))
     with store.exported_folder(folder) as staging:
         if base:
             about, dtype = f"a mix of {source.weights}", FORMATS["--gguf"].dtypes[0]
             write_gguf(source, staging / ADAPTER, source.merge, about, dtype, source.name)
             lines = [f"FROM {base.resolve()}", f"ADAPTER ./{ADAPTER}"]
         else:
-            figures = write_model(source, staging / MODEL, screen, how)
+            figures = write_model(source, staging / MODEL, folder, screen, how)
             lines = [f"FROM ./{MODEL}"]
-        (staging / "Modelfile").write_text("\n".join([*lines, *_settings(source, screen)]) + "\n", encoding="utf-8")
+        (staging / "Modelfile").write_text("\n".join([*lines, *settings]) + "\n", encoding="utf-8")
         about = f"A model for Ollama. {about_model(source, how)}."
         (staging / CARD).write_text(card(source, about, use, figures), encoding="utf-8")
     files = [file for file in folder.rglob("*") if file.is_file()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_align.adapters.merge_options import MergeOptions
 from lora_align.adapters.streamed_merge import Merge
-from lora_align.commands.merge import default_name, prepare
+from lora_align.commands.merge import default_name, opened
 from lora_align.console import Screen
 from lora_align.mix_weights import name_of
 from lora_align.model import base as bases
@@ -50,9 +50,10 @@ class Source:
 
 def find_source(policy: Policy, recipe: Recipe, runs_dir: Path, screen: Screen) -> Source:
     """Find the adapters and the base of a policy. Warn as the commands do that sample from it."""
-    inputs = prepare(policy.weights, recipe, runs_dir, MergeOptions(with_start=bool(policy.start)), policy.vectors)
+    inputs = opened(policy.weights, policy.vectors, runs_dir, MergeOptions(with_start=bool(policy.start)))
     base = bases.find(recipe.base)
     check_base_and_start(base, inputs.start, policy.vectors.values())
     warn_of(policy, base, runs_dir, screen)
-    start = start_policy.published(runs_dir, inputs.start) if inputs.merge.start else None
+    has_start = bool(inputs.merge.start) or (policy.contains_start and inputs.start)
+    start = start_policy.published(runs_dir, inputs.start) if has_start else None
     return Source(policy, inputs.merge, base, start, runs_dir)

@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ MIXES = "LORA_ALIGN_MIXES"  # the most names of mixes that one server process se
 GRID = 64  # weights are rounded to multiples of 1/64
 DEFAULT_MIXES = "1000"
 MERGES = 2  # at the same time
+ABANDONED = 3600.0  # seconds after which an unfinished folder is deleted
 NAME = re.compile(r"[\w-]+(/[\w-]+)*(@\d+(-\d+)?)?")  # of a preference or a run; no other folder can be named
 
 logger = logging.getLogger("vllm.lora_align")  # below vLLM's logger, which shows its messages
@@ -42,6 +45,7 @@ class MixResolver:
     most: int
     names: set[str] = field(default_factory=set)
     merging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MERGES))
+    counting: threading.Lock = field(default_factory=threading.Lock)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """Return vLLM's request for the adapter of a mix; None if the name is not one, which vLLM answers with 404.
@@ -80,13 +84,14 @@ class MixResolver:
             raise UserError(f"expected weights up to ±{LARGEST:g} that do not all round to 0 (in steps of 1/{GRID})")
         found = {key: self._vector(key) for key in weights}
         _refuse_other_base(served, found.values())
-        if name not in self.names and len(self.names) >= self.most:
-            raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
         lineage = [[weights[key], vector.lineage()] for key, vector in sorted(found.items())]
         content = hashlib.sha256(json.dumps([SCHEMA, lineage]).encode()).hexdigest()[:32]
         folder = store.cache_folder() / "mixes" / content
-        added = name not in self.names
-        self.names.add(name)  # before the merge, so that merges under way count
+        with self.counting:
+            added = name not in self.names
+            if added and len(self.names) >= self.most:
+                raise UserError(f"{self.most} mixes were named already; raise {MIXES}, or restart the server")
+            self.names.add(name)  # before the merge, so that merges under way count
         try:
             self._merge(folder, weights, found)
         except BaseException:
@@ -125,6 +130,9 @@ class MixResolver:
                     shutil.rmtree(folder)
                 else:
                     return
+            for left in folder.parent.glob(f".{folder.name}.*"):  # by a server that was killed
+                if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(left, ignore_errors=True)
             made = next(run for vector in found.values() for run in vector.known_runs())
             settings = recipe.from_dict(made.manifest.recipe, str(made.path))
             how, screen = MergeOptions(fit="vllm"), Screen(quiet=True)
@@ -163,7 +171,6 @@ def _refuse_other_base(served: str, found: Iterable["Vector"]) -> None:
     base, _ = vectors.common_base(found)
     if base is None:
         raise UserError("the base of these adapters is unknown: they have no manifest")
-    path = Path(served)
-    files = [path] if path.is_file() else weight_files(path) if path.is_dir() else []
+    files = weight_files(Path(served)) if Path(served).is_dir() else []
     if not (fingerprint(files) == base["fingerprint"] if files else served == base["model"]):
         raise UserError(f"the vectors were trained on {base['model']}, but this server runs {served}")

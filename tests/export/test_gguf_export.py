@@ -1,7 +1,9 @@
 """`export --gguf`: names, order of rows, types and refusals. tests/test_real_base.py asks llama.cpp itself."""
 
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -10,12 +12,19 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from lora_align import recipe, runs
 from lora_align.adapters import peft_format
 from lora_align.adapters.delta import Factors
+from lora_align.console import Screen
 from lora_align.demo import BASE
 from lora_align.errors import UserError
+from lora_align.export import ExportOptions
+from lora_align.export.card import file_with_card
 from lora_align.export.gguf_adapter import ARCHITECTURES, About, Layout, write
+from lora_align.export.gguf_export import export_gguf
+from lora_align.export.source import find_source
 from lora_align.model.base_folder import hub_id
+from lora_align.policy.policy import Conditioned, find_policy
 from support import Cli, call, edit_manifest, peft_adapter, small_disk
 
 ABOUT = About("name", "description", "owner/base", "0" * 64)
@@ -83,6 +92,16 @@ def test_modules_may_have_different_ranks(tmp_path: Path) -> None:
         assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    ("base", "name"), [("./Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("/models/Qwen2.5-0.5B.Q4_1.gguf", "Qwen2.5-0.5B.Q4_1")]
+)
+def test_dots_stay_in_the_bases_name(base: str, name: str, tmp_path: Path) -> None:
+    layout = Layout.of(LlamaConfig(num_hidden_layers=1))
+    write(tmp_path / "one.gguf", [], layout, replace(ABOUT, base=base), "float32")
+    field = gguf.GGUFReader(tmp_path / "one.gguf").fields["general.base_model.0.name"]
+    assert field.contents() == name
+
+
 def test_each_vector_gets_a_file_and_the_request_lists_every_scale(workspace: Path, cli: Cli) -> None:
     done = cli("export", "helpful=1,harmless=-0.5", "--gguf", "vectors", "--each", "--json")
     assert done.code == 0, done.err
@@ -93,6 +112,30 @@ def test_each_vector_gets_a_file_and_the_request_lists_every_scale(workspace: Pa
     card = (workspace / "vectors/README.md").read_text()
     assert "- `harmless`: weight -0.5; its safe weights were not measured" in card
     assert "`dpo/helpful/pos` was trained on `demo:pairs" in card
+
+
+def test_printed_command_passes_on_the_arguments_of_the_chat_template(workspace: Path, cli: Cli) -> None:
+    setting = ("--set", 'base.chat_template_kwargs={note = "it\'s"}')
+    done = cli("export", "helpful=1", "--gguf", "mix.gguf", *setting)
+    assert done.code == 0, done.err
+    words = shlex.split(done.out.splitlines()[-1])
+    assert words[:4] == ["llama-server", "-m", "BASE.gguf", "--chat-template-kwargs"]
+    assert json.loads(words[4]) == {"note": "it's"}
+
+
+def test_request_of_a_conditioned_policy_has_its_system_message(workspace: Path) -> None:
+    project, runs_dir, screen = recipe.load(recipe.builtin()["demo"]), workspace / "runs", Screen(quiet=True)
+    run = runs.read(runs_dir / "dpo/helpful/pos")
+    asked = replace(
+        find_policy("helpful=1", project, runs_dir, screen), conditioned=Conditioned("helpful", run, "It's so.")
+    )
+    source = find_source(asked, project, runs_dir, screen)
+    done = export_gguf(source, workspace / "vectors", screen, ExportOptions(each=True))
+    request = json.loads(shlex.split(done.use.splitlines()[-1])[-1])
+    assert request["messages"] == [
+        {"role": "system", "content": "It's so."},
+        {"role": "user", "content": "Hello"},
+    ]
 
 
 def test_each_vector_of_a_mix_gets_a_file(workspace: Path, cli: Cli) -> None:
@@ -130,6 +173,19 @@ def test_file_is_not_published_without_its_card(workspace: Path, cli: Cli) -> No
         assert list(disk.iterdir()) == []
     assert failed.code == 1
     assert "No space left on device" in failed.err
+
+
+def test_file_is_deleted_if_another_program_makes_its_card_meanwhile(tmp_path: Path) -> None:
+    def write_both() -> None:
+        with file_with_card(tmp_path / "mix.gguf") as (file, text):
+            file.write_text("an adapter")
+            text.write_text("its card")
+            (tmp_path / "mix.md").write_text("notes")
+
+    with pytest.raises(UserError, match=r"mix\.md"):
+        write_both()
+    assert [path.name for path in tmp_path.iterdir()] == ["mix.md"]
+    assert (tmp_path / "mix.md").read_text() == "notes"
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,20 @@ def test_files_of_the_base_are_kept(sharded: Path, cli: Cli) -> None:
         assert torch.allclose(found[name], weight, atol=1e-6), name
 
 
+def test_value_of_an_unchanged_weight_that_float16_cannot_hold_is_refused(sharded: Path, cli: Cli) -> None:
+    [file] = [
+        file for file in (sharded / "base").glob("*.safetensors") if "model.embed_tokens.weight" in load_file(file)
+    ]
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][3, 5] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    words = ("export", "./one", "--set", 'base.model="base"', "--merged", "out", "--no-check", "--dtype")
+    refused, done = cli(*words, "float16"), cli(*words, "bfloat16")
+    assert refused.code == 2
+    assert "model.embed_tokens.weight: a value is too large for float16; give --dtype bfloat16" in refused.err
+    assert done.code == 0, done.err
+
+
 def test_transposed_layers_are_merged(tmp_path: Path, cli: Cli) -> None:
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=2, n_positions=256)).save_pretrained(

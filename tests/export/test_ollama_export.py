@@ -1,7 +1,6 @@
 """`export --ollama`: the Modelfile, and its template in Go's own text/template where `go` is installed."""
 
 import json
-import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -14,13 +13,14 @@ from lora_align import recipe, runs
 from lora_align.console import Screen
 from lora_align.data.rows import Message
 from lora_align.errors import UserError
-from lora_align.export.ollama_export import _settings
+from lora_align.export import ExportOptions
+from lora_align.export.ollama_export import _settings, export_ollama
 from lora_align.export.ollama_template import Joints
 from lora_align.export.source import find_source
 from lora_align.model import base as bases
 from lora_align.model.chat_format import ChatFormat
 from lora_align.policy.policy import Conditioned, find_policy
-from support import Cli, fill, small_disk
+from support import Cli, fill, instructions, small_disk
 
 GO = """
 package main
@@ -95,12 +95,6 @@ def test_first_token_is_left_to_ollama_where_the_tokenizer_adds_it() -> None:
     assert Joints.of(of).to_user == "<user>"
 
 
-def instructions(modelfile: Path) -> list[tuple[str, str]]:
-    """Parse a Modelfile: an instruction a line, whose value may be in three double quotes."""
-    found = re.findall(r'^([A-Z]+) (?:"""(.*?)"""|([^\n]*))$', modelfile.read_text(), re.DOTALL | re.MULTILINE)
-    return [(word, quoted or plain) for word, quoted, plain in found]
-
-
 def test_folder_of_a_base_in_safetensors_has_the_merged_model(workspace: Path, cli: Cli) -> None:
     done = cli("export", "helpful=1,harmless=-0.5", "--ollama", "out", "--no-check")
     assert done.code == 0, done.err
@@ -135,6 +129,9 @@ def test_system_message_of_a_conditioned_policy_is_part_of_the_modelfile(workspa
     asked = replace(policy, conditioned=Conditioned("helpful", run, 'Be "kind".'))
     settings = list(_settings(find_source(asked, project, runs_dir, screen), screen))
     assert settings[0] == 'SYSTEM """Be "kind"."""'
+    quoting = replace(policy, conditioned=Conditioned("helpful", run, 'Say """.'))
+    with pytest.raises(UserError, match="the system message contains"):
+        export_ollama(find_source(quoting, project, runs_dir, screen), workspace / "out", screen, ExportOptions())
 
 
 def test_full_disk_leaves_nothing(workspace: Path, cli: Cli) -> None:

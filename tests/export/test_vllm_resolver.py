@@ -253,7 +253,7 @@ def test_vllm_answers_each_request_with_its_mix(
                 assert json.loads(done.out)["policies"][asked[0]]["KL"]["value"] > 0
                 (workspace / "asked.jsonl").write_text(json.dumps({"prompt": QUESTION}))
                 words = ("generate", "--endpoint", url, "--weights", asked[0], "--prompts", "asked.jsonl")
-                done = cli(*words, "--model", "demo", "--out", "answers.jsonl", "--temperature", "0")
+                done = cli(*words, "--out", "answers.jsonl", "--temperature", "0")
                 assert done.code == 0, done.err
                 tables = [read_table(file).to_pylist() for file in workspace.glob("runs/eval/*/answers.parquet")]
                 assert len(tables) == 2
