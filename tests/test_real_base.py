@@ -129,8 +129,9 @@ def test_llama_cpp_computes_the_exported_vectors(folder: Path, library: Path, tm
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LORA_ALIGN_LLAMA_SERVER does not name llama.cpp's llama-server")
 def test_printed_commands_run_in_llama_cpps_server(folder: Path, tmp_path: Path) -> None:
-    """Run them on the dequantised base; scales change with each request, and an empty list means those of the start."""
-    done = call(folder, "export", "brief=1,dpo/brief/pos=0.5", "--gguf", str(tmp_path / "each"), "--each")
+    """Run them on the dequantised base; scales change with each request, and an omitted file has scale 0."""
+    words = ["brief=1,dpo/brief/pos=0.5", "--gguf", str(tmp_path / "each"), "--each", "--dtype", "float32"]
+    done = call(folder, "export", *words)
     assert done.code == 0, done.err
     line, request = (line for line in done.out.splitlines() if line.startswith(("llama-server ", "curl ")))
     original, port = os.environ["LORA_ALIGN_REAL_BASE"], free_port()
@@ -141,8 +142,9 @@ def test_printed_commands_run_in_llama_cpps_server(folder: Path, tmp_path: Path)
     vectors = [find(name, folder / "runs", ["brief"]).load() for name in ("brief", "dpo/brief/pos")]
     dense = dense_logprobs(base, vectors, [(1, 0.5), (0, 0), (-1, 0), (1, 1)], ids)
     printed = json.loads(shlex.split(request)[-1])
-    requests = [printed["lora"], scales(0, 0), scales(-1), []]
-    with program_server([*words, "--port", str(port)], port, tmp_path / "log.txt") as url:
+    requests = [printed["lora"], scales(0, 0), scales(-1), scales(1, 1)]
+    words += ["--port", str(port), "--cache-type-k", "f32", "--cache-type-v", "f32"]
+    with program_server(words, port, tmp_path / "log.txt") as url:
         for expected, lora in zip(dense, requests, strict=True):
             body = {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0, "lora": lora}
             [token] = httpx.post(f"{url}/completion", json=body, timeout=300).json()["completion_probabilities"]

@@ -60,8 +60,8 @@ def _each(source: Source, folder: Path, dtype: str) -> Exported:
     adapters = quote(",".join(str(folder / file) for file in files.values()))
     use = f"{_server(source)} --lora {adapters}\ncurl localhost:8080/v1/chat/completions -d {quote(request)}"
     about = (
-        "LoRA adapters for llama.cpp, one file a vector. Send the scale of every file with each request: llama.cpp "
-        "takes a missing one as 0, but an empty list as the scales of its start."
+        "LoRA adapters for llama.cpp, one file a vector. Send the scale of every file with each request: without "
+        "scales, llama.cpp may continue states that it computed with those of an earlier request."
     )
     with store.exported_folder(folder) as staging:
         for name, file in files.items():
