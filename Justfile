@@ -34,7 +34,6 @@ bench:
     .venv/bin/python tests/benchmarks/startup.py
     .venv/bin/python tests/benchmarks/crowded.py
     .venv/bin/python tests/benchmarks/packing.py
-    .venv/bin/python tests/benchmarks/sampling.py
     .venv/bin/python tests/benchmarks/kills.py
     .venv/bin/python tests/benchmarks/training_kills.py --work .bench/kills
     .venv/bin/python tests/benchmarks/control.py --work .bench
@@ -42,10 +41,20 @@ bench:
     .venv/bin/python tests/benchmarks/methods.py --work .bench
     .venv/bin/python tests/benchmarks/tune.py --work .bench/tune
     .venv/bin/python tests/benchmarks/algebra.py --work .bench/algebra
-    .venv/bin/python tests/benchmarks/plan_accuracy.py --work .bench/planning
-    .venv/bin/python tests/benchmarks/training.py --work .bench/training
     .venv/bin/python tests/benchmarks/growth.py --work .bench/growth
     .venv/bin/python tests/benchmarks/rows.py --work .bench/rows
+
+real := '--base "$(.venv/bin/python tests/fetch_real_base.py .bench)" --splits .bench/splits'
+
+# Run the benchmarks that also use SmolLM2-135M and the pairs in the folder LORA_ALIGN_REAL_DATA. This takes hours.
+bench-real:
+    .venv/bin/python tests/benchmarks/splits.py --data "$LORA_ALIGN_REAL_DATA" --out .bench/splits
+    .venv/bin/python tests/benchmarks/sampling.py {{real}}
+    .venv/bin/python tests/benchmarks/plan_accuracy.py --work .bench/planning {{real}}
+    .venv/bin/python tests/benchmarks/training.py --work .bench/training {{real}}
+    .venv/bin/python tests/benchmarks/laptop.py --work .bench/laptop {{real}}
+    .venv/bin/python tests/benchmarks/agreement.py --work .bench/agreement --preference brief {{real}}
+    .venv/bin/python tests/benchmarks/gguf_quality.py {{real}}
 
 # Test the claims of both papers in about two hours, into tests/benchmarks/evidence/. Run it again to continue.
 evidence:
@@ -63,3 +72,6 @@ gpu-check:
 # `just gpu-bench --minutes 7` measures the most important first, and stops.
 gpu-bench *options:
     .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu {{options}}
+
+# Check and measure a CUDA card within about ten minutes.
+gpu: gpu-check (gpu-bench "--minutes" "7")

@@ -12,6 +12,8 @@ from lora_align.model.base import compute_dtype
 from lora_align.plan import cards
 from lora_align.recipe import Recipe
 
+CPU_SHARE = 0.6  # that of SmolLM2-135M on two cores
+GPU_SHARE = 0.5  # an assumption, not measured
 DRIVER = 0.6e9  # bytes of a GPU that CUDA reserves; an assumption, not measured
 
 
@@ -26,6 +28,11 @@ class Device:
     reserved: float
     count: int = 1  # devices that train together
     cpu: bool = False
+
+    @property
+    def share(self) -> float:
+        """Return the assumed share of the matrix rate that training reaches."""
+        return CPU_SHARE if self.cpu else GPU_SHARE
 
 
 def device_of(recipe: Recipe, card: str = "", vram: float | None = None, count: int = 1) -> Device:

@@ -17,7 +17,6 @@ from lora_align.plan.timing import StepTiming
 from lora_align.recipe import Lora, Recipe
 from lora_align.train import lora_trainer
 
-SHARE = 0.5  # assumed share of a device's matrix rate that training reaches; not measured on any GPU yet
 PLACES = 64  # candidates for the fullest part, spread over the sorted rows
 GATHERED = 2  # layers of a sharded base that are whole at the same time: the current and the next one
 # bytes of optimizer state per trained value, by a part of the optimizer's name; 8 for all others
@@ -37,7 +36,7 @@ class StageEstimate:
     device: Device
     gathered: float  # bytes of the layers that are whole at the same time if the base is sharded
     sharded: bool  # whether the base is sharded over the devices
-    rate: float  # operations per second: SHARE of the device's rate, or measured
+    rate: float  # operations per second: a share of the device's rate, or measured
     measured: StepTiming | None = None  # timing of the fullest part of a step
     counted: float = 0.0  # bytes of activations and logits that were planned before the measurement
 
@@ -140,7 +139,7 @@ def estimate_stage(
     cost = shape.cost(step)
     gathered = GATHERED * cost.packed / shape.layers
     return StageEstimate(
-        stage, cost, sum(lengths), judged, lengths, part, device, gathered, recipe.base.fsdp, SHARE * device.rate
+        stage, cost, sum(lengths), judged, lengths, part, device, gathered, recipe.base.fsdp, device.share * device.rate
     )
 
 

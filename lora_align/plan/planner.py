@@ -12,7 +12,7 @@ from lora_align.metrics.histogram import bars, histogram
 from lora_align.plan import advice, shapes
 from lora_align.plan.advice import MeasuredSwitch
 from lora_align.plan.device import Device, device_of
-from lora_align.plan.estimate import SHARE, StageEstimate, estimate_stage, shape_of, size
+from lora_align.plan.estimate import StageEstimate, estimate_stage, shape_of, size
 from lora_align.plan.stages import stage_of
 from lora_align.plan.timing import sampling_rate, time_step
 from lora_align.recipe import Base, Preference, Ratings, Recipe, Reward, Rsf, Sft, flat
@@ -100,7 +100,9 @@ class Plan:
                 parts.append("\n".join(["tokens of a row, prompt and answers:", *tokens]))
         if not all(stage.estimate.measured for stage in self.stages):
             rate = f"{device.rate / 1e12:,.3g} TFLOP/s"
-            parts.append(f"Times assume that training reaches {SHARE:.0%} of the device's matrix rate of {rate}.")
+            parts.append(
+                f"Times assume that training reaches {device.share:.0%} of the device's matrix rate of {rate}."
+            )
         return "\n\n".join(parts)
 
 

@@ -38,6 +38,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # preference; keys of [dpo], and
     ("helpful", {"learning_rate": 3e-4, "limit": 250, "max_new_tokens": 256}),
     ("brief", {"learning_rate": 1e-4, "limit": 200}),
     ("brief", {"learning_rate": 5e-4, "limit": 200}),
+    ("cautious", {"learning_rate": 2e-4, "limit": 200}),
+    ("harmless", {"learning_rate": 2e-4, "limit": 200}),
 ]
 WEIGHTS = (0.25, 0.5, 1.0)
 TEST_SET = {"count": 20, "samples": 1, "pairs": 40, "max_new_tokens": 128}
