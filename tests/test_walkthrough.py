@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora_align as la
 from lora_align import demo as demo_base
 from lora_align.errors import UserError
+from serve_support import serving
 from support import COMMAND, PAIRS, Cli, Terminal, call, make_base, real_data
 
 
@@ -136,6 +137,10 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: p
     assert "start adapter: runs/sft/start, added" in added.err
     assert "start adapter: contained in " in contained.err
     assert added.out == contained.out == vector.out
+    with serving(tmp_path) as server:
+        answers = [server.text("Can you explain bees?", model=name) for name in ("brief=1", "start", "base")]
+    assert vector.out.strip().startswith(answers[0].strip()[:100])
+    assert answers[1] != answers[2]
     exported = [cli("export", name, "--merged", name[-4:], "--no-check") for name in ("runs/mix/whole", "brief=1")]
     assert [done.code for done in exported] == [0, 0], exported[0].err
     files = [(tmp_path / name[-4:] / "model.safetensors").read_bytes() for name in ("runs/mix/whole", "brief=1")]

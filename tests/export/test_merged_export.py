@@ -300,6 +300,20 @@ def test_full_disk_leaves_nothing(sharded: Path, cli: Cli) -> None:
     assert "make room, or write to another disk" in refused.err
 
 
+def test_merged_gguf_does_not_begin_without_room_for_two_models(
+    sharded: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sharded / "bin").mkdir()
+    (sharded / "bin" / CONVERTER).write_text("#!/bin/sh\n")
+    (sharded / "bin" / CONVERTER).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sharded / 'bin'}:{os.environ['PATH']}")
+    with small_disk(sharded / "disk", "440k") as disk:
+        refused = cli("export", "./one", "--set", 'base.model="base"', "--gguf-merged", "disk/out.gguf", "--no-check")
+        assert list(disk.iterdir()) == []
+    assert refused.code == 2
+    assert "error: disk: about" in refused.err
+
+
 def test_quantised_checkpoint_is_refused(workspace: Path, tmp_path: Path, cli: Cli) -> None:
     bases.find(recipe.Base("demo")).load().save_pretrained(tmp_path / "four")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "four")

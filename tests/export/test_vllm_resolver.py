@@ -29,6 +29,7 @@ from lora_align.export.vllm_resolver import MERGES, MixResolver
 from support import VLLM, Cli, greedy_answer, small_disk, vllm_answer, vllm_server
 
 MIXED, QUESTION = 20, "Tell me about rain."
+RANK_20 = "helpful=1,harmless=1,dpo/helpful/pos=1"
 
 UNLOCKED = """
 import filelock, os
@@ -236,10 +237,12 @@ def test_vllm_answers_each_request_with_its_mix(
     settings = {"LORA_ALIGN_RUNS": str(workspace / "runs"), "LORA_ALIGN_CACHE": str(tmp_path / "cache")}
     for most in (MIXED, 1):  # the second server finds the mixes of the first
         with (
-            vllm_server(tmp_path, BASE, LORA_ALIGN_MIXES=str(most), **settings) as url,
+            vllm_server(tmp_path, BASE, "--max-lora-rank", "16", LORA_ALIGN_MIXES=str(most + 1), **settings) as url,
             ThreadPoolExecutor(4) as clients,
         ):
             asked = weights[:most]
+            too_large = httpx.post(f"{url}/v1/completions", json={"model": RANK_20, "prompt": QUESTION})
+            assert too_large.status_code == httpx.codes.BAD_REQUEST
             answers = dict(zip(asked, clients.map(lambda name: vllm_answer(url, name, QUESTION), asked), strict=True))
             again = dict(zip(asked, clients.map(lambda name: vllm_answer(url, name, QUESTION), asked), strict=True))
             assert again == answers
@@ -262,9 +265,9 @@ def test_vllm_answers_each_request_with_its_mix(
                 first, made = answers, {folder.name for folder in (tmp_path / "cache/mixes").glob("[!.]*")}
                 stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache/mixes").rglob("manifest.json")}
     log = (tmp_path / "log.txt").read_text()
-    assert "'helpful=2': 20 mixes were named already" in log
+    assert "'helpful=2': 21 mixes were named already" in log
     assert "'nobody=1': no preference or run" in log
-    assert len(made) == MIXED
+    assert len(made) == MIXED + 1
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     assert answers.items() <= first.items()
     assert len(set(first.values())) > 4  # the mixes answer differently

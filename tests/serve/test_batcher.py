@@ -252,20 +252,25 @@ def test_an_answer_of_two_contexts_samples_from_the_weighted_logits(batcher: Bat
     plain = tuple(base.chat.prompt_ids([Message("user", QUESTIONS[0])]))
     prompted = tuple(base.chat.prompt_ids([Message("system", "Be brief."), Message("user", QUESTIONS[0])]))
     contexts = (Context(prompted, {}, 1.5), Context(plain, {}, -0.5))
-    answer = _answer(base, "", {}, contexts=contexts, temperature=0.0)
+    answer = _answer(base, "", {}, contexts=contexts, temperature=0.0, logprobs=2)
     short = _answer(base, QUESTIONS[1], MIXES[0], max_tokens=3)  # when it ends, a row of the answer fills its place
     beside = _answer(base, QUESTIONS[1], MIXES[0])
     for one in (short, answer, beside):
         batcher.submit([one])
     _wait(answer, beside, short)
-    model, tokens = base.load(), []
+    model, tokens, expected = base.load(), [], []
     for _ in range(40):
         logits = [model(torch.tensor([[*ids, *tokens]])).logits[0, -1] for ids in (prompted, plain)]
-        token = int((1.5 * logits[0] - 0.5 * logits[1]).argmax())
+        logprobs = (1.5 * logits[0] - 0.5 * logits[1]).log_softmax(-1)
+        token = int(logprobs.argmax())
         if token in base.chat.stop_ids:
             break
         tokens.append(token)
+        expected.append(float(logprobs[token].detach()))
     assert answer.tokens == tokens
+    assert isinstance(answer.send, Listener)
+    infos = [info for piece in answer.send.pieces for info in piece.infos]
+    assert [info.logprob for info in infos[: len(tokens)]] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("fails_at", [2, 5, 11])

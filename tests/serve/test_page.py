@@ -196,6 +196,16 @@ def test_everything_is_reachable_at_each_size(width: int, height: int, page: Any
         assert box["y"] + box["height"] <= height + 1
 
 
+def test_colours_follow_the_system(page: Any) -> None:
+    colours = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+    assert light > 600
+    assert dark < 200
+
+
 def test_a_lost_server_is_shown_and_found_again(browser: Any, trained: Path) -> None:
     with serving(trained, "--weights", "helpful=1") as server:
         opened = browser.new_page()
@@ -221,6 +231,10 @@ def test_a_server_with_a_key_asks_for_it(browser: Any, trained: Path) -> None:
     with serving(trained, "--api-key", "secret") as server:
         opened = browser.new_page()
         opened.goto(server.url)
+        opened.fill("#key-text", "wrong")
+        opened.keyboard.press("Enter")
+        opened.wait_for_selector("#key[open]")
+        assert opened.locator(".slider").count() == 0
         opened.fill("#key-text", "secret")
         opened.keyboard.press("Enter")
         opened.wait_for_selector(".slider")

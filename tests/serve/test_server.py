@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from serve_support import SECONDS, Served, serving
-from support import COMMAND, Cli, free_port
+from support import COMMAND, Cli, call, free_port
 
 HELLO = [{"role": "user", "content": "Tell me about rain."}]
 
@@ -175,6 +175,14 @@ def test_stop_sequences_end_answers(server: Served) -> None:
     assert cut["finish_reason"] == "stop"
 
 
+def test_stop_sequences_end_each_of_several_answers(server: Served) -> None:
+    asked = {"n": 4, "temperature": 1, "seed": 3, "max_tokens": 60}
+    whole = [choice["message"]["content"] for choice in server.chat(**asked)["choices"]]
+    choices = server.chat(**asked, stop=["a"])["choices"]
+    assert [choice["message"]["content"] for choice in choices] == [text.partition("a")[0] for text in whole]
+    assert len({choice["message"]["content"] for choice in choices}) > 1
+
+
 def test_token_ids_are_returned_on_request(server: Served) -> None:
     choice = server.chat(return_token_ids=True)["choices"][0]
     assert len(choice["token_ids"]) >= 5
@@ -293,6 +301,26 @@ def test_ctrl_c_ends_the_server_with_an_answer_under_way(trained: Path) -> None:
         assert errors.splitlines()[-1] == "stopped"
 
 
+def test_a_killed_server_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    before = sorted(tmp_path.rglob("*"))
+    with serving(tmp_path, "--weights", "helpful=1") as server:
+        assert server.text()
+        server.process.kill()
+        server.process.wait(SECONDS)
+        with serving(tmp_path, port=server.url.rpartition(":")[2]) as again:
+            assert again.text(model="helpful=1")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_request_has_a_deadline(trained: Path) -> None:
+    with serving(trained, "--deadline", "1") as server:
+        late = server.post("/v1/chat/completions", {"messages": HELLO, "n": 128, "max_tokens": 480, "ignore_eos": True})
+        assert late.status_code == 504
+        assert late.json()["error"]["code"] == "timeout"
+        assert server.text()
+
+
 def test_a_port_in_use_and_other_addresses_are_refused(cli: Cli) -> None:
     import socket
 
@@ -314,6 +342,36 @@ def test_a_server_for_other_machines_demands_its_key(trained: Path) -> None:
         assert httpx.get(url + "/v1/models").status_code == 401
         assert httpx.get(url + "/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
         assert httpx.get(url + "/").status_code == 200
+
+
+def test_a_server_without_a_key_answers_other_machines_if_told_so(trained: Path) -> None:
+    with serving(trained, "--host", "0.0.0.0", "--no-auth") as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(url + "/v1/models").status_code == 200
+        assert httpx.get(url + "/v1/models", headers={"host": "elsewhere.example"}).status_code == 403
+
+
+def test_long_headers_are_refused(server: Served) -> None:
+    refused = httpx.get(server.url + "/v1/models", headers={"x-long": "a" * 200_000})
+    assert 400 <= refused.status_code < 500
+    assert server.text()
+
+
+def test_safe_weights_and_the_map_come_from_reach_and_sweep(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    few = ["eval.count=4", "eval.samples=1", "eval.pairs=6", "eval.max_new_tokens=30"]
+    small = [word for setting in few for word in ("--set", setting)]
+    for words in (["reach", "helpful", "--kl", "1e-4"], ["sweep", "helpful=0:1:1", "harmless=0:1:1"]):
+        done = call(tmp_path, *words, *small)
+        assert done.code == 0, done.err
+    with serving(tmp_path) as server:
+        facts = server.get("/v1/vectors")
+        assert facts["map"]["axes"] == ["helpful", "harmless"]
+        assert sorted(point["weights"] for point in facts["map"]["points"]) == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        safe = facts["vectors"][0]["safe"]
+        assert facts["vectors"][1]["safe"] is None
+        beyond = server.chat(weights={"helpful": safe["high"] + 1})
+        assert "helpful" in beyond["warnings"][0]
 
 
 def test_a_slow_client_does_not_stay_connected(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
