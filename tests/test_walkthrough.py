@@ -138,9 +138,11 @@ def test_mix_contains_the_start_adapter_once(cli: Cli, tmp_path: Path, capsys: p
     assert "start adapter: contained in " in contained.err
     assert added.out == contained.out == vector.out
     with serving(tmp_path) as server:
-        answers = [server.text("Can you explain bees?", model=name) for name in ("brief=1", "start", "base")]
-    assert vector.out.strip().startswith(answers[0].strip()[:100])
-    assert answers[1] != answers[2]
+        answer = server.text("Can you explain bees?", model="brief=1")
+        chats = [server.chat("Can you explain bees?", model=name, logprobs=True) for name in ("start", "base")]
+    assert vector.out.strip().startswith(answer.strip()[:100])
+    start, base = (chat["choices"][0]["logprobs"]["content"][0]["logprob"] for chat in chats)
+    assert start != base
     exported = [cli("export", name, "--merged", name[-4:], "--no-check") for name in ("runs/mix/whole", "brief=1")]
     assert [done.code for done in exported] == [0, 0], exported[0].err
     files = [(tmp_path / name[-4:] / "model.safetensors").read_bytes() for name in ("runs/mix/whole", "brief=1")]
