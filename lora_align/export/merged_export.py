@@ -168,9 +168,8 @@ def write_model(
             screen.note("compare with the KL of --dequantised, which adds the mix to the dequantised NF4 base")
     if (share := math.sqrt(weights.errors.rounding / (weights.errors.update or 1.0))) > LARGE:
         dtype = str(weights.dtype).removeprefix("torch.")
-        screen.warn(
-            f"the error of rounding to {dtype} is {share:.2g} times the mix; see the KL, or give --dtype float32"
-        )
+        remedy = "see the KL, or give --dtype float32" if how.check else "give --dtype float32"
+        screen.warn(f"the error of rounding to {dtype} is {share:.2g} times the mix; {remedy}")
     return figures
 
 
