@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors, try_to_load_from_cache
 
 from lora_align import __version__, runs
 from lora_align.console import Screen, count
@@ -154,17 +155,44 @@ def _about(run: Run) -> str:
 
 
 def data_lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each data source: its name, its rows, why rows were dropped, and where its licence is."""
+    """Yield a line for each data source: its name, its rows, why rows were dropped, and the licences on the hub."""
     if "source" in data:
         dropped = ", ".join(f"{number:,} × {literal(reason)}" for reason, number in data["dropped"].items())
         without = f" (dropped: {dropped})" if dropped else ""
         source = str(data["source"])
-        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not Path(source).suffix
-        page = f"; licence: https://huggingface.co/datasets/{source}" if on_hub else ""
-        yield f"{literal(source)}, {count(data['rows'], 'row')}{without}{page}"
+        licences = "".join(f"; licence: {_licence_of_dataset(name)}" for name in _hub_names(source))
+        yield f"{literal(source)}, {count(data['rows'], 'row')}{without}{licences}"
     else:
         for one in data.values():
             yield from data_lines(one)
+
+
+def _hub_names(source: str) -> Iterator[str]:
+    """Yield the hub ids in a source such as `owner/name subset + file.jsonl`."""
+    for part in source.split(" + "):
+        name = part.partition(" ")[0]
+        if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(part).suffix:
+            yield name
+
+
+def _licence_of_dataset(name: str) -> str:
+    """Return the licence in the card that was downloaded with a dataset, and the dataset's page."""
+    page, readme = f"https://huggingface.co/datasets/{name}", try_to_load_from_cache(name, CARD, repo_type="dataset")
+    stated = licence_of_card(Path(readme)) if isinstance(readme, str) else ""
+    return f"{literal(stated)}, see {page}" if stated else page
+
+
+def licence_of_card(readme: Path) -> str:
+    """Return the licences in the metadata of a card; "" if it states none."""
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if not text.startswith("---"):
+        return ""
+    try:
+        data = ModelCard(text).data
+    except (ValueError, yaml.YAMLError):
+        return ""
+    stated = data.get("license_name") or data.get("license") or ""
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
 def literal(text: object) -> str:

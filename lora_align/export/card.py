@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import yaml
-from huggingface_hub import ModelCard
 
 from lora_align import __version__, store
-from lora_align.commands.push_to_hub import data_lines, literal
+from lora_align.commands.push_to_hub import CARD, data_lines, licence_of_card, literal
 from lora_align.errors import UserError
 from lora_align.export.source import Source
 from lora_align.model.base import Base, gguf_file
@@ -19,8 +17,6 @@ from lora_align.policy import safe_ranges, vectors
 from lora_align.policy.policy import is_made_of
 from lora_align.policy.vectors import Vector
 from lora_align.runs import Run
-
-CARD = "README.md"  # in an exported folder, and in a base of the hub
 
 
 def card(source: Source, about: str, use: str, figures: Mapping[str, float] | None = None) -> str:
@@ -47,22 +43,9 @@ def _licence(base: Base) -> str:
         field = gguf.GGUFReader(file).get_field(gguf.Keys.General.LICENSE)
         stated = field.contents() if field else ""
     else:
-        stated = _licence_of_card(base.folder / CARD)
+        stated = licence_of_card(base.folder / CARD)
     page = f"; see https://huggingface.co/{hub_id(base.recipe.model)}" if hub_id(base.recipe.model) else ""
     return literal(stated) or f"not stated in its files{page}"
-
-
-def _licence_of_card(readme: Path) -> str:
-    """Return the licences in the metadata of a base's card."""
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    if not text.startswith("---"):
-        return ""
-    try:
-        data = ModelCard(text).data
-    except (ValueError, yaml.YAMLError):
-        return ""
-    stated = data.get("license_name") or data.get("license") or ""
-    return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
 @contextmanager

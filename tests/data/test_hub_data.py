@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from hub import read, serving
 from support import COMMAND
 
-CARD = b"---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n- config_name: two\n  data_files: two.jsonl\n---\n"
+CARD = b"---\nlicense: mit\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n"
+CARD += b"- config_name: two\n  data_files: two.jsonl\n---\n"
 
 
 def _rows(count: int) -> bytes:
@@ -54,6 +56,28 @@ def test_fetched_folder_is_read_offline(hub: str, tmp_path: Path) -> None:
     assert "not in the cache" in str(read(hub, tmp_path, folder, offline=True)[0])
     assert read(hub, tmp_path, folder) == [4]
     assert read(hub, tmp_path, folder, offline=True) == [4]
+
+
+SHOW = """
+from lora_align.commands.push_to_hub import data_lines
+for source in ("owner/parts two + pairs.jsonl", "owner/folders", "other/never"):
+    print(*data_lines({"source": source, "rows": 9, "dropped": {}}))
+"""
+
+
+def test_cards_have_the_licence_that_was_downloaded_with_a_dataset(hub: str, tmp_path: Path) -> None:
+    read(hub, tmp_path, {"data": "owner/parts", "subset": "two"}, {"data": "owner/folders", "subset": "kind"})
+    home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW], cwd=tmp_path, env={**os.environ, **home}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = "https://huggingface.co/datasets"
+    assert done.stdout.splitlines() == [
+        f"`owner/parts two + pairs.jsonl`, 9 rows; licence: `mit`, see {page}/owner/parts",
+        f"`owner/folders`, 9 rows; licence: {page}/owner/folders",
+        f"`other/never`, 9 rows; licence: {page}/other/never",
+    ]
 
 
 def test_command_names_the_dataset_and_its_subset(hub: str, tmp_path: Path) -> None:
