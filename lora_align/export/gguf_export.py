@@ -9,10 +9,11 @@ from transformers import AutoConfig
 
 from lora_align import store
 from lora_align.adapters.streamed_merge import Merge
+from lora_align.commands.push_to_hub import CARD
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.export import FORMATS, ExportOptions, gguf_adapter
-from lora_align.export.card import CARD, card, file_with_card
+from lora_align.export.card import card, file_with_card
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_adapter import About, Layout
 from lora_align.export.source import Source

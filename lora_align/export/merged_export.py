@@ -21,10 +21,11 @@ from lora_align import store
 from lora_align.adapters import safetensors_stream
 from lora_align.adapters.delta import Factors, is_finite
 from lora_align.adapters.safetensors_stream import TensorFile
+from lora_align.commands.push_to_hub import CARD
 from lora_align.console import Screen
 from lora_align.errors import RunFailedError, UserError
 from lora_align.export import FULL_DISK, ExportOptions
-from lora_align.export.card import CARD, card, file_with_card
+from lora_align.export.card import card, file_with_card
 from lora_align.export.checkpoint import Checkpoint
 from lora_align.export.divergence import kl_from_mix
 from lora_align.export.exported import Exported

@@ -5,10 +5,11 @@ from pathlib import Path
 from shlex import quote
 
 from lora_align import store
+from lora_align.commands.push_to_hub import CARD
 from lora_align.console import Screen
 from lora_align.errors import UserError
 from lora_align.export import FORMATS, ExportOptions
-from lora_align.export.card import CARD, card
+from lora_align.export.card import card
 from lora_align.export.exported import Exported
 from lora_align.export.gguf_export import write_gguf
 from lora_align.export.merged_export import about_model, write_model

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -184,11 +185,11 @@ def test_push_refuses_a_damaged_run_and_a_missing_network(made: Path, hub: Hub, 
     unreachable = push(made, None, MIX, "--to", "me/new")
     assert unreachable.code == 2
     assert "the hub cannot be reached" in unreachable.err
-    file = made / MIX / "adapter_model.safetensors"
+    shutil.copytree(made / MIX, tmp_path / MIX)  # other tests read the shared one
+    file = tmp_path / MIX / "adapter_model.safetensors"
     before = file.read_bytes()
     file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    done = push(made, hub, MIX, "--to", "me/new")
-    file.write_bytes(before)
+    done = push(tmp_path, hub, MIX, "--to", "me/new")
     assert done.code == 2
     assert "sha256" in done.err
     assert not hub.files
