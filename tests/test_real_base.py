@@ -102,11 +102,11 @@ def library() -> Path:
 
 def test_llama_cpp_computes_the_exported_vectors(folder: Path, library: Path, tmp_path: Path) -> None:
     """Compare llama.cpp's log-probabilities with those of dense float32 weights, on the dequantised base."""
-    for out, options in (("each", ["--each"]), ("mix.gguf", [])):
+    for out, options, lora in (("each", ["--each"], "--lora-scaled"), ("mix.gguf", [], "--lora")):
         words = ["brief=0.5,dpo/brief/pos=1", "--gguf", str(tmp_path / out), "--dtype", "float32"]
         done = call(folder, "export", *words, *options)
         assert done.code == 0, done.err
-        assert f"llama-server -m {os.environ['LORA_ALIGN_REAL_BASE']} --lora {tmp_path}" in done.out
+        assert f"llama-server -m {os.environ['LORA_ALIGN_REAL_BASE']} {lora} {tmp_path}" in done.out
     brief, pos, mix = (tmp_path / name for name in ("each/brief.gguf", "each/dpo-brief-pos.gguf", "mix.gguf"))
     base = bases.find(recipe.Base(os.environ["LORA_ALIGN_REAL_BASE"], quantization="none"))
     ids = base.chat.tokenizer(TEXT).input_ids

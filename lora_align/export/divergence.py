@@ -1,5 +1,6 @@
 """Measure how far a merged model is from the mix that it was made from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from lora_align.adapters.delta import LoraDelta
 from lora_align.console import Screen
 from lora_align.data.rows import Message, with_system_prompt
+from lora_align.errors import RunFailedError
 from lora_align.export.source import Source
 from lora_align.model import base as bases
 from lora_align.model.batch_sampling import LocalSampler
@@ -54,7 +56,10 @@ def kl_from_mix(source: Source, folder: Path, weights: int, screen: Screen) -> d
     del model
     ours = _logprobs(merged.load(), rows)
     terms = [(p.exp() * (p - q)).sum(-1) for p, q in zip(theirs, ours, strict=True)]
-    return {"KL(mix‖merged), nats per token": float(torch.cat(terms).mean())}
+    divergence = float(torch.cat(terms).mean())
+    if not math.isfinite(divergence):
+        raise RunFailedError("the mix or the merged model computes values that are not finite; give smaller weights")
+    return {"KL(mix‖merged), nats per token": divergence}
 
 
 @torch.no_grad()

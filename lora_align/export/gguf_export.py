@@ -31,7 +31,7 @@ def export_gguf(source: Source, target: Path, screen: Screen, how: ExportOptions
         screen.warn("base.chat_template is not part of the files; give it to llama-server with --chat-template-file")
     if how.each:
         return _each(source, target, dtype)
-    _refuse_comma(target)
+    _refuse_separators(target, ",")
     use = f"{_server(source)} --lora {quote(str(target))}"
     about = f"A LoRA adapter for llama.cpp, the mix {source.weights}."
     with file_with_card(target) as (file, text):
@@ -54,12 +54,12 @@ def _each(source: Source, folder: Path, dtype: str) -> Exported:
     for name, file in files.items():
         if others := [other for other in files if other != name and files[other].lower() == file.lower()]:
             raise UserError(f"--each: {name} and {others[0]} would both be written to {file}; export one of them alone")
-    _refuse_comma(folder)
+    _refuse_separators(folder, ",:")
     scales = [{"id": number, "scale": weights[name]} for number, name in enumerate(parts)]
     system = [{"role": "system", "content": source.policy.system}] if source.policy.system else []
     request = json.dumps({"messages": [*system, {"role": "user", "content": "Hello"}], "lora": scales})
-    adapters = quote(",".join(str(folder / file) for file in files.values()))
-    use = f"{_server(source)} --lora {adapters}\ncurl localhost:8080/v1/chat/completions -d {quote(request)}"
+    adapters = quote(",".join(f"{folder / file}:{weights[name]:.15g}" for name, file in files.items()))
+    use = f"{_server(source)} --lora-scaled {adapters}\ncurl localhost:8080/v1/chat/completions -d {quote(request)}"
     about = (
         "LoRA adapters for llama.cpp, one file a vector. Send the scale of every file with each request: without "
         "scales, llama.cpp may continue states that it computed with those of an earlier request."
@@ -72,9 +72,10 @@ def _each(source: Source, folder: Path, dtype: str) -> Exported:
     return Exported({folder / file: (folder / file).stat().st_size for file in files.values()}, use)
 
 
-def _refuse_comma(target: Path) -> None:
-    if "," in str(target):
-        raise UserError(f"--gguf {target}: llama-server reads a comma as the end of a path; give another path")
+def _refuse_separators(target: Path, separators: str) -> None:
+    for one in separators:
+        if one in str(target):
+            raise UserError(f"--gguf {target}: llama-server reads {one!r} as the end of a path; give another path")
 
 
 def _server(source: Source) -> str:

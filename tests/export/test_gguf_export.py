@@ -108,7 +108,7 @@ def test_each_vector_gets_a_file_and_the_request_lists_every_scale(workspace: Pa
     result = json.loads(done.out)
     assert list(result["files"]) == ["vectors/helpful.gguf", "vectors/harmless.gguf"]
     assert '"lora": [{"id": 0, "scale": 1.0}, {"id": 1, "scale": -0.5}]' in result["use"]
-    assert "--lora vectors/helpful.gguf,vectors/harmless.gguf" in result["use"]
+    assert "--lora-scaled vectors/helpful.gguf:1,vectors/harmless.gguf:-0.5" in result["use"]
     card = (workspace / "vectors/README.md").read_text()
     assert "- `harmless`: weight -0.5; its safe weights were not measured" in card
     assert "`dpo/helpful/pos` was trained on `demo:pairs" in card
@@ -257,8 +257,9 @@ def test_card_has_the_licence_in_the_metadata_of_the_bases_card(
         (["helpful=1", "--gguf", "card.gguf"], "card.md exists, where the card would be; delete it, or give another"),
         (["helpful=1", "--gguf", "mix.md"], "--gguf 'mix.md': expected a file name that ends in .gguf"),
         (["helpful=1", "--gguf", ""], "--gguf '.': expected a file name that ends in .gguf"),
-        (["helpful=1", "--gguf", "a,b", "--each"], "--gguf a,b: llama-server reads a comma as the end of a path"),
-        (["helpful=1", "--gguf", "a,b.gguf"], "--gguf a,b.gguf: llama-server reads a comma as the end of a path"),
+        (["helpful=1", "--gguf", "a,b", "--each"], "--gguf a,b: llama-server reads ',' as the end of a path"),
+        (["helpful=1", "--gguf", "a,b.gguf"], "--gguf a,b.gguf: llama-server reads ',' as the end of a path"),
+        (["helpful=1", "--gguf", "a:b", "--each"], "--gguf a:b: llama-server reads ':' as the end of a path"),
         (["helpful=0", "--gguf", "a.gguf"], "the weighted sum is zero: the adapter would do nothing"),
         (["helpful=nan", "--gguf", "a.gguf"], "'helpful=nan': expected NAME=NUMBER"),
         (["helpful=1", "--gguf", "no/mix.gguf"], "--gguf no/mix.gguf: there is no folder no"),

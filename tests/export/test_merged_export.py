@@ -260,6 +260,13 @@ def test_other_template_than_that_of_training_causes_a_warning(workspace: Path, 
     assert "the chat template or tokenizer of the recipe is not that of the vectors' training" in done.err
 
 
+def test_weights_that_break_the_model_are_refused(workspace: Path, cli: Cli) -> None:
+    done = cli("export", "helpful=1e30", "--merged", "out")
+    assert done.code == 1
+    assert "computes values that are not finite; give smaller weights" in done.err
+    assert not (workspace / "out").exists()
+
+
 def test_large_error_of_rounding_causes_a_warning(workspace: Path, cli: Cli) -> None:
     done = cli("export", "helpful=0.001", "--merged", "out", "--no-check")
     assert done.code == 0, done.err
