@@ -73,5 +73,5 @@ gpu-check:
 gpu-bench *options:
     .venv/bin/python tests/benchmarks/gpu.py --work .bench/gpu {{options}}
 
-# Check and measure a CUDA card within about ten minutes.
+# Check a CUDA card, then measure for seven minutes. Never run.
 gpu: gpu-check (gpu-bench "--minutes" "7")

@@ -54,7 +54,7 @@ class Errors:
         """Return each error as a share of the update's norm."""
         if not self.update:
             return {}
-        errors = {f"rounding to {str(dtype).removeprefix('torch.')}": self.rounding, "NF4": self.nf4}
+        errors = {f"rounding to {_name(dtype)}": self.rounding, "NF4": self.nf4}
         return {f"error of {name} / norm of the mix": math.sqrt(of / self.update) for name, of in errors.items() if of}
 
 
@@ -103,7 +103,7 @@ class MergedWeights:
         """Return a matrix [out, in] of the result. Count its errors if the mix changes it."""
         quantised, double_quant = name in self.checkpoint.quantised, self.source.base.recipe.double_quant
         base = through_nf4(weight, double_quant=double_quant) if quantised and self.dequantised else weight
-        too_large = f"a value is too large for {str(self.dtype).removeprefix('torch.')}"
+        too_large = f"a value is too large for {_name(self.dtype)}"
         if name not in self.modules:
             converted = base.to(self.dtype)
             if self.dtype == torch.float16 and not is_finite(converted):
@@ -168,9 +168,8 @@ def write_model(
         if weights.errors.nf4:
             screen.note("compare with the KL of --dequantised, which adds the mix to the dequantised NF4 base")
     if (share := math.sqrt(weights.errors.rounding / (weights.errors.update or 1.0))) > LARGE:
-        dtype = str(weights.dtype).removeprefix("torch.")
         remedy = "see the KL, or give --dtype float32" if how.check else "give --dtype float32"
-        screen.warn(f"the error of rounding to {dtype} is {share:.2g} times the mix; {remedy}")
+        screen.warn(f"the error of rounding to {_name(weights.dtype)} is {share:.2g} times the mix; {remedy}")
     return figures
 
 
@@ -224,13 +223,17 @@ def added(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor | None
     return result
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _energy(matrix: Tensor) -> float:
     return float(matrix.double().square().sum())
 
 
 def _copy_settings(source: Source, weights: MergedWeights, staging: Path) -> None:
     """Copy configuration and tokenizer; write the index, the dtype and the recipe's chat template."""
-    folder, dtype = source.base.folder, str(weights.dtype).removeprefix("torch.")
+    folder, dtype = source.base.folder, _name(weights.dtype)
     aside = (store.DIGESTS, CARD)  # the base's own
     for file in folder.iterdir():
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in CONFIG_FILES) and file.name not in aside:

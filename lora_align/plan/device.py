@@ -12,7 +12,7 @@ from lora_align.model.base import compute_dtype
 from lora_align.plan import cards
 from lora_align.recipe import Recipe
 
-CPU_SHARE = 0.6  # that of SmolLM2-135M on two cores
+CPU_SHARE = 0.6  # about that of SmolLM2-135M on two cores
 GPU_SHARE = 0.5  # an assumption, not measured
 DRIVER = 0.6e9  # bytes of a GPU that CUDA reserves; an assumption, not measured
 

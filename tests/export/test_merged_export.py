@@ -260,6 +260,16 @@ def test_other_template_than_that_of_training_causes_a_warning(workspace: Path, 
     assert "the chat template or tokenizer of the recipe is not that of the vectors' training" in done.err
 
 
+def test_other_tokenizer_than_that_of_training_causes_a_warning(workspace: Path, cli: Cli) -> None:
+    shutil.copytree(BASE, workspace / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(workspace / "base")
+    done = cli("export", "helpful=1", "--merged", "out", "--no-check", "--set", 'base.model="base"')
+    assert done.code == 0, done.err
+    assert "the chat template or tokenizer of the recipe is not that of the vectors' training" in done.err
+
+
 def test_weights_that_break_the_model_are_refused(workspace: Path, cli: Cli) -> None:
     done = cli("export", "helpful=1e30", "--merged", "out")
     assert done.code == 1
@@ -271,6 +281,14 @@ def test_large_error_of_rounding_causes_a_warning(workspace: Path, cli: Cli) -> 
     done = cli("export", "helpful=0.001", "--merged", "out", "--no-check")
     assert done.code == 0, done.err
     assert re.search(r"rounding to bfloat16 is [\d.]+ times the mix; give --dtype float32", done.err)
+
+
+def put_on_path(folder: Path, converter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a program with the name of llama.cpp's converter on PATH."""
+    folder.mkdir()
+    (folder / CONVERTER).write_text(converter)
+    (folder / CONVERTER).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize(
@@ -285,10 +303,7 @@ def test_large_error_of_rounding_causes_a_warning(workspace: Path, cli: Cli) -> 
 def test_fault_of_the_converter_is_reported(
     program: str, message: str, workspace: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (workspace / "bin").mkdir()
-    (workspace / "bin" / CONVERTER).write_text(program)
-    (workspace / "bin" / CONVERTER).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{workspace / 'bin'}:{os.environ['PATH']}")
+    put_on_path(workspace / "bin", program, monkeypatch)
     done = cli("export", "helpful=1", "--gguf-merged", "out.gguf", "--no-check")
     assert done.code == 1
     assert f"{CONVERTER} {message}" in done.err
@@ -310,10 +325,7 @@ def test_full_disk_leaves_nothing(sharded: Path, cli: Cli) -> None:
 def test_merged_gguf_does_not_begin_without_room_for_two_models(
     sharded: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (sharded / "bin").mkdir()
-    (sharded / "bin" / CONVERTER).write_text("#!/bin/sh\n")
-    (sharded / "bin" / CONVERTER).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sharded / 'bin'}:{os.environ['PATH']}")
+    put_on_path(sharded / "bin", "#!/bin/sh\n", monkeypatch)
     with small_disk(sharded / "disk", "440k") as disk:
         refused = cli("export", "./one", "--set", 'base.model="base"', "--gguf-merged", "disk/out.gguf", "--no-check")
         assert list(disk.iterdir()) == []
